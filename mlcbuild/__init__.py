@@ -1,0 +1,3 @@
+"""mlcbuild: declarative builds of compiled language models."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""What a model is made of: its structure, its parameters, and the decoder that computes it."""

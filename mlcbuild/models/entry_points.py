@@ -1,0 +1,103 @@
+"""The functions that a runtime calls, around the decoder: embed, prefill, decode, batch_* and their hidden-state forms.
+
+Names, argument order and shapes are MLC's (docs/contract.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tvm import relax, te, tirx
+
+from mlcbuild.models.decoder import Decoder, kv_cache
+from mlcbuild.models.operations import Expr
+
+# (name, batch, tokens per sequence, which rows get logits)
+_FORWARD = (
+    ("prefill", 1, None, "last"),
+    ("decode", 1, 1, "all"),
+    ("batch_prefill", 1, None, "positions"),
+    ("batch_decode", None, 1, "all"),
+    ("batch_verify", 1, None, "all"),
+)
+
+
+def emit_entry_points(decoder: Decoder, run: relax.GlobalVar) -> None:
+    """Add every public function of a decoder to its builder; `run` is the private `decoder`."""
+    _emit_embed(decoder)
+    _emit_get_logits(decoder)
+    _emit_select(decoder)
+    for name, batch, tokens, rows in _FORWARD:
+        _emit_forward(decoder, run, name, batch, tokens, rows)
+        _emit_forward(decoder, run, f"{name}_to_last_hidden_states", batch, tokens, None)
+
+
+def _function(d: Decoder, name: str, inputs: list[relax.Var], body: Callable[[], Expr], output: Expr = None) -> None:
+    """A public function whose result is the body's, or the pair of it and `output`."""
+    with d.builder.function(name, inputs):
+        with d.builder.dataflow():
+            result = body()
+            out = d.builder.emit_output(result if output is None else relax.Tuple([result, output]))
+        d.builder.emit_func_output(out)
+
+
+def _emit_embed(d: Decoder) -> None:
+    ids, params = d.tensor("input_ids", [tirx.Var("seq_len", "int64")], "int32"), d.params()
+    _function(
+        d,
+        "embed",
+        [ids, params],
+        lambda: d.operations.embedding(ids, d.weights(params).get("embedding"), d.structure.hidden_size),
+    )
+
+
+def _emit_get_logits(d: Decoder) -> None:
+    hidden = d.tensor("hidden_states", [tirx.Var("seq_len", "int64"), d.structure.hidden_size])
+    params = d.params()
+    _function(d, "get_logits", [hidden, params], lambda: d.logits(hidden, d.weights(params)))
+
+
+def _emit_select(d: Decoder) -> None:
+    hidden = d.tensor("hidden_states", [tirx.Var("seq_len", "int64"), d.structure.hidden_size])
+    positions = d.tensor("logit_positions", [tirx.Var("batch_size", "int64")], "int32")
+    _function(d, "batch_select_last_hidden_states", [hidden, positions], lambda: _take_rows(d, hidden, positions))
+
+
+def _emit_forward(
+    d: Decoder, run: relax.GlobalVar, name: str, batch: int | None, tokens: int | None, rows: str | None
+) -> None:
+    """Hidden states of all tokens, or (where `rows` says which) their logits, paired with the KV cache."""
+    hidden_size = d.structure.hidden_size
+    b = tirx.Var("batch_size", "int64") if batch is None else batch
+    t = tirx.Var("seq_len", "int64") if tokens is None else tokens
+    x = d.tensor("input_embeds", [b, t, hidden_size])
+    cache, params = kv_cache(), d.params()
+    positions = d.tensor("logit_positions", [tirx.Var("batch_size", "int64")], "int32")
+    inputs = [x, positions, cache, params] if rows == "positions" else [x, cache, params]
+
+    def body() -> Expr:
+        flat = d.builder.emit(relax.op.reshape(x, [b * t, hidden_size]))
+        hidden = d.builder.emit(relax.Call(run, [d.cast(flat, d.operations.compute), cache, params]))
+        if rows is None:
+            return d.builder.emit(relax.op.reshape(d.cast(hidden, d.dtype), [b, t, hidden_size]))
+        if rows == "last":
+            hidden = d.builder.emit_te(_last_row, hidden, primfunc_name_hint="last_row")
+        elif rows == "positions":
+            hidden = _take_rows(d, hidden, positions)
+        logits = d.logits(hidden, d.weights(params))
+        first = [1, positions.ty.shape[0]] if rows == "positions" else [1, 1] if rows == "last" else [b, t]
+        return d.builder.emit(relax.op.reshape(logits, [*first, logits.ty.shape[1]]))
+
+    _function(d, name, inputs, body, output=cache)
+
+
+def _take_rows(d: Decoder, hidden: Expr, positions: Expr) -> Expr:
+    return d.builder.emit_te(_rows, hidden, positions, primfunc_name_hint="take_rows")
+
+
+def _rows(hidden: te.Tensor, positions: te.Tensor) -> te.Tensor:
+    return te.compute((positions.shape[0], hidden.shape[1]), lambda i, k: hidden[positions[i], k], name="rows")
+
+
+def _last_row(hidden: te.Tensor) -> te.Tensor:
+    return te.compute((1, hidden.shape[1]), lambda _, k: hidden[hidden.shape[0] - 1, k], name="last_row")

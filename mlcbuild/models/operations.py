@@ -1,0 +1,34 @@
+"""The operations that a decoder is built from; each device gives its own (compiler.cpu.operations ...).
+
+Tensors are relax expressions. `n` is a number of tokens: all sequences of a batch, one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Expr = Any  # a relax expression
+Weight = Mapping[str, Expr]  # {"weight": ...}, or {"q_weight": ..., "q_scale": ...} where it is quantized
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Builders of relax expressions.
+
+    compute: the dtype of activations between blocks; embeddings, hidden states that leave the library, and the KV
+    cache are of the model dtype
+    linear(x [n, K], weight [N, K], out_dtype) -> [n, N]
+    embedding(ids int32 [n], weight [V, H], H) -> [n, H]
+    rms_norm(x [n, H], weight [H], eps) -> [n, H]
+    gated(x [n, 2 * I], activation name) -> [n, I]
+    softmax(logits float32 [b, V], temperature float32 [b]) -> [b, V]
+    """
+
+    compute: str
+    linear: Callable[[Expr, Weight, str], Expr]
+    embedding: Callable[[Expr, Weight, int], Expr]
+    rms_norm: Callable[[Expr, Expr, float], Expr]
+    gated: Callable[[Expr, str], Expr]
+    softmax: Callable[[Expr, Expr], Expr]

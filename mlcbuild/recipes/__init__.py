@@ -1,0 +1,1 @@
+"""YAML files in, validated and resolved recipes out."""

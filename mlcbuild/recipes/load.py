@@ -1,0 +1,149 @@
+"""A workspace's YAML files, read, checked and resolved."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mlcbuild.errors import RecipeError
+from mlcbuild.recipes import convert, document, matrix, references
+from mlcbuild.recipes.document import Document
+from mlcbuild.recipes.inherit import inherit
+from mlcbuild.recipes.memo import Memo
+from mlcbuild.recipes.problems import Problem
+from mlcbuild.recipes.schemas import Schemas
+from mlcbuild.recipes.stock import stock
+from mlcbuild.recipes.types import Catalog, Recipe
+from mlcbuild.recipes.workspace import FOLDERS, STOCK_KINDS, File, discover, strays
+
+T = TypeVar("T")
+Documents = dict[str, dict[str, Document]]  # kind -> name -> file
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What became of a workspace's files; `catalog` is None where something is wrong with any of them."""
+
+    catalog: Catalog | None
+    problems: tuple[Problem, ...]
+    warnings: tuple[Problem, ...]
+    counts: Mapping[str, int]  # kind -> files of it, stock files included
+
+
+def load(root: Path, memo: Path | None = None) -> Catalog:
+    """The recipes of the workspace `root` and everything that they can name. Raises RecipeError with all problems.
+
+    `memo` is a file that remembers which contents are valid, so that the next call neither parses nor validates them.
+    """
+    reading = read(root, memo)
+    if reading.catalog is None:
+        raise RecipeError([str(problem) for problem in reading.problems])
+    return reading.catalog
+
+
+def read(root: Path, memo: Path | None = None) -> Reading:
+    """`load`, with the problems as data. Raises RecipeError where there is no workspace at all."""
+    root = root.absolute()
+    if not (root / "recipes").is_dir():
+        text = f"{root}: no folder `recipes` here, so this is not a workspace; `mlcbuild init DIR` makes one"
+        raise RecipeError([text])
+    files, problems, warnings = _files(root)
+    schemas = Schemas(stock().schema)
+    memory = Memo(memo, schemas.digest)
+    documents: Documents = {kind: {} for kind in FOLDERS}
+    for file in files:
+        found, wrong = document.read(file, schemas, memory)
+        problems += wrong
+        if found is not None:
+            documents[file.kind][file.name] = found
+    memory.save()
+    # A file with a mistake in it is not also an unknown name.
+    names = {kind: [file.name for file in files if file.kind == kind] for kind in FOLDERS}
+    known = {kind: dict.fromkeys(names[kind]) for kind in names}
+    for each in itertools.chain.from_iterable(by_name.values() for by_name in documents.values()):
+        problems += references.check(each, known)
+    catalog, wrong = _resolve(root, documents, warnings)
+    problems += wrong
+    counts = {kind: len(names[kind]) for kind in FOLDERS}
+    return Reading(None if problems else catalog, tuple(sorted(set(problems))), tuple(warnings), counts)
+
+
+def _files(root: Path) -> tuple[list[File], list[Problem], list[Problem]]:
+    """The workspace's files and the stock files that none of them shadows; problems; warnings."""
+    own, problems = discover(root / "recipes", root, FOLDERS)
+    problems += strays(root / "recipes", root)
+    if stock().recipes.samefile(root / "recipes"):
+        return own, problems, []
+    spare, damaged = discover(stock().recipes, root, STOCK_KINDS)
+    spare_names = {(file.kind, file.name) for file in spare}
+    own_names = {(file.kind, file.name) for file in own}
+    warnings = [
+        Problem(file.shown, 1, 1, f"takes the place of the stock {file.kind} `{file.name}`")
+        for file in own
+        if (file.kind, file.name) in spare_names
+    ]
+    files = own + [file for file in spare if (file.kind, file.name) not in own_names]
+    return files, problems + damaged, warnings
+
+
+def _resolve(root: Path, documents: Documents, warnings: Sequence[Problem]) -> tuple[Catalog, list[Problem]]:
+    """The catalog of what can be resolved, and why the rest cannot, unknown names aside."""
+    models, problems = inherit(documents["model"])
+    catalog = Catalog(
+        root=root,
+        recipes={},
+        models=_sorted(models, convert.model),
+        architectures=_converted(documents["architecture"], convert.architecture),
+        quantizations=_converted(documents["quantization"], convert.quantization),
+        targets=_converted(documents["target"], convert.target),
+        templates=_converted(documents["template"], convert.template),
+        warnings=tuple(str(warning) for warning in warnings),
+    )
+    wanted: dict[str, tuple[Document, dict[str, Any]]] = {
+        name: (each, references.absolute(each)) for name, each in documents["recipe"].items()
+    }
+    for each in documents["matrix"].values():
+        cells, wrong = matrix.expand(each, references.absolute(each))
+        problems += wrong
+        for name, data in cells.items():
+            if name in wanted:
+                other = wanted[name][0].file.shown
+                text = f"the cell `{name}` has the name of a recipe of {other}; exclude the cell or rename the recipe"
+                problems.append(each.problem(text, ("matrix",), key=True))
+            else:
+                wanted[name] = (each, data)
+    recipes = {name: _recipe(name, *wanted[name], catalog) for name in sorted(wanted)}
+    return replace(catalog, recipes={name: recipe for name, recipe in recipes.items() if recipe is not None}), problems
+
+
+def _recipe(name: str, document: Document, data: Mapping[str, Any], catalog: Catalog) -> Recipe | None:
+    """None where one of its names is unknown."""
+    model = catalog.models.get(data["model"])
+    quantization = catalog.quantizations.get(data["quantization"])
+    target = catalog.targets.get(data["target"])
+    if model is None or quantization is None or target is None:
+        return None
+    template = catalog.templates.get(data.get("template", model.template))
+    if template is None:
+        return None
+    return Recipe(
+        name=name,
+        model=model,
+        quantization=quantization,
+        target=target,
+        template=template,
+        overrides={**model.overrides, **data.get("overrides", {})},
+        origin=document.file.shown,
+        verify=replace(model.verify, **data.get("verify", {})),
+    )
+
+
+def _converted(documents: Mapping[str, Document], convert: Callable[[str, Mapping[str, Any]], T]) -> dict[str, T]:
+    return _sorted({name: each.data for name, each in documents.items()}, convert)
+
+
+def _sorted(contents: Mapping[str, Mapping[str, Any]], convert: Callable[[str, Mapping[str, Any]], T]) -> dict[str, T]:
+    return {name: convert(name, contents[name]) for name in sorted(contents)}

@@ -1,0 +1,102 @@
+"""What is wrong with a YAML file, where, and what was probably meant."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+_SHOWN_NAMES = 12  # a longer list of what there is helps nobody
+_SHOWN_LENGTH = 60
+_NOT_TEXT = re.compile(r"~|null|true|false|[-+.]?[0-9][0-9.]*", re.IGNORECASE)  # what YAML would not read as text
+
+
+@dataclass(frozen=True, order=True)
+class Problem:
+    """One thing to correct. `str()` is a line that editors and terminals can jump to."""
+
+    file: str  # relative to the workspace where it lies inside
+    line: int  # from 1
+    column: int  # from 1
+    text: str
+    source: str = ""  # the line of YAML itself
+    length: int = 1  # characters that the problem is about
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}: {self.text}"
+
+    def with_source(self) -> str:
+        """The same, with the line of YAML and carets under the part that it is about."""
+        if not self.source:
+            return str(self)
+        number = str(self.line)
+        margin = " " * len(number)
+        before = "".join("\t" if character == "\t" else " " for character in self.source[: self.column - 1])
+        return f"{self}\n {margin} |\n {number} | {self.source}\n {margin} | {before}{'^' * max(1, self.length)}"
+
+
+def show(value: object) -> str:
+    """A value as an error text quotes it: short, on one line, without control characters."""
+    if (
+        isinstance(value, str)
+        and value.isprintable()
+        and value.strip() == value != ""
+        and not _NOT_TEXT.fullmatch(value)
+    ):
+        text = value
+    else:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+        if not text.isprintable():
+            text = json.dumps(value, default=str)
+    return text if len(text) <= _SHOWN_LENGTH else text[: _SHOWN_LENGTH - 1] + "…"
+
+
+def where(path: Sequence[str | int]) -> str:
+    """`exclude[0].target` for ("exclude", 0, "target")."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def one_of(names: Iterable[object]) -> str:
+    """`a`, `b` or `c`."""
+    quoted = [f"`{show(name)}`" for name in names]
+    if len(quoted) > _SHOWN_NAMES:
+        return f"one of {', '.join(quoted[:_SHOWN_NAMES])} … ({len(quoted)} in all)"
+    return " or ".join([", ".join(quoted[:-1]), quoted[-1]]) if len(quoted) > 1 else "".join(quoted)
+
+
+def did_you_mean(word: object, names: Iterable[object]) -> str:
+    """`; did you mean `x`?` for the nearest of `names`, else nothing."""
+    near = nearest(word, names)
+    return f"; did you mean `{near}`?" if near is not None else ""
+
+
+def nearest(word: object, names: Iterable[object]) -> str | None:
+    """The name that `word` is most likely a mistyping or a beginning of; None when none is near."""
+    if not isinstance(word, str) or not word:
+        return None
+    ranked = sorted((_edits(word.lower(), name.lower()), name) for name in names if isinstance(name, str))
+    for edits, name in ranked[:1]:
+        if edits <= max(1, max(len(word), len(name)) // 3):
+            return name
+    beginnings = [name for _, name in ranked if len(word) >= 3 and name.lower().startswith(word.lower())]
+    return beginnings[0] if beginnings else None
+
+
+def _edits(a: str, b: str) -> int:
+    """Letters to insert, delete, replace or swap with a neighbour to turn `a` into `b` (optimal string alignment)."""
+    if abs(len(a) - len(b)) > max(len(a), len(b)) // 3 + 1:
+        return max(len(a), len(b))  # too far to be a suggestion, whatever the exact number
+    before: list[int] = []
+    row = list(range(len(b) + 1))
+    for i, letter in enumerate(a, 1):
+        last, before, row = before, row, [i]
+        for j, other in enumerate(b, 1):
+            cost = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (letter != other))
+            if i > 1 and j > 1 and letter == b[j - 2] and a[i - 2] == other:
+                cost = min(cost, last[j - 2] + 1)
+            row.append(cost)
+    return row[-1]

@@ -1,0 +1,154 @@
+"""The header of one safetensors file, read strictly.
+
+Format (huggingface/safetensors README): 8 bytes, the header's length N as a little-endian integer; N bytes of JSON,
+`{"name": {"dtype": "BF16", "shape": [..], "data_offsets": [begin, end]}, ..., "__metadata__": {text: text}}`, possibly
+padded with spaces; then the tensors' bytes, row-major, little-endian, without gaps. Nothing but the header is read.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mlcbuild.errors import CheckpointError
+
+MAX_HEADER = 100_000_000  # bytes; the format's own limit
+
+BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """A tensor inside a checkpoint file.
+
+    `file` is the name in the checkpoint, `blob` the sha256 of that file's content ("" when it is not known), `path`
+    where the content lies; `offset` counts from the start of the file; `dtype` is the format's name, such as BF16.
+    """
+
+    name: str
+    file: str
+    blob: str
+    path: Path
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_header(path: Path, file: str, blob: str = "") -> list[TensorRef]:
+    """The tensors of one file, in the order of their bytes.
+
+    Raises CheckpointError, naming `file` and the tensor, for everything that is wrong with it: too short for its
+    header, a header that is not such JSON, an unknown dtype, a size that does not fit the shape, bytes that overlap,
+    leave a gap or lie outside the file, data missing at the end or left over, a tensor name that climbs.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        prefix = stream.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8:
+            raise CheckpointError(f"{file}: truncated: {size} bytes, too short for a safetensors header")
+        if length > MAX_HEADER:
+            raise CheckpointError(f"{file}: not a safetensors file: it claims a header of {length} bytes")
+        if 8 + length > size:
+            raise CheckpointError(f"{file}: truncated: its header alone is {length} bytes, the file has {size}")
+        text = stream.read(length)
+    header = _parse(text, file)
+    problems: list[str] = []
+    refs = []
+    for name, entry in header.items():
+        ref = _entry(name, entry, file, blob, path, 8 + length, problems)
+        if ref is not None:
+            refs.append(ref)
+    refs.sort(key=lambda ref: (ref.offset, ref.nbytes))
+    if not problems:
+        problems = _layout_problems(refs, 8 + length, size, file)
+    if problems:
+        raise CheckpointError("\n".join(problems))
+    return refs
+
+
+def climbs(name: str) -> bool:
+    """Whether a tensor or file name, taken as a path, could leave its folder."""
+    odd = "\\" in name or any(ord(character) < 32 for character in name)
+    return odd or not name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts
+
+
+def _parse(text: bytes, file: str) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise CheckpointError(f"{file}: {twice!r} occurs twice in the header")
+        return made
+
+    try:
+        header = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{file}: not a safetensors file: its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: not a safetensors file: its header is not a JSON object")
+    header.pop("__metadata__", None)
+    return header
+
+
+def _entry(
+    name: str, entry: Any, file: str, blob: str, path: Path, start: int, problems: list[str]
+) -> TensorRef | None:
+    where = f"{file}: tensor {name}"
+    if climbs(name):
+        problems.append(f"{file}: tensor name {name!r} is refused: as a path it would climb out of its folder")
+        return None
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        numbers = (*shape, begin, end)
+        if not isinstance(dtype, str) or not all(type(number) is int and number >= 0 for number in numbers):
+            raise TypeError
+    except (KeyError, TypeError, ValueError):
+        problems.append(
+            f"{where}: its header entry is not {{dtype, shape, data_offsets: [begin, end]}}: {entry!r:.120}"
+        )
+        return None
+    if dtype not in BITS:
+        problems.append(f"{where}: unknown dtype {dtype!r}; known are {', '.join(sorted(BITS))}")
+        return None
+    bits = prod(shape) * BITS[dtype]
+    if bits % 8 or end - begin != bits // 8:
+        problems.append(
+            f"{where}: {dtype} {list(shape)} takes {bits / 8:g} bytes, but its data_offsets "
+            f"[{begin}, {end}] hold {end - begin}"
+        )
+        return None
+    return TensorRef(name, file, blob, path, start + begin, end - begin, dtype, shape)
+
+
+def _layout_problems(refs: list[TensorRef], start: int, size: int, file: str) -> list[str]:
+    problems = []
+    position = start
+    for ref in refs:
+        if ref.offset != position:
+            what = "overlaps the tensor before it" if ref.offset < position else "leaves a gap before it"
+            problems.append(f"{file}: tensor {ref.name}: its data {what} (byte {ref.offset}, expected {position})")
+        position = max(position, ref.offset + ref.nbytes)
+    if problems:
+        return problems
+    if position > size:
+        cut = next(ref for ref in refs if ref.offset + ref.nbytes > size)
+        problems.append(
+            f"{file}: truncated: tensor {cut.name} ends at byte {cut.offset + cut.nbytes}, the file has {size} "
+            f"(it should have {position})"
+        )
+    elif position < size:
+        problems.append(f"{file}: {size - position} bytes follow the last tensor; a safetensors file has none")
+    return problems

@@ -1,0 +1,248 @@
+"""From parameters.json to a weights folder: values, errors, and what must not depend on threads or pieces."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from mlcbuild.checkpoints.index import index
+from mlcbuild.checkpoints.table import read_table
+from mlcbuild.errors import CheckpointError, MlcBuildError
+from mlcbuild.models.parameters import Parameter
+from mlcbuild.quantization import floats, group, stream
+from mlcbuild.quantization.dequantize import dequantized
+from mlcbuild.quantization.schemes import quantized_parameters
+from mlcbuild.quantization.tensor_cache_reader import read_index, read_tensors
+from mlcbuild.recipes.types import Quantization, Weights
+from tests.checkpoints.files import write
+
+NK = Weights(bits=4, group_size=32, storage_dtype="uint32", layout="NK", symmetric=True)
+Q4F16 = Quantization("q4f16_1", "q4", "float16", NK, "quantized", "quantized")
+Q4F32 = replace(Q4F16, name="q4f32_1", model_dtype="float32")
+Q0F16 = Quantization("q0f16", "q0", "float16")
+Q0F32 = Quantization("q0f32", "q0", "float32")
+
+
+PARAMETERS = (
+    Parameter("embed.weight", (50, 100), "embedding", ("embed.weight",)),
+    Parameter("qkv_proj.weight", (48, 100), "qkv_proj", ("q.weight", "k.weight", "v.weight")),
+    Parameter("norm.weight", (100,), "final_norm", ("norm.weight",)),
+    Parameter("lm_head.weight", (50, 100), "lm_head", ("lm_head.weight",)),
+)
+SHAPES = {
+    "embed.weight": (50, 100),
+    "q.weight": (24, 100),
+    "k.weight": (12, 100),
+    "v.weight": (12, 100),
+    "norm.weight": (100,),
+    "lm_head.weight": (50, 100),
+}
+
+
+def tensors(dtype: str, seed: int = 0) -> dict[str, npt.NDArray[Any]]:
+    rng = np.random.default_rng(seed)
+    return {
+        name: floats.cast((rng.standard_normal(shape) * 0.02).astype(np.float32), "float32", dtype)
+        for name, shape in SHAPES.items()
+    }
+
+
+def run(folder: Path, dtype: str, quantization: Quantization, **options: Any) -> dict[str, npt.NDArray[Any]]:
+    values = options.pop("values", None) or tensors(dtype)
+    path = write(folder / "model.safetensors", values)
+    document = index(PARAMETERS, read_table({path.name: path}, {path.name: "digest"}))
+    out = folder / "out"
+    out.mkdir(exist_ok=True)
+    stream.quantize(document, {"digest": path}, PARAMETERS, quantization, out, **options)
+    read = dict(read_tensors(out))
+    declared = quantized_parameters(PARAMETERS, quantization)
+    assert [(made.name, made.shape) for made in declared] == [(name, value.shape) for name, value in read.items()]
+    return read
+
+
+def joined(dtype: str) -> dict[str, npt.NDArray[np.float32]]:
+    values = {name: floats.widen(value, dtype) for name, value in tensors(dtype).items()}
+    return {each.name: np.concatenate([values[source] for source in each.sources]) for each in PARAMETERS}
+
+
+@pytest.mark.parametrize("quantization", [Q4F16, Q4F32], ids=lambda q: str(q.name))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_packed_weights(tmp_path: Path, dtype: str, quantization: Quantization) -> None:
+    read = run(tmp_path, dtype, quantization)
+    model_dtype = quantization.model_dtype
+    for name, expected in joined(dtype).items():
+        if name == "norm.weight":
+            assert np.array_equal(read[name], expected.astype(model_dtype))
+            continue
+        prefix = name.removesuffix("weight")
+        packed = group.Packed(read[f"{prefix}q_weight"], read[f"{prefix}q_scale"])
+        decoded = group.decode(packed, 100, NK, model_dtype)
+        assert np.abs(decoded - expected).max() <= 0.51 * packed.scales.astype(np.float32).max()
+        whole = group.encode(expected, "float32", NK, model_dtype)
+        assert np.array_equal(packed.words, whole.words) and np.array_equal(packed.scales, whole.scales)
+
+
+@pytest.mark.parametrize("quantization", [Q0F16, Q0F32], ids=lambda q: str(q.name))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_unquantized_weights(tmp_path: Path, dtype: str, quantization: Quantization) -> None:
+    read = run(tmp_path, dtype, quantization)
+    for name, expected in joined(dtype).items():
+        assert np.array_equal(read[name], expected.astype(quantization.model_dtype))
+
+
+def test_kn_is_the_transpose(tmp_path: Path) -> None:
+    nk = run(tmp_path / "nk", "bfloat16", Q4F16)
+    kn = run(tmp_path / "kn", "bfloat16", replace(Q4F16, weights=replace(NK, layout="KN")))
+    for name, value in nk.items():
+        same = name.startswith(("embed", "norm"))
+        assert np.array_equal(kn[name], value if same else value.T), name
+
+
+@pytest.mark.parametrize("layout", ["NK", "KN"])
+@pytest.mark.parametrize("quantization", [Q4F16, Q4F32, Q0F16], ids=lambda q: str(q.name))
+def test_dequantized_is_near_the_original(tmp_path: Path, quantization: Quantization, layout: Any) -> None:
+    if quantization.weights is not None:
+        quantization = replace(quantization, weights=replace(quantization.weights, layout=layout))
+    run(tmp_path, "bfloat16", quantization)
+    wanted = joined("bfloat16")
+    read = dict(dequantized(tmp_path / "out", PARAMETERS, quantization))
+    assert list(read) == list(wanted)
+    for name, value in wanted.items():
+        bound = 0.51 * np.abs(value).max() / 7 if value.ndim == 2 and quantization.weights else 1e-4
+        assert read[name].dtype == np.float32 and np.abs(read[name] - value).max() <= bound
+        assert np.abs(read[name] - value).mean() <= bound / 2
+
+
+def test_dequantized_refuses_another_models_folder(tmp_path: Path) -> None:
+    run(tmp_path, "bfloat16", Q4F16)
+    with pytest.raises(MlcBuildError, match=r"tensor lm_head\.q_weight \[50, 16\]: q4f16_1 has no such tensor"):
+        list(dequantized(tmp_path / "out", PARAMETERS[:-1], Q4F16))
+    wider = replace(PARAMETERS[0], shape=(51, 100))
+    with pytest.raises(MlcBuildError, match=r"tensor embed\.q_weight \[50, 16\]: expected \[51, 16\]"):
+        list(dequantized(tmp_path / "out", (wider, *PARAMETERS[1:]), Q4F16))
+    more = replace(PARAMETERS[2], name="other.weight")
+    with pytest.raises(MlcBuildError, match=r"tensor other\.weight is missing \(1 in all\)"):
+        list(dequantized(tmp_path / "out", (*PARAMETERS, more), Q4F16))
+
+
+def test_float32_is_stored_short_only_where_nothing_is_lost(tmp_path: Path) -> None:
+    def formats(folder: Path) -> dict[str, str]:
+        shards = read_index(folder / "out")["records"]
+        return {record["name"]: record["format"] for shard in shards for record in shard["records"]}
+
+    run(tmp_path / "bfloat16", "bfloat16", Q0F32)
+    assert set(formats(tmp_path / "bfloat16").values()) == {"f32-to-bf16"}
+    values = tensors("float32")
+    values["norm.weight"][:] = 1.5
+    run(tmp_path / "float32", "float32", Q0F32, values=values)
+    assert formats(tmp_path / "float32") == {each.name: "raw" for each in PARAMETERS} | {"norm.weight": "f32-to-bf16"}
+    run(tmp_path / "packed", "bfloat16", Q4F32)
+    assert formats(tmp_path / "packed")["embed.q_scale"] == "raw"
+
+
+def test_bytes_do_not_depend_on_threads_or_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def digest(folder: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
+
+    run(tmp_path / "one", "bfloat16", Q4F16, threads=1)
+    monkeypatch.setattr(stream, "_PIECE", 700)
+    run(tmp_path / "many", "bfloat16", Q4F16, threads=5)
+    assert digest(tmp_path / "one") == digest(tmp_path / "many")
+
+
+def test_shards_are_split_and_sizes_recorded(tmp_path: Path) -> None:
+    run(tmp_path, "bfloat16", Q4F16, shard_bytes=6000)
+    document = read_index(tmp_path / "out")
+    assert len(document["records"]) > 2
+    assert document["metadata"]["ParamSize"] == 7
+    bits = document["metadata"]["ParamBytes"] * 8 / (50 * 100 * 2 + 48 * 100 + 100)
+    assert document["metadata"]["BitsPerParam"] == bits
+
+
+def test_progress_ends_at_the_total(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    run(tmp_path, "bfloat16", Q4F16, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (29800, 29800)
+    assert seen == sorted(seen)
+
+
+@pytest.mark.parametrize("quantization", [Q4F16, Q0F32], ids=lambda q: str(q.name))
+@pytest.mark.parametrize(
+    ("bad", "word"), [(np.nan, "NaN"), (np.inf, "Inf"), (-np.inf, "-Inf")], ids=["nan", "inf", "-inf"]
+)
+def test_nan_and_inf_name_the_tensor(tmp_path: Path, bad: float, word: str, quantization: Quantization) -> None:
+    values = tensors("float16")
+    values["k.weight"][3, 17] = bad
+    values["k.weight"][9, 1] = bad
+    with pytest.raises(CheckpointError) as error:
+        run(tmp_path, "float16", quantization, values=values)
+    assert str(error.value) == (
+        f"model.safetensors: tensor k.weight (parameter qkv_proj.weight): {word} at [3, 17]; the checkpoint is damaged"
+    )
+    assert not (tmp_path / "out" / "tensor-cache.json").exists()
+
+
+@pytest.mark.parametrize("name", ["norm.weight", "lm_head.weight"])
+def test_overflow_to_float16_names_the_tensor(tmp_path: Path, name: str) -> None:
+    values = tensors("float32")
+    values[name].reshape(-1)[7] = -70000
+    position = "[7]" if name == "norm.weight" else "[0, 7]"
+    with pytest.raises(CheckpointError) as error:
+        run(tmp_path, "float32", Q4F16, values=values)
+    assert str(error.value) == (
+        f"model.safetensors: tensor {name} (parameter {name}): -70000 at {position} is too large for float16; "
+        "use a quantization whose model_dtype is float32"
+    )
+
+
+def test_another_structure_or_a_lost_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.safetensors", tensors("float32"))
+    document = index(PARAMETERS, read_table({path.name: path}, {path.name: "0123"}))
+    with pytest.raises(CheckpointError, match=r"lists other parameters than the structure has; run convert again"):
+        stream.quantize(document, {"0123": path}, PARAMETERS[:-1], Q4F16, tmp_path)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: the checkpoint's file is gone \(sha256 0123\)"):
+        stream.quantize(document, {}, PARAMETERS, Q4F16, tmp_path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="truncated: it is shorter now than when its tensors were indexed"):
+        stream.quantize(document, {"0123": path}, PARAMETERS, Q4F16, tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_memory_stays_near_a_fixed_buffer(tmp_path: Path) -> None:
+    """A matrix of 384 MB (zeros, so that the file takes no disk) is packed within 200 MB of resident memory."""
+    script = """
+import json, re, sys
+from dataclasses import dataclass
+from pathlib import Path
+folder = Path(sys.argv[1])
+header = json.dumps({"w": {"dtype": "BF16", "shape": [48000, 4096], "data_offsets": [0, 48000 * 4096 * 2]}}).encode()
+path = folder / "model.safetensors"
+with path.open("wb") as file:
+    file.write(len(header).to_bytes(8, "little") + header)
+    file.truncate(8 + len(header) + 48000 * 4096 * 2)
+from mlcbuild.checkpoints.index import index
+from mlcbuild.checkpoints.table import read_table
+from mlcbuild.quantization.stream import quantize
+from mlcbuild.recipes.types import Quantization, Weights
+@dataclass(frozen=True)
+class Parameter:
+    name: str = "w.weight"
+    shape: tuple = (48000, 4096)
+    role: str = "o_proj"
+    sources: tuple = ("w",)
+weights = Weights(4, 32, "uint32", "NK", True)
+document = index([Parameter()], read_table({path.name: path}, {path.name: "d"}))
+quantize(document, {"d": path}, [Parameter()], Quantization("q4f16_1", "q4", "float16", weights), folder)
+print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], check=True, capture_output=True, text=True, timeout=120
+    )
+    assert int(result.stdout) < 200_000

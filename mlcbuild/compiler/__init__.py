@@ -1,0 +1,1 @@
+"""A structure, a quantization and a target in; a compiled library out."""

@@ -1,0 +1,101 @@
+"""`_metadata`: what a runtime asks a library before it loads weights, memory usage included."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tvm import DataType, IRModule, ir, relax, tirx
+
+from mlcbuild.models.structure import Structure
+from mlcbuild.models.weights import Declared
+
+
+def describe(structure: Structure, quantization: str, declared: Sequence[Declared]) -> dict[str, Any]:
+    """All of the metadata but `memory_usage`, which is known when memory has been planned."""
+    s = structure
+    return {
+        "model_type": s.model_type,
+        "quantization": quantization,
+        "context_window_size": s.context_window_size,
+        "sliding_window_size": -1,
+        "attention_sink_size": -1,
+        "prefill_chunk_size": s.prefill_chunk_size,
+        "tensor_parallel_shards": s.tensor_parallel_shards,
+        "pipeline_parallel_stages": s.pipeline_parallel_stages,
+        "disaggregation": s.disaggregation,
+        "kv_state_kind": "kv_cache",
+        "max_batch_size": s.max_batch_size,
+        "active_vocab_size": None,  # the weights' own vocabulary
+        "model_task": "chat",
+        "kv_cache": {
+            "num_hidden_layers": s.num_hidden_layers,
+            "num_attention_heads": s.num_attention_heads,
+            "num_key_value_heads": s.num_key_value_heads,
+            "head_dim": s.head_dim,
+        },
+        "params": [
+            {
+                "name": p.name,
+                "shape": ["vocab_size", *p.shape[1:]] if p.open_vocabulary else list(p.shape),
+                "dtype": p.dtype,
+                "preprocs": [],
+                "pipeline_stages": [0],
+            }
+            for p in declared
+        ],
+    }
+
+
+def attach(module: IRModule, metadata: Mapping[str, Any]) -> IRModule:
+    """The module with `_metadata() -> JSON string`, once memory has been planned in it."""
+    complete = {**metadata, "memory_usage": memory_usage(module)}
+    builder = relax.BlockBuilder()
+    with builder.function("_metadata", []):
+        builder.emit_func_output(ir.StringImm(json.dumps(complete)))
+    module["_metadata"] = builder.finalize()["_metadata"]
+    return module
+
+
+def memory_usage(module: IRModule) -> dict[str, int]:
+    """Planned bytes by public function: its own allocations and the largest of those of the functions it calls."""
+    functions = {gv.name_hint: f for gv, f in module.functions_items() if isinstance(f, relax.Function)}
+    own = {name: _allocations(function) for name, function in functions.items()}
+    calls = {name: _callees(function, functions) for name, function in functions.items()}
+
+    def total(name: str) -> int:
+        return own[name] + max((total(callee) for callee in calls[name]), default=0)
+
+    public = sorted(name for name, f in functions.items() if f.attrs is not None and "global_symbol" in f.attrs)
+    return {name: total(name) for name in public}
+
+
+def _allocations(function: relax.Function) -> int:
+    storage, tensor = ir.Op.get("relax.memory.alloc_storage"), ir.Op.get("relax.builtin.alloc_tensor")
+    sizes: list[int] = []
+
+    def visit(expr: Any) -> None:
+        if not isinstance(expr, relax.Call) or expr.op not in (storage, tensor):
+            return
+        shape = expr.args[0]
+        if not all(isinstance(extent, tirx.IntImm) for extent in shape.values):
+            return
+        count = 1
+        for extent in shape.values:
+            count *= int(extent)
+        sizes.append(count if expr.op == storage else count * DataType(str(expr.args[1].value)).itemsize)
+
+    relax.analysis.post_order_visit(function, visit)
+    return sum(sizes)
+
+
+def _callees(function: relax.Function, functions: Mapping[str, relax.Function]) -> set[str]:
+    found: set[str] = set()
+
+    def visit(expr: Any) -> None:
+        if isinstance(expr, relax.Call) and isinstance(expr.op, ir.GlobalVar) and expr.op.name_hint in functions:
+            found.add(expr.op.name_hint)
+
+    relax.analysis.post_order_visit(function, visit)
+    return found

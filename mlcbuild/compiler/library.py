@@ -1,0 +1,58 @@
+"""A lowered module and a target in, a shared library out: what the step `library` does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tvm import IRModule, relax, target, transform
+
+from mlcbuild.compiler.linkers import zig_compile, zig_link
+from mlcbuild.compiler.targets import zig_cpu
+from mlcbuild.errors import MlcBuildError
+from mlcbuild.recipes.types import Linker
+
+_KERNELS = Path(__file__).parent / "cpu" / "kernels"
+_HOSTS = {"x86_64-linux-gnu": "x86_64-linux-gnu.2.28", "aarch64-linux-gnu": "aarch64-linux-gnu.2.28"}
+
+
+def build(
+    module: IRModule, device: Mapping[str, Any], linker: Linker, output: Path, scratch: Path, dump: Path | None = None
+) -> None:
+    """Generate code for `module`, compile the C kernels for the same CPU, and link both into `output`.
+
+    `device` is the resolved TVM target. Raises MlcBuildError with the linker's own message when it fails.
+    """
+    triple = link_target(linker, device)
+    kernels = _compile_kernels(triple, zig_cpu(device), scratch)
+
+    def link(path: str, objects: list[str], options: object = None, **_: object) -> None:
+        zig_link([*map(Path, objects), *kernels], Path(path), triple, linker, scratch)
+
+    # Common subexpressions across TIR leave dangling variables in host code (docs/tvm.md).
+    with target.Target(dict(device)), transform.PassContext(opt_level=3, config={"tirx.disable_cse_tir": True}):
+        executable = relax.build(module, target=target.Target(dict(device)), relax_pipeline=None)
+    if dump is not None:
+        dump.mkdir(parents=True, exist_ok=True)
+        (dump / "library.ll").write_text(executable.mod.imports[0].inspect_source("ll"))
+    executable.export_library(str(output), fcompile=link, workspace_dir=str(scratch))
+
+
+def link_target(linker: Linker, device: Mapping[str, Any]) -> str:
+    """The zig triple to link for; `native` means this machine's system with a glibc old enough to be portable."""
+    if linker.target != "native":
+        return linker.target
+    triple = device.get("mtriple")
+    if triple not in _HOSTS:
+        raise MlcBuildError(f"linker target `native` is not known for {triple}; name a zig triple in the target's file")
+    return _HOSTS[triple]
+
+
+def _compile_kernels(triple: str, cpu: str, scratch: Path) -> list[Path]:
+    objects = []
+    for source in sorted(_KERNELS.glob("*.c")):
+        output = scratch / f"{source.stem}.o"
+        zig_compile(source, output, triple, cpu, scratch / "zig")
+        objects.append(output)
+    return objects

@@ -1,0 +1,77 @@
+"""Structure and quantization in, a scheduled module out: what the step `lower` does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tvm import IRModule, ir, relax, target
+
+from mlcbuild.compiler import pipeline
+from mlcbuild.compiler.contract import auxiliary, logits, metadata
+from mlcbuild.compiler.cpu import kv_cache
+from mlcbuild.compiler.cpu.operations import operations
+from mlcbuild.errors import MlcBuildError
+from mlcbuild.models.decoder import Decoder, emit_decoder, emit_layer
+from mlcbuild.models.entry_points import emit_entry_points
+from mlcbuild.models.parameters import parameters
+from mlcbuild.models.structure import Structure
+from mlcbuild.models.weights import Declared
+from mlcbuild.quantization.schemes import quantized_parameters
+from mlcbuild.recipes.types import Quantization
+
+_MAX_HEAD_DIM = 512  # MAX_HEAD_DIM and MAX_ROTARY in the CPU kernels
+
+
+def lower(
+    structure: Structure,
+    quantization: Quantization,
+    name: str,
+    device: Mapping[str, Any],
+    dump: Path | None = None,
+) -> IRModule:
+    """The library of `structure` in `quantization` (called `name` in its metadata) for a TVM target `device`.
+
+    Raises MlcBuildError for a structure that the device's kernels cannot run.
+    """
+    _check(structure)
+    declared = declare(structure, quantization)
+    dtype = quantization.model_dtype
+    builder = relax.BlockBuilder()
+    with target.Target(dict(device)):
+        ops = operations(builder, quantization.weights, dtype)
+        decoder = Decoder(builder, structure, declared, ops, dtype)
+        emit_entry_points(decoder, emit_decoder(decoder, emit_layer(decoder)))
+        kv_cache.emit_create(builder, structure, dtype)
+        auxiliary.emit(builder, ops, structure.prefill_chunk_size, structure.hidden_size, dtype)
+        for symbol, function in logits.functions().items():
+            builder.add_func(function.with_attr("global_symbol", symbol), symbol)
+        facts = metadata.describe(structure, name, declared)
+        return pipeline.optimise(builder.finalize(), structure, facts, dump)
+
+
+def declare(structure: Structure, quantization: Quantization) -> tuple[Declared, ...]:
+    """The parameters of the library, in the order in which it takes them."""
+    # The vocabulary stays symbolic: its size is in no shape of the module, so that variants share the library.
+    known = {p.name: p for p in parameters(replace(structure, vocab_size=1))}
+    return tuple(
+        Declared(p.name, p.shape, p.dtype, known[p.source].role, known[p.source].layer)
+        for p in quantized_parameters(tuple(known.values()), quantization)
+    )
+
+
+def save(module: IRModule, path: Path) -> None:
+    path.write_text(ir.save_json(module))
+
+
+def load(path: Path) -> IRModule:
+    return ir.load_json(path.read_text())
+
+
+def _check(structure: Structure) -> None:
+    if structure.head_dim > _MAX_HEAD_DIM or structure.head_dim % 2:
+        raise MlcBuildError(
+            f"head_dim is {structure.head_dim}: the CPU kernels take even numbers up to {_MAX_HEAD_DIM}"
+        )

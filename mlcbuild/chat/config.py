@@ -1,0 +1,86 @@
+"""mlc-chat-config.json: what a runtime reads first of a weights folder.
+
+Fields, their order and defaults are those of MLC LLM (python/mlc_llm/interface/gen_config.py and
+protocol/mlc_chat_config.py, July 2026).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mlcbuild.chat.conversation import Conversation
+from mlcbuild.chat.tokenizer_info import tokenizer_info, vocabulary
+
+VERSION = "0.1.0"
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "tokenizer_config.json",
+)
+
+# What applies where neither generation_config.json nor config.json says it.
+_SAMPLING = {
+    "temperature": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "top_p": 1.0,
+}
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def chat_config(
+    model_type: str,
+    quantization: str,
+    model_config: Mapping[str, Any],
+    conversation: Conversation,
+    tokenizer: Mapping[str, Any] | None,
+    tokenizer_files: Sequence[str],
+    checkpoint_configs: Sequence[Mapping[str, Any]] = (),
+    model_task: str = "chat",
+) -> dict[str, Any]:
+    """The content of mlc-chat-config.json.
+
+    `model_config` is the architecture's own part (CONTRACT: hidden_size ... disaggregation); `tokenizer` is the content
+    of tokenizer.json; `checkpoint_configs` are generation_config.json and config.json, in the order in which the
+    first to give a sampling default or a special token's id wins.
+    """
+    vocab_size = model_config["vocab_size"]
+    return {
+        "version": VERSION,
+        "model_type": model_type,
+        "quantization": quantization,
+        "model_config": dict(model_config),
+        "vocab_size": vocab_size,
+        "context_window_size": model_config.get("context_window_size", -1),
+        "sliding_window_size": model_config.get("sliding_window_size", -1),
+        "prefill_chunk_size": model_config["prefill_chunk_size"],
+        "attention_sink_size": model_config.get("attention_sink_size", -1),
+        "tensor_parallel_shards": model_config.get("tensor_parallel_shards", 1),
+        "pipeline_parallel_stages": model_config.get("pipeline_parallel_stages", 1),
+        # Rows of the embedding behind the tokenizer's last token are padding that must never be sampled.
+        "active_vocab_size": vocab_size if tokenizer is None else len(vocabulary(tokenizer)),
+        **_first(_SAMPLING, checkpoint_configs),
+        "tokenizer_files": [name for name in TOKENIZER_FILES if name in tokenizer_files],
+        "tokenizer_info": tokenizer_info(tokenizer),
+        "conv_template": conversation.to_json(),
+        **_first(_TOKENS, checkpoint_configs),
+        "model_task": model_task,
+        "embedding_metadata": None,
+    }
+
+
+def to_text(config: Mapping[str, Any]) -> str:
+    """The file's text: the same for the same content."""
+    return json.dumps(config, indent=2) + "\n"
+
+
+def _first(defaults: Mapping[str, Any], configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Each key's first value in `configs` that is not null, or its default."""
+    given = {key: [config[key] for config in configs if config.get(key) is not None] for key in defaults}
+    return {key: given[key][0] if given[key] else default for key, default in defaults.items()}

@@ -1,0 +1,208 @@
+"""A loaded package: logits of token ids, text from a prompt, replies in a conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlcbuild.chat import conversation as chat
+from mlcbuild.errors import MlcBuildError
+from mlcbuild.runtime import package, sampling, threads, weights
+from mlcbuild.runtime.library import Library, Network, match
+from mlcbuild.runtime.session import Logits, Session
+from mlcbuild.runtime.text import TextStream
+from mlcbuild.runtime.tokenizer import Tokenizer, load_tokenizer
+
+Messages = Sequence[Mapping[str, str]]
+
+
+class Model:
+    """A network with its tokenizer and mlc-chat-config.json. Not for use by several threads at once."""
+
+    def __init__(self, network: Network, config: Mapping[str, Any], tokenizer_folder: Path | None = None) -> None:
+        self.network = network
+        self.config = config
+        self.vocab_size = network.vocab_size
+        self._tokenizer_folder = tokenizer_folder
+        self._tokenizer: Tokenizer | None = None
+        self._conversation: chat.Conversation | None = None
+        self._last: Session | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The folder's tokenizer, read when first needed. Raises MlcBuildError where there is none."""
+        if self._tokenizer is None:
+            if self._tokenizer_folder is None:
+                raise MlcBuildError("this model was loaded without a weights folder, so it has no tokenizer")
+            self._tokenizer = load_tokenizer(self._tokenizer_folder)
+        return self._tokenizer
+
+    @property
+    def conversation(self) -> chat.Conversation:
+        """The package's conversation template. Raises MlcBuildError where mlc-chat-config.json names none."""
+        if self._conversation is None:
+            template = self.config.get("conv_template")
+            if not isinstance(template, Mapping):
+                raise MlcBuildError(f"{package.CONFIG_NAME} has no `conv_template`: this package cannot chat")
+            self._conversation = chat.from_data(template.get("name") or "", template)
+        return self._conversation
+
+    @property
+    def context_window_size(self) -> int:
+        """The most tokens of one sequence; -1 where a sliding window leaves it open."""
+        return self.network.library.metadata.context_window_size
+
+    def session(self, max_sequences: int = 1, length: int | None = None) -> Session:
+        """A fresh KV cache, for those who drive prefill and decode themselves."""
+        return Session(self.network, max_sequences, length)
+
+    def logits(self, ids: Sequence[int]) -> Logits:
+        """float32 [len(ids), vocab_size]: at each position, the scores of what follows it."""
+        pieces = list(self.logits_in_pieces(ids))
+        return np.concatenate(pieces) if pieces else np.zeros((0, self.vocab_size), np.float32)
+
+    def logits_in_pieces(self, ids: Sequence[int]) -> Iterator[Logits]:
+        """The rows of `logits`, some at a time: a long text times a large vocabulary need not fit into memory."""
+        with self._empty_session(len(ids)) as session:
+            yield from session.all_logits(session.add(), ids)
+
+    def generate(self, prompt: str | Sequence[int], **options: Any) -> str:
+        """The text that the model writes after `prompt`; options as in `stream`."""
+        return "".join(self.stream(prompt, **options))
+
+    def chat(self, messages: str | Messages, **options: Any) -> str:
+        """The assistant's reply to a user's message, or to a conversation; options as in `stream`."""
+        return self.generate(self.chat_prompt(messages), **options)
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Iterator[str]:
+        """Pieces of text after `prompt` (text, or token ids), as they are written.
+
+        It ends at one of the model's stop tokens or stop strings, at a string in `stop`, after `max_tokens` tokens, or
+        where the context is full. Temperature 0 always takes the likeliest token; above it, `seed` makes the same draws
+        again. Raises MlcBuildError for a prompt that does not fit into the context, and for a setting out of range.
+        """
+        sampling.check(temperature, top_p)
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        text = TextStream(self.tokenizer.decode, (*self._stop_strings(), *stop))
+        stop_ids = self._stop_ids()
+        random = np.random.default_rng(seed)
+        for token in self._tokens(self._beginning(ids), max_tokens, temperature, top_p, random):
+            if token in stop_ids:
+                break
+            piece = text.add(token)
+            if piece:
+                yield piece
+            if text.stopped:
+                return
+        rest = text.finish()
+        if rest:
+            yield rest
+
+    def chat_prompt(self, messages: str | Messages) -> list[int]:
+        """Token ids of a conversation up to where the assistant is to write."""
+        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        prompt = chat.render(self.conversation, turns)
+        return [*prompt.prefix_token_ids, *self.tokenizer.encode(prompt.text, add_special_tokens=False)]
+
+    def _tokens(
+        self, ids: list[int], max_tokens: int, temperature: float, top_p: float, random: np.random.Generator
+    ) -> Iterator[int]:
+        room = max_tokens if self.context_window_size < 0 else min(max_tokens, self.context_window_size - len(ids))
+        with self._empty_session(len(ids) + max(room, 0)) as session:
+            if room <= 0:
+                return
+            sequence = session.add()
+            logits = session.prefill(sequence, ids)
+            for left in range(room, 0, -1):
+                token = sampling.sample(logits[: self._active_vocab_size()], temperature, top_p, random)
+                yield token
+                if left > 1:
+                    logits = session.decode(sequence, token)
+
+    @contextmanager
+    def _empty_session(self, length: int) -> Iterator[Session]:
+        """A session for one sequence of `length` tokens: the last one, if it is long enough and nobody uses it."""
+        limit = self.context_window_size
+        if 0 < limit < length:
+            raise MlcBuildError(
+                f"{length} tokens do not fit into this library's context of {limit} (override context_window_size)"
+            )
+        session, self._last = self._last, None
+        if session is None or 0 < session.limit < length:
+            # Twice as long as asked, so that a text that grows does not make a new cache each time.
+            session = Session(self.network, 1, min(2 * length, limit) if limit > 0 else None)
+        try:
+            yield session
+        finally:
+            for sequence in list(session.lengths):
+                session.remove(sequence)
+            self._last = session
+
+    def _beginning(self, ids: list[int]) -> list[int]:
+        """A model says nothing after nothing: an empty prompt is the beginning of a text."""
+        if ids:
+            return ids
+        bos = self.config.get("bos_token_id")
+        if not isinstance(bos, int):
+            raise MlcBuildError("the prompt is empty, and this model has no bos_token_id to begin with")
+        return [bos]
+
+    def _active_vocab_size(self) -> int:
+        active = self.config.get("active_vocab_size")
+        return active if isinstance(active, int) and 0 < active < self.vocab_size else self.vocab_size
+
+    def _template_stops(self, key: str) -> Sequence[Any]:
+        template = self.config.get("conv_template")
+        return (template.get(key) or ()) if isinstance(template, Mapping) else ()
+
+    def _stop_ids(self) -> set[int]:
+        """The template's stop tokens, its stop strings that are tokens, and the checkpoint's end-of-text tokens."""
+        eos = self.config.get("eos_token_id")
+        ids = {*self._template_stops("stop_token_ids"), *(eos if isinstance(eos, list) else [eos])}
+        ids |= {self.tokenizer.token_to_id(text) for text in self._template_stops("stop_str")}
+        return {i for i in ids if i is not None}
+
+    def _stop_strings(self) -> list[str]:
+        return [text for text in self._template_stops("stop_str") if self.tokenizer.token_to_id(text) is None]
+
+
+def load(folder: Path | str, library: Path | str | None = None, threads: int | None = None) -> Model:
+    """A package (`dist/<recipe>`), or any weights folder with a library of the same structure, ready to run.
+
+    `threads` defaults to TVM_NUM_THREADS, or the physical cores that this process may use. Raises MlcBuildError where
+    files are missing, and where the weights are not the ones that the library was compiled for.
+    """
+    files = package.find(Path(folder), None if library is None else Path(library))
+    return Model(load_network(files, threads), files.config, files.weights)
+
+
+def load_network(files: package.PackageFiles, thread_count: int | None = None) -> Network:
+    """The library of a package with its weights mapped, after checking that they fit."""
+    import tvm_ffi
+
+    count = threads.configure(threads.choose(thread_count))
+    opened = Library(files.library)
+    wanted = opened.metadata.parameters
+    records = weights.read_index(files.weights)
+    sizes = match(wanted, records, files.library, files.weights)
+    by_name = {record.name: record for record in records}
+    tensors = list(weights.load([by_name[parameter.name] for parameter in wanted]))
+    vocab_size = sizes.get("vocab_size", files.config.get("vocab_size"))
+    if not isinstance(vocab_size, int):
+        raise MlcBuildError(
+            f"{files.library}: neither its parameters nor {package.CONFIG_NAME} tell the vocabulary's size"
+        )
+    return Network(opened, tvm_ffi.convert(tensors), vocab_size, count)

@@ -1,0 +1,127 @@
+"""Text to token ids and back, from the tokenizer files of a weights folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from mlcbuild.errors import MlcBuildError
+
+
+class Tokenizer(Protocol):
+    """What the runtime asks of a tokenizer, whatever its file format."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids; `add_special_tokens` lets the tokenizer put its own before and after, as for a fresh text."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens left out."""
+        ...
+
+    def tokens(self) -> dict[str, int]:
+        """Every token with its id, added and special ones included."""
+        ...
+
+    def token_to_id(self, token: str) -> int | None: ...
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """tokenizer.json, or else tokenizer.model. Raises MlcBuildError where a folder has neither, or a broken one."""
+    if (folder / "tokenizer.json").is_file():
+        return JsonTokenizer(folder / "tokenizer.json")
+    if (folder / "tokenizer.model").is_file():
+        return SentencePieceTokenizer(folder / "tokenizer.model")
+    raise MlcBuildError(f"{folder}: no tokenizer.json or tokenizer.model, so only token ids can go in and out")
+
+
+class JsonTokenizer:
+    """tokenizer.json, read by Hugging Face's tokenizers."""
+
+    def __init__(self, path: Path) -> None:
+        from tokenizers import Tokenizer as HuggingFaceTokenizer
+
+        try:
+            self._tokenizer = HuggingFaceTokenizer.from_file(str(path))
+        except Exception as error:  # the binding raises plain Exception
+            raise MlcBuildError(f"{path}: not a tokenizer file ({error})") from error
+        # A file may ask for truncation or padding, which a training run left in it.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def tokens(self) -> dict[str, int]:
+        found: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        return found
+
+    def token_to_id(self, token: str) -> int | None:
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
+
+
+class SentencePieceTokenizer:
+    """tokenizer.model of the Llama 1 and 2 era, with `added_tokens.json` and the flags of `tokenizer_config.json`."""
+
+    def __init__(self, path: Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            self._model = SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise MlcBuildError(f"{path}: not a SentencePiece model ({error})") from error
+        config = _read_json(path.with_name("tokenizer_config.json"))
+        self._bos = self._model.bos_id() if config.get("add_bos_token", True) else -1
+        self._eos = self._model.eos_id() if config.get("add_eos_token", False) else -1
+        self._added: dict[str, int] = _read_json(path.with_name("added_tokens.json"))
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        ids: list[int] = []
+        for piece in self._split(text):
+            ids += [self._added[piece]] if piece in self._added else self._model.encode(piece)
+        if not add_special_tokens:
+            return ids
+        return [self._bos] * (self._bos >= 0) + ids + [self._eos] * (self._eos >= 0)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._model.decode([i for i in ids if i < self._model.vocab_size()])
+        return text
+
+    def tokens(self) -> dict[str, int]:
+        pieces = {self._model.id_to_piece(i): i for i in range(self._model.vocab_size())}
+        return {**pieces, **self._added}
+
+    def token_to_id(self, token: str) -> int | None:
+        return self.tokens().get(token)
+
+    def _split(self, text: str) -> list[str]:
+        """The text cut at added tokens, which stand for themselves."""
+        pieces = [text]
+        for token in sorted(self._added, key=len, reverse=True):
+            pieces = [
+                part for piece in pieces for part in (_around(piece, token) if piece not in self._added else [piece])
+            ]
+        return [piece for piece in pieces if piece]
+
+
+def _around(text: str, token: str) -> list[str]:
+    parts = text.split(token)
+    return [part for i, piece in enumerate(parts) for part in ((token, piece) if i else (piece,))]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MlcBuildError(f"{path}: not JSON ({error})") from error
+    return data if isinstance(data, dict) else {}

@@ -1,0 +1,153 @@
+"""The step package: the files of a package, and mlc-chat-config.json field by field."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlcbuild.chat.config import chat_config
+from mlcbuild.chat.conversation import from_data
+from mlcbuild.errors import MlcBuildError
+from mlcbuild.steps import package
+from mlcbuild.steps.job import Job, local_job
+
+MODEL_CONFIG = {
+    "hidden_size": 64,
+    "vocab_size": 320,
+    "context_window_size": 512,
+    "prefill_chunk_size": 256,
+    "tensor_parallel_shards": 1,
+}
+TEMPLATE = {"name": "chatml", "roles": {"user": "U", "assistant": "A"}, "seps": ["\n"]}
+TOKENIZER = {
+    "model": {"vocab": {"a": 0, "b": 1}},
+    "added_tokens": [{"id": 2, "content": "<end>"}],
+    "decoder": {"type": "ByteLevel"},
+}
+FIELDS = {
+    "model": "tiny",
+    "quantization": "q4f16_1",
+    "target": "cpu",
+    "template": TEMPLATE,
+    "model_type": "llama",
+    "model_config": MODEL_CONFIG,
+}
+
+
+def job(folder: Path, checkpoint: dict[str, Any]) -> Job:
+    files = {
+        "quantize": {"params_shard_0.bin": "weights", "tensor-cache.json": "{}"},
+        "library": {"model.so": "library"},
+        "checkpoint": {name: json.dumps(content) for name, content in checkpoint.items()},
+    }
+    for name, contents in files.items():
+        (folder / name).mkdir()
+        for file, text in contents.items():
+            (folder / name / file).write_text(text)
+    return local_job({name: folder / name for name in files}, FIELDS, folder / "job")
+
+
+def written(folder: Path, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    made = job(folder, checkpoint)
+    package.run(made)
+    config: dict[str, Any] = json.loads((made.output / "tiny-q4f16_1-MLC" / "mlc-chat-config.json").read_text())
+    return config
+
+
+def test_the_files_of_a_package(tmp_path: Path) -> None:
+    checkpoint = {"tokenizer.json": TOKENIZER, "config.json": {}, "tokenizer_config.json": {}, "merges.txt": ""}
+    made = job(tmp_path, checkpoint)
+    package.run(made)
+    weights = made.output / "tiny-q4f16_1-MLC"
+    assert sorted(path.name for path in weights.iterdir()) == [
+        "merges.txt",
+        "mlc-chat-config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    reused = {name: entry.path.name for name, entry in made.reused.items()}
+    assert reused == {
+        "tiny-q4f16_1-MLC/params_shard_0.bin": "params_shard_0.bin",
+        "tiny-q4f16_1-MLC/tensor-cache.json": "tensor-cache.json",
+        "tiny-q4f16_1-MLC/ndarray-cache.json": "tensor-cache.json",
+        "tiny-q4f16_1-cpu.so": "model.so",
+    }
+    config = json.loads((weights / "mlc-chat-config.json").read_text())
+    assert config["tokenizer_files"] == ["tokenizer.json", "merges.txt", "tokenizer_config.json"]
+
+
+def test_every_field_in_mlcs_order(tmp_path: Path) -> None:
+    config = written(tmp_path, {"tokenizer.json": TOKENIZER})
+    assert list(config) == [
+        *("version", "model_type", "quantization", "model_config", "vocab_size", "context_window_size"),
+        *("sliding_window_size", "prefill_chunk_size", "attention_sink_size", "tensor_parallel_shards"),
+        *("pipeline_parallel_stages", "active_vocab_size", "temperature", "presence_penalty", "frequency_penalty"),
+        *("repetition_penalty", "top_p", "tokenizer_files", "tokenizer_info", "conv_template", "pad_token_id"),
+        *("bos_token_id", "eos_token_id", "model_task", "embedding_metadata"),
+    ]
+    assert config["model_config"] == MODEL_CONFIG
+    expected = {
+        "version": "0.1.0",
+        "vocab_size": 320,
+        "active_vocab_size": 3,
+        "context_window_size": 512,
+        "sliding_window_size": -1,
+        "attention_sink_size": -1,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "model_task": "chat",
+        "embedding_metadata": None,
+    }
+    assert {key: config[key] for key in expected} == expected
+
+
+def test_the_checkpoints_own_sampling_defaults(tmp_path: Path) -> None:
+    """generation_config.json first, config.json after it; null says nothing."""
+    config = written(
+        tmp_path,
+        {
+            "tokenizer.json": TOKENIZER,
+            "generation_config.json": {"temperature": 0.6, "top_p": None, "eos_token_id": [5, 6], "top_k": 20},
+            "config.json": {"temperature": 0.1, "top_p": 0.9, "bos_token_id": 4, "pad_token_id": None},
+        },
+    )
+    expected = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": [5, 6], "bos_token_id": 4, "pad_token_id": 0}
+    assert {key: config[key] for key in expected} == expected
+    assert "top_k" not in config
+
+
+def test_a_checkpoint_with_tokenizer_model_only(tmp_path: Path) -> None:
+    config = written(tmp_path, {"tokenizer.model": ""})
+    assert config["tokenizer_files"] == ["tokenizer.model"]
+    assert config["active_vocab_size"] == 320
+    assert config["tokenizer_info"]["token_postproc_method"] == "byte_fallback"
+
+
+def test_a_checkpoint_without_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(MlcBuildError, match=r"tiny: the checkpoint has neither tokenizer.json nor tokenizer.model"):
+        package.run(job(tmp_path, {"config.json": {}}))
+
+
+def test_a_checkpoint_whose_config_is_a_list(tmp_path: Path) -> None:
+    with pytest.raises(MlcBuildError, match=r"generation_config.json: expected a JSON object, found \[1\]"):
+        package.run(job(tmp_path, {"tokenizer.json": TOKENIZER, "generation_config.json": [1]}))
+
+
+def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
+    texts = set()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        made = job(tmp_path / name, {"tokenizer.json": TOKENIZER})
+        package.run(made)
+        texts.add((made.output / "tiny-q4f16_1-MLC" / "mlc-chat-config.json").read_bytes())
+    assert len(texts) == 1
+
+
+def test_config_needs_no_files() -> None:
+    config = chat_config("llama", "q0f32", MODEL_CONFIG, from_data("x", TEMPLATE), TOKENIZER, ["tokenizer.json"])
+    assert config["conv_template"]["name"] == "x"

@@ -1,0 +1,149 @@
+"""Quality figures against torch's own divergence and cross entropy, and the verdict on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from mlcbuild.errors import MlcBuildError
+from mlcbuild.runtime import evaluate, quality
+from mlcbuild.runtime.tokenizer import JsonTokenizer
+
+VOCAB = 50
+TEXTS = [list(range(20)), [3, 1, 4, 1, 5, 9, 2, 6], [7, 8]]
+Logits = npt.NDArray[np.float32]
+
+
+def model(seed: int, noise: float, piece: int) -> Callable[[Sequence[int]], Iterator[Logits]]:
+    """A function of ids to random logits, in pieces; `noise` is the distance from the model of noise 0."""
+    table = np.random.default_rng(0).normal(0, 3, (VOCAB, VOCAB))
+    table += noise * np.random.default_rng(seed).normal(size=table.shape)
+
+    def logits(ids: Sequence[int]) -> Iterator[Logits]:
+        for start in range(0, len(ids), piece):
+            yield table[list(ids[start : start + piece])].astype(np.float32)
+
+    return logits
+
+
+def torch_figures(q_of: Any, p_of: Any) -> dict[str, float]:
+    import torch
+    from torch.nn import functional
+
+    rows = [(np.concatenate(list(q_of(ids)))[:-1], np.concatenate(list(p_of(ids)))[:-1], ids[1:]) for ids in TEXTS]
+    q, p = (torch.tensor(np.concatenate([row[i] for row in rows]), dtype=torch.float64) for i in (0, 1))
+    target = torch.tensor([token for row in rows for token in row[2]])
+    return {
+        "kl": functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="batchmean", log_target=True).item(),
+        "top1_agreement": (q.argmax(-1) == p.argmax(-1)).double().mean().item(),
+        "perplexity": functional.cross_entropy(q, target).exp().item(),
+        "reference_perplexity": functional.cross_entropy(p, target).exp().item(),
+        "tokens": len(target),
+    }
+
+
+@pytest.mark.parametrize("pieces", [(100, 100), (3, 5), (1, 100)])
+def test_figures_are_torchs(pieces: tuple[int, int]) -> None:
+    """However both models cut their rows into pieces."""
+    q, p = model(1, 0.5, pieces[0]), model(1, 0, pieces[1])
+    ours = evaluate.compare(q, p, TEXTS)
+    theirs = torch_figures(q, p)
+    assert theirs["kl"] > 0.05 and theirs["tokens"] == 27
+    assert {name: getattr(ours, name) for name in theirs} == pytest.approx(theirs, rel=1e-10)
+
+
+def test_a_model_is_no_distance_from_itself() -> None:
+    same = evaluate.rounded(evaluate.compare(model(1, 0.5, 4), model(1, 0.5, 7), TEXTS))
+    assert (same["kl"], same["top1_agreement"], same["perplexity_increase"]) == (0, 1, 0)
+    assert math.copysign(1, same["kl"]) == 1
+
+
+def test_large_logits_do_not_overflow() -> None:
+    def huge(ids: Sequence[int]) -> Iterator[Logits]:
+        yield np.eye(VOCAB, dtype=np.float32)[list(ids)] * 3e4
+
+    comparison = evaluate.compare(huge, huge, TEXTS)
+    assert comparison.kl == 0 and math.isfinite(comparison.perplexity)
+
+
+@pytest.mark.parametrize(("value", "whose"), [(math.nan, "package"), (math.inf, "package"), (-math.inf, "reference")])
+def test_logits_that_are_not_finite(value: float, whose: str) -> None:
+    def broken(ids: Sequence[int]) -> Iterator[Logits]:
+        for i, piece in enumerate(model(1, 0, 4)(ids)):
+            piece[1, 7] = value if i == 1 else 0
+            yield piece
+
+    good = model(1, 0, 100)
+    ours, theirs = (broken, good) if whose == "package" else (good, broken)
+    with pytest.raises(MlcBuildError, match=f"the {whose}'s logits are NaN or Inf: window 0 of .* text, position 5"):
+        evaluate.compare(ours, theirs, TEXTS)
+
+
+def test_a_text_with_nothing_to_predict() -> None:
+    with pytest.raises(MlcBuildError, match="no document of two tokens or more"):
+        evaluate.compare(model(1, 0, 4), model(1, 0, 4), list(evaluate.windows([[1], []], 8)))
+
+
+def test_rounded_figures_do_not_show_another_cpus_noise() -> None:
+    """Logits that differ by 1e-6, as two CPUs' float32 kernels do, give the same file."""
+    p = model(1, 0, 100)
+    figures = evaluate.rounded(evaluate.compare(model(1, 0.5, 100), p, TEXTS))
+    for seed in range(20):
+        noise = np.random.default_rng(seed).normal(0, 1e-6, (VOCAB, VOCAB)).astype(np.float32)
+
+        def noisy(ids: Sequence[int], noise: Logits = noise) -> Iterator[Logits]:
+            for piece in model(1, 0.5, 100)(ids):
+                yield piece + noise[list(ids)]
+
+        assert evaluate.rounded(evaluate.compare(noisy, p, TEXTS)) == figures
+
+
+def test_how_figures_are_rounded() -> None:
+    comparison = evaluate.Comparison(0.051749, 0.87654, 12.3456, 11.9876, 1000)
+    assert evaluate.rounded(comparison) == {
+        "kl": 0.052,
+        "top1_agreement": 0.88,
+        "perplexity": 12.3,
+        "reference_perplexity": 12.0,
+        "perplexity_increase": 0.03,
+        "tokens": 1000,
+    }
+    tiny = evaluate.rounded(evaluate.Comparison(0.0000123, 0.9999, 12.0, 12.0001, 10))
+    assert (tiny["kl"], tiny["top1_agreement"], tiny["perplexity_increase"]) == (0, 1, 0)
+
+
+def test_documents_stand_between_separators_where_these_are_tokens(tmp_path: Any, tokenizer: Any) -> None:
+    """A model that was trained on documents behind `<|endoftext|>` has never seen one without."""
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    found = list(
+        evaluate.documents("The sea<|endoftext|>\nwas green<|endoftext|>\n", JsonTokenizer(tmp_path / "tokenizer.json"))
+    )
+    assert found == [[0, *tokenizer.encode(text).ids, 0] for text in ("The sea", "was green")]
+
+
+def test_long_documents_are_cut_into_windows() -> None:
+    assert list(evaluate.windows([[1, 2, 3, 4, 5], [6, 7]], 2)) == [[1, 2], [3, 4], [6, 7]]
+
+
+FIGURES = {"kl": 0.06, "perplexity_increase": 0.04}
+
+
+def test_classes_have_their_own_bounds() -> None:
+    verdicts = {kind: quality.judge(FIGURES, quality.bounds(kind, "float16"))[0] for kind in ("q0", "q8", "q4", "q3")}
+    assert verdicts == {"q0": "failed", "q8": "failed", "q4": "warned", "q3": "passed"}
+    assert quality.bounds("q0", "float32").fail_kl < quality.bounds("q0", "float16").fail_kl
+
+
+def test_a_models_own_bounds() -> None:
+    assert quality.judge(FIGURES, quality.bounds("q4", "float16", kl=0.06))[0] == "passed"
+    status, problems = quality.judge(FIGURES, quality.bounds("q4", "float16", kl=0.05, perplexity_increase=0.02))
+    assert status == "failed"
+    assert problems == [
+        "KL divergence 0.06 nats per token is above 0.05",
+        "perplexity rises by 4.0%, more than 2.0%",
+    ]

@@ -1,0 +1,148 @@
+"""The step verify: what quality.json says, what stops a package, and what is only recorded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlcbuild.errors import MlcBuildError
+from mlcbuild.steps import verify
+from mlcbuild.steps.job import Job, local_job
+from tests.runtime import tiny_llama
+from tests.runtime.conftest import TEXT
+
+FIELDS = {"class": "q4", "model_dtype": "float32", "kl": None, "perplexity_increase": None, "gate": "fail"}
+
+
+class Case:
+    """A package with weights that differ from the checkpoint's by some noise, and everything verify needs."""
+
+    def __init__(self, folder: Path, package: Path, library: Path, reference: Any) -> None:
+        self.folder = folder
+        self.parameters = tiny_llama.mlc_parameters(reference)
+        self.inputs = {name: folder / name for name in ("package", "convert", "reference", "text")}
+        shutil.copytree(package, self.inputs["package"])
+        for name in ("convert", "reference", "text"):
+            self.inputs[name].mkdir()
+        shutil.copy(library, self.inputs["reference"] / "model.so")
+        (self.inputs["text"] / "text").write_text(f"{TEXT}\n<|endoftext|>\n{TEXT[:60]}")
+        data, parameters = bytearray(), []
+        for name, array in self.parameters.items():
+            part = {
+                "offset": len(data),
+                "nbytes": array.nbytes,
+                "shape": list(array.shape),
+                "file": "model.safetensors",
+            }
+            parameters.append({"name": name, "shape": list(array.shape), "dtype": "float32", "parts": [part]})
+            data += array.tobytes()
+        (self.inputs["convert"] / "model.safetensors").write_bytes(data)
+        digest = local_job({"convert": self.inputs["convert"]}, {}, folder / "d").inputs["convert"]
+        for parameter in parameters:
+            parameter["parts"][0]["blob"] = digest.files["model.safetensors"].digest
+        index = {"version": 1, "parameters": parameters}
+        (self.inputs["convert"] / "parameters.json").write_text(json.dumps(index))
+
+    @property
+    def weights(self) -> Path:
+        return self.inputs["package"] / "tiny-q0f32-MLC"
+
+    def disturb(self, noise: float) -> None:
+        draw = np.random.default_rng(0)
+        noisy = {
+            name: array * (1 + noise * draw.normal(size=array.shape).astype(np.float32))
+            for name, array in self.parameters.items()
+        }
+        tiny_llama.write_weights(self.weights, noisy)
+
+    def run(self, name: str, **fields: Any) -> dict[str, Any]:
+        job: Job = local_job(self.inputs, {**FIELDS, **fields}, self.folder / name)
+        verify.run(job)
+        found: dict[str, Any] = json.loads((job.output / "quality.json").read_text())
+        return found
+
+
+@pytest.fixture
+def case(tmp_path: Path, tiny_package: Path, tiny_library: Path, reference: Any) -> Case:
+    return Case(tmp_path, tiny_package, tiny_library, reference)
+
+
+def test_a_package_equal_to_its_checkpoint(case: Case) -> None:
+    quality = case.run("job", **{"class": "q0"})
+    assert quality == {
+        "status": "passed",
+        "gate": "fail",
+        "kl": 0.0,
+        "top1_agreement": 1.0,
+        "perplexity": quality["reference_perplexity"],
+        "reference_perplexity": quality["reference_perplexity"],
+        "perplexity_increase": 0.0,
+        "tokens": quality["tokens"],
+        "thresholds": {"warn_kl": 0.0001, "fail_kl": 0.0002, "fail_perplexity_increase": 0.001},
+        "problems": [],
+        "library_executed": True,
+        "static_checks": [],
+    }
+    assert quality["tokens"] > 50 and quality["perplexity"] > 100
+
+
+def test_a_miss_fails_with_the_figures(case: Case) -> None:
+    case.disturb(0.5)
+    with pytest.raises(MlcBuildError) as error:
+        case.run("job")
+    text = str(error.value)
+    assert text.startswith("tiny-q0f32 does not pass verification: KL divergence ")
+    assert "nats per token is above 0.12" in text
+    assert "`verify: {gate: report}` to record a miss only" in text
+    assert not (case.folder / "job" / "output" / "quality.json").exists()
+
+
+def test_a_miss_that_is_only_recorded(case: Case) -> None:
+    case.disturb(0.5)
+    quality = case.run("job", gate="report")
+    assert (quality["status"], quality["gate"]) == ("failed", "report")
+    assert quality["kl"] > 0.12 and quality["problems"]
+
+
+def test_a_models_own_bounds(case: Case) -> None:
+    case.disturb(0.5)
+    quality = case.run("job", kl=50.0, perplexity_increase=1000.0)
+    assert quality["status"] == "passed"
+    assert quality["thresholds"] == {"warn_kl": 50.0, "fail_kl": 50.0, "fail_perplexity_increase": 1000.0}
+
+
+def test_the_same_package_gives_the_same_file(case: Case) -> None:
+    case.disturb(0.05)
+    assert case.run("one", gate="report") == case.run("two", gate="report")
+
+
+def test_nan_is_never_only_recorded(case: Case) -> None:
+    case.parameters["model.norm.weight"][3] = np.nan
+    case.disturb(0)
+    with pytest.raises(MlcBuildError, match="the package's logits are NaN or Inf: window 0"):
+        case.run("job", gate="report")
+
+
+def test_a_template_that_stops_at_unknown_tokens(case: Case) -> None:
+    path = case.weights / "mlc-chat-config.json"
+    config = json.loads(path.read_text())
+    config["conv_template"] |= {"stop_token_ids": [2, 32000], "stop_str": ["<|eot_id|>", "User:"]}
+    path.write_text(json.dumps(config))
+    with pytest.raises(MlcBuildError) as error:
+        case.run("job")
+    assert "template chatml: stop token id 32000 is not in the tokenizer (300 tokens)" in str(error.value)
+    assert "stop token `<|eot_id|>` is unknown to the tokenizer" in str(error.value)
+    assert "User:" not in str(error.value)
+
+
+def test_a_library_for_another_machine(case: Case) -> None:
+    """Its weights run through the CPU library of the same structure; of itself, only what its bytes say is checked."""
+    case.inputs["cpu_library"] = case.inputs["reference"]
+    quality = case.run("job")
+    assert quality["library_executed"] is False
+    assert quality["static_checks"][0] == "file format: ELF x86-64"

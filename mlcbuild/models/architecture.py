@@ -28,7 +28,9 @@ _INTEGERS = (
 )
 
 
-def choose(architectures: Mapping[str, Architecture], config: Mapping[str, Any], wanted: str | None = None) -> Architecture:
+def choose(
+    architectures: Mapping[str, Architecture], config: Mapping[str, Any], wanted: str | None = None
+) -> Architecture:
     """The architecture named `wanted`, or the one whose `match` fits config.json's `model_type`.
 
     Raises MlcBuildError when none fits, naming the nearest.
@@ -37,7 +39,9 @@ def choose(architectures: Mapping[str, Architecture], config: Mapping[str, Any],
         return architectures[wanted]
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
-        raise MlcBuildError("config.json has no `model_type`: add it, or name the `architecture` in the model's YAML file")
+        raise MlcBuildError(
+            "config.json has no `model_type`: add it, or name the `architecture` in the model's YAML file"
+        )
     for architecture in architectures.values():
         if model_type in architecture.match.get("model_type", ()):
             return architecture

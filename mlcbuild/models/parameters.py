@@ -67,7 +67,7 @@ def ignored(structure: Structure) -> tuple[str, ...]:
 
 
 def _ordered(structure: Structure) -> Iterator[tuple[ParameterRule, int | None]]:
-    """(rule, layer) pairs, layer None outside the layers: the run of per-layer rules is repeated as a whole for each layer."""
+    """(rule, layer) pairs, layer None outside the layers; the per-layer rules repeat as a whole for each layer."""
     rules = structure.rules
     per_layer = [rule for rule in rules if rule.per_layer]
     before = True

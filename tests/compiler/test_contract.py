@@ -14,13 +14,32 @@ from mlcbuild.runtime.library import Library
 from tests.support import llama
 from tests.support.llama import Array
 
-FUNCTIONS = """
-_metadata embed prefill decode batch_prefill batch_decode batch_verify get_logits batch_select_last_hidden_states
-prefill_to_last_hidden_states decode_to_last_hidden_states batch_prefill_to_last_hidden_states
-batch_decode_to_last_hidden_states batch_verify_to_last_hidden_states create_tir_paged_kv_cache
-alloc_embedding_tensor gather_hidden_states scatter_hidden_states gather_probs scatter_probs
-softmax_with_temperature apply_logit_bias_inplace apply_penalty_inplace apply_bitmask_inplace
-""".split()
+FUNCTIONS = [
+    "_metadata",
+    "embed",
+    "prefill",
+    "decode",
+    "batch_prefill",
+    "batch_decode",
+    "batch_verify",
+    "get_logits",
+    "batch_select_last_hidden_states",
+    "prefill_to_last_hidden_states",
+    "decode_to_last_hidden_states",
+    "batch_prefill_to_last_hidden_states",
+    "batch_decode_to_last_hidden_states",
+    "batch_verify_to_last_hidden_states",
+    "create_tir_paged_kv_cache",
+    "alloc_embedding_tensor",
+    "gather_hidden_states",
+    "scatter_hidden_states",
+    "gather_probs",
+    "scatter_probs",
+    "softmax_with_temperature",
+    "apply_logit_bias_inplace",
+    "apply_penalty_inplace",
+    "apply_bitmask_inplace",
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Helpers that the engine calls between model functions: gather, scatter, softmax with temperature, embedding memory."""
+"""Helpers that the engine calls between model functions: gather, scatter, softmax, memory for embeddings."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ def emit(builder: relax.BlockBuilder, operations: Operations, rows: int, hidden_
     _emit_copy(builder, "scatter_hidden_states", dtype, scatter=True)
     _emit_softmax(builder, operations)
     with builder.function("alloc_embedding_tensor", []):
-        allocation = relax.op.builtin.alloc_tensor(
-            relax.ShapeExpr([rows, hidden_size]), dtype, runtime_device_index=0
-        )
+        allocation = relax.op.builtin.alloc_tensor(relax.ShapeExpr([rows, hidden_size]), dtype, runtime_device_index=0)
         builder.emit_func_output(builder.emit(allocation))
 
 

@@ -24,7 +24,9 @@ def rms_norm(width: int, eps: float, dtype: str) -> Any:
             T.reads(x[0:n, 0:width], w[0:width])
             T.writes(y[0:n, 0:width])
             if n == T.int64(1):
-                T.evaluate(T.call_extern("void", kernel, x.data, w.data, y.data, T.int64(0), T.int64(width), T.float32(eps)))
+                T.evaluate(
+                    T.call_extern("void", kernel, x.data, w.data, y.data, T.int64(0), T.int64(width), T.float32(eps))
+                )
             else:
                 for i in T.parallel(n):
                     T.evaluate(T.call_extern("void", kernel, x.data, w.data, y.data, i, T.int64(width), T.float32(eps)))

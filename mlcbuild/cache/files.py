@@ -1,0 +1,80 @@
+"""Digests of files that lie outside the store, remembered by stat."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mlcbuild.cache.index import Index, signature
+from mlcbuild.cache.tree import Entry, Tree, check_name, matches
+from mlcbuild.errors import MlcBuildError
+
+# A write within the file system's clock tick leaves the stat as it was (ticks are 1 to 10 ms on Linux), so a file is
+# hashed only when it has been left alone for longer than that.
+_SETTLED = 0.02
+_ATTEMPTS = 5
+_PLAIN = 0o644  # outside files count by content only: a chmod rebuilds nothing
+
+
+def hash_file(path: Path) -> str:
+    """sha256 (hex) of the content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of(path: Path, index: Index | None) -> tuple[str, os.stat_result]:
+    """The content's sha256, and the stat under which it was read.
+
+    Raises MlcBuildError when the file keeps changing while it is read, OSError when it cannot be read.
+    """
+    for _ in range(_ATTEMPTS):
+        before = path.stat()
+        known = index.get("sha256", path, before) if index else None
+        if known is not None:
+            return known, before
+        age = time.time() - max(before.st_mtime, before.st_ctime)
+        if 0 <= age < _SETTLED:
+            time.sleep(_SETTLED - age)
+        digest = hash_file(path)
+        after = path.stat()
+        if signature(before) == signature(after):
+            if index:
+                index.put("sha256", path, after, digest)
+            return digest, after
+    raise MlcBuildError(f"{path}: changes while it is read: let its writer finish, then build again")
+
+
+def entry_of(path: Path, index: Index | None) -> Entry:
+    """The file as a tree's entry. Raises MlcBuildError when it is missing or unreadable."""
+    try:
+        digest, stat = digest_of(path, index)
+    except OSError as error:
+        raise MlcBuildError(f"{path}: cannot be read: {error.strerror}") from None
+    return Entry(digest, stat.st_size, _PLAIN, path)
+
+
+def tree_of_folder(folder: Path, patterns: Sequence[str] = (), index: Index | None = None, deep: bool = True) -> Tree:
+    """The folder's files (hidden ones left out) whose names match one of the patterns; `deep`: also of subfolders.
+
+    Raises MlcBuildError when the folder does not exist or a file cannot be read.
+    """
+    if not folder.is_dir():
+        raise MlcBuildError(f"{folder}: no such folder")
+    names = sorted(name for name in _names(folder, "", deep) if not patterns or matches(name, patterns))
+    return Tree({check_name(name): entry_of(folder / name, index) for name in names})
+
+
+def _names(folder: Path, prefix: str, deep: bool) -> Iterator[str]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            # A link to a file is a file (Hugging Face's own cache is made of them); a linked folder could be a circle.
+            if entry.is_dir(follow_symlinks=False):
+                if deep:
+                    yield from _names(folder / entry.name, f"{prefix}{entry.name}/", deep)
+            elif entry.is_file():
+                yield f"{prefix}{entry.name}"

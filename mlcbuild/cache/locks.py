@@ -1,0 +1,99 @@
+"""Locks that die with their holder, and temporary folders that the next run can sweep.
+
+flock is released by the kernel when the last process holding the file open is gone, however it went.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold the lock named by `path`; `waiting` is called once if somebody else has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    told = False
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if not _try_lock(descriptor):
+                if not told:
+                    waiting()
+                    told = True
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            # The last holder removes the file, so the one that was waited for may be nobody's lock any more.
+            if _is_at(descriptor, path):
+                break
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A temporary folder of the store. While `lock` is open in any process, nobody sweeps the folder."""
+
+    path: Path
+    lock: int
+
+
+@contextlib.contextmanager
+def workplace(root: Path) -> Iterator[Workplace]:
+    """A fresh folder under `root/tmp`, removed afterwards; those of dead processes are removed first."""
+    folder = root / "tmp"
+    # Without this lock a sweep could meet a folder between its making and its locking.
+    with locked(root / "locks" / "tmp"):
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
+        place = folder / secrets.token_hex(8)
+        place.mkdir()
+        lock = os.open(place / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        yield Workplace(place, lock)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        os.close(lock)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the workplaces in `folder` that no living process holds. Call under the lock of `workplace`."""
+    for place in folder.iterdir():
+        try:
+            lock = os.open(place / "lock", os.O_RDWR)
+        except FileNotFoundError:  # its owner was killed while removing it
+            shutil.rmtree(place, ignore_errors=True)
+            continue
+        try:
+            if _try_lock(lock):
+                shutil.rmtree(place, ignore_errors=True)
+        finally:
+            os.close(lock)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return path.stat().st_ino == os.fstat(descriptor).st_ino
+    except FileNotFoundError:
+        return False

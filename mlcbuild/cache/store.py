@@ -1,0 +1,247 @@
+"""Blobs by digest, and actions by key: what was built once and need not be built again.
+
+    ac/ab/<key>.json    action -> {tree, files: {name: [digest, size, mode]}, step, name, inputs, fields, toolchain,
+                        code, seconds}
+    cas/cd/<sha256>     a read-only blob
+    cas/cd/<sha256>.at  a borrowed blob: where a file with this content lies outside the store, and its stat
+    locks/ tmp/ logs/ pins/ index.sqlite
+
+An action entry is written last and by one rename, after the content of every blob is on the disk: what can be read is
+whole. An entry with a blob that is missing, of another size, or changed behind the store's back counts as absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlcbuild.cache.canonical import canonical, digest_json
+from mlcbuild.cache.files import digest_of, hash_file
+from mlcbuild.cache.index import Index, signature
+from mlcbuild.cache.locks import workplace
+from mlcbuild.cache.materialise import BLOB_MODE, BLOB_TIME
+from mlcbuild.cache.tree import Entry, Tree, check_name, mode_of
+from mlcbuild.errors import MlcBuildError
+
+_USED = 3600.0  # seconds: last use is kept to the hour, so that an idle build writes nothing
+
+
+@dataclass(frozen=True)
+class Action:
+    """What went into one run of a step, and the artifact that came out."""
+
+    key: str
+    step: str  # the kind: convert, quantize ...
+    name: str  # the task's name when it ran; in no key
+    code: str
+    fields: Mapping[str, Any]
+    inputs: Mapping[str, str]  # input name -> tree digest
+    toolchain: Mapping[str, str]
+    seconds: float
+    tree: Tree
+
+    def to_json(self) -> dict[str, Any]:
+        files = {name: entry.to_json() for name, entry in self.tree.files.items()}
+        return {
+            "tree": self.tree.digest,
+            "files": files,
+            "step": self.step,
+            "name": self.name,
+            "code": self.code,
+            "fields": self.fields,
+            "inputs": self.inputs,
+            "toolchain": self.toolchain,
+            "seconds": self.seconds,
+        }
+
+
+class Store:
+    """One cache folder. Several processes may use it at once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        root.mkdir(parents=True, exist_ok=True)
+        self.index = Index(root / "index.sqlite")
+
+    # Blobs
+
+    def blob_path(self, digest: str) -> Path:
+        return self.root / "cas" / digest[:2] / digest
+
+    def find(self, digest: str, size: int) -> Path | None:
+        """Where the content with this digest lies, or None when it is gone or no longer that content."""
+        path = self.blob_path(digest)
+        try:
+            stat = path.stat()
+        except OSError:
+            return self._find_borrowed(path, size)
+        if stat.st_size == size and stat.st_mtime == BLOB_TIME:
+            return path
+        # Somebody wrote to it, perhaps through a hard link in dist/: believe nothing but the content.
+        if stat.st_size == size and hash_file(path) == digest:
+            os.utime(path, (BLOB_TIME, BLOB_TIME))
+            return path
+        with contextlib.suppress(OSError):
+            path.unlink()
+        return self._find_borrowed(path, size)
+
+    def ingest(self, file: Path) -> Entry:
+        """Move a file into the store, durably. `file` must be on the store's file system, and is gone afterwards."""
+        stat = file.stat()
+        with file.open("rb", buffering=0) as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+            os.fsync(content.fileno())
+        path = self.blob_path(digest)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file.chmod(BLOB_MODE)
+        os.utime(file, (BLOB_TIME, BLOB_TIME))
+        file.replace(path)
+        return Entry(digest, stat.st_size, mode_of(stat), path)
+
+    def borrow(self, entry: Entry) -> None:
+        """Record that the entry's file, outside the store, holds its content. Nothing is copied.
+
+        Raises MlcBuildError when the file no longer holds it.
+        """
+        try:
+            digest, stat = digest_of(entry.path, self.index)
+        except OSError as error:
+            raise MlcBuildError(f"{entry.path}: cannot be read: {error.strerror}") from None
+        if digest != entry.digest:
+            raise MlcBuildError(f"{entry.path}: changed during the build: build again")
+        record = {"path": str(entry.path), "stat": signature(stat)}
+        self._write(self._borrowed_path(entry.digest), canonical(record))
+
+    def owns(self, path: Path) -> bool:
+        return path.is_relative_to(self.root)
+
+    def _borrowed_path(self, digest: str) -> Path:
+        return self.blob_path(digest).with_name(f"{digest}.at")
+
+    def _find_borrowed(self, blob: Path, size: int) -> Path | None:
+        try:
+            record = json.loads(self._borrowed_path(blob.name).read_bytes())
+            stat = Path(record["path"]).stat()
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return Path(record["path"]) if stat.st_size == size and signature(stat) == record["stat"] else None
+
+    # Actions
+
+    def action(self, key: str) -> Action | None:
+        """The action with this key, if all of its artifact is here."""
+        path = self._action_path(key)
+        action = self._read(path)
+        if action is not None:
+            self._touch(path)
+        return action
+
+    def commit(self, action: Action) -> None:
+        """Make the action known. Its blobs must be in the store already."""
+        for folder in {self.blob_path(entry.digest).parent for entry in action.tree.files.values()}:
+            _sync_folder(folder)
+        _sync_folder(self.root / "cas")
+        self._write(self._action_path(action.key), json.dumps(action.to_json(), indent=1, sort_keys=True).encode())
+
+    def forget(self, key: str) -> bool:
+        """Remove the action's entry; whether there was one. Its blobs stay, for whoever else refers to them."""
+        try:
+            self._action_path(key).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def recorded(self, step: str) -> Iterator[dict[str, Any]]:
+        """Every readable entry of one kind of step as it was written, the least recently used first.
+
+        Each has its `key` added; whether its blobs are still here is not looked at.
+        """
+        paths = list(self.root.glob("ac/*/*.json"))
+        for path in sorted(paths, key=_modified):
+            record = _read_json(path)
+            if isinstance(record, dict) and record.get("step") == step:
+                yield {**record, "key": path.stem}
+
+    def _action_path(self, key: str) -> Path:
+        return self.root / "ac" / key[:2] / f"{key}.json"
+
+    def _read(self, path: Path) -> Action | None:
+        record = _read_json(path)
+        try:
+            files = {check_name(name): tuple(entry) for name, entry in record["files"].items()}
+            # An entry that was damaged on the disk is an entry that is not there.
+            if digest_json(record["files"]) != record["tree"]:
+                return None
+            entries = {name: self._entry(*entry) for name, entry in files.items()}
+            if not all(entries.values()):
+                return None
+            return Action(
+                key=path.stem,
+                step=record["step"],
+                name=record["name"],
+                code=record["code"],
+                fields=record["fields"],
+                inputs=record["inputs"],
+                toolchain=record["toolchain"],
+                seconds=record["seconds"],
+                tree=Tree({name: entry for name, entry in entries.items() if entry is not None}),
+            )
+        except (TypeError, KeyError, ValueError, AttributeError, MlcBuildError):
+            return None
+
+    def _entry(self, digest: str, size: int, mode: int) -> Entry | None:
+        path = self.find(digest, size)
+        return Entry(digest, size, mode, path) if path is not None else None
+
+    def _touch(self, path: Path) -> None:
+        try:
+            if time.time() - path.stat().st_mtime > _USED:
+                os.utime(path)
+        except OSError:
+            pass  # a cache that is only read is fine
+
+    def _write(self, path: Path, content: bytes) -> None:
+        """Write a small file so that it is either absent (or the old one) or whole."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with workplace(self.root) as place:
+            temporary = place.path / path.name
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        _sync_folder(path.parent)
+
+
+def total_size(entries: Iterable[Entry]) -> int:
+    """Bytes of all entries together."""
+    return sum(entry.size for entry in entries)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0

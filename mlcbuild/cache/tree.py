@@ -1,0 +1,82 @@
+"""Trees of files named by their content: what a step takes and what it makes."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mlcbuild.cache.canonical import digest_json
+from mlcbuild.errors import MlcBuildError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file: its content's sha256 (hex), its size in bytes, its permission bits, and where that content lies."""
+
+    digest: str
+    size: int
+    mode: int
+    path: Path
+
+    def to_json(self) -> list[Any]:
+        return [self.digest, self.size, self.mode]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Files by name. Names are relative, with `/`, and never climb (`check_name`)."""
+
+    files: Mapping[str, Entry]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.files
+
+    def path(self, name: str) -> Path:
+        """Where the file's content lies. Raises MlcBuildError when the tree has no such file."""
+        if name not in self.files:
+            raise MlcBuildError(f"{name}: no such file; there are: {', '.join(sorted(self.files)) or 'none'}")
+        return self.files[name].path
+
+    def read_json(self, name: str) -> Any:
+        """The file's content as JSON. Raises MlcBuildError when it is absent or not JSON."""
+        path = self.path(name)
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise MlcBuildError(f"{name}: not valid JSON: {error}") from None
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of names, contents and permission bits; where the files lie is not part of it."""
+        return digest_json({name: entry.to_json() for name, entry in self.files.items()})
+
+    def select(self, patterns: Sequence[str]) -> Tree:
+        """The files whose name matches one of the shell patterns; all of them when there are no patterns."""
+        if not patterns:
+            return self
+        return Tree({name: entry for name, entry in self.files.items() if matches(name, patterns)})
+
+
+def mode_of(stat: os.stat_result) -> int:
+    """A file's permission bits as far as a tree keeps them: executable or not (as git does)."""
+    return 0o755 if stat.st_mode & 0o100 else 0o644
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether `name` matches one of the shell patterns, upper and lower case told apart."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def check_name(name: str) -> str:
+    """`name`, if it is a plain relative path. Raises MlcBuildError when it is absolute, empty or climbs out."""
+    pure = PurePosixPath(name)
+    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or str(pure) != name:
+        raise MlcBuildError(
+            f"{name!r}: not a plain relative file name (absolute, `..`, `\\` and empty parts are refused)"
+        )
+    return name

@@ -1,0 +1,118 @@
+"""A workspace opened for building: its recipes, their graph, its cache, and what can be asked of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlcbuild.cache.disk import room_in
+from mlcbuild.cache.store import Action, Store, total_size
+from mlcbuild.cache.tree import Entry
+from mlcbuild.errors import MlcBuildError, StepFailed, Unavailable
+from mlcbuild.execution.build import Builder
+from mlcbuild.execution.install import install, is_installed
+from mlcbuild.execution.locking import locker
+from mlcbuild.execution.lookup import Lookup
+from mlcbuild.execution.manifest import manifest
+from mlcbuild.graph import Goal, Graph, plan
+from mlcbuild.recipes.load import load
+from mlcbuild.recipes.select import select
+from mlcbuild.recipes.types import Catalog
+from mlcbuild.reporting.events import PackageInstalled, RecipeUnavailable, Report
+
+QUALITY = "quality.json"
+
+
+@dataclass(frozen=True)
+class Session:
+    """One workspace, a selection of its recipes, one cache."""
+
+    root: Path
+    catalog: Catalog
+    graph: Graph
+    builder: Builder
+
+    @property
+    def store(self) -> Store:
+        return self.lookup.store
+
+    @property
+    def lookup(self) -> Lookup:
+        return self.builder.lookup
+
+    @property
+    def dist(self) -> Path:
+        return self.root / "dist"
+
+    def is_built(self, name: str) -> bool:
+        """Whether the step called `name` and everything before it is up to date."""
+        return self.lookup.find(name) is not None
+
+    def is_installed(self, recipe: str) -> bool:
+        """Whether every step of the recipe is up to date and dist/ holds what they made."""
+        package = self._package(self.graph.goals[recipe])
+        return package is not None and is_installed(self.dist, recipe, *package)
+
+    def install(self, recipe: str, force: bool = False) -> None:
+        """Bring the recipe's steps up to date and install the package. Raises MlcBuildError."""
+        goal = self.graph.goals[recipe]
+        self.builder.build(goal.steps["verify"])
+        package = self._package(goal)
+        if package is None:
+            raise StepFailed(f"build:{recipe}: a step's files vanished from the cache: build again")
+        if force or not is_installed(self.dist, recipe, *package):
+            install(self.dist, recipe, *package, self.store)
+            size = total_size(package[0].values())
+            self.builder.report(PackageInstalled(recipe, f"dist/{recipe}", "installed", size))
+
+    def forget(self, names: list[str]) -> list[str]:
+        """Remove the action entries of these steps; the steps that had one."""
+        actions = [(name, self.lookup.find(name)) for name in names]
+        return [name for name, action in actions if action is not None and self.store.forget(action.key)]
+
+    def _package(self, goal: Goal) -> tuple[Mapping[str, Entry], bytes] | None:
+        """The files to install and the manifest's text; None while a step is not up to date."""
+        actions: dict[str, Action] = {}
+        for kind, name in goal.steps.items():
+            action = self.lookup.find(name)
+            if action is None:
+                return None
+            actions[kind] = action
+        quality = actions["verify"].tree
+        files = {**actions["package"].tree.files, QUALITY: quality.files[QUALITY]}
+        device = self.graph.steps[goal.steps["library"]].fields["device"]
+        return files, manifest(goal, actions, files, quality.read_json(QUALITY), device)
+
+
+def open_session(
+    root: Path,
+    report: Report,
+    recipes: str | None = None,
+    cache: Path | None = None,
+    debug_dump: Path | None = None,
+    strict: bool = False,
+    locked: bool = False,
+) -> Session:
+    """Read the workspace at `root`, plan `recipes` (names and globs, with commas; None: all) and open the cache.
+
+    A hub model that is not in recipes.lock is looked up and written there; with `locked` it is an error.
+    Raises MlcBuildError (RecipeError with all problems of the files), Unavailable for a recipe that was asked for by
+    its own name, or with `strict`, and cannot be built on this machine.
+    """
+    folder = cache or root / "cache"
+    try:
+        with room_in(folder):
+            store = Store(folder.absolute())
+    except OSError as error:
+        raise MlcBuildError(f"{folder}: cannot be used as a cache: {error.strerror}") from None
+    catalog = load(root, memo=store.root / "recipes.memo")
+    chosen = list(catalog.recipes.values()) if recipes is None else select(catalog, recipes)
+    graph = plan(catalog, chosen, locker(root, store, report, refuse=locked))
+    demanded = set(graph.unavailable) if strict else {name.strip() for name in (recipes or "").split(",")}
+    missing = {name: text for name, text in graph.unavailable.items() if name in demanded}
+    if missing:
+        raise Unavailable("\n".join(f"{name}: unavailable: {text}" for name, text in missing.items()))
+    for name, text in graph.unavailable.items():
+        report(RecipeUnavailable(name, text))
+    return Session(root, catalog, graph, Builder(Lookup(store, graph), report, debug_dump))

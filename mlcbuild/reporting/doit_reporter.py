@@ -1,0 +1,110 @@
+"""doit's reporter interface, in terms of mlcbuild's events."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from doit.exceptions import InvalidCommand, UnmetDependency
+from doit.reporter import ConsoleReporter
+
+from mlcbuild.reporting.events import (
+    Event,
+    PackageInstalled,
+    Report,
+    RunFinished,
+    StepFinished,
+)
+
+
+class Console:
+    """Where the events of this run go: the JSON log, if there is one, and the screen, once doit has chosen us."""
+
+    def __init__(self) -> None:
+        self.log: Report | None = None
+        self._screen: Report | None = None
+        self._early: list[Event] = []
+
+    def report(self, event: Event) -> None:
+        if self.log is not None:
+            self.log(event)
+        if self._screen is not None:
+            self._screen(event)
+        else:
+            self._early.append(event)
+
+    def show_on(self, screen: Report) -> None:
+        """Show events on `screen` from now on, and what has happened so far."""
+        self._screen = screen
+        for event in self._early:
+            screen(event)
+        self._early.clear()
+
+
+def reporter_class(console: Console) -> type[ConsoleReporter]:
+    """A doit reporter that sends everything to `console`."""
+
+    class Reporter(ConsoleReporter):  # type: ignore[misc]
+        desc = "mlcbuild's own: a line per event, or live bars on a terminal"
+
+        def __init__(self, outstream: Any, options: Mapping[str, Any]) -> None:
+            super().__init__(outstream, options)
+            from mlcbuild.reporting.screen import screen
+
+            console.show_on(screen(outstream))
+            self.tasks: Mapping[str, Any] = {}
+            self.failed: set[str] = set()
+            self.messages: list[str] = []
+            self.started = time.monotonic()
+            self.counts = dict.fromkeys(("built", "hit", "failed", "skipped"), 0)
+
+        def initialize(self, tasks: Mapping[str, Any], selected_tasks: list[str]) -> None:
+            if not selected_tasks:
+                raise InvalidCommand("no task matches; `doit list --all` shows the tasks")
+            self.tasks = tasks
+
+        def execute_task(self, task: Any) -> None:
+            pass  # the step reports its own start
+
+        def skip_uptodate(self, task: Any) -> None:
+            self.counts["hit"] += 1
+            kind, _, name = task.name.partition(":")
+            if kind == "build":
+                console.report(PackageInstalled(name, f"dist/{name}", "hit", 0))
+            else:
+                console.report(StepFinished(task.name, kind, "hit", 0.0, 0))
+
+        def add_success(self, task: Any) -> None:
+            if not task.has_subtask:
+                self.counts["built"] += 1
+
+        def add_failure(self, task: Any, fail: Any) -> None:
+            if not isinstance(fail, UnmetDependency):
+                self.counts["failed"] += 1
+                self.failed.add(task.name)
+                self.messages.append(f"{fail.message}{''.join(fail.traceback)}")
+                return
+            self.counts["skipped"] += not task.has_subtask
+            if task.name.startswith("build:"):
+                roots = ", ".join(sorted(self.failed & needs(self.tasks, task.name)))
+                self.messages.append(f"{task.name}: not built, because of {roots}")
+
+        def complete_run(self) -> None:
+            console.report(RunFinished(round(time.monotonic() - self.started, 3), **self.counts))
+            for text in [*self.messages, *self.runtime_errors]:
+                self.write(f"{text}\n")
+
+    return Reporter
+
+
+def needs(tasks: Mapping[str, Any], name: str) -> set[str]:
+    """The names of all tasks that the task called `name` depends on, directly or not."""
+    found: set[str] = set()
+    waiting = list(tasks[name].task_dep)
+    while waiting:
+        need = waiting.pop()
+        if need not in found:
+            found.add(need)
+            waiting += tasks[need].task_dep
+    return found

@@ -1,0 +1,99 @@
+"""What happens during a build, as data: printers and logs are functions of these."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class StepStarted:
+    step: str  # the task's name, `convert:stories`
+    kind: str
+
+
+@dataclass(frozen=True)
+class StepWaiting:
+    """Another process is running the same step; its result will be used."""
+
+    step: str
+
+
+@dataclass(frozen=True)
+class StepProgress:
+    step: str
+    done: int
+    total: int
+    unit: str
+
+
+@dataclass(frozen=True)
+class StepNote:
+    step: str
+    text: str
+
+
+@dataclass(frozen=True)
+class StepFinished:
+    step: str
+    kind: str
+    outcome: Literal["hit", "built", "failed"]
+    seconds: float
+    size: int  # bytes of the artifact
+    text: str = ""  # why it failed
+
+
+@dataclass(frozen=True)
+class PackageInstalled:
+    recipe: str
+    folder: str
+    outcome: Literal["hit", "installed"]
+    size: int
+
+
+@dataclass(frozen=True)
+class ModelLocked:
+    """A hub model's commit was written to recipes.lock."""
+
+    model: str
+    commit: str
+
+
+@dataclass(frozen=True)
+class RecipeUnavailable:
+    recipe: str
+    text: str
+
+
+@dataclass(frozen=True)
+class RunFinished:
+    """Counts are of tasks: steps and packages."""
+
+    seconds: float
+    built: int
+    hit: int
+    failed: int
+    skipped: int  # not even tried, because something that they need failed
+
+
+Event = (
+    StepStarted
+    | StepWaiting
+    | StepProgress
+    | StepNote
+    | StepFinished
+    | PackageInstalled
+    | ModelLocked
+    | RecipeUnavailable
+    | RunFinished
+)
+Report = Callable[[Event], None]
+
+
+def to_json(event: Event) -> dict[str, Any]:
+    """`{"event": "step_finished", "step": ...}`."""
+    name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
+    return {"event": name, **dataclasses.asdict(event)}

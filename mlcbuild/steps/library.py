@@ -1,0 +1,35 @@
+"""library: machine code for a lowered module, linked for the target's system. (The step that docs call *build*.)
+
+Fields: device (a TVM target), host, linker, library (the kind of file). Input: lower. Artifact: model.<kind>.
+"""
+
+from __future__ import annotations
+
+from mlcbuild.recipes.types import Linker
+from mlcbuild.steps.job import Job
+
+VERSION = 1
+CODE = (
+    "mlcbuild.compiler.cpu.kernels",
+    "mlcbuild.compiler.library",
+    "mlcbuild.compiler.linkers",
+    "mlcbuild.compiler.lower",
+    "mlcbuild.compiler.targets",
+    "mlcbuild.recipes.types",
+)
+TOOLS = ("apache-tvm", "apache-tvm-ffi", "ziglang")
+
+
+def run(job: Job) -> None:
+    """Raises MlcBuildError with the compiler's or linker's own message when it fails."""
+    from mlcbuild.compiler import library, lower
+
+    linker = job.fields["linker"]
+    library.build(
+        lower.load(job.inputs["lower"].path("module.json")),
+        job.fields["device"],
+        Linker(linker["kind"], linker["target"], tuple(linker["flags"]), tuple(linker["needs"])),
+        job.output / f"model.{job.fields['library']}",
+        job.scratch,
+        job.debug_dump,
+    )

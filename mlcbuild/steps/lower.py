@@ -1,0 +1,41 @@
+"""lower: a structure in a quantization as an optimised, scheduled TVM module for a device.
+
+Fields: structure (its library form), quantization, name (the quantization's, told to runtimes), device (a TVM target).
+Artifact: module.json.
+"""
+
+from __future__ import annotations
+
+from mlcbuild.models import structure
+from mlcbuild.recipes.types import quantization_from_json
+from mlcbuild.steps.job import Job
+
+VERSION = 1
+CODE = (
+    "mlcbuild.compiler.contract",
+    "mlcbuild.compiler.cpu.attention",
+    "mlcbuild.compiler.cpu.kv_cache",
+    "mlcbuild.compiler.cpu.linear",
+    "mlcbuild.compiler.cpu.operations",
+    "mlcbuild.compiler.cpu.rows",
+    "mlcbuild.compiler.lower",
+    "mlcbuild.compiler.pipeline",
+    "mlcbuild.models",
+    "mlcbuild.quantization.schemes",
+    "mlcbuild.recipes.types",
+)
+TOOLS = ("apache-tvm", "apache-tvm-ffi")
+
+
+def run(job: Job) -> None:
+    """Raises MlcBuildError for a structure that the device's kernels cannot run."""
+    from mlcbuild.compiler import lower
+
+    module = lower.lower(
+        structure.from_library_json(job.fields["structure"]),
+        quantization_from_json(job.fields["quantization"]),
+        job.fields["name"],
+        job.fields["device"],
+        job.debug_dump,
+    )
+    lower.save(module, job.output / "module.json")

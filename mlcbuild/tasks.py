@@ -1,0 +1,255 @@
+"""The doit face: steps and goals as doit's tasks. A workspace's dodo.py is `from mlcbuild.tasks import *`.
+
+The cache owns correctness; doit's database is in memory and is never asked. Each task's `uptodate` is the cache's
+answer, and doit's own verbs are led to the cache: `forget` removes action entries, `info` says what `mlcbuild why`
+says, `clean` removes what is in dist/, and `-a` runs steps that the cache has.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from doit import doit_cmd, loader
+from doit.exceptions import InvalidCommand, TaskError, TaskFailed
+from doit.globals import Globals
+from doit.task import Task
+
+from mlcbuild.errors import MlcBuildError
+from mlcbuild.execution.install import uninstall
+from mlcbuild.execution.process import StepBroke
+from mlcbuild.execution.session import Session, open_session
+from mlcbuild.execution.signals import die_with_parent_after_fork, end_cleanly
+from mlcbuild.execution.variables import Variables, read_variables
+from mlcbuild.execution.why import why
+from mlcbuild.reporting.doit_reporter import Console, needs, reporter_class
+from mlcbuild.reporting.jsonlog import json_log
+
+__all__ = ["DOIT_CONFIG", "task_steps"]
+
+_GROUPS = {
+    "build": "build packages into dist/",
+    "download": "fetch checkpoints",
+    "convert": "bring checkpoints under the model's parameter names",
+    "quantize": "make the weights only",
+    "lower": "make optimised modules",
+    "library": "make the libraries only",
+    "package": "put weights, tokenizer and library together",
+    "verify": "check packages against the unquantized model",
+}
+_ALWAYS = {
+    "name": "always",
+    "short": "a",
+    "long": "always-execute",
+    "type": bool,
+    "default": False,
+    "help": "run the steps even if the cache has them",
+}
+
+_console = Console()
+
+DOIT_CONFIG = {
+    "default_tasks": ["build"],
+    "backend": "sqlite3",
+    "dep_file": ":memory:",
+    "par_type": "thread",  # steps are processes already
+    "reporter": reporter_class(_console),
+    "verbosity": 2,
+}
+
+
+def task_steps() -> Iterator[Task]:
+    """All steps and goals of the selected recipes."""
+    end_cleanly()
+    die_with_parent_after_fork()
+    try:
+        variables = read_variables(doit_cmd._CMDLINE_VARS or {}, Path(loader.initial_workdir or "."))
+        if variables.log_json is not None:
+            _console.log = json_log(variables.log_json)
+        session = _open(variables, variables.recipe)
+        tasks = [*_goals(session), *_steps(session), *_groups(session)]
+        _check_names(sys.argv[1:], {task.name for task in tasks}, session)
+    except MlcBuildError as error:
+        raise InvalidCommand(str(error)) from None
+    _lead_to_cache(Globals.dep_manager, session, lambda: _open(variables, None))
+    return (task for task in tasks)
+
+
+def _open(variables: Variables, recipes: str | None) -> Session:
+    return open_session(
+        Path.cwd(),
+        _console.report,
+        recipes,
+        variables.cache,
+        variables.debug_dump,
+        strict=variables.strict,
+        locked=variables.locked,
+    )
+
+
+def _goals(session: Session) -> Iterator[Task]:
+    for name, goal in session.graph.goals.items():
+        recipe = goal.recipe
+        doc = f"{recipe.model.name} in {recipe.quantization.name} for {recipe.target.name} ({recipe.origin})"
+        yield _task(
+            f"build:{name}",
+            doc,
+            list(goal.steps.values()),
+            partial(session.is_installed, name),
+            partial(session.install, name),
+            clean=[(_clean, [session, name])],
+        )
+
+
+def _steps(session: Session) -> Iterator[Task]:
+    for name, step in session.graph.steps.items():
+        yield _task(
+            name,
+            _GROUPS.get(step.kind, step.kind),
+            list(step.producers),
+            partial(session.is_built, name),
+            partial(session.builder.build, name),
+        )
+
+
+def _groups(session: Session) -> Iterator[Task]:
+    """`doit quantize`: the recipes' own steps of a kind, without those that only their verification needs."""
+    goals = session.graph.goals
+    for kind, doc in _GROUPS.items():
+        if kind == "build":
+            members = [f"build:{name}" for name in goals]
+        else:
+            members = list(dict.fromkeys(goal.steps[kind] for goal in goals.values()))
+        yield Task(kind, None, task_dep=members, has_subtask=True, doc=doc, params=[_ALWAYS])
+
+
+def _task(
+    name: str,
+    doc: str,
+    task_dep: Sequence[str],
+    is_done: Callable[[], bool],
+    do: Callable[[bool], Any],
+    clean: Sequence[Any] = (),
+) -> Task:
+    def uptodate() -> bool:
+        try:
+            return is_done()
+        except MlcBuildError:
+            return False  # the action meets the same problem, and can report it
+
+    def act(task: Task) -> Any:
+        try:
+            do(task.meta["forced"])
+        except MlcBuildError as error:
+            return (TaskError if isinstance(error, StepBroke) else TaskFailed)(str(error))
+        return None
+
+    return Task(
+        name,
+        [act],
+        task_dep=task_dep,
+        uptodate=[uptodate],
+        clean=clean,
+        subtask_of=name.partition(":")[0],
+        io={"capture": False},
+        params=[_ALWAYS],
+        doc=doc,
+        meta={"forced": False},
+    )
+
+
+def _clean(session: Session, recipe: str, dryrun: bool) -> None:
+    if (session.dist / recipe).exists():
+        print(f"build:{recipe} - removing dist/{recipe}")
+        if not dryrun:
+            uninstall(session.dist, recipe)
+
+
+def _lead_to_cache(manager: Any, session: Session, everything: Callable[[], Session]) -> None:
+    """Give doit's dependency manager of this run the cache's answers. `everything` opens all recipes."""
+    ask = manager.get_status
+    forced: set[str] | None = None
+
+    def get_status(task: Task, tasks: Mapping[str, Task], get_log: bool = False) -> Any:
+        nonlocal forced
+        status = ask(task, tasks, get_log)
+        if get_log:  # `doit info`: the reasons are ours, and our notes on the task are nobody's business
+            _explain(session, task)
+            status.reasons.clear()
+            task.meta, task.params = None, []
+        if forced is None:
+            forced = _forced(tasks)
+        if task.meta is not None:
+            # doit also runs a task that is up to date: `-a` before the task's name. Both ways mean the same.
+            task.meta["forced"] = status.status == "up-to-date"
+        if task.name in forced:
+            status.status = "run"
+        return status
+
+    def forget(name: str) -> None:
+        _forget(session, everything(), name)
+
+    def forget_all() -> None:
+        for name in session.graph.goals:
+            session.forget(session.graph.closure(session.graph.goals[name].steps.values()))
+
+    manager.get_status = get_status
+    manager.remove = forget
+    manager.remove_all = forget_all
+    manager.remove_success = lambda task: None  # a failure leaves nothing to forget
+
+
+def _forced(tasks: Mapping[str, Task]) -> set[str]:
+    """The tasks with `-a` after their name, and what they need."""
+    named = {name for name, task in tasks.items() if task.options and task.options.get("always")}
+    return named.union(*(needs(tasks, name) for name in named))
+
+
+def _explain(session: Session, task: Task) -> None:
+    steps = [task.name] if task.name in session.graph.steps else task.task_dep
+    goals = [name.partition(":")[2] for name in (task.name, *task.task_dep) if name.startswith("build:")]
+    steps = [step for step in steps if step in session.graph.steps]
+    steps += [step for goal in goals for step in session.graph.goals[goal].steps.values()]
+    sys.stdout.write("\n" + "".join(f"{answer}\n" for answer in why(session.lookup, steps)))
+    for goal in goals:
+        if session.is_installed(goal):
+            sys.stdout.write(f"hit   dist/{goal}\n")
+        else:
+            sys.stdout.write(f"miss  dist/{goal}\n        not installed, or not what its manifest says\n")
+
+
+def _forget(session: Session, everything: Session, name: str) -> None:
+    """Forget a step, or all steps of a goal, and say which of those other recipes use too."""
+    graph = session.graph
+    recipe = name.removeprefix("build:")
+    names = graph.closure(graph.goals[recipe].steps.values()) if name.startswith("build:") else [name]
+    if name in _GROUPS:
+        return
+    for step in session.forget(names):
+        users = [
+            other
+            for other, goal in everything.graph.goals.items()
+            if other != recipe and step in everything.graph.closure(goal.steps.values())
+        ]
+        shared = f", which is shared with {', '.join(users)}" if users else ""
+        print(f"forgetting {step}{shared}")
+
+
+def _check_names(arguments: Sequence[str], tasks: set[str], session: Session) -> None:
+    """doit passes over a pattern that matches nothing, and has no suggestions. Raises MlcBuildError."""
+    for argument in arguments:
+        kind, colon, name = argument.partition(":")
+        if not colon or kind not in _GROUPS or "=" in argument:
+            continue
+        if argument in tasks or ("*" in argument and any(fnmatch(task, argument) for task in tasks)):
+            continue
+        if kind == "build" and name in session.graph.unavailable:
+            raise MlcBuildError(f"{name}: unavailable: {session.graph.unavailable[name]}")
+        close = difflib.get_close_matches(argument, sorted(task for task in tasks if ":" in task), n=1)
+        hint = f": did you mean {close[0]}?" if close else "; `doit list --all` shows the tasks"
+        raise MlcBuildError(f"no task is called {argument}{hint}")

@@ -1,0 +1,15 @@
+"""A step that writes its input several times."""
+
+from __future__ import annotations
+
+from mlcbuild.steps.job import Job
+
+VERSION = 1
+CODE = ()
+TOOLS = ()
+
+
+def run(job: Job) -> None:
+    content = job.inputs["file"].path("file").read_bytes()
+    for number in range(job.fields["times"]):
+        (job.output / f"{number}.txt").write_bytes(content + str(number).encode())

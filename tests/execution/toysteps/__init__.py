@@ -1,0 +1,1 @@
+"""Steps of the real kinds that do next to nothing, for tests of everything around them."""

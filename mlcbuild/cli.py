@@ -60,6 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--seed", type=int, help="of the sampling, for the same text again")
     generate.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: physical cores)")
+
+    compare = _add(commands, "compare", _compare, "print two packages' figures side by side")
+    compare.add_argument("one", type=Path, metavar="A", help="a package (dist/NAME)")
+    compare.add_argument("other", type=Path, metavar="B", help="another package")
     return parser
 
 
@@ -107,6 +111,13 @@ def _why(options: argparse.Namespace) -> int:
             print(answer)
         installed = session.is_installed(name)
         print(f"{'hit ' if installed else 'miss'}  dist/{name}")
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from mlcbuild.reporting.compare import compare
+
+    sys.stdout.write(compare(options.one, options.other))
     return 0
 
 

@@ -17,9 +17,8 @@ from mlcbuild.chat.config import TOKENIZER_FILES
 from mlcbuild.compiler import targets
 from mlcbuild.errors import MlcBuildError, Unavailable
 from mlcbuild.models import architecture as architectures
-from mlcbuild.models.structure import Structure
 from mlcbuild.recipes.lock import Locked
-from mlcbuild.recipes.types import Architecture, Catalog, Model, Quantization, Recipe, Target
+from mlcbuild.recipes.types import Catalog, Model, Quantization, Recipe, Target
 
 _T = TypeVar("_T")
 
@@ -109,6 +108,17 @@ def plan(catalog: Catalog, recipes: Iterable[Recipe], lock: Callable[[Model], Lo
     return Graph(planner.steps, goals, unavailable)
 
 
+@dataclass(frozen=True)
+class _Shape:
+    """A model's structure under a recipe's overrides, with what is made from it worked out once."""
+
+    digest: str
+    label: str
+    fields: Mapping[str, Any]
+    library: Mapping[str, Any]  # the fields that a compiled library depends on
+    model_config: Mapping[str, Any]  # of mlc-chat-config.json
+
+
 class _Planner:
     """Adds steps, each once. What several recipes share is worked out once."""
 
@@ -121,13 +131,13 @@ class _Planner:
 
     def goal(self, recipe: Recipe) -> Goal:
         model, quantization, target = recipe.model, recipe.quantization, recipe.target
-        structure = self._structure(model, recipe.overrides)
+        shape = self._shape(model, recipe.overrides)
         steps = {"download": self._download(model), "convert": self._convert(model)}
         steps["quantize"] = self._quantize(model, quantization)
-        steps["lower"] = self._lower(structure, quantization, target)
-        steps["library"] = self._library(structure, quantization, target)
-        steps["package"] = self._package(recipe, structure, steps)
-        steps["verify"] = self._verify(recipe, structure, steps)
+        steps["lower"] = self._lower(shape, quantization, target)
+        steps["library"] = self._library(shape, quantization, target)
+        steps["package"] = self._package(recipe, shape, steps)
+        steps["verify"] = self._verify(recipe, shape, steps)
         return Goal(recipe, steps)
 
     def _download(self, model: Model) -> str:
@@ -147,7 +157,7 @@ class _Planner:
         def add() -> str:
             download = self._download(model)
             checkpoint = Input("checkpoint", step=download, select=_TENSOR_FILES)
-            fields = {"structure": self._structure(model, {}).to_json()}
+            fields = {"structure": self._shape(model, {}).fields}
             return self._add("convert", model.name, fields, (checkpoint,), (download,))
 
         return self._once(("convert", model.name), add)
@@ -156,8 +166,8 @@ class _Planner:
         def add() -> str:
             convert = self._convert(model)
             fields = {
-                "structure": self._structure(model, {}).to_json(),
-                "quantization": _quantization_json(quantization),
+                "structure": self._shape(model, {}).fields,
+                "quantization": self._format(quantization),
             }
             materials = (self._download(model), convert)
             return self._add(
@@ -166,19 +176,19 @@ class _Planner:
 
         return self._once(("quantize", model.name, quantization.name), add)
 
-    def _lower(self, structure: Structure, quantization: Quantization, target: Target) -> str:
+    def _lower(self, shape: _Shape, quantization: Quantization, target: Target) -> str:
         def add() -> str:
             fields = {
-                "structure": structure.library_json(),
-                "quantization": _quantization_json(quantization),
+                "structure": shape.library,
+                "quantization": self._format(quantization),
                 "name": quantization.name,  # the library's metadata tells it to the runtime
                 "device": self._device(target),
             }
-            return self._add("lower", f"{structure.label}-{quantization.name}-{target.device['kind']}", fields)
+            return self._add("lower", f"{shape.label}-{quantization.name}-{target.device['kind']}", fields)
 
-        return self._once(("lower", structure.label, quantization.name, target.name), add)
+        return self._once(("lower", shape.digest, quantization.name, target.name), add)
 
-    def _library(self, structure: Structure, quantization: Quantization, target: Target) -> str:
+    def _library(self, shape: _Shape, quantization: Quantization, target: Target) -> str:
         def add() -> str:
             fields = {
                 "device": self._device(target),
@@ -186,21 +196,20 @@ class _Planner:
                 "linker": dataclasses.asdict(target.linker),
                 "library": target.library,
             }
-            lower = self._lower(structure, quantization, target)
-            label = f"{structure.label}-{quantization.name}-{target.name}"
+            lower = self._lower(shape, quantization, target)
+            label = f"{shape.label}-{quantization.name}-{target.name}"
             return self._add("library", label, fields, (Input("lower", step=lower),))
 
-        return self._once(("library", structure.label, quantization.name, target.name), add)
+        return self._once(("library", shape.digest, quantization.name, target.name), add)
 
-    def _package(self, recipe: Recipe, structure: Structure, steps: Mapping[str, str]) -> str:
-        architecture = self._architecture(recipe.model)
+    def _package(self, recipe: Recipe, shape: _Shape, steps: Mapping[str, str]) -> str:
         fields = {
             "model": recipe.model.name,
             "quantization": recipe.quantization.name,
             "target": recipe.target.name,
             "template": {"name": recipe.template.name, **recipe.template.data},
-            "model_type": architecture.model_type,
-            "model_config": architectures.model_config(architecture, structure),
+            "model_type": shape.fields["model_type"],
+            "model_config": shape.model_config,
         }
         inputs = (
             Input("quantize", step=steps["quantize"]),
@@ -209,10 +218,10 @@ class _Planner:
         )
         return self._add("package", recipe.name, fields, inputs)
 
-    def _verify(self, recipe: Recipe, structure: Structure, steps: Mapping[str, str]) -> str:
+    def _verify(self, recipe: Recipe, shape: _Shape, steps: Mapping[str, str]) -> str:
         quantization, verify = recipe.quantization, recipe.verify
         here = self.catalog.targets[_HERE]
-        reference = self._library(structure, self.catalog.quantizations[_UNQUANTIZED], here)
+        reference = self._library(shape, self.catalog.quantizations[_UNQUANTIZED], here)
         fields = {
             "class": quantization.kind,
             "model_dtype": quantization.model_dtype,
@@ -227,28 +236,38 @@ class _Planner:
             Input("text", path=verify.text or _EVALUATION_TEXT),
         ]
         if not targets.runs_here(recipe.target):
-            inputs.append(Input("cpu_library", step=self._library(structure, quantization, here)))
+            inputs.append(Input("cpu_library", step=self._library(shape, quantization, here)))
         return self._add("verify", recipe.name, fields, tuple(inputs), (steps["download"], steps["convert"]))
 
-    def _structure(self, model: Model, overrides: Mapping[str, int]) -> Structure:
-        def resolve() -> Structure:
-            return architectures.resolve(self._architecture(model), self._config(model), overrides)
+    def _shape(self, model: Model, overrides: Mapping[str, int]) -> _Shape:
+        def resolve() -> _Shape:
+            config = self._once(("config", model.name), lambda: self._config(model))
+            chosen = architectures.choose(self.catalog.architectures, config, model.architecture)
+            structure = architectures.resolve(chosen, config, overrides)
+            return _Shape(
+                structure.digest,
+                structure.label,
+                structure.to_json(),
+                structure.library_json(),
+                architectures.model_config(chosen, structure),
+            )
 
-        return self._once(("structure", model.name, *sorted(overrides.items())), resolve)
-
-    def _architecture(self, model: Model) -> Architecture:
-        def choose() -> Architecture:
-            return architectures.choose(self.catalog.architectures, self._config(model), model.architecture)
-
-        return self._once(("architecture", model.name), choose)
+        return self._once(("shape", model.name, *sorted(overrides.items())), resolve)
 
     def _config(self, model: Model) -> Mapping[str, Any]:
-        def read() -> Mapping[str, Any]:
-            if model.source.path is not None:
-                return _read_config(model.source.path / "config.json")
-            return self._locked(model).config
+        if model.source.path is not None:
+            return _read_config(model.source.path / "config.json")
+        return self._locked(model).config
 
-        return self._once(("config", model.name), read)
+    def _format(self, quantization: Quantization) -> dict[str, Any]:
+        """The format without its name: two names for one format share everything."""
+
+        def fields() -> dict[str, Any]:
+            data = dataclasses.asdict(quantization)
+            del data["name"]
+            return data
+
+        return self._once(("quantization", quantization.name), fields)
 
     def _locked(self, model: Model) -> Locked:
         return self._once(("locked", model.name), lambda: self.lock(model))
@@ -281,13 +300,6 @@ class _Planner:
             self._known[key] = make()
         known: _T = self._known[key]
         return known
-
-
-def _quantization_json(quantization: Quantization) -> dict[str, Any]:
-    """The format without its name: two names for one format share everything."""
-    fields = dataclasses.asdict(quantization)
-    del fields["name"]
-    return fields
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -50,6 +50,13 @@ _ALWAYS = {
     "default": False,
     "help": "run the steps even if the cache has them",
 }
+_LOG_JSON = {
+    "name": "log_json",
+    "long": "log-json",
+    "type": str,
+    "default": "",
+    "help": "append one JSON object per event to this file (also: log_json=FILE, or MLCBUILD_LOG_JSON)",
+}
 
 _console = Console()
 
@@ -125,7 +132,7 @@ def _groups(session: Session) -> Iterator[Task]:
             members = [f"build:{name}" for name in goals]
         else:
             members = list(dict.fromkeys(goal.steps[kind] for goal in goals.values()))
-        yield Task(kind, None, task_dep=members, has_subtask=True, doc=doc, params=[_ALWAYS])
+        yield Task(kind, None, task_dep=members, has_subtask=True, doc=doc, params=[_ALWAYS, _LOG_JSON])
 
 
 def _task(
@@ -184,6 +191,7 @@ def _lead_to_cache(manager: Any, session: Session, everything: Callable[[], Sess
             task.meta, task.params = None, []
         if forced is None:
             forced = _forced(tasks)
+            _log_where_asked(tasks)
         if task.meta is not None:
             # doit also runs a task that is up to date: `-a` before the task's name. Both ways mean the same.
             task.meta["forced"] = status.status == "up-to-date"
@@ -202,6 +210,13 @@ def _lead_to_cache(manager: Any, session: Session, everything: Callable[[], Sess
     manager.remove = forget
     manager.remove_all = forget_all
     manager.remove_success = lambda task: None  # a failure leaves nothing to forget
+
+
+def _log_where_asked(tasks: Mapping[str, Task]) -> None:
+    """`--log-json FILE` after a task's name."""
+    for task in tasks.values():
+        if task.options and task.options.get("log_json"):
+            _console.log = json_log(Path(loader.initial_workdir or ".", task.options["log_json"]).absolute())
 
 
 def _forced(tasks: Mapping[str, Task]) -> set[str]:

@@ -69,6 +69,14 @@ def workplace(root: Path) -> Iterator[Workplace]:
         os.close(lock)
 
 
+def sweep_dead(root: Path) -> None:
+    """Remove what killed processes left under `root/tmp`."""
+    folder = root / "tmp"
+    if folder.is_dir() and any(folder.iterdir()):
+        with locked(root / "locks" / "tmp"):
+            sweep(folder)
+
+
 def sweep(folder: Path) -> None:
     """Remove the workplaces in `folder` that no living process holds. Call under the lock of `workplace`."""
     for place in folder.iterdir():

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tvm import IRModule, ir, relax, target
+from tvm import IRModule, relax, target
 
-from mlcbuild.compiler import pipeline
+from mlcbuild.compiler import canonical, pipeline
 from mlcbuild.compiler.contract import auxiliary, logits, metadata
 from mlcbuild.compiler.cpu import kv_cache
 from mlcbuild.compiler.cpu.operations import operations
@@ -22,6 +22,7 @@ from mlcbuild.models.weights import Declared
 from mlcbuild.quantization.schemes import quantized_parameters
 from mlcbuild.recipes.types import Quantization
 
+_KERNELS = ((4, 32),)  # (bits, group size) that compiler/cpu/kernels/linear.c is instantiated for
 _MAX_HEAD_DIM = 512  # MAX_HEAD_DIM and MAX_ROTARY in the CPU kernels
 
 
@@ -36,7 +37,7 @@ def lower(
 
     Raises MlcBuildError for a structure that the device's kernels cannot run.
     """
-    _check(structure)
+    _check(structure, quantization)
     declared = declare(structure, quantization)
     dtype = quantization.model_dtype
     builder = relax.BlockBuilder()
@@ -63,14 +64,16 @@ def declare(structure: Structure, quantization: Quantization) -> tuple[Declared,
 
 
 def save(module: IRModule, path: Path) -> None:
-    path.write_text(ir.save_json(module))
+    path.write_text(canonical.to_text(module))
 
 
-def load(path: Path) -> IRModule:
-    return ir.load_json(path.read_text())
-
-
-def _check(structure: Structure) -> None:
+def _check(structure: Structure, quantization: Quantization) -> None:
+    weights = quantization.weights
+    if weights is not None and (weights.bits, weights.group_size) not in _KERNELS:
+        raise MlcBuildError(
+            f"quantization {quantization.name}: no CPU kernel for {weights.bits} bits in groups of {weights.group_size}; "
+            f"there are: {', '.join(f'{bits} bits in groups of {size}' for bits, size in _KERNELS)}"
+        )
     if structure.head_dim > _MAX_HEAD_DIM or structure.head_dim % 2:
         raise MlcBuildError(
             f"head_dim is {structure.head_dim}: the CPU kernels take even numbers up to {_MAX_HEAD_DIM}"

@@ -8,6 +8,7 @@ from typing import Any
 
 from tvm import IRModule, relax, transform
 
+from mlcbuild.compiler import canonical
 from mlcbuild.compiler.contract import metadata
 from mlcbuild.models.structure import Structure
 
@@ -45,6 +46,7 @@ def optimise(module: IRModule, structure: Structure, facts: Mapping[str, Any], d
         relax.transform.VMShapeLower(),
         relax.transform.AttachGlobalSymbol(),
     )
+    module = canonical.order_shape_functions(module)
     _write(module, dump, "3-runtime")
     return module
 

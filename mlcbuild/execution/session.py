@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlcbuild.cache.disk import room_in
+from mlcbuild.cache.locks import sweep_dead
 from mlcbuild.cache.store import Action, Store, total_size
 from mlcbuild.cache.tree import Entry
 from mlcbuild.errors import MlcBuildError, StepFailed, Unavailable
@@ -104,6 +105,7 @@ def open_session(
     try:
         with room_in(folder):
             store = Store(folder.absolute())
+            sweep_dead(store.root)
     except OSError as error:
         raise MlcBuildError(f"{folder}: cannot be used as a cache: {error.strerror}") from None
     catalog = load(root, memo=store.root / "recipes.memo")

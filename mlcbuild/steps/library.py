@@ -13,7 +13,6 @@ CODE = (
     "mlcbuild.compiler.cpu.kernels",
     "mlcbuild.compiler.library",
     "mlcbuild.compiler.linkers",
-    "mlcbuild.compiler.lower",
     "mlcbuild.compiler.targets",
     "mlcbuild.recipes.types",
 )
@@ -22,11 +21,13 @@ TOOLS = ("apache-tvm", "apache-tvm-ffi", "ziglang")
 
 def run(job: Job) -> None:
     """Raises MlcBuildError with the compiler's or linker's own message when it fails."""
-    from mlcbuild.compiler import library, lower
+    from tvm import ir
+
+    from mlcbuild.compiler import library
 
     linker = job.fields["linker"]
     library.build(
-        lower.load(job.inputs["lower"].path("module.json")),
+        ir.load_json(job.inputs["lower"].path("module.json").read_text(encoding="utf-8")),
         job.fields["device"],
         Linker(linker["kind"], linker["target"], tuple(linker["flags"]), tuple(linker["needs"])),
         job.output / f"model.{job.fields['library']}",

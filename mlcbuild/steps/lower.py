@@ -12,6 +12,7 @@ from mlcbuild.steps.job import Job
 
 VERSION = 1
 CODE = (
+    "mlcbuild.compiler.canonical",
     "mlcbuild.compiler.contract",
     "mlcbuild.compiler.cpu.attention",
     "mlcbuild.compiler.cpu.kv_cache",

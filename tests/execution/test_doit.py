@@ -268,6 +268,7 @@ def test_recipes_that_mean_the_same_share_everything(workspace: Workspace) -> No
     assert json.loads((again / "manifest.json").read_text())["recipe"]["name"] == "again"
 
 
+@pytest.mark.slow
 def test_two_workspaces_give_the_same_bytes(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> None:
     from tests.execution.workspace import make_workspace
 
@@ -289,8 +290,9 @@ def test_a_shared_cache(workspace: Workspace, tmp_path_factory: pytest.TempPathF
     assert not other.cache.exists()
 
 
-def test_the_log_for_machines(workspace: Workspace) -> None:
-    workspace.doit("log_json=log.jsonl", "recipe=tiny-q4f16_1-cpu")
+@pytest.mark.parametrize("arguments", [["log_json=log.jsonl"], ["build", "--log-json", "log.jsonl"]])
+def test_the_log_for_machines(workspace: Workspace, arguments: list[str]) -> None:
+    workspace.doit(*arguments, "recipe=tiny-q4f16_1-cpu")
     events = [json.loads(line) for line in (workspace.root / "log.jsonl").read_text().splitlines()]
     outcomes = [event["outcome"] for event in events if event["event"] == "step_finished"]
     assert outcomes == ["built"] * 9

@@ -40,7 +40,14 @@ def leftovers(workspace: Workspace) -> list[int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("parallel", [(), ("-n", "2"), ("-n", "2", "-P", "process")])
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        (),
+        pytest.param(("-n", "2"), marks=pytest.mark.slow),
+        pytest.param(("-n", "2", "-P", "process"), marks=pytest.mark.slow),
+    ],
+)
 def test_a_stopped_doit_leaves_no_process(workspace: Workspace, how: signal.Signals, parallel: tuple[str, ...]) -> None:
     workspace.trick("convert.child", f"{GRANDCHILD}-{workspace.root}")
     with workspace.start(*parallel) as process:

@@ -1,0 +1,183 @@
+"""What mlcbuild supports, as tables in README.md and docs/supported.md, made from the files in recipes/.
+
+python scripts/supported.py            # write the tables
+python scripts/supported.py --check    # exit with 1 where they are not what the files say
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mlcbuild.errors import MlcBuildError
+from mlcbuild.recipes.load import load
+from mlcbuild.recipes.types import Catalog, Quantization
+
+COMMAND = "python scripts/supported.py"
+BEGIN, END = "<!-- supported: begin -->", "<!-- supported: end -->"
+
+_PAGE = f"""# What is supported
+
+Made by `{COMMAND}` from the files in `recipes/`; the text between the two marks is overwritten.
+
+{BEGIN}
+{END}
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write or check both tables; the exit status."""
+    parser = argparse.ArgumentParser(COMMAND, description="Bring the tables of what is supported up to date.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a table is stale")
+    parser.add_argument("--root", type=Path, default=Path(__file__).parents[1], help="the repository")
+    options = parser.parse_args(arguments)
+    root: Path = options.root.absolute()
+    page = root / "docs" / "supported.md"
+    try:
+        catalog = load(root)
+        if not page.exists() and not options.check:
+            page.write_text(_PAGE, encoding="utf-8")
+        texts = {
+            root / "README.md": _filled(root / "README.md", short(catalog)),
+            page: _filled(page, long(catalog)),
+        }
+    except MlcBuildError as error:
+        print(error, file=sys.stderr)
+        return 1
+    stale = [path for path, text in texts.items() if path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        name = path.relative_to(root)
+        if options.check:
+            print(f"{name}: not what the files in recipes/ say: run `{COMMAND}`", file=sys.stderr)
+        else:
+            path.write_text(texts[path], encoding="utf-8")
+            print(f"wrote {name}")
+    return 1 if stale and options.check else 0
+
+
+def short(catalog: Catalog) -> str:
+    """One row per kind: names only."""
+    kinds: dict[str, Iterable[str]] = {
+        "architectures": catalog.architectures,
+        "quantizations": catalog.quantizations,
+        "targets": catalog.targets,
+        "templates": catalog.templates,
+        "models that come along": catalog.models,
+    }
+    return _table(("", "supported"), [(kind, ", ".join(map(_code, names))) for kind, names in kinds.items()])
+
+
+def long(catalog: Catalog) -> str:
+    """A section for each kind, a row for each file."""
+    sections: list[tuple[str, Callable[[Catalog], str]]] = [
+        ("Architectures", _architectures),
+        ("Quantizations", _quantizations),
+        ("Targets", _targets),
+        ("Templates", _templates),
+        ("Models that come along", _models),
+        ("Recipes of this repository", _recipes),
+    ]
+    return "\n\n".join(f"## {title}\n\n{rows(catalog)}" for title, rows in sections)
+
+
+def _architectures(catalog: Catalog) -> str:
+    rows = []
+    for name, architecture in catalog.architectures.items():
+        decoder: Mapping[str, Any] = architecture.data["decoder"]
+        choices = ", ".join(f"{key} {value}" for key, value in decoder.items() if isinstance(value, str))
+        scaling = ", ".join(map(_code, decoder.get("rope_scaling", ()))) or "–"
+        rows.append((_code(name), ", ".join(map(_code, architecture.match["model_type"])), choices, scaling))
+    return _table(("architecture", "`model_type` in config.json", "decoder", "rope scaling"), rows)
+
+
+def _quantizations(catalog: Catalog) -> str:
+    rows = []
+    for name, quantization in catalog.quantizations.items():
+        choices = ("–", "–")
+        if quantization.weights is not None:
+            choices = (f"{quantization.embedding}, {quantization.lm_head}", quantization.rounding)
+        rows.append(
+            (_code(name), quantization.kind, _weights(quantization), quantization.model_dtype, *choices,
+             _description(catalog, "quantizations", name))
+        )  # fmt: skip
+    return _table(("quantization", "class", "weights", "model dtype", "embedding, lm_head", "rounding", ""), rows)
+
+
+def _weights(quantization: Quantization) -> str:
+    weights = quantization.weights
+    if weights is None:
+        return "–"
+    groups = f"groups of {weights.group_size}, " if weights.group_size else ""
+    return f"{weights.bits} bits, {groups}{weights.storage_dtype}, {weights.layout}"
+
+
+def _targets(catalog: Catalog) -> str:
+    rows = [
+        (_code(name), f"{target.device['kind']}, {target.device['mcpu']}", _code(f".{target.library}"),
+         f"{target.linker.kind}, {target.linker.target}", target.executes, _description(catalog, "targets", name))
+        for name, target in catalog.targets.items()
+    ]  # fmt: skip
+    return _table(("target", "device", "library", "linker", "executes on", ""), rows)
+
+
+def _templates(catalog: Catalog) -> str:
+    rows = [
+        (_code(name), ", ".join(_code(text) for text in template.data.get("stop_str", ())) or "–")
+        for name, template in catalog.templates.items()
+    ]
+    return _table(("template", "stops at"), rows)
+
+
+def _models(catalog: Catalog) -> str:
+    rows = []
+    for name, model in catalog.models.items():
+        path = model.source.path
+        source = f"`recipes/{path.relative_to(catalog.root / 'recipes')}`" if path else _code(str(model.source))
+        rows.append((_code(name), source, _code(model.template)))
+    return _table(("model", "source", "template"), rows)
+
+
+def _recipes(catalog: Catalog) -> str:
+    by_origin: dict[str, list[str]] = {}
+    for name, recipe in catalog.recipes.items():
+        by_origin.setdefault(recipe.origin, []).append(_code(name))
+    return _table(("file", "recipes"), [(_code(origin), ", ".join(names)) for origin, names in by_origin.items()])
+
+
+def _description(catalog: Catalog, folder: str, name: str) -> str:
+    path = catalog.root / "recipes" / folder / f"{name}.yaml"
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return str(content.get("description", ""))
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _code(text: str) -> str:
+    return f"`{text}`"
+
+
+def _filled(path: Path, content: str) -> str:
+    """The file's text with `content` between its two marks. Raises MlcBuildError where they are missing."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise MlcBuildError(f"{path}: no such file: run `{COMMAND}`") from None
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in rest:
+        raise MlcBuildError(
+            f"{path}: write the lines {BEGIN} and {END} once, where the table belongs, then run it again"
+        )
+    return f"{before}{BEGIN}\n\n{content}\n\n{END}{after}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

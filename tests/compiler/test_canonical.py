@@ -1,0 +1,34 @@
+"""The same inputs give the same bytes: what could differ between two runs of the compiler is brought to one form."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from mlcbuild.compiler import canonical, lower, targets
+from tests.support import llama
+
+
+@pytest.fixture(scope="module")
+def module() -> Any:
+    structure = llama.structure_of(llama.transformers_llama())
+    return lower.lower(structure, llama.QUANTIZATIONS["q4f16_1"], "q4f16_1", targets.resolve(llama.CPU))
+
+
+def test_sizes_are_stored_in_the_order_of_their_slots(module: Any) -> None:
+    from tvm import tirx
+
+    names = [n for n, f in module.functions_items() if n.name_hint.startswith("shape_func")]
+    several = next(n for n in names if isinstance(module[n].body, tirx.SeqStmt))
+    ordered = list(module[several].body.seq)
+    shuffled = module.clone()
+    shuffled[several] = module[several].with_body(tirx.SeqStmt(ordered[::-1]))
+    assert canonical.to_text(shuffled) != canonical.to_text(module)
+    assert canonical.to_text(canonical.order_shape_functions(shuffled)) == canonical.to_text(module)
+
+
+def test_no_source_position_is_kept(module: Any) -> None:
+    nodes = json.loads(canonical.to_text(module))["nodes"]
+    assert not {node["type"] for node in nodes} & {"ir.Span", "ir.SourceName"}

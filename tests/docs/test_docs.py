@@ -1,0 +1,135 @@
+"""What the pages show is what the program does: snippets are valid, tables hold what the code has."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mlcbuild.execution import variables
+from mlcbuild.recipes.check import check, render
+from mlcbuild.reporting import events
+from mlcbuild.runtime import quality
+from tests.docs.pages import DOCS, PAGES, ROOT, Block, blocks, code, table
+
+SNIPPETS = {page.name: [b for b in blocks(page.read_text()) if b.language == "yaml"] for page in PAGES}
+WITH_SNIPPETS = sorted(name for name, found in SNIPPETS.items() if found)
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text()
+
+
+def write(root: Path, snippet: Block) -> None:
+    """The snippet as the file that it names, with the files and folders that it refers to."""
+    path = root / snippet.info[1]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(snippet.text)
+    content: Any = yaml.safe_load(snippet.text)
+    folder, text = content.get("source", {}).get("path"), content.get("verify", {}).get("text")
+    if folder:
+        (path.parent / folder).mkdir(parents=True, exist_ok=True)
+    if text:
+        (path.parent / text).parent.mkdir(parents=True, exist_ok=True)
+        (path.parent / text).write_text("A text.\n")
+
+
+@pytest.mark.parametrize("name", WITH_SNIPPETS)
+def test_snippets_name_their_file(name: str) -> None:
+    for snippet in SNIPPETS[name]:
+        _, path, *more = (*snippet.info, "") if len(snippet.info) == 1 else snippet.info
+        named = path.startswith("recipes/") and more in ([], ["wrong"])
+        assert named, f"{name}:{snippet.line}: write ```yaml recipes/..., and `wrong` behind it for one with mistakes"
+
+
+@pytest.mark.parametrize("name", WITH_SNIPPETS)
+def test_the_snippets_of_a_page_are_a_workspace_without_problems(name: str, tmp_path: Path) -> None:
+    valid = [snippet for snippet in SNIPPETS[name] if "wrong" not in snippet.info]
+    names = [snippet.info[1] for snippet in valid]
+    assert len(set(names)) == len(names), f"{name}: two snippets are the same file"
+    (tmp_path / "recipes").mkdir()
+    for snippet in valid:
+        write(tmp_path, snippet)
+    report = check(tmp_path)
+    assert report.ok, render(report)
+    assert not report.warnings, render(report)
+
+
+WRONG = [
+    pytest.param(snippet, after, id=f"{name}:{snippet.line}")
+    for name in WITH_SNIPPETS
+    for found in [list(blocks(page(name)))]
+    for snippet, after in zip(found, [*found[1:], None], strict=True)
+    if "wrong" in snippet.info
+]
+
+
+@pytest.mark.parametrize(("snippet", "after"), WRONG)
+def test_a_wrong_snippet_gives_the_text_that_follows_it(snippet: Block, after: Block | None, tmp_path: Path) -> None:
+    assert after is not None and after.language == "text", "the output of `mlcbuild check` follows in a block of text"
+    (tmp_path / "recipes").mkdir()
+    write(tmp_path, snippet)
+    # How many files come with mlcbuild is nobody's business here.
+    shown, said = (re.sub(r" of \d+$", "", text.rstrip()) for text in (after.text, render(check(tmp_path))))
+    assert said == shown
+
+
+def test_every_variable_of_the_command_line_is_described() -> None:
+    described = [code(row[0])[0].removesuffix("=") for row in table(page("building.md"), "variable", "meaning")]
+    assert described == list(variables._NAMES)
+
+
+def test_every_variable_of_the_environment_is_described() -> None:
+    sources = [path.read_text() for path in (ROOT / "mlcbuild").rglob("*.py")]
+    used = {name for text in sources for name in re.findall(r'"((?:MLCBUILD|TVM)_[A-Z_]+)"', text)}
+    described = {name for row in table(page("building.md"), "environment", "meaning") for name in code(row[0])}
+    assert used <= described, used - described
+
+
+def test_every_event_is_described_with_its_fields() -> None:
+    described = {code(row[0])[0]: code(row[1]) for row in table(page("building.md"), "event", "fields", "when")}
+    real = {}
+    for kind in typing.get_args(events.Event):
+        example: Any = kind(**{field.name: "" for field in dataclasses.fields(kind)})
+        name, *fields = [events.to_json(example)["event"], *(field.name for field in dataclasses.fields(kind))]
+        real[name] = fields
+    assert described == real
+
+
+def test_the_bounds_of_verification() -> None:
+    rows = table(page("quantization.md"), "class", "warn above KL", "fail above KL", "fail above increase")
+    described = {code(row[0])[0]: tuple(row[1:]) for row in rows}
+    real = {
+        name: (f"{b.warn_kl:g}", f"{b.fail_kl:g}", f"{b.fail_perplexity_increase:.1%}")
+        for name, b in quality.BOUNDS.items()
+    }
+    assert described == real
+
+
+def anchors(text: str) -> set[str]:
+    """The names that headings can be linked by: lower case, hyphens for spaces, punctuation left out."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    missing = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        name, _, anchor = target.partition("#")
+        other = path.parent / name if name else path
+        if "://" not in target and not (other.exists() and (not anchor or anchor in anchors(other.read_text()))):
+            missing.append(target)
+    assert not missing
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_a_page_is_short_and_has_a_title(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("# ")
+    assert len(lines) <= 220, "split the page, or say it in fewer words"

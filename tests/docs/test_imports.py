@@ -1,0 +1,104 @@
+"""Imports run one way, as docs/design.md says; what a build without work imports is light."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import mlcbuild
+from tests.docs.pages import DOCS, blocks, code, table
+
+PACKAGE = Path(mlcbuild.__file__).parent
+PAGE = (DOCS / "design.md").read_text()
+SOURCES = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+SOURCES = {name.removesuffix(".__init__"): path for name, path in SOURCES.items()}
+HEAVY = {"jsonschema", "numpy", "rich", "safetensors", "tokenizers", "torch", "transformers", "tvm", "tvm_ffi", "yaml"}
+
+
+def unit(module: str) -> str:
+    """The row of the table that a module belongs to: `compiler` for mlcbuild.compiler.cpu.rows."""
+    parts = module.split(".")[1:]
+    return "recipes.types" if parts[:2] == ["recipes", "types"] else parts[0] if parts else "errors"
+
+
+def imported(tree: ast.AST, inside_functions: bool = True) -> Iterator[str]:
+    """Names of modules that a program imports; with `from a import b` both `a` and `a.b`, whichever exists."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        # TYPE_CHECKING is for mypy; nothing is imported when the program runs.
+        checking = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if (inside_functions or not function) and not checking:
+            waiting += ast.iter_child_nodes(node)
+
+
+def ours(names: Iterator[str]) -> set[str]:
+    """Those of our modules, each as itself and not as the package it lies in."""
+    found = {name for name in names if name in SOURCES}
+    return {name for name in found if not any(other.startswith(f"{name}.") for other in found)} - {"mlcbuild"}
+
+
+def actual() -> dict[str, set[str]]:
+    edges: dict[str, set[str]] = {}
+    for name, path in SOURCES.items():
+        if name == "mlcbuild":
+            continue
+        reached = {unit(module) for module in ours(imported(ast.parse(path.read_text())))}
+        edges.setdefault(unit(name), set()).update(reached - {unit(name)})
+    return edges
+
+
+def order() -> list[set[str]]:
+    (listed,) = [block.text for block in blocks(PAGE) if block.info == ("text", "order")]
+    return [set(line.split()) for line in listed.splitlines()]
+
+
+def allowed() -> dict[str, set[str]]:
+    """What each package may import, by the table; `errors`, which has no row, may import nothing."""
+    rows = table(PAGE, "package", "may import", "what it does")
+    return {"errors": set(), **{code(row[0])[0]: set(code(row[1])) for row in rows}}
+
+
+def test_the_table_goes_down_the_list() -> None:
+    levels = {name: level for level, names in enumerate(order()) for name in names}
+    assert set(levels) == set(allowed())
+    wrong = {f"{a} -> {b}" for a, reached in allowed().items() for b in reached if levels[a] >= levels[b]}
+    assert not wrong, "an import upwards, or between packages on one line of the list"
+
+
+def test_everything_imports_only_what_the_table_allows() -> None:
+    rules = allowed()
+    assert set(actual()) == set(rules), "docs/design.md names every package, and no other"
+    wrong = {f"{a} -> {b}" for a, reached in actual().items() for b in reached if b not in rules[a]}
+    assert not wrong, "import it another way, or change the table of docs/design.md and say why"
+
+
+def test_below_the_graph_only_the_types_of_recipes_are_known() -> None:
+    edges = actual()
+    above = {"cli", "tasks", "execution", "graph", "recipes"}
+    assert {name for name, reached in edges.items() if "recipes" in reached} <= above
+
+
+@pytest.mark.parametrize("start", ["mlcbuild.cli", "mlcbuild.tasks"])
+def test_nothing_heavy_is_imported_before_it_is_needed(start: str) -> None:
+    seen: set[str] = set()
+    waiting = [start]
+    while waiting:
+        name = waiting.pop()
+        if name in seen or name not in SOURCES:
+            continue
+        seen.add(name)
+        names = set(imported(ast.parse(SOURCES[name].read_text()), inside_functions=False))
+        heavy = {module.partition(".")[0] for module in names} & HEAVY
+        assert not heavy, f"{name} imports {sorted(heavy)} when it is imported itself: import it in the function"
+        waiting += names
+        waiting += [".".join(name.split(".")[:depth]) for depth in range(1, name.count(".") + 1)]

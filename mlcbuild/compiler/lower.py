@@ -70,9 +70,9 @@ def save(module: IRModule, path: Path) -> None:
 def _check(structure: Structure, quantization: Quantization) -> None:
     weights = quantization.weights
     if weights is not None and (weights.bits, weights.group_size) not in _KERNELS:
+        known = ", ".join(f"{bits} bits in groups of {size}" for bits, size in _KERNELS)
         raise MlcBuildError(
-            f"quantization {quantization.name}: no CPU kernel for {weights.bits} bits in groups of {weights.group_size}; "
-            f"there are: {', '.join(f'{bits} bits in groups of {size}' for bits, size in _KERNELS)}"
+            f"no CPU kernel for {weights.bits} bits in groups of {weights.group_size}; there are: {known}"
         )
     if structure.head_dim > _MAX_HEAD_DIM or structure.head_dim % 2:
         raise MlcBuildError(

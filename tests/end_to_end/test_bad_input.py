@@ -35,7 +35,7 @@ def tensors(folder: Path) -> tuple[Path, dict[str, Any]]:
     return path, load_file(path)
 
 
-def edit(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+def edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         path, held = tensors(folder)
         change(held)
@@ -49,7 +49,7 @@ def shard(folder: Path) -> None:
     path, held = tensors(folder)
     names = sorted(held)
     parts = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for file, members in parts.items():
         save_file({name: held[name] for name in members}, folder / file)
         weight_map |= dict.fromkeys(members, file)
@@ -88,26 +88,43 @@ def set_value(value: float) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-CASES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
+def config(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "config.json", changes)
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def add(name: str) -> Callable[[Path], None]:
+    return edit(lambda held: held.update({name: np.ones(3, np.float32)}))
+
+
+def replace(change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    return edit(lambda held: held.update({Q_PROJ: change(held[Q_PROJ])}))
+
+
+# What is done to the checkpoint, and the words that the error must have.
+CASES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "truncated": (truncated, ["model.safetensors", "truncated"]),
     "missing_shard": (missing_shard, ["model-00002-of-00002.safetensors"]),
     "duplicated_shard": (duplicated_shard, ["model-00002-of-00002.safetensors"]),
-    "wrong_shape": (edit(lambda held: held.update({Q_PROJ: held[Q_PROJ][:-1]})), [Q_PROJ, "63"]),
-    "wrong_dtype": (edit(lambda held: held.update({Q_PROJ: held[Q_PROJ].astype(np.int32)})), [Q_PROJ, "dtype I32"]),
+    "wrong_shape": (replace(lambda w: w[:-1]), [Q_PROJ, "63"]),
+    "wrong_dtype": (replace(lambda w: w.astype(np.int32)), [Q_PROJ, "dtype I32"]),
     "missing_tensor": (edit(lambda held: held.pop(Q_PROJ)), [Q_PROJ]),
-    "extra_tensor": (edit(lambda held: held.update({"model.layers.0.extra": np.ones(3, np.float32)})), ["model.layers.0.extra"]),
+    "extra_tensor": (add("model.layers.0.extra"), ["model.layers.0.extra"]),
     "nan": (edit(set_value(np.nan)), [Q_PROJ, "NaN", "[3, 5]"]),
     "infinity": (edit(set_value(-np.inf)), [Q_PROJ, "-Inf", "[3, 5]"]),
     "too_large_for_float16": (edit(set_value(1e6)), [Q_PROJ, "float16"]),
-    "fewer_layers": (lambda folder: edit_json(folder / "config.json", {"num_hidden_layers": 1}), ["num_hidden_layers", "layer 1"]),
-    "more_layers": (lambda folder: edit_json(folder / "config.json", {"num_hidden_layers": 3}), ["model.layers.2."]),
-    "unknown_architecture": (lambda folder: edit_json(folder / "config.json", {"model_type": "lama"}), ["`lama`", "did you mean `llama`?"]),
-    "not_computed": (lambda folder: edit_json(folder / "config.json", {"hidden_act": "gelu"}), ["hidden_act", "'silu'"]),
-    "no_config": (lambda folder: (folder / "config.json").unlink(), ["config.json", "no such file"]),
-    "tensor_name_that_climbs": (edit(lambda held: held.update({"../../x": np.ones(1, np.float32)})), ["../../x"]),
+    "fewer_layers": (config(num_hidden_layers=1), ["num_hidden_layers", "layer 1"]),
+    "more_layers": (config(num_hidden_layers=3), ["model.layers.2."]),
+    "unknown_architecture": (config(model_type="lama"), ["`lama`", "did you mean `llama`?"]),
+    "not_computed": (config(hidden_act="gelu"), ["hidden_act", "'silu'"]),
+    "no_config": (remove("config.json"), ["config.json", "no such file"]),
+    "tensor_name_that_climbs": (add("../../x"), ["../../x"]),
     "file_name_that_climbs": (climbing_file, ["../../secret.safetensors"]),
-    "no_tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), ["tokenizer.json"]),
-}  # fmt: skip
+    "no_tokenizer": (remove("tokenizer.json"), ["tokenizer.json"]),
+}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlcbuild.chat.conversation import Conversation
-from mlcbuild.chat.tokenizer_info import tokenizer_info, vocabulary
+from mlcbuild.chat.tokenizer_info import TokenizerFacts, tokenizer_info
 
 VERSION = "0.1.0"
 TOKENIZER_FILES = (
@@ -39,16 +39,16 @@ def chat_config(
     quantization: str,
     model_config: Mapping[str, Any],
     conversation: Conversation,
-    tokenizer: Mapping[str, Any] | None,
+    tokenizer: TokenizerFacts | None,
     tokenizer_files: Sequence[str],
     checkpoint_configs: Sequence[Mapping[str, Any]] = (),
     model_task: str = "chat",
 ) -> dict[str, Any]:
     """The content of mlc-chat-config.json.
 
-    `model_config` is the architecture's own part (CONTRACT: hidden_size ... disaggregation); `tokenizer` is the content
-    of tokenizer.json; `checkpoint_configs` are generation_config.json and config.json, in the order in which the
-    first to give a sampling default or a special token's id wins.
+    `model_config` is the architecture's own part (CONTRACT: hidden_size ... disaggregation); `tokenizer` is what the
+    checkpoint's tokenizer says (None: it is not known); `checkpoint_configs` are generation_config.json and
+    config.json, in the order in which the first to give a sampling default or a special token's id wins.
     """
     vocab_size = model_config["vocab_size"]
     return {
@@ -64,10 +64,10 @@ def chat_config(
         "tensor_parallel_shards": model_config.get("tensor_parallel_shards", 1),
         "pipeline_parallel_stages": model_config.get("pipeline_parallel_stages", 1),
         # Rows of the embedding behind the tokenizer's last token are padding that must never be sampled.
-        "active_vocab_size": vocab_size if tokenizer is None else len(vocabulary(tokenizer)),
+        "active_vocab_size": vocab_size if tokenizer is None else len(tokenizer.tokens),
         **_first(_SAMPLING, checkpoint_configs),
         "tokenizer_files": [name for name in TOKENIZER_FILES if name in tokenizer_files],
-        "tokenizer_info": tokenizer_info(tokenizer),
+        "tokenizer_info": dict(tokenizer.info) if tokenizer else tokenizer_info(None),
         "conv_template": conversation.to_json(),
         **_first(_TOKENS, checkpoint_configs),
         "model_task": model_task,

@@ -1,12 +1,16 @@
-"""What the runtimes must know of a tokenizer beyond its files: mlc-chat-config.json's `tokenizer_info`.
+"""What a tokenizer's files say: its tokens, which of them are special, and mlc-chat-config.json's `tokenizer_info`.
 
-The three facts are read from tokenizer.json as MLC LLM reads them (cpp/tokenizers/tokenizers.cc, July 2026).
+tokenizer.json is read as MLC LLM reads it (cpp/tokenizers/tokenizers.cc, July 2026). Where there is only a
+SentencePiece tokenizer.model, MLC assumes defaults; here the model itself is asked.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mlcbuild.errors import MlcBuildError
@@ -14,20 +18,54 @@ from mlcbuild.errors import MlcBuildError
 _METHODS = {"ByteLevel": "byte_level", "ByteFallback": "byte_fallback"}
 _WORD_START = "▁"  # SentencePiece's mark of a space
 _SPECIAL = re.compile(r"<\|?[^\s<>|]+\|?>")  # <|im_end|>, </s>, <end_of_turn>
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # stands for one byte of text
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """`tokens` has every token with its id, added ones included; a `special` one is never a piece of text."""
+
+    tokens: Mapping[str, int]
+    special: frozenset[int]
+    info: Mapping[str, Any]
+
+    def text(self, token_id: int) -> str | None:
+        """The token with this id."""
+        return next((text for text, i in self.tokens.items() if i == token_id), None)
+
+
+def read_tokenizer(files: Mapping[str, Path]) -> TokenizerFacts | None:
+    """The facts of a checkpoint's or a package's files (name -> path); None where there is no tokenizer.
+
+    Raises MlcBuildError for a file that cannot be read.
+    """
+    if "tokenizer.json" in files:
+        return json_tokenizer(read_json(files["tokenizer.json"]))
+    if "tokenizer.model" in files:
+        added = read_json(files["added_tokens.json"]) if "added_tokens.json" in files else {}
+        return _sentencepiece(files["tokenizer.model"], added)
+    return None
+
+
+def json_tokenizer(content: Mapping[str, Any]) -> TokenizerFacts:
+    """The facts of tokenizer.json's content. Raises MlcBuildError as `vocabulary` does."""
+    tokens = vocabulary(content)
+    listed = {token["id"] for token in content.get("added_tokens") or () if token.get("special")}
+    return TokenizerFacts(tokens, frozenset(listed | _look_special(tokens)), tokenizer_info(content))
 
 
 def tokenizer_info(tokenizer: Mapping[str, Any] | None) -> dict[str, Any]:
-    """`tokenizer_info` for the content of tokenizer.json; None (only tokenizer.model exists) gives MLC's defaults."""
+    """`tokenizer_info` for the content of tokenizer.json; MLC's defaults for None."""
     decoders = list(_steps(tokenizer, "decoder", "decoders"))
     normalizers = list(_steps(tokenizer, "normalizer", "normalizers"))
     methods = [_METHODS[step["type"]] for step in decoders if step.get("type") in _METHODS]
     strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
     prepend = {"type": "Prepend", "prepend": _WORD_START}
-    return {
-        "token_postproc_method": methods[-1] if methods else "byte_fallback",
-        "prepend_space_in_encode": any(prepend.items() <= step.items() for step in normalizers),
-        "strip_space_in_decode": any(strip.items() <= step.items() for step in decoders),
-    }
+    return _info(
+        methods[-1] if methods else "byte_fallback",
+        prepend=any(prepend.items() <= step.items() for step in normalizers),
+        strip=any(strip.items() <= step.items() for step in decoders),
+    )
 
 
 def vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int]:
@@ -49,22 +87,79 @@ def vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int]:
     return tokens
 
 
-def unknown_stops(stop_token_ids: Sequence[int], stop_str: Sequence[str], tokens: Mapping[str, int]) -> list[str]:
-    """What a template stops at that the tokenizer has no token for, each as a sentence.
+def unknown_stops(
+    stop_token_ids: Sequence[int],
+    stop_str: Sequence[str],
+    tokens: Mapping[str, int],
+    special: Collection[int] | None = None,
+    written: Sequence[str] = (),
+) -> list[str]:
+    """What a template stops at that this tokenizer has no token for, or another one, each as a sentence.
 
-    Generation would never stop there. A stop string that is written like a special token (`<|im_end|>`) must be one;
-    any other may be plain text.
+    `special` are the ids that are no text (None: unknown), `written` what the template itself puts after a message. A
+    stop string that looks like a special token (`<|im_end|>`) must be one, unless the template never writes it and all
+    its stop ids are right: MLC's `gpt2` lists `</s>`, which GPT-2 has not. Any other may be plain text.
     """
-    ids = set(tokens.values())
-    problems = [
-        f"stop token id {i} is not in the tokenizer ({len(ids)} tokens)" for i in stop_token_ids if i not in ids
-    ]
+    texts = {i: text for text, i in tokens.items()}
+    problems = []
+    for i in stop_token_ids:
+        if i not in texts:
+            problems.append(f"stop token id {i} is not in the tokenizer ({len(texts)} tokens)")
+        elif special is not None and i not in special and not _part_of(texts[i], (*stop_str, *written)):
+            instead = f", not {' or '.join(f'`{text}`' for text in stop_str)}" if stop_str else ""
+            problems.append(
+                f"stop token id {i} is {texts[i]!r} in this tokenizer{instead}: replies would end at an ordinary word"
+            )
+    ids_suffice = bool(stop_token_ids) and not problems and bool(written)
     problems += [
         f"stop token `{text}` is unknown to the tokenizer, which would cut it into pieces"
         for text in stop_str
-        if _SPECIAL.fullmatch(text) and text not in tokens
+        if _SPECIAL.fullmatch(text)
+        and text not in tokens
+        and not (ids_suffice and not any(text in other for other in written))
     ]
     return problems
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint. Raises MlcBuildError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MlcBuildError(f"{path.name}: cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise MlcBuildError(f"{path.name}: expected a JSON object, found {json.dumps(content)[:40]}")
+    return content
+
+
+def _sentencepiece(path: Path, added: Mapping[str, int]) -> TokenizerFacts:
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        model = SentencePieceProcessor(model_proto=path.read_bytes())
+    except (OSError, RuntimeError) as error:
+        raise MlcBuildError(f"{path.name}: not a SentencePiece model ({error})") from None
+    ids = range(model.get_piece_size())
+    tokens = {model.id_to_piece(i): i for i in ids} | dict(added)
+    control = {i for i in ids if model.is_control(i) or model.is_unknown(i)}
+    # Llama's models put a space before every text; it shows in what they make of a text that has none.
+    prefixed = str(model.normalize("a")).startswith(_WORD_START)
+    info = _info("byte_fallback", prepend=prefixed, strip=prefixed)
+    return TokenizerFacts(tokens, frozenset(control | set(added.values()) | _look_special(tokens)), info)
+
+
+def _info(method: str, prepend: bool, strip: bool) -> dict[str, Any]:
+    return {"token_postproc_method": method, "prepend_space_in_encode": prepend, "strip_space_in_decode": strip}
+
+
+def _look_special(tokens: Mapping[str, int]) -> set[int]:
+    return {i for text, i in tokens.items() if _SPECIAL.fullmatch(text) and not _BYTE.fullmatch(text)}
+
+
+def _part_of(token: str, texts: Sequence[str]) -> bool:
+    """Whether a token is a piece of one of the plain texts: minigpt stops at the pieces of `###`."""
+    plain = re.sub(f"[{_WORD_START}ĠĊ]", " ", token).strip()
+    return bool(plain) and any(plain in text for text in texts if not _SPECIAL.search(text))
 
 
 def _steps(tokenizer: Mapping[str, Any] | None, key: str, listed: str) -> Iterator[Mapping[str, Any]]:

@@ -10,9 +10,12 @@ import pytest
 
 from mlcbuild.chat.config import chat_config
 from mlcbuild.chat.conversation import from_data
+from mlcbuild.chat.tokenizer_info import json_tokenizer
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.steps import package
 from mlcbuild.steps.job import Job, local_job
+from tests.chat import chats
+from tests.chat.sentencepieces import sentencepiece_model
 
 MODEL_CONFIG = {
     "hidden_size": 64,
@@ -30,6 +33,7 @@ TOKENIZER = {
 FIELDS = {
     "model": "tiny",
     "quantization": "q4f16_1",
+    "format": "q4f16_1",
     "target": "cpu",
     "template": TEMPLATE,
     "model_type": "llama",
@@ -37,21 +41,25 @@ FIELDS = {
 }
 
 
-def job(folder: Path, checkpoint: dict[str, Any]) -> Job:
+def job(folder: Path, checkpoint: dict[str, Any], **fields: Any) -> Job:
+    """`checkpoint` has the content of its files: JSON, or bytes as they are."""
     files = {
-        "quantize": {"params_shard_0.bin": "weights", "tensor-cache.json": "{}"},
-        "library": {"model.so": "library"},
-        "checkpoint": {name: json.dumps(content) for name, content in checkpoint.items()},
+        "quantize": {"params_shard_0.bin": b"weights", "tensor-cache.json": b"{}"},
+        "library": {"model.so": b"library"},
+        "checkpoint": {
+            name: content if isinstance(content, bytes) else json.dumps(content).encode()
+            for name, content in checkpoint.items()
+        },
     }
     for name, contents in files.items():
         (folder / name).mkdir()
-        for file, text in contents.items():
-            (folder / name / file).write_text(text)
-    return local_job({name: folder / name for name in files}, FIELDS, folder / "job")
+        for file, data in contents.items():
+            (folder / name / file).write_bytes(data)
+    return local_job({name: folder / name for name in files}, {**FIELDS, **fields}, folder / "job")
 
 
-def written(folder: Path, checkpoint: dict[str, Any]) -> dict[str, Any]:
-    made = job(folder, checkpoint)
+def written(folder: Path, checkpoint: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    made = job(folder, checkpoint, **fields)
     package.run(made)
     config: dict[str, Any] = json.loads((made.output / "tiny-q4f16_1-MLC" / "mlc-chat-config.json").read_text())
     return config
@@ -122,10 +130,41 @@ def test_the_checkpoints_own_sampling_defaults(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_with_tokenizer_model_only(tmp_path: Path) -> None:
-    config = written(tmp_path, {"tokenizer.model": ""})
-    assert config["tokenizer_files"] == ["tokenizer.model"]
-    assert config["active_vocab_size"] == 320
-    assert config["tokenizer_info"]["token_postproc_method"] == "byte_fallback"
+    """The tokenizer's size and its treatment of spaces come from the SentencePiece model itself."""
+    model = sentencepiece_model(tmp_path).read_bytes()
+    config = written(tmp_path, {"tokenizer.model": model, "added_tokens.json": {"<pad>": 330}})
+    assert config["tokenizer_files"] == ["tokenizer.model", "added_tokens.json"]
+    assert config["active_vocab_size"] == 331
+    assert config["tokenizer_info"] == {
+        "token_postproc_method": "byte_fallback",
+        "prepend_space_in_encode": True,
+        "strip_space_in_decode": True,
+    }
+
+
+def test_the_template_that_the_tokenizer_brings(tmp_path: Path) -> None:
+    """`template: auto`: chat_template.jinja where there is one, else tokenizer_config.json."""
+    tokens = [{"id": i, "content": text, "special": True} for i, text in enumerate(chats.SPECIAL)]
+    checkpoint = {
+        "tokenizer.json": {"model": {"vocab": {}}, "added_tokens": tokens},
+        "tokenizer_config.json": {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "chat_template": chats.VICUNA},
+        "generation_config.json": {"eos_token_id": [1, 4]},
+    }
+    for name in ("config", "jinja"):
+        (tmp_path / name).mkdir()
+    template = written(tmp_path / "config", checkpoint, template={"name": "auto"})["conv_template"]
+    assert (template["roles"]["user"], template["seps"]) == ("USER", [" ", "</s>"])
+    assert (template["system_prefix_token_ids"], template["stop_token_ids"]) == ([0], [1, 4])
+    checkpoint["chat_template.jinja"] = chats.CHATML.encode()
+    template = written(tmp_path / "jinja", checkpoint, template={"name": "auto"})["conv_template"]
+    assert template["roles"]["user"] == "<|im_start|>user"
+    # Kept for verification, and for whoever opens the folder with transformers.
+    assert (tmp_path / "jinja" / "job" / "output" / "tiny-q4f16_1-MLC" / "chat_template.jinja").is_file()
+
+
+def test_auto_without_a_chat_template(tmp_path: Path) -> None:
+    with pytest.raises(MlcBuildError, match="template auto: the checkpoint has no chat_template"):
+        written(tmp_path, {"tokenizer.json": TOKENIZER}, template={"name": "auto"})
 
 
 def test_a_checkpoint_without_a_tokenizer(tmp_path: Path) -> None:
@@ -149,5 +188,6 @@ def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_config_needs_no_files() -> None:
-    config = chat_config("llama", "q0f32", MODEL_CONFIG, from_data("x", TEMPLATE), TOKENIZER, ["tokenizer.json"])
+    tokenizer = json_tokenizer(TOKENIZER)
+    config = chat_config("llama", "q0f32", MODEL_CONFIG, from_data("x", TEMPLATE), tokenizer, ["tokenizer.json"])
     assert config["conv_template"]["name"] == "x"

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from mlcbuild.chat.tokenizer_info import tokenizer_info, unknown_stops, vocabulary
+from mlcbuild.chat.tokenizer_info import read_tokenizer, tokenizer_info, unknown_stops, vocabulary
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.runtime.tokenizer import JsonTokenizer, SentencePieceTokenizer, load_tokenizer
+from tests.chat.sentencepieces import sentencepiece_model
 
 # Pipelines as Llama 2's and Llama 3's tokenizer.json have them.
 LLAMA_2 = {
@@ -102,21 +103,34 @@ def test_stops_that_the_tokenizer_does_not_know() -> None:
     ]
 
 
+def test_a_stop_id_that_is_an_ordinary_word() -> None:
+    """chatml's stop token 2 is `<|im_end|>` where it was defined; with Qwen's tokenizer every `#` would end a reply."""
+    tokens = {"a": 0, "<|im_end|>": 1, "#": 2}
+    assert unknown_stops([2], ["<|im_end|>"], tokens, special={1}) == [
+        "stop token id 2 is '#' in this tokenizer, not `<|im_end|>`: replies would end at an ordinary word"
+    ]
+    assert unknown_stops([1], ["<|im_end|>"], tokens, special={1}) == []
+
+
+def test_stop_ids_that_are_pieces_of_a_separator() -> None:
+    """minigpt ends turns with `###`, and stops at the tokens that it is written with."""
+    tokens = {"▁###": 0, "##": 1, "the": 2, "</s>": 3}
+    assert unknown_stops([0, 1], ["</s>"], tokens, {3}, written=("###",)) == []
+    assert len(unknown_stops([2], ["</s>"], tokens, {3}, written=("###",))) == 1
+
+
+def test_a_stop_string_that_is_never_written() -> None:
+    """GPT-2 has no `</s>`, which MLC's template lists; its id 50256 ends replies, so nothing is wrong."""
+    tokens = {"a": 0, "<|endoftext|>": 50256}
+    assert unknown_stops([50256], ["</s>"], tokens, {50256}, written=("", "{user_message}")) == []
+    assert unknown_stops([50256], ["</s>"], tokens, {50256}, written=("</s>",)) != []
+    assert unknown_stops([], ["</s>"], tokens, {50256}, written=("",)) != []
+
+
 @pytest.fixture
 def sentencepiece_folder(tmp_path: Path) -> Path:
     """tokenizer.model without tokenizer.json, as in the Vicuna era."""
-    import sentencepiece
-
-    text = tmp_path / "text"
-    text.write_text("Once upon a time there was a small house by the sea.\nThe sea was green.\n" * 20)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(text),
-        model_prefix=str(tmp_path / "tokenizer"),
-        vocab_size=330,
-        model_type="bpe",
-        byte_fallback=True,
-        minloglevel=2,
-    )
+    sentencepiece_model(tmp_path)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<pad>": 330}))
     return tmp_path
 
@@ -132,6 +146,29 @@ def test_a_sentencepiece_model(sentencepiece_folder: Path) -> None:
     (sentencepiece_folder / "tokenizer_config.json").write_text('{"add_bos_token": false, "add_eos_token": true}')
     ids = load_tokenizer(sentencepiece_folder).encode("a")
     assert ids[0] != 1 and ids[-1] == tokenizer.token_to_id("</s>")
+
+
+def test_the_facts_of_a_sentencepiece_model(sentencepiece_folder: Path) -> None:
+    """They are those of the tokenizer.json that transformers would make of it, and of what the runtime reads."""
+    facts = read_tokenizer({path.name: path for path in sentencepiece_folder.iterdir()})
+    assert facts is not None
+    assert facts.tokens == load_tokenizer(sentencepiece_folder).tokens()
+    assert {facts.text(i) for i in facts.special} == {"<unk>", "<s>", "</s>", "<pad>"}
+    assert facts.info == tokenizer_info(LLAMA_2)
+
+
+def test_a_sentencepiece_model_that_adds_no_space(tmp_path: Path) -> None:
+    facts = read_tokenizer({"tokenizer.model": sentencepiece_model(tmp_path, add_dummy_prefix=False)})
+    assert facts is not None
+    assert facts.info == tokenizer_info(None)
+
+
+def test_no_tokenizer_and_a_broken_one(tmp_path: Path) -> None:
+    assert read_tokenizer({"config.json": tmp_path / "config.json"}) is None
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(b"x")
+    with pytest.raises(MlcBuildError, match=r"tokenizer.model: not a SentencePiece model"):
+        read_tokenizer({"tokenizer.model": path})
 
 
 def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:

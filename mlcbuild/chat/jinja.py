@@ -1,0 +1,109 @@
+"""A tokenizer's own `chat_template`: Jinja, run in the sandbox and with the helpers that transformers gives it.
+
+Names and their meaning are those of transformers' `apply_chat_template` (its documentation, "Chat templates").
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from mlcbuild.chat.tokenizer_info import read_json
+from mlcbuild.errors import MlcBuildError
+
+# A package is the same whenever it is built, so a template that asks for the day always gets this one: the day that
+# Llama 3.1's template itself falls back to.
+DAY = datetime.datetime(2024, 7, 26)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """Jinja source, the file it is from, and the texts of `bos_token` and the like that it may name."""
+
+    source: str
+    origin: str
+    special: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def asks_for_the_day(self) -> bool:
+        return "strftime_now" in self.source
+
+    def render(self, messages: Sequence[Mapping[str, str]], reply: bool = True) -> str:
+        """The text of `messages`; with `reply`, up to where the assistant is to write.
+
+        Raises MlcBuildError where the template refuses these messages, and where it is no valid Jinja.
+        """
+        names = {**self.special, "tools": None, "documents": None}
+        try:
+            template = _environment().from_string(self.source)
+            return template.render(messages=[dict(m) for m in messages], add_generation_prompt=reply, **names)
+        except jinja2.TemplateSyntaxError as error:
+            raise MlcBuildError(f"{self.origin}: chat_template, line {error.lineno}: {error.message}") from None
+        # A template can fail as any program can: a missing key, a wrong type, a call that the sandbox refuses.
+        except Exception as error:
+            raise MlcBuildError(f"{self.origin}: chat_template: {error}") from None
+
+
+def read_chat_template(files: Mapping[str, Path]) -> ChatTemplate | None:
+    """The template of a checkpoint's files (name -> path): chat_template.jinja, or a field of tokenizer_config.json.
+
+    None where the checkpoint has none (base models, and models from before 2023). Raises MlcBuildError.
+    """
+    config = read_json(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
+    special = {key: text for key, value in config.items() if key.endswith("_token") and (text := _text(value))}
+    if "chat_template.jinja" in files:
+        source = files["chat_template.jinja"].read_text(encoding="utf-8")
+        return ChatTemplate(source, "chat_template.jinja", special)
+    found = config.get("chat_template")
+    if isinstance(found, list):  # several by name, such as `default` and `tool_use`
+        found = next((item["template"] for item in found if item.get("name") == "default"), None)
+    return ChatTemplate(found, "tokenizer_config.json", special) if isinstance(found, str) and found else None
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what training counts as the assistant's; the text inside is what it is."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(raise_exception=_refuse, strftime_now=DAY.strftime)
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _refuse(message: str) -> str:
+    raise jinja2.TemplateError(message)
+
+
+def _text(value: Any) -> str | None:
+    """A special token is written as its text, or as an object with flags."""
+    text = value.get("content") if isinstance(value, Mapping) else value
+    return text if isinstance(text, str) else None

@@ -11,9 +11,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mlcbuild import __version__
+from mlcbuild import __version__, cli_report
+from mlcbuild.cli_cache import add_commands
 from mlcbuild.errors import MlcBuildError
 
+_CACHE_HELP = "the cache folder (default: MLCBUILD_CACHE, or the workspace's cache/)"
 _DESCRIPTION = "Declarative builds of compiled language models. Building itself is doit's: doit build recipe=NAME"
 
 
@@ -44,7 +46,19 @@ def _parser() -> argparse.ArgumentParser:
 
     why = _add(commands, "why", _why, "say for each step of a recipe whether it would run, and what changed if so")
     why.add_argument("recipe", metavar="NAME", help="recipe names and globs, with commas")
-    why.add_argument("--cache", type=Path, help="the cache folder (default: MLCBUILD_CACHE, or the workspace's cache/)")
+    why.add_argument("--cache", type=Path, help=_CACHE_HELP)
+
+    test_run = _add(commands, "test-run", _test_run, "try every step of a recipe on a small random model")
+    test_run.add_argument("recipe", metavar="NAME", help="recipe names and globs, with commas")
+    test_run.add_argument("--cache", type=Path, help=_CACHE_HELP)
+
+    add_commands(commands, _add)
+    cli_report.add_commands(commands, _add)
+
+    lock = _add(commands, "lock", _lock, "pin the hub repositories of models in recipes/recipes.lock")
+    lock.add_argument("models", nargs="*", metavar="MODEL", help="names and globs (default: every recipe's model)")
+    lock.add_argument("--update", action="store_true", help="move locked ones to where their branch is now")
+    lock.add_argument("--cache", type=Path, help=_CACHE_HELP)
 
     generate = _add(commands, "generate", _generate, "run a package: print what it writes after a prompt")
     generate.add_argument("folder", type=Path, help="a package (dist/NAME), or a folder of weights with --library")
@@ -101,9 +115,7 @@ def _why(options: argparse.Namespace) -> int:
     from mlcbuild.execution.why import why
     from mlcbuild.recipes.workspace import find_root
 
-    named = options.cache or (Path(os.environ["MLCBUILD_CACHE"]) if os.environ.get("MLCBUILD_CACHE") else None)
-    cache = named.absolute() if named else None
-    session = open_session(find_root(Path.cwd()), lambda _: None, options.recipe, cache)
+    session = open_session(find_root(Path.cwd()), lambda _: None, options.recipe, _cache(options))
     for name, goal in session.graph.goals.items():
         if len(session.graph.goals) > 1:
             print(f"{name}:")
@@ -112,6 +124,31 @@ def _why(options: argparse.Namespace) -> int:
         installed = session.is_installed(name)
         print(f"{'hit ' if installed else 'miss'}  dist/{name}")
     return 0
+
+
+def _test_run(options: argparse.Namespace) -> int:
+    from mlcbuild.recipes.workspace import find_root
+    from mlcbuild.reporting.screen import screen
+    from mlcbuild.testrun.run import test_run
+
+    for text in test_run(find_root(Path.cwd()), options.recipe, _cache(options), screen(sys.stdout)).values():
+        print(text)
+    return 0
+
+
+def _lock(options: argparse.Namespace) -> int:
+    from mlcbuild.execution.pinning import pin
+    from mlcbuild.recipes.load import load
+    from mlcbuild.recipes.workspace import find_root
+
+    root = find_root(Path.cwd())
+    pin(load(root), _cache(options) or root / "cache", options.models, options.update)
+    return 0
+
+
+def _cache(options: argparse.Namespace) -> Path | None:
+    named = options.cache or (Path(os.environ["MLCBUILD_CACHE"]) if os.environ.get("MLCBUILD_CACHE") else None)
+    return named.absolute() if named else None
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -9,26 +9,36 @@ from __future__ import annotations
 
 import difflib
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from doit import doit_cmd, loader
 from doit.exceptions import InvalidCommand, TaskError, TaskFailed
 from doit.globals import Globals
 from doit.task import Task
 
+from mlcbuild.cache.runs import begin
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.execution.install import uninstall
+from mlcbuild.execution.plan import check_room, preview
 from mlcbuild.execution.process import StepBroke
+from mlcbuild.execution.recording import completed, planned, planned_in, reasons
 from mlcbuild.execution.session import Session, open_session
 from mlcbuild.execution.signals import die_with_parent_after_fork, end_cleanly
-from mlcbuild.execution.variables import Variables, read_variables
+from mlcbuild.execution.unchanged import recall, remember
+from mlcbuild.execution.variables import Variables, read_patience, read_variables
 from mlcbuild.execution.why import why
+from mlcbuild.recipes.select import Wanted, choose
 from mlcbuild.reporting.doit_reporter import Console, needs, reporter_class
+from mlcbuild.reporting.events import Event, PackageInstalled, RecipeUnavailable, StepFinished
 from mlcbuild.reporting.jsonlog import json_log
+
+if TYPE_CHECKING:
+    from mlcbuild.execution.shared import SharedCache
 
 __all__ = ["DOIT_CONFIG", "task_steps"]
 
@@ -36,6 +46,7 @@ _GROUPS = {
     "build": "build packages into dist/",
     "download": "fetch checkpoints",
     "convert": "bring checkpoints under the model's parameter names",
+    "calibrate": "measure what the model's matrices are multiplied with",
     "quantize": "make the weights only",
     "lower": "make optimised modules",
     "library": "make the libraries only",
@@ -59,6 +70,7 @@ _LOG_JSON = {
 }
 
 _console = Console()
+_reasons: dict[str, str] = {}  # why steps of this run had to run
 
 DOIT_CONFIG = {
     "default_tasks": ["build"],
@@ -76,9 +88,18 @@ def task_steps() -> Iterator[Task]:
     die_with_parent_after_fork()
     try:
         variables = read_variables(doit_cmd._CMDLINE_VARS or {}, Path(loader.initial_workdir or "."))
-        if variables.log_json is not None:
-            _console.log = json_log(variables.log_json)
-        session = _open(variables, variables.recipe)
+        _record(variables)
+        began = time.time()
+        if _only_builds(sys.argv[1:]):
+            hits = _unchanged(variables)
+            if hits is not None:
+                _console.hits = hits
+                _console.at_end.append(lambda: _write_reports(variables))
+                return (group for group in _empty_groups())
+        session = _open(variables, variables.wanted)
+        begin(session.store.root, session.store.save_counts)
+        _console.at_start.append(partial(_before, session))
+        _console.at_end += [lambda: remember(session, began), lambda: _write_reports(variables)]
         tasks = [*_goals(session), *_steps(session), *_groups(session)]
         _check_names(sys.argv[1:], {task.name for task in tasks}, session)
     except MlcBuildError as error:
@@ -87,7 +108,7 @@ def task_steps() -> Iterator[Task]:
     return (task for task in tasks)
 
 
-def _open(variables: Variables, recipes: str | None) -> Session:
+def _open(variables: Variables, recipes: Wanted | None) -> Session:
     return open_session(
         Path.cwd(),
         _console.report,
@@ -96,7 +117,96 @@ def _open(variables: Variables, recipes: str | None) -> Session:
         variables.debug_dump,
         strict=variables.strict,
         locked=variables.locked,
+        shared=_shared(variables),
     )
+
+
+def _shared(variables: Variables) -> SharedCache | None:
+    if variables.remote is None:
+        return None
+    from mlcbuild.execution.shared import open_shared
+
+    return open_shared(variables.remote, variables.remote_write, read_patience())
+
+
+def _only_builds(arguments: Sequence[str]) -> bool:
+    """Whether doit was asked for nothing but to build packages, as far as they need it."""
+    words = [word for word in arguments if "=" not in word or word.startswith("-")]
+    return all(word in ("run", "build", "--continue", "-c") for word in words)
+
+
+def _unchanged(variables: Variables) -> list[Event] | None:
+    """What there is to say where all that is wanted is known to be up to date; None where it has to be looked at."""
+    if variables.wanted.changed is not None:
+        return None
+    root = Path.cwd()
+    memory = recall(root, variables.cache or root / "cache")
+    if memory is None:
+        return None
+    names = choose(memory.recipes, variables.wanted)
+    missing = [name for name in names if name in memory.unavailable]
+    demanded = (variables.wanted.recipe or "").split(",")
+    if missing and (variables.strict or any(name.strip() in missing for name in demanded)):
+        return None
+    names = [name for name in names if name not in memory.unavailable]
+    if not memory.hold(names):
+        return None
+    if _console.records:
+        cells = {name: memory.recipes[name] for name in (*names, *missing)}
+        for event in planned(cells, lambda name: memory.step_names([name]) if name in names else ()):
+            _console.record(event)
+    return [
+        *(RecipeUnavailable(name, memory.unavailable[name]) for name in missing),
+        *(StepFinished(step, step.partition(":")[0], "hit", 0.0, 0) for step in memory.step_names(names)),
+        *(PackageInstalled(name, f"dist/{name}", "hit", 0) for name in names),
+    ]
+
+
+def _record(variables: Variables) -> None:
+    """Open what is to be written besides the screen."""
+    if variables.log_json is not None:
+        _console.log = json_log(variables.log_json)
+    if variables.report is not None or variables.summary is not None:
+        _console.collected = []
+    _console.complete = completed(Path.cwd() / "dist", _reasons)
+
+
+def _before(session: Session, tasks: Mapping[str, Task], selected: Sequence[str]) -> None:
+    """What comes between planning and building. Raises MlcBuildError where the disk is too small for it."""
+    _log_where_asked(tasks)
+    if _console.records:
+        for event in planned_in(session):
+            _console.record(event)
+    names = {name for wanted in selected for name in (wanted, *needs(tasks, wanted))} & session.graph.steps.keys()
+    try:
+        missing = [name for name in session.graph.steps if name in names and not session.is_built(name)]
+        if not missing:
+            return
+        if _console.records:
+            _reasons.update(reasons(session, missing))
+        coming = preview(session, missing)
+    except MlcBuildError:
+        return  # the step meets the same problem, and can report it
+    check_room(coming, session.store.root)
+
+
+def _write_reports(variables: Variables) -> None:
+    """The pages of this run. Raises MlcBuildError where one cannot be written."""
+    from mlcbuild.execution.pages import write_page, write_report
+    from mlcbuild.reporting.history import read_logs, runs_of
+    from mlcbuild.reporting.summary import markdown
+
+    if not _console.collected:
+        return
+    runs = runs_of(_console.collected)
+    if variables.report is not None:  # a log that other runs are in too gives the page its trends
+        write_report(variables.report, read_logs([variables.log_json]) if variables.log_json else runs)
+    if variables.summary is not None:
+        write_page(variables.summary, markdown(runs))
+
+
+def _empty_groups() -> list[Task]:
+    return [Task(kind, None, has_subtask=True, doc=doc, params=[_ALWAYS, _LOG_JSON]) for kind, doc in _GROUPS.items()]
 
 
 def _goals(session: Session) -> Iterator[Task]:
@@ -131,7 +241,7 @@ def _groups(session: Session) -> Iterator[Task]:
         if kind == "build":
             members = [f"build:{name}" for name in goals]
         else:
-            members = list(dict.fromkeys(goal.steps[kind] for goal in goals.values()))
+            members = list(dict.fromkeys(goal.steps[kind] for goal in goals.values() if kind in goal.steps))
         yield Task(kind, None, task_dep=members, has_subtask=True, doc=doc, params=[_ALWAYS, _LOG_JSON])
 
 
@@ -191,7 +301,6 @@ def _lead_to_cache(manager: Any, session: Session, everything: Callable[[], Sess
             task.meta, task.params = None, []
         if forced is None:
             forced = _forced(tasks)
-            _log_where_asked(tasks)
         if task.meta is not None:
             # doit also runs a task that is up to date: `-a` before the task's name. Both ways mean the same.
             task.meta["forced"] = status.status == "up-to-date"

@@ -15,12 +15,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from mlcbuild.cache.share import share
+
 _T = TypeVar("_T")
 
 _TABLE = (
     "create table if not exists memo (kind text not null, path text not null, stat text not null, "
     "value text not null, seal text not null, primary key (kind, path)) without rowid"
 )
+_COUNTS = (
+    "create table if not exists counts (kind text not null, what text not null, number integer not null, "
+    "primary key (kind, what)) without rowid"
+)
+_ADD = "insert into counts values (?, ?, ?) on conflict do update set number = number + excluded.number"
 _SELECT = "select stat, value, seal from memo where kind = ? and path = ?"
 _PATIENCE = 2.0  # seconds to wait for another process's transaction
 
@@ -53,6 +60,15 @@ class Index:
         row = (kind, str(path), signature(stat), value)
         self._ask(lambda connection: _write(connection, (*row, _seal(*row))))
 
+    def add(self, kind: str, what: str, number: int) -> None:
+        """Count something up."""
+        self._ask(lambda connection: _count(connection, (kind, what, number)))
+
+    def counts(self) -> dict[tuple[str, str], int]:
+        """What was counted since the index was made: (kind, what) -> number."""
+        rows = self._ask(lambda connection: connection.execute("select kind, what, number from counts").fetchall())
+        return {(kind, what): number for kind, what, number in rows or ()}
+
     def close(self) -> None:
         """Close the file. The index opens again by itself when it is asked something."""
         with self._lock:
@@ -80,12 +96,19 @@ class Index:
         connection = sqlite3.connect(self._path, timeout=_PATIENCE, check_same_thread=False)
         connection.execute("pragma synchronous = off")  # a memo needs no durability
         connection.execute(_TABLE)
+        share(self._path)
         return connection
 
 
 def _write(connection: sqlite3.Connection, row: tuple[str, ...]) -> None:
     with connection:
         connection.execute("insert or replace into memo values (?, ?, ?, ?, ?)", row)
+
+
+def _count(connection: sqlite3.Connection, row: tuple[str, str, int]) -> None:
+    with connection:
+        connection.execute(_COUNTS)
+        connection.execute(_ADD, row)
 
 
 def _seal(kind: str, path: str, stat: str, value: str) -> str:

@@ -14,14 +14,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlcbuild.cache.share import make_folder, share
+
 
 @contextlib.contextmanager
 def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold the lock named by `path`; `waiting` is called once if somebody else has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     told = False
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = _open(path)
         try:
             if not _try_lock(descriptor):
                 if not told:
@@ -56,11 +58,11 @@ def workplace(root: Path) -> Iterator[Workplace]:
     folder = root / "tmp"
     # Without this lock a sweep could meet a folder between its making and its locking.
     with locked(root / "locks" / "tmp"):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         sweep(folder)
         place = folder / secrets.token_hex(8)
-        place.mkdir()
-        lock = os.open(place / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        make_folder(place)
+        lock = _open(place / "lock")
         fcntl.flock(lock, fcntl.LOCK_EX)
     try:
         yield Workplace(place, lock)
@@ -81,8 +83,10 @@ def sweep(folder: Path) -> None:
     """Remove the workplaces in `folder` that no living process holds. Call under the lock of `workplace`."""
     for place in folder.iterdir():
         try:
-            lock = os.open(place / "lock", os.O_RDWR)
-        except FileNotFoundError:  # its owner was killed while removing it
+            lock = os.open(place / "lock", os.O_RDONLY)
+        except PermissionError:  # another user's, who sweeps it himself
+            continue
+        except OSError:  # its owner was killed while removing it
             shutil.rmtree(place, ignore_errors=True)
             continue
         try:
@@ -90,6 +94,15 @@ def sweep(folder: Path) -> None:
                 shutil.rmtree(place, ignore_errors=True)
         finally:
             os.close(lock)
+
+
+def _open(path: Path) -> int:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:  # another user's; only some network file systems want a lock to be writable
+        return os.open(path, os.O_RDONLY)
+    share(path)
+    return descriptor
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +28,16 @@ from mlcbuild.cache.files import digest_of, hash_file
 from mlcbuild.cache.index import Index, signature
 from mlcbuild.cache.locks import workplace
 from mlcbuild.cache.materialise import BLOB_MODE, BLOB_TIME
+from mlcbuild.cache.share import make_folder, share
 from mlcbuild.cache.tree import Entry, Tree, check_name, mode_of
 from mlcbuild.errors import MlcBuildError
 
+_PLACES = 8  # that a borrowed blob is remembered at
 _USED = 3600.0  # seconds: last use is kept to the hour, so that an idle build writes nothing
+
+
+class Damaged(MlcBuildError):
+    """Content is not what its digest says."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,7 @@ class Store:
         self.root = root
         root.mkdir(parents=True, exist_ok=True)
         self.index = Index(root / "index.sqlite")
+        self._hits: dict[str, str] = {}  # key -> kind of step
 
     # Blobs
 
@@ -85,21 +93,27 @@ class Store:
         if stat.st_size == size and stat.st_mtime == BLOB_TIME:
             return path
         # Somebody wrote to it, perhaps through a hard link in dist/: believe nothing but the content.
-        if stat.st_size == size and hash_file(path) == digest:
-            os.utime(path, (BLOB_TIME, BLOB_TIME))
-            return path
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # another user's: it is hashed again the next time
+            if stat.st_size == size and hash_file(path) == digest:
+                with contextlib.suppress(PermissionError):
+                    os.utime(path, (BLOB_TIME, BLOB_TIME))
+                return path
             path.unlink()
         return self._find_borrowed(path, size)
 
-    def ingest(self, file: Path) -> Entry:
-        """Move a file into the store, durably. `file` must be on the store's file system, and is gone afterwards."""
+    def ingest(self, file: Path, expected: str | None = None) -> Entry:
+        """Move a file into the store, durably. `file` must be on the store's file system, and is gone afterwards.
+
+        Raises Damaged, and leaves the file where it is, when its digest is not the `expected` one.
+        """
         stat = file.stat()
         with file.open("rb", buffering=0) as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
+            if expected not in (None, digest):
+                raise Damaged(f"its sha256 is {digest}, not {expected}")
             os.fsync(content.fileno())
         path = self.blob_path(digest)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         file.chmod(BLOB_MODE)
         os.utime(file, (BLOB_TIME, BLOB_TIME))
         file.replace(path)
@@ -116,22 +130,26 @@ class Store:
             raise MlcBuildError(f"{entry.path}: cannot be read: {error.strerror}") from None
         if digest != entry.digest:
             raise MlcBuildError(f"{entry.path}: changed during the build: build again")
-        record = {"path": str(entry.path), "stat": signature(stat)}
-        self._write(self._borrowed_path(entry.digest), canonical(record))
+        record = self._borrowed_path(entry.digest)
+        # Several users of one cache have files of this content each.
+        others = [place for place in borrowed_places(record) if place[0] != str(entry.path)]
+        places = [[str(entry.path), signature(stat)], *others[: _PLACES - 1]]
+        self.write(record, canonical({"places": places}))
 
     def owns(self, path: Path) -> bool:
-        return path.is_relative_to(self.root)
+        """Whether `path` is a blob: other files that lie in the cache's folder may change or go."""
+        return path.is_relative_to(self.root / "cas")
 
     def _borrowed_path(self, digest: str) -> Path:
         return self.blob_path(digest).with_name(f"{digest}.at")
 
     def _find_borrowed(self, blob: Path, size: int) -> Path | None:
-        try:
-            record = json.loads(self._borrowed_path(blob.name).read_bytes())
-            stat = Path(record["path"]).stat()
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return Path(record["path"]) if stat.st_size == size and signature(stat) == record["stat"] else None
+        for path, recorded in borrowed_places(self._borrowed_path(blob.name)):
+            with contextlib.suppress(OSError):
+                stat = Path(path).stat()
+                if stat.st_size == size and signature(stat) == recorded:
+                    return Path(path)
+        return None
 
     # Actions
 
@@ -143,12 +161,22 @@ class Store:
             self._touch(path)
         return action
 
+    def count_hit(self, action: Action) -> None:
+        """The action was found. Each counts once a run, when a build is over (`save_counts`)."""
+        self._hits.setdefault(action.key, action.step)
+
+    def save_counts(self) -> None:
+        """Add this run's hits to those of all runs, for `mlcbuild cache stats`."""
+        for step, count in Counter(self._hits.values()).items():
+            self.index.add(step, "hits", count)
+        self._hits.clear()
+
     def commit(self, action: Action) -> None:
         """Make the action known. Its blobs must be in the store already."""
         for folder in {self.blob_path(entry.digest).parent for entry in action.tree.files.values()}:
             _sync_folder(folder)
         _sync_folder(self.root / "cas")
-        self._write(self._action_path(action.key), json.dumps(action.to_json(), indent=1, sort_keys=True).encode())
+        self.write(self._action_path(action.key), json.dumps(action.to_json(), indent=1, sort_keys=True).encode())
 
     def forget(self, key: str) -> bool:
         """Remove the action's entry; whether there was one. Its blobs stay, for whoever else refers to them."""
@@ -207,17 +235,26 @@ class Store:
         except OSError:
             pass  # a cache that is only read is fine
 
-    def _write(self, path: Path, content: bytes) -> None:
+    def write(self, path: Path, content: bytes) -> None:
         """Write a small file so that it is either absent (or the old one) or whole."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with workplace(self.root) as place:
             temporary = place.path / path.name
             with temporary.open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+            share(temporary)  # other users note their use of it by its modification time
             temporary.replace(path)
         _sync_folder(path.parent)
+
+
+def borrowed_places(record: Path) -> list[tuple[str, str]]:
+    """Where a borrowed blob lies, by its record (`cas/cd/<sha256>.at`): paths, and the stat that each had."""
+    try:
+        return [(str(path), str(stat)) for path, stat in json.loads(record.read_bytes())["places"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def total_size(entries: Iterable[Entry]) -> int:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlcbuild.cache.code import declaration
 from mlcbuild.cache.disk import full, room_in
@@ -24,6 +24,10 @@ from mlcbuild.execution.process import StepBroke
 from mlcbuild.graph import Step
 from mlcbuild.reporting.events import Report, StepFinished, StepNote, StepProgress, StepStarted, StepWaiting
 
+if TYPE_CHECKING:
+    from mlcbuild.execution.shared import SharedCache
+
+_EXCERPT = 40  # lines of a failed step's log that reports show
 _NEARLY_FULL = 1 << 20  # bytes: a tool that fails on a disk with less free than this failed because of the disk
 
 
@@ -34,6 +38,7 @@ class Builder:
     lookup: Lookup
     report: Report
     debug_dump: Path | None = None
+    shared: SharedCache | None = None
 
     def build(self, name: str, force: bool = False) -> Action:
         """The step's action, after running whatever is missing; `force` runs this step even if it is not.
@@ -55,11 +60,29 @@ class Builder:
             locked(store.root / "locks" / key, waiting=lambda: self.report(StepWaiting(name))),
         ):
             action = None if force else store.action(key)  # another process may have built it just now
+            if action is None and not force:
+                action = self._fetched(step, ingredients)
+            elif action is not None:
+                self.report(StepFinished(name, step.kind, "hit", 0.0, total_size(action.tree.files.values())))
             if action is None:
                 action = self._timed(step, ingredients)
-            else:
-                self.report(StepFinished(name, step.kind, "hit", 0.0, total_size(action.tree.files.values())))
+                store.index.add(step.kind, "built", 1)
+                if self.shared is not None:
+                    self.shared.give(action, store, lambda text: self.report(StepNote(name, text)))
         self.lookup.learn(name, action)
+        return action
+
+    def _fetched(self, step: Step, ingredients: Ingredients) -> Action | None:
+        """The action from the shared cache. What only refers to files of this machine is not asked for."""
+        if self.shared is None or (step.inputs and not step.producers):
+            return None
+        started, store = time.monotonic(), self.lookup.store
+        action = self.shared.fetch(ingredients, store, lambda text: self.report(StepNote(step.name, text)))
+        if action is not None:
+            size = total_size(action.tree.files.values())
+            store.index.add(step.kind, "fetched", 1)
+            self.report(StepNote(step.name, "from the shared cache"))
+            self.report(StepFinished(step.name, step.kind, "hit", time.monotonic() - started, size))
         return action
 
     def _timed(self, step: Step, ingredients: Ingredients) -> Action:
@@ -69,7 +92,8 @@ class Builder:
             action = self._run(step, ingredients, started)
         except MlcBuildError as error:
             seconds = time.monotonic() - started
-            self.report(StepFinished(step.name, step.kind, "failed", seconds, 0, str(error)))
+            log = _tail(_log(self.lookup.store, ingredients))
+            self.report(StepFinished(step.name, step.kind, "failed", seconds, 0, str(error), log=log))
             broke = isinstance(error, StepBroke)
             raise (StepBroke if broke else StepFailed)(f"{step.name}: {error}") from None
         size = total_size(action.tree.files.values())
@@ -79,7 +103,7 @@ class Builder:
     def _run(self, step: Step, ingredients: Ingredients, started: float) -> Action:
         store = self.lookup.store
         materials = self._materials(step)
-        log = store.root / "logs" / f"{step.kind}-{ingredients.key[:16]}.log"
+        log = _log(store, ingredients)
         old = store.action(ingredients.key)
         with workplace(store.root) as place, room_in(store.root):
             request = self._request(step, ingredients, materials, place)
@@ -159,6 +183,20 @@ class Builder:
         for entry in given:
             if not store.owns(entry.path) and entry_of(entry.path, store.index).digest != entry.digest:
                 raise StepFailed(f"{entry.path}: changed while it was read: build again")
+
+
+def _log(store: Store, ingredients: Ingredients) -> Path:
+    """Where the step's own output goes."""
+    return store.root / "logs" / f"{ingredients.kind}-{ingredients.key[:16]}.log"
+
+
+def _tail(log: Path) -> str:
+    """The last lines of a log; nothing where there is none."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return "\n".join(lines[-_EXCERPT:])
 
 
 def _collect(output: Path, reused: Mapping[str, Any], given: Iterable[Entry], store: Store) -> Tree:

@@ -9,7 +9,7 @@ from mlcbuild.cache.locks import locked as held
 from mlcbuild.cache.store import Store
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.recipes.lock import Locked, LockedFile, entry, key, lock_path, read_lock, write_lock
-from mlcbuild.recipes.types import Model
+from mlcbuild.recipes.types import Model, Source
 from mlcbuild.reporting.events import ModelLocked, Report
 
 
@@ -27,25 +27,38 @@ def locker(root: Path, store: Store, report: Report, refuse: bool) -> Callable[[
             known = read_lock(root)
         found = entry(known, model.source)
         if found is None and refuse:
-            raise MlcBuildError(f"{model.source} is not in recipes.lock, and locked=1 forbids to add it")
+            raise MlcBuildError(
+                f"{model.source} is not in recipes.lock, and locked=1 forbids to add it: `mlcbuild lock {model.name}` "
+                "does"
+            )
         if found is None:
-            found = _resolve(model)
-            with held(store.root / "locks" / "recipes.lock"):
-                known = {**read_lock(root), key(model.source): found}
-                try:
-                    write_lock(root, known)
-                except OSError as error:
-                    raise MlcBuildError(f"{lock_path(root)}: cannot be written: {error.strerror}") from None
+            found = resolve(model.source)
+            known = store_entry(root, store.root, key(model.source), found)
             report(ModelLocked(model.name, found.commit))
         return found
 
     return lock
 
 
-def _resolve(model: Model) -> Locked:
+def resolve(source: Source) -> Locked:
+    """What is to be locked of a repository, asked of its hub. Raises CheckpointError."""
     from mlcbuild.checkpoints import hub  # not on the way of a build that has nothing to do
 
-    assert model.source.hf is not None
-    resolved = hub.resolve(model.source.hf, model.source.revision)
+    assert source.hf is not None
+    resolved = hub.resolve(source.hf, source.revision)
     files = {name: LockedFile(file.sha256, file.size) for name, file in resolved.files.items()}
     return Locked(resolved.commit, resolved.config, files)
+
+
+def store_entry(root: Path, cache: Path, name: str, entry: Locked) -> dict[str, Locked]:
+    """Write one entry into recipes.lock, beside what other processes wrote meanwhile; all entries.
+
+    Raises RecipeError for a broken lock file, MlcBuildError when it cannot be written.
+    """
+    with held(cache / "locks" / "recipes.lock"):
+        known = {**read_lock(root), name: entry}
+        try:
+            write_lock(root, known)
+        except OSError as error:
+            raise MlcBuildError(f"{lock_path(root)}: cannot be written: {error.strerror}") from None
+    return known

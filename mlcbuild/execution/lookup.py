@@ -58,6 +58,7 @@ class Lookup:
             if action is None:
                 return None
             self._found[name] = action
+            self.store.count_hit(action)
         return self._found[name]
 
     def ingredients(self, name: str) -> Ingredients | None:
@@ -97,6 +98,10 @@ class Lookup:
         if tools not in self._versions:
             self._versions[tools] = toolchain(tools)
         return self._versions[tools]
+
+    def known(self, name: str) -> Action | None:
+        """What `find` has found or `learn` was told, without looking for it."""
+        return self._found.get(name)
 
     def learn(self, name: str, action: Action) -> None:
         """The step has just been built. What was found with an older result of it is forgotten."""

@@ -12,7 +12,7 @@ from mlcbuild import __version__
 from mlcbuild.cache.store import Action
 from mlcbuild.cache.tree import Entry
 from mlcbuild.graph import Goal
-from mlcbuild.recipes.types import Recipe, Source
+from mlcbuild.recipes.types import Model, Recipe, Source
 
 NAME = "manifest.json"
 
@@ -26,7 +26,11 @@ def manifest(goal: Goal, actions: Mapping[str, Action], files: Mapping[str, Entr
         "version": 1,
         "mlcbuild": __version__,
         "recipe": {**_recipe(goal.recipe), "device": device},
-        "checkpoint": {name: entry.digest for name, entry in actions["download"].tree.files.items()},
+        **{
+            key: {name: entry.digest for name, entry in actions[kind].tree.files.items()}
+            for key, kind in (("checkpoint", "download"), ("delta_of", "base"), ("lora", "lora"))
+            if kind in actions
+        },
         "steps": {
             kind: {"key": action.key, "tree": action.tree.digest, "inputs": action.inputs}
             for kind, action in actions.items()
@@ -43,7 +47,7 @@ def _recipe(recipe: Recipe) -> dict[str, Any]:
     """The recipe as resolved; a local path is only its last name, because what lies there is given by digest."""
     fields = {
         "name": recipe.name,
-        "model": {"name": recipe.model.name, "source": _source(recipe.model.source)},
+        "model": {"name": recipe.model.name, **_sources(recipe.model)},
         "quantization": dataclasses.asdict(recipe.quantization),
         "target": dataclasses.asdict(recipe.target),
         "template": {"name": recipe.template.name, **recipe.template.data},
@@ -51,6 +55,11 @@ def _recipe(recipe: Recipe) -> dict[str, Any]:
         "verify": {**dataclasses.asdict(recipe.verify), "text": _last(recipe.verify.text)},
     }
     return fields
+
+
+def _sources(model: Model) -> dict[str, Any]:
+    every = {"source": model.source, "delta_of": model.delta_of, "lora": model.lora}
+    return {key: _source(source) for key, source in every.items() if source is not None}
 
 
 def _source(source: Source) -> dict[str, Any]:

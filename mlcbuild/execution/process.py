@@ -14,6 +14,7 @@ from typing import Any
 
 import mlcbuild
 from mlcbuild.cache.locks import Workplace
+from mlcbuild.cache.share import is_shared, make_folder
 from mlcbuild.errors import StepFailed
 
 _PATIENCE = 10.0  # seconds for a killed step to be gone; it takes milliseconds
@@ -35,7 +36,8 @@ def run(
     """
     asked = place.path / "request.json"
     asked.write_text(json.dumps(request), encoding="utf-8")
-    log.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(log.parent)
+    log.unlink(missing_ok=True)  # it may be another user's
     events, events_end = os.pipe()
     life, life_end = os.pipe()
     process = None
@@ -51,6 +53,7 @@ def run(
                 start_new_session=True,
                 cwd=request["scratch"],
                 env=_environment(),
+                umask=0o002 if is_shared(place.path) else -1,  # another user may have to sweep what a killed step left
             )
         os.close(events_end)
         os.close(life)

@@ -5,22 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlcbuild.cache.disk import room_in
 from mlcbuild.cache.locks import sweep_dead
+from mlcbuild.cache.pins import hold_package
 from mlcbuild.cache.store import Action, Store, total_size
 from mlcbuild.cache.tree import Entry
 from mlcbuild.errors import MlcBuildError, StepFailed, Unavailable
 from mlcbuild.execution.build import Builder
+from mlcbuild.execution.changed import changed_since
 from mlcbuild.execution.install import install, is_installed
 from mlcbuild.execution.locking import locker
 from mlcbuild.execution.lookup import Lookup
 from mlcbuild.execution.manifest import manifest
 from mlcbuild.graph import Goal, Graph, plan
 from mlcbuild.recipes.load import load
-from mlcbuild.recipes.select import select
+from mlcbuild.recipes.select import Wanted, cells, choose
 from mlcbuild.recipes.types import Catalog
 from mlcbuild.reporting.events import PackageInstalled, RecipeUnavailable, Report
+
+if TYPE_CHECKING:
+    from mlcbuild.execution.shared import SharedCache
 
 QUALITY = "quality.json"
 
@@ -62,10 +68,18 @@ class Session:
         package = self._package(goal)
         if package is None:
             raise StepFailed(f"build:{recipe}: a step's files vanished from the cache: build again")
-        if force or not is_installed(self.dist, recipe, *package):
+        installed = is_installed(self.dist, recipe, *package)
+        if force or not installed:
             install(self.dist, recipe, *package, self.store)
             size = total_size(package[0].values())
             self.builder.report(PackageInstalled(recipe, f"dist/{recipe}", "installed", size))
+        hold_package(self.store, self.dist / recipe, self.keys(recipe) or ())
+
+    def keys(self, recipe: str) -> list[str] | None:
+        """The keys of the actions behind the recipe's package; None while a step is not up to date."""
+        names = self.graph.closure(self.graph.goals[recipe].steps.values())
+        actions = [self.lookup.find(name) for name in names]
+        return None if None in actions else [action.key for action in actions if action is not None]
 
     def forget(self, names: list[str]) -> list[str]:
         """Remove the action entries of these steps; the steps that had one."""
@@ -86,21 +100,8 @@ class Session:
         return files, manifest(goal, actions, files, quality.read_json(QUALITY), device)
 
 
-def open_session(
-    root: Path,
-    report: Report,
-    recipes: str | None = None,
-    cache: Path | None = None,
-    debug_dump: Path | None = None,
-    strict: bool = False,
-    locked: bool = False,
-) -> Session:
-    """Read the workspace at `root`, plan `recipes` (names and globs, with commas; None: all) and open the cache.
-
-    A hub model that is not in recipes.lock is looked up and written there; with `locked` it is an error.
-    Raises MlcBuildError (RecipeError with all problems of the files), Unavailable for a recipe that was asked for by
-    its own name, or with `strict`, and cannot be built on this machine.
-    """
+def open_store(root: Path, cache: Path | None = None) -> Store:
+    """The cache of the workspace at `root`, or the folder `cache`. Raises MlcBuildError where it cannot be one."""
     folder = cache or root / "cache"
     try:
         with room_in(folder):
@@ -108,13 +109,37 @@ def open_session(
             sweep_dead(store.root)
     except OSError as error:
         raise MlcBuildError(f"{folder}: cannot be used as a cache: {error.strerror}") from None
+    return store
+
+
+def open_session(
+    root: Path,
+    report: Report,
+    recipes: str | Wanted | None = None,
+    cache: Path | None = None,
+    debug_dump: Path | None = None,
+    strict: bool = False,
+    locked: bool = False,
+    shared: SharedCache | None = None,
+) -> Session:
+    """Read the workspace at `root`, plan `recipes` (names and globs, with commas; None: all) and open the cache.
+
+    A hub model that is not in recipes.lock is looked up and written there; with `locked` it is an error.
+    Raises MlcBuildError (RecipeError with all problems of the files), Unavailable for a recipe that was asked for by
+    its own name, or with `strict`, and cannot be built on this machine.
+    """
+    store = open_store(root, cache)
     catalog = load(root, memo=store.root / "recipes.memo")
-    chosen = list(catalog.recipes.values()) if recipes is None else select(catalog, recipes)
-    graph = plan(catalog, chosen, locker(root, store, report, refuse=locked))
-    demanded = set(graph.unavailable) if strict else {name.strip() for name in (recipes or "").split(",")}
+    wanted = recipes if isinstance(recipes, Wanted) else Wanted(recipes)
+    names = choose(cells(catalog.recipes), wanted)
+    if wanted.changed is not None:
+        changed = changed_since(root, catalog, wanted.changed)
+        names = [name for name in names if name in changed]
+    graph = plan(catalog, [catalog.recipes[name] for name in names], locker(root, store, report, refuse=locked))
+    demanded = set(graph.unavailable) if strict else {name.strip() for name in (wanted.recipe or "").split(",")}
     missing = {name: text for name, text in graph.unavailable.items() if name in demanded}
     if missing:
         raise Unavailable("\n".join(f"{name}: unavailable: {text}" for name, text in missing.items()))
     for name, text in graph.unavailable.items():
         report(RecipeUnavailable(name, text))
-    return Session(root, catalog, graph, Builder(Lookup(store, graph), report, debug_dump))
+    return Session(root, catalog, graph, Builder(Lookup(store, graph), report, debug_dump, shared))

@@ -9,25 +9,43 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.recipes.select import Wanted
 
-_NAMES = ("recipe", "cache", "debug_dump", "log_json", "strict", "locked")
+_SELECTING = ("recipe", "model", "quantization", "target", "changed")
+_NAMES = (
+    *_SELECTING,
+    "cache",
+    "debug_dump",
+    "log_json",
+    "report",
+    "summary",
+    "strict",
+    "locked",
+    "remote",
+    "remote_write",
+)
 _SWITCHES = {"1": True, "0": False}
 
 
 @dataclass(frozen=True)
 class Variables:
-    recipe: str | None  # names and globs, with commas; None: all
+    wanted: Wanted
     cache: Path | None
     debug_dump: Path | None
     log_json: Path | None
+    report: Path | None
+    summary: Path | None
     strict: bool
     locked: bool
+    remote: str | None  # a URL
+    remote_write: bool
 
 
 def read_variables(given: Mapping[str, str], where: Path) -> Variables:
     """The variables that mlcbuild knows; relative paths are relative to `where`, the folder that doit was called in.
 
-    MLCBUILD_CACHE and MLCBUILD_LOG_JSON in the environment stand in for `cache` and `log_json`. Raises MlcBuildError
+    MLCBUILD_CACHE, MLCBUILD_DEBUG_DUMP, MLCBUILD_LOG_JSON, MLCBUILD_REPORT and MLCBUILD_SUMMARY in the environment
+    stand in for the variables of that name. Raises MlcBuildError
     for an unknown name (or doit would build everything) and for a switch that is neither 0 nor 1.
     """
     for name in given:
@@ -40,14 +58,45 @@ def read_variables(given: Mapping[str, str], where: Path) -> Variables:
         value = given.get(name) or os.environ.get(variable, "")
         return (where / value).absolute() if value else None
 
+    remote, write = read_remote(given.get("remote"), where, given.get("remote_write"))
     return Variables(
-        recipe=given.get("recipe"),
+        wanted=Wanted(**{name: given[name] for name in _SELECTING if name in given}),
         cache=path("cache", "MLCBUILD_CACHE"),
         debug_dump=path("debug_dump", "MLCBUILD_DEBUG_DUMP"),
         log_json=path("log_json", "MLCBUILD_LOG_JSON"),
+        report=path("report", "MLCBUILD_REPORT"),
+        summary=path("summary", "MLCBUILD_SUMMARY"),
         strict=_switch(given, "strict"),
         locked=_switch(given, "locked"),
+        remote=remote,
+        remote_write=write,
     )
+
+
+def read_remote(url: str | None, where: Path, write: str | None = None) -> tuple[str | None, bool]:
+    """The shared cache's URL and whether this run may write there; a plain path is a folder.
+
+    MLCBUILD_REMOTE and MLCBUILD_REMOTE_WRITE stand in for what is None. Raises MlcBuildError.
+    """
+    url = os.environ.get("MLCBUILD_REMOTE", "") if url is None else url
+    if write is None:
+        write = os.environ.get("MLCBUILD_REMOTE_WRITE") or "0"
+    may = _switch({"remote_write": write}, "remote_write")
+    if not url:
+        return None, False
+    return (url if "://" in url else f"file://{(where / url).absolute()}"), may
+
+
+def read_patience() -> float:
+    """Seconds that the shared cache has for an answer: MLCBUILD_REMOTE_TIMEOUT, or 20. Raises MlcBuildError."""
+    text = os.environ.get("MLCBUILD_REMOTE_TIMEOUT") or "20"
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise MlcBuildError(f"MLCBUILD_REMOTE_TIMEOUT={text}: expected a number of seconds")
+    return seconds
 
 
 def _switch(given: Mapping[str, str], name: str) -> bool:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlcbuild.cache.store import Store
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.execution.lookup import Lookup
 from mlcbuild.graph import Step
 
+_MANY = 200  # recorded actions of a kind: with more, those under the step's own name are compared, or the latest
 _WIDTH = 60  # characters of a value worth showing
+
+Recorded = Callable[[str], Sequence[Mapping[str, Any]]]  # the recorded actions of a kind, the latest last
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,17 @@ class Answer:
 
 def why(lookup: Lookup, names: Iterable[str]) -> list[Answer]:
     """An answer for each of these steps and for everything that they need, in running order."""
-    return [_answer(lookup, name) for name in lookup.graph.closure(names)]
+    records: dict[str, list[dict[str, Any]]] = {}
+
+    def recorded(kind: str) -> list[dict[str, Any]]:
+        if kind not in records:
+            records[kind] = list(lookup.store.recorded(kind))
+        return records[kind]
+
+    return [_answer(lookup, name, recorded) for name in lookup.graph.closure(names)]
 
 
-def _answer(lookup: Lookup, name: str) -> Answer:
+def _answer(lookup: Lookup, name: str, recorded: Recorded) -> Answer:
     step = lookup.graph.steps[name]
     try:
         if lookup.find(name) is not None:
@@ -50,7 +59,7 @@ def _answer(lookup: Lookup, name: str) -> Answer:
     if ingredients is not None:
         now["inputs"] = {name: tree.digest for name, tree in ingredients.inputs.items()}
     key = ingredients.key if ingredients is not None else None
-    return Answer(name, False, tuple(waiting + _differences(lookup.store, step, key, now, bool(waiting))))
+    return Answer(name, False, tuple(waiting + _differences(recorded(step.kind), step, key, now, bool(waiting))))
 
 
 def _declared(lookup: Lookup, step: Step) -> dict[str, Any]:
@@ -59,10 +68,15 @@ def _declared(lookup: Lookup, step: Step) -> dict[str, Any]:
     return {"code": ingredients.digest, "fields": step.fields, "toolchain": lookup.versions(step)}
 
 
-def _differences(store: Store, step: Step, key: str | None, now: Mapping[str, Any], waiting: bool) -> list[str]:
+def _differences(
+    records: Sequence[Mapping[str, Any]], step: Step, key: str | None, now: Mapping[str, Any], waiting: bool
+) -> list[str]:
     """How `now` differs from the recorded action that it differs least from."""
+    if len(records) > _MANY:
+        own = [record for record in records if record.get("name") == step.name or record["key"] == key]
+        records = own or records[-_MANY:]
     best: tuple[tuple[int, bool], list[str]] | None = None
-    for record in store.recorded(step.kind):
+    for record in records:
         if record["key"] == key:
             return ["its artifact is in the cache no longer: a file of it was removed or changed"]
         differences = list(_compare(record, now, step))

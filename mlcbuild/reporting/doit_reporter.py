@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from doit.exceptions import InvalidCommand, UnmetDependency
 from doit.reporter import ConsoleReporter
 
+from mlcbuild.errors import MlcBuildError
 from mlcbuild.reporting.events import (
     Event,
     PackageInstalled,
+    RecipeUnavailable,
     Report,
     RunFinished,
     StepFinished,
+    to_json,
 )
 
 
@@ -23,16 +26,35 @@ class Console:
 
     def __init__(self) -> None:
         self.log: Report | None = None
+        self.collected: list[dict[str, Any]] | None = None  # for the reports of this run
+        self.complete: Callable[[Event], Event] = lambda event: event  # what logs and reports are told in addition
+        self.hits: list[Event] = []  # what was found up to date before doit looked
+        # Called with all tasks and the names of those that were asked for. Raises MlcBuildError to stop the build.
+        self.at_start: list[Callable[[Mapping[str, Any], list[str]], None]] = []
+        self.at_end: list[Callable[[], None]] = []  # each may raise MlcBuildError
         self._screen: Report | None = None
         self._early: list[Event] = []
 
     def report(self, event: Event) -> None:
-        if self.log is not None:
-            self.log(event)
+        self.record(event)
         if self._screen is not None:
             self._screen(event)
         else:
             self._early.append(event)
+
+    @property
+    def records(self) -> bool:
+        """Whether a log or a report was asked for."""
+        return self.log is not None or self.collected is not None
+
+    def record(self, event: Event) -> None:
+        """Tell the log and the reports, not the screen."""
+        if self.records:
+            event = self.complete(event)
+        if self.log is not None:
+            self.log(event)
+        if self.collected is not None:
+            self.collected.append({"time": time.time(), **to_json(event)})
 
     def show_on(self, screen: Report) -> None:
         """Show events on `screen` from now on, and what has happened so far."""
@@ -63,6 +85,14 @@ def reporter_class(console: Console) -> type[ConsoleReporter]:
             if not selected_tasks:
                 raise InvalidCommand("no task matches; `doit list --all` shows the tasks")
             self.tasks = tasks
+            try:
+                for start in console.at_start:
+                    start(tasks, selected_tasks)
+            except MlcBuildError as error:
+                raise InvalidCommand(str(error)) from None
+            for event in console.hits:
+                self.counts["hit"] += not isinstance(event, RecipeUnavailable)
+                console.report(event)
 
         def execute_task(self, task: Any) -> None:
             pass  # the step reports its own start
@@ -94,6 +124,11 @@ def reporter_class(console: Console) -> type[ConsoleReporter]:
             console.report(RunFinished(round(time.monotonic() - self.started, 3), **self.counts))
             for text in [*self.messages, *self.runtime_errors]:
                 self.write(f"{text}\n")
+            for end in console.at_end:
+                try:
+                    end()
+                except MlcBuildError as error:
+                    self.write(f"{error}\n")
 
     return Reporter
 

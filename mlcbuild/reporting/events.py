@@ -44,6 +44,8 @@ class StepFinished:
     seconds: float
     size: int  # bytes of the artifact
     text: str = ""  # why it failed
+    why: str = ""  # why it had to run: a line for each thing that differs from the nearest earlier run
+    log: str = ""  # of a failure: the last lines of the step's own output
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,19 @@ class PackageInstalled:
     folder: str
     outcome: Literal["hit", "installed"]
     size: int
+    kl: float | None = None  # nats per token, from the quality report
+    status: str = ""  # of the quality report
+
+
+@dataclass(frozen=True)
+class RecipePlanned:
+    """A recipe of this run, for logs and reports: the first thing that is said of it."""
+
+    recipe: str
+    model: str
+    quantization: str
+    target: str
+    steps: tuple[str, ...]  # the tasks of everything that it needs
 
 
 @dataclass(frozen=True)
@@ -86,6 +101,7 @@ Event = (
     | StepNote
     | StepFinished
     | PackageInstalled
+    | RecipePlanned
     | ModelLocked
     | RecipeUnavailable
     | RunFinished

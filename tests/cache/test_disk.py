@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from mlcbuild.cache.disk import room_in
-from mlcbuild.cache.store import Store
+from mlcbuild.cache.gc import collect, only_one, plan
+from mlcbuild.cache.inventory import inventory
+from mlcbuild.cache.locks import sweep_dead
+from mlcbuild.cache.pins import holds
+from mlcbuild.cache.runs import running_since
+from mlcbuild.cache.store import Action, Store
+from mlcbuild.cache.tree import Tree
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.execution.build import Builder
 from mlcbuild.execution.lookup import Lookup
@@ -64,3 +72,21 @@ def test_a_step_that_fills_the_disk_fails_and_leaves_the_store_as_it_was(small_d
     assert not list((store.root / "tmp").iterdir())
     assert len(list(store.root.glob("ac/*/*.json"))) == 1
     assert builder.build("copy:small", force=True).tree.digest == small.tree.digest
+
+
+def test_garbage_is_collected_from_a_full_disk(small_disk: Path) -> None:
+    store = Store(small_disk / "cache")
+    (store.root / "incoming").write_bytes(b"x" * 500_000)
+    tree = Tree({"file": store.ingest(store.root / "incoming")})
+    store.commit(Action("ab" * 32, "toy", "toy:x", "", {}, {}, {}, 1.0, tree))
+    filler = small_disk / "filler"
+    with pytest.raises(OSError, match="No space left"), filler.open("wb") as file:
+        while True:
+            file.write(b"x" * 4096)
+            file.flush()
+    with only_one(store.root):
+        sweep_dead(store.root)
+        todo = plan(inventory(store.root), 0, holds(store.root), running_since(store.root), time.time())
+        assert collect(store.root, todo) > 500_000
+    assert not list(store.root.glob("cas/*/*"))
+    assert shutil.disk_usage(small_disk).free > 400_000

@@ -1,0 +1,124 @@
+"""What garbage collection must not take: pinned actions, and those behind installed packages.
+
+    pins/<recipe>@<workspace>.json        `mlcbuild pin`: the recipe's actions as they were then
+    pins/dist/<digest of the folder>.json an installed package: its folder, the digest of its manifest, its actions
+
+The record of a package counts while the folder holds that very manifest, so that every workspace that shares the cache
+is heard, and a removed package lets go by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlcbuild.cache.canonical import canonical
+from mlcbuild.cache.store import Store
+from mlcbuild.errors import MlcBuildError
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Hold:
+    """`keys` of actions that stay, with their blobs, and digests of blobs that stay."""
+
+    reason: str  # pin | dist
+    name: str
+    keys: frozenset[str]
+    blobs: frozenset[str] = frozenset()
+
+
+def pin(store: Store, workspace: Path, recipe: str, keys: Iterable[str]) -> None:
+    """Keep these actions until `unpin`. A pin of this recipe that was there before is replaced."""
+    record = {"recipe": recipe, "workspace": str(workspace), "keys": sorted(keys)}
+    store.write(_pin_path(store.root, workspace, recipe), canonical(record))
+
+
+def unpin(store: Store, workspace: Path, recipe: str) -> None:
+    """Let go. Raises MlcBuildError when the recipe is not pinned."""
+    try:
+        _pin_path(store.root, workspace, recipe).unlink()
+    except FileNotFoundError:
+        names = ", ".join(sorted(pinned(store.root, workspace))) or "nothing"
+        raise MlcBuildError(f"{recipe} is not pinned; pinned here: {names}") from None
+
+
+def pinned(root: Path, workspace: Path) -> dict[str, Hold]:
+    """The pins of one workspace, by recipe."""
+    paths = (root / "pins").glob(f"*@{_short(workspace)}.json")
+    return {hold.name: hold for hold in map(_pin, paths) if hold is not None}
+
+
+def hold_package(store: Store, folder: Path, keys: Iterable[str]) -> None:
+    """Note that these actions are behind the package that is installed in `folder`."""
+    path = store.root / "pins" / "dist" / f"{_short(folder)}.json"
+    record = {"folder": str(folder), "manifest": _digest(folder / MANIFEST), "keys": sorted(keys)}
+    content = canonical(record)
+    with contextlib.suppress(OSError):
+        if path.read_bytes() == content:
+            return
+    store.write(path, content)
+
+
+def holds(root: Path) -> list[Hold]:
+    """All pins, and the packages that are still installed. Records of folders that are gone are removed."""
+    found = [hold for hold in map(_pin, sorted((root / "pins").glob("*.json"))) if hold is not None]
+    for path in sorted((root / "pins" / "dist").glob("*.json")):
+        record = _read(path)
+        try:
+            folder, manifest, keys = Path(record["folder"]), record["manifest"], frozenset(map(str, record["keys"]))
+            if _digest(folder / MANIFEST) == manifest:
+                found.append(Hold("dist", str(folder), keys))
+        except FileNotFoundError:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        except OSError:  # another user's, or a disk that is not there today
+            found.append(Hold("dist", str(folder), keys))
+        except (KeyError, TypeError):
+            continue
+    return found
+
+
+def installed(dist: Path) -> Iterator[Hold]:
+    """The packages in a workspace's dist/, by what their manifests say."""
+    for path in sorted(dist.glob(f"*/{MANIFEST}")):
+        record = _read(path)
+        try:
+            keys = frozenset(str(step["key"]) for step in record["steps"].values())
+            blobs = frozenset(str(file["sha256"]) for file in record["files"].values())
+        except (KeyError, TypeError, AttributeError):
+            continue
+        yield Hold("dist", str(path.parent), keys, blobs)
+
+
+def _pin(path: Path) -> Hold | None:
+    record = _read(path)
+    try:
+        return Hold("pin", str(record["recipe"]), frozenset(map(str, record["keys"])))
+    except (KeyError, TypeError):
+        return None
+
+
+def _pin_path(root: Path, workspace: Path, recipe: str) -> Path:
+    return root / "pins" / f"{recipe}@{_short(workspace)}.json"
+
+
+def _short(path: Path) -> str:
+    return hashlib.sha256(str(path).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,214 @@
+"""A store somewhere else, through fsspec: a shared folder, S3, Google Cloud Storage, a hub ...
+
+It has the entries and blobs of a store under the same names. Nothing here waits for ever: what a call has not done in
+its time is given up (`TooSlow`), and its thread, which nobody can stop, ends with the process. fsspec is imported by
+the first call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+_T = TypeVar("_T")
+
+_SLOWEST = 500_000  # bytes a second, on average: what is slower than that is not worth waiting for
+_WINDOW = 100_000_000  # bytes: an upload of up to this much may come without a sign of life in between
+_TICK = 0.05  # seconds
+# Here an object appears whole or not at all. Elsewhere it is written under another name and renamed.
+_OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "hf", "memory"}
+_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
+
+
+class TooSlow(Exception):
+    """No answer in time, or bytes that come too slowly."""
+
+
+class Meter:
+    """Bytes that came or went since it was made. One may be shared by several transfers."""
+
+    def __init__(self, patience: float) -> None:
+        self._lock = threading.Lock()
+        self._started = time.monotonic()
+        self._patience = patience
+        self._done = 0
+
+    def count(self, number: int) -> None:
+        with self._lock:
+            self._done += number
+
+    def too_slow(self, window: int = 0) -> bool:
+        return time.monotonic() - self._started > self._patience + (self._done + window) / _SLOWEST
+
+
+class Remote:
+    """One place. Safe to use from several threads and after a fork."""
+
+    def __init__(self, url: str, patience: float) -> None:
+        self.shown = shown(url)
+        self._url = url
+        self._patience = patience
+        self._lock = threading.Lock()
+        self._opened: tuple[int, Any, str] | None = None  # process, file system, the URL's path in it
+
+    def entry(self, key: str) -> bytes | None:
+        """The entry's text; None when there is none. Raises what the file system raises, or TooSlow."""
+
+        def read() -> bytes | None:
+            fs, root = self._open()
+            try:
+                content: bytes = fs.cat_file(f"{root}/{entry_name(key)}")
+            except FileNotFoundError:
+                return None
+            return content
+
+        return self._within(read, Meter(self._patience))
+
+    def download(self, digest: str, destination: Path, meter: Meter) -> None:
+        """Fetch a blob. What comes is not looked at. Raises what the file system raises, or TooSlow."""
+
+        def get() -> None:
+            fs, root = self._open()
+            fs.get_file(f"{root}/{blob_name(digest)}", str(destination), callback=_callback(meter))
+
+        self._within(get, meter)
+
+    def has(self, digest: str, size: int) -> bool:
+        """Whether a blob of this size is there. Raises what the file system raises, or TooSlow."""
+
+        def look() -> bool:
+            fs, root = self._open()
+            try:
+                return bool(fs.info(f"{root}/{blob_name(digest)}")["size"] == size)
+            except FileNotFoundError:
+                return False
+
+        return self._within(look, Meter(self._patience))
+
+    def upload(self, digest: str, source: Path, meter: Meter) -> None:
+        """Put a blob there, whole or not at all. Raises what the file system raises, or TooSlow."""
+        size = source.stat().st_size
+
+        def put() -> None:
+            fs, root = self._open()
+            with self._name(fs, f"{root}/{blob_name(digest)}") as name:
+                fs.put_file(str(source), name, callback=_callback(meter))
+
+        self._within(put, meter, min(size, _WINDOW))
+
+    def put_entry(self, key: str, content: bytes) -> None:
+        """Put an entry there. Raises what the file system raises, or TooSlow."""
+
+        def put() -> None:
+            fs, root = self._open()
+            with self._name(fs, f"{root}/{entry_name(key)}") as name:
+                fs.pipe_file(name, content)
+
+        self._within(put, Meter(self._patience))
+
+    def meter(self) -> Meter:
+        """For one transfer, or for several at once."""
+        return Meter(self._patience)
+
+    def words(self, error: BaseException) -> str:
+        """The error in one line, for the user, without anything secret."""
+        text = " ".join(str(error).split()) or type(error).__name__
+        userinfo = urlsplit(self._url).netloc.rpartition("@")[0]
+        secrets_ = [value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) > 3]
+        for secret in [self._url, *filter(None, (userinfo, *userinfo.split(":"))), *secrets_]:
+            text = text.replace(secret, self.shown if secret == self._url else "…")
+        return re.sub(r"(https?://[^\s?\"']+)\?[^\s\"']*", r"\1?…", text)[:300]
+
+    def _open(self) -> tuple[Any, str]:
+        with self._lock:
+            if self._opened is None or self._opened[0] != os.getpid():
+                import fsspec
+
+                fs, path = fsspec.core.url_to_fs(self._url)
+                self._opened = (os.getpid(), fs, path.rstrip("/"))
+            return self._opened[1], self._opened[2]
+
+    @contextlib.contextmanager
+    def _name(self, fs: Any, name: str) -> Any:
+        """What to write to so that `name` is never there by half."""
+        protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+        if protocols & _OBJECT_STORES:
+            yield name
+            return
+        part = f"{name}.{secrets.token_hex(4)}.part"
+        fs.makedirs(name.rpartition("/")[0], exist_ok=True)
+        try:
+            yield part
+            fs.mv(part, name)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                fs.rm_file(part)
+            raise
+
+    def _within(self, work: Callable[[], _T], meter: Meter, window: int = 0) -> _T:
+        """What `work` returns or raises, unless that takes too long."""
+        result: list[_T] = []
+        errors: list[BaseException] = []
+        ended = threading.Event()
+
+        def run() -> None:
+            try:
+                result.append(work())
+            except BaseException as error:
+                errors.append(error)
+            ended.set()
+
+        threading.Thread(target=run, daemon=True, name="shared-cache").start()
+        while not ended.wait(_TICK):
+            if meter.too_slow(window):
+                raise TooSlow(f"no answer within {self._patience:g} s, or less than {_SLOWEST // 1000} kB a second")
+        if errors:
+            raise errors[0]
+        return result[0]
+
+
+def entry_name(key: str) -> str:
+    return f"ac/{key[:2]}/{key}.json"
+
+
+def blob_name(digest: str) -> str:
+    return f"cas/{digest[:2]}/{digest}"
+
+
+def shown(url: str) -> str:
+    """The URL without what could be secret: user, password, query."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}" if parts.scheme else url
+
+
+def parse_entry(content: bytes) -> Any:
+    """The entry as JSON; None when it is not that."""
+    try:
+        return json.loads(content)
+    except ValueError:
+        return None
+
+
+def _callback(meter: Meter) -> Any:
+    from fsspec.callbacks import Callback
+
+    class Count(Callback):  # type: ignore[misc]
+        seen = 0
+
+        def relative_update(self, inc: int = 1) -> None:
+            meter.count(inc)
+
+        def absolute_update(self, value: int) -> None:
+            meter.count(max(0, value - self.seen))
+            self.seen = value
+
+    return Count()

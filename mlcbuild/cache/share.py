@@ -1,0 +1,41 @@
+"""One cache folder for several users: what is made in a folder that its group may write to, the group may write to.
+
+Like a git repository with `core.sharedRepository=group`, but the folder itself says so: `chmod g+ws cache`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from pathlib import Path
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder and its parents. Each new one takes the group and the group's rights of the one it is in."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir()
+        share(path)
+
+
+def share(path: Path) -> None:
+    """Give a file or folder of one's own to the group, if the folder that it lies in is the group's."""
+    folder = path.parent.stat()
+    if not folder.st_mode & stat.S_IWGRP:
+        return
+    with contextlib.suppress(OSError):  # not ours: its owner has done it, or is about to
+        own = path.stat()
+        if own.st_gid != folder.st_gid:
+            os.chown(path, -1, folder.st_gid)
+        rights = stat.S_IRGRP | stat.S_IWGRP
+        if stat.S_ISDIR(own.st_mode):
+            rights |= stat.S_IXGRP | (folder.st_mode & stat.S_ISGID)
+        path.chmod(stat.S_IMODE(own.st_mode) | rights)
+
+
+def is_shared(folder: Path) -> bool:
+    """Whether the folder's group may write to it."""
+    return bool(folder.stat().st_mode & stat.S_IWGRP)

@@ -1,0 +1,123 @@
+"""Several users on one cache folder. As root: two users of one group, who share nothing else."""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlcbuild.cache.gc import collect, plan
+from mlcbuild.cache.inventory import inventory
+from mlcbuild.cache.locks import locked, sweep_dead, workplace
+from mlcbuild.cache.store import Action, Store
+from mlcbuild.cache.tree import Tree
+
+GROUP = 61234
+ALICE, BOB = 61001, 61002
+
+
+def work(root: Path, number: int, *texts: str) -> str:
+    """Build action `number` from the texts, unless it is there; which of the two it was."""
+    store = Store(root)
+    key = f"{number:064x}"
+    with locked(root / "locks" / key):
+        found = store.action(key)
+        if found is None:
+            with workplace(root) as place:
+                files = {}
+                for text in texts:
+                    (place.path / "new").write_text(text)
+                    files[text] = store.ingest(place.path / "new")
+                store.commit(Action(key, "toy", "toy:x", "", {}, {}, {}, 1.0, Tree(files)))
+            store.index.add("toy", "built", 1)
+        store.index.put("kind", "path", root.parent.stat(), "remembered")
+        return f"{'built' if found is None else 'found'} {store.index.get('kind', 'path', root.parent.stat())}"
+
+
+def clean(root: Path) -> str:
+    """Collect everything; how many blobs are left."""
+    sweep_dead(root)
+    todo = plan(inventory(root), 0, (), None, time.time())
+    assert collect(root, todo) == todo.before - todo.after
+    return str(len(list((root / "cas").glob("*/*"))))
+
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="becomes other users, which takes root")
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.owner() == "root" and folder.stat().st_mode & 0o077 == 0:
+            folder.chmod(0o711)  # pytest's own folders are closed to others
+    root = tmp_path / "cache"
+    root.mkdir()
+    os.chown(root, ALICE, GROUP)
+    root.chmod(0o2775)
+    return root
+
+
+def run(user: int, what: Callable[..., str], *arguments: Any, umask: int = 0o022) -> str:
+    """What the function returns to this user. The primary group is his own; the shared one is another of his."""
+    reader, writer = os.pipe()
+    child = os.fork()  # not a new process: the interpreter may lie where only root can read
+    if child == 0:
+        try:
+            os.umask(umask)
+            os.setgroups([GROUP])
+            os.setgid(user)
+            os.setuid(user)
+            text = what(*arguments)
+        except BaseException:
+            text = traceback.format_exc()
+        os.write(writer, text.encode())
+        os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    with os.fdopen(reader, "rb") as answer:
+        return answer.read().decode()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_users_of_a_group_share_what_they_build(shared: Path, umask: int) -> None:
+    assert run(ALICE, work, shared, 1, "one", "both", umask=umask) == "built remembered"
+    assert run(BOB, work, shared, 1, "one", "both", umask=umask) == "found remembered"
+    assert run(BOB, work, shared, 2, "two", "both", umask=umask) == "built remembered"
+    assert run(ALICE, work, shared, 2, umask=umask) == "found remembered"
+    assert {path.stat().st_gid for path in shared.rglob("*")} == {GROUP}
+    (entry,) = shared.glob(f"ac/*/{1:064x}.json")
+    os.utime(entry, (0, 0))
+    assert run(BOB, work, shared, 1, umask=umask) == "found remembered"
+    assert entry.stat().st_mtime > 0  # another user's use of it counts
+
+
+def test_one_user_collects_what_another_left(shared: Path) -> None:
+    run(ALICE, work, shared, 1, "one", "both")
+    dead = shared / "tmp" / "dead" / "output"
+    dead.mkdir(parents=True)
+    for folder in (dead.parent, dead):
+        os.chown(folder, ALICE, GROUP)
+        folder.chmod(0o2775)
+    assert run(BOB, clean, shared) == "0"
+    assert not dead.exists()
+
+
+def test_a_folder_of_ones_own_stays_so(tmp_path: Path, shared: Path) -> None:
+    shared.chmod(0o755)
+    run(ALICE, work, shared, 1, "one")
+    assert not [path for path in shared.rglob("*") if path.stat().st_mode & 0o022]
+
+
+def test_a_changed_blob_of_anothers_is_never_believed(shared: Path) -> None:
+    run(ALICE, work, shared, 1, "one")
+    (blob,) = shared.glob("cas/*/*")
+    os.utime(blob, (1, 1))  # touched only: read again, and believed
+    assert run(BOB, work, shared, 1).startswith("found")
+    blob.chmod(0o644)
+    blob.write_text("eno")
+    assert run(BOB, work, shared, 1, "one").startswith("built")

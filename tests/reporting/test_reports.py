@@ -1,0 +1,216 @@
+"""Logs read back as runs, and the pages that are made of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlcbuild.cli import main
+from mlcbuild.errors import MlcBuildError
+from mlcbuild.reporting.history import Run, read_logs, runs_of
+from mlcbuild.reporting.html import html
+from mlcbuild.reporting.summary import markdown
+from tests.support.tools import missing
+
+TARGETS = ("cpu", "cuda")
+NASTY = '<script>alert("x")</script> & `code` | bar'
+
+
+def step(name: str, outcome: str, **more: object) -> dict[str, Any]:
+    kind = name.partition(":")[0]
+    return {"event": "step_finished", "step": name, "kind": kind, "outcome": outcome, "seconds": 1.5, "size": 10,
+            "text": "", "why": "", "log": "", **more}  # fmt: skip
+
+
+def package(recipe: str, outcome: str, kl: float | None = 0.0123) -> dict[str, Any]:
+    return {"event": "package_installed", "recipe": recipe, "folder": f"dist/{recipe}", "outcome": outcome,
+            "size": 2_500_000, "kl": kl, "status": "passed"}  # fmt: skip
+
+
+def night(hour: int, kl: float = 0.0123) -> Iterator[dict[str, Any]]:
+    """Four recipes: built, up to date, failed, unavailable; and one that the failure left untried."""
+    events: list[dict[str, Any]] = []
+    for model in ("tiny", "large"):
+        for target in TARGETS:
+            name = f"{model}-q4-{target}"
+            steps = [f"quantize:{model}", f"library:{name}", f"verify:{name}"]
+            events.append({"event": "recipe_planned", "recipe": name, "model": model, "quantization": "q4",
+                           "target": target, "steps": steps})  # fmt: skip
+    events += [
+        {"event": "recipe_unavailable", "recipe": "phone", "text": "no toolchain"},
+        step("quantize:tiny", "built", why="quantization.weights.group_size 32 → 40"),
+        step("quantize:tiny", "hit"),
+        step("library:tiny-q4-cpu", "hit"),
+        package("tiny-q4-cpu", "installed", kl),
+        step("verify:tiny-q4-cuda", "failed", text=f"KL too large: {NASTY}", log="line 1\nline 2"),
+        step("quantize:large", "hit"),
+        package("large-q4-cpu", "hit", None),
+        {"event": "run_finished", "seconds": 12.5 + hour, "built": 2, "hit": 4, "failed": 1, "skipped": 3},
+    ]
+    for number, event in enumerate(events):
+        yield {"time": 1_800_000_000 + 86_400 * hour + number, **event}
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    path = tmp_path / "nights.jsonl"
+    path.write_text("".join(json.dumps(event) + "\n" for hour in range(3) for event in night(hour, 0.01 * (hour + 1))))
+    return path
+
+
+def statuses(run: Run) -> dict[str, str]:
+    return {cell.recipe: cell.status for cell in run.cells}
+
+
+def test_what_became_of_each_recipe() -> None:
+    (run,) = runs_of(night(0))
+    assert statuses(run) == {
+        "large-q4-cpu": "hit",
+        "large-q4-cuda": "not tried",
+        "phone": "unavailable",
+        "tiny-q4-cpu": "built",
+        "tiny-q4-cuda": "failed",
+    }
+    cells = {cell.recipe: cell for cell in run.cells}
+    assert cells["tiny-q4-cpu"].why == ("quantization.weights.group_size 32 → 40",)
+    assert (cells["tiny-q4-cpu"].seconds, cells["tiny-q4-cpu"].kl) == (1.5, 0.0123)
+    assert cells["tiny-q4-cuda"].seconds == 3.0, "a shared step counts for each recipe"
+    assert cells["tiny-q4-cuda"].log == "line 1\nline 2"
+    assert (run.seconds, run.failed, run.ended) == (12.5, 1, True)
+
+
+def test_a_log_of_several_nights_and_one_that_was_cut_off(log: Path) -> None:
+    assert [run.seconds for run in read_logs([log])] == [12.5, 13.5, 14.5]
+    log.write_text(log.read_text() + json.dumps({"time": 9e9, **step("quantize:x", "built")}) + '\n{"time": 1, "ev')
+    *_, last = read_logs([log])
+    assert not last.ended
+    assert "the build did not end" in html([last]) and "the build did not end" in markdown([last])
+
+
+def test_files_that_are_no_logs(tmp_path: Path) -> None:
+    with pytest.raises(MlcBuildError, match=r"none.jsonl: cannot be read: No such file"):
+        read_logs([tmp_path / "none.jsonl"])
+    wrong = tmp_path / "wrong.jsonl"
+    wrong.write_text("hello\nworld\n")
+    with pytest.raises(MlcBuildError, match=r"wrong.jsonl:1: not a line of a build's JSON log"):
+        read_logs([wrong])
+    wrong.write_text("")
+    with pytest.raises(MlcBuildError, match="there is no build in these logs"):
+        read_logs([wrong])
+
+
+class Page(HTMLParser):
+    """Checks that elements nest, and keeps what there is."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "polyline", "circle"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    def classes(self, tag: str) -> list[str]:
+        return [attributes.get("class") or "" for name, attributes in self.tags if name == tag]
+
+
+def test_the_page_is_a_grid_with_reasons_failures_and_plots(log: Path) -> None:
+    page = Page(html(read_logs([log])))
+    text = " ".join(page.texts)
+    assert sorted(filter(None, page.classes("td"))) == ["built", "failed", "hit", "not-tried", "unavailable"]
+    assert [data for data in page.texts if data in TARGETS] == list(TARGETS), "a column per target"
+    assert "1.5 s · 2.5 MB · KL 0.0300" in page.texts
+    assert "quantization.weights.group_size 32 → 40" in page.texts
+    assert "line 1\nline 2" in page.texts
+    assert f"KL too large: {NASTY}" in page.texts, "escaped, and whole"
+    assert "no toolchain" in text
+    plots = [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"]
+    assert plots == [
+        "seconds: 14.5 s (largest 14.5 s)",
+        "recipes built: 1 (largest 1)",
+        "recipes failed: 1 (largest 1)",
+        "bytes of all packages: 5.0 MB (largest 5.0 MB)",
+        "largest KL: 0.0300 (largest 0.0300)",
+    ]
+    anchors = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+    assert {f"#{anchor}" for anchor in anchors} == {attributes["href"] for tag, attributes in page.tags if tag == "a"}
+
+
+def test_the_page_loads_nothing_and_runs_nothing(log: Path) -> None:
+    page = Page(html(read_logs([log])))
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object", "base", "form"}
+    assert not [name for _, attributes in page.tags for name in attributes if name == "src" or name.startswith("on")]
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
+    style = html(read_logs([log])).split("<style>")[1].split("</style>")[0]
+    assert "url(" not in style and "@import" not in style
+
+
+def test_the_markdown_summary(log: Path) -> None:
+    text = markdown(read_logs([log]))
+    assert text.startswith("## mlcbuild: 1 failed, 1 not tried, 1 unavailable, 1 built, 1 hit\n")
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    assert [row[0] for row in rows] == [
+        "| `tiny-q4-cuda`",
+        "| `large-q4-cuda`",
+        "| `phone`",
+        "| `tiny-q4-cpu`",
+        "| `large-q4-cpu`",
+    ]
+    assert rows[3] == [
+        "| `tiny-q4-cpu`",
+        "✅ built",
+        "1.5 s",
+        "2.5 MB",
+        "0.0300",
+        "quantization.weights.group_size 32 → 40 |",
+    ]
+    assert f"### tiny-q4-cuda\n\n```text\nKL too large: {NASTY}\nline 1\nline 2\n```" in text
+
+
+def test_the_command(log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(log)]) == 0
+    assert capsys.readouterr().out.startswith("## mlcbuild: 1 failed")
+    assert main(["report", str(log), "-o", str(tmp_path / "r.html")]) == 0
+    Page((tmp_path / "r.html").read_text())
+    assert main(["report", str(log), "-o", str(tmp_path / "r.pdf")]) == 1
+    assert "r.pdf: expected a name that ends in .html or .md" in capsys.readouterr().err
+
+
+def test_the_page_in_a_browser_on_a_phone(log: Path, tmp_path: Path) -> None:
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome", "chromium-headless-shell")
+    browser = next((found for name in names if (found := shutil.which(name))), None)
+    if browser is None:
+        missing("a Chromium browser")
+    page = tmp_path / "r.html"
+    # The browser itself says how wide the page is: nothing but the grid may be wider than the screen.
+    probe = "<script>document.title = 'WIDTH ' + document.documentElement.scrollWidth</script>"
+    page.write_text(html(read_logs([log])).replace("</body>", f"{probe}</body>"))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    options += ["--window-size=500,900", "--dump-dom", page.as_uri()]
+    done = subprocess.run([browser, *options], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    width = int(done.stdout.split("<title>WIDTH ")[1].split("<")[0])
+    assert width <= 500
+    assert done.stdout.count("<svg") == 5

@@ -17,18 +17,35 @@ from mlcbuild.chat.config import TOKENIZER_FILES
 from mlcbuild.compiler import targets
 from mlcbuild.errors import MlcBuildError, Unavailable
 from mlcbuild.models import architecture as architectures
+from mlcbuild.models import parameters
+from mlcbuild.models.structure import Structure
 from mlcbuild.recipes.lock import Locked
-from mlcbuild.recipes.types import Catalog, Model, Quantization, Recipe, Target
+from mlcbuild.recipes.types import (
+    Catalog,
+    Model,
+    Quantization,
+    Recipe,
+    Source,
+    Target,
+    Verify,
+    format_json,
+    quantization_json,
+)
 
 _T = TypeVar("_T")
 
 CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-_TENSOR_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
+_TORCH_FILES = ("pytorch_model*.bin", "*.pth")  # read where there are no safetensors
+_TENSOR_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.bin.index.json", *_TORCH_FILES)
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 STEPS = "mlcbuild.steps"  # the package with one module per kind of step
-_TEXT_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json")
+_TEXT_FILES = (*TOKENIZER_FILES, "chat_template.jinja", "config.json", "generation_config.json")
 # The reference that every package is compared with: unquantized, on a machine that everybody has.
 _UNQUANTIZED, _HERE = "q0f32", "cpu"
+# Calibration decides what weights become, so it runs on code that is the same on every machine of a kind.
+_EVERYWHERE = "cpu-x86_64"
 _EVALUATION_TEXT = Path(__file__).parent / "runtime" / "evaluation.txt"
+_CALIBRATION_TEXT = Path(__file__).parent / "runtime" / "calibration.txt"
 
 
 @dataclass(frozen=True)
@@ -109,14 +126,24 @@ def plan(catalog: Catalog, recipes: Iterable[Recipe], lock: Callable[[Model], Lo
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """A model's structure under a recipe's overrides, with what is made from it worked out once."""
+class _Form:
+    """What a library is compiled from; with `blocks`, a library of the decoder's pieces (mlcbuild.models.blocks)."""
 
     digest: str
     label: str
     fields: Mapping[str, Any]
-    library: Mapping[str, Any]  # the fields that a compiled library depends on
+    blocks: bool = False
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """A model's structure under a recipe's overrides, with what is made from it worked out once."""
+
+    fields: Mapping[str, Any]
+    parameters: int  # how many numbers they are
     model_config: Mapping[str, Any]  # of mlc-chat-config.json
+    whole: _Form
+    blocks: _Form
 
 
 class _Planner:
@@ -132,63 +159,101 @@ class _Planner:
     def goal(self, recipe: Recipe) -> Goal:
         model, quantization, target = recipe.model, recipe.quantization, recipe.target
         shape = self._shape(model, recipe.overrides)
-        steps = {"download": self._download(model), "convert": self._convert(model)}
+        steps = {"download": self._download(model), **self._merged(model), "convert": self._convert(model)}
+        if quantization.rounding == "calibrated":
+            steps["calibrate"] = self._calibrate(model)
         steps["quantize"] = self._quantize(model, quantization)
-        steps["lower"] = self._lower(shape, quantization, target)
-        steps["library"] = self._library(shape, quantization, target)
+        steps["lower"] = self._lower(shape.whole, quantization, target)
+        steps["library"] = self._library(shape.whole, quantization, target)
         steps["package"] = self._package(recipe, shape, steps)
         steps["verify"] = self._verify(recipe, shape, steps)
         return Goal(recipe, steps)
 
     def _download(self, model: Model) -> str:
-        def add() -> str:
-            if model.source.path is not None:
-                files = Input("files", path=model.source.path, select=CHECKPOINT_FILES)
-                return self._add("download", model.name, {}, (files,))
-            locked = self._locked(model)
-            contents = {name: {"sha256": file.sha256, "size": file.size} for name, file in locked.files.items()}
-            fields = {"repo": model.source.hf, "commit": locked.commit, "files": contents}
-            return self._add("download", model.name, fields)
+        return self._fetched(model, model.source, model.name)
 
-        return self._once(("download", model.name), add)
+    def _fetched(self, model: Model, source: Source, label: str, files: tuple[str, ...] | None = None) -> str:
+        def add() -> str:
+            if source.path is not None:
+                patterns = files if files is not None else _checkpoint_files(source.path)
+                return self._add("download", label, {}, (Input("files", path=source.path, select=patterns),))
+            locked = self._locked(model, source)
+            contents = {name: {"sha256": file.sha256, "size": file.size} for name, file in locked.files.items()}
+            fields = {"repo": source.hf, "commit": locked.commit, "files": contents}
+            return self._add("download", label, fields)
+
+        return self._once(("download", model.name, label), add)
 
     def _convert(self, model: Model) -> str:
         # The recipe's overrides are limits of the library; what the weights are does not depend on them.
         def add() -> str:
             download = self._download(model)
-            checkpoint = Input("checkpoint", step=download, select=_TENSOR_FILES)
+            inputs = [Input("checkpoint", step=download, select=_TENSOR_FILES)]
+            for name, step in self._merged(model).items():
+                inputs.append(Input(name, step=step, select=_TENSOR_FILES if name == "base" else _ADAPTER_FILES))
             fields = {"structure": self._shape(model, {}).fields}
-            return self._add("convert", model.name, fields, (checkpoint,), (download,))
+            return self._add("convert", model.name, fields, tuple(inputs), (download,))
 
         return self._once(("convert", model.name), add)
+
+    def _merged(self, model: Model) -> dict[str, str]:
+        """What is merged with the checkpoint: the steps that fetch it, by the name of convert's input."""
+        steps = {}
+        if model.delta_of is not None:
+            steps["base"] = self._fetched(model, model.delta_of, f"{model.name}-base")
+        if model.lora is not None:
+            steps["lora"] = self._fetched(model, model.lora, f"{model.name}-lora", _ADAPTER_FILES)
+        return steps
+
+    def _calibrate(self, model: Model) -> str:
+        def add() -> str:
+            everywhere = self.catalog.targets[_EVERYWHERE]
+            target = everywhere if targets.runs_here(everywhere) else self.catalog.targets[_HERE]
+            shape = self._shape(model, {})
+            download, convert = self._download(model), self._convert(model)
+            inputs = (
+                Input("convert", step=convert),
+                Input("blocks", step=self._library(shape.blocks, self.catalog.quantizations[_UNQUANTIZED], target)),
+                Input("checkpoint", step=download, select=TOKENIZER_FILES),
+                Input("text", path=model.calibration or _CALIBRATION_TEXT),
+            )
+            return self._add("calibrate", model.name, {"structure": shape.fields}, inputs, (download, convert))
+
+        return self._once(("calibrate", model.name), add)
 
     def _quantize(self, model: Model, quantization: Quantization) -> str:
         def add() -> str:
             convert = self._convert(model)
             fields = {
                 "structure": self._shape(model, {}).fields,
-                "quantization": self._format(quantization),
+                "quantization": quantization_json(quantization),
             }
+            inputs = [Input("convert", step=convert)]
+            if quantization.rounding == "calibrated":
+                inputs.append(Input("calibration", step=self._calibrate(model)))
             materials = (self._download(model), convert)
-            return self._add(
-                "quantize", f"{model.name}-{quantization.name}", fields, (Input("convert", step=convert),), materials
-            )
+            return self._add("quantize", f"{model.name}-{quantization.name}", fields, tuple(inputs), materials)
 
         return self._once(("quantize", model.name, quantization.name), add)
 
-    def _lower(self, shape: _Shape, quantization: Quantization, target: Target) -> str:
+    def _lower(self, form: _Form, quantization: Quantization, target: Target) -> str:
+        name = _format(quantization)
+
         def add() -> str:
             fields = {
-                "structure": shape.library,
-                "quantization": self._format(quantization),
-                "name": quantization.name,  # the library's metadata tells it to the runtime
+                "structure": form.fields,
+                "quantization": format_json(quantization),
+                "name": name,  # the library's metadata tells it to the runtime
                 "device": self._device(target),
+                **({"blocks": True} if form.blocks else {}),
             }
-            return self._add("lower", f"{shape.label}-{quantization.name}-{target.device['kind']}", fields)
+            return self._add("lower", f"{form.label}-{name}-{target.device['kind']}", fields)
 
-        return self._once(("lower", shape.digest, quantization.name, target.name), add)
+        return self._once(("lower", form.digest, form.blocks, name, target.name), add)
 
-    def _library(self, shape: _Shape, quantization: Quantization, target: Target) -> str:
+    def _library(self, form: _Form, quantization: Quantization, target: Target) -> str:
+        name = _format(quantization)
+
         def add() -> str:
             fields = {
                 "device": self._device(target),
@@ -196,16 +261,17 @@ class _Planner:
                 "linker": dataclasses.asdict(target.linker),
                 "library": target.library,
             }
-            lower = self._lower(shape, quantization, target)
-            label = f"{shape.label}-{quantization.name}-{target.name}"
+            lower = self._lower(form, quantization, target)
+            label = f"{form.label}-{name}-{target.name}"
             return self._add("library", label, fields, (Input("lower", step=lower),))
 
-        return self._once(("library", shape.digest, quantization.name, target.name), add)
+        return self._once(("library", form.digest, form.blocks, name, target.name), add)
 
     def _package(self, recipe: Recipe, shape: _Shape, steps: Mapping[str, str]) -> str:
         fields = {
             "model": recipe.model.name,
             "quantization": recipe.quantization.name,
+            "format": _format(recipe.quantization),
             "target": recipe.target.name,
             "template": {"name": recipe.template.name, **recipe.template.data},
             "model_type": shape.fields["model_type"],
@@ -220,9 +286,10 @@ class _Planner:
 
     def _verify(self, recipe: Recipe, shape: _Shape, steps: Mapping[str, str]) -> str:
         quantization, verify = recipe.quantization, recipe.verify
-        here = self.catalog.targets[_HERE]
-        reference = self._library(shape, self.catalog.quantizations[_UNQUANTIZED], here)
-        fields = {
+        here, unquantized = self.catalog.targets[_HERE], self.catalog.quantizations[_UNQUANTIZED]
+        layers = _too_large(shape, verify)
+        fields: dict[str, Any] = {
+            "method": "layers" if layers else "whole",
             "class": quantization.kind,
             "model_dtype": quantization.model_dtype,
             "kl": verify.kl,
@@ -232,45 +299,36 @@ class _Planner:
         inputs = [
             Input("package", step=steps["package"]),
             Input("convert", step=steps["convert"]),
-            Input("reference", step=reference),
             Input("text", path=verify.text or _EVALUATION_TEXT),
+            Input("reference", step=self._library(shape.blocks if layers else shape.whole, unquantized, here)),
         ]
-        if not targets.runs_here(recipe.target):
-            inputs.append(Input("cpu_library", step=self._library(shape, quantization, here)))
+        if layers:
+            fields["structure"] = self._shape(recipe.model, {}).fields
+            fields["quantization"] = format_json(quantization)
+            inputs.append(Input("blocks", step=self._library(shape.blocks, quantization, here)))
+        elif not targets.runs_here(recipe.target):
+            inputs.append(Input("cpu_library", step=self._library(shape.whole, quantization, here)))
         return self._add("verify", recipe.name, fields, tuple(inputs), (steps["download"], steps["convert"]))
 
     def _shape(self, model: Model, overrides: Mapping[str, int]) -> _Shape:
         def resolve() -> _Shape:
-            config = self._once(("config", model.name), lambda: self._config(model))
+            config = self._once(
+                ("config", model.name), lambda: config_of(model, lambda model: self._locked(model, model.source))
+            )
             chosen = architectures.choose(self.catalog.architectures, config, model.architecture)
             structure = architectures.resolve(chosen, config, overrides)
             return _Shape(
-                structure.digest,
-                structure.label,
                 structure.to_json(),
-                structure.library_json(),
+                parameters.count(structure),
                 architectures.model_config(chosen, structure),
+                _form(structure),
+                _form(structure.one_layer, blocks=True),
             )
 
         return self._once(("shape", model.name, *sorted(overrides.items())), resolve)
 
-    def _config(self, model: Model) -> Mapping[str, Any]:
-        if model.source.path is not None:
-            return _read_config(model.source.path / "config.json")
-        return self._locked(model).config
-
-    def _format(self, quantization: Quantization) -> dict[str, Any]:
-        """The format without its name: two names for one format share everything."""
-
-        def fields() -> dict[str, Any]:
-            data = dataclasses.asdict(quantization)
-            del data["name"]
-            return data
-
-        return self._once(("quantization", quantization.name), fields)
-
-    def _locked(self, model: Model) -> Locked:
-        return self._once(("locked", model.name), lambda: self.lock(model))
+    def _locked(self, model: Model, source: Source) -> Locked:
+        return self._once(("locked", source), lambda: self.lock(dataclasses.replace(model, source=source)))
 
     def _device(self, target: Target) -> dict[str, Any]:
         return self._once(("device", target.name), lambda: targets.resolve(target))
@@ -300,6 +358,34 @@ class _Planner:
             self._known[key] = make()
         known: _T = self._known[key]
         return known
+
+
+def config_of(model: Model, lock: Callable[[Model], Locked]) -> Mapping[str, Any]:
+    """The model's config.json, from its folder or from recipes.lock. Raises MlcBuildError where it cannot be read."""
+    if model.source.path is not None:
+        return _read_config(model.source.path / "config.json")
+    return lock(model).config
+
+
+def _form(structure: Structure, blocks: bool = False) -> _Form:
+    label = f"{structure.label}-blocks" if blocks else structure.label
+    return _Form(structure.digest, label, structure.library_json(), blocks)
+
+
+def _format(quantization: Quantization) -> str:
+    """The name of the format whose bytes these are: roundings and classes of one format share its libraries."""
+    return quantization.format or quantization.name
+
+
+def _too_large(shape: _Shape, verify: Verify) -> bool:
+    """By a declared bound and not by this machine's memory: `quality.json` shall be the same everywhere."""
+    return 4 * shape.parameters > verify.memory * 1e9
+
+
+def _checkpoint_files(folder: Path) -> tuple[str, ...]:
+    """Patterns of a local folder's files: the same weights as pickles beside safetensors are not even hashed."""
+    named = any(folder.glob("*.safetensors")) or not folder.is_dir()
+    return CHECKPOINT_FILES if named else (*CHECKPOINT_FILES, *_TORCH_FILES)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

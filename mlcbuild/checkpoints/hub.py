@@ -1,7 +1,7 @@
 """Checkpoints on a Hugging Face hub: what a revision holds, and its files, each checked against its sha256.
 
-Built on huggingface_hub, so its environment variables hold: HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, HF_HOME. Files that
-its cache already has are copied from there.
+Where the hub is and with which token it is asked: mlcbuild.checkpoints.hub_http. Files that huggingface_hub's own cache
+already has (HF_HOME) are copied from there.
 """
 
 from __future__ import annotations
@@ -9,35 +9,33 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from mlcbuild.checkpoints.header import climbs
-from mlcbuild.checkpoints.table import INDEX, SHARD, SINGLE
+from mlcbuild.checkpoints.hub_download import FileInfo, download
+from mlcbuild.checkpoints.hub_http import Request, get
+from mlcbuild.checkpoints.table import SAFETENSORS, TORCH, weight_files
 from mlcbuild.errors import CheckpointError
 
 CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the first that is there
 _SMALL = (
     CONFIG,
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "chat_template.jinja",
     "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
 )
-
-
-@dataclass(frozen=True)
-class FileInfo:
-    size: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -52,15 +50,22 @@ class Resolved:
 def needed_files(names: Collection[str], repo: str) -> list[str]:
     """The files of a repository that a build reads: config, tokenizer, and the weights in one form.
 
-    Raises CheckpointError when there is no config.json or there are no safetensors.
+    A repository without weights that has an adapter's configuration is an adapter: that, and its factors. Raises
+    CheckpointError when it is neither, and when a model has no config.json.
     """
+    weights = weight_files(names)
+    if not weights and ADAPTER_CONFIG in names:
+        factors = [name for name in _ADAPTER_WEIGHTS if name in names][:1]
+        if not factors:
+            raise CheckpointError(f"hf:{repo}: an adapter without weights: no {' and no '.join(_ADAPTER_WEIGHTS)}")
+        return [ADAPTER_CONFIG, *factors]
     if CONFIG not in names:
         raise CheckpointError(f"hf:{repo}: no {CONFIG}; it is not a Hugging Face model repository")
-    weights = [SINGLE] if SINGLE in names else sorted(name for name in names if name == INDEX or SHARD.fullmatch(name))
     if not weights:
-        torch = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
-        found = f"; it has {torch[0]}, but PyTorch pickles are not read yet" if torch else ""
-        raise CheckpointError(f"hf:{repo}: no {SINGLE} and no {INDEX}{found}")
+        raise CheckpointError(
+            f"hf:{repo}: no weights: neither {SAFETENSORS.single} nor {SAFETENSORS.index}, {TORCH.single} nor "
+            f"{TORCH.index}"
+        )
     return [name for name in _SMALL if name in names] + weights
 
 
@@ -70,27 +75,27 @@ def resolve(repo: str, revision: str | None = None) -> Resolved:
     The hub knows the sha256 of large files; the small ones are downloaded here to compute theirs. Raises
     CheckpointError when the hub cannot be reached or does not give it out, and as `needed_files` does.
     """
-    import huggingface_hub
-
-    with _explained(repo, revision):
-        info = huggingface_hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
-    siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
-    commit = info.sha or ""
+    at = f"/revision/{quote(revision, safe='')}" if revision else ""
+    info = _read_json(Request(repo, revision), f"{_address(repo)}{at}?blobs=true")
+    commit, siblings = info.get("sha"), {each["rfilename"]: each for each in info.get("siblings", ())}
+    if not isinstance(commit, str):
+        raise CheckpointError(f"hf:{repo}: the hub's answer names no commit")
     files: dict[str, FileInfo] = {}
-    with tempfile.TemporaryDirectory(prefix="mlcbuild-hub-") as folder:
-        for name in needed_files(siblings, repo):
-            large = siblings[name].lfs
-            if large is not None:
-                files[name] = FileInfo(large["size"], large["sha256"])
-                continue
-            with _explained(repo, commit):
-                path = Path(huggingface_hub.hf_hub_download(repo, name, revision=commit, local_dir=folder))
-            files[name] = FileInfo(path.stat().st_size, _sha256(path))
-        config_path = Path(folder) / CONFIG
-        try:
-            config = json.loads(config_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"hf:{repo}: {CONFIG} is not valid JSON: {error}") from None
+    config: Any = None
+    for name in needed_files(siblings, repo):
+        large = siblings[name].get("lfs")
+        if large is not None and name not in (CONFIG, ADAPTER_CONFIG):
+            files[name] = FileInfo(large["size"], large["sha256"])
+            continue
+        content = _read(Request(repo, commit[:12], name), _file_url(repo, commit, name))
+        files[name] = FileInfo(len(content), hashlib.sha256(content).hexdigest())
+        if name in (CONFIG, ADAPTER_CONFIG):
+            try:
+                config = json.loads(content)
+            except ValueError as error:
+                raise CheckpointError(f"hf:{repo}: {name} is not valid JSON: {error}") from None
+            if not isinstance(config, dict):
+                raise CheckpointError(f"hf:{repo}: {name} is not a JSON object")
     return Resolved(commit, config, files)
 
 
@@ -100,101 +105,103 @@ def fetch(
     files: Mapping[str, FileInfo],
     folder: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    partial: Path | None = None,
 ) -> None:
     """Put `files` of `repo` at `commit` into `folder`, and nothing else.
 
-    Raises CheckpointError for a file name that climbs, a file that the hub does not give out, and content whose size
-    or sha256 is not the locked one; that file is then removed.
+    What has arrived stays in `partial` (on the same file system) until all of it has: the next call goes on from
+    there. Raises CheckpointError for a file name that climbs, a disk without room for what is left, a file that the
+    hub does not give out, and content whose size or sha256 is not the locked one; that file is then removed.
     """
-    import huggingface_hub
-
-    total = sum(info.size for info in files.values())
-    done = 0
     for name in files:
         if climbs(name):
             raise CheckpointError(f"hf:{repo}: file name {name!r} is refused: it would climb out of its folder")
+    partial = partial or folder / ".partial"
+    partial.mkdir(parents=True, exist_ok=True)
+    total = sum(info.size for info in files.values())
+    places = {name: partial / info.sha256 for name, info in files.items()}
+    _check_room(repo, partial, total - sum(place.stat().st_size for place in {*places.values()} if place.exists()))
+
+    def partly(before: int) -> Callable[[int], None]:
+        return lambda arrived: progress(before + arrived, total)
+
+    done = 0
     for name, info in files.items():
-        target = folder / name
-        cached = huggingface_hub.try_to_load_from_cache(repo, name, revision=commit)
-        if isinstance(cached, str):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(cached, target)
-        else:
-            with _explained(repo, commit, name):
-                huggingface_hub.hf_hub_download(
-                    repo, name, revision=commit, local_dir=folder, tqdm_class=_bar(progress, done, total)
-                )
-        _verify(target, info, f"hf:{repo}@{commit[:12]}: {name}")
+        if not _from_cache(repo, commit, name, info, places[name]):
+            download(
+                Request(repo, commit[:12], name),
+                _file_url(repo, commit, name),
+                info,
+                places[name],
+                partly(done),
+            )
         done += info.size
         progress(done, total)
-    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the library's notes on what it downloaded
+    for name in files:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        later = list(files)[list(files).index(name) + 1 :]
+        if any(places[other] == places[name] for other in later):
+            shutil.copyfile(places[name], target)  # two names for one content
+        else:
+            places[name].replace(target)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
-def _verify(path: Path, info: FileInfo, where: str) -> None:
-    size = path.stat().st_size
-    if size != info.size:
-        path.unlink()
-        raise CheckpointError(f"{where}: {size} bytes, recipes.lock says {info.size}")
-    digest = _sha256(path)
-    if digest != info.sha256:
-        path.unlink()
-        raise CheckpointError(f"{where}: its sha256 is {digest}, recipes.lock says {info.sha256}")
+def _from_cache(repo: str, commit: str, name: str, info: FileInfo, place: Path) -> bool:
+    """Copy the file from huggingface_hub's own cache, if it is there and is the locked one."""
+    import huggingface_hub
+
+    cached = huggingface_hub.try_to_load_from_cache(repo, name, revision=commit)
+    if not isinstance(cached, str) or Path(cached).stat().st_size != info.size:
+        return False
+    shutil.copyfile(cached, place)
+    with place.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() == info.sha256:
+            return True
+    place.unlink()
+    return False
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _bar(progress: Callable[[int, int], None], done: int, total: int) -> Any:
-    """A progress bar class for huggingface_hub that draws nothing and reports to `progress`."""
-    from huggingface_hub.utils import tqdm
-
-    class Bar(tqdm):  # type: ignore[misc]
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **{**options, "disable": True})
-            self.seen = 0
-
-        def update(self, count: float | None = 1) -> None:
-            self.seen += int(count or 0)
-            progress(min(done + self.seen, total), total)
-
-    return Bar
-
-
-@contextmanager
-def _explained(repo: str, revision: str | None, file: str | None = None) -> Iterator[None]:
-    """Turn the library's errors into CheckpointErrors that say what to do."""
-    from huggingface_hub import errors
-
-    at = f"hf:{repo}" + (f"@{revision}" if revision else "") + (f": {file}" if file else "")
-    try:
-        yield
-    except errors.GatedRepoError:
+def _check_room(repo: str, folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
         raise CheckpointError(
-            f"{at}: the repository is gated: accept its terms on the hub and set HF_TOKEN to a token of that account"
-        ) from None
-    except errors.RepositoryNotFoundError:
-        raise CheckpointError(f"{at}: no such repository, or a private one (then set HF_TOKEN)") from None
-    except errors.RevisionNotFoundError:
-        raise CheckpointError(f"{at}: the repository has no such revision") from None
-    except errors.RemoteEntryNotFoundError:
-        raise CheckpointError(f"{at}: the repository has no such file at that revision") from None
+            f"hf:{repo}: {needed:,} bytes are still to be downloaded, and the disk of {folder.parent} has {free:,} "
+            "free: make room, or put the cache elsewhere (cache=DIR)"
+        )
+
+
+def _read_json(request: Request, url: str) -> dict[str, Any]:
+    try:
+        content = json.loads(_read(request, url))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{request}: the hub's answer is not JSON: is HF_ENDPOINT the address of a hub?")
+    return content
+
+
+def _read(request: Request, url: str) -> bytes:
+    """A small answer, whole."""
+    found: list[bytes] = []
+    get(request, url, lambda response: found.append(response.read()))
+    return found[-1]
+
+
+def _address(repo: str) -> str:
+    """Of the hub's facts about the repository. Raises CheckpointError for what cannot be its name."""
+    from huggingface_hub import constants, errors
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
     except errors.HFValidationError as error:
-        raise CheckpointError(f"{at}: not a repository name: {error}") from None
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
-        if _offline():
-            raise CheckpointError(f"{at}: not in the local cache, and HF_HUB_OFFLINE is set") from None
-        raise CheckpointError(f"{at}: the hub cannot be reached: {_first_line(error)}") from error
-    except (errors.HTTPError, OSError) as error:  # HTTPError: of whichever HTTP client the library has
-        raise CheckpointError(f"{at}: the hub cannot be reached: {_first_line(error)}") from error
+        raise CheckpointError(f"hf:{repo}: not a repository name: {error}") from None
+    return f"{constants.ENDPOINT}/api/models/{repo}"
 
 
-def _offline() -> bool:
+def _file_url(repo: str, commit: str, name: str) -> str:
     from huggingface_hub import constants
 
-    return bool(constants.HF_HUB_OFFLINE)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{constants.ENDPOINT}/{repo}/resolve/{commit}/{quote(name)}"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from tvm import IRModule, relax, target, transform
 
+from mlcbuild.compiler.cpu import sources
+from mlcbuild.compiler.cpu.sources import Source
 from mlcbuild.compiler.linkers import zig_compile, zig_link
 from mlcbuild.compiler.targets import zig_cpu
 from mlcbuild.errors import MlcBuildError
@@ -25,7 +29,7 @@ def build(
     `device` is the resolved TVM target. Raises MlcBuildError with the linker's own message when it fails.
     """
     triple = link_target(linker, device)
-    kernels = _compile_kernels(triple, zig_cpu(device), scratch)
+    kernels = _compile_kernels(sources.attached(module), triple, zig_cpu(device), scratch)
 
     def link(path: str, objects: list[str], options: object = None, **_: object) -> None:
         zig_link([*map(Path, objects), *kernels], Path(path), triple, linker, scratch)
@@ -49,10 +53,13 @@ def link_target(linker: Linker, device: Mapping[str, Any]) -> str:
     return _HOSTS[triple]
 
 
-def _compile_kernels(triple: str, cpu: str, scratch: Path) -> list[Path]:
-    objects = []
-    for source in sorted(_KERNELS.glob("*.c")):
-        output = scratch / f"{source.stem}.o"
-        zig_compile(source, output, triple, cpu, scratch / "zig")
-        objects.append(output)
-    return objects
+def _compile_kernels(needed: Sequence[Source], triple: str, cpu: str, scratch: Path) -> list[Path]:
+    """Objects of the C sources, compiled side by side."""
+
+    def compiled(source: Source) -> Path:
+        output = scratch / f"{source.name}.o"
+        zig_compile(_KERNELS / source.file, output, triple, cpu, scratch / "zig", source.defines)
+        return output
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compiled, needed))

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlcbuild.errors import MlcBuildError
 from mlcbuild.recipes.types import Linker
+from mlcbuild.zig import run_zig
 
-ZIG = (sys.executable, "-m", "ziglang")
 
-
-def zig_compile(source: Path, output: Path, target: str, cpu: str, cache: Path) -> None:
+def zig_compile(
+    source: Path, output: Path, target: str, cpu: str, cache: Path, defines: Sequence[tuple[str, str | int]] = ()
+) -> None:
     """Compile one C file for a zig target triple and CPU. Raises MlcBuildError with the compiler's message."""
     flags = ["-O3", "-fPIC", "-fno-math-errno", "-fno-sanitize=all", "-Wall", "-Wextra", "-Werror", "-g0"]
+    flags += [f"-D{name}={value}" for name, value in defines]
     run_zig(["cc", "-target", target, f"-mcpu={cpu}", *flags, "-c", str(source), "-o", str(output)], cache)
 
 
@@ -41,17 +39,3 @@ def _stub(name: str, triple: str, scratch: Path) -> Path:
     flags = ["-shared", "-nostdlib", f"-Wl,-soname,{name}", "-o", str(output)]
     run_zig(["cc", "-target", triple, *flags, str(source)], scratch / "zig")
     return output
-
-
-def run_zig(arguments: Sequence[str], cache: Path) -> None:
-    """Run zig with its own cache in `cache`, so that nothing of the user's home is read or written."""
-    environment = {
-        **os.environ,
-        "ZIG_LOCAL_CACHE_DIR": str(cache / "local"),
-        "ZIG_GLOBAL_CACHE_DIR": str(cache / "global"),
-    }
-    done = subprocess.run([*ZIG, *arguments], env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise MlcBuildError(
-            f"zig {arguments[0]} failed ({done.returncode}):\n{done.stderr.strip() or done.stdout.strip()}"
-        )

@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tvm import IRModule, relax, target
+from tvm import IRModule, ir, relax, target
 
 from mlcbuild.compiler import canonical, pipeline
 from mlcbuild.compiler.contract import auxiliary, logits, metadata
-from mlcbuild.compiler.cpu import kv_cache
+from mlcbuild.compiler.cpu import formats, kv_cache, sources
 from mlcbuild.compiler.cpu.operations import operations
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.models.decoder import Decoder, emit_decoder, emit_layer
+from mlcbuild.models.decoder import Decoder, emit_decoder, emit_layers
 from mlcbuild.models.entry_points import emit_entry_points
 from mlcbuild.models.parameters import parameters
 from mlcbuild.models.structure import Structure
@@ -22,7 +22,6 @@ from mlcbuild.models.weights import Declared
 from mlcbuild.quantization.schemes import quantized_parameters
 from mlcbuild.recipes.types import Quantization
 
-_KERNELS = ((4, 32),)  # (bits, group size) that compiler/cpu/kernels/linear.c is instantiated for
 _MAX_HEAD_DIM = 512  # MAX_HEAD_DIM and MAX_ROTARY in the CPU kernels
 
 
@@ -37,20 +36,22 @@ def lower(
 
     Raises MlcBuildError for a structure that the device's kernels cannot run.
     """
-    _check(structure, quantization)
+    check(structure)
     declared = declare(structure, quantization)
     dtype = quantization.model_dtype
     builder = relax.BlockBuilder()
     with target.Target(dict(device)):
-        ops = operations(builder, quantization.weights, dtype)
+        ops = operations(builder, dtype)
         decoder = Decoder(builder, structure, declared, ops, dtype)
-        emit_entry_points(decoder, emit_decoder(decoder, emit_layer(decoder)))
+        emit_entry_points(decoder, emit_decoder(decoder, emit_layers(decoder)))
         kv_cache.emit_create(builder, structure, dtype)
         auxiliary.emit(builder, ops, structure.prefill_chunk_size, structure.hidden_size, dtype)
         for symbol, function in logits.functions().items():
             builder.add_func(function.with_attr("global_symbol", symbol), symbol)
         facts = metadata.describe(structure, name, declared)
-        return pipeline.optimise(builder.finalize(), structure, facts, dump)
+        module = pipeline.optimise(builder.finalize(), structure, facts, dump)
+        needed = {formats.format_of(p.packing) for p in declared if len(p.shape) == 2}
+        return sources.attach(module, formats.sources(needed, dtype))
 
 
 def declare(structure: Structure, quantization: Quantization) -> tuple[Declared, ...]:
@@ -58,7 +59,7 @@ def declare(structure: Structure, quantization: Quantization) -> tuple[Declared,
     # The vocabulary stays symbolic: its size is in no shape of the module, so that variants share the library.
     known = {p.name: p for p in parameters(replace(structure, vocab_size=1))}
     return tuple(
-        Declared(p.name, p.shape, p.dtype, known[p.source].role, known[p.source].layer)
+        Declared(p.name, p.shape, p.dtype, known[p.source].role, known[p.source].layer, p.weights, p.rows_axis)
         for p in quantized_parameters(tuple(known.values()), quantization)
     )
 
@@ -67,13 +68,11 @@ def save(module: IRModule, path: Path) -> None:
     path.write_text(canonical.to_text(module))
 
 
-def _check(structure: Structure, quantization: Quantization) -> None:
-    weights = quantization.weights
-    if weights is not None and (weights.bits, weights.group_size) not in _KERNELS:
-        known = ", ".join(f"{bits} bits in groups of {size}" for bits, size in _KERNELS)
-        raise MlcBuildError(
-            f"no CPU kernel for {weights.bits} bits in groups of {weights.group_size}; there are: {known}"
-        )
+def load(path: Path) -> IRModule:
+    return ir.load_json(path.read_text())
+
+
+def check(structure: Structure) -> None:
     if structure.head_dim > _MAX_HEAD_DIM or structure.head_dim % 2:
         raise MlcBuildError(
             f"head_dim is {structure.head_dim}: the CPU kernels take even numbers up to {_MAX_HEAD_DIM}"

@@ -14,7 +14,7 @@ from tvm import ir, relax, tirx
 
 from mlcbuild.models.operations import Expr, Operations
 from mlcbuild.models.structure import Structure
-from mlcbuild.models.weights import Declared, Weights, head_role, tuple_type
+from mlcbuild.models.weights import Declared, Weight, Weights, head_role, tuple_type, weight_of
 
 
 class Decoder:
@@ -52,35 +52,57 @@ def kv_cache(name: str = "paged_kv_cache") -> relax.Var:
     return relax.Var(name, relax.AnyType())
 
 
-def emit_layer(decoder: Decoder) -> relax.GlobalVar:
-    """Add `decoder_layer(x [n, H], cache, layer_id, the layer's parameters...) -> [n, H]`, in the compute dtype."""
-    d, s = decoder, decoder.structure
-    compute = d.operations.compute
-    n = tirx.Var("seq_len", "int64")
-    x, cache = d.tensor("x", [n, s.hidden_size], compute), kv_cache()
-    layer_id = relax.Var("layer_id", ir.PrimType("int64"))
-    mine = [p for p in d.declared if p.layer == 0]
-    given = {(p.role, p.part): d.tensor(p.name, p.shape, p.dtype) for p in mine}
+def layer_inputs(decoder: Decoder, number: int = 0) -> list[relax.Var]:
+    """x [n, H] in the compute dtype, the KV cache, the layer's number in it, and the parameters of a layer in order."""
+    d = decoder
+    x = d.tensor("x", [tirx.Var("seq_len", "int64"), d.structure.hidden_size], d.operations.compute)
+    given = [d.tensor(p.name, p.shape, p.dtype) for p in d.declared if p.layer == number]
+    return [x, kv_cache(), relax.Var("layer_id", ir.PrimType("int64")), *given]
 
-    def weight(role: str) -> dict[str, Expr]:
-        return {part: var for (of, part), var in given.items() if of == role}
 
-    with d.builder.function("decoder_layer", [x, cache, layer_id, *given.values()], private=True):
+def emit_layers(decoder: Decoder) -> tuple[relax.GlobalVar, ...]:
+    """Add `decoder_layer(layer_inputs...) -> [n, H]`, one for all layers whose parameters are packed alike.
+
+    The function of each layer.
+    """
+    kinds: dict[Any, relax.GlobalVar] = {}
+    functions = []
+    for number in range(decoder.structure.num_hidden_layers):
+        kind = tuple((p.role, p.part, p.shape, p.dtype, p.packing) for p in decoder.declared if p.layer == number)
+        if kind not in kinds:
+            kinds[kind] = _emit_layer(decoder, number)
+        functions.append(kinds[kind])
+    return tuple(functions)
+
+
+def _emit_layer(decoder: Decoder, number: int) -> relax.GlobalVar:
+    d, inputs = decoder, layer_inputs(decoder, number)
+    with d.builder.function("decoder_layer" if number == 0 else f"decoder_layer_{number}", inputs, private=True):
         with d.builder.dataflow():
-            normed = d.operations.rms_norm(x, weight("attention_norm")["weight"], s.norm_eps)
-            attended = _attention(d, normed, cache, layer_id, weight, n)
-            x1 = d.builder.emit(relax.op.add(x, attended))
-            normed = d.operations.rms_norm(x1, weight("mlp_norm")["weight"], s.norm_eps)
-            gate_up = d.operations.linear(normed, weight("gate_up_proj"), compute)
-            inner = d.operations.gated(gate_up, s.activation)
-            down = d.operations.linear(inner, weight("down_proj"), compute)
-            out = d.builder.emit_output(relax.op.add(x1, down))
+            out = d.builder.emit_output(layer(d, *inputs, number=number))
         return d.builder.emit_func_output(out)
 
 
-def _attention(
-    d: Decoder, x: Expr, cache: Expr, layer_id: Expr, weight: Callable[[str], dict[str, Expr]], n: Expr
-) -> Expr:
+def layer(decoder: Decoder, x: Expr, cache: Expr, layer_id: Expr, *given: Expr, number: int = 0) -> Expr:
+    """One layer's computation on what `layer_inputs` describes: [n, H]."""
+    d, s = decoder, decoder.structure
+    mine = [p for p in d.declared if p.layer == number]
+
+    def weight(role: str) -> Weight:
+        pairs = [(p, var) for p, var in zip(mine, given, strict=True) if p.role == role]
+        return weight_of([p for p, _ in pairs], [var for _, var in pairs])
+
+    normed = d.operations.rms_norm(x, weight("attention_norm").plain, s.norm_eps)
+    attended = _attention(d, normed, cache, layer_id, weight, x.ty.shape[0])
+    x1 = d.builder.emit(relax.op.add(x, attended))
+    normed = d.operations.rms_norm(x1, weight("mlp_norm").plain, s.norm_eps)
+    gate_up = d.operations.linear(normed, weight("gate_up_proj"), d.operations.compute)
+    inner = d.operations.gated(gate_up, s.activation)
+    down = d.operations.linear(inner, weight("down_proj"), d.operations.compute)
+    return relax.op.add(x1, down)
+
+
+def _attention(d: Decoder, x: Expr, cache: Expr, layer_id: Expr, weight: Callable[[str], Weight], n: Expr) -> Expr:
     s = d.structure
     heads, kv_heads, dim = s.num_attention_heads, s.num_key_value_heads, s.head_dim
     qkv = d.operations.linear(x, weight("qkv_proj"), d.dtype)
@@ -96,7 +118,7 @@ def _attention(
     return d.operations.linear(out, weight("o_proj"), d.operations.compute)
 
 
-def emit_decoder(decoder: Decoder, layer: relax.GlobalVar) -> relax.GlobalVar:
+def emit_decoder(decoder: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalVar:
     """Add `decoder(x [n, H], cache, params) -> [n, H]`: all layers and the final norm, in the compute dtype."""
     d, s = decoder, decoder.structure
     x = d.tensor("x", [tirx.Var("seq_len", "int64"), s.hidden_size], d.operations.compute)
@@ -105,9 +127,9 @@ def emit_decoder(decoder: Decoder, layer: relax.GlobalVar) -> relax.GlobalVar:
         with d.builder.dataflow():
             weights = d.weights(params)
             hidden: Expr = x
-            for i in range(s.num_hidden_layers):
+            for i, function in enumerate(layers):
                 given = [var for _, var in weights.layer(i)]
-                hidden = d.builder.emit(relax.Call(layer, [hidden, cache, relax.prim_value(i), *given]))
-            hidden = d.operations.rms_norm(hidden, weights.get("final_norm")["weight"], s.norm_eps)
+                hidden = d.builder.emit(relax.Call(function, [hidden, cache, relax.prim_value(i), *given]))
+            hidden = d.operations.rms_norm(hidden, weights.get("final_norm").plain, s.norm_eps)
             out = d.builder.emit_output(hidden)
         return d.builder.emit_func_output(out)

@@ -5,12 +5,13 @@ Tensors are relax expressions. `n` is a number of tokens: all sequences of a bat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from mlcbuild.models.weights import Weight
+
 Expr = Any  # a relax expression
-Weight = Mapping[str, Expr]  # {"weight": ...}, or {"q_weight": ..., "q_scale": ...} where it is quantized
 
 
 @dataclass(frozen=True)

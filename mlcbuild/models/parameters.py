@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 from mlcbuild.models.structure import ParameterRule, Structure
 
@@ -55,6 +56,12 @@ def parameters(structure: Structure) -> tuple[Parameter, ...]:
         )
         for rule, layer in _ordered(structure)
     )
+
+
+def count(structure: Structure) -> int:
+    """How many values all parameters have together."""
+    layers = structure.num_hidden_layers
+    return sum(prod(shape_of(r.role, structure)) * (layers if r.per_layer else 1) for r in structure.rules)
 
 
 def ignored(structure: Structure) -> tuple[str, ...]:

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+TEXT_WINDOW, TEXT_CHUNK = 1024, 256  # tokens of a sequence and of one call, where a text is evaluated
+
 
 @dataclass(frozen=True)
 class ParameterRule:
@@ -73,6 +75,21 @@ class Structure:
             del fields[name]
         fields["rules"] = [[rule.role, rule.name] for rule in self.rules]
         return fields
+
+    @property
+    def one_layer(self) -> Structure:
+        """The structure of a library that computes one layer at a time, over texts (mlcbuild.models.blocks).
+
+        It has a single layer and limits that suit whoever goes through a text, so that models which differ in these
+        only share it.
+        """
+        return dataclasses.replace(
+            self,
+            num_hidden_layers=1,
+            context_window_size=TEXT_WINDOW,
+            prefill_chunk_size=TEXT_CHUNK,
+            max_batch_size=1,
+        )
 
     @property
     def digest(self) -> str:

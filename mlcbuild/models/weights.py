@@ -2,45 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tvm import relax, tirx
 
 from mlcbuild.models.structure import Structure
+from mlcbuild.recipes.types import Weights as Packing
 
 
 @dataclass(frozen=True)
 class Declared:
-    """A parameter as the library takes it: `model.norm.weight`, or `lm_head.q_scale` where it is quantized."""
+    """A parameter as the library takes it: `model.norm.weight`, or `lm_head.q_scale` where it is quantized.
+
+    `packing` is the format of the parameter that this is a part of, None where it is not quantized. `rows_axis` is the
+    axis along which that parameter's rows N lie, None where a part has none.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     role: str
     layer: int | None
+    packing: Packing | None = None
+    rows_axis: int | None = 0
 
     @property
     def part(self) -> str:
         """`weight`, `q_weight`, `q_scale`, `bias`: the last word of the name."""
         return self.name.rsplit(".", 1)[-1]
 
+    def shape_for(self, vocab_size: Any) -> list[Any]:
+        """The shape with `vocab_size` where the vocabulary is, which stays symbolic."""
+        shape: list[Any] = list(self.shape)
+        if self.role in ("embedding", "lm_head") and self.rows_axis is not None:
+            shape[self.rows_axis] = vocab_size
+        return shape
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter inside a function: its parts by the last words of their names, as relax expressions.
+
+    `rows` is N of a matrix [N, K], which may be symbolic.
+    """
+
+    parts: Mapping[str, Any]
+    packing: Packing | None
+    rows: Any
+
     @property
-    def open_vocabulary(self) -> bool:
-        """Whether the first dimension is the vocabulary, which stays symbolic."""
-        return self.role in ("embedding", "lm_head")
+    def plain(self) -> Any:
+        """The only part of a parameter that is not quantized."""
+        return self.parts["weight"]
+
+
+def weight_of(declared: Sequence[Declared], expressions: Sequence[Any]) -> Weight:
+    """The parameter of which `declared` are the parts, given as `expressions`."""
+    # Words may hold several rows (AWQ's do), so scales say how many there are: they come after the words.
+    rows = [e.ty.shape[p.rows_axis] for p, e in zip(declared, expressions, strict=True) if p.rows_axis is not None]
+    parts = {p.part: e for p, e in zip(declared, expressions, strict=True)}
+    return Weight(parts, declared[0].packing, rows[-1])
 
 
 def tuple_type(declared: Sequence[Declared]) -> relax.TupleType:
     """The type of the tuple of all parameters, its vocabulary size a fresh variable."""
     vocab_size = tirx.Var("vocab_size", "int64")
-    return relax.TupleType(
-        [
-            relax.TensorType([vocab_size, *p.shape[1:]] if p.open_vocabulary else list(p.shape), p.dtype)
-            for p in declared
-        ]
-    )
+    return relax.TupleType([relax.TensorType(p.shape_for(vocab_size), p.dtype) for p in declared])
 
 
 class Weights:
@@ -49,13 +78,11 @@ class Weights:
     def __init__(self, builder: relax.BlockBuilder, declared: Sequence[Declared], params: relax.Var) -> None:
         self._builder, self._declared, self._params = builder, declared, params
 
-    def get(self, role: str, layer: int | None = None) -> dict[str, Any]:
-        """The parts of the parameter that plays `role`, by the last word of their names."""
-        return {
-            p.part: self._builder.emit(relax.TupleGetItem(self._params, index))
-            for index, p in enumerate(self._declared)
-            if p.role == role and p.layer == layer
-        }
+    def get(self, role: str) -> Weight:
+        """The parameter outside the layers that plays `role`."""
+        mine = [(index, p) for index, p in enumerate(self._declared) if p.role == role and p.layer is None]
+        given = [self._builder.emit(relax.TupleGetItem(self._params, index)) for index, _ in mine]
+        return weight_of([p for _, p in mine], given)
 
     def layer(self, layer: int) -> list[tuple[Declared, Any]]:
         """All parameters of one layer, in order."""

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.parameters import Parameter
-from mlcbuild.quantization import floats, group
-from mlcbuild.quantization.schemes import packed, quantized_parameters
+from mlcbuild.quantization import asymmetric, awq, floats, group, outer
+from mlcbuild.quantization.blocks import Packed
+from mlcbuild.quantization.floats import Array, Float32
+from mlcbuild.quantization.schemes import packed, parts, quantized_parameters
 from mlcbuild.quantization.tensor_cache_reader import read_tensors
-from mlcbuild.recipes.types import Quantization
+from mlcbuild.recipes.types import Quantization, Weights
 
 
 def dequantized(
     folder: Path, parameters: Sequence[Parameter], quantization: Quantization
-) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+) -> Iterator[tuple[str, Float32]]:
     """(name, values) for each of `parameters`, in order; values are of the model dtype, held as float32.
 
     Raises MlcBuildError when the folder's tensors are not the ones that the quantization makes of the parameters, and
@@ -28,24 +28,41 @@ def dequantized(
     made = {each.name: each for each in quantized_parameters(parameters, quantization)}
     by_name = {parameter.name: parameter for parameter in parameters}
     dtype = quantization.model_dtype
-    words: dict[str, npt.NDArray[Any]] = {}
+    waiting: dict[str, dict[str, Array]] = {}
     seen = set()
     for name, values in read_tensors(folder):
         each = made.get(name)
         if each is None or values.shape != each.shape:
             expected = f"expected {list(each.shape)}" if each else f"{quantization.name} has no such tensor"
             raise MlcBuildError(f"{folder}: tensor {name} {list(values.shape)}: {expected}")
+        seen.add(name)
         parameter = by_name[each.source]
         weights = packed(parameter, quantization)
-        seen.add(name)
-        if each.form == "q_weight":
-            words[each.source] = values
-        elif weights is None:
+        if weights is None:
             yield each.source, floats.widen(values, dtype)
-        else:
-            pair = words.pop(each.source), values
-            rows = group.Packed(*(half.T if weights.layout == "KN" else half for half in pair))
-            yield each.source, group.decode(rows, parameter.shape[1], weights, dtype)
+            continue
+        tensors = waiting.setdefault(each.source, {})
+        tensors[each.form] = values
+        n, k = parameter.shape
+        if len(tensors) == len(parts(n, k, weights, dtype)):
+            yield each.source, unpack(waiting.pop(each.source), k, weights, dtype)
     missing = sorted(made.keys() - seen)
     if missing:
         raise MlcBuildError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all)")
+
+
+def unpack(tensors: Mapping[str, Array], k: int, weights: Weights, model_dtype: str) -> Float32:
+    """The matrix `[n, k]` that its packed tensors, by the last word of their names, stand for."""
+    if weights.scheme == "awq":
+        scales = floats.widen(tensors["scales"], model_dtype)
+        values = awq.dequantize_awq(tensors["qweight"], tensors["qzeros"], scales)
+        return floats.widen(floats.cast(np.ascontiguousarray(values), "float32", model_dtype), model_dtype)
+    codes = tensors["q_weight"].T if weights.layout == "KN" else tensors["q_weight"]
+    if weights.scheme == "minmax_outer":
+        in_scale, out_scale, in_min, out_min = (tensors[name] for name in outer.STORED)
+        return outer.decode(codes, in_scale, out_scale, in_min, out_min, model_dtype)
+    scales = tensors["q_scale" if weights.symmetric else "q_scale_min"]
+    rows = Packed(codes, scales.T if weights.layout == "KN" else scales)
+    if weights.symmetric:
+        return group.decode(rows, k, weights, model_dtype)
+    return asymmetric.decode(rows, k, weights)

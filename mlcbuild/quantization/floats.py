@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+Float32 = npt.NDArray[np.float32]
 
 STORAGE: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),

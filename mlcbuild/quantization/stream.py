@@ -19,40 +19,37 @@ from typing import Any
 
 import numpy as np
 
-from mlcbuild.checkpoints.mapped import STORAGE, MappedFile
-from mlcbuild.errors import CheckpointError
+from mlcbuild.errors import CheckpointError, MlcBuildError
 from mlcbuild.models.parameters import Parameter
-from mlcbuild.quantization import floats, group
-from mlcbuild.quantization.floats import Array
-from mlcbuild.quantization.schemes import packed, packed_shapes, quantized_parameters
+from mlcbuild.quantization import asymmetric, floats, group, outer, search
+from mlcbuild.quantization.blocks import BadValue, Packed
+from mlcbuild.quantization.compiled import Compiled
+from mlcbuild.quantization.floats import Array, Float32
+from mlcbuild.quantization.schemes import matches, packed, parts, quantized_parameters, searchable
+from mlcbuild.quantization.sources import Piece, Sources, pieces
 from mlcbuild.quantization.tensor_cache import SHARD_BYTES, Announced, Writer
 from mlcbuild.recipes.types import Quantization, Weights
 
-_PIECE = 1 << 20  # elements that one task reads
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """`count` elements of a parameter from `start` within `part`; `width` is K of a packed matrix, else 1."""
-
-    part: Mapping[str, Any]
-    dtype: str
-    start: int
-    count: int
-    width: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.count * STORAGE[self.dtype].itemsize
+_WORTH_COMPILING = 128 << 20  # bytes of source: below, compiling a kernel takes longer than it saves
+_AWQ_DTYPES = {"qweight": np.dtype("<u4"), "qzeros": np.dtype("<u4")}
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """One parameter: where it comes from, what it becomes."""
+    """One parameter: where it comes from, what it becomes.
+
+    `importance` `[K]` weights the errors of a searched scale; None where all columns count the same.
+    """
 
     entry: Mapping[str, Any]  # of parameters.json
     weights: Weights | None
-    pieces: tuple[_Piece, ...]
+    pieces: tuple[Piece, ...]
+    search: bool
+    importance: Float32 | None
+
+    @property
+    def name(self) -> str:
+        return str(self.entry["name"])
 
 
 def quantize(
@@ -64,176 +61,285 @@ def quantize(
     progress: Callable[[int, int], None] = lambda done, total: None,
     threads: int | None = None,
     shard_bytes: int = SHARD_BYTES,
+    importance: Mapping[str, Array] | None = None,
+    note: Callable[[str], None] = lambda text: None,
+    scratch: Path | None = None,
 ) -> None:
     """Write the weights folder of the parameters that `document` (parameters.json) lists.
 
     `blobs` gives the checkpoint files by sha256; `parameters` the roles, in the same order as the document;
-    `progress` is told source bytes done and in all. The output does not depend on `threads`. Raises CheckpointError
-    naming parameter, tensor, file and index of the first value that is NaN or Inf, or too large for the model dtype.
+    `progress` is told source bytes done and in all. The output does not depend on `threads`. `importance` is for
+    `rounding: calibrated`: by parameter name, `[K]`, how much each input column's squared error counts (the mean square
+    of what runs through it); a parameter without one is rounded as by `mse`. `scratch` is a folder for kernels that are
+    compiled for this machine; without one everything is done in NumPy, which gives the same bytes.
+
+    Raises CheckpointError naming parameter, tensor, file and index of the first value that is NaN or Inf, or too large
+    for the model dtype, and MlcBuildError for an importance that does not fit.
     """
     entries = document["parameters"]
     if [entry["name"] for entry in entries] != [parameter.name for parameter in parameters]:
         raise CheckpointError("parameters.json lists other parameters than the structure has; run convert again")
     quantized_parameters(parameters, quantization)  # refuses a format that cannot be packed before anything is written
-    files = {digest: MappedFile(blobs[digest]) for digest in _used_blobs(entries, blobs)}
+    for pattern, _ in quantization.overrides:
+        if not any(matches(pattern, parameter) for parameter in parameters):
+            note(f"override {pattern!r} matches no parameter of this model")
+    weighted = _importance(parameters, quantization, importance)
     plans = [
-        _plan(entry, packed(parameter, quantization)) for entry, parameter in zip(entries, parameters, strict=True)
+        _plan(entry, packed(parameter, quantization), quantization.rounding, weighted.get(parameter.name))
+        for entry, parameter in zip(entries, parameters, strict=True)
     ]
-    total = sum(part["nbytes"] for entry in entries for part in entry["parts"])
-    done = 0
-
-    def work(plan: _Plan, piece: _Piece) -> group.Packed | Array:
-        return _convert(piece, files, plan.weights, quantization.model_dtype)
-
+    sources = Sources((part for plan in plans for part in _parts(plan, quantization)), blobs)
+    total = sum(piece.nbytes for plan in plans for piece in plan.pieces)
     workers = threads or max(1, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(workers) as pool, Writer(folder, shard_bytes) as writer:
-        tasks = ((plan, piece) for plan in plans for piece in plan.pieces)
-        results = _in_order(pool, work, tasks, workers + 2)
-
-        def arrived(plan: _Plan) -> Iterator[Any]:
-            nonlocal done
-            for piece in plan.pieces:
-                try:
-                    result = next(results)
-                except group.BadValue as bad:
-                    raise CheckpointError(_bad_value(plan, piece, bad.index, files, quantization.model_dtype)) from None
-                yield result
-                done += piece.nbytes
-                progress(done, total)
-
-        for plan in plans:
-            if plan.weights is None:
-                _write_values(writer, plan, arrived(plan), files, quantization.model_dtype)
-            else:
-                _write_packed(writer, plan, plan.weights, arrived(plan), quantization.model_dtype)
+        kernels = Compiled(scratch, note) if scratch is not None and total >= _WORTH_COMPILING else None
+        stream = _Stream(quantization.model_dtype, sources, writer, pool, workers + 2, progress, total, kernels)
+        stream.run(plans)
         writer.finish(sum(prod(entry["shape"]) for entry in entries))
 
 
-def _used_blobs(entries: Iterable[Mapping[str, Any]], blobs: Mapping[str, Path]) -> dict[str, None]:
-    used = {part["blob"]: part["file"] for entry in entries for part in entry["parts"]}
-    for digest, file in used.items():
-        if digest not in blobs:
-            raise CheckpointError(f"{file}: the checkpoint's file is gone (sha256 {digest}); run download again")
-    return dict.fromkeys(used)
+def _plan(entry: Mapping[str, Any], weights: Weights | None, rounding: str, importance: Float32 | None) -> _Plan:
+    searched = rounding != "nearest" and weights is not None and searchable(weights)
+    return _Plan(entry, weights, pieces(entry, weights is not None), searched, importance if searched else None)
 
 
-def _plan(entry: Mapping[str, Any], weights: Weights | None) -> _Plan:
-    width = entry["shape"][-1] if weights is not None else 1
-    step = max(1, _PIECE // width) * width
-    pieces = tuple(
-        _Piece(part, entry["dtype"], start, min(step, size - start), width)
-        for part in entry["parts"]
-        for size in [prod(part["shape"])]
-        for start in range(0, size, step)
-    )
-    return _Plan(entry, weights, pieces)
+def _importance(
+    parameters: Sequence[Parameter], quantization: Quantization, given: Mapping[str, Array] | None
+) -> dict[str, Float32]:
+    if quantization.rounding != "calibrated":
+        return {}
+    if given is None:
+        raise MlcBuildError("rounding: calibrated needs the importance of each layer's inputs, and none was measured")
+    shapes = {parameter.name: parameter.shape for parameter in parameters}
+    checked = {}
+    for name, values in given.items():
+        if name not in shapes:
+            raise MlcBuildError(f"importance of {name}: the model has no such parameter; measure it again")
+        if values.shape != shapes[name][1:]:
+            raise MlcBuildError(
+                f"importance of {name}: shape {list(values.shape)}, but the parameter is {list(shapes[name])}"
+            )
+        checked[name] = values.astype(np.float32, copy=False)
+        if not (np.isfinite(checked[name]).all() and (checked[name] >= 0).all()):
+            raise MlcBuildError(f"importance of {name}: expected finite numbers, none below 0; measure it again")
+    return checked
 
 
-def _convert(
-    piece: _Piece, files: Mapping[str, MappedFile], weights: Weights | None, model_dtype: str
-) -> group.Packed | Array:
-    """The piece packed, or cast to the model dtype. Raises group.BadValue."""
-    values = _view(piece, files)
-    if weights is not None:
-        result: group.Packed | Array = group.encode(values.reshape(-1, piece.width), piece.dtype, weights, model_dtype)
-    else:
-        bad = floats.first_bad(values, piece.dtype, model_dtype)
-        if bad is not None:
-            raise group.BadValue(bad)
-        result = floats.cast(values, piece.dtype, model_dtype)
-        if result is values:
-            result = values.copy()  # the mapped pages are about to be given back
-    offset = piece.part["offset"] + piece.start * STORAGE[piece.dtype].itemsize
-    files[piece.part["blob"]].release(offset, piece.nbytes)
-    return result
+def _parts(plan: _Plan, quantization: Quantization) -> Iterable[Mapping[str, Any]]:
+    """The parts of parameters.json that are read for this parameter."""
+    if plan.weights is None or plan.weights.scheme != "awq":
+        return plan.entry["parts"]  # type: ignore[no-any-return]
+    ready = plan.entry.get("packed")
+    where = f"parameter {plan.name}: {quantization.name or 'this quantization'}"
+    if ready is None or ready["scheme"] != "awq":
+        raise CheckpointError(
+            f"{where} takes weights as AutoAWQ packed them, and the checkpoint's are not; choose another quantization"
+        )
+    if ready["group_size"] != plan.weights.group_size:
+        raise CheckpointError(
+            f"{where} has group_size {plan.weights.group_size}, the checkpoint was packed with {ready['group_size']}; "
+            f"make a quantization with that group_size"
+        )
+    return [part for tensor in ready["tensors"].values() for part in tensor]
 
 
-def _in_order(
-    pool: ThreadPoolExecutor, work: Callable[..., Any], tasks: Iterable[tuple[Any, ...]], ahead: int
-) -> Iterator[Any]:
-    """Results in the order of `tasks`, with at most `ahead` of them under way or waiting."""
-    waiting: deque[Future[Any]] = deque()
-    try:
-        for task in tasks:
-            waiting.append(pool.submit(work, *task))
-            if len(waiting) >= ahead:
+class _Stream:
+    """One conversion under way."""
+
+    def __init__(
+        self,
+        model_dtype: str,
+        sources: Sources,
+        writer: Writer,
+        pool: ThreadPoolExecutor,
+        ahead: int,
+        progress: Callable[[int, int], None],
+        total: int,
+        kernels: Compiled | None,
+    ) -> None:
+        self._model_dtype = model_dtype
+        self._sources = sources
+        self._writer = writer
+        self._pool = pool
+        self._ahead = ahead
+        self._progress = progress
+        self._total = total
+        self._done = 0
+        self._encode = kernels.encode if kernels else group.encode
+
+    def run(self, plans: Sequence[_Plan]) -> None:
+        """Write all parameters. Those that need their whole matrix first are left out of the common queue."""
+        apart = {"minmax_outer": self._write_outer, "awq": self._write_awq}
+        queued = [plan for plan in plans if plan.weights is None or plan.weights.scheme not in apart]
+        results = self._in_order(self._convert, ((plan, piece) for plan in queued for piece in plan.pieces))
+        for plan in plans:
+            if plan.weights is None:
+                self._write_values(plan, self._arrived(plan, results))
+            elif plan.weights.scheme in apart:
+                apart[plan.weights.scheme](plan, plan.weights)
+            else:
+                self._write_groups(plan, plan.weights, self._arrived(plan, results))
+
+    def _in_order(self, work: Callable[..., Any], tasks: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        """Results in the order of `tasks`, with a few of them under way or waiting."""
+        waiting: deque[Future[Any]] = deque()
+        try:
+            for task in tasks:
+                waiting.append(self._pool.submit(work, *task))
+                if len(waiting) >= self._ahead:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
+        finally:
+            for future in waiting:
+                future.cancel()
 
+    def _arrived(self, plan: _Plan, results: Iterator[Any]) -> Iterator[Any]:
+        """The results of one parameter's pieces, from the queue of all."""
+        for piece in plan.pieces:
+            try:
+                result = next(results)
+            except BadValue as bad:
+                raise CheckpointError(self._sources.explain(plan.name, piece, bad)) from None
+            yield result
+            self._advance(piece.nbytes)
 
-def _write_values(
-    writer: Writer, plan: _Plan, results: Iterator[Array], files: Mapping[str, MappedFile], model_dtype: str
-) -> None:
-    entry = plan.entry
-    short = model_dtype == "float32" and _survives_bfloat16(plan, files)
-    announced = Announced(entry["name"], tuple(entry["shape"]), model_dtype, "f32-to-bf16" if short else "raw")
-    writer.begin(announced)
-    for values in results:
-        writer.write(_upper_halves(values) if short else values)
+    def _advance(self, nbytes: int) -> None:
+        self._done += nbytes
+        self._progress(self._done, self._total)
 
+    def _convert(self, plan: _Plan, piece: Piece) -> Packed | Array:
+        """The piece packed, or cast to the model dtype. Raises BadValue."""
+        weights, dtype = plan.weights, self._model_dtype
+        if weights is None:
+            values = self._checked(piece)
+            result: Packed | Array = floats.cast(values, piece.dtype, dtype)
+            if result is values:
+                result = values.copy()  # the mapped pages are about to be given back
+        elif not weights.symmetric:
+            result = asymmetric.encode(self._sources.rows(piece), piece.dtype, weights)
+        elif plan.search:
+            result = search.encode(self._sources.rows(piece), piece.dtype, weights, dtype, plan.importance)
+        else:
+            result = self._encode(self._sources.rows(piece), piece.dtype, weights, dtype)
+        self._sources.release(piece)
+        return result
 
-def _write_packed(
-    writer: Writer, plan: _Plan, weights: Weights, results: Iterator[group.Packed], model_dtype: str
-) -> None:
-    """`x.q_weight`, then `x.q_scale`: NK words go out as they come; KN words are all needed before the first row."""
-    n, k = plan.entry["shape"]
-    prefix = plan.entry["name"].removesuffix("weight")
-    words_shape, scales_shape = packed_shapes(n, k, weights)
-    announced = Announced(f"{prefix}q_weight", words_shape, weights.storage_dtype)
-    scales = np.empty(scales_shape, floats.STORAGE[model_dtype])
-    row = 0
-    if weights.layout == "KN":
-        words = np.empty(words_shape, weights.storage_dtype)
-        for result in results:
-            end = row + len(result.words)
-            words[:, row:end] = result.words.T
-            scales[:, row:end] = result.scales.T
-            row = end
-        writer.begin(announced)
-        writer.write(words)
-    else:
-        writer.begin(announced)
-        for result in results:
-            end = row + len(result.words)
-            writer.write(result.words)
-            scales[row:end] = result.scales
-            row = end
-    short = model_dtype == "float32" and floats.is_bfloat16(scales)
-    writer.begin(Announced(f"{prefix}q_scale", scales_shape, model_dtype, "f32-to-bf16" if short else "raw"))
-    writer.write(_upper_halves(scales) if short else scales)
+    def _checked(self, piece: Piece) -> Array:
+        values = self._sources.values(piece)
+        bad = floats.first_bad(values, piece.dtype, self._model_dtype)
+        if bad is not None:
+            raise BadValue(bad, self._model_dtype)
+        return values
 
+    def _write_values(self, plan: _Plan, results: Iterator[Array]) -> None:
+        short = self._model_dtype == "float32" and self._survives_bfloat16(plan)
+        self._begin(plan.name, tuple(plan.entry["shape"]), self._model_dtype, short)
+        for values in results:
+            self._writer.write(_upper_halves(values) if short else values)
 
-def _survives_bfloat16(plan: _Plan, files: Mapping[str, MappedFile]) -> bool:
-    """Whether every value of the parameter, as float32, has 16 zero low bits. Stops at the first that has not."""
-    return all(
-        piece.dtype == "bfloat16" or floats.is_bfloat16(floats.widen(_view(piece, files), piece.dtype))
-        for piece in plan.pieces
-    )
+    def _write_groups(self, plan: _Plan, weights: Weights, results: Iterator[Packed]) -> None:
+        """Words, then scales: NK words go out as they come; KN words are all needed before the first row."""
+        n, k = plan.entry["shape"]
+        first, second = parts(n, k, weights, self._model_dtype)
+        prefix = plan.name.removesuffix("weight")
+        scales = np.empty(second.shape, floats.STORAGE.get(second.dtype, second.dtype))
+        row = 0
+        if weights.layout == "KN":
+            words = np.empty(first.shape, first.dtype)
+            for result in results:
+                end = row + len(result.words)
+                words[:, row:end] = result.words.T
+                scales[:, row:end] = result.scales.T
+                row = end
+            self._begin(prefix + first.form, first.shape, first.dtype)
+            self._writer.write(words)
+        else:
+            self._begin(prefix + first.form, first.shape, first.dtype)
+            for result in results:
+                end = row + len(result.words)
+                self._writer.write(result.words)
+                scales[row:end] = result.scales
+                row = end
+        short = second.dtype == "float32" and floats.is_bfloat16(scales)
+        self._begin(prefix + second.form, second.shape, second.dtype, short)
+        self._writer.write(_upper_halves(scales) if short else scales)
+
+    def _write_outer(self, plan: _Plan, weights: Weights) -> None:
+        """The matrix is gone through three times: twice for its ranges, once for its codes."""
+        n, k = plan.entry["shape"]
+        dtype = self._model_dtype
+
+        def through(work: Callable[[Float32, int], Array]) -> Iterator[Array]:
+            def on(piece: Piece) -> Array:
+                values = floats.widen(self._checked(piece), piece.dtype).reshape(-1, k)
+                result = work(values, piece.row)
+                self._sources.release(piece)
+                return result
+
+            results = self._in_order(on, ((piece,) for piece in plan.pieces))
+            for piece in plan.pieces:
+                try:
+                    yield next(results)
+                except BadValue as bad:
+                    raise CheckpointError(self._sources.explain(plan.name, piece, bad)) from None
+
+        found = outer.ranges(n, k, through)
+        vectors = found.stored(dtype)
+        if any(floats.first_bad(vector, dtype, dtype) is not None for vector in vectors):
+            raise CheckpointError(
+                f"{plan.entry['parts'][0]['file']}: parameter {plan.name}: its values are too far apart for ranges in "
+                f"{dtype}; choose another quantization"
+            )
+        made = parts(n, k, weights, dtype)
+        transposed = weights.layout == "KN"
+        codes = np.empty(made[0].shape, np.uint8)
+        for piece, rows in zip(plan.pieces, through(lambda rows, row: outer.encode(rows, row, found)), strict=True):
+            span = slice(piece.row, piece.row + len(rows))
+            codes[(slice(None), span) if transposed else span] = rows.T if transposed else rows
+            self._advance(piece.nbytes)
+        prefix = plan.name.removesuffix("weight")
+        for part, values in zip(made, (codes, *vectors), strict=True):
+            self._begin(prefix + part.form, part.shape, part.dtype)
+            self._writer.write(values)
+
+    def _write_awq(self, plan: _Plan, weights: Weights) -> None:
+        """The checkpoint's own words; those of a joined parameter side by side, since its rows are columns here."""
+        prefix = plan.name.removesuffix("weight")
+        tensors = plan.entry["packed"]["tensors"]
+        n, k = plan.entry["shape"]
+        for part in parts(n, k, weights, self._model_dtype):
+            self._begin(prefix + part.form, part.shape, part.dtype)
+            joined = [self._awq_tensor(plan, source, _AWQ_DTYPES.get(part.form)) for source in tensors[part.form]]
+            step = max(1, (1 << 20) // part.shape[1])
+            for start in range(0, part.shape[0], step):
+                self._writer.write(np.concatenate([each[start : start + step] for each in joined], axis=1))
+            for source in tensors[part.form]:
+                self._sources.release_part(source)
+        self._advance(sum(piece.nbytes for piece in plan.pieces))
+
+    def _awq_tensor(self, plan: _Plan, source: Mapping[str, Any], dtype: np.dtype[Any] | None) -> Array:
+        if dtype is not None:
+            return self._sources.raw(source, dtype)
+        scales = self._sources.raw(source, floats.STORAGE[source["dtype"]])
+        bad = floats.first_bad(scales, source["dtype"], self._model_dtype)
+        if bad is not None:
+            raise CheckpointError(
+                f"{source['file']}: tensor {source['tensor']} (parameter {plan.name}): a scale is not finite in "
+                f"{self._model_dtype}; the checkpoint is damaged"
+            )
+        return floats.cast(scales, source["dtype"], self._model_dtype)
+
+    def _begin(self, name: str, shape: tuple[int, ...], dtype: str, short: bool = False) -> None:
+        self._writer.begin(Announced(name, shape, dtype, "f32-to-bf16" if short else "raw"))
+
+    def _survives_bfloat16(self, plan: _Plan) -> bool:
+        """Whether every value, as float32, has 16 zero low bits. Stops at the first that has not."""
+        return all(
+            piece.dtype == "bfloat16" or floats.is_bfloat16(floats.widen(self._sources.values(piece), piece.dtype))
+            for piece in plan.pieces
+        )
 
 
 def _upper_halves(values: Array) -> Array:
     return np.ascontiguousarray(values.reshape(-1).view(np.uint16)[1::2])
-
-
-def _view(piece: _Piece, files: Mapping[str, MappedFile]) -> Array:
-    offset = piece.part["offset"] + piece.start * STORAGE[piece.dtype].itemsize
-    return files[piece.part["blob"]].view(offset, piece.count, piece.dtype)
-
-
-def _bad_value(plan: _Plan, piece: _Piece, bad: int, files: Mapping[str, MappedFile], model_dtype: str) -> str:
-    part = piece.part
-    value = floats.widen(_view(piece, files)[bad : bad + 1], piece.dtype)[0]
-    position = ", ".join(str(axis) for axis in np.unravel_index(piece.start + bad, part["shape"]))
-    where = f"{part['file']}: tensor {part['tensor']} (parameter {plan.entry['name']})"
-    if np.isnan(value):
-        return f"{where}: NaN at [{position}]; the checkpoint is damaged"
-    if np.isinf(value):
-        return f"{where}: {'-' if value < 0 else ''}Inf at [{position}]; the checkpoint is damaged"
-    return (
-        f"{where}: {value:g} at [{position}] is too large for {model_dtype}; "
-        "use a quantization whose model_dtype is float32"
-    )

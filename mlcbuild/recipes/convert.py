@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from mlcbuild.recipes.types import Architecture, Linker, Model, Quantization, Source, Target, Template, Verify, Weights
@@ -10,10 +11,28 @@ from mlcbuild.recipes.types import Architecture, Linker, Model, Quantization, So
 Data = Mapping[str, Any]
 
 
-def quantization(name: str, data: Data) -> Quantization:
-    weights = Weights(**data["weights"]) if "weights" in data else None
-    choices = {key: data[key] for key in ("embedding", "lm_head", "rounding") if key in data}
-    return Quantization(name, kind=data["class"], model_dtype=data["model_dtype"], weights=weights, **choices)
+def quantization(name: str, data: Data, others: Mapping[str, Data]) -> Quantization:
+    """`others` are the contents of the quantizations that its overrides name."""
+    keys = ("embedding", "lm_head", "rounding", "scheme_version")
+    overrides = tuple((pattern, _weights(others[other])) for pattern, other in data.get("overrides", {}).items())
+    return Quantization(
+        name,
+        kind=data["class"],
+        model_dtype=data["model_dtype"],
+        weights=_weights(data),
+        overrides=overrides,
+        format=name,
+        **{key: data[key] for key in keys if key in data},
+    )
+
+
+def rounded_otherwise(name: str, data: Data, base: Quantization) -> Quantization:
+    """The format `base` (it stays the format's name) with the rounding that `data` says."""
+    return replace(base, name=name, rounding=data["rounding"])
+
+
+def _weights(data: Data) -> Weights | None:
+    return Weights(**{"group_size": 0, **data["weights"]}) if "weights" in data else None
 
 
 def target(name: str, data: Data) -> Target:
@@ -39,4 +58,7 @@ def model(name: str, data: Data) -> Model:
         architecture=data.get("architecture"),
         overrides=data.get("overrides", {}),
         verify=Verify(**data.get("verify", {})),
+        delta_of=Source(**data["delta_of"]) if "delta_of" in data else None,
+        lora=Source(**data["lora"]) if "lora" in data else None,
+        calibration=data.get("calibration", {}).get("text"),
     )

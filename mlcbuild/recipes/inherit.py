@@ -9,6 +9,8 @@ from mlcbuild.recipes import references
 from mlcbuild.recipes.document import Document
 from mlcbuild.recipes.problems import Problem
 
+CHECKPOINTS = ("source", "delta_of", "lora")  # keys of a model that say where files are
+
 
 def merge(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """`own` laid over `base`, mapping by mapping."""
@@ -66,20 +68,29 @@ def _after(circle: Sequence[str], name: str) -> list[str]:
 
 def _laid_over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     own = {key: value for key, value in own.items() if key != "extends"}
-    if own.get("source", {}).keys() & {"path", "hf"}:
-        base = {
-            key: value for key, value in base.items() if key != "source"
-        }  # another checkpoint, not another revision
-    return merge(base, own)
+    # Another checkpoint, not another revision of it.
+    replaced = {key for key in CHECKPOINTS if own.get(key, {}).keys() & {"path", "hf"}}
+    return merge({key: value for key, value in base.items() if key not in replaced}, own)
 
 
 def _incomplete(document: Document, data: Mapping[str, Any]) -> list[Problem]:
-    source = data["source"]
-    if "path" in source and "revision" in source:
+    problems = []
+    for key in CHECKPOINTS:
+        source = data.get(key)
+        if source is None:
+            continue
+        if "path" in source and "revision" in source:
+            text = (
+                f"`{key}.revision` needs a repository, and the inherited {key} is a folder; "
+                "add `hf` or remove `revision`"
+            )
+            problems.append(document.problem(text, (key, "revision"), key=True))
+        elif not source.keys() & {"path", "hf"}:
+            problems.append(document.problem(f"`{key}`: expected `path` or `hf`", (key,)))
+    if "delta_of" in data and "lora" in data and not {"delta_of", "lora"} <= document.data.keys():
+        own = "delta_of" if "delta_of" in document.data else "lora"
         text = (
-            "`source.revision` needs a repository, and the inherited source is a folder; add `hf` or remove `revision`"
+            f"`{own}`: the model that it extends has a `{'lora' if own == 'delta_of' else 'delta_of'}`; one of the two"
         )
-        return [document.problem(text, ("source", "revision"), key=True)]
-    if not source.keys() & {"path", "hf"}:
-        return [document.problem("`source`: expected `path` or `hf`", ("source",))]
-    return []
+        problems.append(document.problem(text, (own,) if own in document.data else ("extends",), key=True))
+    return problems

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mlcbuild.errors import RecipeError
-from mlcbuild.recipes import convert, document, matrix, references
+from mlcbuild.recipes import convert, document, matrix, quantizations, references
 from mlcbuild.recipes.document import Document
 from mlcbuild.recipes.inherit import inherit
 from mlcbuild.recipes.memo import Memo
 from mlcbuild.recipes.problems import Problem
 from mlcbuild.recipes.schemas import Schemas
 from mlcbuild.recipes.stock import stock
-from mlcbuild.recipes.types import Catalog, Recipe
+from mlcbuild.recipes.types import AUTO_TEMPLATE, Catalog, Recipe
 from mlcbuild.recipes.workspace import FOLDERS, STOCK_KINDS, File, discover, strays
 
 T = TypeVar("T")
@@ -63,6 +63,7 @@ def read(root: Path, memo: Path | None = None) -> Reading:
     # A file with a mistake in it is not also an unknown name.
     names = {kind: [file.name for file in files if file.kind == kind] for kind in FOLDERS}
     known = {kind: dict.fromkeys(names[kind]) for kind in names}
+    known["template"][AUTO_TEMPLATE.name] = None
     for each in itertools.chain.from_iterable(by_name.values() for by_name in documents.values()):
         problems += references.check(each, known)
     catalog, wrong = _resolve(root, documents, warnings)
@@ -75,6 +76,11 @@ def _files(root: Path) -> tuple[list[File], list[Problem], list[Problem]]:
     """The workspace's files and the stock files that none of them shadows; problems; warnings."""
     own, problems = discover(root / "recipes", root, FOLDERS)
     problems += strays(root / "recipes", root)
+    problems += [
+        Problem(file.shown, 1, 1, "rename the file: `template: auto` means the one that a checkpoint brings")
+        for file in own
+        if (file.kind, file.name) == ("template", AUTO_TEMPLATE.name)
+    ]
     if stock().recipes.samefile(root / "recipes"):
         return own, problems, []
     spare, damaged = discover(stock().recipes, root, STOCK_KINDS)
@@ -92,12 +98,14 @@ def _files(root: Path) -> tuple[list[File], list[Problem], list[Problem]]:
 def _resolve(root: Path, documents: Documents, warnings: Sequence[Problem]) -> tuple[Catalog, list[Problem]]:
     """The catalog of what can be resolved, and why the rest cannot, unknown names aside."""
     models, problems = inherit(documents["model"])
+    formats, wrong = quantizations.resolve(documents["quantization"])
+    problems += wrong
     catalog = Catalog(
         root=root,
         recipes={},
         models=_sorted(models, convert.model),
         architectures=_converted(documents["architecture"], convert.architecture),
-        quantizations=_converted(documents["quantization"], convert.quantization),
+        quantizations=formats,
         targets=_converted(documents["target"], convert.target),
         templates=_converted(documents["template"], convert.template),
         warnings=tuple(str(warning) for warning in warnings),
@@ -126,7 +134,7 @@ def _recipe(name: str, document: Document, data: Mapping[str, Any], catalog: Cat
     target = catalog.targets.get(data["target"])
     if model is None or quantization is None or target is None:
         return None
-    template = catalog.templates.get(data.get("template", model.template))
+    template = {**catalog.templates, AUTO_TEMPLATE.name: AUTO_TEMPLATE}.get(data.get("template", model.template))
     if template is None:
         return None
     return Recipe(

@@ -14,7 +14,7 @@ from mlcbuild.recipes.workspace import FOLDERS
 
 Place = tuple[str | int, ...]
 
-# For each kind of file, where it names a file of another kind; `*` is every item of a list.
+# For each kind of file, where it names a file of another kind; `*` is every item of a list or a mapping.
 _NAMES: dict[str, dict[Place, str]] = {
     "recipe": {
         ("model",): "model",
@@ -29,12 +29,19 @@ _NAMES: dict[str, dict[Place, str]] = {
         ("adjust", "*", "template"): "template",
     },
     "model": {("extends",): "model", ("template",): "template", ("architecture",): "architecture"},
+    "quantization": {("format",): "quantization", ("overrides", "*"): "quantization"},
 }
 # And where it names a file or a folder by its path, relative to itself.
 _PATHS: dict[str, dict[Place, str]] = {
     "recipe": {("verify", "text"): "file"},
     "matrix": {("adjust", "*", "verify", "text"): "file"},
-    "model": {("source", "path"): "folder", ("verify", "text"): "file"},
+    "model": {
+        ("source", "path"): "folder",
+        ("delta_of", "path"): "folder",
+        ("lora", "path"): "folder",
+        ("verify", "text"): "file",
+        ("calibration", "text"): "file",
+    },
 }
 
 
@@ -80,8 +87,8 @@ def _find(data: Any, pattern: Place, path: Place = ()) -> Iterator[tuple[Place, 
     if not pattern:
         yield path, data
     elif pattern[0] == "*":
-        for number, item in enumerate(data):
-            yield from _find(item, pattern[1:], (*path, number))
+        for key, item in data.items() if isinstance(data, dict) else enumerate(data):
+            yield from _find(item, pattern[1:], (*path, key))
     elif pattern[0] in data:
         yield from _find(data[pattern[0]], pattern[1:], (*path, pattern[0]))
 

@@ -7,7 +7,7 @@ after construction; `data` on some classes is the file's own content, for the pa
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,17 +36,27 @@ class Verify:
     perplexity_increase: float | None = None  # fraction: 0.1 is 10 %
     gate: Literal["fail", "report"] = "fail"
     text: Path | None = None  # evaluation text; None means the default text that ships with mlcbuild
+    memory: float = 8.0  # GB (10^9 bytes): a model that takes more as float32 is verified layer by layer
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Group quantization of weight matrices (formulas: docs/quantization.md)."""
+    """How weight matrices `[N out, K in]` are packed (formulas: docs/quantization.md).
+
+    `scheme` says what the codes mean:
+    group         neighbours along K share a scale; symmetric: (code - m) * scale, otherwise code * scale + min
+    minmax_outer  no groups: (code + 1/2) * scale_in[k] * scale_out[n] + min_in[k] + min_out[n]
+    awq           (code - zero) * scale per group, codes packed along N in AutoAWQ's order; read from checkpoints only
+    """
 
     bits: int
-    group_size: int
-    storage_dtype: str  # uint32
-    layout: Literal["NK", "KN"]
+    group_size: int  # values along K; 0 where the scheme has no groups
+    storage_dtype: str  # of the words that codes are packed into: uint32, uint16, uint8
+    layout: Literal["NK", "KN"]  # KN: the packed tensors are transposed
     symmetric: bool
+    scheme: Literal["group", "minmax_outer", "awq"] = "group"
+    scale_floor: float = 0.0  # symmetric groups: a largest magnitude below this counts as this
+    packed_scale_min: Literal["bf16x2"] | None = None  # asymmetric groups: scale (low half) and min in one uint32
 
 
 @dataclass(frozen=True)
@@ -59,14 +69,37 @@ class Quantization:
     weights: Weights | None = None
     embedding: Literal["quantized", "kept"] = "kept"
     lm_head: Literal["quantized", "kept"] = "kept"
-    rounding: str = "nearest"
-    scheme_version: int = 1
+    rounding: Literal["nearest", "mse", "calibrated"] = "nearest"
+    scheme_version: int = 2  # 1: the bytes of the 2023 tutorials, whose names mean other bytes now
+    overrides: tuple[
+        tuple[str, Weights | None], ...
+    ] = ()  # (pattern, its weights or None: kept); the last match counts
+    format: str = ""  # what runtimes are told: the name of the format whose bytes these are; "" means `name`
+
+
+def quantization_json(quantization: Quantization) -> dict[str, Any]:
+    """What decides the bytes of quantized weights. No name: two names for one format share everything."""
+    fields = asdict(quantization)
+    return {key: value for key, value in fields.items() if key not in ("name", "format", "kind")}
+
+
+def format_json(quantization: Quantization) -> dict[str, Any]:
+    """What decides names, shapes and meaning of the tensors, which is what a library depends on; not the rounding."""
+    fields = quantization_json(quantization)
+    del fields["rounding"]
+    return fields
 
 
 def quantization_from_json(fields: Mapping[str, Any]) -> Quantization:
-    """The quantization with these fields (`dataclasses.asdict`); the name, which is in no key, may be missing."""
+    """The quantization with these fields; those that `quantization_json` and `format_json` leave out may be missing."""
     weights = fields.get("weights")
-    return Quantization(**{"name": "", **fields, "weights": Weights(**weights) if weights else None})
+    changed = {
+        "weights": Weights(**weights) if weights else None,
+        "overrides": tuple(
+            (pattern, Weights(**other) if other else None) for pattern, other in fields.get("overrides", ())
+        ),
+    }
+    return Quantization(**{"name": "", "kind": "", **fields, **changed})
 
 
 @dataclass(frozen=True)
@@ -97,6 +130,10 @@ class Template:
     data: Mapping[str, Any]
 
 
+# No file: worked out from the checkpoint's own chat template once that is here (mlcbuild.chat.derive).
+AUTO_TEMPLATE = Template("auto", {})
+
+
 @dataclass(frozen=True)
 class Architecture:
     """How a `config.json` becomes a decoder, and how its tensors are named (read by mlcbuild.models.architecture)."""
@@ -115,6 +152,9 @@ class Model:
     architecture: str | None = None  # None: chosen by config.json's model_type
     overrides: Mapping[str, int] = field(default_factory=dict)
     verify: Verify = Verify()
+    delta_of: Source | None = None  # the base that `source` is the difference to
+    lora: Source | None = None  # an adapter, merged into `source`
+    calibration: Path | None = None  # text for `rounding: calibrated`; None means the one that ships with mlcbuild
 
 
 @dataclass(frozen=True)

@@ -45,10 +45,7 @@ class Model:
     def conversation(self) -> chat.Conversation:
         """The package's conversation template. Raises MlcBuildError where mlc-chat-config.json names none."""
         if self._conversation is None:
-            template = self.config.get("conv_template")
-            if not isinstance(template, Mapping):
-                raise MlcBuildError(f"{package.CONFIG_NAME} has no `conv_template`: this package cannot chat")
-            self._conversation = chat.from_data(template.get("name") or "", template)
+            self._conversation = conversation(self.config)
         return self._conversation
 
     @property
@@ -187,6 +184,14 @@ def load(folder: Path | str, library: Path | str | None = None, threads: int | N
     """
     files = package.find(Path(folder), None if library is None else Path(library))
     return Model(load_network(files, threads), files.config, files.weights)
+
+
+def conversation(config: Mapping[str, Any]) -> chat.Conversation:
+    """The template of an mlc-chat-config.json. Raises MlcBuildError where it names none."""
+    template = config.get("conv_template")
+    if not isinstance(template, Mapping):
+        raise MlcBuildError(f"{package.CONFIG_NAME} has no `conv_template`: this package cannot chat")
+    return chat.from_data(template.get("name") or "", template)
 
 
 def load_network(files: package.PackageFiles, thread_count: int | None = None) -> Network:

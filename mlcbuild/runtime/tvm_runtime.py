@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,11 +58,17 @@ def tensor(array: npt.NDArray[Any]) -> tvm_ffi.Tensor:
 
 def aligned_copy(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """A contiguous copy at a 64-byte boundary."""
-    buffer = np.empty(array.nbytes + ALIGNMENT, np.uint8)
-    start_byte = -buffer.ctypes.data % ALIGNMENT
-    copy = buffer[start_byte : start_byte + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy = aligned_empty(array.shape, array.dtype)
     copy[...] = array
     return copy
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """An array at a 64-byte boundary, its content undefined."""
+    nbytes = prod(shape) * np.dtype(dtype).itemsize
+    buffer = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start_byte = -buffer.ctypes.data % ALIGNMENT
+    return buffer[start_byte : start_byte + nbytes].view(dtype).reshape(shape)
 
 
 def view(source: tvm_ffi.Tensor, shape: Sequence[int], dtype: str) -> tvm_ffi.Tensor:

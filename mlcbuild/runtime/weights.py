@@ -87,14 +87,22 @@ def widen_bf16(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def _tensor(record: Record, mapped: mmap.mmap) -> tvm_ffi.Tensor:
-    """The record's tensor: on the map itself unless it must be decoded or moved."""
+def array(record: Record) -> npt.NDArray[Any]:
+    """The record's numbers, mapped; bfloat16 as its bits, `f32-to-bf16` widened."""
+    return _array(record, map_file(record.shard))
+
+
+def _array(record: Record, mapped: mmap.mmap) -> npt.NDArray[Any]:
     stored = _stored_dtype(record.dtype, record.format)
     raw = np.frombuffer(mapped, stored, prod(record.shape), record.offset).reshape(record.shape)
-    if record.format == "f32-to-bf16" and record.dtype == "float32":
-        return tvm_runtime.tensor(widen_bf16(raw))
-    tensor = tvm_runtime.tensor(raw)
-    return tensor if stored == record.dtype else tvm_runtime.view(tensor, record.shape, record.dtype)
+    return widen_bf16(raw) if record.format == "f32-to-bf16" and record.dtype == "float32" else raw
+
+
+def _tensor(record: Record, mapped: mmap.mmap) -> tvm_ffi.Tensor:
+    """The record's tensor: on the map itself unless it must be decoded or moved."""
+    values = _array(record, mapped)
+    tensor = tvm_runtime.tensor(values)
+    return tensor if str(values.dtype) == record.dtype else tvm_runtime.view(tensor, record.shape, record.dtype)
 
 
 def _stored_dtype(dtype: str, encoding: str) -> str:

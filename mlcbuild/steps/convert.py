@@ -1,26 +1,43 @@
 """convert: a checkpoint's tensors under the model's parameter names, as an index into the checkpoint's files.
 
-Fields: structure. Inputs: checkpoint (config.json, *.safetensors, *.index.json). Artifact: parameters.json.
+Fields: structure. Inputs: checkpoint (config.json, weights, their index); also `base` where the checkpoint is a delta,
+`lora` where an adapter is laid over it. Artifact: parameters.json, and tensors-N.bin for what no file has as it is:
+sums with a base or an adapter, tensors that are not row-major, and the numbers of weights that are quantized already.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+from mlcbuild.checkpoints import made
+from mlcbuild.checkpoints.header import TensorRef
 from mlcbuild.checkpoints.index import index
 from mlcbuild.checkpoints.table import read_table
+from mlcbuild.errors import CheckpointError
+from mlcbuild.merging import delta, lora, prequantized
 from mlcbuild.models import structure
 from mlcbuild.models.parameters import ignored, parameters
-from mlcbuild.steps.job import Job
+from mlcbuild.models.structure import Structure
+from mlcbuild.steps.job import Entry, Job
 
-VERSION = 1
+VERSION = 2
 CODE = (
     "mlcbuild.checkpoints.header",
     "mlcbuild.checkpoints.index",
+    "mlcbuild.checkpoints.made",
     "mlcbuild.checkpoints.mapped",
     "mlcbuild.checkpoints.table",
+    "mlcbuild.checkpoints.torch_files",
+    "mlcbuild.merging.delta",
+    "mlcbuild.merging.lora",
+    "mlcbuild.merging.prequantized",
     "mlcbuild.models.parameters",
     "mlcbuild.models.structure",
+    "mlcbuild.quantization.awq",
+    "mlcbuild.quantization.floats",
 )
 TOOLS = ("numpy",)
 
@@ -29,10 +46,91 @@ def run(job: Job) -> None:
     """Raises CheckpointError when the checkpoint does not hold the parameters that its structure has."""
     model = structure.from_json(job.fields["structure"])
     files = job.inputs["checkpoint"].files
-    table = read_table(
-        {name: entry.path for name, entry in files.items()},
-        {name: entry.digest for name, entry in files.items()},
-    )
-    document = index(parameters(model), table, ignored(model), job.note)
+    table = read_table(*_paths_and_digests(files))
+    scheme = prequantized.scheme(_config(files))
+    if scheme is None:
+        prequantized.check_absent(table)
+        document = _indexed(job, model, table)
+    else:
+        _check_plain(job, table)
+        document = _dequantized(job, model, table, scheme)
     text = json.dumps(document, indent=1, sort_keys=True)
     (job.output / "parameters.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _indexed(job: Job, model: Structure, table: Mapping[str, TensorRef]) -> dict[str, Any]:
+    """The index of a checkpoint, with what has to be made; nothing is before both sides are known to be whole."""
+    wanted = parameters(model)
+    document = index(wanted, table, ignored(model), job.note)
+    needed = {source for parameter in wanted for source in parameter.sources}
+    changed = made.strided(table, needed)
+    if "base" in job.inputs:
+        files = job.inputs["base"].files
+        scheme = prequantized.scheme(_config(files))
+        if scheme is not None:
+            raise CheckpointError(f"delta_of: the base is quantized by {scheme.method}: name the unquantized one")
+        try:
+            base = read_table(*_paths_and_digests(files))
+        except CheckpointError as error:
+            raise CheckpointError("\n".join(f"delta_of: {line}" for line in str(error).splitlines())) from None
+        changed = delta.merged(wanted, table, base, ignored(model))
+    elif "lora" in job.inputs:
+        adapter = lora.read(*_paths_and_digests(job.inputs["lora"].files))
+        merged = lora.merged(adapter, table, needed)
+        names = {each.target.name for each in merged}
+        changed = merged + [each for each in changed if each.target.name not in names]
+    _point(document, made.write(made.place(changed), job.output, job.progress))
+    return document
+
+
+def _point(document: Mapping[str, Any], written: Mapping[str, TensorRef]) -> None:
+    """Let parts that were made refer to where they were written."""
+    for entry in document["parameters"]:
+        for part in entry["parts"]:
+            if (ref := written.get(part["tensor"])) is not None:
+                part.update(blob=ref.blob, file=ref.file, offset=ref.offset)
+
+
+def _check_plain(job: Job, table: Mapping[str, TensorRef]) -> None:
+    """What is quantized already can neither be summed nor laid out anew."""
+    for name, key in (("base", "delta_of"), ("lora", "lora")):
+        if name in job.inputs:
+            raise CheckpointError(f"{key}: the checkpoint is quantized already: name the unquantized one as its source")
+    for ref in table.values():
+        if ref.strides is not None:
+            raise CheckpointError(
+                f"{ref.file}: tensor {ref.name}: not row-major, in a checkpoint that is quantized already; "
+                "save it as safetensors"
+            )
+
+
+def _paths_and_digests(files: Mapping[str, Entry]) -> tuple[dict[str, Path], dict[str, str]]:
+    return {name: entry.path for name, entry in files.items()}, {name: entry.digest for name, entry in files.items()}
+
+
+def _dequantized(
+    job: Job, model: Structure, table: Mapping[str, TensorRef], scheme: prequantized.Scheme
+) -> dict[str, Any]:
+    """The index of a checkpoint that is quantized already; nothing is written before it is known to be whole."""
+    table, layers = prequantized.plan(table, scheme)
+    wanted = parameters(model)
+    document = index(wanted, table, ignored(model), job.note)
+    lossy = (
+        f"{len(layers)} matrices that {scheme.method.upper()} quantized to {scheme.bits} bits are dequantized; "
+        "what was lost then stays lost"
+    )
+    job.note(lossy)
+    document["notes"] = [lossy]
+    _point(document, made.write(map(prequantized.numbers, layers.values()), job.output, job.progress))
+    for parameter, entry in zip(wanted, document["parameters"], strict=True):
+        packed = prequantized.joined(layers, parameter.sources)
+        if packed is not None:
+            entry["packed"] = packed
+    return document
+
+
+def _config(files: Mapping[str, Entry]) -> dict[str, Any]:
+    if "config.json" not in files:
+        return {}
+    config: dict[str, Any] = json.loads(files["config.json"].path.read_text(encoding="utf-8"))
+    return config

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+
 from mlcbuild.steps.job import Job
 
 VERSION = 1
 CODE = ()
 TOOLS = ()  # neither code nor tools can change what the files are: their digests are in the key
+
+_KEPT = 30 * 24 * 3600  # seconds: an unfinished download that nobody has gone on with for so long is given up
 
 
 def run(job: Job) -> None:
@@ -16,10 +24,19 @@ def run(job: Job) -> None:
     Raises CheckpointError when the hub's files are not the locked ones.
     """
     if "repo" in job.fields:
-        from mlcbuild.checkpoints import hub
+        from mlcbuild.checkpoints import hub, hub_download
 
-        files = {name: hub.FileInfo(**info) for name, info in job.fields["files"].items()}
-        hub.fetch(job.fields["repo"], job.fields["commit"], files, job.output, job.progress)
+        files = {name: hub_download.FileInfo(**info) for name, info in job.fields["files"].items()}
+        # One folder for one set of files, and one lock for this step's key: nobody else writes there.
+        name = hashlib.sha256(json.dumps(job.fields, sort_keys=True).encode()).hexdigest()[:32]
+        _sweep(job.partial)
+        hub.fetch(job.fields["repo"], job.fields["commit"], files, job.output, job.progress, partial=job.partial / name)
         return
     for name, entry in job.inputs["files"].files.items():
         job.reuse(entry, name)
+
+
+def _sweep(folder: Path) -> None:
+    for old in folder.glob("*") if folder.is_dir() else ():
+        if time.time() - max(path.stat().st_mtime for path in (old, *old.glob("*"))) > _KEPT:
+            shutil.rmtree(old, ignore_errors=True)

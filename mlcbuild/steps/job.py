@@ -25,6 +25,7 @@ class Job:
     materials   sha256 -> file: content that an input refers to by digest (not in the key, since the digest pins it)
     output      an empty folder: what is written here becomes the artifact
     scratch     a temporary folder, removed afterwards; also the working directory
+    partial     where what has arrived of a long download is kept if the step fails; not there unless the step makes it
     debug_dump  where to write intermediate forms, when the user asked for them; never part of the artifact
     """
 
@@ -37,6 +38,7 @@ class Job:
         scratch: Path,
         debug_dump: Path | None = None,
         events: int | None = None,
+        partial: Path | None = None,
     ) -> None:
         self.fields = fields
         self.inputs = inputs
@@ -44,6 +46,7 @@ class Job:
         self.output = output
         self.scratch = scratch
         self.debug_dump = debug_dump
+        self.partial = partial or scratch / "partial"
         self.reused: dict[str, Entry] = {}
         self._events = events
         self._last_progress = 0.0
@@ -89,6 +92,7 @@ def from_request(request: Mapping[str, Any], events: int | None = None) -> Job:
         scratch=Path(request["scratch"]),
         debug_dump=Path(debug_dump) if debug_dump else None,
         events=events,
+        partial=Path(request["cache"]) / "partial",
     )
 
 

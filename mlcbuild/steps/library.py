@@ -11,10 +11,12 @@ from mlcbuild.steps.job import Job
 VERSION = 1
 CODE = (
     "mlcbuild.compiler.cpu.kernels",
+    "mlcbuild.compiler.cpu.sources",
     "mlcbuild.compiler.library",
     "mlcbuild.compiler.linkers",
     "mlcbuild.compiler.targets",
     "mlcbuild.recipes.types",
+    "mlcbuild.zig",
 )
 TOOLS = ("apache-tvm", "apache-tvm-ffi", "ziglang")
 

@@ -1,7 +1,7 @@
 """lower: a structure in a quantization as an optimised, scheduled TVM module for a device.
 
-Fields: structure (its library form), quantization, name (the quantization's, told to runtimes), device (a TVM target).
-Artifact: module.json.
+Fields: structure (its library form), quantization, name (the format's, told to runtimes), device (a TVM target);
+blocks (true) for a library of a decoder's pieces instead of a model's. Artifact: module.json.
 """
 
 from __future__ import annotations
@@ -12,13 +12,17 @@ from mlcbuild.steps.job import Job
 
 VERSION = 1
 CODE = (
+    "mlcbuild.compiler.blocks",
     "mlcbuild.compiler.canonical",
     "mlcbuild.compiler.contract",
     "mlcbuild.compiler.cpu.attention",
+    "mlcbuild.compiler.cpu.calls",
+    "mlcbuild.compiler.cpu.formats",
     "mlcbuild.compiler.cpu.kv_cache",
     "mlcbuild.compiler.cpu.linear",
     "mlcbuild.compiler.cpu.operations",
     "mlcbuild.compiler.cpu.rows",
+    "mlcbuild.compiler.cpu.sources",
     "mlcbuild.compiler.lower",
     "mlcbuild.compiler.pipeline",
     "mlcbuild.models",
@@ -30,9 +34,10 @@ TOOLS = ("apache-tvm", "apache-tvm-ffi")
 
 def run(job: Job) -> None:
     """Raises MlcBuildError for a structure that the device's kernels cannot run."""
-    from mlcbuild.compiler import lower
+    from mlcbuild.compiler import blocks, lower
 
-    module = lower.lower(
+    make = blocks.lower if job.fields.get("blocks") else lower.lower
+    module = make(
         structure.from_library_json(job.fields["structure"]),
         quantization_from_json(job.fields["quantization"]),
         job.fields["name"],

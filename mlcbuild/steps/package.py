@@ -6,29 +6,33 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from typing import Any
 
+from mlcbuild.chat.checkpoint import CheckpointChat, read_checkpoint_chat
 from mlcbuild.chat.config import TOKENIZER_FILES, chat_config, to_text
-from mlcbuild.chat.conversation import from_data
+from mlcbuild.chat.conversation import Conversation, from_data
+from mlcbuild.chat.derive import AUTO, derive
+from mlcbuild.chat.tokenizer_info import read_json
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.steps.job import Job, Tree
 
 VERSION = 1
 CODE = ("mlcbuild.chat",)
-TOOLS: tuple[str, ...] = ()
+TOOLS = ("jinja2", "sentencepiece")
 
 _INDEX, _OLDER_INDEX = "tensor-cache.json", "ndarray-cache.json"
 _CONFIGS = ("generation_config.json", "config.json")  # the first to give a sampling default wins
 
 
 def run(job: Job) -> None:
-    """Fields: model, quantization, target (names), template {name, ...}, model_type, model_config.
+    """Fields: model, quantization, target (names), template {name, ...}, model_type, model_config; format (the
+    quantization's, told to runtimes: how weights were rounded into it is nothing to them).
 
     Inputs: `quantize` (params_shard_N.bin, tensor-cache.json), `library` (model.<suffix>), `checkpoint` (tokenizer
-    files, config.json, generation_config.json). Raises MlcBuildError where the checkpoint has no tokenizer.
+    files, chat_template.jinja, config.json, generation_config.json). Raises MlcBuildError where the checkpoint has no
+    tokenizer, and where the template `auto` cannot be derived from it.
     """
     fields = job.fields
     stem = f"{fields['model']}-{fields['quantization']}"
@@ -41,14 +45,24 @@ def run(job: Job) -> None:
 
     checkpoint = job.inputs["checkpoint"]
     present = [file for file in TOKENIZER_FILES if file in checkpoint]
-    if "tokenizer.json" not in present and "tokenizer.model" not in present:
+    chat = read_checkpoint_chat({name: entry.path for name, entry in checkpoint.files.items()})
+    if chat is None:
         raise MlcBuildError(f"{fields['model']}: the checkpoint has neither tokenizer.json nor tokenizer.model")
     folder = job.output / weights
     folder.mkdir()
-    for file in present:
+    for file in [*present, *(["chat_template.jinja"] if "chat_template.jinja" in checkpoint else [])]:
         # Copied: a local checkpoint's files belong to the user and may change after the package is made.
         shutil.copyfile(checkpoint.path(file), folder / file)
-    (folder / "mlc-chat-config.json").write_text(to_text(_config(fields, checkpoint, present)), encoding="utf-8")
+    config = chat_config(
+        fields["model_type"],
+        fields["format"],
+        fields["model_config"],
+        _conversation(job, chat),
+        chat.tokenizer,
+        present,
+        [read_json(checkpoint.path(name)) for name in _CONFIGS if name in checkpoint],
+    )
+    (folder / "mlc-chat-config.json").write_text(to_text(config), encoding="utf-8")
 
 
 def library_file(tree: Tree) -> tuple[str, Any]:
@@ -59,23 +73,11 @@ def library_file(tree: Tree) -> tuple[str, Any]:
     return found[0]
 
 
-def _config(fields: Mapping[str, Any], checkpoint: Tree, present: list[str]) -> dict[str, Any]:
-    template = fields["template"]
-    return chat_config(
-        fields["model_type"],
-        fields["quantization"],
-        fields["model_config"],
-        from_data(template["name"], template),
-        _read(checkpoint, "tokenizer.json"),
-        present,
-        [config for name in _CONFIGS if (config := _read(checkpoint, name))],
-    )
-
-
-def _read(checkpoint: Tree, name: str) -> Mapping[str, Any] | None:
-    if name not in checkpoint:
-        return None
-    content = checkpoint.read_json(name)
-    if not isinstance(content, dict):
-        raise MlcBuildError(f"{name}: expected a JSON object, found {json.dumps(content)[:40]}")
-    return content
+def _conversation(job: Job, chat: CheckpointChat) -> Conversation:
+    template: Mapping[str, Any] = job.fields["template"]
+    if template["name"] != AUTO:
+        return from_data(template["name"], template)
+    derived = derive(chat)
+    for note in derived.notes:
+        job.note(f"template {AUTO}: {note}")
+    return derived.conversation

@@ -1,33 +1,45 @@
 """quantize: every parameter in the recipe's numeric format, as weight shards and their index.
 
-Fields: quantization, structure. Inputs: convert; materials: the checkpoint's files. Artifact: params_shard_N.bin,
-tensor-cache.json.
+Fields: quantization, structure. Inputs: convert; for `rounding: calibrated` also calibration: importance.safetensors,
+by parameter name `[K in]` float32. Materials: the checkpoint's files. Artifact: params_shard_N.bin, tensor-cache.json.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
+from mlcbuild.checkpoints.header import read_header
+from mlcbuild.checkpoints.mapped import read
+from mlcbuild.errors import CheckpointError
 from mlcbuild.models import structure
 from mlcbuild.models.parameters import parameters
+from mlcbuild.quantization.floats import Array
 from mlcbuild.quantization.stream import quantize
-from mlcbuild.recipes.types import Quantization, Weights
+from mlcbuild.recipes.types import quantization_from_json
 from mlcbuild.steps.job import Job
 
-VERSION = 1
+VERSION = 2
 CODE = (
     "mlcbuild.checkpoints.header",
     "mlcbuild.checkpoints.mapped",
+    "mlcbuild.zig",
     "mlcbuild.models.parameters",
     "mlcbuild.models.structure",
+    "mlcbuild.quantization.asymmetric",
+    "mlcbuild.quantization.blocks",
+    "mlcbuild.quantization.compiled",
     "mlcbuild.quantization.floats",
     "mlcbuild.quantization.group",
+    "mlcbuild.quantization.kernels",
+    "mlcbuild.quantization.outer",
     "mlcbuild.quantization.schemes",
+    "mlcbuild.quantization.search",
+    "mlcbuild.quantization.sources",
     "mlcbuild.quantization.stream",
     "mlcbuild.quantization.tensor_cache",
     "mlcbuild.recipes.types",
 )
-TOOLS = ("numpy",)
+TOOLS = ("numpy", "ziglang")
+
+IMPORTANCE = "importance.safetensors"
 
 
 def run(job: Job) -> None:
@@ -36,13 +48,19 @@ def run(job: Job) -> None:
         job.inputs["convert"].read_json("parameters.json"),
         job.materials,
         parameters(structure.from_json(job.fields["structure"])),
-        _quantization(job.fields["quantization"]),
+        quantization_from_json(job.fields["quantization"]),
         job.output,
         job.progress,
+        importance=_importance(job),
+        note=job.note,
+        scratch=job.scratch,
     )
 
 
-def _quantization(fields: dict[str, Any]) -> Quantization:
-    """The quantization from its JSON form, which lacks the name: a name is in no key."""
-    weights = fields.get("weights")
-    return Quantization(**{"name": "", **fields, "weights": Weights(**weights) if weights else None})
+def _importance(job: Job) -> dict[str, Array] | None:
+    if "calibration" not in job.inputs:
+        return None
+    tree = job.inputs["calibration"]
+    if IMPORTANCE not in tree:
+        raise CheckpointError(f"the calibration has no file {IMPORTANCE}; measure it again")
+    return {ref.name: read(ref) for ref in read_header(tree.path(IMPORTANCE), IMPORTANCE)}

@@ -4,20 +4,45 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from mlcbuild.chat.tokenizer_info import unknown_stops
+from mlcbuild.chat.compare import check
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.measure import layers
+from mlcbuild.measure.blocks import Blocks
+from mlcbuild.measure.packed import Packed
+from mlcbuild.measure.unquantized import Unquantized
+from mlcbuild.models import structure
+from mlcbuild.models.parameters import parameters
+from mlcbuild.recipes.types import quantization_from_json
 from mlcbuild.runtime import evaluate, library_file, package, quality, weights
-from mlcbuild.runtime.model import Model, load_network
+from mlcbuild.runtime.model import Model, conversation, load_network
 from mlcbuild.runtime.reference import load_reference
+from mlcbuild.runtime.tokenizer import Tokenizer, load_tokenizer
 from mlcbuild.steps.job import Job
 
 VERSION = 1
 CODE = (
+    "mlcbuild.chat.checkpoint",
+    "mlcbuild.chat.compare",
     "mlcbuild.chat.conversation",
+    "mlcbuild.chat.derive",
+    "mlcbuild.chat.difference",
+    "mlcbuild.chat.jinja",
     "mlcbuild.chat.tokenizer_info",
+    "mlcbuild.checkpoints.header",
+    "mlcbuild.checkpoints.mapped",
+    "mlcbuild.measure.blocks",
+    "mlcbuild.measure.layers",
+    "mlcbuild.measure.model",
+    "mlcbuild.measure.packed",
+    "mlcbuild.measure.unquantized",
+    "mlcbuild.models.parameters",
+    "mlcbuild.models.structure",
+    "mlcbuild.quantization",
+    "mlcbuild.recipes.types",
     "mlcbuild.runtime.evaluate",
     "mlcbuild.runtime.library",
     "mlcbuild.runtime.library_file",
@@ -33,68 +58,107 @@ CODE = (
     "mlcbuild.runtime.tvm_runtime",
     "mlcbuild.runtime.weights",
 )
-TOOLS = ("apache-tvm", "apache-tvm-ffi", "numpy", "tokenizers", "sentencepiece")
+TOOLS = ("apache-tvm", "apache-tvm-ffi", "jinja2", "numpy", "tokenizers", "sentencepiece")
+
+
+Config = Mapping[str, Any]  # mlc-chat-config.json
+Measured = tuple[evaluate.Comparison, dict[str, Any]]  # and what else quality.json is to say
 
 
 def run(job: Job) -> None:
-    """Fields: class (q0, q3, q4, q8), model_dtype, kl and perplexity_increase (null: the class's), gate.
+    """Fields: method (whole, layers), class (q0, q3, q4, q8), model_dtype, kl and perplexity_increase (null: the
+    class's), gate; for method layers also structure and quantization.
 
-    Inputs: `package`, `convert` (parameters.json), `reference` (a float32 library of the structure), `text` (one file);
-    and `cpu_library`, a library of the same structure and quantization that this machine can run, where the package's
-    own is for another machine. Raises MlcBuildError for logits that are not finite, and with `gate: fail` for a miss.
+    Inputs: `package`, `convert` (parameters.json), `text` (one file), `reference`: a float32 library of the structure,
+    or of its pieces for method layers. For method whole, `cpu_library` of the same structure and quantization that this
+    machine can run, where the package's own is for another machine; for method layers, `blocks`: the library of pieces
+    of that quantization. Raises MlcBuildError for logits that are not finite, and with `gate: fail` for a miss.
     """
     limits = quality.bounds(
         job.fields["class"], job.fields["model_dtype"], job.fields["kl"], job.fields["perplexity_increase"]
     )
+    method = {"whole": _whole, "layers": _layers}[job.fields["method"]]
     folder = job.folder(job.inputs["package"], job.scratch / "package")
     weights_folder = package.find_weights(folder)
-    executed = "cpu_library" not in job.inputs
-    static_checks = [] if executed else _static_checks(folder, weights_folder)
-    library = None if executed else _only(job.folder(job.inputs["cpu_library"], job.scratch / "cpu"), "model.*")
-    files = package.find(folder if executed else weights_folder, library)
-    model = Model(load_network(files), files.config, files.weights)
-    reference = load_reference(
-        _only(job.folder(job.inputs["reference"], job.scratch / "reference"), "model.*"),
-        job.inputs["convert"].read_json("parameters.json"),
-        lambda digest, _: job.materials[digest],
-        job.scratch,
-    )
     name = weights_folder.name.removesuffix("-MLC")
+    config, tokenizer = package.read_config(weights_folder), load_tokenizer(weights_folder)
     job.note(f"{name}: comparing with the unquantized model")
-    figures = evaluate.rounded(
-        evaluate.compare(
-            model.logits_in_pieces,
-            reference.logits_in_pieces,
-            _windows(job, model, reference),
-            lambda done, total: job.progress(done, total, "tokens"),
-        )
-    )
+    executed = method is _whole and "cpu_library" not in job.inputs
+    static_checks = [] if executed else _static_checks(folder, weights_folder)
+    comparison, details = method(job, folder, config, tokenizer)
+    figures = evaluate.rounded(comparison)
     status, problems = quality.judge(figures, limits)
-    stops = _unknown_stops(model)
+    template, stops = check(conversation(config), weights_folder)
     status, problems = ("failed", [*stops, *problems]) if stops else (status, problems)
     gate = job.fields["gate"]
     if status == "failed" and gate == "fail":
         raise MlcBuildError(_failure(name, problems, figures, limits))
     for problem in problems:
         job.note(f"{name}: {problem}")
+    for warning in template.warnings:
+        job.note(f"{name}: warning: {warning}")
     report = {
         "status": status,
         "gate": gate,
+        "method": job.fields["method"],
         **figures,
+        **details,
         "thresholds": dataclasses.asdict(limits),
         "problems": problems,
         "library_executed": executed,
         "static_checks": static_checks,
+        "template": template.report,
     }
     (job.output / "quality.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def _windows(job: Job, model: Model, reference: Model) -> list[Sequence[int]]:
-    """The evaluation text in windows that both libraries take."""
+def _whole(job: Job, folder: Path, config: Config, tokenizer: Tokenizer) -> Measured:
+    """Both models in memory, one window of the text after the other."""
+    library = None
+    if "cpu_library" in job.inputs:
+        library = _only(job.folder(job.inputs["cpu_library"], job.scratch / "cpu"), "model.*")
+    weights_folder = package.find_weights(folder)
+    model = Model(load_network(package.find(weights_folder if library else folder, library)), config, weights_folder)
+    reference = load_reference(
+        _only(job.folder(job.inputs["reference"], job.scratch / "reference"), "model.*"),
+        job.inputs["convert"].read_json("parameters.json"),
+        lambda digest, _: job.materials[digest],
+        job.scratch,
+    )
+    comparison = evaluate.compare(
+        model.logits_in_pieces,
+        reference.logits_in_pieces,
+        _windows(job, tokenizer, model.context_window_size, reference.context_window_size),
+        lambda done, total: job.progress(done, total, "tokens"),
+    )
+    return comparison, {}
+
+
+def _layers(job: Job, folder: Path, config: Config, tokenizer: Tokenizer) -> Measured:
+    """The text through one layer of both models after the other."""
+    known = parameters(structure.from_json(job.fields["structure"]))
+    ours, theirs = (
+        Blocks(_only(job.folder(job.inputs[name], job.scratch / name), "model.*")) for name in ("blocks", "reference")
+    )
+    format_ = quantization_from_json(job.fields["quantization"])
+    found = layers.compare(
+        known,
+        (theirs, Unquantized(job.inputs["convert"].read_json("parameters.json"), job.materials)),
+        (ours, Packed(package.find_weights(folder), known, format_)),
+        _windows(job, tokenizer, config.get("context_window_size", -1), theirs.window),
+        lambda done, total: job.progress(done, total, "layers"),
+    )
+    errors = {"tensors": found.tensors, "blocks": found.blocks}
+    return found.comparison, {
+        "relative_error": {kind: {name: float(f"{e:.1e}") for name, e in each.items()} for kind, each in errors.items()}
+    }
+
+
+def _windows(job: Job, tokenizer: Tokenizer, *limits: int) -> list[Sequence[int]]:
+    """The evaluation text in windows that both libraries take; a limit of -1 is none."""
     text = _only_file(job).read_text(encoding="utf-8")
-    limits = [limit for limit in (model.context_window_size, reference.context_window_size) if limit > 0]
-    documents = evaluate.documents(text, model.tokenizer)
-    return list(evaluate.windows(documents, min([evaluate.WINDOW, *limits])))
+    documents = evaluate.documents(text, tokenizer)
+    return list(evaluate.windows(documents, min([evaluate.WINDOW, *(limit for limit in limits if limit > 0)])))
 
 
 def _only_file(job: Job) -> Path:
@@ -118,15 +182,6 @@ def _static_checks(folder: Path, weights_folder: Path) -> list[str]:
     if len(libraries) != 1:
         raise MlcBuildError(f"the package holds {len(libraries)} libraries, expected one")
     return library_file.check(libraries[0], weights.read_index(weights_folder), libraries[0].name)
-
-
-def _unknown_stops(model: Model) -> list[str]:
-    template = model.conversation.to_json()
-    unknown = unknown_stops(template["stop_token_ids"], template["stop_str"], model.tokenizer.tokens())
-    return [
-        f"template {template['name']}: {problem}: choose the template that the model was trained with"
-        for problem in unknown
-    ]
 
 
 def _failure(name: str, problems: Sequence[str], figures: dict[str, float | int], limits: quality.Bounds) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-NAMES = {"float16": "F16", "uint16": "BF16", "float32": "F32", "float64": "F64", "int64": "I64"}
+NAMES = {"float16": "F16", "uint16": "BF16", "float32": "F32", "float64": "F64", "int64": "I64", "int32": "I32"}
 
 
 def header(tensors: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:

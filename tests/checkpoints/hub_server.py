@@ -1,10 +1,12 @@
-"""A Hugging Face hub on loopback: the few endpoints that huggingface_hub uses to resolve and download a repository."""
+"""A Hugging Face hub on loopback: the few endpoints that resolve and download a repository, and a bad day of it."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,16 +18,44 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @dataclass
+class Fault:
+    """What happens to the next `times` requests whose path ends with `path`, in place of the right answer."""
+
+    path: str
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+    times: int = 1
+    cut: int | None = None  # end the connection after so many bytes of the body
+    pause: float = 0.0  # seconds, in the middle of the body
+
+
+@dataclass
 class Hub:
-    """One repository, `owner/name`, with one commit on `main`. Files that end in .safetensors are stored as LFS."""
+    """One repository, `owner/name`, with one commit on `main`. Files of weights are stored as LFS."""
 
     files: dict[str, bytes]
     repo: str = "owner/name"
     token: str | None = None  # needed to read it, when given
     gated: bool = False
     served: dict[str, bytes] = field(default_factory=dict)  # content to send in place of the right one
+    faults: list[Fault] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
+    tokens: list[str | None] = field(default_factory=list)  # the Authorization header of each request
+    commit: str = COMMIT
+    past: dict[str, dict[str, bytes]] = field(default_factory=dict)  # earlier commits
     url: str = ""
+
+    def move(self, commit: str, files: dict[str, bytes]) -> None:
+        """A new commit on `main`."""
+        self.past[self.commit] = self.files
+        self.commit, self.files = commit, files
+
+    def fault(self, path: str) -> Fault | None:
+        for fault in self.faults:
+            if fault.times and path.endswith(fault.path):
+                fault.times -= 1
+                return fault
+        return None
 
     def listing(self) -> dict[str, Any]:
         siblings = []
@@ -35,33 +65,34 @@ class Hub:
                 "size": len(content),
                 "blobId": hashlib.sha1(content).hexdigest(),
             }
-            if name.endswith(".safetensors"):
+            if name.endswith((".safetensors", ".bin")):
                 digest = hashlib.sha256(content).hexdigest()
                 entry["lfs"] = {"sha256": digest, "size": len(content), "pointerSize": 134}
             siblings.append(entry)
-        return {"id": self.repo, "modelId": self.repo, "sha": COMMIT, "siblings": siblings}
+        return {"id": self.repo, "modelId": self.repo, "sha": self.commit, "siblings": siblings}
 
     def answer(self, path: str, headers: Mapping[str, str]) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body for a GET of `path`."""
         if self.token is not None and headers.get("authorization") != f"Bearer {self.token}":
             if self.gated:
-                return 403, {"X-Error-Code": "GatedRepo"}, b""
+                return 403 if "authorization" in headers else 401, {"X-Error-Code": "GatedRepo"}, b""
             return 401, {"X-Error-Code": "RepoNotFound"}, b""
         api, resolve = f"/api/models/{self.repo}", f"/{self.repo}/resolve/"
         if path == api or path.startswith(f"{api}/revision/"):
             revision = path.removeprefix(f"{api}/revision/") if path != api else "main"
-            if revision not in ("main", COMMIT):
+            if revision not in ("main", self.commit):
                 return 404, {"X-Error-Code": "RevisionNotFound"}, b""
             return 200, {"Content-Type": "application/json"}, json.dumps(self.listing()).encode()
         if path.startswith(resolve):
             revision, _, name = path.removeprefix(resolve).partition("/")
-            if revision not in ("main", COMMIT):
+            files = {**self.past, "main": self.files, self.commit: self.files}.get(revision)
+            if files is None:
                 return 404, {"X-Error-Code": "RevisionNotFound"}, b""
-            if name not in self.files:
-                return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, b""
-            content = self.served.get(name, self.files[name])
-            etag = hashlib.sha256(self.files[name]).hexdigest()
-            return 200, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}, content
+            if name not in files:
+                return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self.commit}, b""
+            content = self.served.get(name, files[name])
+            etag = hashlib.sha256(files[name]).hexdigest()
+            return 200, {"ETag": f'"{etag}"', "X-Repo-Commit": self.commit, "Accept-Ranges": "bytes"}, content
         return 404, {"X-Error-Code": "RepoNotFound"}, b""
 
 
@@ -74,9 +105,14 @@ def serving(hub: Hub) -> Iterator[Hub]:
             path = unquote(urlsplit(self.path).path)
             hub.requests.append(f"{self.command} {path}")
             headers = {name.lower(): value for name, value in self.headers.items()}
+            hub.tokens.append(headers.get("authorization"))
+            fault = hub.fault(path)
             status, answer, body = hub.answer(path, headers)
+            if fault and fault.status != 200:
+                status, answer, body = fault.status, dict(fault.headers), b""
             begin = headers.get("range", "bytes=0-").removeprefix("bytes=").partition("-")[0]
             if status == 200 and int(begin or 0):
+                hub.requests[-1] += f" from {begin}"
                 status, answer["Content-Range"] = 206, f"bytes {begin}-{len(body) - 1}/{len(body)}"
                 body = body[int(begin) :]
             self.send_response(status)
@@ -84,7 +120,18 @@ def serving(hub: Hub) -> Iterator[Hub]:
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            if self.command != "HEAD":
+            if self.command == "HEAD":
+                return
+            if fault and fault.pause:
+                self.wfile.write(body[: len(body) // 2])
+                self.wfile.flush()
+                time.sleep(fault.pause)
+                body = body[len(body) // 2 :]
+            if fault and fault.cut is not None:
+                self.wfile.write(body[: fault.cut])
+                self.close_connection = True
+                return
+            with contextlib.suppress(ConnectionError):
                 self.wfile.write(body)
 
         do_GET = do_HEAD = reply

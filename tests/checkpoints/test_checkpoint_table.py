@@ -116,15 +116,23 @@ def test_a_broken_index(tmp_path: Path, text: str, problem: str) -> None:
     assert problems(tmp_path)[0].startswith(problem)
 
 
+def test_safetensors_win_over_the_same_weights_as_pickles(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"never read")
+    write(sharded(tmp_path) / "model.safetensors", {"x": A})
+    assert read_table(folder(tmp_path)).keys() == {"x"}
+    (tmp_path / "model.safetensors").unlink()
+    assert read_table(folder(tmp_path)).keys() == {"a", "b", "c"}
+
+
 def test_no_weights(tmp_path: Path) -> None:
-    assert problems(tmp_path) == [
-        f"no weights: expected model.safetensors, or {INDEX} and its shards; there are: no files"
-    ]
+    nothing = f"no weights: expected model.safetensors, or {INDEX} and its shards, or PyTorch's pytorch_model.bin; "
+    assert problems(tmp_path) == [nothing + "there are: no files"]
     (tmp_path / "config.json").write_text("{}")
-    assert problems(tmp_path)[0].endswith("there are: config.json")
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    assert problems(tmp_path) == [nothing + "there are: config.json"]
+    (tmp_path / "pytorch_model-00001-of-00002.bin").write_bytes(b"")
     assert problems(tmp_path) == [
-        "pytorch_model.bin: PyTorch pickles are not read yet; save the checkpoint as safetensors"
+        "pytorch_model.bin.index.json: missing: the checkpoint has pytorch_model-00001-of-00002.bin, but nothing says "
+        "how they belong together"
     ]
     (sharded(tmp_path) / INDEX).unlink()
     assert problems(tmp_path) == [

@@ -17,6 +17,7 @@ from mlcbuild.models.architecture import resolve
 from mlcbuild.models.parameters import parameters
 from mlcbuild.models.structure import Structure
 from mlcbuild.quantization import group
+from mlcbuild.quantization.blocks import Packed
 from mlcbuild.quantization.tensor_cache_reader import read_tensors
 from mlcbuild.recipes.convert import architecture
 from mlcbuild.recipes.types import Quantization, Weights
@@ -102,7 +103,7 @@ def test_q4f16_1(tmp_path: Path) -> None:
             assert np.array_equal(read[name], value.astype(np.float16))
             continue
         prefix = name.removesuffix("weight")
-        packed = group.Packed(read[f"{prefix}q_weight"], read[f"{prefix}q_scale"])
+        packed = Packed(read[f"{prefix}q_weight"], read[f"{prefix}q_scale"])
         decoded = group.decode(packed, value.shape[1], NK, "float16")
         assert np.abs(decoded - value).max() <= 0.51 * packed.scales.astype(np.float32).max()
 

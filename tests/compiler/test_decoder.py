@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mlcbuild.runtime import tvm_runtime
-from mlcbuild.runtime.library import Library, Network
-from mlcbuild.runtime.session import Session
+from tests.compiler.built import Built, error
 from tests.support import llama
-from tests.support.llama import Array
 
 IDS = [int(i) for i in np.random.default_rng(0).integers(0, 320, 150)]
 
@@ -35,32 +31,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         }
     },
 }
-
-
-class Built:
-    """A library, the parameters it was given, and transformers on the weights that they stand for."""
-
-    def __init__(self, folder: Path, quantization: str, changes: dict[str, Any]) -> None:
-        dtype = llama.QUANTIZATIONS[quantization].model_dtype
-        reference = llama.transformers_llama(**changes)
-        structure = llama.structure_of(reference, prefill_chunk_size=100)
-        self.library = Library(llama.build_library(structure, quantization, folder))
-        names = [p.name for p in self.library.metadata.parameters]
-        arrays, meant = llama.library_parameters(names, llama.mlc_parameters(reference), dtype)
-        self.reference = llama.with_parameters(reference, meant)
-        tensors = [tvm_runtime.tensor(array) for array in arrays]
-        self.network = Network(self.library, tensors, structure.vocab_size, 2)
-
-    def session(self, sequences: int = 1) -> Session:
-        return Session(self.network, sequences)
-
-    def expected(self, ids: list[int]) -> Array:
-        return llama.reference_logits(self.reference, ids)
-
-
-def error(got: Array, expected: Array) -> float:
-    """The largest difference over the standard deviation of the expected logits."""
-    return float(np.abs(got - expected).max() / expected.std())
 
 
 @pytest.fixture(scope="module", params=SHAPES)

@@ -124,6 +124,65 @@ def test_a_target_that_does_not_run_here_is_verified_by_another_library(
     assert [item.name for item in verify.inputs][-1] == "cpu_library"
 
 
+def test_roundings_of_one_format_share_its_library(workspace: Workspace) -> None:
+    """How weights were rounded, and the class of their bounds, is nothing to the code that computes with them."""
+    names = ("q4f16_1", "q4f16_1-mse", "q4f16_1-calibrated", "mine")
+    workspace.write("recipes/quantizations/mine.yaml", "format: q4f16_1\nrounding: mse\n")
+    for name in names:
+        workspace.write(f"recipes/{name}.yaml", f"model: tiny\nquantization: {name}\ntarget: cpu\n")
+    found = planned(workspace, *names)
+    goals = [found.goals[name].steps for name in names]
+    assert len({goal["lower"] for goal in goals}) == len({goal["library"] for goal in goals}) == 1
+    assert len({goal["quantize"] for goal in goals}) == 3  # `mine` means what q4f16_1-mse means
+    fields = [found.steps[goal["package"]].fields for goal in goals]
+    assert [each["quantization"] for each in fields] == list(names)
+    assert {each["format"] for each in fields} == {"q4f16_1"}
+    assert "mse" not in json.dumps(found.steps[goals[1]["lower"]].fields)
+
+
+def test_calibration_is_a_step_of_the_recipes_that_need_it(workspace: Workspace) -> None:
+    for name in ("q4f16_1-mse", "q4f16_1-calibrated"):
+        workspace.write(f"recipes/{name}.yaml", f"model: tiny\nquantization: {name}\ntarget: cpu\n")
+    assert "calibrate" not in kinds(planned(workspace, "q4f16_1-mse"))
+    found = planned(workspace, "q4f16_1-calibrated")
+    assert found.goals["q4f16_1-calibrated"].steps["calibrate"] == "calibrate:tiny"
+    assert "calibrate:tiny" in found.steps["quantize:tiny-q4f16_1-calibrated"].producers
+    (text,) = (item.path for item in found.steps["calibrate:tiny"].inputs if item.name == "text")
+    assert text is not None and text.name == "calibration.txt"
+
+
+def test_models_calibration_text(workspace: Workspace) -> None:
+    mine = workspace.write("recipes/models/mine.txt", "My own text.")
+    workspace.write("recipes/models/own.yaml", "extends: tiny\nsource: {path: tiny}\ncalibration: {text: mine.txt}\n")
+    workspace.write("recipes/own.yaml", "model: own\nquantization: q4f16_1-calibrated\ntarget: cpu\n")
+    (text,) = (i.path for i in planned(workspace, "own").steps["calibrate:own"].inputs if i.name == "text")
+    assert text == mine
+
+
+def test_a_large_model_is_verified_layer_by_layer(workspace: Workspace) -> None:
+    """By a bound that the recipe declares, since quality.json shall not depend on the machine's memory."""
+    recipe: Recipe = load(workspace.root).recipes["tiny-q4f16_1-cpu"]
+    size = 4e-9 * 90_432  # GB that CONFIG takes as float32
+
+    def method(memory: float) -> tuple[Any, list[str]]:
+        verify = dataclasses.replace(recipe.verify, memory=memory)
+        (step,) = (s for s in planned(workspace, recipe.name, verify=verify).steps.values() if s.kind == "verify")
+        return step.fields["method"], [item.name for item in step.inputs]
+
+    assert method(2 * size) == ("whole", ["package", "convert", "text", "reference"])
+    assert method(size / 2) == ("layers", ["package", "convert", "text", "reference", "blocks"])
+
+
+def test_the_pieces_of_models_that_differ_in_layers_only_are_one_library(workspace: Workspace) -> None:
+    workspace.write("recipes/models/deep.yaml", "source: {path: deep}\ntemplate: chatml\n")
+    workspace.write("recipes/models/deep/config.json", json.dumps({**CONFIG, "num_hidden_layers": 7}))
+    for model in ("tiny", "deep"):
+        text = f"model: {model}\nquantization: q4f16_1\ntarget: cpu\nverify: {{memory: 0}}\n"
+        workspace.write(f"recipes/{model}.yaml", text)
+    found = planned(workspace, "tiny", "deep")
+    assert len([name for name in found.steps if name.startswith("library:") and "-blocks-" in name]) == 2
+
+
 def test_a_target_that_this_machine_lacks_is_unavailable(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     def resolve(target: object) -> dict[str, Any]:
         raise Unavailable("no such compiler: install it")

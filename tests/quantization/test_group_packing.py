@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pytest
 
 from mlcbuild.quantization import floats, group
+from mlcbuild.quantization.blocks import BadValue, Packed
 from mlcbuild.recipes.types import Weights
 
 Q4 = Weights(bits=4, group_size=32, storage_dtype="uint32", layout="NK", symmetric=True)
@@ -58,7 +59,7 @@ def pack(codes: npt.NDArray[np.int64], weights: Weights) -> npt.NDArray[Any]:
     return words.astype(weights.storage_dtype)
 
 
-def check(values: npt.NDArray[Any], source: str, weights: Weights, model_dtype: str) -> group.Packed:
+def check(values: npt.NDArray[Any], source: str, weights: Weights, model_dtype: str) -> Packed:
     raw = floats.cast(values, "float32", source)
     packed = group.encode(raw, source, weights, model_dtype)
     codes, scales = reference(floats.widen(raw, source), weights, NUMPY[model_dtype])
@@ -165,6 +166,13 @@ def test_the_tail_of_a_partial_group_is_zero_bits() -> None:
     assert packed.words[0].tolist() == [0xEEEEEEEE] * 4 + [0x000EEEEE, 0, 0, 0]
 
 
+def test_a_row_longer_than_a_block() -> None:
+    values = np.random.default_rng(0).standard_normal((2, 600_000)).astype(np.float16)
+    whole = group.encode(values, "float16", Q4, "float16")
+    part = group.encode(np.ascontiguousarray(values[:, -64:]), "float16", Q4, "float16")
+    assert np.array_equal(whole.words[:, -8:], part.words) and np.array_equal(whole.scales[:, -2:], part.scales)
+
+
 def test_rows_at_odd_addresses_and_in_many_blocks() -> None:
     rng = np.random.default_rng(11)
     values = rng.standard_normal((3000, 96)).astype(np.float32)  # more than one block
@@ -181,7 +189,7 @@ def test_rows_at_odd_addresses_and_in_many_blocks() -> None:
 def test_nan_and_inf_are_found(source: str, model_dtype: str, bad: float) -> None:
     values = np.ones((5000, 70), np.float32)
     values[4321, 69] = bad
-    with pytest.raises(group.BadValue) as error:
+    with pytest.raises(BadValue) as error:
         group.encode(floats.cast(values, "float32", source), source, Q4, model_dtype)
     assert error.value.index == 4321 * 70 + 69
 
@@ -192,7 +200,7 @@ def test_a_value_too_large_for_float16_is_found(source: str) -> None:
     raw = floats.cast(values, "float32", source)
     assert group.encode(raw, source, Q4, "float16").scales[0, 0] == np.float16(65280) / np.float16(7)
     values[2, 3] = -65536
-    with pytest.raises(group.BadValue) as error:
+    with pytest.raises(BadValue) as error:
         group.encode(floats.cast(values, "float32", source), source, Q4, "float16")
     assert error.value.index == 2 * 32 + 3
 

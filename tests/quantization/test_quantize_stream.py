@@ -16,7 +16,8 @@ from mlcbuild.checkpoints.index import index
 from mlcbuild.checkpoints.table import read_table
 from mlcbuild.errors import CheckpointError, MlcBuildError
 from mlcbuild.models.parameters import Parameter
-from mlcbuild.quantization import floats, group, stream
+from mlcbuild.quantization import floats, group, search, sources, stream
+from mlcbuild.quantization.blocks import Packed
 from mlcbuild.quantization.dequantize import dequantized
 from mlcbuild.quantization.schemes import quantized_parameters
 from mlcbuild.quantization.tensor_cache_reader import read_index, read_tensors
@@ -82,7 +83,7 @@ def test_packed_weights(tmp_path: Path, dtype: str, quantization: Quantization) 
             assert np.array_equal(read[name], expected.astype(model_dtype))
             continue
         prefix = name.removesuffix("weight")
-        packed = group.Packed(read[f"{prefix}q_weight"], read[f"{prefix}q_scale"])
+        packed = Packed(read[f"{prefix}q_weight"], read[f"{prefix}q_scale"])
         decoded = group.decode(packed, 100, NK, model_dtype)
         assert np.abs(decoded - expected).max() <= 0.51 * packed.scales.astype(np.float32).max()
         whole = group.encode(expected, "float32", NK, model_dtype)
@@ -152,7 +153,7 @@ def test_bytes_do_not_depend_on_threads_or_pieces(tmp_path: Path, monkeypatch: p
         return {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
 
     run(tmp_path / "one", "bfloat16", Q4F16, threads=1)
-    monkeypatch.setattr(stream, "_PIECE", 700)
+    monkeypatch.setattr(sources, "PIECE", 700)
     run(tmp_path / "many", "bfloat16", Q4F16, threads=5)
     assert digest(tmp_path / "one") == digest(tmp_path / "many")
 
@@ -212,6 +213,117 @@ def test_another_structure_or_a_lost_file(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="truncated: it is shorter now than when its tensors were indexed"):
         stream.quantize(document, {"0123": path}, PARAMETERS, Q4F16, tmp_path)
+
+
+def test_bytes_do_not_depend_on_the_compiled_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numpy = run(tmp_path / "numpy", "float16", Q4F16)
+    monkeypatch.setattr(stream, "_WORTH_COMPILING", 0)
+    (tmp_path / "scratch").mkdir()
+    compiled = run(tmp_path / "compiled", "float16", Q4F16, scratch=tmp_path / "scratch")
+    assert list((tmp_path / "scratch").glob("*.so"))
+    assert all(np.array_equal(numpy[name], compiled[name]) for name in numpy)
+
+
+IMPORTANCE = {
+    name: np.exp(np.random.default_rng(seed).standard_normal(100)).astype(np.float32)
+    for seed, name in enumerate(("qkv_proj.weight", "lm_head.weight"))
+}
+
+
+@pytest.mark.parametrize("rounding", ["mse", "calibrated"])
+def test_searched_scales(tmp_path: Path, rounding: Any) -> None:
+    """By parameter: with its importance where it has one, without where it has none, as search.encode does it."""
+    made = run(tmp_path, "float32", replace(Q4F16, rounding=rounding), importance=IMPORTANCE)
+    for name, values in joined("float32").items():
+        if values.ndim == 1:
+            assert np.array_equal(made[name], values.astype(np.float16))
+            continue
+        weighted = IMPORTANCE.get(name) if rounding == "calibrated" else None
+        wanted = search.encode(values, "float32", NK, "float16", weighted)
+        prefix = name.removesuffix("weight")
+        assert np.array_equal(made[f"{prefix}q_weight"], wanted.words), name
+        assert np.array_equal(made[f"{prefix}q_scale"], wanted.scales), name
+
+
+@pytest.mark.parametrize(
+    ("importance", "text"),
+    [
+        (None, "rounding: calibrated needs the importance of each layer's inputs, and none was measured"),
+        ({"x.weight": np.ones(100)}, "importance of x.weight: the model has no such parameter; measure it again"),
+        (
+            {"qkv_proj.weight": np.ones(99)},
+            "importance of qkv_proj.weight: shape [99], but the parameter is [48, 100]",
+        ),
+        (
+            {"qkv_proj.weight": np.full(100, np.nan)},
+            "importance of qkv_proj.weight: expected finite numbers, none below 0; measure it again",
+        ),
+        (
+            {"qkv_proj.weight": np.full(100, -1.0)},
+            "importance of qkv_proj.weight: expected finite numbers, none below 0; measure it again",
+        ),
+    ],
+)
+def test_importance_that_does_not_fit(tmp_path: Path, importance: Any, text: str) -> None:
+    with pytest.raises(MlcBuildError) as error:
+        run(tmp_path, "float32", replace(Q4F16, rounding="calibrated"), importance=importance)
+    assert str(error.value) == text
+
+
+def test_overrides_reach_the_folder(tmp_path: Path) -> None:
+    notes: list[str] = []
+    overrides = (("lm_head", replace(NK, bits=8)), ("embedding", None), ("o_proj", None))
+    made = run(tmp_path, "float32", replace(Q4F16, overrides=overrides), note=notes.append)
+    assert made["embed.weight"].dtype == np.float16
+    assert made["qkv_proj.q_weight"].shape == (48, 16)
+    wanted = group.encode(joined("float32")["lm_head.weight"], "float32", replace(NK, bits=8), "float16")
+    assert np.array_equal(made["lm_head.q_weight"], wanted.words)
+    assert notes == ["override 'o_proj' matches no parameter of this model"]
+
+
+OUTER = Weights(8, 0, "uint8", "KN", False, scheme="minmax_outer")
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_bad_values_of_formats_with_ranges_name_the_tensor(tmp_path: Path, value: float) -> None:
+    values = tensors("float16")
+    values["k.weight"][5, 6] = value
+    with pytest.raises(CheckpointError) as error:
+        run(tmp_path, "float16", replace(Q4F16, weights=OUTER, embedding="kept"), values=values)
+    what = "NaN" if np.isnan(value) else "-Inf"
+    assert str(error.value) == (
+        f"model.safetensors: tensor k.weight (parameter qkv_proj.weight): {what} at [5, 6]; the checkpoint is damaged"
+    )
+
+
+def test_values_that_are_too_far_apart(tmp_path: Path) -> None:
+    values = tensors("float32")
+    values["k.weight"][5, :64] = 3e38
+    values["k.weight"][5, 6] = -3.1e38
+    weights = Weights(4, 20, "uint32", "NK", False, packed_scale_min="bf16x2")
+    weights = replace(weights, bits=8)
+    with pytest.raises(CheckpointError) as error:
+        run(tmp_path, "float32", replace(Q4F32, weights=weights), values=values)
+    assert str(error.value) == (
+        "model.safetensors: tensor k.weight (parameter qkv_proj.weight): -3.1e+38 at [5, 6] is too large for bfloat16; "
+        "use a quantization whose model_dtype is float32, with symmetric weights"
+    )
+    values = tensors("float32")
+    values["lm_head.weight"][3], values["lm_head.weight"][4] = -65000, 65000
+    with pytest.raises(CheckpointError) as error:
+        run(tmp_path, "float32", replace(Q4F16, weights=OUTER, embedding="kept"), values=values)
+    assert str(error.value) == (
+        "model.safetensors: parameter lm_head.weight: its values are too far apart for ranges in float16; choose "
+        "another quantization"
+    )
+
+
+def test_ranges_do_not_depend_on_threads_or_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantization = replace(Q4F16, weights=OUTER, embedding="kept")
+    one = run(tmp_path / "one", "bfloat16", quantization, threads=1)
+    monkeypatch.setattr(sources, "PIECE", 700)
+    many = run(tmp_path / "many", "bfloat16", quantization, threads=5)
+    assert all(np.array_equal(one[name], many[name]) for name in one)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")

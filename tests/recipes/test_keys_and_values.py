@@ -132,10 +132,13 @@ def test_model(workspace: Workspace, text: str, problem: str) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        (QUANTIZATION.replace("q4", "q5"), "1:8: `class` is `q5`, expected `q0` or `q4`; did you mean `q0`?"),
+        (
+            QUANTIZATION.replace("q4", "q5"),
+            "1:8: `class` is `q5`, expected `q0`, `q3`, `q4` or `q8`; did you mean `q0`?",
+        ),
         (
             QUANTIZATION.replace("q4", "q0"),
-            "1:1: expected no `weights`, `embedding`, `lm_head` or `rounding` where `class` is q0: "
+            "1:1: expected no `weights`, `embedding`, `lm_head`, `overrides` or `rounding` where `class` is q0: "
             "it quantizes nothing",
         ),
         (
@@ -143,12 +146,64 @@ def test_model(workspace: Workspace, text: str, problem: str) -> None:
             "1:1: `weights` is missing: how weight matrices [N out, K in] are quantized: "
             "in groups along K that share a scale",
         ),
-        (QUANTIZATION.replace("bits: 4", "bits: 5"), "3:17: `weights.bits` is `5`, expected `4`"),
+        (QUANTIZATION.replace("bits: 4", "bits: 9"), "3:17: `weights.bits` is `9`, expected at most 8"),
+        (QUANTIZATION.replace("bits: 4", "bits: 3"), "3:32: `weights.group_size` is `32`, expected a multiple of 10"),
         (QUANTIZATION.replace("bits: 4", "bits: '4'"), '3:17: `weights.bits` is `"4"`, expected a whole number'),
         (QUANTIZATION.replace("size: 32", "size: 20"), "3:32: `weights.group_size` is `20`, expected a multiple of 8"),
         (
             QUANTIZATION.replace("true", "false"),
-            "3:82: `weights.symmetric` is `false`, expected true: asymmetric groups are not implemented",
+            "3:10: `weights.packed_scale_min` is missing: asymmetric groups need it, as bf16x2",
+        ),
+        (
+            QUANTIZATION.replace("true", "false, packed_scale_min: bf16x2"),
+            "2:14: `model_dtype` is `float16`, expected `float32` with packed_scale_min",
+        ),
+        (
+            QUANTIZATION.replace("true", "true, packed_scale_min: bf16x2"),
+            "3:10: `weights`: expected no `packed_scale_min` where `symmetric` is true: there is no minimum",
+        ),
+        (
+            QUANTIZATION.replace("{bits", "{scheme: awq, bits").replace("true", "false"),
+            "3:80: `weights.layout` is `NK`, expected `KN` with scheme awq",
+        ),
+        (
+            "class: q8\nmodel_dtype: float16\n"
+            "weights: {scheme: minmax_outer, bits: 8, group_size: 32, storage_dtype: uint8, layout: KN, "
+            "symmetric: false}\n",
+            "3:10: `weights`: expected no `group_size` with scheme minmax_outer: it has no groups",
+        ),
+        (
+            QUANTIZATION.replace("group_size: 32, ", ""),
+            "3:10: `weights.group_size` is missing: values along K that share a scale: a whole number of storage words",
+        ),
+        (
+            "format: q4f16_1\n",
+            "1:1: `rounding` is missing: nearest: the scale comes from the group's largest value, bit for bit as MLC "
+            "writes it",
+        ),
+        (
+            "format: q4f16_1\nrounding: mse\nclass: q4\n",
+            "1:1: expected nothing but `rounding` and `description` beside `format`: the rest is that format's",
+        ),
+        (
+            "format: q4f16_2x\nrounding: mse\n",
+            "1:9: `format` is `q4f16_2x`, expected a name of recipes/quantizations/; did you mean `q4f16_2`?",
+        ),
+        (
+            "format: q4f16_1-mse\nrounding: mse\n",
+            "1:9: `format` is `q4f16_1-mse`, which is no format of its own; name the one whose bytes it has",
+        ),
+        (
+            QUANTIZATION + "overrides: {lm_head: q8f32_1}\n",
+            "4:22: `overrides.lm_head` is `q8f32_1`, whose model_dtype is float32; expected one with float16, as here",
+        ),
+        (
+            QUANTIZATION + "overrides: {lm_head: q4f16_1-mse}\n",
+            "4:22: `overrides.lm_head` is `q4f16_1-mse`, which only rounds otherwise; name the format of its bytes",
+        ),
+        (
+            QUANTIZATION + "overrides: {lm_head: q8f16_}\n",
+            "4:22: `overrides.lm_head` is `q8f16_`, expected a name of recipes/quantizations/; did you mean `q8f16_0`?",
         ),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 from mlcbuild.errors import MlcBuildError, RecipeError
 from mlcbuild.recipes.load import load, read
 from mlcbuild.recipes.stock import stock
+from mlcbuild.recipes.types import AUTO_TEMPLATE
 from mlcbuild.recipes.workspace import find_root
 from tests.recipes.conftest import RECIPE, Workspace
 
@@ -40,6 +41,22 @@ from tests.recipes.conftest import RECIPE, Workspace
 )
 def test_an_unknown_name_in_a_recipe(workspace: Workspace, text: str, problem: str) -> None:
     assert workspace.problem("bad.yaml", text) == problem
+
+
+def test_the_template_auto_is_no_file(workspace: Workspace) -> None:
+    """It is worked out from the checkpoint's own chat template when a package is made."""
+    workspace.write("models/own.yaml", "source: {path: .}\ntemplate: auto\n")
+    workspace.write("own.yaml", RECIPE.replace("tiny", "own"))
+    workspace.write("other.yaml", RECIPE + "template: auto\n")
+    catalog = load(workspace.root)
+    assert catalog.recipes["own"].template == catalog.recipes["other"].template == AUTO_TEMPLATE
+    assert "auto" not in catalog.templates
+
+
+def test_a_file_cannot_be_called_auto(workspace: Workspace) -> None:
+    assert workspace.problem("templates/auto.yaml", "roles: {user: U, assistant: A}\nseps: [x]\n") == (
+        "1:1: rename the file: `template: auto` means the one that a checkpoint brings"
+    )
 
 
 @pytest.mark.parametrize(

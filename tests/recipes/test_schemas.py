@@ -100,7 +100,7 @@ def test_template_fields_are_those_of_the_conversation() -> None:
         ("recipe", "", Recipe),
         ("recipe", "$defs.verify", Verify),
         ("model", "", Model),
-        ("model", "source", Source),
+        ("model", "$defs.checkpoint", Source),
         ("quantization", "", Quantization),
         ("quantization", "weights", Weights),
         ("target", "", Target),

@@ -11,6 +11,7 @@ import pytest
 
 from mlcbuild.chat.config import chat_config
 from mlcbuild.chat.conversation import from_data
+from mlcbuild.chat.tokenizer_info import json_tokenizer
 from mlcbuild.runtime import Model, load
 from tests.runtime import tiny_llama
 
@@ -78,7 +79,7 @@ def tiny_package(tmp_path_factory: pytest.TempPathFactory, tiny_library: Path, r
         "q0f32",
         {"vocab_size": tokenizer.get_vocab_size(), "context_window_size": 96, "prefill_chunk_size": 24},
         from_data("chatml", CHATML),
-        json.loads(tokenizer.to_str()),
+        json_tokenizer(json.loads(tokenizer.to_str())),
         ["tokenizer.json"],
         [{"eos_token_id": 0, "bos_token_id": 0}],
     )

@@ -16,7 +16,14 @@ from mlcbuild.steps.job import Job, local_job
 from tests.runtime import tiny_llama
 from tests.runtime.conftest import TEXT
 
-FIELDS = {"class": "q4", "model_dtype": "float32", "kl": None, "perplexity_increase": None, "gate": "fail"}
+FIELDS = {
+    "method": "whole",
+    "class": "q4",
+    "model_dtype": "float32",
+    "kl": None,
+    "perplexity_increase": None,
+    "gate": "fail",
+}
 
 
 class Case:
@@ -77,6 +84,7 @@ def test_a_package_equal_to_its_checkpoint(case: Case) -> None:
     assert quality == {
         "status": "passed",
         "gate": "fail",
+        "method": "whole",
         "kl": 0.0,
         "top1_agreement": 1.0,
         "perplexity": quality["reference_perplexity"],
@@ -87,6 +95,7 @@ def test_a_package_equal_to_its_checkpoint(case: Case) -> None:
         "problems": [],
         "library_executed": True,
         "static_checks": [],
+        "template": {"checked": False, "reason": "the checkpoint has no chat_template"},
     }
     assert quality["tokens"] > 50 and quality["perplexity"] > 100
 

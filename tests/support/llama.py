@@ -13,17 +13,16 @@ import yaml
 from mlcbuild.models.architecture import resolve
 from mlcbuild.models.parameters import parameters
 from mlcbuild.models.structure import Structure
-from mlcbuild.recipes.types import Architecture, Linker, Quantization, Target, Weights
+from mlcbuild.recipes.convert import quantization
+from mlcbuild.recipes.types import Architecture, Linker, Quantization, Target
 
 Array = npt.NDArray[Any]
 
 _ROOT = Path(__file__).parents[2]
-_GROUPS = Weights(bits=4, group_size=32, storage_dtype="uint32", layout="NK", symmetric=True)
-QUANTIZATIONS = {
-    "q0f32": Quantization("q0f32", "q0", "float32"),
-    "q0f16": Quantization("q0f16", "q0", "float16"),
-    "q4f32_1": Quantization("q4f32_1", "q4", "float32", _GROUPS, "quantized", "quantized"),
-    "q4f16_1": Quantization("q4f16_1", "q4", "float16", _GROUPS, "quantized", "quantized"),
+QUANTIZATIONS = {  # all that differ in bytes; `-mse` and `-calibrated` are other roundings of the same formats
+    path.stem: quantization(path.stem, yaml.safe_load(path.read_text()), {})
+    for path in sorted((_ROOT / "recipes" / "quantizations").glob("*.yaml"))
+    if "-" not in path.stem
 }
 _LINKER = Linker("zig", "native", ("-shared", "-nostdlib", "-Wl,-z,undefs", "-s"), ("libm.so.6", "libc.so.6"))
 CPU = Target("cpu", {"kind": "llvm", "mcpu": "native"}, "so", _LINKER, "native")
@@ -119,30 +118,14 @@ def pack(weight: Array, dtype: str) -> tuple[Array, Array, Array]:
     return words, scale, values
 
 
-def build_library(structure: Structure, quantization: str, folder: Path, target: Target = CPU) -> Path:
+def build_library(structure: Structure, quantization: str | Quantization, folder: Path, target: Target = CPU) -> Path:
     """Lower, generate code and link, in this process; the library's file."""
     from mlcbuild.compiler import library, lower, targets
 
     folder.mkdir(parents=True, exist_ok=True)
     output = folder / "model.so"
     device = targets.resolve(target)
-    module = lower.lower(replace(structure, vocab_size=1), QUANTIZATIONS[quantization], quantization, device)
+    given = QUANTIZATIONS[quantization] if isinstance(quantization, str) else quantization
+    module = lower.lower(replace(structure, vocab_size=1), given, given.name, device)
     library.build(module, device, target.linker, output, folder)
     return output
-
-
-def library_parameters(names: list[str], values: dict[str, Array], dtype: str) -> tuple[list[Array], dict[str, Array]]:
-    """Arrays for the library's parameters `names`, and the float32 weights that they stand for."""
-    arrays: list[Array] = []
-    meant: dict[str, Array] = {}
-    for name in names:
-        source = name.replace("q_weight", "weight").replace("q_scale", "weight")
-        if name.endswith("q_weight"):
-            words, _, meant[source] = pack(values[source], dtype)
-            arrays.append(words)
-        elif name.endswith("q_scale"):
-            arrays.append(pack(values[source], dtype)[1])
-        else:
-            arrays.append(values[source].astype(dtype))
-            meant[source] = values[source].astype(dtype).astype(np.float32)
-    return arrays, meant

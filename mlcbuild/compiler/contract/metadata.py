@@ -38,7 +38,7 @@ def describe(structure: Structure, quantization: str, declared: Sequence[Declare
         "params": [
             {
                 "name": p.name,
-                "shape": ["vocab_size", *p.shape[1:]] if p.open_vocabulary else list(p.shape),
+                "shape": p.shape_for("vocab_size"),
                 "dtype": p.dtype,
                 "preprocs": [],
                 "pipeline_stages": [0],

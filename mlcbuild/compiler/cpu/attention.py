@@ -12,12 +12,15 @@ from typing import Any
 from tvm.script import tirx as T
 
 PAGE_SIZE = 16
+QUERIES = 48  # query rows times the heads that share a key, in one task; likewise in attention.c
+_PAGED, _MERGE = "mlcbuild_attention_paged", "mlcbuild_attention_merge"
+_SERIAL_MERGES = 64  # of one head each
 
 
 @functools.cache
 def ragged(heads: int, kv_heads: int, dim: int, dtype: str) -> Any:
     """Attention of new tokens among themselves."""
-    kernel = f"mlcbuild_attention_ragged_{dtype}"
+    block = max(1, QUERIES * kv_heads // heads)
 
     @T.prim_func(s_tir=True, private=True)
     def attention_prefill_ragged(
@@ -48,11 +51,12 @@ def ragged(heads: int, kv_heads: int, dim: int, dtype: str) -> Any:
                 kv_indptr[0 : b + 1], q_rope_position[0:n], k_rope_pos_offset[0:b],
             )  # fmt: skip
             T.writes(output[0:n, 0:heads, 0:dim], lse[0:n, 0:heads])
-            for task in T.parallel(n * heads):
+            for task in T.parallel((n + block - 1) // block * kv_heads):
                 T.evaluate(
                     T.call_extern(
-                        "void", kernel, q.data, T.address_of(q_indptr[0]), k.data, v.data, T.address_of(kv_indptr[0]),
-                        output.data, lse.data, T.int64(heads), T.int64(kv_heads), T.int64(dim), task, causal, sm_scale,
+                        "void", "mlcbuild_attention_ragged", q.data, T.address_of(q_indptr[0]), k.data, v.data,
+                        T.address_of(kv_indptr[0]), output.data, lse.data, n, T.int64(heads), T.int64(kv_heads),
+                        T.int64(dim), T.int64(block), task, causal, sm_scale,
                     )
                 )  # fmt: skip
 
@@ -62,7 +66,7 @@ def ragged(heads: int, kv_heads: int, dim: int, dtype: str) -> Any:
 @functools.cache
 def prefill(heads: int, kv_heads: int, dim: int, dtype: str, sliding_window_size: int) -> Any:
     """Attention of new tokens over cached pages; `sliding_window_size` 0 is the function for full attention."""
-    kernel = f"mlcbuild_attention_paged_{dtype}"
+    block = max(1, QUERIES * kv_heads // heads)
     sliding = sliding_window_size > 0
     rows = 3 if sliding else 1
 
@@ -100,23 +104,24 @@ def prefill(heads: int, kv_heads: int, dim: int, dtype: str, sliding_window_size
                 page_indptr[0 : b + 1], page_values[0:held], k_rope_pos_offset[0:b], q_rope_position[0:n],
             )  # fmt: skip
             T.writes(output[0:n, 0:heads, 0:dim], lse[0:n, 0:heads])
-            for task in T.parallel(n * heads):
+            for task in T.parallel((n + block - 1) // block * kv_heads):
                 if sliding:
                     T.evaluate(
                         T.call_extern(
-                            "void", kernel, q.data, T.address_of(q_indptr[0]), pages.data, T.address_of(page_indptr[0]),
+                            "void", _PAGED, q.data, T.address_of(q_indptr[0]), pages.data, T.address_of(page_indptr[0]),
                             T.address_of(page_values[0]), T.address_of(info[0, 0]), T.address_of(info[1, 0]),
-                            T.address_of(info[2, 0]), output.data, lse.data, T.int64(heads), T.int64(kv_heads),
-                            T.int64(dim), T.int64(PAGE_SIZE), task, causal, T.int64(sliding_window_size), sm_scale,
+                            T.address_of(info[2, 0]), output.data, lse.data, n, T.int64(heads), T.int64(kv_heads),
+                            T.int64(dim), T.int64(PAGE_SIZE), T.int64(block), task, causal,
+                            T.int64(sliding_window_size), sm_scale,
                         )
                     )  # fmt: skip
                 else:
                     T.evaluate(
                         T.call_extern(
-                            "void", kernel, q.data, T.address_of(q_indptr[0]), pages.data, T.address_of(page_indptr[0]),
+                            "void", _PAGED, q.data, T.address_of(q_indptr[0]), pages.data, T.address_of(page_indptr[0]),
                             T.address_of(page_values[0]), T.address_of(info[0]), T.int64(0), T.int64(0), output.data,
-                            lse.data, T.int64(heads), T.int64(kv_heads), T.int64(dim), T.int64(PAGE_SIZE), task,
-                            causal, T.int64(0), sm_scale,
+                            lse.data, n, T.int64(heads), T.int64(kv_heads), T.int64(dim), T.int64(PAGE_SIZE),
+                            T.int64(block), task, causal, T.int64(0), sm_scale,
                         )
                     )  # fmt: skip
 
@@ -126,7 +131,6 @@ def prefill(heads: int, kv_heads: int, dim: int, dtype: str, sliding_window_size
 @functools.cache
 def decode(heads: int, kv_heads: int, dim: int, dtype: str, sliding: bool) -> Any:
     """Attention of one new token per sequence over cached pages."""
-    kernel = f"mlcbuild_attention_paged_{dtype}"
 
     @T.prim_func(s_tir=True, private=True)
     def attention_decode(
@@ -159,22 +163,23 @@ def decode(heads: int, kv_heads: int, dim: int, dtype: str, sliding: bool) -> An
                 page_indptr[0 : b + 1], page_values[0:held], k_rope_pos_offset[0:b], q_rope_position[0:b],
             )  # fmt: skip
             T.writes(output[0:b, 0:heads, 0:dim], lse[0:b, 0:heads])
-            for task in T.parallel(b * heads):
+            for task in T.parallel(b * kv_heads):
                 if sliding:
                     T.evaluate(
                         T.call_extern(
-                            "void", kernel, q.data, T.int64(0), pages.data, T.address_of(page_indptr[0]),
+                            "void", _PAGED, q.data, T.int64(0), pages.data, T.address_of(page_indptr[0]),
                             T.address_of(page_values[0]), T.address_of(info[0, 0]), T.address_of(info[1, 0]),
-                            T.address_of(info[2, 0]), output.data, lse.data, T.int64(heads), T.int64(kv_heads),
-                            T.int64(dim), T.int64(PAGE_SIZE), task, T.int32(0), T.int64(0), sm_scale,
+                            T.address_of(info[2, 0]), output.data, lse.data, b, T.int64(heads), T.int64(kv_heads),
+                            T.int64(dim), T.int64(PAGE_SIZE), T.int64(1), task, T.int32(0), T.int64(0), sm_scale,
                         )
                     )  # fmt: skip
                 else:
                     T.evaluate(
                         T.call_extern(
-                            "void", kernel, q.data, T.int64(0), pages.data, T.address_of(page_indptr[0]),
+                            "void", _PAGED, q.data, T.int64(0), pages.data, T.address_of(page_indptr[0]),
                             T.address_of(page_values[0]), T.address_of(info[0]), T.int64(0), T.int64(0), output.data,
-                            lse.data, T.int64(heads), T.int64(kv_heads), T.int64(dim), T.int64(PAGE_SIZE), task,
+                            lse.data, b, T.int64(heads), T.int64(kv_heads), T.int64(dim), T.int64(PAGE_SIZE),
+                            T.int64(1), task,
                             T.int32(0), T.int64(0), sm_scale,
                         )
                     )  # fmt: skip
@@ -185,7 +190,6 @@ def decode(heads: int, kv_heads: int, dim: int, dtype: str, sliding: bool) -> An
 @functools.cache
 def merge(dtype: str) -> Any:
     """Two attentions over different keys into one, in place: v [n, heads, dim], s [n, heads]."""
-    kernel = f"mlcbuild_attention_merge_{dtype}"
 
     @T.prim_func(s_tir=True, private=True)
     def attention_merge(var_v: T.handle, var_s: T.handle, var_v_other: T.handle, var_s_other: T.handle):
@@ -200,7 +204,11 @@ def merge(dtype: str) -> Any:
         with T.sblock("merge"):
             T.reads(v[0:n, 0:heads, 0:dim], s[0:n, 0:heads], v_other[0:n, 0:heads, 0:dim], s_other[0:n, 0:heads])
             T.writes(v[0:n, 0:heads, 0:dim], s[0:n, 0:heads])
-            for task in T.parallel(n * heads):
-                T.evaluate(T.call_extern("void", kernel, v.data, s.data, v_other.data, s_other.data, dim, task))
+            if n * heads <= _SERIAL_MERGES:
+                for task in T.serial(n * heads):
+                    T.evaluate(T.call_extern("void", _MERGE, v.data, s.data, v_other.data, s_other.data, dim, task))
+            else:
+                for task in T.parallel(n * heads):
+                    T.evaluate(T.call_extern("void", _MERGE, v.data, s.data, v_other.data, s_other.data, dim, task))
 
     return attention_merge

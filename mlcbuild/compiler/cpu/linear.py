@@ -1,97 +1,66 @@
-"""Matrix products on the CPU: TIR functions that give blocks of weight rows to the kernels of kernels/linear.c."""
+"""Matrix products and embedding lookups on the CPU: TIR functions around kernels/linear.c."""
 
 from __future__ import annotations
 
 import functools
 from typing import Any
 
-from tvm.script import tirx as T
+from tvm import tirx
 
-ROWS = 16  # weight rows of one task; ROWS in linear.c
-_MAX_LANES = 16
-_SERIAL_ROWS = 8  # fewer rows of activations than this are packed by the calling thread
+from mlcbuild.compiler.cpu import calls
+from mlcbuild.compiler.cpu.formats import Format
 
+TASK_ROWS = 32  # weight rows of one task; likewise in linear.c
+PACK_TOKENS = 24  # activation rows that one task packs; likewise in linear.c
+_PARTS = 5  # tensors that a kernel takes for one matrix, at most
 
-@functools.cache
-def dense(in_features: int, x_dtype: str, dtype: str, out_dtype: str) -> Any:
-    """x [n, K] x_dtype, w [N, K] dtype -> x · wᵀ [n, N] out_dtype, as a PrimFunc with symbolic n and N."""
-    columns = in_features
-    padded = -(-columns // _MAX_LANES) * _MAX_LANES
-    pack, multiply = f"mlcbuild_pack_{x_dtype}", f"mlcbuild_linear_{dtype}_{out_dtype}"
-
-    @T.prim_func(s_tir=True, private=True)
-    def linear(var_x: T.handle, var_w: T.handle, var_y: T.handle):
-        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
-        n = T.int64()
-        out_features = T.int64()
-        x = T.match_buffer(var_x, (n, columns), x_dtype)
-        w = T.match_buffer(var_w, (out_features, columns), dtype)
-        y = T.match_buffer(var_y, (n, out_features), out_dtype)
-        with T.sblock("linear"):
-            T.reads(x[0:n, 0:columns], w[0:out_features, 0:columns])
-            T.writes(y[0:n, 0:out_features])
-            packed = T.sblock_alloc_buffer((n * padded,), "float32")
-            if n < _SERIAL_ROWS:
-                for i in T.serial(n):
-                    T.evaluate(T.call_extern("void", pack, x.data, packed.data, i, T.int64(columns), T.int64(padded)))
-            else:
-                for i in T.parallel(n):
-                    T.evaluate(T.call_extern("void", pack, x.data, packed.data, i, T.int64(columns), T.int64(padded)))
-            for block in T.parallel((out_features + ROWS - 1) // ROWS):
-                T.evaluate(
-                    T.call_extern(
-                        "void", multiply, packed.data, w.data, y.data, n, out_features, T.int64(columns),
-                        T.int64(padded), block * ROWS, T.min(T.int64(ROWS), out_features - block * ROWS),
-                    )
-                )  # fmt: skip
-
-    return linear
+Part = tuple[tuple[int | str, ...], str]  # shape, its symbolic dimensions by name, and dtype
 
 
 @functools.cache
-def group_quantized(in_features: int, bits: int, group_size: int, x_dtype: str, dtype: str, out_dtype: str) -> Any:
-    """x [n, K] x_dtype, w [N, words] uint32, scale [N, groups] dtype -> x · dequantize(w)ᵀ [n, N] out_dtype."""
-    columns = in_features
-    per_word = 32 // bits
-    groups = -(-columns // group_size)
-    words = groups * (group_size // per_word)
-    padded = -(-words // _MAX_LANES) * _MAX_LANES * per_word
-    pack, multiply = f"mlcbuild_pack_words_{x_dtype}", f"mlcbuild_linear_int{bits}_{dtype}_{out_dtype}"
+def linear(
+    form: Format, parts: tuple[Part, ...], rows: int | str, in_features: int, x_dtype: str, out_dtype: str
+) -> Any:
+    """x [n, in_features], the parts of w [rows, in_features] -> x · wᵀ [n, rows], as a PrimFunc with symbolic n."""
+    stride = -(-in_features // form.padded_to) * form.padded_to
+    pack, multiply = f"mlcbuild_{form.name}_pack", f"mlcbuild_{form.name}_multiply"
+    missing = [None] * (_PARTS - len(parts))
 
-    @T.prim_func(s_tir=True, private=True)
-    def linear(var_x: T.handle, var_w: T.handle, var_scale: T.handle, var_y: T.handle):
-        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
-        n = T.int64()
-        out_features = T.int64()
-        x = T.match_buffer(var_x, (n, columns), x_dtype)
-        w = T.match_buffer(var_w, (out_features, words), "uint32")
-        scale = T.match_buffer(var_scale, (out_features, groups), dtype)
-        y = T.match_buffer(var_y, (n, out_features), out_dtype)
-        with T.sblock("linear"):
-            T.reads(x[0:n, 0:columns], w[0:out_features, 0:words], scale[0:out_features, 0:groups])
-            T.writes(y[0:n, 0:out_features])
-            packed = T.sblock_alloc_buffer((n * padded,), "float32")
-            if n < _SERIAL_ROWS:
-                for i in T.serial(n):
-                    T.evaluate(
-                        T.call_extern(
-                            "void", pack, x.data, packed.data, i, T.int64(columns), T.int64(padded), T.int64(per_word)
-                        )
-                    )
-            else:
-                for i in T.parallel(n):
-                    T.evaluate(
-                        T.call_extern(
-                            "void", pack, x.data, packed.data, i, T.int64(columns), T.int64(padded), T.int64(per_word)
-                        )
-                    )
-            for block in T.parallel((out_features + ROWS - 1) // ROWS):
-                T.evaluate(
-                    T.call_extern(
-                        "void", multiply, packed.data, w.data, scale.data, y.data, n, out_features, T.int64(words),
-                        T.int64(groups), T.int64(padded), block * ROWS,
-                        T.min(T.int64(ROWS), out_features - block * ROWS),
-                    )
-                )  # fmt: skip
+    def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
+        (x, *weights), (y,) = inputs, outputs
+        n, out_features = symbols["n"], y.shape[1]
+        packed = calls.scratch(n * stride)
+        calls.for_each(
+            (n + PACK_TOKENS - 1) // PACK_TOKENS,
+            lambda task: calls.call(pack, x, _wide(x_dtype), packed, n, in_features, stride, task),
+        )
+        calls.for_each(
+            (out_features + TASK_ROWS - 1) // TASK_ROWS,
+            lambda task: calls.call(
+                *(multiply, packed, *weights, *missing, y, _wide(out_dtype)),
+                *(n, out_features, in_features, stride, task),
+            ),
+        )
 
-    return linear
+    return calls.function("linear", [(("n", in_features), x_dtype), *parts], [(("n", rows), out_dtype)], body)
+
+
+@functools.cache
+def embedding(form: Format, parts: tuple[Part, ...], hidden_size: int, dtype: str) -> Any:
+    """ids int32 [n], the parts of w [V, hidden_size] -> rows of w [n, hidden_size] of the model dtype."""
+    kernel = f"mlcbuild_{form.name}_embed"
+
+    def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
+        (ids, *weights), (y,) = inputs, outputs
+        second = weights[1] if len(weights) > 1 else None
+        calls.for_each(
+            symbols["n"],
+            lambda i: calls.call(kernel, ids, weights[0], second, y, hidden_size, i),
+            serial_up_to=4,
+        )
+
+    return calls.function("embedding", [(("n",), "int32"), *parts], [(("n", hidden_size), dtype)], body)
+
+
+def _wide(dtype: str) -> Any:
+    return tirx.const(int(dtype == "float32"), "int32")

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from tvm import relax, te, tirx
+from tvm import relax, tirx
 
 from mlcbuild.compiler.cpu import linear, rows
-from mlcbuild.models.operations import Expr, Operations, Weight
-from mlcbuild.recipes.types import Weights
+from mlcbuild.compiler.cpu.formats import format_of
+from mlcbuild.models.operations import Expr, Operations
+from mlcbuild.models.weights import Weight
 
 COMPUTE = "float32"  # every kernel computes in it, so rounding activations to float16 in between would only lose
 
 
-def operations(builder: relax.BlockBuilder, weights: Weights | None, dtype: str) -> Operations:
-    """Operations that emit into `builder`, on weights of the format `weights` whose model dtype is `dtype`."""
+def operations(builder: relax.BlockBuilder, dtype: str) -> Operations:
+    """Operations that emit into `builder`; `dtype` is the model dtype."""
 
     def call(function: Any, name: str, arguments: list[Expr], shape: list[Expr], out_dtype: str) -> Expr:
         kernel = builder.add_func(function, name)
@@ -22,26 +23,15 @@ def operations(builder: relax.BlockBuilder, weights: Weights | None, dtype: str)
 
     def multiply(x: Expr, weight: Weight, out_dtype: str) -> Expr:
         n, in_features = x.ty.shape
-        columns = int(in_features)
-        if "weight" in weight:
-            function = linear.dense(columns, str(x.ty.dtype), dtype, out_dtype)
-            arguments = [x, weight["weight"]]
-        else:
-            assert weights is not None
-            function = linear.group_quantized(
-                columns, weights.bits, weights.group_size, str(x.ty.dtype), dtype, out_dtype
-            )
-            arguments = [x, weight["q_weight"], weight["q_scale"]]
-        return call(function, "linear", arguments, [n, arguments[1].ty.shape[0]], out_dtype)
+        function = linear.linear(
+            *(format_of(weight.packing), _parts(weight), _size(weight.rows)),
+            *(int(in_features), str(x.ty.dtype), out_dtype),
+        )
+        return call(function, "linear", [x, *weight.parts.values()], [n, weight.rows], out_dtype)
 
     def embedding(ids: Expr, weight: Weight, hidden_size: int) -> Expr:
-        if "weight" in weight:
-            return builder.emit_te(_take, weight["weight"], ids, primfunc_name_hint="embedding")
-        assert weights is not None
-        return builder.emit_te(
-            _take_quantized, weight["q_weight"], weight["q_scale"], ids, hidden_size, weights.bits, weights.group_size,
-            primfunc_name_hint="embedding",
-        )  # fmt: skip
+        function = linear.embedding(format_of(weight.packing), _parts(weight), hidden_size, dtype)
+        return call(function, "embedding", [ids, *weight.parts.values()], [ids.ty.shape[0], hidden_size], dtype)
 
     def rms_norm(x: Expr, weight: Expr, eps: float) -> Expr:
         return call(rows.rms_norm(int(x.ty.shape[1]), eps, dtype), "rms_norm", [x, weight], list(x.ty.shape), COMPUTE)
@@ -56,20 +46,9 @@ def operations(builder: relax.BlockBuilder, weights: Weights | None, dtype: str)
     return Operations(COMPUTE, multiply, embedding, rms_norm, gated, softmax)
 
 
-def _take(weight: te.Tensor, ids: te.Tensor) -> te.Tensor:
-    return te.compute((ids.shape[0], weight.shape[1]), lambda i, k: weight[ids[i], k], name="embedding")
+def _parts(weight: Weight) -> tuple[linear.Part, ...]:
+    return tuple((tuple(_size(size) for size in part.ty.shape), str(part.ty.dtype)) for part in weight.parts.values())
 
 
-def _take_quantized(
-    words: te.Tensor, scale: te.Tensor, ids: te.Tensor, hidden_size: int, bits: int, group_size: int
-) -> te.Tensor:
-    """Rows of `words` [V, W] uint32 by `ids`, dequantized: (q - zero) * scale (docs/quantization.md)."""
-    per_word, mask, zero = 32 // bits, (1 << bits) - 1, (1 << (bits - 1)) - 1
-
-    def value(i: Any, k: Any) -> Any:
-        shift = tirx.Cast("uint32", (k % per_word) * bits)
-        q = tirx.bitwise_and(tirx.shift_right(words[ids[i], k // per_word], shift), tirx.const(mask, "uint32"))
-        centred = tirx.Cast("int32", q) - tirx.const(zero, "int32")
-        return tirx.Cast(scale.dtype, centred) * scale[ids[i], k // group_size]
-
-    return te.compute((ids.shape[0], hidden_size), value, name="embedding")
+def _size(size: Expr) -> int | str:
+    return "rows" if isinstance(size, tirx.Var) else int(size)

@@ -5,77 +5,48 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from tvm import tirx
 from tvm.script import tirx as T
+
+from mlcbuild.compiler.cpu import calls
+
+_SERIAL = 4  # rows that take less time than waking the other threads
 
 
 @functools.cache
 def rms_norm(width: int, eps: float, dtype: str) -> Any:
     """x [n, width] float32, w [width] dtype -> [n, width] float32."""
-    kernel = f"mlcbuild_rms_norm_{dtype}"
 
-    @T.prim_func(s_tir=True, private=True)
-    def norm(var_x: T.handle, var_w: T.handle, var_y: T.handle):
-        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
-        n = T.int64()
-        x = T.match_buffer(var_x, (n, width), "float32")
-        w = T.match_buffer(var_w, (width,), dtype)
-        y = T.match_buffer(var_y, (n, width), "float32")
-        with T.sblock("norm"):
-            T.reads(x[0:n, 0:width], w[0:width])
-            T.writes(y[0:n, 0:width])
-            if n == T.int64(1):
-                T.evaluate(
-                    T.call_extern("void", kernel, x.data, w.data, y.data, T.int64(0), T.int64(width), T.float32(eps))
-                )
-            else:
-                for i in T.parallel(n):
-                    T.evaluate(T.call_extern("void", kernel, x.data, w.data, y.data, i, T.int64(width), T.float32(eps)))
+    def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
+        epsilon = tirx.const(eps, "float32")
+        calls.for_each(
+            symbols["n"], lambda i: calls.call("mlcbuild_rms_norm", *inputs, *outputs, i, width, epsilon), _SERIAL
+        )
 
-    return norm
+    return calls.function("norm", [(("n", width), "float32"), ((width,), dtype)], [(("n", width), "float32")], body)
 
 
 @functools.cache
 def gated(activation: str, width: int) -> Any:
     """[gate | up] [n, 2 * width] -> activation(gate) * up [n, width], float32."""
-    kernel = f"mlcbuild_gated_{activation}"
 
-    @T.prim_func(s_tir=True, private=True)
-    def gate(var_x: T.handle, var_y: T.handle):
-        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
-        n = T.int64()
-        x = T.match_buffer(var_x, (n, 2 * width), "float32")
-        y = T.match_buffer(var_y, (n, width), "float32")
-        with T.sblock("gate"):
-            T.reads(x[0:n, 0 : 2 * width])
-            T.writes(y[0:n, 0:width])
-            if n == T.int64(1):
-                T.evaluate(T.call_extern("void", kernel, x.data, y.data, T.int64(0), T.int64(width)))
-            else:
-                for i in T.parallel(n):
-                    T.evaluate(T.call_extern("void", kernel, x.data, y.data, i, T.int64(width)))
+    def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
+        kernel = f"mlcbuild_gated_{activation}"
+        calls.for_each(symbols["n"], lambda i: calls.call(kernel, *inputs, *outputs, i, width), _SERIAL)
 
-    return gate
+    return calls.function("gate", [(("n", 2 * width), "float32")], [(("n", width), "float32")], body)
 
 
 @functools.cache
 def softmax() -> Any:
     """logits [b, V], temperature [b] -> probabilities [b, V], all float32."""
 
-    @T.prim_func(s_tir=True, private=True)
-    def softmax_with_temperature(var_x: T.handle, var_t: T.handle, var_y: T.handle):
-        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
-        b = T.int64()
-        width = T.int64()
-        x = T.match_buffer(var_x, (b, width), "float32")
-        t = T.match_buffer(var_t, (b,), "float32")
-        y = T.match_buffer(var_y, (b, width), "float32")
-        with T.sblock("softmax"):
-            T.reads(x[0:b, 0:width], t[0:b])
-            T.writes(y[0:b, 0:width])
-            for i in T.parallel(b):
-                T.evaluate(T.call_extern("void", "mlcbuild_softmax_float32", x.data, t.data, y.data, i, width))
+    def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
+        width = symbols["width"]
+        calls.for_each(symbols["b"], lambda i: calls.call("mlcbuild_softmax", *inputs, *outputs, i, width))
 
-    return softmax_with_temperature
+    rows = (("b", "width"), "float32")
+    return calls.function("softmax_with_temperature", [rows, (("b",), "float32")], [rows], body)
 
 
 @functools.cache
@@ -84,7 +55,6 @@ def rope(heads: int, kv_heads: int, dim: int, rotary_dim: int, dtype: str) -> An
 
     The KV cache calls it; `frequency` [rotary_dim / 2] float32 is the table that it was created with.
     """
-    kernel = f"mlcbuild_rope_{dtype}"
     fused = heads + 2 * kv_heads
 
     @T.prim_func(s_tir=True, private=True)
@@ -104,12 +74,21 @@ def rope(heads: int, kv_heads: int, dim: int, rotary_dim: int, dtype: str) -> An
         with T.sblock("rope"):
             T.reads(qkv[0:n, 0:fused, 0:dim], positions[0:n], frequency[0 : rotary_dim // 2])
             T.writes(q[0:n, 0:heads, 0:dim], k[0:n, 0:kv_heads, 0:dim], v[0:n, 0:kv_heads, 0:dim])
-            for i in T.parallel(n):
-                T.evaluate(
-                    T.call_extern(
-                        "void", kernel, qkv.data, T.address_of(positions[0]), q.data, k.data, v.data, frequency.data,
-                        i, T.int64(heads), T.int64(kv_heads), T.int64(dim), T.int64(rotary_dim),
-                    )
-                )  # fmt: skip
+            if n <= _SERIAL:
+                for i in T.serial(n):
+                    T.evaluate(
+                        T.call_extern(
+                            "void", "mlcbuild_rope", qkv.data, T.address_of(positions[0]), q.data, k.data, v.data,
+                            frequency.data, i, T.int64(heads), T.int64(kv_heads), T.int64(dim), T.int64(rotary_dim),
+                        )
+                    )  # fmt: skip
+            else:
+                for i in T.parallel(n):
+                    T.evaluate(
+                        T.call_extern(
+                            "void", "mlcbuild_rope", qkv.data, T.address_of(positions[0]), q.data, k.data, v.data,
+                            frequency.data, i, T.int64(heads), T.int64(kv_heads), T.int64(dim), T.int64(rotary_dim),
+                        )
+                    )  # fmt: skip
 
     return split_rotary

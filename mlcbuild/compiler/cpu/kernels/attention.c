@@ -1,137 +1,275 @@
-// Attention of one query row and head over keys and values in pages, or in rows of the same call.
+// Attention of a block of query rows over keys and values in pages, or in rows of the same call.
 //
-// The softmax is computed online (Milakov and Gimelshein, arXiv 1805.02867), in powers of two: the state is the largest
-// score m, the sum d of 2^(score - m), and the weighted sum of values. `lse` is m + log2(d), which is what the KV
-// cache's merge step expects; a row that sees no key gives zeros and the lowest score.
+// One task is the rows of a block and one head of keys: all query heads that share it, so that a key is brought to
+// float32 once for all of them. Scores of ROWS positions and their sums of values are products of panels (panels.h).
+// The softmax is computed online (Milakov and Gimelshein, arXiv 1805.02867), in powers of two: the state of a query is
+// its largest score m, the sum d of 2^(score - m), and the weighted sum of values. `lse` is m + log2(d), which is what
+// the KV cache's merge step expects; a row that sees no key gives zeros and the lowest score.
 
-#include "common.h"
+#include "panels.h"
 
 f32 log2f(f32);
 
 #define MAX_HEAD_DIM 512
+#define QUERIES 48  // of one task: QUERIES in attention.py
 #define LOWEST (-5e4f)
-#define CHUNK 16  // positions scored together: a page
 
-#define DEFINE_ATTENTION(T, LOAD, SUFFIX)                                                             \
-    typedef struct {                                                                                  \
-        f32 query[MAX_HEAD_DIM], value[MAX_HEAD_DIM], largest, total;                                 \
-        i64 dim;                                                                                      \
-    } state_##SUFFIX;                                                                                 \
-                                                                                                      \
-    INLINE void begin_##SUFFIX(state_##SUFFIX *s, const T *query, i64 dim, f32 scale) {               \
-        for (i64 d = 0; d < dim; d++) s->query[d] = (f32)query[d] * (scale * LOG2E);                  \
-        for (i64 d = 0; d < dim; d++) s->value[d] = 0.0f;                                             \
-        s->largest = LOWEST;                                                                          \
-        s->total = 0.0f;                                                                              \
-        s->dim = dim;                                                                                 \
-    }                                                                                                 \
-                                                                                                      \
-    /* `count` <= CHUNK positions, `stride` elements apart. */                                        \
-    INLINE void add_##SUFFIX(state_##SUFFIX *s, const T *keys, const T *values, i64 stride, i64 count) { \
-        f32 score[CHUNK];                                                                             \
-        f32 largest = s->largest;                                                                     \
-        i64 dim = s->dim;                                                                             \
-        for (i64 i = 0; i < CHUNK; i++) score[i] = 2 * LOWEST;                                        \
-        for (i64 i = 0; i < count; i++) {                                                             \
-            const T *key = keys + i * stride;                                                         \
-            f32v part = splat(0.0f);                                                                  \
-            i64 d = 0;                                                                                \
-            for (; d + LANES <= dim; d += LANES) part += load_f32(s->query + d) * LOAD(key + d);      \
-            f32 total = sum(part);                                                                    \
-            for (; d < dim; d++) total += s->query[d] * (f32)key[d];                                  \
-            score[i] = total;                                                                         \
-            largest = max_f32(largest, total);                                                        \
-        }                                                                                             \
-        f32 keep = exp2_v(splat(s->largest - largest))[0];                                            \
-        s->largest = largest;                                                                         \
-        s->total *= keep;                                                                             \
-        for (i64 i = 0; i < CHUNK; i += LANES)                                                        \
-            store_f32(score + i, exp2_v(load_f32(score + i) - splat(largest)));                       \
-        for (i64 i = 0; i < count; i++) s->total += score[i];                                         \
-        i64 d = 0;                                                                                    \
-        for (; d + LANES <= dim; d += LANES) {                                                        \
-            f32v sum_v = load_f32(s->value + d) * splat(keep);                                        \
-            for (i64 i = 0; i < count; i++) sum_v += splat(score[i]) * LOAD(values + i * stride + d); \
-            store_f32(s->value + d, sum_v);                                                           \
-        }                                                                                             \
-        for (; d < dim; d++) {                                                                        \
-            f32 one = s->value[d] * keep;                                                             \
-            for (i64 i = 0; i < count; i++) one += score[i] * (f32)values[i * stride + d];            \
-            s->value[d] = one;                                                                        \
-        }                                                                                             \
-    }                                                                                                 \
-                                                                                                      \
-    INLINE void end_##SUFFIX(const state_##SUFFIX *s, T *out, f32 *lse) {                             \
-        f32 inverse = s->total > 0.0f ? 1.0f / s->total : 0.0f;                                       \
-        for (i64 d = 0; d < s->dim; d++) out[d] = (T)(s->value[d] * inverse);                         \
-        *lse = s->total > 0.0f ? s->largest + log2f(s->total) : LOWEST;                               \
-    }                                                                                                 \
-                                                                                                      \
-    /* Query `row` of [rows, heads, dim], which belongs to the sequence whose range in q_indptr holds it; keys and */ \
-    /* values [rows, kv_heads, dim] are the same call's new tokens. */                                \
-    EXPORT void mlcbuild_attention_ragged_##SUFFIX(const T *q, const i32 *q_indptr, const T *k, const T *v, \
-                                                   const i32 *kv_indptr, T *out, f32 *lse, i64 heads, \
-                                                   i64 kv_heads, i64 dim, i64 task, i32 causal, f32 scale) { \
-        i64 row = task / heads, head = task % heads, b = 0;                                           \
-        while (row >= q_indptr[b + 1]) b++;                                                           \
-        i64 q_len = q_indptr[b + 1] - q_indptr[b], kv_len = kv_indptr[b + 1] - kv_indptr[b];          \
-        i64 seen = causal ? kv_len - q_len + (row - q_indptr[b]) + 1 : kv_len;                        \
-        i64 stride = kv_heads * dim, at = kv_indptr[b] * stride + head / (heads / kv_heads) * dim;    \
-        state_##SUFFIX s;                                                                             \
-        begin_##SUFFIX(&s, q + task * dim, dim, scale);                                               \
-        for (i64 i = 0; i < seen; i += CHUNK)                                                         \
-            add_##SUFFIX(&s, k + at + i * stride, v + at + i * stride, stride, min_i64(CHUNK, seen - i)); \
-        end_##SUFFIX(&s, out + task * dim, lse + task);                                               \
-    }                                                                                                 \
-                                                                                                      \
-    /* The same over cached pages [pages, 2, kv_heads, page, dim]. A sequence's first `sink` positions and those from */ \
-    /* `window` on are visible; q_indptr may be null: one row per sequence. `sliding` > 0 bounds how far back a row */ \
-    /* sees when the call is causal (its own tokens lie after the cached ones). */                    \
-    EXPORT void mlcbuild_attention_paged_##SUFFIX(                                                    \
-        const T *q, const i32 *q_indptr, const T *pages, const i32 *page_indptr, const i32 *page_values, \
-        const i32 *last_page_len, const i32 *window, const i32 *sink, T *out, f32 *lse, i64 heads, i64 kv_heads, \
-        i64 dim, i64 page, i64 task, i32 causal, i64 sliding, f32 scale) {                            \
-        i64 row = task / heads, head = task % heads, b = 0, q_at = 0, q_len = 1;                      \
-        if (q_indptr) {                                                                               \
-            while (row >= q_indptr[b + 1]) b++;                                                       \
-            q_at = row - q_indptr[b];                                                                 \
-            q_len = q_indptr[b + 1] - q_indptr[b];                                                    \
-        } else                                                                                        \
-            b = row;                                                                                  \
-        i64 first_page = page_indptr[b], held = page_indptr[b + 1] - first_page;                      \
-        i64 sinks = sink ? sink[b] : 0, offset = window ? window[b] : 0;                              \
-        i64 kv_len = held ? (held - 1) * page + last_page_len[b] - offset + sinks : 0;                \
-        i64 begin = 0, seen = kv_len;                                                                 \
-        if (causal && sliding > 0) {                                                                  \
-            i64 back = sliding - q_at - 1 > 0 ? sliding - q_at - 1 : 0;                               \
-            begin = kv_len - back > 0 ? kv_len - back : 0;                                            \
-        } else if (causal)                                                                            \
-            seen = min_i64(kv_len, kv_len - q_len + q_at + 1);                                        \
-        i64 half = kv_heads * page * dim, at = head / (heads / kv_heads) * page * dim;                \
-        state_##SUFFIX s;                                                                             \
-        begin_##SUFFIX(&s, q + task * dim, dim, scale);                                               \
-        for (i64 i = begin; i < seen;) {                                                              \
-            i64 position = i < sinks ? i : i - sinks + offset, slot = position % page;                \
-            i64 count = min_i64(page - slot, (i < sinks ? min_i64(sinks, seen) : seen) - i);          \
-            count = min_i64(count, CHUNK);                                                            \
-            const T *base = pages + (i64)page_values[first_page + position / page] * 2 * half + at + slot * dim; \
-            add_##SUFFIX(&s, base, base + half, dim, count);                                          \
-            i += count;                                                                               \
-        }                                                                                             \
-        end_##SUFFIX(&s, out + task * dim, lse + task);                                               \
-    }                                                                                                 \
-                                                                                                      \
-    /* (out, lse) becomes the attention over both sets of keys, for one row and head. */              \
-    EXPORT void mlcbuild_attention_merge_##SUFFIX(T *out, f32 *lse, const T *other, const f32 *other_lse, i64 dim, \
-                                                  i64 task) {                                         \
-        f32 a = lse[task], b = other_lse[task], largest = max_f32(a, b);                              \
-        a = exp2_v(splat(a - largest))[0];                                                            \
-        b = exp2_v(splat(b - largest))[0];                                                            \
-        out += task * dim;                                                                            \
-        other += task * dim;                                                                          \
-        for (i64 d = 0; d < dim; d++) out[d] = (T)(((f32)out[d] * a + (f32)other[d] * b) / (a + b));  \
-        lse[task] = log2f(a + b) + largest;                                                           \
+DEFINE_WIDTH(rows_wide, WIDTH, 1, ROWS)
+DEFINE_WIDTH(rows_4, 4, 1, ROWS)
+DEFINE_WIDTH(rows_2, 2, 1, ROWS)
+DEFINE_WIDTH(rows_1, 1, 1, ROWS)
+
+typedef struct {
+    __attribute__((aligned(64))) f32 query[QUERIES * MAX_HEAD_DIM];  // panels
+    f32 value[QUERIES * (MAX_HEAD_DIM + ROWS)];                      // [dim / ROWS][count][ROWS]
+    f32 total[QUERIES * LANES];                                      // of each lane
+    f32 score[QUERIES * ROWS];
+    f32 keys[MAX_HEAD_DIM * ROWS];                                   // [dim][position]
+    f32 values[ROWS * ROWS];                                         // [position][dim]
+    f32 largest[QUERIES];
+    i64 first[QUERIES], end[QUERIES];                                // positions that a query sees
+    i64 dim, count;
+} state;
+
+INLINE void begin(state *s, i64 dim) {
+    s->dim = dim;
+    s->count = 0;
+}
+
+// The next query; all of them before the first key.
+INLINE void add_query(state *s, i64 first, i64 end) {
+    s->first[s->count] = first;
+    s->end[s->count] = end;
+    s->largest[s->count] = LOWEST;
+    s->count++;
+}
+
+INLINE void set_query(state *s, i64 at, const model *query, f32 scale) {
+    i64 panel = 0;
+    while (at >= panel + panel_width(s->count - panel)) panel += panel_width(s->count - panel);
+    i64 width = panel_width(s->count - panel);
+    f32 *out = s->query + panel * s->dim + (at - panel);
+    for (i64 d = 0; d < s->dim; d++) out[d * width] = get_model(query + d) * (scale * LOG2E);
+}
+
+INLINE void clear(state *s) {
+    i64 blocks = (s->dim + ROWS - 1) / ROWS;
+    for (i64 i = 0; i < blocks * s->count * ROWS; i += LANES) store_float32(s->value + i, splat(0.0f));
+    for (i64 i = 0; i < s->count * LANES; i += LANES) store_float32(s->total + i, splat(0.0f));
+}
+
+// Keys of `held` <= ROWS positions as columns.
+INLINE void load_keys(state *s, const model *const *key, i64 held) {
+    for (int v = 0; v < VECTORS; v++)
+        for (i64 d = 0; d < s->dim; d += LANES) {
+            u32v block[LANES];
+            i64 left = min_i64(LANES, s->dim - d);
+            for (int p = 0; p < LANES; p++) {
+                f32v values = splat(0.0f);
+                if (v * LANES + p < held) {
+                    const model *at = key[v * LANES + p] + d;
+                    if (__builtin_expect(left == LANES, 1)) values = load_model(at);
+                    else
+                        for (i64 i = 0; i < left; i++) values[i] = get_model(at + i);
+                }
+                block[p] = *(u32v *)&values;
+            }
+            transpose(block);
+            for (i64 i = 0; i < left; i++) *(u32v *)(s->keys + (d + i) * ROWS + v * LANES) = block[i];
+        }
+}
+
+// Dimensions from d on of the values of `held` positions.
+INLINE void load_values(state *s, const model *const *value, i64 held, i64 d) {
+    for (i64 p = 0; p < held; p++)
+        for (int v = 0; v < VECTORS; v++) {
+            i64 at = d + v * LANES;
+            f32v values = splat(0.0f);
+            if (at + LANES <= s->dim) values = load_model(value[p] + at);
+            else
+                for (i64 i = 0; at + i < s->dim; i++) values[i] = get_model(value[p] + at + i);
+            store_float32(s->values + p * ROWS + v * LANES, values);
+        }
+}
+
+// The `held` <= ROWS positions from `position` on.
+NOINLINE void add_keys(state *s, const model *const *key, const model *const *value, i64 position, i64 held) {
+    i64 count = s->count;
+    i32v lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    load_keys(s, key, held);
+    for (i64 i = 0; i < count * ROWS; i += LANES) store_float32(s->score + i, splat(0.0f));
+    multiply_panels(s->query, s->dim, 0, s->keys, s->dim, s->score, count);
+    i64 blocks = (s->dim + ROWS - 1) / ROWS;
+    for (i64 q = 0; q < count; q++) {
+        f32 *row = s->score + q * ROWS;
+        i32 from = (i32)(s->first[q] - position), to = (i32)(min_i64(s->end[q] - position, held));
+        f32v score[VECTORS], largest_v = splat(s->largest[q]);
+        for (int v = 0; v < VECTORS; v++) {
+            i32v at = lane + v * LANES;
+            score[v] = load_float32(row + v * LANES);
+            score[v] = select_v((at >= from) & (at < to), score[v], splat(2 * LOWEST));
+            largest_v = select_v(score[v] > largest_v, score[v], largest_v);
+        }
+        f32 largest = s->largest[q];
+        for (int i = 0; i < LANES; i++) largest = max_f32(largest_v[i], largest);
+        f32v total = load_float32(s->total + q * LANES);
+        if (largest > s->largest[q]) {
+            f32v keep = exp2_v(splat(s->largest[q] - largest));
+            total *= keep;
+            for (i64 b = 0; b < blocks; b++)
+                for (int v = 0; v < VECTORS; v++) {
+                    f32 *at = s->value + (b * count + q) * ROWS + v * LANES;
+                    store_float32(at, load_float32(at) * keep);
+                }
+            s->largest[q] = largest;
+        }
+        for (int v = 0; v < VECTORS; v++) {
+            f32v weight = exp2_v(score[v] - splat(largest));
+            store_float32(row + v * LANES, weight);
+            total += weight;
+        }
+        store_float32(s->total + q * LANES, total);
     }
+    for (i64 b = 0; b < blocks; b++) {
+        load_values(s, value, held, b * ROWS);
+        for (i64 q = 0; q < count;) {
+            i64 width = panel_width(count - q);
+            f32 *c = s->value + (b * count + q) * ROWS;
+            if (width == WIDTH) rows_wide(s->score + q * ROWS, s->values, held, c);
+            else if (width == 4) rows_4(s->score + q * ROWS, s->values, held, c);
+            else if (width == 2) rows_2(s->score + q * ROWS, s->values, held, c);
+            else rows_1(s->score + q * ROWS, s->values, held, c);
+            q += width;
+        }
+    }
+}
 
-DEFINE_ATTENTION(f32, load_f32, float32)
-DEFINE_ATTENTION(f16, load_f16, float16)
+INLINE void write_query(const state *s, i64 q, model *out, f32 *lse) {
+    f32 total = sum(load_float32(s->total + q * LANES));
+    f32 inverse = total == 0.0f ? 0.0f : 1.0f / total;
+    for (i64 d = 0; d < s->dim; d++)
+        put_model(out + d, s->value[((d / ROWS) * s->count + q) * ROWS + d % ROWS] * inverse);
+    *lse = total == 0.0f ? LOWEST : s->largest[q] + log2f(total);
+}
+
+INLINE i64 lowest_first(const state *s) {
+    i64 first = s->first[0];
+    for (i64 q = 1; q < s->count; q++) first = min_i64(first, s->first[q]);
+    return first;
+}
+
+INLINE i64 highest_end(const state *s) {
+    i64 end = 0;
+    for (i64 q = 0; q < s->count; q++) end = s->end[q] > end ? s->end[q] : end;
+    return end;
+}
+
+// Rows `task / kv_heads * block` and on of q [rows, heads, dim], which belong to the sequences whose ranges in q_indptr
+// hold them; keys and values [rows, kv_heads, dim] are the same call's new tokens.
+EXPORT void mlcbuild_attention_ragged(const model *q, const i32 *q_indptr, const model *k, const model *v,
+                                      const i32 *kv_indptr, model *out, f32 *lse, i64 rows, i64 heads, i64 kv_heads,
+                                      i64 dim, i64 block, i64 task, i32 causal, f32 scale) {
+    i64 row = task / kv_heads * block, last = min_i64(row + block, rows), kv_head = task % kv_heads, b = 0;
+    i64 shared = heads / kv_heads, stride = kv_heads * dim;
+    state s;
+    while (row < last) {
+        while (row >= q_indptr[b + 1]) b++;
+        i64 q_len = q_indptr[b + 1] - q_indptr[b], kv_len = kv_indptr[b + 1] - kv_indptr[b];
+        i64 end = min_i64(last, q_indptr[b + 1]), at = kv_indptr[b] * stride + kv_head * dim;
+        for (i64 g = 0; g < shared; g += QUERIES) {
+            i64 some = min_i64(QUERIES, shared - g);
+            begin(&s, dim);
+            for (i64 r = row; r < end; r++)
+                for (i64 i = 0; i < some; i++)
+                    add_query(&s, 0, causal ? kv_len - q_len + (r - q_indptr[b]) + 1 : kv_len);
+            for (i64 i = 0; i < s.count; i++)
+                set_query(&s, i, q + ((row + i / some) * heads + kv_head * shared + g + i % some) * dim, scale);
+            clear(&s);
+            i64 seen = highest_end(&s);
+            for (i64 i = 0; i < seen; i += ROWS) {
+                const model *key[ROWS], *value[ROWS];
+                i64 held = min_i64(ROWS, seen - i);
+                for (i64 p = 0; p < held; p++) {
+                    key[p] = k + at + (i + p) * stride;
+                    value[p] = v + at + (i + p) * stride;
+                }
+                add_keys(&s, key, value, i, held);
+            }
+            for (i64 i = 0; i < s.count; i++) {
+                i64 to = (row + i / some) * heads + kv_head * shared + g + i % some;
+                write_query(&s, i, out + to * dim, lse + to);
+            }
+        }
+        row = end;
+    }
+}
+
+// The same over cached pages [pages, 2, kv_heads, page, dim]. A sequence's first `sink` positions and those from `window`
+// on are visible; q_indptr may be null: one row per sequence. `sliding` > 0 bounds how far back a row sees when the
+// call is causal (its own tokens lie after the cached ones).
+EXPORT void mlcbuild_attention_paged(const model *q, const i32 *q_indptr, const model *pages, const i32 *page_indptr,
+                                     const i32 *page_values, const i32 *last_page_len, const i32 *window,
+                                     const i32 *sink, model *out, f32 *lse, i64 rows, i64 heads, i64 kv_heads, i64 dim,
+                                     i64 page, i64 block, i64 task, i32 causal, i64 sliding, f32 scale) {
+    i64 row = task / kv_heads * block, last = min_i64(row + block, rows), kv_head = task % kv_heads, b = 0;
+    i64 shared = heads / kv_heads, half = kv_heads * page * dim;
+    state s;
+    while (row < last) {
+        i64 q_begin = row, end = row + 1;
+        if (q_indptr) {
+            while (row >= q_indptr[b + 1]) b++;
+            q_begin = q_indptr[b];
+            end = q_indptr[b + 1];
+        } else
+            b = row;
+        i64 q_len = end - q_begin;
+        end = min_i64(end, last);
+        i64 first_page = page_indptr[b], held_pages = page_indptr[b + 1] - first_page;
+        i64 sinks = sink ? sink[b] : 0, offset = window ? window[b] : 0;
+        i64 kv_len = held_pages ? (held_pages - 1) * page + last_page_len[b] - offset + sinks : 0;
+        for (i64 g = 0; g < shared; g += QUERIES) {
+            i64 some = min_i64(QUERIES, shared - g);
+            begin(&s, dim);
+            for (i64 r = row; r < end; r++) {
+                i64 q_at = r - q_begin, from = 0, seen = kv_len;
+                if (causal && sliding > 0) {
+                    i64 back = sliding - q_at - 1 > 0 ? sliding - q_at - 1 : 0;
+                    from = kv_len - back > 0 ? kv_len - back : 0;
+                } else if (causal)
+                    seen = min_i64(kv_len, kv_len - q_len + q_at + 1);
+                for (i64 i = 0; i < some; i++) add_query(&s, from, seen);
+            }
+            for (i64 i = 0; i < s.count; i++)
+                set_query(&s, i, q + ((row + i / some) * heads + kv_head * shared + g + i % some) * dim, scale);
+            clear(&s);
+            i64 seen = highest_end(&s);
+            for (i64 i = lowest_first(&s); i < seen; i += ROWS) {
+                const model *key[ROWS], *value[ROWS];
+                i64 held = min_i64(ROWS, seen - i);
+                for (i64 p = 0; p < held; p++) {
+                    i64 position = i + p < sinks ? i + p : i + p - sinks + offset, slot = position % page;
+                    key[p] = pages + (i64)page_values[first_page + position / page] * 2 * half + kv_head * page * dim + slot * dim;
+                    value[p] = key[p] + half;
+                }
+                add_keys(&s, key, value, i, held);
+            }
+            for (i64 i = 0; i < s.count; i++) {
+                i64 to = (row + i / some) * heads + kv_head * shared + g + i % some;
+                write_query(&s, i, out + to * dim, lse + to);
+            }
+        }
+        row = end;
+    }
+}
+
+// (out, lse) becomes the attention over both sets of keys, for one row and head.
+EXPORT void mlcbuild_attention_merge(model *out, f32 *lse, const model *other, const f32 *other_lse, i64 dim, i64 task) {
+    f32 a = lse[task], b = other_lse[task], largest = max_f32(a, b);
+    a = exp2_v(splat(a - largest))[0];
+    b = exp2_v(splat(b - largest))[0];
+    out += task * dim;
+    other += task * dim;
+    for (i64 d = 0; d < dim; d++) put_model(out + d, (get_model(out + d) * a + get_model(other + d) * b) / (a + b));
+    lse[task] = log2f(a + b) + largest;
+}

@@ -1,148 +1,107 @@
-// y = x · wᵀ for weights stored row by row, quantized in groups or not.
+// y = x · wᵀ for one format of weights, and rows of w looked up. Compiled once for each format that a library holds:
 //
-// Activations are first brought to float32 in the order in which weights unpack (`pack_*`), once per product. A word of
-// E = 32 / bits weights is unpacked lane-wise: lane l of a register holds word l, and step j takes weight E·l + j from
-// every lane by one shift. So the activations of a block of LANES words lie as [E][LANES], and one register of scales
-// serves a whole block.
+//   FORMAT            the name, part of every symbol
+//   SCHEME_DENSE, SCHEME_GROUP (BITS, WORD_BITS, GROUP_SIZE, TRANSPOSED, ASYMMETRIC), SCHEME_MINMAX, SCHEME_AWQ (GROUP_SIZE)
+//
+// A scheme's header says how a tile of weights is unpacked to float32 [k][ROWS], which is all that products of many
+// rows need. Where rows of w lie along memory it also has dot products (DOT_TOKENS rows of x and fewer), which read
+// the weights once, as they are.
 
-#include "common.h"
+#include "panels.h"
 
-#define ROWS 16        // weight rows of one task
-#define TOKENS 64      // activation rows that share one unpacked tile of weights
-#define TILE 512       // columns of that tile: ROWS * TILE floats stay in the second-level cache
+#define TOKENS 528      // activation rows that share one unpacked tile: a multiple of PACK_TOKENS
+#define PACK_TOKENS 24  // activation rows that one task packs: whole panels on every CPU; PACK_TOKENS in linear.py
+#define TASK_ROWS 32    // weight rows of one task; TASK_ROWS in linear.py
 
-#if LANES == 8
-#define TOKENS_AT_ONCE 2
-#else
-#define TOKENS_AT_ONCE 4
+_Static_assert(TOKENS % PACK_TOKENS == 0 && PACK_TOKENS % WIDTH == 0, "a panel lies in one task and in one tile's share");
+
+// The tensors of one weight matrix [n out, k in], in the order of quantization.schemes.parts.
+typedef struct {
+    const void *part[5];
+    i64 n, k;
+} weights;
+
+#if defined(SCHEME_DENSE)
+#include "linear_dense.h"
+#elif defined(SCHEME_GROUP)
+#include "linear_group.h"
+#elif defined(SCHEME_MINMAX)
+#include "linear_minmax.h"
+#elif defined(SCHEME_AWQ)
+#include "linear_awq.h"
 #endif
-#define ROWS_AT_ONCE 4
 
-// One row of activations, `columns` of them, as float32; zeros up to `padded`.
-#define DEFINE_PACK_PLAIN(NAME, IN, LOAD)                                                             \
-    EXPORT void NAME(const IN *x, f32 *out, i64 row, i64 columns, i64 padded) {                       \
-        x += row * columns;                                                                           \
-        out += row * padded;                                                                          \
-        i64 k = 0;                                                                                    \
-        for (; k + LANES <= columns; k += LANES) store_f32(out + k, LOAD(x + k));                     \
-        for (; k < columns; k++) out[k] = (f32)x[k];                                                  \
-        for (; k < padded; k++) out[k] = 0.0f;                                                        \
+#define NAME(what) JOIN(JOIN(JOIN(mlcbuild_, FORMAT), _), what)
+
+// Activations [tokens, k] in the order in which the product reads them, PACK_TOKENS rows from `task` on.
+EXPORT void NAME(pack)(const void *x, i32 wide, f32 *packed, i64 tokens, i64 k, i64 stride, i64 task) {
+    i64 first = task * PACK_TOKENS, count = min_i64(PACK_TOKENS, tokens - first);
+    x = (const char *)x + first * k * (i64)(wide ? sizeof(f32) : sizeof(model));
+    packed += first * stride;
+#if DOT_TOKENS
+    if (tokens <= DOT_TOKENS) {
+        for (i64 t = 0; t < count; t++) pack_dot(x, t * k, wide, packed + t * stride, k);
+        return;
     }
+#endif
+#ifdef HAS_DIGIT_PANELS
+    pack_digit_panels(x, wide, packed, count, k, stride);
+#else
+    pack_panels(x, wide, packed, count, k, stride);
+#endif
+}
 
-DEFINE_PACK_PLAIN(mlcbuild_pack_float32, f32, load_f32)
-DEFINE_PACK_PLAIN(mlcbuild_pack_float16, f16, load_f16)
-
-// The same, in the order [block][j][lane] of weights unpacked from words of `per_word`.
-#define DEFINE_PACK_WORDS(NAME, IN)                                                                   \
-    EXPORT void NAME(const IN *x, f32 *out, i64 row, i64 columns, i64 padded, i64 per_word) {         \
-        x += row * columns;                                                                           \
-        out += row * padded;                                                                          \
-        i64 block = LANES * per_word;                                                                 \
-        for (i64 start = 0; start < padded; start += block)                                           \
-            for (i64 j = 0; j < per_word; j++)                                                        \
-                for (i64 lane = 0; lane < LANES; lane++) {                                            \
-                    i64 k = start + lane * per_word + j;                                              \
-                    out[start + j * LANES + lane] = k < columns ? (f32)x[k] : 0.0f;                   \
-                }                                                                                     \
+// TASK_ROWS columns of y [tokens, n] from `task` on.
+EXPORT void NAME(multiply)(const f32 *x, const void *a, const void *b, const void *c, const void *d, const void *e,
+                           void *y, i32 wide, i64 tokens, i64 n, i64 k, i64 stride, i64 task) {
+    weights w = {{a, b, c, d, e}, n, k};
+    i64 first = task * TASK_ROWS, end = min_i64(first + TASK_ROWS, n);
+#if DOT_TOKENS
+    if (tokens <= DOT_TOKENS) {
+        f32 out[DOT_TOKENS][TASK_ROWS];
+        dot(x, stride, &w, first, end - first, tokens, &out[0][0]);
+        for (i64 t = 0; t < tokens; t++)
+            for (i64 i = 0; i < end - first; i++) put_any(y, t * n + first + i, out[t][i], wide);
+        return;
     }
-
-DEFINE_PACK_WORDS(mlcbuild_pack_words_float32, f32)
-DEFINE_PACK_WORDS(mlcbuild_pack_words_float16, f16)
-
-// acc[t][r] += x[t] · w[r] over `columns` (a multiple of LANES) for a few tokens and rows at once.
-INLINE void multiply_tile(const f32 *x, i64 x_stride, const f32 *w, i64 columns, f32 *acc, int tokens, int rows) {
-    f32v part[TOKENS_AT_ONCE][ROWS_AT_ONCE];
-    for (int t = 0; t < tokens; t++)
-        for (int r = 0; r < rows; r++) part[t][r] = splat(0.0f);
-    for (i64 k = 0; k < columns; k += LANES) {
-        f32v wv[ROWS_AT_ONCE];
-        for (int r = 0; r < rows; r++) wv[r] = load_f32(w + r * TILE + k);
-        for (int t = 0; t < tokens; t++) {
-            f32v xv = load_f32(x + t * x_stride + k);
-            for (int r = 0; r < rows; r++) part[t][r] += xv * wv[r];
+#endif
+#ifdef HAS_DIGIT_PANELS
+    digits_tile tile;
+#else
+    __attribute__((aligned(64))) f32 tile[(TILE_K + TILE_SLACK) * ROWS];
+#endif
+    __attribute__((aligned(64))) f32 acc[TOKENS * ROWS];
+    for (i64 at = first; at < end; at += ROWS) {
+        i64 rows = min_i64(ROWS, end - at);
+        for (i64 token = 0; token < tokens; token += TOKENS) {
+            i64 count = min_i64(TOKENS, tokens - token);
+            for (i64 i = 0; i < count * ROWS; i += LANES) store_float32(acc + i, splat(0.0f));
+#ifdef HAS_DIGIT_PANELS
+            for (i64 start = 0; start < k; start += DIGITS_K) {
+                i64 depth = min_i64(DIGITS_K, k - start);
+                unpack_digits(&w, at, rows, start, depth, &tile);
+                multiply_digit_panels(x + token * stride, stride, start, &tile, depth, acc, count);
+            }
+#else
+            for (i64 start = 0; start < k; start += TILE_K) {
+                i64 depth = min_i64(TILE_K, k - start);
+                unpack(&w, at, rows, start, depth, tile);
+                multiply_panels(x + token * stride, stride, start, tile, depth, acc, count);
+            }
+#endif
+            for (i64 t = 0; t < count; t++) {
+                i64 to = (token + t) * n + at, i = 0;
+                for (; i + LANES <= rows; i += LANES) store_any(y, to + i, load_float32(acc + t * ROWS + i), wide);
+                for (; i < rows; i++) put_any(y, to + i, acc[t * ROWS + i], wide);
+            }
         }
     }
-    for (int t = 0; t < tokens; t++)
-        for (int r = 0; r < rows; r++) acc[t * ROWS + r] += sum(part[t][r]);
 }
 
-// The same for any number of tokens up to TOKENS and all ROWS of the tile.
-INLINE void multiply_tokens(const f32 *x, i64 x_stride, const f32 *w, i64 columns, f32 *acc, i64 tokens) {
-    for (int r = 0; r < ROWS; r += ROWS_AT_ONCE) {
-        i64 t = 0;
-        for (; t + TOKENS_AT_ONCE <= tokens; t += TOKENS_AT_ONCE)
-            multiply_tile(x + t * x_stride, x_stride, w + r * TILE, columns, acc + t * ROWS + r, TOKENS_AT_ONCE, ROWS_AT_ONCE);
-        for (; t < tokens; t++)
-            multiply_tile(x + t * x_stride, x_stride, w + r * TILE, columns, acc + t * ROWS + r, 1, ROWS_AT_ONCE);
-    }
+#if HAS_VALUE
+// Row ids[i] of w as row i of y [., k] of the model dtype.
+EXPORT void NAME(embed)(const i32 *ids, const void *a, const void *b, model *y, i64 k, i64 i) {
+    weights w = {{a, b}, 0, k};
+    for (i64 at = 0; at < k; at++) put_model(y + i * k + at, value(&w, ids[i], at));
 }
-
-#define DEFINE_STORE(NAME, OUT)                                                                       \
-    INLINE void NAME(OUT *y, i64 y_stride, const f32 *acc, i64 tokens, i64 rows) {                    \
-        for (i64 t = 0; t < tokens; t++)                                                              \
-            for (i64 r = 0; r < rows; r++) y[t * y_stride + r] = (OUT)acc[t * ROWS + r];              \
-    }
-
-DEFINE_STORE(write_float32, f32)
-DEFINE_STORE(write_float16, f16)
-
-#define WEIGHT f32
-#define LOAD_WEIGHT load_f32
-#define OUT f32
-#define NAME mlcbuild_linear_float32_float32
-#define WRITE write_float32
-#include "linear_dense.inc"
-#undef NAME
-#undef OUT
-#undef WRITE
-#undef WEIGHT
-#undef LOAD_WEIGHT
-
-#define WEIGHT f16
-#define LOAD_WEIGHT load_f16
-#define OUT f32
-#define NAME mlcbuild_linear_float16_float32
-#define WRITE write_float32
-#include "linear_dense.inc"
-#undef NAME
-#undef OUT
-#undef WRITE
-#define OUT f16
-#define NAME mlcbuild_linear_float16_float16
-#define WRITE write_float16
-#include "linear_dense.inc"
-#undef NAME
-#undef OUT
-#undef WRITE
-#undef WEIGHT
-#undef LOAD_WEIGHT
-
-// Group-quantized weights: bits, words in a group.
-#define BITS 4
-#define GROUP_WORDS 4
-#define SCALE f32
-#define OUT f32
-#define NAME mlcbuild_linear_int4_float32_float32
-#define WRITE write_float32
-#include "linear_group.inc"
-#undef NAME
-#undef OUT
-#undef WRITE
-#undef SCALE
-
-#define SCALE f16
-#define OUT f32
-#define NAME mlcbuild_linear_int4_float16_float32
-#define WRITE write_float32
-#include "linear_group.inc"
-#undef NAME
-#undef OUT
-#undef WRITE
-#define OUT f16
-#define NAME mlcbuild_linear_int4_float16_float16
-#define WRITE write_float16
-#include "linear_group.inc"
-#undef NAME
-#undef OUT
-#undef WRITE
-#undef SCALE
+#endif

@@ -1,0 +1,93 @@
+"""The shape that the benchmarks run (TinyLlama's, 1.1 billion parameters), its libraries and its random weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from mlcbuild.compiler import library, lower, targets
+from mlcbuild.models.architecture import resolve
+from mlcbuild.models.parameters import parameters
+from mlcbuild.models.structure import Structure
+from mlcbuild.quantization.schemes import quantized_parameters
+from mlcbuild.recipes import convert
+from mlcbuild.recipes.types import Architecture, Linker, Quantization, Target
+
+ROOT = Path(__file__).parents[1]
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "vocab_size": 32000,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+}
+CONFIG_7B = {
+    **CONFIG,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "head_dim": 128,
+}
+_LINKER = Linker("zig", "native", ("-shared", "-nostdlib", "-Wl,-z,undefs", "-s"), ("libm.so.6", "libc.so.6"))
+CPU = Target("cpu", {"kind": "llvm", "mcpu": "native"}, "so", _LINKER, "native")
+
+
+def structure(config: dict[str, Any] = CONFIG, **changes: Any) -> Structure:
+    data = yaml.safe_load((ROOT / "recipes" / "architectures" / "llama.yaml").read_text())
+    match = {key: tuple(values) for key, values in data["match"].items()}
+    return resolve(Architecture("llama", data["model_type"], match, data), {**config, **changes}, {"max_batch_size": 8})
+
+
+def quantization(name: str) -> Quantization:
+    data = yaml.safe_load((ROOT / "recipes" / "quantizations" / f"{name}.yaml").read_text())
+    return convert.quantization(name, data, {})
+
+
+def build(name: str, output: Path, scratch: Path, shape: Structure) -> None:
+    """The library of `shape` in quantization `name` for this machine."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    device = targets.resolve(CPU)
+    module = lower.lower(replace(shape, vocab_size=1), quantization(name), name, device)
+    library.build(module, device, CPU.linker, output, scratch)
+
+
+def write_weights(name: str, folder: Path, shape: Structure) -> int:
+    """A weights folder of random numbers, small enough that nothing overflows; its bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    block = random.integers(0, 1 << 32, 1 << 20, np.uint32)
+    shards: list[dict[str, Any]] = []
+    total = 0
+    for each in quantized_parameters(parameters(shape), quantization(name)):
+        bits = np.dtype("uint16" if each.dtype == "bfloat16" else each.dtype)
+        count = int(np.prod(each.shape))
+        if bits.kind == "u" and each.dtype != "bfloat16":
+            data = np.resize(block.view(bits), count)
+        else:
+            scale = 1.0 if len(each.shape) == 1 else 0.02 if each.form == "value" else 0.003
+            floats = np.resize(random.standard_normal(1 << 16, np.float32) * scale, count)
+            data = (floats.view(np.uint32) >> 16).astype(np.uint16) if each.dtype == "bfloat16" else floats.astype(bits)
+        path = f"params_shard_{len(shards)}.bin"
+        (folder / path).write_bytes(data.tobytes())
+        record = {"name": each.name, "shape": each.shape, "dtype": each.dtype, "format": "raw"}
+        record |= {"nbytes": data.nbytes, "byteOffset": 0}
+        shards.append(
+            {"dataPath": path, "format": "raw-shard", "nbytes": data.nbytes, "md5sum": "", "records": [record]}
+        )
+        total += data.nbytes
+    index = {"metadata": {"ParamSize": len(shards), "ParamBytes": total, "BitsPerParam": 0.0}, "records": shards}
+    (folder / "tensor-cache.json").write_text(json.dumps(index))
+    return total

@@ -1,0 +1,80 @@
+"""TIR functions around calls of C kernels: buffers in, buffers out, loops over tasks that threads share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as T
+
+Buffer = Any
+Shape = Sequence[int | str]  # a name is a symbolic dimension
+
+
+def function(
+    name: str,
+    inputs: Sequence[tuple[Shape, str]],
+    outputs: Sequence[tuple[Shape, str]],
+    body: Callable[[dict[str, Any], Sequence[Buffer], Sequence[Buffer]], None],
+) -> Any:
+    """A PrimFunc over buffers of the given shapes and dtypes.
+
+    `body(symbols, inputs, outputs)` emits its statements with `for_each` and `call`.
+    """
+    symbols: dict[str, Any] = {}
+
+    def dimension(size: int | str) -> Any:
+        return symbols.setdefault(size, tirx.Var(size, "int64")) if isinstance(size, str) else size
+
+    with IRBuilder() as builder:
+        with T.prim_func(is_private=True, s_tir=True):
+            T.func_name(name)
+            T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
+            described = [*inputs, *outputs]
+            handles = [T.arg(f"buffer_{i}", T.handle()) for i in range(len(described))]
+            buffers = [
+                T.match_buffer(handle, tuple(dimension(size) for size in shape), dtype)
+                for handle, (shape, dtype) in zip(handles, described, strict=True)
+            ]
+            with T.sblock(name):
+                T.reads(*map(_whole, buffers[: len(inputs)]))
+                T.writes(*map(_whole, buffers[len(inputs) :]))
+                body(symbols, buffers[: len(inputs)], buffers[len(inputs) :])
+        return builder.get()
+
+
+def scratch(size: Any, dtype: str = "float32") -> Buffer:
+    """Memory for the duration of a call."""
+    return T.sblock_alloc_buffer((size,), dtype)
+
+
+def call(kernel: str, *arguments: Any) -> None:
+    """Call a C function: buffers are given by address, Python integers as 64-bit ones, None as a null pointer."""
+    T.evaluate(T.call_extern("void", kernel, *map(_argument, arguments)))
+
+
+def for_each(count: Any, body: Callable[[Any], None], serial_up_to: int = 1) -> None:
+    """`body(i)` for i < `count`, on all threads from `serial_up_to` + 1 on: waking them costs microseconds."""
+    if isinstance(count, int):
+        with T.serial(count) if count <= serial_up_to else T.parallel(count) as i:
+            body(i)
+        return
+    with T.If(count <= serial_up_to):
+        with T.Then(), T.serial(count) as i:
+            body(i)
+        with T.Else(), T.parallel(count) as i:
+            body(i)
+
+
+def _whole(buffer: Buffer) -> Any:
+    return buffer[tuple(slice(0, size) for size in buffer.shape)]
+
+
+def _argument(value: Any) -> Any:
+    if value is None:
+        return tirx.const(0, "int64")
+    if isinstance(value, int):
+        return tirx.const(value, "int64")
+    return getattr(value, "data", value)

@@ -1,0 +1,42 @@
+// Sums of products of bytes, which processors have instructions for: dot8 adds to each lane of `acc` the products of its
+// four unsigned bytes a, b (below 16) with the signed bytes x, y. HAS_DOT8 says that there is one, HAS_DOT4 that it is
+// faster than multiplying floats even where registers hold many rows.
+#pragma once
+
+#include "common.h"
+
+typedef i8 i8v __attribute__((vector_size(4 * LANES), aligned(1)));
+typedef u8 bytes_v __attribute__((vector_size(4 * LANES), aligned(1)));
+typedef i16 i16v __attribute__((vector_size(4 * LANES), aligned(2)));
+
+#if LANES == 16 && defined(__AVX512VNNI__)
+#define HAS_DOT8
+#define HAS_DOT4
+INLINE i32v dot4(i32v acc, bytes_v a, i8v x) { return __builtin_ia32_vpdpbusd512(acc, a, x); }
+INLINE i32v dot8(i32v acc, bytes_v a, bytes_v b, i8v x, i8v y) { return dot4(dot4(acc, a, x), b, y); }
+#elif LANES == 16 && defined(__AVX512BW__)
+#define HAS_DOT8
+INLINE i32v dot8(i32v acc, bytes_v a, bytes_v b, i8v x, i8v y) {
+    i16v pairs = __builtin_ia32_pmaddubsw512((i8v)a, x) + __builtin_ia32_pmaddubsw512((i8v)b, y);
+    return acc + __builtin_ia32_pmaddwd512(pairs, (i16v){} + 1);
+}
+#elif LANES == 8 && defined(__AVXVNNI__)
+#define HAS_DOT8
+INLINE i32v dot8(i32v acc, bytes_v a, bytes_v b, i8v x, i8v y) {
+    acc = __builtin_ia32_vpdpbusd256(acc, a, x);
+    return __builtin_ia32_vpdpbusd256(acc, b, y);
+}
+#elif LANES == 8 && defined(__AVX2__)
+#define HAS_DOT8
+INLINE i32v dot8(i32v acc, bytes_v a, bytes_v b, i8v x, i8v y) {
+    i16v pairs = __builtin_ia32_pmaddubsw256((i8v)a, x) + __builtin_ia32_pmaddubsw256((i8v)b, y);
+    return acc + __builtin_ia32_pmaddwd256(pairs, (i16v){} + 1);
+}
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#define HAS_DOT8
+INLINE i32v dot8(i32v acc, bytes_v a, bytes_v b, i8v x, i8v y) {
+    acc = (i32v)vdotq_s32((int32x4_t)acc, (int8x16_t)a, (int8x16_t)x);
+    return (i32v)vdotq_s32((int32x4_t)acc, (int8x16_t)b, (int8x16_t)y);
+}
+#endif

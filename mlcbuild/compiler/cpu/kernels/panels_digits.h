@@ -1,0 +1,120 @@
+// Products of many rows with activations in fixed point (fixed_point.h): what panels.h does, with codes left as bytes.
+//
+// Activations come in panels of FOUR rows, then single ones. A panel is, for every 32 columns, [8][3][width] words of four
+// digits (x2, x1, x0 of the even codes of a word, then of its odd ones), then -ZERO * sum(x) [width] int32 and the scale
+// [width] float32: less than float32 would take. A tile is the bytes [quad of k][ROWS][4] of codes in the same order, and
+// scales [32 columns][ROWS].
+
+#define HAS_DIGIT_PANELS
+#define FOUR 4
+#define DIGITS_K 512  // columns of a tile, which stays in the first-level cache
+#define GROUP_INTS 26  // 32-bit numbers of a row for 32 columns
+
+typedef struct {
+    u32v code[DIGITS_K / 4][VECTORS];
+    f32v scale[DIGITS_K / 32][VECTORS];
+} digits_tile;
+
+INLINE i64 digits_width(i64 left) { return left >= FOUR ? FOUR : 1; }
+
+INLINE void pack_digit_panels(const void *x, i32 wide, f32 *out, i64 rows, i64 k, i64 stride) {
+    for (i64 row = 0; row < rows;) {
+        i64 width = digits_width(rows - row);
+        for (i64 m = 0; m < width; m++) {
+            i32 *panel = (i32 *)(out + row * stride) + m;
+            for (i64 at = 0; at < k; at += 32, panel += GROUP_INTS * width) {
+                fixed group = to_fixed(load_32(x, (row + m) * k, at, wide, k));
+                i32x4 eights = group.eights;
+                for (int d = 0; d < 3; d++) {
+                    i32x4 even = *(i32x4 *)&group.even[d], odd = *(i32x4 *)&group.odd[d];
+                    for (int word = 0; word < 4; word++) {
+                        panel[(6 * word + d) * width] = even[word];
+                        panel[(6 * word + 3 + d) * width] = odd[word];
+                    }
+                }
+                panel[24 * width] = -ZERO * (eights[0] + eights[1] + eights[2] + eights[3]);
+                ((f32 *)panel)[25 * width] = group.scale;
+            }
+        }
+        row += width;
+    }
+}
+
+// Codes and scales of a tile's rows from `first` on, columns from `start` on, which is a multiple of DIGITS_K.
+INLINE void unpack_digits(const weights *w, i64 first, i64 rows, i64 start, i64 depth, digits_tile *tile) {
+    i64 groups = (w->k + GROUP_SIZE - 1) / GROUP_SIZE, words = groups * GROUP_WORDS;
+    i64 begin = start / 8, end = begin + (depth + 31) / 32 * 4;
+    const u32 *codes = (const u32 *)w->part[0];
+    const scale_type *scales = (const scale_type *)w->part[1];
+    for (int v = 0; v < VECTORS; v++) {
+        i64 n = first + v * LANES, held = rows - v * LANES;
+        for (i64 at = begin; at < end; at += LANES) {
+            u32v block[LANES];
+            i64 filled = min_i64(LANES, end - at);
+#if TRANSPOSED
+            for (i64 i = 0; i < filled; i++) block[i] = load_words(codes + (at + i) * w->n + n, held);
+#else
+            for (int r = 0; r < LANES; r++)
+                block[r] = r < held ? load_words(codes + (n + r) * words + at, words - at) : (u32v){};
+            transpose(block);
+#endif
+            for (i64 i = 0; i < filled; i++) {
+                tile->code[2 * (at + i - begin)][v] = block[i] & 0x0f0f0f0fu;
+                tile->code[2 * (at + i - begin) + 1][v] = (block[i] >> 4) & 0x0f0f0f0fu;
+            }
+        }
+        for (i64 at = 0; at < (depth + 31) / 32; at++) {
+            i64 group = (start + 32 * at) / GROUP_SIZE;
+#if TRANSPOSED
+            tile->scale[at][v] = load_affine(scales + group * w->n + n, 1, held).scale;
+#else
+            tile->scale[at][v] = load_affine(scales + n * groups + group, groups, held).scale;
+#endif
+        }
+    }
+    (void)words;
+}
+
+// c [width][ROWS] += panel · tile over `depth` columns.
+INLINE void multiply_digits(const i32 *panel, const digits_tile *tile, i64 depth, f32 *c, const int width) {
+    for (i64 at = 0; at < (depth + 31) / 32; at++, panel += GROUP_INTS * width) {
+        i32v acc[3][FOUR][VECTORS] = {};
+        UNROLL for (int quad = 0; quad < 8; quad++) {
+            bytes_v code[VECTORS];
+            UNROLL for (int v = 0; v < VECTORS; v++) code[v] = (bytes_v)tile->code[8 * at + quad][v];
+            UNROLL for (int m = 0; m < width; m++)
+                UNROLL for (int d = 0; d < 3; d++) {
+                    i8v digits = (i8v)(panel[(3 * quad + d) * width + m] - (i32v){});
+                    UNROLL for (int v = 0; v < VECTORS; v++) acc[d][m][v] = dot4(acc[d][m][v], code[v], digits);
+                }
+        }
+        UNROLL for (int m = 0; m < width; m++) {
+            u32 term = (u32)panel[24 * width + m];
+            f32 scale = ((const f32 *)panel)[25 * width + m];
+            UNROLL for (int v = 0; v < VECTORS; v++) {
+                u32v total = ((((u32v)acc[0][m][v] << 8) + (u32v)acc[1][m][v]) << 8) + (u32v)acc[2][m][v] + term;
+                f32 *to = c + m * ROWS + v * LANES;
+                f32v product = __builtin_convertvector((i32v)total, f32v);
+                store_float32(to, load_float32(to) + product * (tile->scale[at][v] * splat(scale)));
+            }
+        }
+    }
+}
+
+NOINLINE void digits_4(const i32 *panel, const digits_tile *tile, i64 depth, f32 *c) {
+    multiply_digits(panel, tile, depth, c, FOUR);
+}
+NOINLINE void digits_1(const i32 *panel, const digits_tile *tile, i64 depth, f32 *c) {
+    multiply_digits(panel, tile, depth, c, 1);
+}
+
+// c [rows][ROWS] += the activations' columns from `start` on · tile.
+INLINE void multiply_digit_panels(const f32 *x, i64 stride, i64 start, const digits_tile *tile, i64 depth, f32 *c, i64 rows) {
+    for (i64 row = 0; row < rows;) {
+        i64 width = digits_width(rows - row);
+        const i32 *panel = (const i32 *)(x + row * stride) + start / 32 * GROUP_INTS * width;
+        if (width == FOUR) digits_4(panel, tile, depth, c + row * ROWS);
+        else digits_1(panel, tile, depth, c + row * ROWS);
+        row += width;
+    }
+}

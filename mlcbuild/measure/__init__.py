@@ -1,0 +1,1 @@
+"""A text through a model, one layer after the other: what calibration measures, and verification beyond memory."""

@@ -1,0 +1,130 @@
+"""A package against the unquantized model, one layer after the other, for models that do not fit into memory.
+
+All windows of the text go through a layer before the next layer is read. In memory are that layer's parameters as
+float32, the package's of the same layer (mapped), and the hidden states of all windows on both sides. The vocabulary's
+matrix comes in slices. The figures are those of whole models: the same kernels compute the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from mlcbuild.errors import MlcBuildError
+from mlcbuild.measure.blocks import Blocks, Tensors
+from mlcbuild.measure.model import Model, Windows, embedded, widened
+from mlcbuild.measure.packed import Packed
+from mlcbuild.measure.unquantized import Unquantized
+from mlcbuild.models.parameters import Parameter
+from mlcbuild.runtime import evaluate, tvm_runtime
+
+Float32 = npt.NDArray[np.float32]
+
+_SLICE = 1 << 22  # numbers of a large matrix that are float32 at once
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The comparison, and how far apart both sides are on the way: ||q - p|| / ||p||.
+
+    tensors   of the numbers of each matrix, by parameter name
+    blocks    of the hidden states after the embedding, each layer and the final norm, each computed from its own side's
+    """
+
+    comparison: evaluate.Comparison
+    tensors: dict[str, float]
+    blocks: dict[str, float]
+
+
+def compare(
+    parameters: Sequence[Parameter],
+    reference: tuple[Blocks, Unquantized],
+    package: tuple[Blocks, Packed],
+    windows: Windows,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Layers:
+    """Raises MlcBuildError as `evaluate.compare` does, and where hidden states are not finite, naming the layer."""
+    model = Model(parameters)
+    (theirs, checkpoint), (ours, packed) = reference, package
+    p = embedded(model, theirs, checkpoint, windows)
+    given = packed.tensors(model.embedding)
+    q = [ours.embed(ids, given) for ids in windows]
+    tensors = {each.name: _error(each, checkpoint, packed) for each in model.embedding}
+    blocks = {"embedding": _apart(q, p, "the embedding")}
+    for number in range(model.layers):
+        mine = model.layer(number)
+        given = widened(mine, checkpoint)
+        p = [theirs.layer(hidden, given) for hidden in p]
+        given = packed.tensors(mine)
+        q = [ours.layer(hidden, given) for hidden in q]
+        tensors |= {each.name: _error(each, checkpoint, packed) for each in mine if len(each.shape) == 2}
+        blocks[f"layer {number}"] = _apart(q, p, f"layer {number}")
+        progress(number + 1, model.layers)
+    given = widened(model.norm, checkpoint)
+    p = [theirs.normed(hidden, given) for hidden in p]
+    given = packed.tensors(model.norm)
+    q = [ours.normed(hidden, given) for hidden in q]
+    blocks["final norm"] = _apart(q, p, "the final norm")
+    (head,) = model.head
+    if head.name not in tensors:
+        tensors[head.name] = _error(head, checkpoint, packed)
+    given = packed.tensors([head])
+    waiting_p, waiting_q = iter(p), iter(q)
+    comparison = evaluate.compare(
+        lambda ids: _logits(ours, next(waiting_q), given),
+        lambda ids: _sliced_logits(theirs, next(waiting_p), checkpoint, head),
+        windows,
+    )
+    return Layers(comparison, tensors, blocks)
+
+
+def _logits(blocks: Blocks, normed: Float32, head: Tensors) -> Iterator[Float32]:
+    for start in range(0, len(normed), blocks.chunk):
+        yield blocks.logits(normed[start : start + blocks.chunk], head)
+
+
+def _sliced_logits(blocks: Blocks, normed: Float32, checkpoint: Unquantized, head: Parameter) -> Iterator[Float32]:
+    for start in range(0, len(normed), blocks.chunk):
+        piece = normed[start : start + blocks.chunk]
+        slices = [
+            blocks.logits(piece, [tvm_runtime.tensor(checkpoint.rows(head.name, first, last))])
+            for first, last in _slices(head)
+        ]
+        yield np.concatenate(slices, axis=1)
+
+
+def _slices(parameter: Parameter) -> Iterator[tuple[int, int]]:
+    """Row ranges of at most `_SLICE` numbers; they start at multiples of 8."""
+    rows, width = parameter.shape
+    step = max(8, _SLICE // width // 8 * 8)
+    return ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _error(parameter: Parameter, checkpoint: Unquantized, packed: Packed) -> float:
+    """||q - w|| / ||w|| of a matrix, a slice at a time."""
+    difference = total = 0.0
+    for start, stop in _slices(parameter):
+        w = checkpoint.rows(parameter.name, start, stop)
+        total += _square(w)
+        difference += _square(packed.rows(parameter, start, stop) - w)
+    return _relative(difference, total)
+
+
+def _apart(q: Sequence[Float32], p: Sequence[Float32], where: str) -> float:
+    difference = sum(_square(ours - theirs) for ours, theirs in zip(q, p, strict=True))
+    total = sum(_square(theirs) for theirs in p)
+    if not np.isfinite(difference):
+        whose = "the package's" if np.isfinite(total) else "the reference's"
+        raise MlcBuildError(f"{whose} hidden states are NaN or Inf after {where}")
+    return _relative(difference, total)
+
+
+def _square(values: Float32) -> float:
+    return float(np.square(values, dtype=np.float64).sum())
+
+
+def _relative(difference: float, total: float) -> float:
+    return float(np.sqrt(difference / total)) if total else float(np.sqrt(difference))

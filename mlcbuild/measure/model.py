@@ -1,0 +1,73 @@
+"""A model's parameters by the pieces that use them, and the beginning of each way through it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlcbuild.errors import MlcBuildError
+from mlcbuild.measure.blocks import Blocks
+from mlcbuild.measure.unquantized import Unquantized
+from mlcbuild.models.parameters import Parameter
+from mlcbuild.runtime import tvm_runtime
+
+Float32 = npt.NDArray[np.float32]
+Windows = Sequence[Sequence[int]]  # token ids of each
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model's parameters by where they are used."""
+
+    parameters: Sequence[Parameter]
+
+    @property
+    def layers(self) -> int:
+        return 1 + max(p.layer for p in self.parameters if p.layer is not None)
+
+    def layer(self, number: int) -> list[Parameter]:
+        return [p for p in self.parameters if p.layer == number]
+
+    @property
+    def embedding(self) -> list[Parameter]:
+        return self._role("embedding")
+
+    @property
+    def norm(self) -> list[Parameter]:
+        return self._role("final_norm")
+
+    @property
+    def head(self) -> list[Parameter]:
+        """What makes logits: a tied model has no matrix of its own for it."""
+        return self._role("lm_head", "embedding")
+
+    def _role(self, *roles: str) -> list[Parameter]:
+        """Those that play the first of these roles that any of them plays."""
+        found = [[p for p in self.parameters if p.role == role] for role in roles]
+        return next(filter(None, found))
+
+
+def widened(parameters: Sequence[Parameter], checkpoint: Unquantized) -> list[Any]:
+    """What a float32 library takes for these parameters."""
+    return [tvm_runtime.tensor(checkpoint.rows(each.name)) for each in parameters]
+
+
+def embedded(model: Model, blocks: Blocks, checkpoint: Unquantized, windows: Windows) -> list[Float32]:
+    """The unquantized model's first hidden states of each window.
+
+    Of its embedding, only the rows that occur are read. Raises MlcBuildError for a token that has none, and for a text
+    without windows.
+    """
+    if not windows:
+        raise MlcBuildError("the text has no document of two tokens or more: nothing to run the model on")
+    (embedding,) = model.embedding
+    used = np.unique(np.concatenate([np.asarray(ids, np.int64) for ids in windows]))
+    wrong = used[(used < 0) | (used >= embedding.shape[0])]
+    if len(wrong):
+        raise MlcBuildError(f"token id {wrong[0]} is not in this model's vocabulary of {embedding.shape[0]}")
+    table = [tvm_runtime.tensor(checkpoint.take(embedding.name, used.tolist()))]
+    return [blocks.embed(np.searchsorted(used, ids).tolist(), table) for ids in windows]

@@ -1,0 +1,239 @@
+"""Checkpoints whose linear layers are quantized already, by AutoAWQ or GPTQ.
+
+Instead of `x.weight` they have `x.qweight`, `x.qzeros`, `x.scales` (and GPTQ `x.g_idx`). `plan` gives each its place as
+an ordinary `x.weight` that is made: dequantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlcbuild.checkpoints.header import TensorRef
+from mlcbuild.checkpoints.made import Made, place
+from mlcbuild.checkpoints.mapped import FLOATS, MappedFile
+from mlcbuild.errors import CheckpointError
+from mlcbuild.quantization import awq, floats
+
+METHODS = ("awq", "gptq")
+_PIECE = 1 << 20  # elements that are dequantized at once
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a checkpoint was quantized, from `quantization_config` in its config.json."""
+
+    method: str  # of METHODS
+    bits: int
+    group_size: int  # -1: one group for the whole column
+    zero_offset: int  # what is added to a stored zero point
+
+
+@dataclass(frozen=True)
+class Prequantized:
+    """One linear layer `name` (`x.weight`), by its tensors; `target` is where its numbers `[N, K]` go."""
+
+    scheme: Scheme
+    qweight: TensorRef
+    qzeros: TensorRef
+    scales: TensorRef
+    g_idx: TensorRef | None
+    target: TensorRef
+
+
+def scheme(config: Mapping[str, Any]) -> Scheme | None:
+    """None for a checkpoint that is not quantized. Raises CheckpointError for a quantization that is not read."""
+    found = config.get("quantization_config")
+    if found is None:
+        return None
+    where = "config.json: quantization_config"
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{where} is not a mapping")
+    method = found.get("quant_method")
+    if method not in METHODS:
+        raise CheckpointError(
+            f"{where}.quant_method is {method!r}: only {' and '.join(METHODS)} checkpoints are read; "
+            "use the model's unquantized checkpoint"
+        )
+    bits, group_size = found.get("bits", found.get("w_bit")), found.get("group_size", found.get("q_group_size"))
+    if bits not in ((4,) if method == "awq" else (2, 4, 8)):
+        readable = "4" if method == "awq" else "2, 4 or 8"
+        raise CheckpointError(f"{where}.bits is {bits!r}: {method} checkpoints are read with {readable} bits")
+    if type(group_size) is not int or (group_size < 1 and group_size != -1):
+        raise CheckpointError(f"{where}.group_size is {group_size!r}: expected a positive number, or -1")
+    version = str(found.get("version", "gemm")).lower()
+    if method == "awq" and version != "gemm":
+        raise CheckpointError(f"{where}.version is {version!r}: only AutoAWQ's gemm packing is read")
+    offset = int(method == "gptq" and found.get("checkpoint_format", "gptq") != "gptq_v2")
+    return Scheme(method, int(str(bits)), group_size, offset)
+
+
+def check_absent(table: Mapping[str, TensorRef]) -> None:
+    """Raises CheckpointError for packed tensors in a checkpoint whose config.json says nothing of them."""
+    for name, ref in table.items():
+        if name.endswith(".qweight"):
+            raise CheckpointError(
+                f"{ref.file}: tensor {name}: the checkpoint is quantized, but config.json has no quantization_config; "
+                'add one: {"quant_method": "awq" or "gptq", "bits": 4, "group_size": 128}, with the numbers that are '
+                "right for it (older tools kept them in quant_config.json or quantize_config.json)"
+            )
+
+
+def plan(table: Mapping[str, TensorRef], scheme: Scheme) -> tuple[dict[str, TensorRef], dict[str, Prequantized]]:
+    """The table with an `x.weight` for every `x.qweight`, and how to make those, by their names.
+
+    The new entries are placed in files `tensors-N.bin` that `numbers` fills. Raises CheckpointError with everything
+    that is wrong with the packed tensors.
+    """
+    layers: list[Prequantized] = []
+    problems: list[str] = []
+    used = set()
+    for name, ref in table.items():
+        if not name.endswith(".qweight"):
+            continue
+        prefix = name.removesuffix("qweight")
+        tensors = {part: table.get(prefix + part) for part in ("qzeros", "scales", "g_idx")}
+        used |= {name, *(prefix + part for part in tensors)}
+        found = _layer(prefix, ref, tensors, scheme, problems)
+        if found is not None:
+            layers.append(found)
+    if problems:
+        raise CheckpointError("\n".join(problems))
+    if not layers:
+        raise CheckpointError(
+            f"config.json says that the checkpoint was quantized by {scheme.method}, but it has no tensor .qweight"
+        )
+    placed = {
+        each.target.name: replace(layer, target=each.target)
+        for layer, each in zip(layers, place(map(numbers, layers)), strict=True)
+    }
+    plain = {name: ref for name, ref in table.items() if name not in used}
+    return plain | {name: layer.target for name, layer in placed.items()}, placed
+
+
+def numbers(layer: Prequantized) -> Made:
+    """The layer's matrix `[N, K]`. Making it raises CheckpointError for scales or groups that are damaged."""
+    return Made(layer.target, partial(_dequantized, layer))
+
+
+def joined(layers: Mapping[str, Prequantized], sources: tuple[str, ...]) -> dict[str, Any] | None:
+    """`packed` of a parameter in parameters.json: the checkpoint's own AWQ words, where all its sources have them.
+
+    {"scheme": "awq", "bits": 4, "group_size", "tensors": {"qweight": [part, ...], "qzeros": [..], "scales": [..]}}
+    """
+    found = [layers[source] for source in sources if source in layers]
+    if not found or len(found) < len(sources) or found[0].scheme.method != "awq":
+        return None
+    tensors = {form: [_part(getattr(layer, form)) for layer in found] for form in ("qweight", "qzeros", "scales")}
+    scheme = found[0].scheme
+    return {"scheme": "awq", "bits": scheme.bits, "group_size": scheme.group_size, "tensors": tensors}
+
+
+def _part(ref: TensorRef) -> dict[str, Any]:
+    dtype = FLOATS[ref.dtype][0] if ref.dtype in FLOATS else "uint32"
+    return {
+        "blob": ref.blob,
+        "file": ref.file,
+        "tensor": ref.name,
+        "offset": ref.offset,
+        "nbytes": ref.nbytes,
+        "shape": list(ref.shape),
+        "dtype": dtype,
+    }
+
+
+def _layer(
+    prefix: str,
+    qweight: TensorRef,
+    tensors: Mapping[str, TensorRef | None],
+    scheme: Scheme,
+    problems: list[str],
+) -> Prequantized | None:
+    """The layer with its target's shape and dtype; a problem for what does not fit together."""
+    where = f"{qweight.file}: tensor {qweight.name}"
+    qzeros, scales, g_idx = tensors["qzeros"], tensors["scales"], tensors["g_idx"]
+    if qzeros is None or scales is None:
+        problems.append(f"{where}: there is no {prefix}{'scales' if qzeros else 'qzeros'} beside it")
+        return None
+    per_word = 32 // scheme.bits
+    if any(len(ref.shape) != 2 for ref in (qweight, qzeros, scales)):
+        problems.append(f"{where}: it, its qzeros and its scales are not all matrices")
+        return None
+    if scheme.method == "awq":
+        k, n = qweight.shape[0], qweight.shape[1] * per_word
+    else:
+        k, n = qweight.shape[0] * per_word, qweight.shape[1]
+    groups = 1 if scheme.group_size == -1 else -(-k // scheme.group_size)
+    if scheme.method == "awq" and k % groups:
+        problems.append(f"{where}: {k} input columns are not whole groups of {scheme.group_size}")
+    for ref, shape in ((qzeros, (groups, -(-n // per_word))), (scales, (groups, n))):
+        if ref.shape != shape:
+            problems.append(
+                f"{ref.file}: tensor {ref.name}: shape {list(ref.shape)}, but {list(qweight.shape)} of its qweight in "
+                f"groups of {scheme.group_size} make it {list(shape)}"
+            )
+    integers = [qweight, qzeros] if g_idx is None else [qweight, qzeros, g_idx]
+    for ref in integers:
+        if ref.dtype not in ("I32", "U32"):
+            problems.append(f"{ref.file}: tensor {ref.name}: dtype {ref.dtype}, expected I32")
+    if scales.dtype not in FLOATS:
+        problems.append(f"{scales.file}: tensor {scales.name}: dtype {scales.dtype}, expected {', '.join(FLOATS)}")
+        return None
+    if g_idx is not None and g_idx.shape != (k,):
+        problems.append(f"{g_idx.file}: tensor {g_idx.name}: shape {list(g_idx.shape)}, expected {[k]}")
+    itemsize = FLOATS[scales.dtype][1].itemsize
+    target = TensorRef(f"{prefix}weight", "", "", Path(), 0, n * k * itemsize, scales.dtype, (n, k))
+    return Prequantized(scheme, qweight, qzeros, scales, g_idx, target)
+
+
+def _dequantized(layer: Prequantized) -> Iterator[npt.NDArray[Any]]:
+    """The matrix `[N, K]` in the scales' dtype, some rows at a time."""
+    dtype = FLOATS[layer.scales.dtype][0]
+    n, k = layer.target.shape
+    per_word = 32 // layer.scheme.bits
+    qweight, qzeros = _words(layer.qweight), _words(layer.qzeros)
+    scales = floats.widen(_mapped(layer.scales).view(FLOATS[layer.scales.dtype][1]), dtype).reshape(layer.scales.shape)
+    if not np.isfinite(scales).all():
+        raise CheckpointError(f"{layer.scales.file}: tensor {layer.scales.name}: not finite; the checkpoint is damaged")
+    step = max(1, _PIECE // k // per_word) * per_word
+    group_of = _groups(layer, k, len(scales))
+    zeros = np.empty(0, np.float32)
+    if layer.scheme.method == "gptq":
+        zeros = awq.unpack_natural(qzeros, layer.scheme.bits)[:, :n] + np.float32(layer.scheme.zero_offset)
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        if layer.scheme.method == "awq":
+            words = slice(start // per_word, -(-rows.stop // per_word))
+            values = awq.dequantize_awq(qweight[:, words], qzeros[:, words], scales[:, rows])
+        else:
+            values = awq.dequantize_gptq(qweight[:, rows], zeros[:, rows], scales[:, rows], group_of, layer.scheme.bits)
+        yield np.ascontiguousarray(floats.cast(np.ascontiguousarray(values), "float32", dtype))
+
+
+def _groups(layer: Prequantized, k: int, groups: int) -> npt.NDArray[np.int64]:
+    """`[K]`: the group of each input column."""
+    if layer.g_idx is None:
+        size = k if layer.scheme.group_size == -1 else layer.scheme.group_size
+        return np.arange(k, dtype=np.int64) // size
+    found: npt.NDArray[np.int64] = _mapped(layer.g_idx).view("<i4").astype(np.int64)
+    if k and not (found.min() >= 0 and found.max() < groups):
+        raise CheckpointError(
+            f"{layer.g_idx.file}: tensor {layer.g_idx.name}: names a group outside 0 to {groups - 1}; "
+            "the checkpoint is damaged"
+        )
+    return found
+
+
+def _mapped(ref: TensorRef) -> npt.NDArray[np.uint8]:
+    return MappedFile(ref.path).bytes(ref.offset, ref.nbytes)
+
+
+def _words(ref: TensorRef) -> npt.NDArray[np.uint32]:
+    words: npt.NDArray[np.uint32] = _mapped(ref).view("<u4").reshape(ref.shape)
+    return words

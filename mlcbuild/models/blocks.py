@@ -1,0 +1,68 @@
+"""A decoder in pieces: one layer at a time, its weights given with each call.
+
+For models whose weights do not fit into memory, and for measuring what runs through a layer. The computation is the
+decoder's own (mlcbuild.models.decoder); only who calls whom differs. Hidden states between the pieces are [n, H] in the
+compute dtype. The parameters of a piece are those of its roles, in the order of `Decoder.declared`.
+
+    embed(input_ids int32 [n], embedding...) -> [n, H]
+    decoder_layer(x [n, H], cache, layer_id, the layer's...) -> [n, H]
+    decoder_layer_inputs(the same) -> ([n, H], and what each matrix of the layer is multiplied with: [n, K], in order)
+    final_norm(x [n, H], final_norm) -> [n, H]
+    head(normed [n, H], lm_head..., or the tied embedding...) -> float32 [n, V]
+
+`head` takes any number of rows of its matrix, so that a large vocabulary can come in slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from tvm import relax, tirx
+
+from mlcbuild.models.decoder import Decoder, layer, layer_inputs
+from mlcbuild.models.operations import Expr
+from mlcbuild.models.weights import Weight, head_role, weight_of
+
+
+def emit_blocks(decoder: Decoder) -> None:
+    """Add every piece of a decoder of one layer to its builder."""
+    d, width = decoder, decoder.structure.hidden_size
+    compute = d.operations.compute
+    ids = d.tensor("input_ids", [tirx.Var("seq_len", "int64")], "int32")
+    _emit(d, "embed", ids, "embedding", lambda w: d.cast(d.operations.embedding(ids, w, width), compute))
+    x = d.tensor("x", [tirx.Var("seq_len", "int64"), width], compute)
+    norm = d.operations.rms_norm
+    _emit(d, "final_norm", x, "final_norm", lambda w: norm(x, w.plain, d.structure.norm_eps))
+    normed = d.tensor("normed", [tirx.Var("seq_len", "int64"), width], compute)
+    _emit(d, "head", normed, head_role(d.structure), lambda w: d.operations.linear(normed, w, "float32"))
+    _emit_layer(d, "decoder_layer", with_inputs=False)
+    _emit_layer(d, "decoder_layer_inputs", with_inputs=True)
+
+
+def _emit(d: Decoder, name: str, x: relax.Var, role: str, body: Callable[[Weight], Expr]) -> None:
+    declared = [p for p in d.declared if p.role == role]
+    rows = tirx.Var("vocab_size", "int64")
+    given = [d.tensor(p.name, p.shape_for(rows), p.dtype) for p in declared]
+    with d.builder.function(name, [x, *given]):
+        with d.builder.dataflow():
+            out = d.builder.emit_output(body(weight_of(declared, given)))
+        d.builder.emit_func_output(out)
+
+
+def _emit_layer(d: Decoder, name: str, with_inputs: bool) -> None:
+    inputs = layer_inputs(d)
+    seen: dict[str, Expr] = {}  # what is multiplied with a matrix, by the name of the matrix's first part
+    linear = d.operations.linear
+
+    def watched(x: Expr, weight: Weight, out_dtype: str) -> Expr:
+        seen[next(iter(weight.parts.values())).name] = x
+        return linear(x, weight, out_dtype)
+
+    watching = Decoder(d.builder, d.structure, d.declared, replace(d.operations, linear=watched), d.dtype)
+    with d.builder.function(name, inputs):
+        with d.builder.dataflow():
+            out = d.builder.emit(layer(watching, *inputs))
+            xs = [d.cast(seen[p.name], d.operations.compute) for p in d.declared if p.name in seen]
+            out = d.builder.emit_output(relax.Tuple([out, *xs]) if with_inputs else out)
+        d.builder.emit_func_output(out)

@@ -1,0 +1,75 @@
+"""calibrate: how much each input column of each matrix counts, measured on a text; for `rounding: calibrated`.
+
+Fields: structure. Inputs: convert, blocks (a float32 library of the decoder's pieces), checkpoint (tokenizer files),
+text (one file). Materials: the checkpoint's files. Artifact: importance.safetensors, float32 `[K in]` by parameter.
+"""
+
+from __future__ import annotations
+
+from safetensors.numpy import save_file
+
+from mlcbuild.measure.blocks import Blocks
+from mlcbuild.measure.importance import importance
+from mlcbuild.measure.unquantized import Unquantized
+from mlcbuild.models import structure
+from mlcbuild.models.parameters import parameters
+from mlcbuild.runtime import evaluate
+from mlcbuild.runtime.tokenizer import load_tokenizer
+from mlcbuild.steps.job import Job
+
+VERSION = 1
+CODE = (
+    "mlcbuild.chat.conversation",
+    "mlcbuild.checkpoints.header",
+    "mlcbuild.checkpoints.mapped",
+    "mlcbuild.measure.blocks",
+    "mlcbuild.measure.importance",
+    "mlcbuild.measure.model",
+    "mlcbuild.measure.unquantized",
+    "mlcbuild.models.parameters",
+    "mlcbuild.models.structure",
+    "mlcbuild.quantization.blocks",
+    "mlcbuild.quantization.floats",
+    "mlcbuild.quantization.schemes",
+    "mlcbuild.quantization.sources",
+    "mlcbuild.recipes.types",
+    "mlcbuild.runtime.evaluate",
+    "mlcbuild.runtime.library",
+    "mlcbuild.runtime.model",
+    "mlcbuild.runtime.package",
+    "mlcbuild.runtime.sampling",
+    "mlcbuild.runtime.session",
+    "mlcbuild.runtime.text",
+    "mlcbuild.runtime.threads",
+    "mlcbuild.runtime.tokenizer",
+    "mlcbuild.runtime.tvm_runtime",
+    "mlcbuild.runtime.weights",
+)
+TOOLS = ("apache-tvm", "apache-tvm-ffi", "numpy", "safetensors", "sentencepiece", "tokenizers")
+
+_TOKENS = 16384  # of a text; more would hardly move a mean square
+
+
+def run(job: Job) -> None:
+    """Raises MlcBuildError for a text with nothing in it, and for a model that computes NaN or Inf."""
+    model = structure.from_json(job.fields["structure"])
+    (library,) = job.folder(job.inputs["blocks"], job.scratch / "blocks").glob("model.*")
+    blocks = Blocks(library)
+    (text,) = job.inputs["text"].files.values()
+    tokenizer = load_tokenizer(job.folder(job.inputs["checkpoint"], job.scratch / "checkpoint"))
+    documents = evaluate.documents(text.path.read_text(encoding="utf-8"), tokenizer)
+    windows, tokens = [], 0
+    for window in evaluate.windows(documents, min(blocks.window, model.context_window_size)):
+        if tokens + len(window) > _TOKENS:
+            job.note(f"the calibration text is long: its first {tokens} tokens are enough")
+            break
+        windows.append(window)
+        tokens += len(window)
+    found = importance(
+        parameters(model),
+        blocks,
+        Unquantized(job.inputs["convert"].read_json("parameters.json"), job.materials),
+        windows,
+        lambda done, total: job.progress(done, total, "layers"),
+    )
+    save_file(found, job.output / "importance.safetensors")

@@ -1,0 +1,164 @@
+"""A random checkpoint of a model's own architecture and shape: two layers, a vocabulary of bytes, bfloat16.
+
+For a quantization that is only read from AutoAWQ's checkpoints, its layers are packed like theirs. It lies in a folder
+named by the digest of what decides its content, so that the same one is made once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mlcbuild.cache.canonical import digest_json
+from mlcbuild.models.architecture import resolve
+from mlcbuild.models.parameters import Parameter, parameters
+from mlcbuild.models.structure import Structure
+from mlcbuild.recipes.types import Architecture
+
+VERSION = 1  # of the numbers: raise it when they change
+LAYERS, VOCABULARY = 2, 512
+_SEPARATOR = "<|endoftext|>"
+_PERIOD = 1_000_003  # random numbers; a prime, so that no two rows of a matrix are alike
+_ONE = b"\x80\x3f"  # bfloat16
+_BYTES = {"BF16": 2, "F16": 2, "I32": 4}
+_AWQ_PER_WORD, _AWQ_DEVIATION = 8, 6.5  # of a random code from a random zero point
+
+Tensor = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
+
+
+def small_config(config: Mapping[str, Any], architecture: Architecture, awq_group: int | None = None) -> dict[str, Any]:
+    """`config.json` of the small model: the same but for layers, vocabulary, and what the tokens mean.
+
+    `awq_group` is the size of AWQ's groups, for a checkpoint that is packed.
+    """
+    small = {name: value for name, value in config.items() if name != "quantization_config"}
+    for field, value in (("num_hidden_layers", LAYERS), ("vocab_size", VOCABULARY)):
+        keys = architecture.data["config"][field]["key"]
+        for key in [keys] if isinstance(keys, str) else keys:
+            if key in small:
+                small[key] = value
+    if awq_group is not None:
+        awq = {"quant_method": "awq", "bits": 4, "group_size": awq_group, "version": "gemm", "zero_point": True}
+        small["quantization_config"] = awq
+    return {**small, **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)}
+
+
+def make(folder: Path, config: Mapping[str, Any], architecture: Architecture, special: Sequence[str]) -> Path:
+    """The checkpoint for `config` (a `small_config`) under `folder`, made unless it is there.
+
+    `special` are tokens that its tokenizer has besides bytes. Raises MlcBuildError for a config that the architecture
+    cannot express.
+    """
+    model = resolve(architecture, config, {})
+    tensors = list(_tensors(model))
+    if "quantization_config" in config:
+        tensors = [each for tensor in tensors for each in _packed(tensor, config["quantization_config"]["group_size"])]
+    identity = [VERSION, config, special, tensors]
+    place = folder / digest_json(identity)
+    if place.is_dir():
+        return place
+    making = folder / f".{place.name}.{os.getpid()}"
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir(parents=True)
+    (making / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (making / "tokenizer.json").write_text(_tokenizer(special))
+    with (making / "model.safetensors").open("wb") as file:
+        _write(file, tensors)
+    try:
+        making.rename(place)
+    except OSError:  # another process was faster
+        shutil.rmtree(making)
+    return place
+
+
+def _tensors(model: Structure) -> Iterator[Tensor]:
+    """As a checkpoint has them: what MLC joins is apart."""
+    for parameter in parameters(model):
+        for source, rows in zip(parameter.sources, _rows(parameter, model), strict=True):
+            yield source, "BF16", (rows, *parameter.shape[1:])
+
+
+def _packed(tensor: Tensor, group: int) -> Iterator[Tensor]:
+    """What AutoAWQ makes of a tensor: of those of layers, three."""
+    name, _, shape = tensor
+    if len(shape) == 1 or ".layers." not in name:
+        yield tensor
+        return
+    (rows, columns), prefix = shape, name.removesuffix("weight")
+    yield f"{prefix}qweight", "I32", (columns, rows // _AWQ_PER_WORD)
+    yield f"{prefix}qzeros", "I32", (columns // group, rows // _AWQ_PER_WORD)
+    yield f"{prefix}scales", "F16", (columns // group, rows)
+
+
+def _rows(parameter: Parameter, model: Structure) -> list[int]:
+    """The rows of each of the parameter's sources."""
+    count, rows = len(parameter.sources), parameter.shape[0]
+    if parameter.role == "qkv_proj" and count == 3:
+        key_value = model.num_key_value_heads * model.head_dim
+        return [rows - 2 * key_value, key_value, key_value]
+    return [rows // count] * (count - 1) + [rows - rows // count * (count - 1)]
+
+
+def _write(file: BinaryIO, tensors: Sequence[Tensor]) -> None:
+    """A safetensors file: the header's length, the header, numbers. Matrices `[N, K]` have a deviation of K^-1/2."""
+    import numpy as np
+
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, dtype, shape in tensors:
+        end = offset + _BYTES[dtype] * prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    random = np.random.default_rng(0)
+    numbers = random.standard_normal(_PERIOD, np.float32)
+    words = random.integers(0, 1 << 32, _PERIOD, np.uint32).tobytes()
+    made: dict[Any, bytes] = {}
+    position, columns = 0, 1
+    for name, dtype, shape in tensors:
+        if dtype == "I32":
+            columns = shape[0] if name.endswith("qweight") else columns  # qweight comes first
+            position = _repeat(file, words, 4, prod(shape), position)
+        elif dtype == "F16":
+            file.write(np.full(prod(shape), columns**-0.5 / _AWQ_DEVIATION, np.float16).tobytes())
+        elif len(shape) == 1:
+            file.write(_ONE * shape[0])
+        else:
+            width = shape[1]
+            if width not in made:
+                values = numbers * np.float32(width**-0.5)
+                made[width] = values.view(np.uint16)[1::2].tobytes()  # the upper halves
+            position = _repeat(file, made[width], 2, prod(shape), position)
+
+
+def _repeat(file: BinaryIO, numbers: bytes, itemsize: int, count: int, position: int) -> int:
+    """Write `count` of the numbers, again from the first after the last; where the next ones begin."""
+    view = memoryview(numbers)
+    while count:
+        now = min(count, _PERIOD - position)
+        file.write(view[itemsize * position : itemsize * (position + now)])
+        count -= now
+        position = (position + now) % _PERIOD
+    return position
+
+
+def _tokenizer(special: Sequence[str]) -> str:
+    """tokenizer.json with a token for each byte, and the special ones before them."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    first = list(dict.fromkeys([_SEPARATOR, *special]))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*first, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in first])
+    text: str = tokenizer.to_str()
+    return text

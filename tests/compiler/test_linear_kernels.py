@@ -1,0 +1,119 @@
+"""Matrix products and look-ups of every weight format against NumPy in float64: odd shapes, tails, NaN."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlcbuild.compiler.cpu.formats import format_of
+from mlcbuild.recipes.types import Quantization
+from tests.compiler.kernels import LEVELS, Array, Kernels
+from tests.compiler.packing import Packed, pack, rounded, stored
+from tests.support.llama import QUANTIZATIONS
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="the kernels are built for x86-64 here"),
+]
+
+TOKENS = (1, 2, 3, 5, 9, 64, 67, 130)
+SHAPES = ((1, 1), (32, 1), (40, 21), (88, 21), (192, 16), (513, 16), (1000, 35), (1100, 35), (5632, 5))  # (K, N)
+
+
+class Case:
+    """The kernels of one format."""
+
+    def __init__(self, quantization: Quantization, level: str, folder: Path) -> None:
+        self.weights, self.dtype = quantization.weights, quantization.model_dtype
+        self.form = format_of(self.weights)
+        self.kernels = Kernels(LEVELS[level], folder, self.dtype, [self.form])
+
+    def shape(self, columns: int, rows: int) -> tuple[int, int]:
+        """The nearest shape that the format has: AWQ and asymmetric groups are whole."""
+        if self.weights is None or self.weights.symmetric or not self.weights.group_size:
+            return columns, rows
+        size = self.weights.group_size
+        return -(-columns // size) * size, -(-rows // 8) * 8
+
+    def pack(self, columns: int, rows: int) -> Packed:
+        return pack(normal(rows, columns, seed=1), self.weights, self.dtype)
+
+    def product(self, x: Array, packed: Packed, out_dtype: str = "float32") -> Array:
+        return self.kernels.product(self.form, x, packed.parts, len(packed.values), out_dtype)
+
+
+def normal(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def close(got: Array, expected: Array) -> None:
+    assert np.abs(got.astype(np.float64) - expected).max() <= 3e-6 * np.abs(expected).max()
+
+
+# Every format here and with AVX2; where AVX-512 has no VNNI, the formats whose code that changes.
+CASES = [(name, level) for level in ("native", "x86-64-v3") for name in QUANTIZATIONS]
+CASES += [(name, "x86-64-v4") for name in ("q4f16_1", "q4f32_1", "q4f16_0")]
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    name, level = request.param
+    return Case(QUANTIZATIONS[name], level, tmp_path_factory.mktemp(name))
+
+
+def test_a_product(case: Case) -> None:
+    for columns, rows in {case.shape(*shape) for shape in SHAPES}:
+        packed = case.pack(columns, rows)
+        for tokens in TOKENS:
+            x = normal(tokens, columns)
+            close(case.product(x, packed), x.astype(np.float64) @ packed.values.astype(np.float64).T)
+
+
+def test_activations_of_a_wide_range(case: Case) -> None:
+    """A few values are thousands of times larger than the others, as in real models."""
+    columns, rows = case.shape(640, 40)
+    packed = case.pack(columns, rows)
+    x = normal(1, columns)
+    x[0, 5::131] *= 3000
+    close(case.product(x, packed), x.astype(np.float64) @ packed.values.astype(np.float64).T)
+
+
+def test_activations_and_results_of_the_model_dtype(case: Case) -> None:
+    columns, rows = case.shape(192, 24)
+    packed = case.pack(columns, rows)
+    memory = "uint16" if case.dtype == "bfloat16" else case.dtype
+    for tokens in (1, 30):
+        x = rounded(normal(tokens, columns), case.dtype)
+        wide = case.product(x, packed)
+        close(wide, x.astype(np.float64) @ packed.values.astype(np.float64).T)
+        narrow = case.product(stored(x, case.dtype), packed, memory)
+        assert (narrow == stored(rounded(wide, case.dtype), case.dtype)).all()
+
+
+def test_what_is_not_finite_stays_so(case: Case) -> None:
+    columns, rows = case.shape(128, 8)
+    packed = case.pack(columns, rows)
+    for tokens in (1, 12):
+        for bad in (np.nan, np.inf, -np.inf):
+            x = normal(tokens, columns)
+            x[0, 3] = bad
+            got = case.product(x, packed)
+            assert not np.isfinite(got[0][packed.values[:, 3] != 0]).any()
+            if tokens > 1:
+                assert np.isfinite(got[1:]).all()
+
+
+def test_rows_looked_up(case: Case) -> None:
+    if case.form.name.startswith(("minmax", "awq")) or (case.weights and case.weights.layout == "KN"):
+        pytest.skip("no embedding has this format")
+    columns, rows = case.shape(200, 9)
+    packed, ids = case.pack(columns, rows), np.array([3, 0, 3], np.int32)
+    y = np.zeros((3, columns), "uint16" if case.dtype == "bfloat16" else case.dtype)
+    parts: list[Any] = [*packed.parts, None][:2]
+    for i in range(3):
+        case.kernels(f"mlcbuild_{case.form.name}_embed", ids, *parts, y, columns, i)
+    assert (y == stored(rounded(packed.values[ids], case.dtype), case.dtype)).all()

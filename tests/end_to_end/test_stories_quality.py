@@ -1,0 +1,35 @@
+"""On the trained model that ships with mlcbuild: better rounding into the same bytes is better."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.end_to_end.workspace import Workspace
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("quantization", ["q3f16_1", "q4f16_1"])
+def test_searched_scales_lose_less_and_calibrated_ones_least(workspace: Workspace, quantization: str) -> None:
+    """By KL divergence on text that calibration has not seen; all three share one library, and one calibration."""
+    names = [quantization, f"{quantization}-mse", f"{quantization}-calibrated"]
+    for name in names:
+        workspace.recipe(name, name, "stories")
+    built = workspace.built("build", f"recipe={','.join(names)}")
+    assert len([step for step in built if step.startswith("library:") and quantization in step]) == 1
+    folders = [workspace.root / "dist" / name for name in names]
+    nearest, mse, calibrated = (json.loads((folder / "quality.json").read_text())["kl"] for folder in folders)
+    assert nearest > 1.3 * mse and mse > calibrated > 0
+    libraries = {path.read_bytes() for folder in folders for path in folder.glob("*.so")}
+    assert len(libraries) == 1
+    assert {config(folder)["quantization"] for folder in folders} == {quantization}
+
+
+def config(folder: Path) -> dict[str, Any]:
+    (path,) = folder.glob("*-MLC/mlc-chat-config.json")
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found

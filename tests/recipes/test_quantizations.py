@@ -1,0 +1,90 @@
+"""Quantizations that are made of others: `format` and `overrides`."""
+
+from __future__ import annotations
+
+import json
+
+from mlcbuild.recipes.types import (
+    Quantization,
+    Weights,
+    format_json,
+    quantization_from_json,
+    quantization_json,
+)
+from tests.recipes.conftest import Workspace
+
+OWN = """\
+class: q4
+model_dtype: float16
+weights: {bits: 4, group_size: 32, storage_dtype: uint32, layout: NK, symmetric: true}
+embedding: quantized
+lm_head: quantized
+overrides: {"*_proj": q4f16_1, lm_head: q8f16_1, model.layers.0.*: q0f16}
+"""
+
+
+def loaded(workspace: Workspace, **files: str) -> dict[str, Quantization]:
+    for name, text in files.items():
+        workspace.write(f"quantizations/{name}.yaml", text)
+    return dict(workspace.load().quantizations)
+
+
+def test_another_rounding_of_a_format(workspace: Workspace) -> None:
+    quantizations = loaded(workspace)
+    base, mse = quantizations["q4f16_1"], quantizations["q4f16_1-mse"]
+    assert (base.format, base.rounding) == ("q4f16_1", "nearest")
+    assert (mse.name, mse.format, mse.rounding, mse.kind) == ("q4f16_1-mse", "q4f16_1", "mse", "q4")
+    assert format_json(mse) == format_json(base)  # the same libraries
+    assert quantization_json(mse) != quantization_json(base)  # other weights
+
+
+def test_another_rounding_of_ones_own_format(workspace: Workspace) -> None:
+    quantizations = loaded(workspace, own=OWN, better="format: own\nrounding: calibrated\n")
+    assert quantizations["better"].overrides == quantizations["own"].overrides
+    assert (quantizations["better"].format, quantizations["better"].rounding) == ("own", "calibrated")
+
+
+def test_overrides_take_the_weights_of_others_in_order(workspace: Workspace) -> None:
+    q4, q8 = (Weights(bits, 32, "uint32", "NK", True) for bits in (4, 8))
+    quantization = loaded(workspace, own=OWN)["own"]
+    assert quantization.overrides == (("*_proj", q4), ("lm_head", q8), ("model.layers.0.*", None))
+
+
+def test_the_formats_of_2023_have_their_own_version(workspace: Workspace) -> None:
+    quantizations = loaded(workspace)
+    versions = {name: each.scheme_version for name, each in quantizations.items()}
+    assert {name for name, version in versions.items() if version == 1} == {
+        "q3f16_0_2023", "q4f16_0_2023", "q4f32_0", "q8f16_0",
+    }  # fmt: skip
+
+
+def test_json_and_back(workspace: Workspace) -> None:
+    """What a step is given is what was written, whoever sorted its keys on the way."""
+    for quantization in loaded(workspace, own=OWN).values():
+        fields = json.loads(json.dumps(quantization_json(quantization), sort_keys=True))
+        assert not {"name", "format", "kind"} & fields.keys()
+        made = quantization_from_json(fields)
+        assert quantization_json(made) == quantization_json(quantization)
+        assert (made.weights, made.overrides) == (quantization.weights, quantization.overrides)
+        assert quantization_from_json(json.loads(json.dumps(format_json(quantization)))).rounding == "nearest"
+
+
+def test_a_format_of_a_damaged_file_is_one_problem(workspace: Workspace) -> None:
+    workspace.write("quantizations/own.yaml", "class: q4\n")
+    workspace.write("quantizations/better.yaml", "format: own\nrounding: mse\n")
+    workspace.write("quantizations/mixed.yaml", OWN.replace("q8f16_1", "own"))
+    assert [problem.partition(":")[0] for problem in workspace.problems()] == ["recipes/quantizations/own.yaml"] * 2
+
+
+def test_overrides_of_overrides_are_refused(workspace: Workspace) -> None:
+    workspace.write("quantizations/own.yaml", OWN)
+    text = OWN.replace("lm_head: q8f16_1", "lm_head: own")
+    assert workspace.problem("quantizations/bad.yaml", text) == (
+        "6:41: `overrides.lm_head` is `own`, which has overrides itself; name one without"
+    )
+
+
+def test_a_rounding_that_a_format_cannot_have(workspace: Workspace) -> None:
+    assert workspace.problem("quantizations/bad.yaml", "format: q4f32_0\nrounding: mse\n") == (
+        "2:11: `rounding` is `mse`, expected `nearest` for the format `q4f32_0`: there is no other scale to search for"
+    )

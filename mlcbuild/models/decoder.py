@@ -7,11 +7,12 @@ Private functions work on [n, hidden_size]: `n` tokens of all sequences of a bat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from tvm import ir, relax, tirx
 
+from mlcbuild.models.attention import attention
 from mlcbuild.models.operations import Expr, Operations
 from mlcbuild.models.structure import Structure
 from mlcbuild.models.weights import Declared, Weight, Weights, head_role, tuple_type, weight_of
@@ -93,29 +94,13 @@ def layer(decoder: Decoder, x: Expr, cache: Expr, layer_id: Expr, *given: Expr, 
         return weight_of([p for p, _ in pairs], [var for _, var in pairs])
 
     normed = d.operations.rms_norm(x, weight("attention_norm").plain, s.norm_eps)
-    attended = _attention(d, normed, cache, layer_id, weight, x.ty.shape[0])
+    attended = attention(d, normed, cache, layer_id, weight, x.ty.shape[0], number)
     x1 = d.builder.emit(relax.op.add(x, attended))
     normed = d.operations.rms_norm(x1, weight("mlp_norm").plain, s.norm_eps)
     gate_up = d.operations.linear(normed, weight("gate_up_proj"), d.operations.compute)
     inner = d.operations.gated(gate_up, s.activation)
     down = d.operations.linear(inner, weight("down_proj"), d.operations.compute)
     return relax.op.add(x1, down)
-
-
-def _attention(d: Decoder, x: Expr, cache: Expr, layer_id: Expr, weight: Callable[[str], Weight], n: Expr) -> Expr:
-    s = d.structure
-    heads, kv_heads, dim = s.num_attention_heads, s.num_key_value_heads, s.head_dim
-    qkv = d.operations.linear(x, weight("qkv_proj"), d.dtype)
-    qkv = d.builder.emit(relax.op.reshape(qkv, [n, heads + 2 * kv_heads, dim]))
-    out = d.builder.emit(
-        relax.call_dps_packed(
-            "vm.builtin.attention_kv_cache_attention_with_fused_qkv",
-            [cache, layer_id, relax.prim_value(dim**-0.5), qkv],
-            out_ty=relax.TensorType([n, heads, dim], d.dtype),
-        )
-    )
-    out = d.builder.emit(relax.op.reshape(out, [n, heads * dim]))
-    return d.operations.linear(out, weight("o_proj"), d.operations.compute)
 
 
 def emit_decoder(decoder: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalVar:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from mlcbuild import zig
 from mlcbuild.compiler import linkers, targets
+from mlcbuild.compiler.cpu.experts import plan_size
 from mlcbuild.compiler.cpu.formats import Format, sources
 from mlcbuild.compiler.cpu.linear import PACK_TOKENS, TASK_ROWS
 from tests.support.llama import CPU
@@ -34,7 +35,7 @@ class Kernels:
     def __init__(self, cpu: str, folder: Path, dtype: str, formats: Sequence[Format] = ()) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         objects = []
-        for source in sources(formats, dtype):
+        for source in sources(formats, dtype, experts=True):
             objects.append(folder / f"{source.name}.o")
             defines = [*source.defines, ("EXPORT", "")]
             triple = "x86_64-linux-gnu.2.28"
@@ -60,6 +61,24 @@ class Kernels:
         for task in range(-(-rows // TASK_ROWS)):
             sizes = (tokens, rows, columns, stride, task)
             self(f"mlcbuild_{form.name}_multiply", packed, *given, y, _wide(y.dtype), *sizes)
+        return y
+
+    def product_of_experts(self, form: Format, x: Array, chosen: Array, parts: Sequence[Array], rows: int) -> Array:
+        """x [n, K] or [n * count, K] times the weights [experts, rows, K] that chosen says: [n * count, rows]."""
+        pairs, columns, experts = chosen.size, x.shape[1], len(parts[0])
+        stride = -(-columns // form.padded_to) * form.padded_to
+        plan = np.full(plan_size(pairs, experts), -1, np.int32)
+        self("mlcbuild_plan_experts", chosen, plan, pairs, experts, pairs // len(x))
+        packed = np.full((pairs, stride), np.nan, np.float32)
+        for task in range(int(plan[1])):
+            sizes = (pairs, experts, columns, stride, task)
+            self(f"mlcbuild_{form.name}_pack_experts", x, np.int32(1), plan, packed, *sizes)
+        y = np.full((pairs, rows), 7, np.float32)
+        missing = 5 - len(parts)
+        given = [*parts, *[None] * missing, *[part[0].nbytes for part in parts], *[0] * missing]
+        for task in range(int(plan[0]) * -(-rows // TASK_ROWS)):
+            shape = (pairs, experts, rows, columns, stride, task)
+            self(f"mlcbuild_{form.name}_multiply_experts", packed, plan, *given, y, *shape)
         return y
 
 

@@ -54,10 +54,11 @@ def format_of(weights: Weights | None) -> Format:
     )
 
 
-def sources(formats: Iterable[Format], dtype: str) -> tuple[Source, ...]:
-    """What a library of model dtype `dtype` with weights in `formats` is made from."""
+def sources(formats: Iterable[Format], dtype: str, experts: bool = False) -> tuple[Source, ...]:
+    """What a library of model dtype `dtype` with weights in `formats` is made from; with `experts`, of experts too."""
     model = ("MODEL", dtype)
-    once = [Source(name, f"{name}.c", (model,)) for name in ("attention", "rows")]
+    files = ("attention", "experts", "rows") if experts else ("attention", "rows")
+    once = [Source(name, f"{name}.c", (model,)) for name in files]
     linear = [
         Source(f"linear_{each.name}", "linear.c", (model, ("FORMAT", each.name), *each.defines))
         for each in sorted(set(formats), key=lambda each: each.name)

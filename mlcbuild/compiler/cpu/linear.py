@@ -11,8 +11,8 @@ from mlcbuild.compiler.cpu import calls
 from mlcbuild.compiler.cpu.formats import Format
 
 TASK_ROWS = 32  # weight rows of one task; likewise in linear.c
-PACK_TOKENS = 24  # activation rows that one task packs; likewise in linear.c
-_PARTS = 5  # tensors that a kernel takes for one matrix, at most
+PACK_TOKENS = 24  # activation rows that one task packs; likewise in experts.h
+PARTS = 5  # tensors that a kernel takes for one matrix, at most
 
 Part = tuple[tuple[int | str, ...], str]  # shape, its symbolic dimensions by name, and dtype
 
@@ -24,7 +24,7 @@ def linear(
     """x [n, in_features], the parts of w [rows, in_features] -> x · wᵀ [n, rows], as a PrimFunc with symbolic n."""
     stride = -(-in_features // form.padded_to) * form.padded_to
     pack, multiply = f"mlcbuild_{form.name}_pack", f"mlcbuild_{form.name}_multiply"
-    missing = [None] * (_PARTS - len(parts))
+    missing = [None] * (PARTS - len(parts))
 
     def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
         (x, *weights), (y,) = inputs, outputs
@@ -32,12 +32,12 @@ def linear(
         packed = calls.scratch(n * stride)
         calls.for_each(
             (n + PACK_TOKENS - 1) // PACK_TOKENS,
-            lambda task: calls.call(pack, x, _wide(x_dtype), packed, n, in_features, stride, task),
+            lambda task: calls.call(pack, x, wide(x_dtype), packed, n, in_features, stride, task),
         )
         calls.for_each(
             (out_features + TASK_ROWS - 1) // TASK_ROWS,
             lambda task: calls.call(
-                *(multiply, packed, *weights, *missing, y, _wide(out_dtype)),
+                *(multiply, packed, *weights, *missing, y, wide(out_dtype)),
                 *(n, out_features, in_features, stride, task),
             ),
         )
@@ -62,5 +62,5 @@ def embedding(form: Format, parts: tuple[Part, ...], hidden_size: int, dtype: st
     return calls.function("embedding", [(("n",), "int32"), *parts], [(("n", hidden_size), dtype)], body)
 
 
-def _wide(dtype: str) -> Any:
+def wide(dtype: str) -> Any:
     return tirx.const(int(dtype == "float32"), "int32")

@@ -7,10 +7,10 @@
 // rows need. Where rows of w lie along memory it also has dot products (DOT_TOKENS rows of x and fewer), which read
 // the weights once, as they are.
 
+#include "experts.h"
 #include "panels.h"
 
 #define TOKENS 528      // activation rows that share one unpacked tile: a multiple of PACK_TOKENS
-#define PACK_TOKENS 24  // activation rows that one task packs: whole panels on every CPU; PACK_TOKENS in linear.py
 #define TASK_ROWS 32    // weight rows of one task; TASK_ROWS in linear.py
 
 _Static_assert(TOKENS % PACK_TOKENS == 0 && PACK_TOKENS % WIDTH == 0, "a panel lies in one task and in one tile's share");
@@ -33,35 +33,36 @@ typedef struct {
 
 #define NAME(what) JOIN(JOIN(JOIN(mlcbuild_, FORMAT), _), what)
 
-// Activations [tokens, k] in the order in which the product reads them, PACK_TOKENS rows from `task` on.
-EXPORT void NAME(pack)(const void *x, i32 wide, f32 *packed, i64 tokens, i64 k, i64 stride, i64 task) {
-    i64 first = task * PACK_TOKENS, count = min_i64(PACK_TOKENS, tokens - first);
-    x = (const char *)x + first * k * (i64)(wide ? sizeof(f32) : sizeof(model));
+// PACK_TOKENS rows of x [., k] at most, from the first-th of `tokens` on, in the order in which the product reads them.
+// The i-th row is from[i] where there is such a table, else i.
+NOINLINE void pack_rows(const void *x, i32 wide, const i32 *from, f32 *packed, i64 tokens, i64 first, i64 k, i64 stride) {
+    i64 count = min_i64(PACK_TOKENS, tokens - first);
+    if (from) from += first;
+    else x = (const char *)x + first * k * (i64)(wide ? sizeof(f32) : sizeof(model));
     packed += first * stride;
 #if DOT_TOKENS
     if (tokens <= DOT_TOKENS) {
-        for (i64 t = 0; t < count; t++) pack_dot(x, t * k, wide, packed + t * stride, k);
+        for (i64 t = 0; t < count; t++) pack_dot(x, row_of(from, t) * k, wide, packed + t * stride, k);
         return;
     }
 #endif
 #ifdef HAS_DIGIT_PANELS
-    pack_digit_panels(x, wide, packed, count, k, stride);
+    pack_digit_panels(x, wide, from, packed, count, k, stride);
 #else
-    pack_panels(x, wide, packed, count, k, stride);
+    pack_panels(x, wide, from, packed, count, k, stride);
 #endif
 }
 
-// TASK_ROWS columns of y [tokens, n] from `task` on.
-EXPORT void NAME(multiply)(const f32 *x, const void *a, const void *b, const void *c, const void *d, const void *e,
-                           void *y, i32 wide, i64 tokens, i64 n, i64 k, i64 stride, i64 task) {
-    weights w = {{a, b, c, d, e}, n, k};
-    i64 first = task * TASK_ROWS, end = min_i64(first + TASK_ROWS, n);
+// Columns first .. end - 1, TASK_ROWS at most, of `tokens` rows of y [., n]: the i-th is to[i], or i.
+NOINLINE void multiply_rows(const f32 *x, const weights *w, void *y, i32 wide, const i32 *to, i64 tokens, i64 stride,
+                            i64 first, i64 end) {
+    i64 n = w->n, k = w->k;
 #if DOT_TOKENS
     if (tokens <= DOT_TOKENS) {
         f32 out[DOT_TOKENS][TASK_ROWS];
-        dot(x, stride, &w, first, end - first, tokens, &out[0][0]);
+        dot(x, stride, w, first, end - first, tokens, &out[0][0]);
         for (i64 t = 0; t < tokens; t++)
-            for (i64 i = 0; i < end - first; i++) put_any(y, t * n + first + i, out[t][i], wide);
+            for (i64 i = 0; i < end - first; i++) put_any(y, row_of(to, t) * n + first + i, out[t][i], wide);
         return;
     }
 #endif
@@ -79,23 +80,57 @@ EXPORT void NAME(multiply)(const f32 *x, const void *a, const void *b, const voi
 #ifdef HAS_DIGIT_PANELS
             for (i64 start = 0; start < k; start += DIGITS_K) {
                 i64 depth = min_i64(DIGITS_K, k - start);
-                unpack_digits(&w, at, rows, start, depth, &tile);
+                unpack_digits(w, at, rows, start, depth, &tile);
                 multiply_digit_panels(x + token * stride, stride, start, &tile, depth, acc, count);
             }
 #else
             for (i64 start = 0; start < k; start += TILE_K) {
                 i64 depth = min_i64(TILE_K, k - start);
-                unpack(&w, at, rows, start, depth, tile);
+                unpack(w, at, rows, start, depth, tile);
                 multiply_panels(x + token * stride, stride, start, tile, depth, acc, count);
             }
 #endif
             for (i64 t = 0; t < count; t++) {
-                i64 to = (token + t) * n + at, i = 0;
-                for (; i + LANES <= rows; i += LANES) store_any(y, to + i, load_float32(acc + t * ROWS + i), wide);
-                for (; i < rows; i++) put_any(y, to + i, acc[t * ROWS + i], wide);
+                i64 y_at = row_of(to, token + t) * n + at, i = 0;
+                for (; i + LANES <= rows; i += LANES) store_any(y, y_at + i, load_float32(acc + t * ROWS + i), wide);
+                for (; i < rows; i++) put_any(y, y_at + i, acc[t * ROWS + i], wide);
             }
         }
     }
+}
+
+// Activations [tokens, k] as the product reads them, PACK_TOKENS rows from `task` on.
+EXPORT void NAME(pack)(const void *x, i32 wide, f32 *packed, i64 tokens, i64 k, i64 stride, i64 task) {
+    pack_rows(x, wide, 0, packed, tokens, task * PACK_TOKENS, k, stride);
+}
+
+// TASK_ROWS columns of y [tokens, n] from `task` on.
+EXPORT void NAME(multiply)(const f32 *x, const void *a, const void *b, const void *c, const void *d, const void *e,
+                           void *y, i32 wide, i64 tokens, i64 n, i64 k, i64 stride, i64 task) {
+    weights w = {{a, b, c, d, e}, n, k};
+    i64 first = task * TASK_ROWS;
+    multiply_rows(x, &w, y, wide, 0, tokens, stride, first, min_i64(first + TASK_ROWS, n));
+}
+
+// The same for experts, each of which multiplies the rows that chose it (experts.h): the task-th stretch of rows packed,
+EXPORT void NAME(pack_experts)(const void *x, i32 wide, i32 *memory, f32 *packed, i64 pairs, i64 experts, i64 k, i64 stride,
+                               i64 task) {
+    plan p = plan_in(memory, experts, pairs);
+    i64 expert = p.stretches[2 * task], first = p.first[expert], rows = p.first[expert + 1] - first;
+    pack_rows(x, wide, p.from + first, packed + first * stride, rows, p.stretches[2 * task + 1], k, stride);
+}
+
+// and TASK_ROWS columns of y [pairs, n] for one expert, whose share of each part is so many bytes. Neighbouring tasks are
+// of different experts: threads, which get neighbours, then have equally much to do.
+EXPORT void NAME(multiply_experts)(const f32 *x, i32 *memory, const void *a, const void *b, const void *c, const void *d,
+                                   const void *e, i64 a_bytes, i64 b_bytes, i64 c_bytes, i64 d_bytes, i64 e_bytes, f32 *y,
+                                   i64 pairs, i64 experts, i64 n, i64 k, i64 stride, i64 task) {
+    plan p = plan_in(memory, experts, pairs);
+    i64 expert = p.active[task % *p.active_count], column = task / *p.active_count * TASK_ROWS;
+    i64 first = p.first[expert], rows = p.first[expert + 1] - first;
+    weights w = {{(const char *)a + expert * a_bytes, (const char *)b + expert * b_bytes, (const char *)c + expert * c_bytes,
+                  (const char *)d + expert * d_bytes, (const char *)e + expert * e_bytes}, n, k};
+    multiply_rows(x + first * stride, &w, y, 1, p.to + first, rows, stride, column, min_i64(column + TASK_ROWS, n));
 }
 
 #if HAS_VALUE

@@ -59,28 +59,31 @@ INLINE void multiply_panels(const f32 *a, i64 stride, i64 start, const f32 *b, i
     }
 }
 
-// Panels of `rows` rows of x [rows, columns], `stride` >= columns steps each.
-INLINE void pack_panels(const void *x, i32 wide, f32 *out, i64 rows, i64 columns, i64 stride) {
+// Which row of x or y the i-th one is: table[i], or i where there is no table.
+INLINE i64 row_of(const i32 *table, i64 i) { return table ? table[i] : i; }
+
+// Panels of `rows` rows of x [., columns], those that `from` lists; `stride` >= columns steps each.
+INLINE void pack_panels(const void *x, i32 wide, const i32 *from, f32 *out, i64 rows, i64 columns, i64 stride) {
     for (i64 row = 0; row < rows;) {
-        i64 width = panel_width(rows - row);
+        i64 width = panel_width(rows - row), at[WIDTH], k = 0;
         f32 *panel = out + row * stride;
-        i64 at = row * columns, k = 0;
+        for (i64 m = 0; m < width; m++) at[m] = row_of(from, row + m) * columns;
         // Blocks are turned in registers. A store may reach into what the next one writes, but not behind the panel.
         for (; width == WIDTH && k + 2 * LANES <= columns; k += LANES) {
             u32v block[LANES] = {};
             for (int m = 0; m < (WIDTH < LANES ? WIDTH : LANES); m++) {
-                f32v v = load_any(x, at + m * columns + k, wide);
+                f32v v = load_any(x, at[m] + k, wide);
                 block[m] = *(u32v *)&v;
             }
             transpose(block);
             for (int i = 0; i < LANES; i++) *(u32v *)(panel + (k + i) * WIDTH) = block[i];
 #if WIDTH > LANES
             for (int m = LANES; m < WIDTH; m++)
-                for (int i = 0; i < LANES; i++) panel[(k + i) * WIDTH + m] = get_any(x, at + m * columns + k + i, wide);
+                for (int i = 0; i < LANES; i++) panel[(k + i) * WIDTH + m] = get_any(x, at[m] + k + i, wide);
 #endif
         }
         for (i64 m = 0; m < width; m++)
-            for (i64 i = k; i < columns; i++) panel[i * width + m] = get_any(x, at + m * columns + i, wide);
+            for (i64 i = k; i < columns; i++) panel[i * width + m] = get_any(x, at[m] + i, wide);
         row += width;
     }
 }

@@ -17,13 +17,13 @@ typedef struct {
 
 INLINE i64 digits_width(i64 left) { return left >= FOUR ? FOUR : 1; }
 
-INLINE void pack_digit_panels(const void *x, i32 wide, f32 *out, i64 rows, i64 k, i64 stride) {
+INLINE void pack_digit_panels(const void *x, i32 wide, const i32 *from, f32 *out, i64 rows, i64 k, i64 stride) {
     for (i64 row = 0; row < rows;) {
         i64 width = digits_width(rows - row);
         for (i64 m = 0; m < width; m++) {
             i32 *panel = (i32 *)(out + row * stride) + m;
             for (i64 at = 0; at < k; at += 32, panel += GROUP_INTS * width) {
-                fixed group = to_fixed(load_32(x, (row + m) * k, at, wide, k));
+                fixed group = to_fixed(load_32(x, row_of(from, row + m) * k, at, wide, k));
                 i32x4 eights = group.eights;
                 for (int d = 0; d < 3; d++) {
                     i32x4 even = *(i32x4 *)&group.even[d], odd = *(i32x4 *)&group.odd[d];

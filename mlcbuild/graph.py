@@ -19,9 +19,9 @@ from mlcbuild.errors import MlcBuildError, Unavailable
 from mlcbuild.models import architecture as architectures
 from mlcbuild.models import parameters
 from mlcbuild.models.structure import Structure
-from mlcbuild.recipes.lock import Locked
 from mlcbuild.recipes.types import (
     Catalog,
+    Locked,
     Model,
     Quantization,
     Recipe,
@@ -247,7 +247,7 @@ class _Planner:
                 "device": self._device(target),
                 **({"blocks": True} if form.blocks else {}),
             }
-            return self._add("lower", f"{form.label}-{name}-{target.device['kind']}", fields)
+            return self._add("lower", f"{form.label}-{name}-{target.name}", fields)
 
         return self._once(("lower", form.digest, form.blocks, name, target.name), add)
 

@@ -17,12 +17,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlcbuild.cache.inventory import Blob, Inventory, Record, read_record
+from mlcbuild.cache.inventory import LOOSE, Blob, Inventory, Record, read_record
 from mlcbuild.cache.pins import Hold
 from mlcbuild.errors import MlcBuildError
 
 _SLACK = 2 * 3600.0  # seconds: last use is kept to the hour
-_LOGS = 14 * 86400.0  # seconds that a step's output is kept
+_LOGS = 14 * 86400.0  # seconds that a step's output, a test run and an unfinished download are kept
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -32,7 +32,7 @@ class Plan:
 
     began: float  # when the inventory was taken
     records: tuple[Record, ...]
-    files: tuple[Blob, ...]  # blobs, old logs and junk
+    files: tuple[Blob, ...]  # blobs, old logs, junk, test runs and unfinished downloads
     before: int  # bytes
     after: int
     held: dict[str, int]  # reason (dist, pin, run) -> bytes of blobs that stay for it
@@ -68,6 +68,10 @@ def plan(found: Inventory, limit: int, holds: Iterable[Hold], running_since: flo
         if not references[digest]:
             going += files(digest)
     size = found.size - sum(file.size for file in going)
+    for file in sorted(found.loose, key=lambda file: (file.made, file.path)):
+        if file.made < min(busy, now - _LOGS) or (size > limit and file.made < busy):
+            going.append(file)
+            size -= file.size
     records: list[Record] = []
     for record in sorted(found.records, key=lambda record: (record.used, record.key)):
         if size <= limit:
@@ -103,6 +107,11 @@ def collect(root: Path, todo: Plan) -> int:
             if file.path.name.partition(".")[0] not in needed and file.path.stat().st_ctime == file.made:
                 file.path.unlink()
                 freed += file.size
+    emptied = {parent for file in todo.files for parent in file.path.parents}
+    tops = [root / name for name in LOOSE]
+    for folder in sorted((each for each in emptied if {*each.parents} & {*tops}), reverse=True):
+        with contextlib.suppress(OSError):  # not empty
+            folder.rmdir()
     return freed
 
 

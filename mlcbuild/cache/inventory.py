@@ -14,6 +14,7 @@ from pathlib import Path
 from mlcbuild.cache.canonical import digest_json
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
+LOOSE = ("test-run", "partial")  # folders of a cache: what `mlcbuild test-run` installed, what has arrived so far
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,12 @@ class Inventory:
     borrowed: Mapping[str, Blob]  # by digest; `path` is the record's
     logs: tuple[Blob, ...]
     junk: tuple[Blob, ...]  # in ac/ and cas/, but nothing that the cache would read
+    loose: tuple[Blob, ...] = ()  # test runs and unfinished downloads: worth keeping only where there is room
 
     @property
     def size(self) -> int:
         """Bytes of all that garbage collection looks after."""
-        files = [*self.blobs.values(), *self.borrowed.values(), *self.logs, *self.junk]
+        files = [*self.blobs.values(), *self.borrowed.values(), *self.logs, *self.junk, *self.loose]
         return sum(file.size for file in files) + sum(record.size for record in self.records)
 
 
@@ -68,7 +70,8 @@ def inventory(root: Path) -> Inventory:
             borrowed[digest] = file
         else:
             blobs[digest] = file
-    return Inventory(tuple(records), blobs, borrowed, tuple(_files(root / "logs")), tuple(junk))
+    loose = tuple(file for folder in LOOSE for file in _files(root / folder))
+    return Inventory(tuple(records), blobs, borrowed, tuple(_files(root / "logs")), tuple(junk), loose)
 
 
 def read_record(path: Path) -> Record | None:

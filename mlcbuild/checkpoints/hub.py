@@ -10,16 +10,16 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from mlcbuild.checkpoints.header import climbs
-from mlcbuild.checkpoints.hub_download import FileInfo, download
+from mlcbuild.checkpoints.hub_download import download
 from mlcbuild.checkpoints.hub_http import Request, get
 from mlcbuild.checkpoints.table import SAFETENSORS, TORCH, weight_files
 from mlcbuild.errors import CheckpointError
+from mlcbuild.recipes.types import Locked, LockedFile
 
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -36,15 +36,6 @@ _SMALL = (
     "vocab.json",
     "merges.txt",
 )
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """A revision, pinned: its commit, the content of its config.json, and the files that a build needs."""
-
-    commit: str
-    config: Mapping[str, Any]
-    files: Mapping[str, FileInfo]
 
 
 def needed_files(names: Collection[str], repo: str) -> list[str]:
@@ -69,7 +60,7 @@ def needed_files(names: Collection[str], repo: str) -> list[str]:
     return [name for name in _SMALL if name in names] + weights
 
 
-def resolve(repo: str, revision: str | None = None) -> Resolved:
+def resolve(repo: str, revision: str | None = None) -> Locked:
     """What `repo` holds at `revision` (default: its main branch).
 
     The hub knows the sha256 of large files; the small ones are downloaded here to compute theirs. Raises
@@ -80,15 +71,15 @@ def resolve(repo: str, revision: str | None = None) -> Resolved:
     commit, siblings = info.get("sha"), {each["rfilename"]: each for each in info.get("siblings", ())}
     if not isinstance(commit, str):
         raise CheckpointError(f"hf:{repo}: the hub's answer names no commit")
-    files: dict[str, FileInfo] = {}
+    files: dict[str, LockedFile] = {}
     config: Any = None
     for name in needed_files(siblings, repo):
         large = siblings[name].get("lfs")
         if large is not None and name not in (CONFIG, ADAPTER_CONFIG):
-            files[name] = FileInfo(large["size"], large["sha256"])
+            files[name] = LockedFile(large["sha256"], large["size"])
             continue
         content = _read(Request(repo, commit[:12], name), _file_url(repo, commit, name))
-        files[name] = FileInfo(len(content), hashlib.sha256(content).hexdigest())
+        files[name] = LockedFile(hashlib.sha256(content).hexdigest(), len(content))
         if name in (CONFIG, ADAPTER_CONFIG):
             try:
                 config = json.loads(content)
@@ -96,13 +87,13 @@ def resolve(repo: str, revision: str | None = None) -> Resolved:
                 raise CheckpointError(f"hf:{repo}: {name} is not valid JSON: {error}") from None
             if not isinstance(config, dict):
                 raise CheckpointError(f"hf:{repo}: {name} is not a JSON object")
-    return Resolved(commit, config, files)
+    return Locked(commit, config, files)
 
 
 def fetch(
     repo: str,
     commit: str,
-    files: Mapping[str, FileInfo],
+    files: Mapping[str, LockedFile],
     folder: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
     partial: Path | None = None,
@@ -148,7 +139,7 @@ def fetch(
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def _from_cache(repo: str, commit: str, name: str, info: FileInfo, place: Path) -> bool:
+def _from_cache(repo: str, commit: str, name: str, info: LockedFile, place: Path) -> bool:
     """Copy the file from huggingface_hub's own cache, if it is there and is the locked one."""
     import huggingface_hub
 

@@ -5,28 +5,22 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlcbuild.checkpoints.hub_http import Later, Request, get
 from mlcbuild.errors import CheckpointError
+from mlcbuild.recipes.types import LockedFile
 
 _CHUNK = 1 << 20  # bytes
 _RANGE = re.compile(r"bytes (\d+)-")
 _ADVICE = "build again, and if it stays so, `mlcbuild lock --update` shows what moved"
 
 
-@dataclass(frozen=True)
-class FileInfo:
-    size: int
-    sha256: str
-
-
 def download(
     request: Request,
     url: str,
-    info: FileInfo,
+    info: LockedFile,
     place: Path,
     progress: Callable[[int], None] = lambda arrived: None,
 ) -> None:
@@ -43,7 +37,7 @@ def download(
         raise CheckpointError(f"{request}: {problem}; {_ADVICE}")
 
 
-def _attempt(request: Request, url: str, info: FileInfo, place: Path, progress: Callable[[int], None]) -> str | None:
+def _attempt(request: Request, url: str, info: LockedFile, place: Path, progress: Callable[[int], None]) -> str | None:
     """None when the file is right; else what is wrong with it, and it is gone."""
     digest, size = hashlib.sha256(), 0
     with place.open("ab+") as file:

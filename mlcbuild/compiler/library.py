@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,13 +27,15 @@ def build(
 ) -> None:
     """Generate code for `module`, compile the C kernels for the same CPU, and link both into `output`.
 
-    `device` is the resolved TVM target. Raises MlcBuildError with the linker's own message when it fails.
+    `device` is the resolved TVM target. `dump` receives the LLVM IR, the kernels' sources and the commands.
+    Raises MlcBuildError with the linker's own message when it fails.
     """
     triple = link_target(linker, device)
-    kernels = _compile_kernels(sources.attached(module), triple, zig_cpu(device), scratch)
+    needed = sources.attached(module)
+    kernels, commands = _compile_kernels(needed, triple, zig_cpu(device), scratch)
 
     def link(path: str, objects: list[str], options: object = None, **_: object) -> None:
-        zig_link([*map(Path, objects), *kernels], Path(path), triple, linker, scratch)
+        commands.append(zig_link([*map(Path, objects), *kernels], Path(path), triple, linker, scratch))
 
     # Common subexpressions across TIR leave dangling variables in host code (docs/tvm.md).
     with target.Target(dict(device)), transform.PassContext(opt_level=3, config={"tirx.disable_cse_tir": True}):
@@ -41,6 +44,8 @@ def build(
         dump.mkdir(parents=True, exist_ok=True)
         (dump / "library.ll").write_text(executable.mod.imports[0].inspect_source("ll"))
     executable.export_library(str(output), fcompile=link, workspace_dir=str(scratch))
+    if dump is not None:
+        _dump_kernels(needed, commands, dump)
 
 
 def link_target(linker: Linker, device: Mapping[str, Any]) -> str:
@@ -53,13 +58,22 @@ def link_target(linker: Linker, device: Mapping[str, Any]) -> str:
     return _HOSTS[triple]
 
 
-def _compile_kernels(needed: Sequence[Source], triple: str, cpu: str, scratch: Path) -> list[Path]:
-    """Objects of the C sources, compiled side by side."""
+def _compile_kernels(needed: Sequence[Source], triple: str, cpu: str, scratch: Path) -> tuple[list[Path], list[str]]:
+    """Objects of the C sources, compiled side by side, and the commands that made them."""
 
-    def compiled(source: Source) -> Path:
+    def compiled(source: Source) -> tuple[Path, str]:
         output = scratch / f"{source.name}.o"
-        zig_compile(_KERNELS / source.file, output, triple, cpu, scratch / "zig", source.defines)
-        return output
+        return output, zig_compile(_KERNELS / source.file, output, triple, cpu, scratch / "zig", source.defines)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(compiled, needed))
+        made = list(pool.map(compiled, needed))
+    return [path for path, _ in made], [command for _, command in made]
+
+
+def _dump_kernels(needed: Sequence[Source], commands: Sequence[str], dump: Path) -> None:
+    """The C files that were compiled with the headers beside them, and `commands.sh`: what compiled and linked them."""
+    folder = dump / "kernels"
+    folder.mkdir(exist_ok=True)
+    for path in sorted({_KERNELS / source.file for source in needed} | {*_KERNELS.glob("*.h")}):
+        shutil.copyfile(path, folder / path.name)
+    (dump / "commands.sh").write_text("".join(f"{command}\n" for command in commands))

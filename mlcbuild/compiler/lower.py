@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tvm import IRModule, ir, relax, target
+from tvm import IRModule, relax, target
 
 from mlcbuild.compiler import canonical, pipeline
 from mlcbuild.compiler.contract import auxiliary, logits, metadata
@@ -66,10 +66,6 @@ def declare(structure: Structure, quantization: Quantization) -> tuple[Declared,
 
 def save(module: IRModule, path: Path) -> None:
     path.write_text(canonical.to_text(module))
-
-
-def load(path: Path) -> IRModule:
-    return ir.load_json(path.read_text())
 
 
 def check(structure: Structure) -> None:

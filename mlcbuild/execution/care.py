@@ -32,7 +32,9 @@ def gc(store: Store, dist: Path, max_size: str, dry_run: bool) -> tuple[str, boo
         if not dry_run:
             sweep_dead(store.root)
         now, since = time.time(), running_since(store.root)
-        todo = plan(inventory(store.root), limit, [*holds(store.root), *installed(dist)], since, now)
+        # What a test run installed in the cache itself holds nothing: it may go too.
+        held = [hold for hold in holds(store.root) if not Path(hold.name).is_relative_to(store.root)]
+        todo = plan(inventory(store.root), limit, [*held, *installed(dist)], since, now)
         freed = todo.before - todo.after if dry_run else collect(store.root, todo)
     return "".join(f"{line}\n" for line in _collected(todo, freed, limit, dry_run)), todo.reached
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from mlcbuild.cache.locks import locked as held
 from mlcbuild.cache.store import Store
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.recipes.lock import Locked, LockedFile, entry, key, lock_path, read_lock, write_lock
-from mlcbuild.recipes.types import Model, Source
+from mlcbuild.recipes.lock import entry, key, lock_path, read_lock, write_lock
+from mlcbuild.recipes.types import Locked, Model, Source
 from mlcbuild.reporting.events import ModelLocked, Report
 
 
@@ -45,9 +45,7 @@ def resolve(source: Source) -> Locked:
     from mlcbuild.checkpoints import hub  # not on the way of a build that has nothing to do
 
     assert source.hf is not None
-    resolved = hub.resolve(source.hf, source.revision)
-    files = {name: LockedFile(file.sha256, file.size) for name, file in resolved.files.items()}
-    return Locked(resolved.commit, resolved.config, files)
+    return hub.resolve(source.hf, source.revision)
 
 
 def store_entry(root: Path, cache: Path, name: str, entry: Locked) -> dict[str, Locked]:

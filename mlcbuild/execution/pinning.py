@@ -8,9 +8,9 @@ from pathlib import Path
 
 from mlcbuild.errors import CheckpointError, MlcBuildError
 from mlcbuild.execution.locking import resolve, store_entry
-from mlcbuild.recipes.lock import Locked, key, read_lock
+from mlcbuild.recipes.lock import key, read_lock
 from mlcbuild.recipes.problems import did_you_mean
-from mlcbuild.recipes.types import Catalog, Source
+from mlcbuild.recipes.types import Catalog, Locked, Source
 from mlcbuild.reporting.plain import amount
 
 

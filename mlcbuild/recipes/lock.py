@@ -14,14 +14,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlcbuild.errors import RecipeError
 from mlcbuild.recipes.files import write_atomically
 from mlcbuild.recipes.problems import Problem, show
-from mlcbuild.recipes.types import Source
+from mlcbuild.recipes.types import Locked, LockedFile, Source
 from mlcbuild.recipes.workspace import shown
 
 _VERSION = 1
@@ -29,21 +29,6 @@ _ADVICE = "restore the file from version control, or delete it: the next build r
 _REPO = re.compile(r"([A-Za-z0-9_][A-Za-z0-9._-]*/)?[A-Za-z0-9_][A-Za-z0-9._-]*(@.+)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True)
-class LockedFile:
-    sha256: str
-    size: int
-
-
-@dataclass(frozen=True)
-class Locked:
-    """A repository at the commit that is built."""
-
-    commit: str
-    config: Mapping[str, Any]
-    files: Mapping[str, LockedFile]
 
 
 def lock_path(root: Path) -> Path:

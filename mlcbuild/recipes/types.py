@@ -29,6 +29,23 @@ class Source:
 
 
 @dataclass(frozen=True)
+class LockedFile:
+    """A file of a repository, as recipes.lock pins it."""
+
+    sha256: str
+    size: int  # bytes
+
+
+@dataclass(frozen=True)
+class Locked:
+    """A repository at the commit that is built: its config.json, and the files that a build needs."""
+
+    commit: str
+    config: Mapping[str, Any]
+    files: Mapping[str, LockedFile]
+
+
+@dataclass(frozen=True)
 class Verify:
     """Bounds of the numerical check; None means the quantization class's own."""
 

@@ -24,9 +24,10 @@ def run(job: Job) -> None:
     Raises CheckpointError when the hub's files are not the locked ones.
     """
     if "repo" in job.fields:
-        from mlcbuild.checkpoints import hub, hub_download
+        from mlcbuild.checkpoints import hub
+        from mlcbuild.recipes.types import LockedFile
 
-        files = {name: hub_download.FileInfo(**info) for name, info in job.fields["files"].items()}
+        files = {name: LockedFile(**info) for name, info in job.fields["files"].items()}
         # One folder for one set of files, and one lock for this step's key: nobody else writes there.
         name = hashlib.sha256(json.dumps(job.fields, sort_keys=True).encode()).hexdigest()[:32]
         _sweep(job.partial)

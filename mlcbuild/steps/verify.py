@@ -97,6 +97,7 @@ def run(job: Job) -> None:
         job.note(f"{name}: {problem}")
     for warning in template.warnings:
         job.note(f"{name}: warning: {warning}")
+    notes = job.inputs["convert"].read_json("parameters.json").get("notes", [])
     report = {
         "status": status,
         "gate": gate,
@@ -105,6 +106,7 @@ def run(job: Job) -> None:
         **details,
         "thresholds": dataclasses.asdict(limits),
         "problems": problems,
+        **({"notes": notes} if notes else {}),  # what is true of the weights before this build touched them
         "library_executed": executed,
         "static_checks": static_checks,
         "template": template.report,

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mlcbuild.cache.runs import begin
 from mlcbuild.cache.store import Store, total_size
 from mlcbuild.errors import MlcBuildError, Unavailable
 from mlcbuild.execution.build import Builder
@@ -18,9 +19,8 @@ from mlcbuild.execution.session import QUALITY, Session, open_store
 from mlcbuild.graph import config_of, plan
 from mlcbuild.models import architecture as architectures
 from mlcbuild.recipes.load import load
-from mlcbuild.recipes.lock import Locked
 from mlcbuild.recipes.select import select
-from mlcbuild.recipes.types import Catalog, Model, Recipe, Source, Template
+from mlcbuild.recipes.types import Catalog, Locked, Model, Recipe, Source, Template
 from mlcbuild.reporting.events import Event, PackageInstalled, Report
 from mlcbuild.reporting.plain import amount
 from mlcbuild.testrun import checkpoint
@@ -35,6 +35,7 @@ def test_run(root: Path, names: str, cache: Path | None, report: Report) -> dict
     Raises MlcBuildError with everything that failed, when all have been tried.
     """
     store = open_store(root, cache)
+    begin(store.root)
     catalog = load(root, memo=store.root / "recipes.memo")
     lock = locker(root, store, report, refuse=False)
     results: dict[str, str] = {}

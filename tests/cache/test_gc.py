@@ -120,6 +120,21 @@ def test_what_nothing_refers_to_goes_always(four: Cache) -> None:
     assert not (four.store.root / "ac" / "00" / "half.json").exists()
 
 
+def test_test_runs_and_unfinished_downloads_go_before_anything_that_was_built(four: Cache) -> None:
+    loose = [four.store.root / name for name in ("test-run/dist/a/file", "partial/one/half", "partial/two/half")]
+    for path in loose:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b" " * BLOB)
+    enough = inventory(four.store.root).size
+    assert four.plan(enough).files == ()
+    assert four.gc(enough - BLOB) == {"a", "b", "c", "d"}
+    assert [path.exists() for path in loose] == [False, True, True], "the oldest first"
+    assert not loose[0].parent.exists()
+    assert four.plan(enough, since=0.0).files == (), "a running build may be about to go on with it"
+    todo = plan(inventory(four.store.root), enough, (), None, time.time() + 30 * DAY)
+    assert {file.path for file in todo.files} == {*loose[1:]}
+
+
 def test_held_actions_and_blobs_stay(four: Cache) -> None:
     held = (Hold("pin", "x", frozenset({four.keys["a"]})),)
     todo = four.plan(0, held)

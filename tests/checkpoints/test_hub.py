@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from mlcbuild.checkpoints import hub
-from mlcbuild.checkpoints.hub_download import FileInfo
 from mlcbuild.errors import CheckpointError
+from mlcbuild.recipes.types import LockedFile
 from tests.checkpoints.hub_server import COMMIT, Fault, Hub, serving
 
 SECRET = "hf_PlantedTokenThatNobodyMaySee"
@@ -34,8 +34,8 @@ FILES = {
 NEEDED = ["config.json", "tokenizer.json", "model.safetensors"]
 
 
-def info(name: str) -> FileInfo:
-    return FileInfo(len(FILES[name]), hashlib.sha256(FILES[name]).hexdigest())
+def info(name: str) -> LockedFile:
+    return LockedFile(hashlib.sha256(FILES[name]).hexdigest(), len(FILES[name]))
 
 
 LOCKED = {name: info(name) for name in NEEDED}

@@ -131,9 +131,14 @@ def test_debug_dump_writes_the_compiler_phases_and_changes_no_key(workspace: Wor
     workspace.doit("build")
     dump = workspace.root / "dump"
     assert workspace.built("build", f"debug_dump={dump}") == []
-    workspace.doit("lower", "-a", f"debug_dump={dump}")
+    workspace.doit("library", "-a", f"debug_dump={dump}")
     written = {path.name for path in dump.rglob("*.py")}
     assert {"0-model.py", "1-kernels.py", "2-memory.py", "3-runtime.py"} <= written
+    (library,) = dump.glob("library/*")
+    assert {path.name for path in (library / "kernels").iterdir()} >= {"attention.c", "linear.c", "rows.c", "common.h"}
+    *compile_, link = (library / "commands.sh").read_text().splitlines()
+    assert all(" -c " in command for command in compile_) and len(compile_) >= 3
+    assert " -shared " in link and all(f"{name}.o" in link for name in ("attention", "rows"))
     assert workspace.built("build") == []
 
 

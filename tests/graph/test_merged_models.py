@@ -7,8 +7,8 @@ from pathlib import Path
 
 from mlcbuild.graph import Graph, plan
 from mlcbuild.recipes.load import load
-from mlcbuild.recipes.lock import Locked, LockedFile, key
-from mlcbuild.recipes.types import Model
+from mlcbuild.recipes.lock import key
+from mlcbuild.recipes.types import Locked, LockedFile, Model
 from tests.execution.workspace import CONFIG, Workspace, make_workspace
 
 FILES = {"config.json": LockedFile("0" * 64, 10), "model.safetensors": LockedFile("1" * 64, 20)}

@@ -12,8 +12,7 @@ import pytest
 from mlcbuild.errors import MlcBuildError, Unavailable
 from mlcbuild.graph import Graph, plan
 from mlcbuild.recipes.load import load
-from mlcbuild.recipes.lock import Locked, LockedFile
-from mlcbuild.recipes.types import Model, Recipe
+from mlcbuild.recipes.types import Locked, LockedFile, Model, Recipe
 from tests.execution.workspace import CONFIG, Workspace, make_workspace
 
 
@@ -50,13 +49,13 @@ def test_the_steps_of_one_recipe(workspace: Workspace) -> None:
         ("download", "download:tiny"),
         ("convert", "convert:tiny"),
         ("quantize", "quantize:tiny-q4f16_1"),
-        ("lower", f"lower:{label}-q4f16_1-llvm"),
+        ("lower", f"lower:{label}-q4f16_1-cpu"),
         ("library", f"library:{label}-q4f16_1-cpu"),
         ("package", "package:tiny-q4f16_1-cpu"),
         ("verify", "verify:tiny-q4f16_1-cpu"),
     ]
     assert set(found.steps) - set(found.goals["tiny-q4f16_1-cpu"].steps.values()) == {
-        f"lower:{label}-q0f32-llvm",
+        f"lower:{label}-q0f32-cpu",
         f"library:{label}-q0f32-cpu",
     }
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from mlcbuild.errors import RecipeError
-from mlcbuild.recipes.lock import Locked, LockedFile, entry, lock_path, read_lock, write_lock
-from mlcbuild.recipes.types import Source
+from mlcbuild.recipes.lock import entry, lock_path, read_lock, write_lock
+from mlcbuild.recipes.types import Locked, LockedFile, Source
 
 ADVICE = "; restore the file from version control, or delete it: the next build resolves every repository again"
 LOCKED = Locked(

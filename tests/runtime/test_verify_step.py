@@ -155,3 +155,11 @@ def test_a_library_for_another_machine(case: Case) -> None:
     quality = case.run("job")
     assert quality["library_executed"] is False
     assert quality["static_checks"][0] == "file format: ELF x86-64"
+
+
+def test_what_convert_said_of_the_weights_is_in_the_report(case: Case) -> None:
+    path = case.inputs["convert"] / "parameters.json"
+    assert "notes" not in case.run("before")
+    lossy = "12 matrices that AWQ quantized to 4 bits are dequantized; what was lost then stays lost"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "notes": [lossy]}))
+    assert case.run("after")["notes"] == [lossy]

@@ -89,9 +89,7 @@ def _mismatches(parameter: Parameter, refs: Sequence[TensorRef]) -> list[str]:
     if not problems and any(ref.dtype != refs[0].dtype for ref in refs):
         found = ", ".join(f"{ref.name} {ref.dtype}" for ref in refs)
         problems.append(f"{refs[0].file}: the parts of {parameter.name} have different dtypes: {found}")
-    rows, rest = parameter.shape[0], parameter.shape[1:]
-    fits = all(len(ref.shape) == len(parameter.shape) and ref.shape[1:] == rest for ref in refs)
-    if fits and sum(ref.shape[0] for ref in refs) == rows:
+    if _fits(parameter.shape, [ref.shape for ref in refs]):
         return problems
     if len(refs) == 1:
         ref = refs[0]
@@ -106,6 +104,17 @@ def _mismatches(parameter: Parameter, refs: Sequence[TensorRef]) -> list[str]:
             f"that config.json makes of {parameter.name}"
         )
     return problems
+
+
+def _fits(shape: tuple[int, ...], given: Sequence[tuple[int, ...]]) -> bool:
+    """Whether tensors of the shapes `given`, one after the other, are a parameter: rows of it, or experts' rows."""
+    if len(shape) == 3 and all(len(each) == 2 for each in given):
+        per_expert = len(given) // shape[0]
+        return len(given) == per_expert * shape[0] and all(
+            _fits(shape[1:], given[start : start + per_expert]) for start in range(0, len(given), per_expert)
+        )
+    rests = [each[1:] for each in given if len(each) == len(shape)]
+    return rests == [shape[1:]] * len(given) and sum(each[0] for each in given) == shape[0]
 
 
 def _missing(names: Names) -> list[str]:

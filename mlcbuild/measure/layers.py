@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
@@ -60,7 +61,7 @@ def compare(
         p = [theirs.layer(hidden, given) for hidden in p]
         given = packed.tensors(mine)
         q = [ours.layer(hidden, given) for hidden in q]
-        tensors |= {each.name: _error(each, checkpoint, packed) for each in mine if len(each.shape) == 2}
+        tensors |= {each.name: _error(each, checkpoint, packed) for each in mine if len(each.shape) > 1}
         blocks[f"layer {number}"] = _apart(q, p, f"layer {number}")
         progress(number + 1, model.layers)
     given = widened(model.norm, checkpoint)
@@ -97,10 +98,12 @@ def _sliced_logits(blocks: Blocks, normed: Float32, checkpoint: Unquantized, hea
 
 
 def _slices(parameter: Parameter) -> Iterator[tuple[int, int]]:
-    """Row ranges of at most `_SLICE` numbers; they start at multiples of 8."""
-    rows, width = parameter.shape
+    """Row ranges of at most `_SLICE` numbers, of one expert each; within it they start at multiples of 8."""
+    *experts, rows, width = parameter.shape
     step = max(8, _SLICE // width // 8 * 8)
-    return ((start, min(start + step, rows)) for start in range(0, rows, step))
+    for first in range(0, prod(experts) * rows, rows):
+        for start in range(first, first + rows, step):
+            yield start, min(start + step, first + rows)
 
 
 def _error(parameter: Parameter, checkpoint: Unquantized, packed: Packed) -> float:

@@ -53,7 +53,7 @@ class Model:
 
 def widened(parameters: Sequence[Parameter], checkpoint: Unquantized) -> list[Any]:
     """What a float32 library takes for these parameters."""
-    return [tvm_runtime.tensor(checkpoint.rows(each.name)) for each in parameters]
+    return [tvm_runtime.tensor(checkpoint.rows(each.name).reshape(each.shape)) for each in parameters]
 
 
 def embedded(model: Model, blocks: Blocks, checkpoint: Unquantized, windows: Windows) -> list[Float32]:

@@ -39,20 +39,26 @@ class Packed:
         return list(weights.load([self._records[each.name] for each in made]))
 
     def rows(self, parameter: Parameter, start: int, stop: int) -> Float32:
-        """Rows `start` to `stop` of the numbers that the package computes with; multiples of 8."""
+        """Rows `start` to `stop` of the numbers that the package computes with; multiples of 8.
+
+        Those of experts [experts, N, K] count one after the other; they must be one expert's.
+        """
         made = self._made[parameter.name]
-        pieces: dict[str, npt.NDArray[Any]] = {
-            each.form: self._cut(each, parameter.shape[0], start, stop) for each in made
-        }
+        *_, rows, columns = parameter.shape
+        expert = start // rows if len(parameter.shape) == 3 else None
+        first, end = (start, stop) if expert is None else (start - expert * rows, stop - expert * rows)
+        pieces: dict[str, npt.NDArray[Any]] = {each.form: self._cut(each, rows, expert, first, end) for each in made}
         packing = made[0].weights
         if packing is None:
             return floats.widen(pieces["value"], self._dtype)
-        return unpack(pieces, parameter.shape[1], packing, self._dtype)
+        return unpack(pieces, (rows, columns), packing, self._dtype)
 
-    def _cut(self, made: QuantizedParameter, rows: int, start: int, stop: int) -> npt.NDArray[Any]:
+    def _cut(self, made: QuantizedParameter, rows: int, expert: int | None, start: int, stop: int) -> npt.NDArray[Any]:
         """The part of a tensor that belongs to these rows. One word may hold several rows."""
         values = weights.array(self._records[made.name])
         axis = made.rows_axis
+        if expert is not None:
+            values, axis = values[expert], None if axis is None else axis - 1
         if axis is None:
             return values
         per_row = rows // values.shape[axis]

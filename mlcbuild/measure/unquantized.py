@@ -26,14 +26,19 @@ class Unquantized:
         self._sources = Sources((part for entry in document["parameters"] for part in entry["parts"]), blobs)
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Float32:
-        """Rows `start` to `stop` of a parameter, at a 64-byte boundary; all of them by default."""
+        """Rows `start` to `stop` of a parameter, at a 64-byte boundary; all of them by default.
+
+        Those of experts [experts, N, K] count one after the other.
+        """
         shape = self._entries[name]["shape"]
-        end = shape[0] if stop is None else min(stop, shape[0])
-        found = tvm_runtime.aligned_empty((end - start, *shape[1:]), np.float32)
+        row = shape[-1:] if len(shape) > 1 else []
+        rows = prod(shape) // prod(row)
+        end = rows if stop is None else min(stop, rows)
+        found = tvm_runtime.aligned_empty((end - start, *row), np.float32)
         for piece in self._pieces(name, start, end):
             values = floats.widen(self._sources.values(piece), piece.dtype)
             first = piece.row - start
-            found[first : first + piece.count // piece.width] = values.reshape(-1, *shape[1:])
+            found[first : first + piece.count // piece.width] = values.reshape(-1, *row)
             self._sources.release(piece)
         return found
 
@@ -46,11 +51,11 @@ class Unquantized:
 
     def _pieces(self, name: str, start: int, stop: int) -> Iterator[Piece]:
         entry = self._entries[name]
-        width = prod(entry["shape"][1:])
+        width = entry["shape"][-1] if len(entry["shape"]) > 1 else 1
         step = max(1, PIECE // width)
         row = 0
         for part in entry["parts"]:
-            end = row + part["shape"][0]
+            end = row + prod(part["shape"]) // width
             for first in range(max(start, row), min(stop, end), step):
                 count = min(first + step, stop, end) - first
                 yield Piece(part, entry["dtype"], (first - row) * width, count * width, width, first)

@@ -12,7 +12,7 @@ from mlcbuild.models.parameters import Parameter
 from mlcbuild.quantization import asymmetric, awq, floats, group, outer
 from mlcbuild.quantization.blocks import Packed
 from mlcbuild.quantization.floats import Array, Float32
-from mlcbuild.quantization.schemes import packed, parts, quantized_parameters
+from mlcbuild.quantization.schemes import packed, parts_of, quantized_parameters
 from mlcbuild.quantization.tensor_cache_reader import read_tensors
 from mlcbuild.recipes.types import Quantization, Weights
 
@@ -43,16 +43,26 @@ def dequantized(
             continue
         tensors = waiting.setdefault(each.source, {})
         tensors[each.form] = values
-        n, k = parameter.shape
-        if len(tensors) == len(parts(n, k, weights, dtype)):
-            yield each.source, unpack(waiting.pop(each.source), k, weights, dtype)
+        if len(tensors) == len(parts_of(parameter.shape, weights, dtype)):
+            yield each.source, unpack(waiting.pop(each.source), parameter.shape, weights, dtype)
     missing = sorted(made.keys() - seen)
     if missing:
         raise MlcBuildError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all)")
 
 
-def unpack(tensors: Mapping[str, Array], k: int, weights: Weights, model_dtype: str) -> Float32:
-    """The matrix `[n, k]` that its packed tensors, by the last word of their names, stand for."""
+def unpack(tensors: Mapping[str, Array], shape: Sequence[int], weights: Weights, model_dtype: str) -> Float32:
+    """The parameter, a matrix `[n, k]` or experts `[experts, n, k]`, that its packed tensors stand for.
+
+    They are given by the last word of their names.
+    """
+    if len(shape) == 2:
+        return unpack_matrix(tensors, shape[1], weights, model_dtype)
+    experts = ({form: values[e] for form, values in tensors.items()} for e in range(shape[0]))
+    return np.stack([unpack_matrix(each, shape[2], weights, model_dtype) for each in experts])
+
+
+def unpack_matrix(tensors: Mapping[str, Array], k: int, weights: Weights, model_dtype: str) -> Float32:
+    """The matrix `[n, k]` of its packed tensors."""
     if weights.scheme == "awq":
         scales = floats.widen(tensors["scales"], model_dtype)
         values = awq.dequantize_awq(tensors["qweight"], tensors["qzeros"], scales)

@@ -56,9 +56,10 @@ def packed(parameter: Parameter, quantization: Quantization) -> Weights | None:
     Packed are matrices: every linear layer (roles ending in `_proj`), and the embedding and lm_head as the
     quantization says; norms, biases and router gates are cast. The last override whose pattern (`*` and `?` are wild)
     matches the parameter's role, its name, or its name without `.weight` takes precedence. An embedding is looked up by
-    row, so its layout is always NK; the other matrices have the quantization's own.
+    row, so its layout is always NK, as is that of experts in groups, which MLC has in no other; the other matrices have
+    the quantization's own.
     """
-    if len(parameter.shape) != 2:
+    if len(parameter.shape) < 2:
         return None
     role = parameter.role
     if role == "embedding":
@@ -72,7 +73,9 @@ def packed(parameter: Parameter, quantization: Quantization) -> Weights | None:
     for pattern, other in quantization.overrides:
         if matches(pattern, parameter):
             weights = other
-    return replace(weights, layout="NK") if weights is not None and role == "embedding" else weights
+    if weights is not None and (role == "embedding" or (len(parameter.shape) == 3 and weights.scheme == "group")):
+        return replace(weights, layout="NK")
+    return weights
 
 
 def matches(pattern: str, parameter: Parameter) -> bool:
@@ -101,9 +104,21 @@ def quantized_parameters(parameters: Sequence[Parameter], quantization: Quantiza
         prefix = name.removesuffix("weight")
         made += [
             QuantizedParameter(prefix + part.form, part.shape, part.dtype, name, part.form, weights, part.rows_axis)
-            for part in parts(shape[0], shape[1], weights, quantization.model_dtype)
+            for part in parts_of(shape, weights, quantization.model_dtype)
         ]
     return tuple(made)
+
+
+def parts_of(shape: tuple[int, ...], weights: Weights, model_dtype: str) -> tuple[Part, ...]:
+    """The tensors that a parameter becomes: a matrix's `parts`, or those of all experts, one after the other."""
+    *experts, n, k = shape
+    made = parts(n, k, weights, model_dtype)
+    if not experts:
+        return made
+    return tuple(
+        replace(part, shape=(*experts, *part.shape), rows_axis=None if part.rows_axis is None else part.rows_axis + 1)
+        for part in made
+    )
 
 
 def parts(n: Any, k: int, weights: Weights, model_dtype: str) -> tuple[Part, ...]:
@@ -222,7 +237,7 @@ def _check_parameter(parameter: Parameter, weights: Weights, quantization: Quant
         )
     if weights.scheme == "minmax_outer" or searchable(weights):
         return
-    n, k = parameter.shape
+    *_, n, k = parameter.shape
     where = f"parameter {parameter.name} {list(parameter.shape)}: {quantization.name or 'the quantization'} needs"
     advice = "choose another quantization, or keep this parameter with `overrides`"
     if k % weights.group_size:

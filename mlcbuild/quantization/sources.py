@@ -25,7 +25,7 @@ Part = Mapping[str, Any]  # of parameters.json: blob, file, tensor, offset, nbyt
 class Piece:
     """`count` elements of dtype `dtype` from `start` within `part`; `width` is K of a packed matrix, else 1.
 
-    `row` is the number of its first row within the parameter.
+    `row` is the number of its first row within the parameter, whose experts' rows count one after the other.
     """
 
     part: Part
@@ -92,14 +92,17 @@ class Sources:
 
 
 def pieces(entry: Mapping[str, Any], packed: bool) -> tuple[Piece, ...]:
-    """A parameter of parameters.json in order; pieces of a packed matrix are whole rows."""
+    """A parameter of parameters.json in order; pieces of packed matrices are whole rows, of one matrix each."""
     width = entry["shape"][-1] if packed else 1
     step = max(1, PIECE // width) * width
     made = []
     row = 0
     for part in entry["parts"]:
         size = prod(part["shape"])
-        for start in range(0, size, step):
-            made.append(Piece(part, entry["dtype"], start, min(step, size - start), width, row + start // width))
+        each = prod(part["shape"][-2:]) if packed else size  # of an expert, where the part is of all of them
+        for begin in range(0, size, each or 1):
+            for start in range(begin, begin + each, step):
+                count = min(step, begin + each - start)
+                made.append(Piece(part, entry["dtype"], start, count, width, row + start // width))
         row += size // width
     return tuple(made)

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from mlcbuild.quantization import asymmetric, floats, group, outer, search
 from mlcbuild.quantization.blocks import BadValue, Packed
 from mlcbuild.quantization.compiled import Compiled
 from mlcbuild.quantization.floats import Array, Float32
-from mlcbuild.quantization.schemes import matches, packed, parts, quantized_parameters, searchable
+from mlcbuild.quantization.schemes import Part, matches, packed, parts_of, quantized_parameters, searchable
 from mlcbuild.quantization.sources import Piece, Sources, pieces
 from mlcbuild.quantization.tensor_cache import SHARD_BYTES, Announced, Writer
 from mlcbuild.recipes.types import Quantization, Weights
@@ -38,7 +39,8 @@ _AWQ_DTYPES = {"qweight": np.dtype("<u4"), "qzeros": np.dtype("<u4")}
 class _Plan:
     """One parameter: where it comes from, what it becomes.
 
-    `importance` `[K]` weights the errors of a searched scale; None where all columns count the same.
+    `importance` `[K]`, `[experts, K]` for experts, weights the errors of a searched scale; None where all columns count
+    the same.
     """
 
     entry: Mapping[str, Any]  # of parameters.json
@@ -50,6 +52,19 @@ class _Plan:
     @property
     def name(self) -> str:
         return str(self.entry["name"])
+
+    @property
+    def matrices(self) -> tuple[int, int, int]:
+        """How many matrices it is (experts, or 1), and their N and K. It has two or three axes."""
+        *experts, n, k = self.entry["shape"]
+        return prod(experts), n, k
+
+    def importance_of(self, piece: Piece) -> Float32 | None:
+        """`[K]` for the matrix that the piece is of."""
+        if self.importance is None or self.importance.ndim == 1:
+            return self.importance
+        found: Float32 = self.importance[piece.row // self.matrices[1]]
+        return found
 
 
 def quantize(
@@ -69,9 +84,9 @@ def quantize(
 
     `blobs` gives the checkpoint files by sha256; `parameters` the roles, in the same order as the document;
     `progress` is told source bytes done and in all. The output does not depend on `threads`. `importance` is for
-    `rounding: calibrated`: by parameter name, `[K]`, how much each input column's squared error counts (the mean square
-    of what runs through it); a parameter without one is rounded as by `mse`. `scratch` is a folder for kernels that are
-    compiled for this machine; without one everything is done in NumPy, which gives the same bytes.
+    `rounding: calibrated`: by parameter name, `[K]` (`[experts, K]`), how much each input column's squared error counts
+    (the mean square of what runs through it); a parameter without one is rounded as by `mse`. `scratch` is a folder for
+    kernels that are compiled for this machine; without one everything is done in NumPy, which gives the same bytes.
 
     Raises CheckpointError naming parameter, tensor, file and index of the first value that is NaN or Inf, or too large
     for the model dtype, and MlcBuildError for an importance that does not fit.
@@ -115,7 +130,7 @@ def _importance(
     for name, values in given.items():
         if name not in shapes:
             raise MlcBuildError(f"importance of {name}: the model has no such parameter; measure it again")
-        if values.shape != shapes[name][1:]:
+        if values.shape != shapes[name][:-2] + shapes[name][-1:]:
             raise MlcBuildError(
                 f"importance of {name}: shape {list(values.shape)}, but the parameter is {list(shapes[name])}"
             )
@@ -219,7 +234,7 @@ class _Stream:
         elif not weights.symmetric:
             result = asymmetric.encode(self._sources.rows(piece), piece.dtype, weights)
         elif plan.search:
-            result = search.encode(self._sources.rows(piece), piece.dtype, weights, dtype, plan.importance)
+            result = search.encode(self._sources.rows(piece), piece.dtype, weights, dtype, plan.importance_of(piece))
         else:
             result = self._encode(self._sources.rows(piece), piece.dtype, weights, dtype)
         self._sources.release(piece)
@@ -239,11 +254,14 @@ class _Stream:
             self._writer.write(_upper_halves(values) if short else values)
 
     def _write_groups(self, plan: _Plan, weights: Weights, results: Iterator[Packed]) -> None:
-        """Words, then scales: NK words go out as they come; KN words are all needed before the first row."""
-        n, k = plan.entry["shape"]
-        first, second = parts(n, k, weights, self._model_dtype)
+        """Words, then scales: NK words go out as they come; KN words are all needed before the first row.
+
+        Experts, which are NK, go through as one matrix.
+        """
+        first, second = parts_of(tuple(plan.entry["shape"]), weights, self._model_dtype)
         prefix = plan.name.removesuffix("weight")
-        scales = np.empty(second.shape, floats.STORAGE.get(second.dtype, second.dtype))
+        all_rows = (-1, second.shape[-1])
+        scales = np.empty(second.shape, floats.STORAGE.get(second.dtype, second.dtype)).reshape(all_rows)
         row = 0
         if weights.layout == "KN":
             words = np.empty(first.shape, first.dtype)
@@ -266,57 +284,74 @@ class _Stream:
         self._writer.write(_upper_halves(scales) if short else scales)
 
     def _write_outer(self, plan: _Plan, weights: Weights) -> None:
-        """The matrix is gone through three times: twice for its ranges, once for its codes."""
-        n, k = plan.entry["shape"]
+        """Each matrix is gone through three times: twice for its ranges, once for its codes."""
         dtype = self._model_dtype
-
-        def through(work: Callable[[Float32, int], Array]) -> Iterator[Array]:
-            def on(piece: Piece) -> Array:
-                values = floats.widen(self._checked(piece), piece.dtype).reshape(-1, k)
-                result = work(values, piece.row)
-                self._sources.release(piece)
-                return result
-
-            results = self._in_order(on, ((piece,) for piece in plan.pieces))
-            for piece in plan.pieces:
-                try:
-                    yield next(results)
-                except BadValue as bad:
-                    raise CheckpointError(self._sources.explain(plan.name, piece, bad)) from None
-
-        found = outer.ranges(n, k, through)
-        vectors = found.stored(dtype)
-        if any(floats.first_bad(vector, dtype, dtype) is not None for vector in vectors):
-            raise CheckpointError(
-                f"{plan.entry['parts'][0]['file']}: parameter {plan.name}: its values are too far apart for ranges in "
-                f"{dtype}; choose another quantization"
-            )
-        made = parts(n, k, weights, dtype)
-        transposed = weights.layout == "KN"
-        codes = np.empty(made[0].shape, np.uint8)
-        for piece, rows in zip(plan.pieces, through(lambda rows, row: outer.encode(rows, row, found)), strict=True):
-            span = slice(piece.row, piece.row + len(rows))
-            codes[(slice(None), span) if transposed else span] = rows.T if transposed else rows
-            self._advance(piece.nbytes)
+        made = parts_of(tuple(plan.entry["shape"]), weights, dtype)
+        experts, n, k = plan.matrices
         prefix = plan.name.removesuffix("weight")
-        for part, values in zip(made, (codes, *vectors), strict=True):
+        self._begin(prefix + made[0].form, made[0].shape, made[0].dtype)
+        vectors = [np.empty((experts, part.shape[-1]), floats.STORAGE[part.dtype]) for part in made[1:]]
+        transposed = weights.layout == "KN"
+        codes = np.empty((k, n) if transposed else (n, k), np.uint8)
+        for expert in range(experts):
+            mine = [piece for piece in plan.pieces if piece.row // n == expert]
+            through = partial(self._through, plan, mine, expert * n)
+            found = outer.ranges(n, k, through)
+            for of_all, mine_of_it in zip(vectors, found.stored(dtype), strict=True):
+                of_all[expert] = mine_of_it
+            if any(floats.first_bad(of_all[expert], dtype, dtype) is not None for of_all in vectors):
+                raise CheckpointError(
+                    f"{mine[0].part['file']}: parameter {plan.name}: its values are too far apart for ranges in "
+                    f"{dtype}; choose another quantization"
+                )
+            for piece, rows in zip(mine, through(partial(outer.encode, found=found)), strict=True):
+                span = slice(piece.row - expert * n, piece.row - expert * n + len(rows))
+                codes[(slice(None), span) if transposed else span] = rows.T if transposed else rows
+                self._advance(piece.nbytes)
+            self._writer.write(codes)
+        for part, values in zip(made[1:], vectors, strict=True):
             self._begin(prefix + part.form, part.shape, part.dtype)
             self._writer.write(values)
+
+    def _through(
+        self, plan: _Plan, pieces: Sequence[Piece], first: int, work: Callable[[Float32, int], Array]
+    ) -> Iterator[Array]:
+        """`work` on the rows of a matrix, which begins with the parameter's row `first`, and their number in it."""
+
+        def on(piece: Piece) -> Array:
+            values = floats.widen(self._checked(piece), piece.dtype).reshape(-1, piece.width)
+            result = work(values, piece.row - first)
+            self._sources.release(piece)
+            return result
+
+        results = self._in_order(on, ((piece,) for piece in pieces))
+        for piece in pieces:
+            try:
+                yield next(results)
+            except BadValue as bad:
+                raise CheckpointError(self._sources.explain(plan.name, piece, bad)) from None
 
     def _write_awq(self, plan: _Plan, weights: Weights) -> None:
         """The checkpoint's own words; those of a joined parameter side by side, since its rows are columns here."""
         prefix = plan.name.removesuffix("weight")
         tensors = plan.entry["packed"]["tensors"]
-        n, k = plan.entry["shape"]
-        for part in parts(n, k, weights, self._model_dtype):
+        experts, *_ = plan.matrices
+        for part in parts_of(tuple(plan.entry["shape"]), weights, self._model_dtype):
             self._begin(prefix + part.form, part.shape, part.dtype)
-            joined = [self._awq_tensor(plan, source, _AWQ_DTYPES.get(part.form)) for source in tensors[part.form]]
-            step = max(1, (1 << 20) // part.shape[1])
-            for start in range(0, part.shape[0], step):
-                self._writer.write(np.concatenate([each[start : start + step] for each in joined], axis=1))
-            for source in tensors[part.form]:
-                self._sources.release_part(source)
+            given = tensors[part.form]
+            each = len(given) // experts  # tensors of one expert
+            for start in range(0, len(given), each):
+                self._write_joined(plan, part, given[start : start + each])
         self._advance(sum(piece.nbytes for piece in plan.pieces))
+
+    def _write_joined(self, plan: _Plan, part: Part, given: Sequence[Mapping[str, Any]]) -> None:
+        joined = [self._awq_tensor(plan, source, _AWQ_DTYPES.get(part.form)) for source in given]
+        rows, columns = part.shape[-2:]
+        step = max(1, (1 << 20) // columns)
+        for start in range(0, rows, step):
+            self._writer.write(np.concatenate([values[start : start + step] for values in joined], axis=1))
+        for source in given:
+            self._sources.release_part(source)
 
     def _awq_tensor(self, plan: _Plan, source: Mapping[str, Any], dtype: np.dtype[Any] | None) -> Array:
         if dtype is not None:

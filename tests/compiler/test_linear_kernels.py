@@ -30,6 +30,9 @@ class Case:
     def __init__(self, quantization: Quantization, level: str, folder: Path) -> None:
         self.weights, self.dtype = quantization.weights, quantization.model_dtype
         self.form = format_of(self.weights)
+        # 4-bit codes of a 16-bit model are multiplied with activations in fixed point of 16 bits (fixed_point.h).
+        rough = self.weights is not None and self.weights.bits == 4 and self.dtype != "float32"
+        self.bound = 1e-4 if rough else 3e-6
         self.kernels = Kernels(LEVELS[level], folder, self.dtype, [self.form])
 
     def shape(self, columns: int, rows: int) -> tuple[int, int]:
@@ -50,8 +53,8 @@ def normal(*shape: int, seed: int = 0) -> Array:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def close(got: Array, expected: Array) -> None:
-    assert np.abs(got.astype(np.float64) - expected).max() <= 3e-6 * np.abs(expected).max()
+def close(got: Array, expected: Array, case: Case) -> None:
+    assert np.abs(got.astype(np.float64) - expected).max() <= case.bound * np.abs(expected).max()
 
 
 # Every format here and with AVX2; where AVX-512 has no VNNI, the formats whose code that changes.
@@ -70,7 +73,7 @@ def test_a_product(case: Case) -> None:
         packed = case.pack(columns, rows)
         for tokens in TOKENS:
             x = normal(tokens, columns)
-            close(case.product(x, packed), x.astype(np.float64) @ packed.values.astype(np.float64).T)
+            close(case.product(x, packed), x.astype(np.float64) @ packed.values.astype(np.float64).T, case)
 
 
 def test_activations_of_a_wide_range(case: Case) -> None:
@@ -79,7 +82,7 @@ def test_activations_of_a_wide_range(case: Case) -> None:
     packed = case.pack(columns, rows)
     x = normal(1, columns)
     x[0, 5::131] *= 3000
-    close(case.product(x, packed), x.astype(np.float64) @ packed.values.astype(np.float64).T)
+    close(case.product(x, packed), x.astype(np.float64) @ packed.values.astype(np.float64).T, case)
 
 
 def test_activations_and_results_of_the_model_dtype(case: Case) -> None:
@@ -89,7 +92,7 @@ def test_activations_and_results_of_the_model_dtype(case: Case) -> None:
     for tokens in (1, 30):
         x = rounded(normal(tokens, columns), case.dtype)
         wide = case.product(x, packed)
-        close(wide, x.astype(np.float64) @ packed.values.astype(np.float64).T)
+        close(wide, x.astype(np.float64) @ packed.values.astype(np.float64).T, case)
         narrow = case.product(stored(x, case.dtype), packed, memory)
         assert (narrow == stored(rounded(wide, case.dtype), case.dtype)).all()
 

@@ -1,21 +1,25 @@
 // Dot products of 4-bit codes with activations in fixed point (fixed_point.h).
 //
-// A block of LANES words takes its activations as digits x2, x1, x0 of [even codes, odd codes][4 * LANES] bytes, then
-// -ZERO times the sum of each word's eight [LANES] int32, and the scale [LANES] float32: as many bytes as in float32.
+// A block of LANES words takes its activations as [DIGITS][even codes, odd codes][4 * LANES] bytes, the highest digit
+// first, then -ZERO times the sum of each word's eight [LANES] int32, and the scale [LANES] float32: no more bytes than
+// in float32, whose place they take.
 
-#define BLOCK_BYTES (32 * LANES)
+#define TERM_AT (8 * DIGITS * LANES)
+#define SCALE_AT (TERM_AT + 4 * LANES)
+#define BLOCK_BYTES (SCALE_AT + 4 * LANES)
 
 INLINE void pack_dot(const void *x, i64 from, i32 wide, f32 *out, i64 k) {
-    for (i64 start = 0; start < k; start += 8 * LANES)
+    i8 *block = (i8 *)out;
+    for (i64 start = 0; start < k; start += 8 * LANES, block += BLOCK_BYTES)
         for (i64 lane = 0; lane < LANES; lane += 4) {
             fixed group = to_fixed(load_32(x, from, start + 8 * lane, wide, k));
-            i8 *at = (i8 *)(out + start) + lane * 4;
-            for (int d = 0; d < 3; d++) {
+            i8 *at = block + lane * 4;
+            for (int d = 0; d < DIGITS; d++) {
                 *(i8x16 *)(at + 8 * d * LANES) = group.even[d];
                 *(i8x16 *)(at + (8 * d + 4) * LANES) = group.odd[d];
             }
-            *(i32x4 *)(at + 24 * LANES) = group.eights * -ZERO;
-            *(f32x4 *)(at + 28 * LANES) = (f32x4){} + group.scale;
+            *(i32x4 *)(at + TERM_AT) = group.eights * -ZERO;
+            *(f32x4 *)(at + SCALE_AT) = (f32x4){} + group.scale;
         }
 }
 
@@ -31,25 +35,24 @@ INLINE void pack_dot(const void *x, i64 from, i32 wide, f32 *out, i64 k) {
 
 // One block of the activations, held in registers for all rows.
 typedef struct {
-    i8v digit[6];
+    i8v digit[2 * DIGITS];
     i32v term;
     f32v scale;
 } block;
 
 INLINE block load_block(const i8 *x) {
     block b;
-    for (int d = 0; d < 6; d++) b.digit[d] = *(const i8v *)(x + d * 4 * LANES);
-    b.term = *(const i32v *)(x + 24 * LANES);
-    b.scale = load_float32((const f32 *)(x + 28 * LANES));
+    for (int d = 0; d < 2 * DIGITS; d++) b.digit[d] = *(const i8v *)(x + d * 4 * LANES);
+    b.term = *(const i32v *)(x + TERM_AT);
+    b.scale = load_float32((const f32 *)(x + SCALE_AT));
     return b;
 }
 
 INLINE f32v dot_block(const block *x, u32v word, f32v scale, f32v acc) {
     bytes_v even = (bytes_v)(word & 0x0f0f0f0fu), odd = (bytes_v)((word >> 4) & 0x0f0f0f0fu);
-    i32v total = dot8((i32v){}, even, odd, x->digit[0], x->digit[1]) << 8;
-    total = dot8(total, even, odd, x->digit[2], x->digit[3]) << 8;
-    total = dot8(total, even, odd, x->digit[4], x->digit[5]) + x->term;
-    return acc + __builtin_convertvector(total, f32v) * (scale * x->scale);
+    i32v total = {};
+    UNROLL for (int d = 0; d < DIGITS; d++) total = dot8(total << 8, even, odd, x->digit[2 * d], x->digit[2 * d + 1]);
+    return acc + __builtin_convertvector(total + x->term, f32v) * (scale * x->scale);
 }
 
 INLINE void dot_rows(const f32 *packed, const u32 *codes, const scale_type *scales, i64 words, i64 groups, f32 *out, const int count) {

@@ -1,14 +1,14 @@
 // Products of many rows with activations in fixed point (fixed_point.h): what panels.h does, with codes left as bytes.
 //
-// Activations come in panels of FOUR rows, then single ones. A panel is, for every 32 columns, [8][3][width] words of four
-// digits (x2, x1, x0 of the even codes of a word, then of its odd ones), then -ZERO * sum(x) [width] int32 and the scale
-// [width] float32: less than float32 would take. A tile is the bytes [quad of k][ROWS][4] of codes in the same order, and
+// Activations come in panels of FOUR rows, then single ones. A panel is, for every 32 columns, [8][DIGITS][width]
+// words of four digits (those of the even codes of a word, then of its odd ones, the highest digit first), then
+// -ZERO * sum(x) [width] int32 and the scale [width] float32: less than float32 would take. A tile is the bytes [quad of k][ROWS][4] of codes in the same order, and
 // scales [32 columns][ROWS].
 
 #define HAS_DIGIT_PANELS
-#define FOUR 4
+#define FOUR 4  // times the digits and VECTORS: sums that stay in 32 registers
 #define DIGITS_K 512  // columns of a tile, which stays in the first-level cache
-#define GROUP_INTS 26  // 32-bit numbers of a row for 32 columns
+#define GROUP_INTS (8 * DIGITS + 2)  // 32-bit numbers of a row for 32 columns
 
 typedef struct {
     u32v code[DIGITS_K / 4][VECTORS];
@@ -25,15 +25,15 @@ INLINE void pack_digit_panels(const void *x, i32 wide, const i32 *from, f32 *out
             for (i64 at = 0; at < k; at += 32, panel += GROUP_INTS * width) {
                 fixed group = to_fixed(load_32(x, row_of(from, row + m) * k, at, wide, k));
                 i32x4 eights = group.eights;
-                for (int d = 0; d < 3; d++) {
+                for (int d = 0; d < DIGITS; d++) {
                     i32x4 even = *(i32x4 *)&group.even[d], odd = *(i32x4 *)&group.odd[d];
                     for (int word = 0; word < 4; word++) {
-                        panel[(6 * word + d) * width] = even[word];
-                        panel[(6 * word + 3 + d) * width] = odd[word];
+                        panel[(2 * DIGITS * word + d) * width] = even[word];
+                        panel[(2 * DIGITS * word + DIGITS + d) * width] = odd[word];
                     }
                 }
-                panel[24 * width] = -ZERO * (eights[0] + eights[1] + eights[2] + eights[3]);
-                ((f32 *)panel)[25 * width] = group.scale;
+                panel[8 * DIGITS * width] = -ZERO * (eights[0] + eights[1] + eights[2] + eights[3]);
+                ((f32 *)panel)[(8 * DIGITS + 1) * width] = group.scale;
             }
         }
         row += width;
@@ -77,28 +77,34 @@ INLINE void unpack_digits(const weights *w, i64 first, i64 rows, i64 start, i64 
 
 // c [width][ROWS] += panel · tile over `depth` columns.
 INLINE void multiply_digits(const i32 *panel, const digits_tile *tile, i64 depth, f32 *c, const int width) {
+    f32v out[FOUR][VECTORS] = {};  // from zero, not from c: long sums in stretches lose less
     for (i64 at = 0; at < (depth + 31) / 32; at++, panel += GROUP_INTS * width) {
-        i32v acc[3][FOUR][VECTORS] = {};
+        i32v acc[DIGITS][FOUR][VECTORS] = {};
         UNROLL for (int quad = 0; quad < 8; quad++) {
             bytes_v code[VECTORS];
             UNROLL for (int v = 0; v < VECTORS; v++) code[v] = (bytes_v)tile->code[8 * at + quad][v];
             UNROLL for (int m = 0; m < width; m++)
-                UNROLL for (int d = 0; d < 3; d++) {
-                    i8v digits = (i8v)(panel[(3 * quad + d) * width + m] - (i32v){});
+                UNROLL for (int d = 0; d < DIGITS; d++) {
+                    i8v digits = (i8v)(panel[(DIGITS * quad + d) * width + m] - (i32v){});
                     UNROLL for (int v = 0; v < VECTORS; v++) acc[d][m][v] = dot4(acc[d][m][v], code[v], digits);
                 }
         }
         UNROLL for (int m = 0; m < width; m++) {
-            u32 term = (u32)panel[24 * width + m];
-            f32 scale = ((const f32 *)panel)[25 * width + m];
+            u32 term = (u32)panel[8 * DIGITS * width + m];
+            f32 scale = ((const f32 *)panel)[(8 * DIGITS + 1) * width + m];
             UNROLL for (int v = 0; v < VECTORS; v++) {
-                u32v total = ((((u32v)acc[0][m][v] << 8) + (u32v)acc[1][m][v]) << 8) + (u32v)acc[2][m][v] + term;
-                f32 *to = c + m * ROWS + v * LANES;
-                f32v product = __builtin_convertvector((i32v)total, f32v);
-                store_float32(to, load_float32(to) + product * (tile->scale[at][v] * splat(scale)));
+                u32v total = (u32v)acc[0][m][v];
+                UNROLL for (int d = 1; d < DIGITS; d++) total = (total << 8) + (u32v)acc[d][m][v];
+                f32v product = __builtin_convertvector((i32v)(total + term), f32v);
+                out[m][v] += product * (tile->scale[at][v] * splat(scale));
             }
         }
     }
+    UNROLL for (int m = 0; m < width; m++)
+        UNROLL for (int v = 0; v < VECTORS; v++) {
+            f32 *to = c + m * ROWS + v * LANES;
+            store_float32(to, load_float32(to) + out[m][v]);
+        }
 }
 
 NOINLINE void digits_4(const i32 *panel, const digits_tile *tile, i64 depth, f32 *c) {

@@ -123,6 +123,8 @@ def _why(options: argparse.Namespace) -> int:
             print(answer)
         installed = session.is_installed(name)
         print(f"{'hit ' if installed else 'miss'}  dist/{name}")
+    for name, text in session.graph.unlocked.items():
+        print(f"??    {name}: unknown until locked: {text}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The commands that look ahead and back: `plan` and `report`."""
+"""The commands that look ahead and back: `plan`, `matrix` and `report`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlcbuild.errors import MlcBuildError
+
+if TYPE_CHECKING:
+    from mlcbuild.execution.session import Session
 
 Run = Callable[[argparse.Namespace], int]
 Add = Callable[["argparse._SubParsersAction[argparse.ArgumentParser]", str, Run, str], argparse.ArgumentParser]
@@ -18,20 +22,23 @@ _AXES = ("model", "quantization", "target")
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser], add: Add) -> None:
     """Put the commands among the others."""
     plan = add(commands, "plan", _plan, "show what a build would do: steps, what is cached, bytes and time")
-    plan.add_argument(
-        "words",
-        nargs="*",
-        metavar="NAME",
-        help="recipe names and globs, or model=…, quantization=…, target=…, changed=REV",
-    )
-    for axis in _AXES:
-        plan.add_argument(
-            f"--{axis}", metavar="NAME", help=f"only recipes with such a {axis}: names and globs, with commas"
+    matrix = add(commands, "matrix", _matrix, "show which recipes share which libraries and weights")
+    for command in (plan, matrix):
+        command.add_argument(
+            "words",
+            nargs="*",
+            metavar="NAME",
+            help="recipe names and globs, or model=…, quantization=…, target=…, changed=REV",
         )
-    plan.add_argument("--changed", metavar="REV", help="only recipes whose files differ from this git revision")
-    plan.add_argument(
-        "--cache", type=Path, help="the cache folder (default: MLCBUILD_CACHE, or the workspace's cache/)"
-    )
+        for axis in _AXES:
+            command.add_argument(
+                f"--{axis}", metavar="NAME", help=f"only recipes with such a {axis}: names and globs, with commas"
+            )
+        command.add_argument("--changed", metavar="REV", help="only recipes whose files differ from this git revision")
+        command.add_argument(
+            "--cache", type=Path, help="the cache folder (default: MLCBUILD_CACHE, or the workspace's cache/)"
+        )
+    matrix.add_argument("--json", action="store_true", help="as JSON")
 
     report = add(commands, "report", _report, "make an HTML page or a Markdown summary of builds' JSON logs")
     report.add_argument(
@@ -44,6 +51,29 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser], 
 
 def _plan(options: argparse.Namespace) -> int:
     from mlcbuild.execution.plan import check_room, preview, render
+
+    session = _session(options)
+    plan = preview(session)
+    sys.stdout.write(render(plan))
+    sys.stdout.flush()
+    check_room(plan, session.store.root)
+    return 0
+
+
+def _matrix(options: argparse.Namespace) -> int:
+    from mlcbuild.execution.matrix import matrix, render, to_json
+
+    found = matrix(_session(options, everything=True))
+    sys.stdout.write(to_json(found) if options.json else render(found))
+    return 1 if found.broken else 0
+
+
+def _session(options: argparse.Namespace, everything: bool = False) -> Session:
+    """The selected recipes; without a selection those of a bare `doit build`, or with `everything` the manual ones too.
+
+    Raises MlcBuildError.
+    """
+    from mlcbuild.execution.scope import Scope
     from mlcbuild.execution.session import open_session
     from mlcbuild.execution.variables import read_variables
     from mlcbuild.recipes.workspace import find_root
@@ -53,12 +83,9 @@ def _plan(options: argparse.Namespace) -> int:
     for name in given.keys() - {"recipe", *_AXES, "changed", "cache"}:
         raise MlcBuildError(f"{name}= is for building; a plan takes {', '.join(_AXES)}, changed and cache")
     cache = options.cache.absolute() if options.cache else variables.cache
-    session = open_session(find_root(Path.cwd()), lambda _: None, variables.wanted, cache)
-    plan = preview(session)
-    sys.stdout.write(render(plan))
-    sys.stdout.flush()
-    check_room(plan, session.store.root)
-    return 0
+    scope = Scope() if everything else None
+    root = find_root(Path.cwd())
+    return open_session(root, lambda _: None, variables.wanted, cache, scope=scope, keep_going=everything)
 
 
 def _given(options: argparse.Namespace) -> dict[str, str]:

@@ -25,5 +25,9 @@ class StepFailed(MlcBuildError):
     """A step of the graph ended without an artifact."""
 
 
+class NotLocked(MlcBuildError):
+    """A repository has no entry in recipes.lock, so nothing is known of the model yet; the text names both."""
+
+
 class Unavailable(MlcBuildError):
     """This machine lacks a tool that the recipe needs; nothing is wrong with the recipe itself."""

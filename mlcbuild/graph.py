@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from mlcbuild.cache.canonical import digest_json
 from mlcbuild.chat.config import TOKENIZER_FILES
 from mlcbuild.compiler import targets
-from mlcbuild.errors import MlcBuildError, Unavailable
+from mlcbuild.errors import MlcBuildError, NotLocked, Unavailable
 from mlcbuild.models import architecture as architectures
 from mlcbuild.models import parameters
 from mlcbuild.models.structure import Structure
@@ -86,11 +86,17 @@ class Goal:
 
 @dataclass(frozen=True)
 class Graph:
-    """Steps in an order in which they can run; goals by recipe; recipes that cannot be built here, and why."""
+    """Steps in an order in which they can run; goals by recipe.
+
+    By recipe too, and why: those that cannot be built on this machine (`unavailable`), those whose model has no entry
+    in recipes.lock yet (`unlocked`), those whose model cannot be planned (`broken`).
+    """
 
     steps: Mapping[str, Step]
     goals: Mapping[str, Goal] = field(default_factory=dict)
     unavailable: Mapping[str, str] = field(default_factory=dict)
+    unlocked: Mapping[str, str] = field(default_factory=dict)
+    broken: Mapping[str, str] = field(default_factory=dict)
 
     def closure(self, names: Iterable[str]) -> list[str]:
         """`names` and everything that they need, in running order."""
@@ -104,25 +110,23 @@ class Graph:
         return [name for name in self.steps if name in wanted]
 
 
-def plan(catalog: Catalog, recipes: Iterable[Recipe], lock: Callable[[Model], Locked]) -> Graph:
-    """The steps of the recipes; `lock` gives the commit and files of a model on a hub.
-
-    Raises MlcBuildError with everything that is wrong with the models' configs.
-    """
+def plan(catalog: Catalog, recipes: Iterable[Recipe], lock: Callable[[Model], Locked | None]) -> Graph:
+    """The steps of the recipes; `lock` gives the commit and files of a model on a hub, or None where it has none."""
     planner = _Planner(catalog, lock)
     goals: dict[str, Goal] = {}
     unavailable: dict[str, str] = {}
-    problems: dict[str, None] = {}
+    unlocked: dict[str, str] = {}
+    broken: dict[str, str] = {}
     for recipe in recipes:
         try:
             goals[recipe.name] = planner.goal(recipe)
         except Unavailable as error:
             unavailable[recipe.name] = str(error)
+        except NotLocked as error:
+            unlocked[recipe.name] = str(error)
         except MlcBuildError as error:
-            problems[f"model {recipe.model.name}: {error}"] = None
-    if problems:
-        raise MlcBuildError("\n".join(problems))
-    return Graph(planner.steps, goals, unavailable)
+            broken[recipe.name] = f"model {recipe.model.name}: {error}"
+    return Graph(planner.steps, goals, unavailable, unlocked, broken)
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,7 @@ class _Shape:
 class _Planner:
     """Adds steps, each once. What several recipes share is worked out once."""
 
-    def __init__(self, catalog: Catalog, lock: Callable[[Model], Locked]) -> None:
+    def __init__(self, catalog: Catalog, lock: Callable[[Model], Locked | None]) -> None:
         self.catalog = catalog
         self.lock = lock
         self.steps: dict[str, Step] = {}
@@ -158,6 +162,10 @@ class _Planner:
 
     def goal(self, recipe: Recipe) -> Goal:
         model, quantization, target = recipe.model, recipe.quantization, recipe.target
+        self._device(target)  # whether it can be built here at all
+        for source in (model.source, model.delta_of, model.lora):
+            if source is not None and source.hf is not None:
+                self._locked(model, source)
         shape = self._shape(model, recipe.overrides)
         steps = {"download": self._download(model), **self._merged(model), "convert": self._convert(model)}
         if quantization.rounding == "calibrated":
@@ -328,7 +336,12 @@ class _Planner:
         return self._once(("shape", model.name, *sorted(overrides.items())), resolve)
 
     def _locked(self, model: Model, source: Source) -> Locked:
-        return self._once(("locked", source), lambda: self.lock(dataclasses.replace(model, source=source)))
+        found: Locked | None = self._once(
+            ("locked", source), lambda: self.lock(dataclasses.replace(model, source=source))
+        )
+        if found is None:
+            raise NotLocked(f"{source} is not in recipes.lock: `mlcbuild lock {model.name}` asks the hub")
+        return found
 
     def _device(self, target: Target) -> dict[str, Any]:
         return self._once(("device", target.name), lambda: targets.resolve(target))
@@ -360,11 +373,14 @@ class _Planner:
         return known
 
 
-def config_of(model: Model, lock: Callable[[Model], Locked]) -> Mapping[str, Any]:
+def config_of(model: Model, lock: Callable[[Model], Locked | None]) -> Mapping[str, Any]:
     """The model's config.json, from its folder or from recipes.lock. Raises MlcBuildError where it cannot be read."""
     if model.source.path is not None:
         return _read_config(model.source.path / "config.json")
-    return lock(model).config
+    found = lock(model)
+    if found is None:
+        raise NotLocked(f"{model.source} is not in recipes.lock: `mlcbuild lock {model.name}` asks the hub")
+    return found.config
 
 
 def _form(structure: Structure, blocks: bool = False) -> _Form:

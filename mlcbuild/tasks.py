@@ -22,11 +22,12 @@ from doit.globals import Globals
 from doit.task import Task
 
 from mlcbuild.cache.runs import begin
-from mlcbuild.errors import MlcBuildError
+from mlcbuild.errors import MlcBuildError, StepFailed
 from mlcbuild.execution.install import uninstall
 from mlcbuild.execution.plan import check_room, preview
 from mlcbuild.execution.process import StepBroke
 from mlcbuild.execution.recording import completed, planned, planned_in, reasons
+from mlcbuild.execution.scope import Scope, scope_of
 from mlcbuild.execution.session import Session, open_session
 from mlcbuild.execution.signals import die_with_parent_after_fork, end_cleanly
 from mlcbuild.execution.unchanged import recall, remember
@@ -96,19 +97,21 @@ def task_steps() -> Iterator[Task]:
                 _console.hits = hits
                 _console.at_end.append(lambda: _write_reports(variables))
                 return (group for group in _empty_groups())
-        session = _open(variables, variables.wanted)
+        scope = scope_of(sys.argv[1:], _GROUPS)
+        going = not scope.runs or any(word in ("--continue", "-c") for word in sys.argv[1:])
+        session = _open(variables, variables.wanted, scope, keep_going=going)
         begin(session.store.root, session.store.save_counts)
         _console.at_start.append(partial(_before, session))
         _console.at_end += [lambda: remember(session, began), lambda: _write_reports(variables)]
-        tasks = [*_goals(session), *_steps(session), *_groups(session)]
+        tasks = [*_goals(session), *_unplanned(session), *_steps(session), *_groups(session)]
         _check_names(sys.argv[1:], {task.name for task in tasks}, session)
     except MlcBuildError as error:
         raise InvalidCommand(str(error)) from None
-    _lead_to_cache(Globals.dep_manager, session, lambda: _open(variables, None))
+    _lead_to_cache(Globals.dep_manager, session, lambda: _open(variables, None, Scope(), keep_going=True))
     return (task for task in tasks)
 
 
-def _open(variables: Variables, recipes: Wanted | None) -> Session:
+def _open(variables: Variables, recipes: Wanted | None, scope: Scope, keep_going: bool) -> Session:
     return open_session(
         Path.cwd(),
         _console.report,
@@ -118,6 +121,8 @@ def _open(variables: Variables, recipes: Wanted | None) -> Session:
         strict=variables.strict,
         locked=variables.locked,
         shared=_shared(variables),
+        scope=scope,
+        keep_going=keep_going,
     )
 
 
@@ -143,7 +148,7 @@ def _unchanged(variables: Variables) -> list[Event] | None:
     memory = recall(root, variables.cache or root / "cache")
     if memory is None:
         return None
-    names = choose(memory.recipes, variables.wanted)
+    names = choose(memory.recipes, variables.wanted, memory.manual)
     missing = [name for name in names if name in memory.unavailable]
     demanded = (variables.wanted.recipe or "").split(",")
     if missing and (variables.strict or any(name.strip() in missing for name in demanded)):
@@ -223,6 +228,25 @@ def _goals(session: Session) -> Iterator[Task]:
         )
 
 
+def _unplanned(session: Session) -> Iterator[Task]:
+    """Goals without steps: recipes whose model is not locked yet, or cannot be planned."""
+    for name, text in {**session.graph.unlocked, **session.graph.broken}.items():
+        recipe = session.catalog.recipes[name]
+        state = "unknown until locked" if name in session.graph.unlocked else "broken"
+        yield _task(
+            f"build:{name}",
+            f"{recipe.model.name} in {recipe.quantization.name} for {recipe.target.name} ({recipe.origin}; {state})",
+            [],
+            lambda: False,
+            partial(_refuse, text),
+            clean=[(_clean, [session, name])],
+        )
+
+
+def _refuse(text: str, forced: bool) -> None:
+    raise StepFailed(text)
+
+
 def _steps(session: Session) -> Iterator[Task]:
     for name, step in session.graph.steps.items():
         yield _task(
@@ -239,7 +263,7 @@ def _groups(session: Session) -> Iterator[Task]:
     goals = session.graph.goals
     for kind, doc in _GROUPS.items():
         if kind == "build":
-            members = [f"build:{name}" for name in goals]
+            members = [f"build:{name}" for name in (*goals, *session.graph.unlocked, *session.graph.broken)]
         else:
             members = list(dict.fromkeys(goal.steps[kind] for goal in goals.values() if kind in goal.steps))
         yield Task(kind, None, task_dep=members, has_subtask=True, doc=doc, params=[_ALWAYS, _LOG_JSON])
@@ -338,6 +362,9 @@ def _explain(session: Session, task: Task) -> None:
     steps = [task.name] if task.name in session.graph.steps else task.task_dep
     goals = [name.partition(":")[2] for name in (task.name, *task.task_dep) if name.startswith("build:")]
     steps = [step for step in steps if step in session.graph.steps]
+    unplanned = {**session.graph.unlocked, **session.graph.broken}
+    sys.stdout.write("".join(f"\n{goal}: {unplanned[goal]}\n" for goal in goals if goal in unplanned))
+    goals = [goal for goal in goals if goal in session.graph.goals]
     steps += [step for goal in goals for step in session.graph.goals[goal].steps.values()]
     sys.stdout.write("\n" + "".join(f"{answer}\n" for answer in why(session.lookup, steps)))
     for goal in goals:
@@ -351,9 +378,9 @@ def _forget(session: Session, everything: Session, name: str) -> None:
     """Forget a step, or all steps of a goal, and say which of those other recipes use too."""
     graph = session.graph
     recipe = name.removeprefix("build:")
-    names = graph.closure(graph.goals[recipe].steps.values()) if name.startswith("build:") else [name]
-    if name in _GROUPS:
+    if name in _GROUPS or (name.startswith("build:") and recipe not in graph.goals):
         return
+    names = graph.closure(graph.goals[recipe].steps.values()) if name.startswith("build:") else [name]
     for step in session.forget(names):
         users = [
             other

@@ -2,42 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from mlcbuild.cache.locks import locked as held
-from mlcbuild.cache.store import Store
-from mlcbuild.errors import MlcBuildError
+from mlcbuild.errors import CheckpointError, MlcBuildError
 from mlcbuild.recipes.lock import entry, key, lock_path, read_lock, write_lock
 from mlcbuild.recipes.types import Locked, Model, Source
 from mlcbuild.reporting.events import ModelLocked, Report
 
 
-def locker(root: Path, store: Store, report: Report, refuse: bool) -> Callable[[Model], Locked]:
-    """A function that gives a hub model's commit, config and files; `refuse`: only if recipes.lock has them.
+def locker(root: Path, refused: Mapping[str, str] | None = None) -> Callable[[Model], Locked | None]:
+    """A function that gives a hub model's commit, config and files as recipes.lock has them; None where it has none.
 
-    That function raises RecipeError for a broken lock file, CheckpointError when the hub does not answer, and
-    MlcBuildError for a model without an entry under `refuse`.
+    That function raises RecipeError for a broken lock file, and MlcBuildError with the text that `refused` has for the
+    source (by its key in the lock file). It never asks the hub.
     """
     known: dict[str, Locked] | None = None
 
-    def lock(model: Model) -> Locked:
+    def lock(model: Model) -> Locked | None:
         nonlocal known
         if known is None:
             known = read_lock(root)
         found = entry(known, model.source)
-        if found is None and refuse:
-            raise MlcBuildError(
-                f"{model.source} is not in recipes.lock, and locked=1 forbids to add it: `mlcbuild lock {model.name}` "
-                "does"
-            )
-        if found is None:
-            found = resolve(model.source)
-            known = store_entry(root, store.root, key(model.source), found)
-            report(ModelLocked(model.name, found.commit))
+        if found is None and refused and key(model.source) in refused:
+            raise MlcBuildError(refused[key(model.source)])
         return found
 
     return lock
+
+
+def look_up(root: Path, cache: Path, models: Iterable[Model], report: Report, refuse: bool) -> dict[str, str]:
+    """Lock whatever these models are made of that is on a hub and not locked yet; why that failed, by key.
+
+    Each is written as soon as it is known, and reported. With `refuse` the hub is not asked, and every missing entry
+    is a failure. Raises RecipeError for a broken lock file, MlcBuildError when it cannot be written.
+    """
+    refused: dict[str, str] = {}
+    known: dict[str, Locked] | None = None
+    for model, source in _on_hubs(models):
+        if known is None:
+            known = read_lock(root)
+        name = key(source)
+        if name in known or name in refused:
+            continue
+        if refuse:
+            advice = f"`mlcbuild lock {model.name}` does"
+            refused[name] = f"{source} is not in recipes.lock, and locked=1 forbids to add it: {advice}"
+            continue
+        try:
+            found = resolve(source)
+        except CheckpointError as error:
+            refused[name] = str(error)
+            continue
+        known = store_entry(root, cache, name, found)
+        report(ModelLocked(model.name, found.commit))
+    return refused
+
+
+def _on_hubs(models: Iterable[Model]) -> Iterable[tuple[Model, Source]]:
+    for model in models:
+        for source in (model.source, model.delta_of, model.lora):
+            if source is not None and source.hf is not None:
+                yield model, source
 
 
 def resolve(source: Source) -> Locked:

@@ -46,6 +46,7 @@ class Preview:
     weights: int
     new: int  # bytes that the disk of the cache has to hold in addition
     free: int
+    unlocked: Mapping[str, str]
 
     @property
     def to_run(self) -> list[Planned]:
@@ -103,6 +104,7 @@ def preview(session: Session, names: Iterable[str] | None = None) -> Preview:
         weights=len({goal.steps["quantize"] for goal in goals.values()}),
         new=new,
         free=shutil.disk_usage(session.store.root).free,
+        unlocked=graph.unlocked,
     )
 
 
@@ -132,6 +134,11 @@ def render(plan: Preview) -> str:
     if plan.unknown:
         lines.append(f"         ({_count(plan.unknown, 'step')} of a kind that never ran with this cache: not counted)")
     lines += [f"??       {name}: unavailable: {text}" for name, text in plan.unavailable.items()]
+    if plan.unlocked:
+        lines.append(f"??       {_count(len(plan.unlocked), 'recipe')} unknown until locked, in no figure above:")
+        lines += [f"         {name}: {text}" for name, text in [*plan.unlocked.items()][:_SHOWN]]
+        if len(plan.unlocked) > _SHOWN:
+            lines.append(f"         … and {len(plan.unlocked) - _SHOWN} more")
     rows = [("kind", "steps", "cached", "to run", "new bytes", "time")]
     for kind in dict.fromkeys(step.kind for step in plan.steps):
         each = [step for step in plan.steps if step.kind == kind]

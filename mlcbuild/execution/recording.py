@@ -30,9 +30,10 @@ def planned(recipes: Mapping[str, Cell], steps: Callable[[str], Iterable[str]]) 
 
 
 def planned_in(session: Session) -> list[RecipePlanned]:
-    """`planned` for all recipes of the session; an unavailable one has no steps."""
-    goals, known = session.graph.goals, session.catalog.recipes
-    chosen = {name: known[name] for name in (*goals, *session.graph.unavailable)}
+    """`planned` for all recipes of the session; one that cannot be planned has no steps."""
+    graph, known = session.graph, session.catalog.recipes
+    goals = graph.goals
+    chosen = {name: known[name] for name in (*goals, *graph.unavailable, *graph.unlocked, *graph.broken)}
 
     def steps(name: str) -> Iterable[str]:
         return session.graph.closure(goals[name].steps.values()) if name in goals else ()

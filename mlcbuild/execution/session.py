@@ -16,12 +16,13 @@ from mlcbuild.errors import MlcBuildError, StepFailed, Unavailable
 from mlcbuild.execution.build import Builder
 from mlcbuild.execution.changed import changed_since
 from mlcbuild.execution.install import install, is_installed
-from mlcbuild.execution.locking import locker
+from mlcbuild.execution.locking import locker, look_up
 from mlcbuild.execution.lookup import Lookup
 from mlcbuild.execution.manifest import manifest
+from mlcbuild.execution.scope import Scope
 from mlcbuild.graph import Goal, Graph, plan
 from mlcbuild.recipes.load import load
-from mlcbuild.recipes.select import Wanted, cells, choose
+from mlcbuild.recipes.select import Wanted, cells, choose, manual
 from mlcbuild.recipes.types import Catalog
 from mlcbuild.reporting.events import PackageInstalled, RecipeUnavailable, Report
 
@@ -121,21 +122,35 @@ def open_session(
     strict: bool = False,
     locked: bool = False,
     shared: SharedCache | None = None,
+    scope: Scope | None = None,
+    keep_going: bool = False,
 ) -> Session:
-    """Read the workspace at `root`, plan `recipes` (names and globs, with commas; None: all) and open the cache.
+    """Read the workspace at `root`, plan `recipes` (names and globs, with commas) and open the cache.
 
-    A hub model that is not in recipes.lock is looked up and written there; with `locked` it is an error.
-    Raises MlcBuildError (RecipeError with all problems of the files), Unavailable for a recipe that was asked for by
-    its own name, or with `strict`, and cannot be built on this machine.
+    Without names, these are all recipes but the manual ones; with a `scope`, also those that it names, and all where
+    it shows tasks. A hub model that is not in recipes.lock is looked up and written there where `scope` says so (with
+    `locked` it is broken); elsewhere it stays unlocked, and no hub is asked.
+
+    Raises MlcBuildError (RecipeError with all problems of the files), without `keep_going` also with everything that
+    is wrong with the models; Unavailable for a recipe that was asked for by its own name, or with `strict`, and cannot
+    be built on this machine.
     """
     store = open_store(root, cache)
     catalog = load(root, memo=store.root / "recipes.memo")
     wanted = recipes if isinstance(recipes, Wanted) else Wanted(recipes)
-    names = choose(cells(catalog.recipes), wanted)
+    known, scope = cells(catalog.recipes), scope or Scope(whole=True)
+    names = choose(known, wanted, manual(catalog.recipes) if scope.runs or scope.whole else ())
+    if not wanted.asks and wanted.changed is None:
+        named = [*catalog.recipes] if scope.others else scope.named(known)
+        names = list(dict.fromkeys([*names, *named]))
     if wanted.changed is not None:
         changed = changed_since(root, catalog, wanted.changed)
         names = [name for name in names if name in changed]
-    graph = plan(catalog, [catalog.recipes[name] for name in names], locker(root, store, report, refuse=locked))
+    chosen = [catalog.recipes[name].model for name in scope.to_look_up(names, known)]
+    refused = look_up(root, store.root, chosen, report, refuse=locked)
+    graph = plan(catalog, [catalog.recipes[name] for name in names], locker(root, refused))
+    if graph.broken and not keep_going:
+        raise MlcBuildError("\n".join(dict.fromkeys(graph.broken.values())))
     demanded = set(graph.unavailable) if strict else {name.strip() for name in (wanted.recipe or "").split(",")}
     missing = {name: text for name, text in graph.unavailable.items() if name in demanded}
     if missing:

@@ -31,10 +31,10 @@ from mlcbuild.cache.store import Action
 from mlcbuild.compiler.targets import cpu_flags
 from mlcbuild.execution.session import Session
 from mlcbuild.recipes.files import write_atomically
-from mlcbuild.recipes.select import Cell, cells
+from mlcbuild.recipes.select import Cell, cells, manual
 from mlcbuild.recipes.stock import stock
 
-_FORMAT = 1  # raise it when memories are written differently
+_FORMAT = 2  # raise it when memories are written differently
 _SETTLED = 0.02  # seconds: more than a tick of a file system's clock
 _USED = 3600.0  # an entry's last use is kept to the hour, as the store does
 _PROGRAM = Path(graph.__file__).parent
@@ -50,6 +50,7 @@ class Memory:
     tools: Mapping[str, str]
     world: Mapping[str, str]  # path -> signature: the workspace's YAML files and the program
     recipes: Mapping[str, Cell]
+    manual: Sequence[str]
     unavailable: Mapping[str, str]
     steps: dict[str, dict[str, Any]] = field(default_factory=dict)
     goals: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -131,6 +132,7 @@ def recall(root: Path, store: Path) -> Memory | None:
             data["tools"],
             data["world"],
             recipes,
+            data["manual"],
             data["unavailable"],
             data["steps"],
             data["goals"],
@@ -154,7 +156,8 @@ def remember(session: Session, began: float) -> None:
         tools |= session.lookup.versions(step)
     memory = recall(root, store.root)
     if memory is None or memory.world != world:
-        memory = Memory(store.root, session.dist, tools, world, cells(session.catalog.recipes), {})
+        recipes = session.catalog.recipes
+        memory = Memory(store.root, session.dist, tools, world, cells(recipes), manual(recipes), {})
     memory.tools = {**memory.tools, **tools}
     memory.unavailable = {**memory.unavailable, **session.graph.unavailable}
     known: dict[str, dict[str, Any] | None] = {}
@@ -176,6 +179,7 @@ def remember(session: Session, began: float) -> None:
         "tools": memory.tools,
         "world": memory.world,
         "recipes": memory.recipes,
+        "manual": memory.manual,
         "unavailable": memory.unavailable,
         "steps": {key: step for key, step in memory.steps.items() if key in used},
         "goals": memory.goals,

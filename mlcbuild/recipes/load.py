@@ -146,6 +146,7 @@ def _recipe(name: str, document: Document, data: Mapping[str, Any], catalog: Cat
         overrides={**model.overrides, **data.get("overrides", {})},
         origin=document.file.shown,
         verify=replace(model.verify, **data.get("verify", {})),
+        manual=data.get("manual", False),
     )
 
 

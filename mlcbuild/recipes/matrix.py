@@ -30,7 +30,8 @@ def expand(document: Document, data: Mapping[str, Any]) -> tuple[dict[str, dict[
     kept = [cell for cell in cells if cell not in excluded]
     if not kept:
         problems.append(document.problem("`exclude` leaves no cell to build", ("exclude",), key=True))
-    settings: dict[Cell, dict[str, Any]] = {cell: {} for cell in kept}
+    common = {key: data[key] for key in ("manual",) if key in data}
+    settings: dict[Cell, dict[str, Any]] = {cell: dict(common) for cell in kept}
     for number, item in enumerate(data.get("adjust", ())):
         path = ("adjust", number, "when")
         unknown = _unknown(document, item["when"], path, axes)

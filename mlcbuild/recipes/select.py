@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from mlcbuild.errors import RecipeError
@@ -25,12 +25,19 @@ class Wanted:
     target: str | None = None
     changed: str | None = None  # a git revision: only what changed since (mlcbuild.execution.changed)
 
-    def __bool__(self) -> bool:
-        return self != Wanted()
+    @property
+    def asks(self) -> bool:
+        """Whether recipes are asked for by what they are, which includes those that are built only then."""
+        return any(getattr(self, axis) is not None for axis in ("recipe", *AXES))
 
 
 def cells(recipes: Mapping[str, Recipe]) -> dict[str, Cell]:
     return {name: (each.model.name, each.quantization.name, each.target.name) for name, each in recipes.items()}
+
+
+def manual(recipes: Mapping[str, Recipe]) -> list[str]:
+    """The names of those that are built only when they are asked for."""
+    return [name for name, recipe in recipes.items() if recipe.manual]
 
 
 def select(catalog: Catalog, pattern: str) -> list[Recipe]:
@@ -41,13 +48,14 @@ def select(catalog: Catalog, pattern: str) -> list[Recipe]:
     return [catalog.recipes[name] for name in choose(cells(catalog.recipes), Wanted(pattern))]
 
 
-def choose(recipes: Mapping[str, Cell], wanted: Wanted) -> list[str]:
+def choose(recipes: Mapping[str, Cell], wanted: Wanted, manual: Collection[str] = ()) -> list[str]:
     """The names of the recipes that are wanted, in the order of `recipe=`, else of `recipes`.
 
-    Raises RecipeError with a suggestion for every name and glob that matches nothing, and where no recipe is left.
+    Those in `manual` are only among them where recipes are asked for by name, model, quantization or target. Raises
+    RecipeError with a suggestion for every name and glob that matches nothing, and where no recipe is left.
     """
     problems: list[str] = []
-    chosen = list(recipes)
+    chosen = [name for name in recipes if wanted.asks or name not in manual]
     if wanted.recipe is not None:
         chosen, wrong = _matching("recipe", wanted.recipe, recipes)
         problems += wrong
@@ -59,7 +67,7 @@ def choose(recipes: Mapping[str, Cell], wanted: Wanted) -> list[str]:
             chosen = [name for name in chosen if recipes[name][position] in names]
     if problems:
         raise RecipeError(problems)
-    if not chosen and wanted:
+    if not chosen and wanted.asks:
         asked = [f"{axis}={text}" for axis in ("recipe", *AXES) if (text := getattr(wanted, axis)) is not None]
         raise RecipeError([f"no recipe is all of {' '.join(asked)}; `mlcbuild plan` lists what there is"])
     return chosen

@@ -186,6 +186,7 @@ class Recipe:
     overrides: Mapping[str, int]  # the model's, then the recipe's own on top
     origin: str  # "recipes/stories-cpu.yaml", or "recipes/matrix/stories.yaml" for a cell
     verify: Verify = Verify()  # likewise: this one counts, not the model's
+    manual: bool = False  # built only when a selection or a task's name asks for it
 
 
 @dataclass(frozen=True)

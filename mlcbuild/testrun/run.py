@@ -13,7 +13,7 @@ from mlcbuild.cache.runs import begin
 from mlcbuild.cache.store import Store, total_size
 from mlcbuild.errors import MlcBuildError, Unavailable
 from mlcbuild.execution.build import Builder
-from mlcbuild.execution.locking import locker
+from mlcbuild.execution.locking import locker, look_up
 from mlcbuild.execution.lookup import Lookup
 from mlcbuild.execution.session import QUALITY, Session, open_store
 from mlcbuild.graph import config_of, plan
@@ -37,12 +37,13 @@ def test_run(root: Path, names: str, cache: Path | None, report: Report) -> dict
     store = open_store(root, cache)
     begin(store.root)
     catalog = load(root, memo=store.root / "recipes.memo")
-    lock = locker(root, store, report, refuse=False)
     results: dict[str, str] = {}
     problems = []
     for recipe in select(catalog, names):
         try:
-            config = config_of(recipe.model, lock)
+            only_config = replace(recipe.model, delta_of=None, lora=None)
+            refused = look_up(root, store.root, [only_config], report, refuse=False)
+            config = config_of(recipe.model, locker(root, refused))
             results[recipe.name] = _try(store, *small(catalog, recipe, config, store.root / FOLDER), report)
         except MlcBuildError as error:
             problems.append(f"{recipe.name}: {error}")

@@ -28,7 +28,7 @@ TARGET = (
         (
             RECIPE + "colour: blue\n",
             "4:1: unknown key `colour`; "
-            "expected `model`, `quantization`, `target`, `template`, `overrides` or `verify`",
+            "expected `model`, `quantization`, `target`, `template`, `overrides`, `verify` or `manual`",
         ),
         (
             RECIPE + "overrides:\n  context_windw_size: 64\n",

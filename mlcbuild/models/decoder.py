@@ -15,7 +15,7 @@ from tvm import ir, relax, tirx
 from mlcbuild.models.attention import attention
 from mlcbuild.models.operations import Expr, Operations
 from mlcbuild.models.structure import Structure
-from mlcbuild.models.weights import Declared, Weight, Weights, head_role, tuple_type, weight_of
+from mlcbuild.models.weights import Declared, Weight, Weights, head_role, weight_of
 
 
 class Decoder:
@@ -39,7 +39,7 @@ class Decoder:
         return x if str(x.ty.dtype) == dtype else self.builder.emit(relax.op.astype(x, dtype))
 
     def params(self) -> relax.Var:
-        return relax.Var("packed_params", tuple_type(self.declared))
+        return relax.Var("packed_params", relax.AnyType())
 
     def weights(self, params: relax.Var) -> Weights:
         return Weights(self.builder, self.declared, params)

@@ -66,31 +66,33 @@ def weight_of(declared: Sequence[Declared], expressions: Sequence[Any]) -> Weigh
     return Weight(parts, declared[0].packing, rows[-1])
 
 
-def tuple_type(declared: Sequence[Declared]) -> relax.TupleType:
-    """The type of the tuple of all parameters, its vocabulary size a fresh variable."""
-    vocab_size = tirx.Var("vocab_size", "int64")
-    return relax.TupleType([relax.TensorType(p.shape_for(vocab_size), p.dtype) for p in declared])
-
-
 class Weights:
-    """The parameters that one function of the module was given, as relax expressions by role."""
+    """The parameters that one function of the module was given, as relax expressions by role.
+
+    `params` is an opaque object to the function, which checks those that it takes out of it: a function's type with a
+    thousand tensors in it would be gone through by every pass, once for each function.
+    """
 
     def __init__(self, builder: relax.BlockBuilder, declared: Sequence[Declared], params: relax.Var) -> None:
         self._builder, self._declared, self._params = builder, declared, params
+        self._vocab_size = tirx.Var("vocab_size", "int64")
 
     def get(self, role: str) -> Weight:
         """The parameter outside the layers that plays `role`."""
         mine = [(index, p) for index, p in enumerate(self._declared) if p.role == role and p.layer is None]
-        given = [self._builder.emit(relax.TupleGetItem(self._params, index)) for index, _ in mine]
-        return weight_of([p for _, p in mine], given)
+        return weight_of([p for _, p in mine], [self._take(index) for index, _ in mine])
 
     def layer(self, layer: int) -> list[tuple[Declared, Any]]:
         """All parameters of one layer, in order."""
-        return [
-            (p, self._builder.emit(relax.TupleGetItem(self._params, index)))
-            for index, p in enumerate(self._declared)
-            if p.layer == layer
-        ]
+        return [(p, self._take(index)) for index, p in enumerate(self._declared) if p.layer == layer]
+
+    def _take(self, index: int) -> Any:
+        declared = self._declared[index]
+        item = relax.call_pure_packed(
+            "vm.builtin.tuple_getitem", self._params, relax.prim_value(index), ty_args=relax.AnyType()
+        )
+        tensor = relax.TensorType(declared.shape_for(self._vocab_size), declared.dtype)
+        return self._builder.match_cast(self._builder.emit(item), tensor)
 
 
 def head_role(structure: Structure) -> str:

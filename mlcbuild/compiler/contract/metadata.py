@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tvm import DataType, IRModule, ir, relax, tirx
@@ -73,29 +74,28 @@ def memory_usage(module: IRModule) -> dict[str, int]:
 
 def _allocations(function: relax.Function) -> int:
     storage, tensor = ir.Op.get("relax.memory.alloc_storage"), ir.Op.get("relax.builtin.alloc_tensor")
-    sizes: list[int] = []
-
-    def visit(expr: Any) -> None:
-        if not isinstance(expr, relax.Call) or expr.op not in (storage, tensor):
-            return
-        shape = expr.args[0]
-        if not all(isinstance(extent, tirx.IntImm) for extent in shape.values):
-            return
-        count = 1
-        for extent in shape.values:
-            count *= int(extent)
-        sizes.append(count if expr.op == storage else count * DataType(str(expr.args[1].value)).itemsize)
-
-    relax.analysis.post_order_visit(function, visit)
-    return sum(sizes)
+    total = 0
+    for call in _calls(function):
+        if call.op not in (storage, tensor):
+            continue
+        extents = call.args[0].values
+        if all(isinstance(extent, tirx.IntImm) for extent in extents):
+            itemsize = 1 if call.op == storage else DataType(str(call.args[1].value)).itemsize
+            total += math.prod(map(int, extents)) * itemsize
+    return total
 
 
 def _callees(function: relax.Function, functions: Mapping[str, relax.Function]) -> set[str]:
-    found: set[str] = set()
+    called = {call.op.name_hint for call in _calls(function) if isinstance(call.op, ir.GlobalVar)}
+    return called & set(functions)
 
-    def visit(expr: Any) -> None:
-        if isinstance(expr, relax.Call) and isinstance(expr.op, ir.GlobalVar) and expr.op.name_hint in functions:
-            found.add(expr.op.name_hint)
 
-    relax.analysis.post_order_visit(function, visit)
-    return found
+def _calls(function: relax.Function) -> Iterator[Any]:
+    """The calls of a function in normal form: each is a binding's value.
+
+    A visitor would go through every parameter's type at every use of it.
+    """
+    for block in function.body.blocks:
+        for binding in block.bindings:
+            if isinstance(binding.value, relax.Call):
+                yield binding.value

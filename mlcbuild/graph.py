@@ -328,7 +328,7 @@ class _Planner:
             return _Shape(
                 structure.to_json(),
                 parameters.count(structure),
-                architectures.model_config(chosen, structure),
+                architectures.model_config(chosen, structure, config),
                 _form(structure),
                 _form(structure.one_layer, blocks=True),
             )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mlcbuild.checkpoints.header import TensorRef
@@ -21,6 +21,7 @@ from mlcbuild.errors import CheckpointError
 from mlcbuild.models.parameters import Parameter
 
 _NAMED = 12  # how many missing or unexpected tensors a message names one by one
+_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")  # what an output matrix may be called
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
@@ -33,6 +34,14 @@ class Names:
 
     def layers(self, names: Collection[str]) -> set[int]:
         return {int(match[1]) for match in map(_LAYER.search, names) if match}
+
+
+def with_prefix(table: Mapping[str, TensorRef], prefix: str, wanted: Collection[str]) -> dict[str, TensorRef]:
+    """The table by the names that are wanted, where the checkpoint leaves their common prefix out."""
+    if not prefix or any(name.startswith(prefix) for name in table):
+        return dict(table)
+    stems = {name.rpartition(".")[0] for name in wanted}
+    return {prefix + name if (prefix + name).rpartition(".")[0] in stems else name: ref for name, ref in table.items()}
 
 
 def index(
@@ -56,17 +65,20 @@ def index(
         refs = [table[source] for source in parameter.sources if source in table]
         if len(refs) == len(parameter.sources):
             problems += _mismatches(parameter, refs)
-        entries.append(
-            {
-                "name": parameter.name,
-                "shape": list(parameter.shape),
-                "dtype": FLOATS[refs[0].dtype][0] if refs and refs[0].dtype in FLOATS else None,
-                "parts": [_part(ref) for ref in refs],
-            }
-        )
+        entries.append(entry(parameter, refs))
     if problems:
         raise CheckpointError("\n".join(problems))
     return {"version": 1, "parameters": entries}
+
+
+def entry(parameter: Parameter, refs: Sequence[TensorRef]) -> dict[str, Any]:
+    """A parameter of parameters.json that consists of these tensors."""
+    return {
+        "name": parameter.name,
+        "shape": list(parameter.shape),
+        "dtype": FLOATS[refs[0].dtype][0] if refs and refs[0].dtype in FLOATS else None,
+        "parts": [_part(ref) for ref in refs],
+    }
 
 
 def _part(ref: TensorRef) -> dict[str, Any]:
@@ -81,6 +93,8 @@ def _part(ref: TensorRef) -> dict[str, Any]:
 
 
 def _mismatches(parameter: Parameter, refs: Sequence[TensorRef]) -> list[str]:
+    if "transpose" in parameter.convert:
+        refs = [replace(ref, shape=ref.shape[::-1]) for ref in refs]
     problems = [
         f"{ref.file}: tensor {ref.name}: dtype {ref.dtype}, expected one of {', '.join(FLOATS)}"
         for ref in refs
@@ -94,7 +108,8 @@ def _mismatches(parameter: Parameter, refs: Sequence[TensorRef]) -> list[str]:
     if len(refs) == 1:
         ref = refs[0]
         problems.append(
-            f"{ref.file}: tensor {ref.name}: shape {list(ref.shape)}, but config.json makes it {list(parameter.shape)}"
+            f"{ref.file}: tensor {ref.name}: shape {list(ref.shape)}{_turned(parameter)}, but config.json makes it "
+            f"{list(parameter.shape)}"
         )
     else:
         shapes = ", ".join(f"{ref.name} {list(ref.shape)}" for ref in refs)
@@ -115,6 +130,10 @@ def _fits(shape: tuple[int, ...], given: Sequence[tuple[int, ...]]) -> bool:
         )
     rests = [each[1:] for each in given if len(each) == len(shape)]
     return rests == [shape[1:]] * len(given) and sum(each[0] for each in given) == shape[0]
+
+
+def _turned(parameter: Parameter) -> str:
+    return " once transposed" if "transpose" in parameter.convert else ""
 
 
 def _missing(names: Names) -> list[str]:
@@ -171,10 +190,11 @@ def _tied(
 ) -> tuple[list[str], list[str]]:
     """Names of stored output matrices that belong to a tied embedding, and problems: that they do not repeat it."""
     roles = {parameter.role: parameter for parameter in parameters}
-    embedding = roles.get("embedding")
-    head = table.get("lm_head.weight")
-    if "lm_head" in roles or head is None or head.name in needed or embedding is None:
+    embedding, heads = roles.get("embedding"), [table[name] for name in _HEADS if name in table and name not in needed]
+    own = roles.get("lm_head")
+    if not heads or embedding is None or (own is not None and own.sources != embedding.sources):
         return [], []
+    head = heads[0]
     source = table.get(embedding.sources[0])
     if source is None:
         return [head.name], []  # that the embedding is missing is the problem to report

@@ -50,7 +50,7 @@ class Packed:
         pieces: dict[str, npt.NDArray[Any]] = {each.form: self._cut(each, rows, expert, first, end) for each in made}
         packing = made[0].weights
         if packing is None:
-            return floats.widen(pieces["value"], self._dtype)
+            return floats.widen(pieces["value"], made[0].dtype)
         return unpack(pieces, (rows, columns), packing, self._dtype)
 
     def _cut(self, made: QuantizedParameter, rows: int, expert: int | None, start: int, stop: int) -> npt.NDArray[Any]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from typing import Any
 
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.models import unknown
 from mlcbuild.models.config import normalise
-from mlcbuild.models.expressions import evaluate
+from mlcbuild.models.expressions import evaluate, mentions
+from mlcbuild.models.fields import check, read, value_of
 from mlcbuild.models.structure import ParameterRule, Structure
 from mlcbuild.recipes.types import Architecture
 
@@ -16,24 +18,13 @@ from mlcbuild.recipes.types import Architecture
 _PREFILL_CHUNK_SIZE = 2048
 _MAX_BATCH_SIZE = 128  # what mlc-ai compiles its own libraries for
 
-_INTEGERS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "context_window_size",
-)
-
 
 def choose(
     architectures: Mapping[str, Architecture], config: Mapping[str, Any], wanted: str | None = None
 ) -> Architecture:
     """The architecture named `wanted`, or the one whose `match` fits config.json's `model_type`.
 
-    Raises MlcBuildError when none fits, naming the nearest.
+    Raises MlcBuildError when none fits, naming the nearest and what they do not know, and when several do.
     """
     if wanted is not None:
         return architectures[wanted]
@@ -42,13 +33,19 @@ def choose(
         raise MlcBuildError(
             "config.json has no `model_type`: add it, or name the `architecture` in the model's YAML file"
         )
-    for architecture in architectures.values():
-        if model_type in architecture.match.get("model_type", ()):
-            return architecture
+    fitting = [each for each in architectures.values() if model_type in each.match.get("model_type", ())]
+    if len(fitting) > 1:
+        raise MlcBuildError(
+            f"config.json: model_type `{model_type}` is matched by several architectures: "
+            f"{', '.join(sorted(each.name for each in fitting))}; name the `architecture` in the model's YAML file"
+        )
+    if fitting:
+        return fitting[0]
     known = sorted({name for a in architectures.values() for name in a.match.get("model_type", ())})
     raise MlcBuildError(
-        f"config.json: model_type `{model_type}` is an unknown architecture{_nearest(model_type, known)}; "
-        f"known are: {', '.join(known)}. A new one is a YAML file in recipes/architectures/"
+        f"config.json: model_type `{model_type}` is an unknown architecture{unknown.close_to(model_type, known)}; "
+        f"known are: {', '.join(known)}. A new one is a YAML file in recipes/architectures/ (docs/architectures.md). "
+        f"By the keys of config.json the nearest are:\n{unknown.nearest(architectures.values(), config)}"
     )
 
 
@@ -60,70 +57,80 @@ def resolve(architecture: Architecture, config: Mapping[str, Any], overrides: Ma
     """
     flat = normalise(config)
     data = architecture.data
-    problems: list[str] = []
-    values: dict[str, Any] = {"rope_theta": flat["rope_theta"], "rope_scaling": flat["rope_scaling"]}
-    for field, rule in data["config"].items():
-        try:
-            values[field] = _field(rule, flat, values)
-        except MlcBuildError as error:
-            problems.append(f"config.json: {error}")
-    problems += _check_types(values) + _check_requirements(data, flat)
+    constants = {name: value for name, value in data["decoder"].items() if name != "rope_scaling"}
+    given = {"rope_theta": flat["rope_theta"], "rope_scaling": flat["rope_scaling"], **constants}
+    values, problems = read(data["config"], flat, given)
+    problems += check(values) + _check_requirements(data, flat) + unknown.complaints(architecture, flat)
     if problems:
         raise MlcBuildError("\n".join(problems))
     values.update(_limits(values["context_window_size"], overrides))
     problems = _check_shape(values) + _check_limits(values)
     if problems:
         raise MlcBuildError("\n".join(problems))
-    choices = {name: value for name, value in data["decoder"].items() if name != "rope_scaling"}
-    rules = tuple(
-        ParameterRule(rule["role"], rule["name"], _sources(rule))
-        for rule in data["parameters"]
-        if evaluate(rule.get("when", True), values)
-    )
+    rules = tuple(filter(None, (_rule(rule, values) for rule in data["parameters"])))
     return Structure(
         architecture=architecture.name,
         model_type=architecture.model_type,
         rules=rules,
         ignored=tuple(data.get("ignore", ())),
-        **choices,
-        **values,
+        optional_prefix=data.get("optional_prefix", ""),
+        **_fields(architecture, values),
     )
 
 
-def model_config(architecture: Architecture, structure: Structure) -> dict[str, Any]:
+def model_config(architecture: Architecture, structure: Structure, config: Mapping[str, Any]) -> dict[str, Any]:
     """The `model_config` of mlc-chat-config.json: MLC's keys, in MLC's order."""
-    fields = structure.to_json()
-    config = {key: fields[field] for key, field in architecture.data["model_config"].items()}
-    theta = config.get("position_embedding_base")
-    if isinstance(theta, float) and theta.is_integer():
-        config["position_embedding_base"] = int(theta)
-    return config
+    names = {field.name: getattr(structure, field.name) for field in fields(structure)}
+    flat = normalise(config)
+    found = {
+        key: value_of(rule, flat, names) if isinstance(rule, Mapping) else evaluate(rule, names)
+        for key, rule in architecture.data["model_config"].items()
+    }
+    for key in ("position_embedding_base", "rope_theta"):
+        theta = found.get(key)
+        if isinstance(theta, float) and theta.is_integer():
+            found[key] = int(theta)
+    return found
+
+
+def _fields(architecture: Architecture, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The structure's own fields among `values`."""
+    wanted = {field.name: field for field in fields(Structure)}
+    found = {name: value for name, value in values.items() if not name.startswith("_")}
+    rest = {"architecture", "model_type", "rules", "ignored", *found}
+    absent = [name for name, field in wanted.items() if field.default is MISSING and name not in rest]
+    if absent:
+        raise MlcBuildError(
+            f"recipes/architectures/{architecture.name}.yaml: neither `config` nor `decoder` says {', '.join(absent)}"
+        )
+    return found
+
+
+def _rule(rule: Mapping[str, Any], values: Mapping[str, Any]) -> ParameterRule | None:
+    """The parameter of a line of the file, None where its `when` says that the model has none."""
+    when, layers = rule.get("when", True), None
+    if mentions(when, "layer"):
+        every = range(values["num_hidden_layers"])
+        layers = tuple(layer for layer in every if evaluate(when, {**values, "layer": layer}))
+        if not layers:
+            return None
+        layers = None if len(layers) == len(every) else layers
+    elif not evaluate(when, values):
+        return None
+    convert = rule.get("convert", ())
+    return ParameterRule(
+        rule["role"],
+        rule["name"],
+        _sources(rule),
+        (convert,) if isinstance(convert, str) else tuple(convert),
+        layers,
+        rule.get("dtype"),
+    )
 
 
 def _sources(rule: Mapping[str, Any]) -> tuple[str, ...]:
     source = rule.get("from", rule["name"])
     return (source,) if isinstance(source, str) else tuple(source)
-
-
-def _field(rule: Mapping[str, Any], config: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
-    keys = [rule["key"]] if isinstance(rule["key"], str) else rule["key"]
-    for key in keys:
-        if config.get(key) is not None:
-            return config[key]
-    if "default" in rule:
-        return evaluate(rule["default"], values)
-    raise MlcBuildError(f"`{'` or `'.join(keys)}` is missing")
-
-
-def _check_types(values: Mapping[str, Any]) -> list[str]:
-    problems = []
-    for name in _INTEGERS:
-        value = values.get(name)
-        if name in values and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            problems.append(f"config.json: {name} is {value!r}, expected a whole number of at least 1")
-    if "norm_eps" in values and not isinstance(values["norm_eps"], float | int):
-        problems.append(f"config.json: norm epsilon is {values['norm_eps']!r}, expected a number")
-    return problems
 
 
 def _check_requirements(data: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
@@ -168,9 +175,10 @@ def _check_limits(values: Mapping[str, Any]) -> list[str]:
             f"overrides: prefill_chunk_size {values['prefill_chunk_size']} is larger than context_window_size "
             f"{values['context_window_size']}"
         )
+    positions = values.get("max_position_embeddings")
+    if positions is not None and values["context_window_size"] > positions:
+        problems.append(
+            f"overrides: context_window_size {values['context_window_size']} is larger than the {positions} positions "
+            "that the model has learned"
+        )
     return problems
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean `{close[0]}`?)" if close else ""

@@ -20,7 +20,8 @@ from dataclasses import replace
 
 from tvm import relax, tirx
 
-from mlcbuild.models.decoder import Decoder, layer, layer_inputs
+from mlcbuild.models.decoder import Decoder, layer_inputs
+from mlcbuild.models.layer import layer
 from mlcbuild.models.operations import Expr
 from mlcbuild.models.weights import Weight, head_role, weight_of
 

@@ -7,15 +7,15 @@ Private functions work on [n, hidden_size]: `n` tokens of all sequences of a bat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm import ir, relax, tirx
 
-from mlcbuild.models.attention import attention
+from mlcbuild.models.layer import layer
 from mlcbuild.models.operations import Expr, Operations
 from mlcbuild.models.structure import Structure
-from mlcbuild.models.weights import Declared, Weight, Weights, head_role, weight_of
+from mlcbuild.models.weights import Declared, Given, Weights, head_role
 
 
 class Decoder:
@@ -44,9 +44,57 @@ class Decoder:
     def weights(self, params: relax.Var) -> Weights:
         return Weights(self.builder, self.declared, params)
 
-    def logits(self, hidden: Expr, weights: Weights) -> Expr:
-        """hidden [n, H] -> float32 [n, V]."""
-        return self.operations.linear(hidden, weights.get(head_role(self.structure)), "float32")
+    def norm(self, x: Expr, weights: Given | Weights, role: str) -> Expr:
+        """x [n, H] normed, with the weight that plays `role` and the bias that plays `role`_bias, where there are."""
+        eps = self.structure.norm_eps
+        if self.structure.norm == "rms":
+            return self.operations.rms_norm(x, weights(role).plain, eps)
+        weight, bias = (weights(each).plain if each in weights else None for each in (role, f"{role}_bias"))
+        return self.operations.layer_norm(x, weight, bias, eps)
+
+    def project(self, x: Expr, weights: Given | Weights, name: str, dtype: str | None = None) -> Expr:
+        """x [n, K] times the matrix of role `name`_proj, plus its `name`_bias where there is one: [n, N].
+
+        `dtype` is the result's, by default the compute dtype; the sum is formed in that.
+        """
+        compute = self.operations.compute
+        return self.biased(x, weights, f"{name}_proj", f"{name}_bias", dtype or compute)
+
+    def biased(self, x: Expr, weights: Given | Weights, matrix: str, bias: str, dtype: str) -> Expr:
+        """As `project`, by the roles of matrix and bias."""
+        if bias not in weights:
+            return self.operations.linear(x, weights(matrix), dtype)
+        compute = self.operations.compute
+        product = self.operations.linear(x, weights(matrix), compute)
+        total = self.builder.emit(relax.op.add(product, self.cast(weights(bias).plain, compute)))
+        return self.cast(total, dtype)
+
+    def scaled(self, x: Expr, factor: float) -> Expr:
+        return x if factor == 1 else self.builder.emit(relax.op.multiply(x, relax.const(factor, str(x.ty.dtype))))
+
+    def logits(self, hidden: Expr, weights: Given | Weights) -> Expr:
+        """hidden [n, H] -> float32 [n, V]; the cap is Gemma 2's (arXiv 2408.00118)."""
+        hidden = self.scaled(hidden, self.structure.logits_scale)
+        logits = self.biased(hidden, weights, head_role(self.structure), "lm_head_bias", "float32")
+        cap = self.structure.final_logit_softcapping
+        if cap is None:
+            return logits
+        return self.scaled(self.builder.emit(relax.op.tanh(self.scaled(logits, 1 / cap))), cap)
+
+    @property
+    def has_beginning(self) -> bool:
+        """Whether anything is done to embeddings before the first layer."""
+        s = self.structure
+        return s.embedding_scale != 1 or bool(s.roles() & {"position_embedding", "embedding_norm"})
+
+    def beginning(self, x: Expr, positions: Callable[[], Expr], weights: Given | Weights) -> Expr:
+        """Embeddings [n, H] -> what the first layer is given; `positions`: the tokens' in their sequence, int32 [n]."""
+        s, compute = self.structure, self.operations.compute
+        x = self.scaled(x, s.embedding_scale)
+        if "position_embedding" in weights:
+            rows = self.operations.embedding(positions(), weights("position_embedding"), s.hidden_size)
+            x = self.builder.emit(relax.op.add(x, self.cast(rows, compute)))
+        return self.norm(x, weights, "embedding_norm") if "embedding_norm" in weights else x
 
 
 def kv_cache(name: str = "paged_kv_cache") -> relax.Var:
@@ -84,25 +132,6 @@ def _emit_layer(decoder: Decoder, number: int) -> relax.GlobalVar:
         return d.builder.emit_func_output(out)
 
 
-def layer(decoder: Decoder, x: Expr, cache: Expr, layer_id: Expr, *given: Expr, number: int = 0) -> Expr:
-    """One layer's computation on what `layer_inputs` describes: [n, H]."""
-    d, s = decoder, decoder.structure
-    mine = [p for p in d.declared if p.layer == number]
-
-    def weight(role: str) -> Weight:
-        pairs = [(p, var) for p, var in zip(mine, given, strict=True) if p.role == role]
-        return weight_of([p for p, _ in pairs], [var for _, var in pairs])
-
-    normed = d.operations.rms_norm(x, weight("attention_norm").plain, s.norm_eps)
-    attended = attention(d, normed, cache, layer_id, weight, x.ty.shape[0], number)
-    x1 = d.builder.emit(relax.op.add(x, attended))
-    normed = d.operations.rms_norm(x1, weight("mlp_norm").plain, s.norm_eps)
-    gate_up = d.operations.linear(normed, weight("gate_up_proj"), d.operations.compute)
-    inner = d.operations.gated(gate_up, s.activation)
-    down = d.operations.linear(inner, weight("down_proj"), d.operations.compute)
-    return relax.op.add(x1, down)
-
-
 def emit_decoder(decoder: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalVar:
     """Add `decoder(x [n, H], cache, params) -> [n, H]`: all layers and the final norm, in the compute dtype."""
     d, s = decoder, decoder.structure
@@ -111,10 +140,15 @@ def emit_decoder(decoder: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.G
     with d.builder.function("decoder", [x, cache, params], private=True):
         with d.builder.dataflow():
             weights = d.weights(params)
-            hidden: Expr = x
+            hidden: Expr = d.beginning(x, lambda: _positions(d, cache, x.ty.shape[0]), weights)
             for i, function in enumerate(layers):
                 given = [var for _, var in weights.layer(i)]
                 hidden = d.builder.emit(relax.Call(function, [hidden, cache, relax.prim_value(i), *given]))
-            hidden = d.operations.rms_norm(hidden, weights.get("final_norm").plain, s.norm_eps)
-            out = d.builder.emit_output(hidden)
+            out = d.builder.emit_output(d.norm(hidden, weights, "final_norm"))
         return d.builder.emit_func_output(out)
+
+
+def _positions(d: Decoder, cache: Expr, n: Expr) -> Expr:
+    """Each token's position in its sequence, which the KV cache knows: int32 [n]."""
+    name = "vm.builtin.attention_kv_cache_get_query_positions"
+    return d.builder.emit(relax.call_pure_packed(name, cache, ty_args=relax.TensorType([n], "int32")))

@@ -47,7 +47,7 @@ def _emit_embed(d: Decoder) -> None:
         d,
         "embed",
         [ids, params],
-        lambda: d.operations.embedding(ids, d.weights(params).get("embedding"), d.structure.hidden_size),
+        lambda: d.operations.embedding(ids, d.weights(params)("embedding"), d.structure.hidden_size),
     )
 
 

@@ -23,7 +23,9 @@ class Operations:
     linear(x [n, K], weight [N, K], out_dtype) -> [n, N]
     embedding(ids int32 [n], weight [V, H], H) -> [n, H]
     rms_norm(x [n, H], weight [H], eps) -> [n, H]
-    gated(x [n, 2 * I], activation name) -> [n, I]
+    layer_norm(x [n, H], weight [H] or None, bias [H] or None, eps) -> [n, H]
+    gated(x [n, 2 * I], activation name) -> [n, I]: activation of the first half, times the second
+    activation(x [n, I], activation name) -> [n, I]
     softmax(logits float32 [b, V], temperature float32 [b]) -> [b, V]
     """
 
@@ -31,5 +33,7 @@ class Operations:
     linear: Callable[[Expr, Weight, str], Expr]
     embedding: Callable[[Expr, Weight, int], Expr]
     rms_norm: Callable[[Expr, Expr, float], Expr]
+    layer_norm: Callable[[Expr, Expr | None, Expr | None, float], Expr]
     gated: Callable[[Expr, str], Expr]
+    activation: Callable[[Expr, str], Expr]
     softmax: Callable[[Expr, Expr], Expr]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -14,7 +14,14 @@ class Parameter:
     """An unquantized parameter.
 
     `shape` is `[N out, K in]` for matrices. `sources` are checkpoint tensors whose rows, one after the other, are
-    the parameter's rows.
+    the parameter's rows, after each was changed as `convert` says:
+
+    transpose    the checkpoint has [K, N]
+    ungroup_qkv  its rows are, for each of `groups` key-value heads: that group's queries, its key, its value
+    add_one      the checkpoint has w - 1
+
+    `dtype` is what it is stored in, None for the quantization's model dtype. `groups` holds, for qkv parameters, the
+    number of key-value heads and the rows of queries, of the key and of the value in each group.
     """
 
     name: str
@@ -22,26 +29,62 @@ class Parameter:
     role: str
     sources: tuple[str, ...]
     layer: int | None = None
+    convert: tuple[str, ...] = ()
+    dtype: str | None = None
+    groups: tuple[int, int, int, int] | None = None
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is multiplied with, or looked up in: what quantizations pack."""
+        return self.role in TABLES or self.role.endswith("_proj") or self.role == "lm_head"
+
+
+TABLES = ("embedding", "position_embedding")  # roles that are looked up by row
 
 
 def shape_of(role: str, structure: Structure) -> tuple[int, ...]:
     """The shape of the parameter that plays `role` in one layer, or outside the layers.
 
-    Raises KeyError for a role that no block has.
+    A bias `x_bias` has the rows of `x_proj`. Raises KeyError for a role that no block has.
     """
-    s = structure
-    query, key_value = s.num_attention_heads * s.head_dim, s.num_key_value_heads * s.head_dim
-    return {
-        "embedding": (s.vocab_size, s.hidden_size),
-        "qkv_proj": (query + 2 * key_value, s.hidden_size),
-        "o_proj": (s.hidden_size, query),
-        "gate_up_proj": (2 * s.intermediate_size, s.hidden_size),
-        "down_proj": (s.hidden_size, s.intermediate_size),
-        "attention_norm": (s.hidden_size,),
-        "mlp_norm": (s.hidden_size,),
-        "final_norm": (s.hidden_size,),
-        "lm_head": (s.vocab_size, s.hidden_size),
-    }[role]
+    if role.endswith("_bias"):
+        of = role.removesuffix("_bias")
+        return shape_of(of if of == "lm_head" or of.endswith("_norm") else f"{of}_proj", structure)[:1]
+    return _SHAPES[role](structure)
+
+
+def _query(s: Structure) -> int:
+    return s.num_attention_heads * s.head_dim
+
+
+def _key(s: Structure) -> int:
+    return s.num_key_value_heads * s.head_dim
+
+
+def _width(s: Structure) -> tuple[int, ...]:
+    return (s.hidden_size,)
+
+
+_SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
+    "embedding": lambda s: (s.vocab_size, s.hidden_size),
+    "position_embedding": lambda s: (s.max_position_embeddings or s.context_window_size, s.hidden_size),
+    "embedding_norm": _width,
+    "qkv_proj": lambda s: (_query(s) + 2 * _key(s), s.hidden_size),
+    "q_proj": lambda s: (_query(s), s.hidden_size),
+    "k_proj": lambda s: (_key(s), s.hidden_size),
+    "v_proj": lambda s: (_key(s), s.hidden_size),
+    "o_proj": lambda s: (s.hidden_size, _query(s)),
+    "gate_up_proj": lambda s: (2 * s.intermediate_size, s.hidden_size),
+    "gate_proj": lambda s: (s.intermediate_size, s.hidden_size),
+    "up_proj": lambda s: (s.intermediate_size, s.hidden_size),
+    "down_proj": lambda s: (s.hidden_size, s.intermediate_size),
+    "attention_norm": _width,
+    "attention_post_norm": _width,
+    "mlp_norm": _width,
+    "mlp_post_norm": _width,
+    "final_norm": _width,
+    "lm_head": lambda s: (s.vocab_size, s.hidden_size),
+}
 
 
 def parameters(structure: Structure) -> tuple[Parameter, ...]:
@@ -53,6 +96,9 @@ def parameters(structure: Structure) -> tuple[Parameter, ...]:
             role=rule.role,
             sources=tuple(source.replace("{i}", str(layer)) for source in rule.sources),
             layer=layer,
+            convert=rule.convert,
+            dtype=rule.dtype,
+            groups=_groups(structure) if rule.role.startswith("qkv_") else None,
         )
         for rule, layer in _ordered(structure)
     )
@@ -60,8 +106,17 @@ def parameters(structure: Structure) -> tuple[Parameter, ...]:
 
 def count(structure: Structure) -> int:
     """How many values all parameters have together."""
-    layers = structure.num_hidden_layers
-    return sum(prod(shape_of(r.role, structure)) * (layers if r.per_layer else 1) for r in structure.rules)
+    return sum(prod(shape_of(rule.role, structure)) * _times(rule, structure) for rule in structure.rules)
+
+
+def _times(rule: ParameterRule, structure: Structure) -> int:
+    if not rule.per_layer:
+        return 1
+    return structure.num_hidden_layers if rule.layers is None else len(rule.layers)
+
+
+def _groups(s: Structure) -> tuple[int, int, int, int]:
+    return s.num_key_value_heads, _query(s) // s.num_key_value_heads, s.head_dim, s.head_dim
 
 
 def ignored(structure: Structure) -> tuple[str, ...]:
@@ -85,4 +140,5 @@ def _ordered(structure: Structure) -> Iterator[tuple[ParameterRule, int | None]]
             before = False
             for layer in range(structure.num_hidden_layers):
                 for layer_rule in per_layer:
-                    yield layer_rule, layer
+                    if layer_rule.layers is None or layer in layer_rule.layers:
+                        yield layer_rule, layer

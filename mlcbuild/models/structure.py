@@ -17,13 +17,25 @@ from typing import Any
 TEXT_WINDOW, TEXT_CHUNK = 1024, 256  # tokens of a sequence and of one call, where a text is evaluated
 
 
+def choice(default: Any) -> Any:
+    """A field that JSON forms leave out where it has its default: what later versions add changes no older key."""
+    return dataclasses.field(default=default, metadata={"choice": True})
+
+
 @dataclass(frozen=True)
 class ParameterRule:
-    """One line of an architecture's parameter list; `{i}` in a name stands for the layer's number."""
+    """One line of an architecture's parameter list; `{i}` in a name stands for the layer's number.
+
+    `convert` is how the checkpoint's tensors become the parameter (mlcbuild.merging.rearranged); `layers` those that
+    have it, None for all; `dtype` what it is stored in where it is not the quantization's model dtype.
+    """
 
     role: str
     name: str
     sources: tuple[str, ...]  # checkpoint tensors, joined along their first axis
+    convert: tuple[str, ...] = choice(())
+    layers: tuple[int, ...] | None = choice(None)
+    dtype: str | None = choice(None)
 
     @property
     def per_layer(self) -> bool:
@@ -32,7 +44,19 @@ class ParameterRule:
 
 @dataclass(frozen=True)
 class Structure:
-    """A decoder's dimensions and choices. Field names are those of Hugging Face configs where one exists."""
+    """A decoder's dimensions and choices. Field names are those of Hugging Face configs where one exists.
+
+    norm              rms, layer (with a bias and a weight where parameters play these roles)
+    norm_position     pre: of what a block is given; post: of what it returns; both
+    residual          sequential: attention, then the MLP; parallel: both of the same x, normed once where there is no
+                      `mlp_norm`
+    mlp               gated: down(activation(gate(x)) * up(x)); plain: down(activation(up(x)))
+    embedding_scale   what hidden states are multiplied with before the first layer, residual_scale what each block
+                      returns, logits_scale what the head is given
+    final_logit_softcapping  c: logits become c * tanh(logits / c)
+    max_position_embeddings  rows of a learned `position_embedding`
+    optional_prefix   what checkpoint tensor names begin with, or leave out all together
+    """
 
     architecture: str
     model_type: str
@@ -63,18 +87,33 @@ class Structure:
     tensor_parallel_shards: int = 1
     pipeline_parallel_stages: int = 1
     disaggregation: bool = False
+    # choices that not every decoder has
+    norm_position: str = choice("pre")
+    residual: str = choice("sequential")
+    embedding_scale: float = choice(1.0)
+    residual_scale: float = choice(1.0)
+    logits_scale: float = choice(1.0)
+    final_logit_softcapping: float | None = choice(None)
+    max_position_embeddings: int | None = choice(None)
+    optional_prefix: str = choice("")
 
     def to_json(self) -> dict[str, Any]:
-        """Every field, JSON-able, such that `from_json` gives an equal structure."""
-        return dataclasses.asdict(self)
+        """Every field but choices at their default, JSON-able, such that `from_json` gives an equal structure."""
+        fields = _without_defaults(self)
+        fields["rules"] = [_without_defaults(rule) for rule in self.rules]
+        return fields
 
     def library_json(self) -> dict[str, Any]:
         """The fields that a compiled library depends on."""
         fields = self.to_json()
-        for name in ("architecture", "vocab_size", "ignored"):
-            del fields[name]
-        fields["rules"] = [[rule.role, rule.name] for rule in self.rules]
+        for name in ("architecture", "vocab_size", "ignored", "optional_prefix"):
+            fields.pop(name, None)
+        fields["rules"] = [_library_rule(rule) for rule in self.rules]
         return fields
+
+    def roles(self) -> frozenset[str]:
+        """What the parameters are used as: a block that is not there has none."""
+        return frozenset(rule.role for rule in self.rules)
 
     @property
     def one_layer(self) -> Structure:
@@ -102,17 +141,33 @@ class Structure:
         return f"{self.model_type}-{self.digest[:8]}"
 
 
+def _without_defaults(data: Any) -> dict[str, Any]:
+    return {
+        field.name: value
+        for field in dataclasses.fields(data)
+        if (value := getattr(data, field.name)) != field.default or "choice" not in field.metadata
+    }
+
+
+def _library_rule(rule: ParameterRule) -> list[Any]:
+    more = {name: value for name in ("layers", "dtype") if (value := getattr(rule, name)) is not None}
+    return [rule.role, rule.name, more] if more else [rule.role, rule.name]
+
+
 def from_json(data: Mapping[str, Any]) -> Structure:
     """The inverse of `Structure.to_json`."""
     fields = dict(data)
-    fields["rules"] = tuple(
-        ParameterRule(rule["role"], rule["name"], tuple(rule["sources"])) for rule in fields["rules"]
-    )
-    fields["ignored"] = tuple(fields["ignored"])
-    return Structure(**fields)
+    fields["rules"] = tuple(ParameterRule(**_tuples(rule)) for rule in fields["rules"])
+    return Structure(**_tuples(fields))
 
 
 def from_library_json(data: Mapping[str, Any]) -> Structure:
     """A structure with the given `library_json()`; what libraries do not depend on is left empty."""
-    rules = [{"role": role, "name": name, "sources": ()} for role, name in data["rules"]]
+    rules = [
+        {"role": role, "name": name, "sources": (), **(more[0] if more else {})} for role, name, *more in data["rules"]
+    ]
     return from_json({"architecture": "", "vocab_size": 1, "ignored": (), **data, "rules": rules})
+
+
+def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}

@@ -36,7 +36,7 @@ class Declared:
     def shape_for(self, vocab_size: Any) -> list[Any]:
         """The shape with `vocab_size` where the vocabulary is, which stays symbolic."""
         shape: list[Any] = list(self.shape)
-        if self.role in ("embedding", "lm_head") and self.rows_axis is not None:
+        if self.role in ("embedding", "lm_head", "lm_head_bias") and self.rows_axis is not None:
             shape[self.rows_axis] = vocab_size
         return shape
 
@@ -55,7 +55,8 @@ class Weight:
     @property
     def plain(self) -> Any:
         """The only part of a parameter that is not quantized."""
-        return self.parts["weight"]
+        (part,) = self.parts.values()
+        return part
 
 
 def weight_of(declared: Sequence[Declared], expressions: Sequence[Any]) -> Weight:
@@ -64,6 +65,22 @@ def weight_of(declared: Sequence[Declared], expressions: Sequence[Any]) -> Weigh
     rows = [e.ty.shape[p.rows_axis] for p, e in zip(declared, expressions, strict=True) if p.rows_axis is not None]
     parts = {p.part: e for p, e in zip(declared, expressions, strict=True)}
     return Weight(parts, declared[0].packing, rows[-1])
+
+
+class Given:
+    """The parameters that a function takes one by one, as relax expressions by role: `given(role)`, `role in given`."""
+
+    def __init__(self, declared: Sequence[Declared], expressions: Sequence[Any]) -> None:
+        self._pairs: dict[str, list[tuple[Declared, Any]]] = {}
+        for each, expression in zip(declared, expressions, strict=True):
+            self._pairs.setdefault(each.role, []).append((each, expression))
+
+    def __call__(self, role: str) -> Weight:
+        pairs = self._pairs[role]
+        return weight_of([p for p, _ in pairs], [expression for _, expression in pairs])
+
+    def __contains__(self, role: str) -> bool:
+        return role in self._pairs
 
 
 class Weights:
@@ -77,7 +94,10 @@ class Weights:
         self._builder, self._declared, self._params = builder, declared, params
         self._vocab_size = tirx.Var("vocab_size", "int64")
 
-    def get(self, role: str) -> Weight:
+    def __contains__(self, role: str) -> bool:
+        return any(p.role == role and p.layer is None for p in self._declared)
+
+    def __call__(self, role: str) -> Weight:
         """The parameter outside the layers that plays `role`."""
         mine = [(index, p) for index, p in enumerate(self._declared) if p.role == role and p.layer is None]
         return weight_of([p for _, p in mine], [self._take(index) for index, _ in mine])
@@ -97,4 +117,4 @@ class Weights:
 
 def head_role(structure: Structure) -> str:
     """The parameter that turns hidden states into logits."""
-    return "embedding" if structure.tie_word_embeddings else "lm_head"
+    return "lm_head" if "lm_head" in structure.roles() else "embedding"

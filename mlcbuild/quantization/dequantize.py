@@ -39,7 +39,7 @@ def dequantized(
         parameter = by_name[each.source]
         weights = packed(parameter, quantization)
         if weights is None:
-            yield each.source, floats.widen(values, dtype)
+            yield each.source, floats.widen(values, each.dtype)
             continue
         tensors = waiting.setdefault(each.source, {})
         tensors[each.form] = values

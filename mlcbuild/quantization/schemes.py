@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.models.parameters import Parameter
+from mlcbuild.models.parameters import TABLES, Parameter
 from mlcbuild.recipes.types import Quantization, Weights
 
 GroupForm = Literal["q_weight", "q_scale", "q_scale_min"]
@@ -53,7 +53,7 @@ class Part:
 def packed(parameter: Parameter, quantization: Quantization) -> Weights | None:
     """How the parameter is packed, or None when it is only cast to the model dtype.
 
-    Packed are matrices: every linear layer (roles ending in `_proj`), and the embedding and lm_head as the
+    Packed are matrices: every linear layer (roles ending in `_proj`), and the embeddings and lm_head as the
     quantization says; norms, biases and router gates are cast. The last override whose pattern (`*` and `?` are wild)
     matches the parameter's role, its name, or its name without `.weight` takes precedence. An embedding is looked up by
     row, so its layout is always NK, as is that of experts in groups, which MLC has in no other; the other matrices have
@@ -62,7 +62,7 @@ def packed(parameter: Parameter, quantization: Quantization) -> Weights | None:
     if len(parameter.shape) < 2:
         return None
     role = parameter.role
-    if role == "embedding":
+    if role in TABLES:
         weights = quantization.weights if quantization.embedding == "quantized" else None
     elif role == "lm_head":
         weights = quantization.weights if quantization.lm_head == "quantized" else None
@@ -73,7 +73,7 @@ def packed(parameter: Parameter, quantization: Quantization) -> Weights | None:
     for pattern, other in quantization.overrides:
         if matches(pattern, parameter):
             weights = other
-    if weights is not None and (role == "embedding" or (len(parameter.shape) == 3 and weights.scheme == "group")):
+    if weights is not None and (role in TABLES or (len(parameter.shape) == 3 and weights.scheme == "group")):
         return replace(weights, layout="NK")
     return weights
 
@@ -96,7 +96,7 @@ def quantized_parameters(parameters: Sequence[Parameter], quantization: Quantiza
         weights = packed(parameter, quantization)
         name, shape = parameter.name, parameter.shape
         if weights is None:
-            made.append(QuantizedParameter(name, shape, quantization.model_dtype, name, "value"))
+            made.append(QuantizedParameter(name, shape, parameter.dtype or quantization.model_dtype, name, "value"))
             continue
         if not name.endswith(".weight"):
             raise MlcBuildError(f"parameter {name}: the name of a quantized parameter must end in .weight")
@@ -230,7 +230,7 @@ def _problem(weights: Weights, model_dtype: str) -> str | None:
 
 def _check_parameter(parameter: Parameter, weights: Weights, quantization: Quantization) -> None:
     """Where the format has no partial groups or words, the matrix must be made of whole ones."""
-    if parameter.role == "embedding" and weights.scheme != "group":
+    if parameter.role in TABLES and weights.scheme != "group":
         raise MlcBuildError(
             f"parameter {parameter.name}: an embedding is looked up by row, which scheme {weights.scheme} cannot do; "
             "say `embedding: kept`, or override it with another quantization"

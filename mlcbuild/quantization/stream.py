@@ -48,6 +48,7 @@ class _Plan:
     pieces: tuple[Piece, ...]
     search: bool
     importance: Float32 | None
+    dtype: str  # of what is only cast
 
     @property
     def name(self) -> str:
@@ -100,7 +101,7 @@ def quantize(
             note(f"override {pattern!r} matches no parameter of this model")
     weighted = _importance(parameters, quantization, importance)
     plans = [
-        _plan(entry, packed(parameter, quantization), quantization.rounding, weighted.get(parameter.name))
+        _plan(entry, parameter, quantization, weighted.get(parameter.name))
         for entry, parameter in zip(entries, parameters, strict=True)
     ]
     sources = Sources((part for plan in plans for part in _parts(plan, quantization)), blobs)
@@ -113,9 +114,13 @@ def quantize(
         writer.finish(sum(prod(entry["shape"]) for entry in entries))
 
 
-def _plan(entry: Mapping[str, Any], weights: Weights | None, rounding: str, importance: Float32 | None) -> _Plan:
-    searched = rounding != "nearest" and weights is not None and searchable(weights)
-    return _Plan(entry, weights, pieces(entry, weights is not None), searched, importance if searched else None)
+def _plan(
+    entry: Mapping[str, Any], parameter: Parameter, quantization: Quantization, importance: Float32 | None
+) -> _Plan:
+    weights = packed(parameter, quantization)
+    searched = quantization.rounding != "nearest" and weights is not None and searchable(weights)
+    dtype = parameter.dtype or quantization.model_dtype
+    return _Plan(entry, weights, pieces(entry, weights is not None), searched, importance if searched else None, dtype)
 
 
 def _importance(
@@ -227,8 +232,8 @@ class _Stream:
         """The piece packed, or cast to the model dtype. Raises BadValue."""
         weights, dtype = plan.weights, self._model_dtype
         if weights is None:
-            values = self._checked(piece)
-            result: Packed | Array = floats.cast(values, piece.dtype, dtype)
+            values = self._checked(piece, plan.dtype)
+            result: Packed | Array = floats.cast(values, piece.dtype, plan.dtype)
             if result is values:
                 result = values.copy()  # the mapped pages are about to be given back
         elif not weights.symmetric:
@@ -240,16 +245,16 @@ class _Stream:
         self._sources.release(piece)
         return result
 
-    def _checked(self, piece: Piece) -> Array:
+    def _checked(self, piece: Piece, dtype: str) -> Array:
         values = self._sources.values(piece)
-        bad = floats.first_bad(values, piece.dtype, self._model_dtype)
+        bad = floats.first_bad(values, piece.dtype, dtype)
         if bad is not None:
-            raise BadValue(bad, self._model_dtype)
+            raise BadValue(bad, dtype)
         return values
 
     def _write_values(self, plan: _Plan, results: Iterator[Array]) -> None:
-        short = self._model_dtype == "float32" and self._survives_bfloat16(plan)
-        self._begin(plan.name, tuple(plan.entry["shape"]), self._model_dtype, short)
+        short = plan.dtype == "float32" and self._survives_bfloat16(plan)
+        self._begin(plan.name, tuple(plan.entry["shape"]), plan.dtype, short)
         for values in results:
             self._writer.write(_upper_halves(values) if short else values)
 
@@ -319,7 +324,7 @@ class _Stream:
         """`work` on the rows of a matrix, which begins with the parameter's row `first`, and their number in it."""
 
         def on(piece: Piece) -> Array:
-            values = floats.widen(self._checked(piece), piece.dtype).reshape(-1, piece.width)
+            values = floats.widen(self._checked(piece, self._model_dtype), piece.dtype).reshape(-1, piece.width)
             result = work(values, piece.row - first)
             self._sources.release(piece)
             return result

@@ -2,24 +2,27 @@
 
 Fields: structure. Inputs: checkpoint (config.json, weights, their index); also `base` where the checkpoint is a delta,
 `lora` where an adapter is laid over it. Artifact: parameters.json, and tensors-N.bin for what no file has as it is:
-sums with a base or an adapter, tensors that are not row-major, and the numbers of weights that are quantized already.
+sums with a base or an adapter, tensors that are not row-major or that the architecture's file says to convert, and the
+numbers of weights that are quantized already.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlcbuild.checkpoints import made
 from mlcbuild.checkpoints.header import TensorRef
-from mlcbuild.checkpoints.index import index
+from mlcbuild.checkpoints.index import entry, index, with_prefix
+from mlcbuild.checkpoints.made import Made
 from mlcbuild.checkpoints.table import read_table
 from mlcbuild.errors import CheckpointError
 from mlcbuild.merging import delta, lora, prequantized
+from mlcbuild.merging.rearranged import rearranged
 from mlcbuild.models import structure
-from mlcbuild.models.parameters import ignored, parameters
+from mlcbuild.models.parameters import Parameter, ignored, parameters
 from mlcbuild.models.structure import Structure
 from mlcbuild.steps.job import Entry, Job
 
@@ -34,6 +37,7 @@ CODE = (
     "mlcbuild.merging.delta",
     "mlcbuild.merging.lora",
     "mlcbuild.merging.prequantized",
+    "mlcbuild.merging.rearranged",
     "mlcbuild.models.parameters",
     "mlcbuild.models.structure",
     "mlcbuild.quantization.awq",
@@ -46,7 +50,7 @@ def run(job: Job) -> None:
     """Raises CheckpointError when the checkpoint does not hold the parameters that its structure has."""
     model = structure.from_json(job.fields["structure"])
     files = job.inputs["checkpoint"].files
-    table = read_table(*_paths_and_digests(files))
+    table = _table(files, model)
     scheme = prequantized.scheme(_config(files))
     if scheme is None:
         prequantized.check_absent(table)
@@ -56,6 +60,11 @@ def run(job: Job) -> None:
         document = _dequantized(job, model, table, scheme)
     text = json.dumps(document, indent=1, sort_keys=True)
     (job.output / "parameters.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _table(files: Mapping[str, Entry], model: Structure) -> dict[str, TensorRef]:
+    wanted = [source for parameter in parameters(model) for source in parameter.sources]
+    return with_prefix(read_table(*_paths_and_digests(files)), model.optional_prefix, [*wanted, *ignored(model)])
 
 
 def _indexed(job: Job, model: Structure, table: Mapping[str, TensorRef]) -> dict[str, Any]:
@@ -70,7 +79,7 @@ def _indexed(job: Job, model: Structure, table: Mapping[str, TensorRef]) -> dict
         if scheme is not None:
             raise CheckpointError(f"delta_of: the base is quantized by {scheme.method}: name the unquantized one")
         try:
-            base = read_table(*_paths_and_digests(files))
+            base = _table(files, model)
         except CheckpointError as error:
             raise CheckpointError("\n".join(f"delta_of: {line}" for line in str(error).splitlines())) from None
         changed = delta.merged(wanted, table, base, ignored(model))
@@ -79,14 +88,37 @@ def _indexed(job: Job, model: Structure, table: Mapping[str, TensorRef]) -> dict
         merged = lora.merged(adapter, table, needed)
         names = {each.target.name for each in merged}
         changed = merged + [each for each in changed if each.target.name not in names]
-    _point(document, made.write(made.place(changed), job.output, job.progress))
+    _write(job, document, wanted, table, changed)
     return document
+
+
+def _write(
+    job: Job,
+    document: Mapping[str, Any],
+    wanted: Sequence[Parameter],
+    table: Mapping[str, TensorRef],
+    changed: Sequence[Made],
+) -> None:
+    """Make what is `changed`, and the parameters that are not the checkpoint's tensors as they are; refer to both.
+
+    A changed tensor that is only wanted in another form is written to the scratch folder.
+    """
+    direct = {table[source].name for each in wanted if not each.convert for source in each.sources}
+    apart = [each for each in changed if each.target.name not in direct]
+    between = made.write(made.place(apart), job.scratch, job.progress)
+    forms = rearranged(wanted, {name: between.get(ref.name, ref) for name, ref in table.items()})
+    kept = [each for each in changed if each.target.name in direct]
+    written = made.write(made.place([*kept, *forms]), job.output, job.progress)
+    _point(document, written)
+    for number, parameter in enumerate(wanted):
+        if parameter.convert:
+            document["parameters"][number] = entry(parameter, [written[parameter.name]])
 
 
 def _point(document: Mapping[str, Any], written: Mapping[str, TensorRef]) -> None:
     """Let parts that were made refer to where they were written."""
-    for entry in document["parameters"]:
-        for part in entry["parts"]:
+    for parameter in document["parameters"]:
+        for part in parameter["parts"]:
             if (ref := written.get(part["tensor"])) is not None:
                 part.update(blob=ref.blob, file=ref.file, offset=ref.offset)
 
@@ -121,11 +153,11 @@ def _dequantized(
     )
     job.note(lossy)
     document["notes"] = [lossy]
-    _point(document, made.write(map(prequantized.numbers, layers.values()), job.output, job.progress))
-    for parameter, entry in zip(wanted, document["parameters"], strict=True):
-        packed = prequantized.joined(layers, parameter.sources)
+    _write(job, document, wanted, table, [prequantized.numbers(layer) for layer in layers.values()])
+    for parameter, found in zip(wanted, document["parameters"], strict=True):
+        packed = None if parameter.convert else prequantized.joined(layers, parameter.sources)
         if packed is not None:
-            entry["packed"] = packed
+            found["packed"] = packed
     return document
 
 

@@ -118,7 +118,7 @@ def test_parameters_come_in_mlcs_order_with_their_sources() -> None:
 
 
 def test_the_chat_configs_model_config_has_mlcs_keys() -> None:
-    config = architecture.model_config(llama.architecture(), resolve())
+    config = architecture.model_config(llama.architecture(), resolve(), CONFIG)
     assert list(config)[:4] == ["hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"]
     assert config["rms_norm_eps"] == 1e-5 and config["position_embedding_base"] == 10000
     assert isinstance(config["position_embedding_base"], int)

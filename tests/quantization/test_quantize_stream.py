@@ -331,7 +331,6 @@ def test_memory_stays_near_a_fixed_buffer(tmp_path: Path) -> None:
     """A matrix of 384 MB (zeros, so that the file takes no disk) is packed within 200 MB of resident memory."""
     script = """
 import json, re, sys
-from dataclasses import dataclass
 from pathlib import Path
 folder = Path(sys.argv[1])
 header = json.dumps({"w": {"dtype": "BF16", "shape": [48000, 4096], "data_offsets": [0, 48000 * 4096 * 2]}}).encode()
@@ -341,17 +340,13 @@ with path.open("wb") as file:
     file.truncate(8 + len(header) + 48000 * 4096 * 2)
 from mlcbuild.checkpoints.index import index
 from mlcbuild.checkpoints.table import read_table
+from mlcbuild.models.parameters import Parameter
 from mlcbuild.quantization.stream import quantize
 from mlcbuild.recipes.types import Quantization, Weights
-@dataclass(frozen=True)
-class Parameter:
-    name: str = "w.weight"
-    shape: tuple = (48000, 4096)
-    role: str = "o_proj"
-    sources: tuple = ("w",)
+parameter = Parameter("w.weight", (48000, 4096), "o_proj", ("w",))
 weights = Weights(4, 32, "uint32", "NK", True)
-document = index([Parameter()], read_table({path.name: path}, {path.name: "d"}))
-quantize(document, {"d": path}, [Parameter()], Quantization("q4f16_1", "q4", "float16", weights), folder)
+document = index([parameter], read_table({path.name: path}, {path.name: "d"}))
+quantize(document, {"d": path}, [parameter], Quantization("q4f16_1", "q4", "float16", weights), folder)
 print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 """
     result = subprocess.run(

@@ -268,16 +268,15 @@ def test_architecture(workspace: Workspace) -> None:
     text = (stock().recipes / "architectures" / "llama.yaml").read_text()
     text = (
         text.replace("role: o_proj", "role: o_prj")
-        .replace("norm: rms", "norm: layer")
+        .replace("norm: rms", "norm: batch")
         .replace("head_dim: {key", "hed_dim: {key")
     )
     workspace.write("architectures/bad.yaml", text)
-    assert [problem.split(": ", 1)[1] for problem in workspace.problems()] == [
-        "unknown key `hed_dim` in `config`; did you mean `head_dim`?",
-        "`decoder.norm` is `layer`, expected `rms`",
-        "`parameters[2].role` is `o_prj`, expected `embedding`, `qkv_proj`, `o_proj`, `gate_up_proj`, `down_proj`, "
-        "`attention_norm`, `mlp_norm`, `final_norm` or `lm_head`; did you mean `o_proj`?",
-    ]
+    keys, norm, role = (problem.split(": ", 1)[1] for problem in workspace.problems())
+    assert keys == "unknown key `hed_dim` in `config`; did you mean `head_dim`?"
+    assert norm == "`decoder.norm` is `batch`, expected `rms` or `layer`"
+    assert role.startswith("`parameters[2].role` is `o_prj`, expected one of `embedding`, ")
+    assert role.endswith("; did you mean `o_proj`?")
 
 
 def test_all_problems_of_all_files_in_one_go(workspace: Workspace) -> None:

@@ -77,13 +77,12 @@ def test_a_stock_file_names_its_schema_for_editors(kind: str, path: Path) -> Non
 
 
 def test_architecture_fields_are_those_of_the_structure() -> None:
-    """`config` and `model_config` accept the names that mlcbuild.models knows, and no others."""
+    """`config` and `decoder` accept the names that mlcbuild.models knows, and no others."""
     from mlcbuild.models.structure import Structure
 
     fields = set(Structure.__dataclass_fields__)
     schema = SCHEMAS.contents["architecture"]["properties"]
     assert set(schema["config"]["properties"]) <= fields
-    assert set(schema["model_config"]["additionalProperties"]["enum"]) <= fields
     assert set(schema["decoder"]["properties"]) <= fields
 
 

@@ -36,14 +36,23 @@ def operations(builder: relax.BlockBuilder, dtype: str) -> Operations:
     def rms_norm(x: Expr, weight: Expr, eps: float) -> Expr:
         return call(rows.rms_norm(int(x.ty.shape[1]), eps, dtype), "rms_norm", [x, weight], list(x.ty.shape), COMPUTE)
 
-    def gated(x: Expr, activation: str) -> Expr:
+    def layer_norm(x: Expr, weight: Expr | None, bias: Expr | None, eps: float) -> Expr:
+        given = [each for each in (weight, bias) if each is not None]
+        function = rows.layer_norm(int(x.ty.shape[1]), eps, dtype, weight is not None, bias is not None)
+        return call(function, "layer_norm", [x, *given], list(x.ty.shape), COMPUTE)
+
+    def gated(x: Expr, name: str) -> Expr:
         width = int(x.ty.shape[1]) // 2
-        return call(rows.gated(activation, width), "gated", [x], [x.ty.shape[0], width], COMPUTE)
+        return call(rows.gated(name, width), "gated", [x], [x.ty.shape[0], width], COMPUTE)
+
+    def activation(x: Expr, name: str) -> Expr:
+        width = int(x.ty.shape[1])
+        return call(rows.activation(name, width), "activation", [x], [x.ty.shape[0], width], COMPUTE)
 
     def softmax(logits: Expr, temperature: Expr) -> Expr:
         return call(rows.softmax(), "softmax", [logits, temperature], list(logits.ty.shape), "float32")
 
-    return Operations(COMPUTE, multiply, embedding, rms_norm, gated, softmax)
+    return Operations(COMPUTE, multiply, embedding, rms_norm, layer_norm, gated, activation, softmax)
 
 
 def _parts(weight: Weight) -> tuple[linear.Part, ...]:

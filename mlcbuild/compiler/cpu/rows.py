@@ -27,6 +27,24 @@ def rms_norm(width: int, eps: float, dtype: str) -> Any:
 
 
 @functools.cache
+def layer_norm(width: int, eps: float, dtype: str, weight: bool, bias: bool) -> Any:
+    """x [n, width] float32, then w and b [width] dtype as far as there are any -> [n, width] float32."""
+
+    def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
+        x, *given = inputs
+        w = given.pop(0) if weight else None
+        b = given.pop(0) if bias else None
+        epsilon = tirx.const(eps, "float32")
+        calls.for_each(
+            symbols["n"], lambda i: calls.call("mlcbuild_layer_norm", x, w, b, *outputs, i, width, epsilon), _SERIAL
+        )
+
+    vectors = [((width,), dtype)] * (weight + bias)
+    rows = (("n", width), "float32")
+    return calls.function("layer_norm", [rows, *vectors], [rows], body)
+
+
+@functools.cache
 def gated(activation: str, width: int) -> Any:
     """[gate | up] [n, 2 * width] -> activation(gate) * up [n, width], float32."""
 
@@ -35,6 +53,17 @@ def gated(activation: str, width: int) -> Any:
         calls.for_each(symbols["n"], lambda i: calls.call(kernel, *inputs, *outputs, i, width), _SERIAL)
 
     return calls.function("gate", [(("n", 2 * width), "float32")], [(("n", width), "float32")], body)
+
+
+@functools.cache
+def activation(name: str, width: int) -> Any:
+    """x [n, width] -> activation(x) [n, width], float32."""
+
+    def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
+        kernel = f"mlcbuild_activation_{name}"
+        calls.for_each(symbols["n"], lambda i: calls.call(kernel, *inputs, *outputs, i, width), _SERIAL)
+
+    return calls.function("activation", [(("n", width), "float32")], [(("n", width), "float32")], body)
 
 
 @functools.cache

@@ -23,20 +23,88 @@ EXPORT void mlcbuild_rms_norm(const f32 *x, const model *w, f32 *y, i64 row, i64
     for (; k < width; k++) y[k] = x[k] * scale * get_model(w + k);
 }
 
+// y = (x - mean) / sqrt(variance + eps) * w + b (Ba et al., arXiv 1607.06450) over `width` values of one row; w and b
+// may be null. The variance is that of the differences, so that a large mean costs no digits.
+EXPORT void mlcbuild_layer_norm(const f32 *x, const model *w, const model *b, f32 *y, i64 row, i64 width, f32 eps) {
+    x += row * width;
+    y += row * width;
+    f32v part = splat(0.0f);
+    i64 k = 0;
+    for (; k + LANES <= width; k += LANES) part += load_float32(x + k);
+    f32 total = sum(part);
+    for (; k < width; k++) total += x[k];
+    f32 mean = total / (f32)width;
+    part = splat(0.0f);
+    for (k = 0; k + LANES <= width; k += LANES) {
+        f32v v = load_float32(x + k) - splat(mean);
+        part += v * v;
+    }
+    total = sum(part);
+    for (; k < width; k++) total += (x[k] - mean) * (x[k] - mean);
+    f32 scale = 1.0f / __builtin_sqrtf(total / (f32)width + eps);
+    for (k = 0; k + LANES <= width; k += LANES) {
+        f32v v = (load_float32(x + k) - splat(mean)) * splat(scale);
+        if (w) v *= load_model(w + k);
+        if (b) v += load_model(b + k);
+        store_float32(y + k, v);
+    }
+    for (; k < width; k++) {
+        f32 v = (x[k] - mean) * scale;
+        if (w) v *= get_model(w + k);
+        if (b) v += get_model(b + k);
+        y[k] = v;
+    }
+}
+
 INLINE f32v silu_v(f32v x) { return x / (splat(1.0f) + exp_v(-x)); }
 
-// y = activation(gate) * up for a row [gate | up] of 2 * width values.
-#define DEFINE_GATED(NAME, ACTIVATION)                                                                \
-    EXPORT void NAME(const f32 *gate_up, f32 *y, i64 row, i64 width) {                                \
+INLINE f32v relu_v(f32v x) { return select_v(x < splat(0.0f), splat(0.0f), x); }
+
+INLINE f32v relu2_v(f32v x) { return relu_v(x) * relu_v(x); }
+
+// x Phi(x) (Hendrycks and Gimpel, arXiv 1606.08415). erf by Abramowitz and Stegun 7.1.26, off by at most 1.5e-7.
+INLINE f32v gelu_v(f32v x) {
+    f32v a = x * splat(0.70710678118654752f);
+    f32v magnitude = select_v(a < splat(0.0f), -a, a);
+    f32v t = splat(1.0f) / (splat(1.0f) + splat(0.3275911f) * magnitude);
+    f32v p = splat(1.061405429f);
+    p = p * t - splat(1.453152027f);
+    p = p * t + splat(1.421413741f);
+    p = p * t - splat(0.284496736f);
+    p = p * t + splat(0.254829592f);
+    f32v tail = splat(0.5f) * p * t * exp_v(-(a * a));  // of the normal distribution, beyond |x|
+    return x * select_v(a < splat(0.0f), tail, splat(1.0f) - tail);
+}
+
+// The same by tanh: x / 2 (1 + tanh(u)) = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3).
+INLINE f32v gelu_tanh_v(f32v x) {
+    f32v u = splat(0.79788456080286536f) * (x + splat(0.044715f) * x * x * x);
+    return x / (splat(1.0f) + exp_v(splat(-2.0f) * u));
+}
+
+// y = activation(gate) * up for a row [gate | up] of 2 * width values, and y = activation(x) for one of width.
+#define DEFINE_ACTIVATION(NAME)                                                                       \
+    EXPORT void mlcbuild_gated_##NAME(const f32 *gate_up, f32 *y, i64 row, i64 width) {               \
         const f32 *gate = gate_up + row * 2 * width, *up = gate + width;                              \
         y += row * width;                                                                             \
         i64 k = 0;                                                                                    \
         for (; k + LANES <= width; k += LANES)                                                        \
-            store_float32(y + k, ACTIVATION(load_float32(gate + k)) * load_float32(up + k));          \
-        for (; k < width; k++) y[k] = ACTIVATION(splat(gate[k]))[0] * up[k];                          \
+            store_float32(y + k, NAME##_v(load_float32(gate + k)) * load_float32(up + k));            \
+        for (; k < width; k++) y[k] = NAME##_v(splat(gate[k]))[0] * up[k];                            \
+    }                                                                                                 \
+    EXPORT void mlcbuild_activation_##NAME(const f32 *x, f32 *y, i64 row, i64 width) {                \
+        x += row * width;                                                                             \
+        y += row * width;                                                                             \
+        i64 k = 0;                                                                                    \
+        for (; k + LANES <= width; k += LANES) store_float32(y + k, NAME##_v(load_float32(x + k)));   \
+        for (; k < width; k++) y[k] = NAME##_v(splat(x[k]))[0];                                       \
     }
 
-DEFINE_GATED(mlcbuild_gated_silu, silu_v)
+DEFINE_ACTIVATION(silu)
+DEFINE_ACTIVATION(gelu)
+DEFINE_ACTIVATION(gelu_tanh)
+DEFINE_ACTIVATION(relu)
+DEFINE_ACTIVATION(relu2)
 
 // y = softmax(x / temperature[row]); a temperature of 0 shares everything among the largest values, as MLC does.
 EXPORT void mlcbuild_softmax(const f32 *x, const f32 *temperature, f32 *y, i64 row, i64 width) {

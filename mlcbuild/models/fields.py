@@ -1,0 +1,104 @@
+"""Fields of a structure read from `config.json` by the rules of an architecture file, and their checks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from mlcbuild.errors import MlcBuildError
+from mlcbuild.models.expressions import evaluate
+
+Values = Mapping[str, Any]
+
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "context_window_size",
+    "max_position_embeddings",
+)
+NUMBERS = ("embedding_scale", "residual_scale", "logits_scale", "final_logit_softcapping")
+CHOICES = {
+    "norm": ("rms", "layer"),
+    "norm_position": ("pre", "post", "both"),
+    "residual": ("sequential", "parallel"),
+    "mlp": ("gated", "plain"),
+    "activation": ("silu", "gelu", "gelu_tanh", "relu", "relu2"),
+}
+
+
+def read(rules: Mapping[str, Any], config: Values, given: Values) -> tuple[dict[str, Any], list[str]]:
+    """`given` and what the rules make of `config`, in their order, and what is wrong with it.
+
+    A rule's `default` and `value` are expressions over what stands above it. Names with `_` in front are for such
+    expressions only.
+    """
+    values: dict[str, Any] = dict(given)
+    problems = []
+    for field, rule in rules.items():
+        try:
+            values[field] = value_of(rule, config, values)
+        except MlcBuildError as error:
+            problems.append(f"config.json: {error}")
+    return values, problems
+
+
+def value_of(rule: Mapping[str, Any], config: Values, values: Values) -> Any:
+    """What `{key, default, map}` or `{value}` makes of a config. Raises MlcBuildError where there is nothing to use."""
+    if "value" in rule:
+        return evaluate(rule["value"], values)
+    names = keys(rule)
+    for name in names:
+        found = lookup(config, name)
+        if found is not None:
+            return _mapped(found, name, rule["map"]) if "map" in rule else found
+    if "default" in rule:
+        return evaluate(rule["default"], values)
+    raise MlcBuildError(f"`{'` or `'.join(names)}` is missing")
+
+
+def keys(rule: Mapping[str, Any]) -> tuple[str, ...]:
+    """The config's keys that a rule reads."""
+    key = rule.get("key", ())
+    return (key,) if isinstance(key, str) else tuple(key)
+
+
+def lookup(config: Values, key: str) -> Any:
+    """The value at `key`, or at `outer.inner`; None where there is none."""
+    found: Any = config
+    for name in key.split("."):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def _mapped(value: Any, key: str, names: Mapping[str, Any]) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_mapped(each, key, names) for each in value)
+    name = value if isinstance(value, str) else json.dumps(value)
+    if name not in names:
+        raise MlcBuildError(f"{key} is {value!r}, but this architecture computes only {' or '.join(map(repr, names))}")
+    return names[name]
+
+
+def check(values: Values) -> list[str]:
+    """What is wrong with the types and ranges of fields."""
+    problems = []
+    for name in SIZES:
+        value = values.get(name)
+        if name in values and value is not None and (type(value) is not int or value < 1):
+            problems.append(f"config.json: {name} is {value!r}, expected a whole number of at least 1")
+    for name in NUMBERS:
+        value = values.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, float | int)):
+            problems.append(f"config.json: {name} is {value!r}, expected a number")
+    if "norm_eps" in values and not isinstance(values["norm_eps"], float | int):
+        problems.append(f"config.json: norm epsilon is {values['norm_eps']!r}, expected a number")
+    for name, allowed in CHOICES.items():
+        if name in values and values[name] not in allowed:
+            problems.append(f"{name} is {values[name]!r}: the decoder computes only {', '.join(allowed)}")
+    return problems

@@ -1,0 +1,75 @@
+"""Keys of a `config.json` that an architecture does not read, and which architectures are near to a config.
+
+A key that changes the computation and is not known must not be passed over in silence. `harmless_keys.json` lists those
+of no architecture in particular that change nothing here: training, tokens, sampling, how another program computes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mlcbuild.models.fields import keys, lookup
+from mlcbuild.recipes.types import Architecture
+
+_READ = ("model_type", "rope_theta", "rope_scaling", "rope_parameters", "quantization_config")  # by name, in code
+_SHOWN = 3  # architectures that a message names
+
+
+def unknown_keys(architecture: Architecture, config: Mapping[str, Any]) -> list[str]:
+    """Keys with a value that the architecture neither reads nor says to be harmless."""
+    data = architecture.data
+    rules = [*data["config"].values(), *(rule for rule in data["model_config"].values() if isinstance(rule, Mapping))]
+    known = {key.split(".")[0] for rule in rules for key in keys(rule)}
+    known |= {*_READ, *data.get("require", ()), *data.get("harmless", ()), *_harmless()}
+    return [key for key, value in config.items() if value is not None and key not in known and not key.startswith("_")]
+
+
+def complaints(architecture: Architecture, config: Mapping[str, Any]) -> list[str]:
+    """A problem for each unknown key."""
+    return [
+        f"config.json: architecture `{architecture.name}` does not know the key `{key}` ({json.dumps(config[key])}), "
+        "which may change what the model computes; if it does not, list it as `harmless` in "
+        f"recipes/architectures/{architecture.name}.yaml"
+        for key in unknown_keys(architecture, config)
+    ]
+
+
+def nearest(architectures: Iterable[Architecture], config: Mapping[str, Any]) -> str:
+    """Sentences: those that read most of the config, and what each does not know or does not find in it."""
+    ranked = sorted(
+        ((missing_keys(each, config), unknown_keys(each, config), each.name) for each in architectures),
+        key=lambda found: (2 * len(found[0]) + len(found[1]), found[2]),
+    )
+    lines = []
+    for missing, unknown, name in ranked[:_SHOWN]:
+        parts = [f"does not know {_list(unknown)}"] if unknown else []
+        parts += [f"misses {_list(missing)}"] if missing else []
+        lines.append(f"  {name}: {'; '.join(parts) or 'reads every key'}")
+    return "\n".join(lines)
+
+
+def missing_keys(architecture: Architecture, config: Mapping[str, Any]) -> list[str]:
+    """Keys that the architecture needs and the config does not have."""
+    rules = [rule for rule in architecture.data["config"].values() if "value" not in rule and "default" not in rule]
+    return [" or ".join(keys(rule)) for rule in rules if all(lookup(config, key) is None for key in keys(rule))]
+
+
+def close_to(name: str, known: Iterable[str]) -> str:
+    """` (did you mean ...?)`, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean `{close[0]}`?)" if close else ""
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+@cache
+def _harmless() -> frozenset[str]:
+    found = json.loads((Path(__file__).parent / "harmless_keys.json").read_text(encoding="utf-8"))
+    return frozenset(key for group in found.values() for key in group)

@@ -27,11 +27,12 @@ from mlcbuild.execution.install import uninstall
 from mlcbuild.execution.plan import check_room, preview
 from mlcbuild.execution.process import StepBroke
 from mlcbuild.execution.recording import completed, planned, planned_in, reasons
+from mlcbuild.execution.resources import Pool, budget
 from mlcbuild.execution.scope import Scope, scope_of
 from mlcbuild.execution.session import Session, open_session
 from mlcbuild.execution.signals import die_with_parent_after_fork, end_cleanly
 from mlcbuild.execution.unchanged import recall, remember
-from mlcbuild.execution.variables import Variables, read_patience, read_variables
+from mlcbuild.execution.variables import Variables, keeps_going, read_patience, read_variables
 from mlcbuild.execution.why import why
 from mlcbuild.recipes.select import Wanted, choose
 from mlcbuild.reporting.doit_reporter import Console, needs, reporter_class
@@ -78,6 +79,9 @@ DOIT_CONFIG = {
     "backend": "sqlite3",
     "dep_file": ":memory:",
     "par_type": "thread",  # steps are processes already
+    # So many threads wait for room on the machine (execution.resources), which is what decides how many steps run.
+    "num_process": 32,
+    "continue": keeps_going(sys.argv[1:]),
     "reporter": reporter_class(_console),
     "verbosity": 2,
 }
@@ -98,8 +102,9 @@ def task_steps() -> Iterator[Task]:
                 _console.at_end.append(lambda: _write_reports(variables))
                 return (group for group in _empty_groups())
         scope = scope_of(sys.argv[1:], _GROUPS)
-        going = not scope.runs or any(word in ("--continue", "-c") for word in sys.argv[1:])
-        session = _open(variables, variables.wanted, scope, keep_going=going)
+        session = _open(variables, variables.wanted, scope, keep_going=not scope.runs or keeps_going(sys.argv[1:]))
+        if scope.runs and session.graph.broken and not session.graph.goals:
+            raise MlcBuildError("\n".join(dict.fromkeys(session.graph.broken.values())))
         begin(session.store.root, session.store.save_counts)
         _console.at_start.append(partial(_before, session))
         _console.at_end += [lambda: remember(session, began), lambda: _write_reports(variables)]
@@ -123,6 +128,7 @@ def _open(variables: Variables, recipes: Wanted | None, scope: Scope, keep_going
         shared=_shared(variables),
         scope=scope,
         keep_going=keep_going,
+        pool=Pool(budget(variables.cores, variables.memory).totals()),
     )
 
 
@@ -238,12 +244,13 @@ def _unplanned(session: Session) -> Iterator[Task]:
             f"{recipe.model.name} in {recipe.quantization.name} for {recipe.target.name} ({recipe.origin}; {state})",
             [],
             lambda: False,
-            partial(_refuse, text),
+            partial(_refuse, session, name, text),
             clean=[(_clean, [session, name])],
         )
 
 
-def _refuse(text: str, forced: bool) -> None:
+def _refuse(session: Session, recipe: str, text: str, forced: bool) -> None:
+    session.builder.report(StepFinished(f"build:{recipe}", "build", "failed", 0.0, 0, text))
     raise StepFailed(text)
 
 

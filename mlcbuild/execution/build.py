@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import stat
@@ -21,6 +22,7 @@ from mlcbuild.errors import MlcBuildError, StepFailed
 from mlcbuild.execution import process
 from mlcbuild.execution.lookup import Ingredients, Lookup
 from mlcbuild.execution.process import StepBroke
+from mlcbuild.execution.resources import Pool, needs
 from mlcbuild.graph import Step
 from mlcbuild.reporting.events import Report, StepFinished, StepNote, StepProgress, StepStarted, StepWaiting
 
@@ -39,6 +41,7 @@ class Builder:
     report: Report
     debug_dump: Path | None = None
     shared: SharedCache | None = None
+    pool: Pool | None = None  # None: whoever calls takes care that not too much runs at once
 
     def build(self, name: str, force: bool = False) -> Action:
         """The step's action, after running whatever is missing; `force` runs this step even if it is not.
@@ -65,12 +68,19 @@ class Builder:
             elif action is not None:
                 self.report(StepFinished(name, step.kind, "hit", 0.0, total_size(action.tree.files.values())))
             if action is None:
-                action = self._timed(step, ingredients)
+                with self._room(name):
+                    action = self._timed(step, ingredients)
                 store.index.add(step.kind, "built", 1)
                 if self.shared is not None:
                     self.shared.give(action, store, lambda text: self.report(StepNote(name, text)))
         self.lookup.learn(name, action)
         return action
+
+    def _room(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Hold what the step takes of this machine."""
+        if self.pool is None:
+            return contextlib.nullcontext()
+        return self.pool.taken(needs(self.lookup.graph, name, self.pool.totals["cores"]))
 
     def _fetched(self, step: Step, ingredients: Ingredients) -> Action | None:
         """The action from the shared cache. What only refers to files of this machine is not asked for."""

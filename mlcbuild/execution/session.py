@@ -19,6 +19,7 @@ from mlcbuild.execution.install import install, is_installed
 from mlcbuild.execution.locking import locker, look_up
 from mlcbuild.execution.lookup import Lookup
 from mlcbuild.execution.manifest import manifest
+from mlcbuild.execution.resources import Pool
 from mlcbuild.execution.scope import Scope
 from mlcbuild.graph import Goal, Graph, plan
 from mlcbuild.recipes.load import load
@@ -124,6 +125,7 @@ def open_session(
     shared: SharedCache | None = None,
     scope: Scope | None = None,
     keep_going: bool = False,
+    pool: Pool | None = None,
 ) -> Session:
     """Read the workspace at `root`, plan `recipes` (names and globs, with commas) and open the cache.
 
@@ -157,4 +159,4 @@ def open_session(
         raise Unavailable("\n".join(f"{name}: unavailable: {text}" for name, text in missing.items()))
     for name, text in graph.unavailable.items():
         report(RecipeUnavailable(name, text))
-    return Session(root, catalog, graph, Builder(Lookup(store, graph), report, debug_dump, shared))
+    return Session(root, catalog, graph, Builder(Lookup(store, graph), report, debug_dump, shared, pool))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlcbuild.cache.gc import parse_size
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.recipes.select import Wanted
 
@@ -23,6 +24,8 @@ _NAMES = (
     "locked",
     "remote",
     "remote_write",
+    "cores",
+    "memory",
 )
 _SWITCHES = {"1": True, "0": False}
 
@@ -39,14 +42,15 @@ class Variables:
     locked: bool
     remote: str | None  # a URL
     remote_write: bool
+    cores: int | None
+    memory: int | None  # bytes
 
 
 def read_variables(given: Mapping[str, str], where: Path) -> Variables:
     """The variables that mlcbuild knows; relative paths are relative to `where`, the folder that doit was called in.
 
-    MLCBUILD_CACHE, MLCBUILD_DEBUG_DUMP, MLCBUILD_LOG_JSON, MLCBUILD_REPORT and MLCBUILD_SUMMARY in the environment
-    stand in for the variables of that name. Raises MlcBuildError
-    for an unknown name (or doit would build everything) and for a switch that is neither 0 nor 1.
+    MLCBUILD_CACHE and the like in the environment stand in for the variables of that name. Raises MlcBuildError for an
+    unknown name (or doit would build everything), for a switch that is neither 0 nor 1, and for what is no number.
     """
     for name in given:
         if name not in _NAMES:
@@ -70,7 +74,21 @@ def read_variables(given: Mapping[str, str], where: Path) -> Variables:
         locked=_switch(given, "locked"),
         remote=remote,
         remote_write=write,
+        cores=_cores(given.get("cores") or os.environ.get("MLCBUILD_CORES", "")),
+        memory=_memory(given.get("memory") or os.environ.get("MLCBUILD_MEMORY", "")),
     )
+
+
+def keeps_going(words: Sequence[str]) -> bool:
+    """Whether a build with this command line goes on after a failure: unless it is told not to (`--no-continue`), or
+    asks for one recipe or one step by its own name and is not told to (`--continue`)."""
+    told = [word in ("--continue", "-c") for word in words if word in ("--continue", "-c", "--no-continue")]
+    if told:
+        return told[-1]
+    recipes = [word.partition("=")[2] for word in words if word.startswith("recipe=")]
+    tasks = [word for word in words if ":" in word and "=" not in word and not word.startswith("-")]
+    named = recipes[-1:] or tasks
+    return len(named) != 1 or bool(set(named[0]) & set(",*?["))
 
 
 def read_remote(url: str | None, where: Path, write: str | None = None) -> tuple[str | None, bool]:
@@ -97,6 +115,21 @@ def read_patience() -> float:
     if not 0 < seconds < float("inf"):
         raise MlcBuildError(f"MLCBUILD_REMOTE_TIMEOUT={text}: expected a number of seconds")
     return seconds
+
+
+def _cores(text: str) -> int | None:
+    if text and (not text.isdigit() or not int(text)):
+        raise MlcBuildError(f"cores={text}: expected how many cores the steps may use together, 1 or more")
+    return int(text) if text else None
+
+
+def _memory(text: str) -> int | None:
+    if not text:
+        return None
+    size = parse_size(text)
+    if not size:
+        raise MlcBuildError(f"memory={text}: expected how much memory the steps may use together, like 24G")
+    return size
 
 
 def _switch(given: Mapping[str, str], name: str) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from doit.exceptions import InvalidCommand, UnmetDependency
+from doit.exceptions import InvalidCommand, TaskFailed, UnmetDependency
 from doit.reporter import ConsoleReporter
 
 from mlcbuild.errors import MlcBuildError
@@ -77,6 +78,9 @@ def reporter_class(console: Console) -> type[ConsoleReporter]:
             console.show_on(screen(outstream))
             self.tasks: Mapping[str, Any] = {}
             self.failed: set[str] = set()
+            self.broke = False  # a bug, a killed process: doit's status 2
+            self.wanted: list[str] = []
+            self.not_built: list[str] = []
             self.messages: list[str] = []
             self.started = time.monotonic()
             self.counts = dict.fromkeys(("built", "hit", "failed", "skipped"), 0)
@@ -85,6 +89,8 @@ def reporter_class(console: Console) -> type[ConsoleReporter]:
             if not selected_tasks:
                 raise InvalidCommand("no task matches; `doit list --all` shows the tasks")
             self.tasks = tasks
+            wanted = {name for chosen in selected_tasks for name in (chosen, *needs(tasks, chosen))}
+            self.wanted = sorted(name for name in wanted if name.startswith("build:"))
             try:
                 for start in console.at_start:
                     start(tasks, selected_tasks)
@@ -110,7 +116,10 @@ def reporter_class(console: Console) -> type[ConsoleReporter]:
                 self.counts["built"] += 1
 
         def add_failure(self, task: Any, fail: Any) -> None:
+            if task.name.startswith("build:"):
+                self.not_built.append(task.name)
             if not isinstance(fail, UnmetDependency):
+                self.broke |= not isinstance(fail, TaskFailed)
                 self.counts["failed"] += 1
                 self.failed.add(task.name)
                 self.messages.append(f"{fail.message}{''.join(fail.traceback)}")
@@ -124,13 +133,27 @@ def reporter_class(console: Console) -> type[ConsoleReporter]:
             console.report(RunFinished(round(time.monotonic() - self.started, 3), **self.counts))
             for text in [*self.messages, *self.runtime_errors]:
                 self.write(f"{text}\n")
+            if self.not_built and len(self.wanted) > 1:
+                self.write(f"{len(self.not_built)} of {len(self.wanted)} recipes failed: {_some(self.not_built)}\n")
+            wrong = bool(self.failed or self.not_built)
             for end in console.at_end:
                 try:
                     end()
                 except MlcBuildError as error:
+                    wrong = True
                     self.write(f"{error}\n")
+            # doit calls it broken (2) where something was left out because of a failure; to us that failure is all.
+            # A build that is being ended by a signal keeps the status of that.
+            if wrong and not self.broke and not self.runtime_errors and sys.exc_info()[0] is None:
+                raise SystemExit(1)
 
     return Reporter
+
+
+def _some(names: list[str], most: int = 10) -> str:
+    """The first names of a list that may be long."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(name.partition(":")[2] for name in names[:most]) + more
 
 
 def needs(tasks: Mapping[str, Any], name: str) -> set[str]:

@@ -116,7 +116,7 @@ def _cells(now: _Reading) -> list[Cell]:
 def _cell(name: str, now: _Reading) -> Cell:
     known = now.recipes.get(name, {})
     package = now.packages.get(name)
-    steps = [now.steps[step] for step in known.get("steps", ()) if step in now.steps]
+    steps = [now.steps[step] for step in (*known.get("steps", ()), f"build:{name}") if step in now.steps]
     ran = [step for step in steps if step["outcome"] == "built"]
     failures = [step for step in steps if step["outcome"] == "failed"]
     if package is not None:

@@ -149,7 +149,7 @@ def test_a_breaking_step(workspace: Workspace) -> None:
 
 def test_continue_does_what_can_be_done(workspace: Workspace) -> None:
     workspace.trick("quantize.fail")
-    output = workspace.doit("--continue", "build", status=2)
+    output = workspace.doit("--continue", "build", status=1)
     assert workspace.ran() == {"convert": 1, "quantize": 2, "lower": 3, "library": 3}
     assert "build:tiny-q4f16_1-cpu: not built, because of quantize:tiny-q4f16_1" in output
 

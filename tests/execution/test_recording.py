@@ -78,7 +78,7 @@ def test_a_token_appears_in_no_log_and_no_report(workspace: Workspace) -> None:
 
 
 def test_a_report_that_cannot_be_written_does_not_undo_the_build(built: Workspace) -> None:
-    output = built.doit("build", "report=/proc/none/r.html")
+    output = built.doit("build", "report=/proc/none/r.html", status=1)
     assert "/proc/none/r.html: the report cannot be written: " in output
     assert "Traceback" not in output
-    assert "r.txt: expected a name that ends in .html or .md" in built.doit("build", "report=r.txt")
+    assert "r.txt: expected a name that ends in .html or .md" in built.doit("build", "report=r.txt", status=1)

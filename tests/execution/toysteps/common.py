@@ -19,7 +19,7 @@ def run(job: Job, kind: str) -> None:
     if tricks.is_dir():
         with (tricks / "ran.txt").open("a", encoding="utf-8") as log:
             log.write(f"{kind}\n")
-    _play(tricks, kind)
+    _play(tricks, kind, job)
     if (tricks / f"{kind}.nothing").exists():
         return
     text = json.dumps(
@@ -45,9 +45,13 @@ def run(job: Job, kind: str) -> None:
         job.reuse(next(iter(job.inputs["quantize"].files.values())), "weights/params.bin")
 
 
-def _play(tricks: Path, kind: str) -> None:
+def _play(tricks: Path, kind: str, job: Job) -> None:
     if (tricks / f"{kind}.fail").exists():
         raise MlcBuildError(f"{kind} cannot: the toy was told to fail; take {kind}.fail away")
+    needle = tricks / f"{kind}.fail-with"
+    given = [entry.path for tree in job.inputs.values() for entry in tree.files.values()]
+    if needle.exists() and any(needle.read_text() in path.read_text() for path in given):
+        raise MlcBuildError(f"{kind} cannot: the toy was told to fail with what it was given")
     if (tricks / f"{kind}.crash").exists():
         raise ZeroDivisionError("a bug")
     if (tricks / f"{kind}.kill").exists():

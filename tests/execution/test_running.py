@@ -169,7 +169,8 @@ def test_a_bug_keeps_doits_own_status(workspace: Workspace) -> None:
 def test_a_signal_stops_everything_that_runs_and_keeps_what_is_done(workspace: Workspace, how: signal.Signals) -> None:
     workspace.trick("library.sleep", "30")
     with workspace.start("cores=8", "memory=40G") as process:
-        wait_until(lambda: len(list((workspace.cache / "tmp").glob("*/request.json"))) == len(LIBRARY))
+        log = workspace.tricks / "ran.txt"
+        wait_until(lambda: log.exists() and log.read_text().split().count("library") == len(LIBRARY))
         process.send_signal(how)
         output, _ = process.communicate(timeout=20)
     assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[how], output

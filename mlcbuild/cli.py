@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mlcbuild import __version__, cli_report
+from mlcbuild import __version__, cli_models, cli_report
 from mlcbuild.cli_cache import add_commands
 from mlcbuild.errors import MlcBuildError
 
@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     test_run.add_argument("recipe", metavar="NAME", help="recipe names and globs, with commas")
     test_run.add_argument("--cache", type=Path, help=_CACHE_HELP)
 
+    cli_models.add_commands(commands, _add)
     add_commands(commands, _add)
     cli_report.add_commands(commands, _add)
 

@@ -376,7 +376,7 @@ class _Planner:
 def config_of(model: Model, lock: Callable[[Model], Locked | None]) -> Mapping[str, Any]:
     """The model's config.json, from its folder or from recipes.lock. Raises MlcBuildError where it cannot be read."""
     if model.source.path is not None:
-        return _read_config(model.source.path / "config.json")
+        return read_config(model.source.path / "config.json")
     found = lock(model)
     if found is None:
         raise NotLocked(f"{model.source} is not in recipes.lock: `mlcbuild lock {model.name}` asks the hub")
@@ -404,7 +404,7 @@ def _checkpoint_files(folder: Path) -> tuple[str, ...]:
     return CHECKPOINT_FILES if named else (*CHECKPOINT_FILES, *_TORCH_FILES)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_bytes())
     except FileNotFoundError:

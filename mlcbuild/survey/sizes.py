@@ -1,0 +1,52 @@
+"""What a model takes in each quantization: bytes of weights, and of the keys and values of one conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from mlcbuild.errors import MlcBuildError
+from mlcbuild.models.parameters import parameters
+from mlcbuild.models.structure import Structure
+from mlcbuild.quantization.schemes import quantized_parameters
+from mlcbuild.recipes.types import Quantization
+
+_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "uint32": 4, "uint16": 2, "uint8": 1}
+CONVERSATION = 4096  # tokens: what overrides usually limit a long context to
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bytes of weights, and of keys and values of `tokens`; `problem` says why the model has no such form."""
+
+    weights: int = 0
+    cache: int = 0
+    tokens: int = 0
+    problem: str | None = None
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache
+
+
+def sizes(structure: Structure, quantizations: Mapping[str, Quantization]) -> dict[str, Size]:
+    """By quantization; those that only round otherwise, or mean the bytes of 2023, are left out."""
+    plain = {
+        name: each for name, each in quantizations.items() if each.format in ("", name) and each.scheme_version > 1
+    }
+    return {name: size(structure, each) for name, each in plain.items()}
+
+
+def size(structure: Structure, quantization: Quantization) -> Size:
+    """Of the weights (without a shard's padding), and of keys and values of the context, or 4096 tokens of it."""
+    if quantization.weights is not None and quantization.weights.scheme == "awq":
+        return Size(problem="for checkpoints that AutoAWQ quantized")
+    try:
+        tensors = quantized_parameters(parameters(structure), quantization)
+    except MlcBuildError as error:
+        return Size(problem=str(error))
+    weights = sum(prod(tensor.shape) * _BYTES[tensor.dtype] for tensor in tensors)
+    per_token = 2 * structure.num_hidden_layers * structure.num_key_value_heads * structure.head_dim
+    tokens = min(structure.context_window_size, CONVERSATION)
+    return Size(weights, per_token * tokens * _BYTES[quantization.model_dtype], tokens)

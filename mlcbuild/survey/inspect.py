@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlcbuild.chat.checkpoint import CheckpointChat, read_checkpoint_chat
-from mlcbuild.checkpoints.index import index
+from mlcbuild.checkpoints.index import index, with_prefix
 from mlcbuild.checkpoints.table import read_table
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.merging import prequantized
@@ -131,7 +131,10 @@ def _tensors(found: Found, structure: Structure) -> Tensors | None:
     if found.source.path is None:
         return None
     try:
-        table = read_table(found.files)
+        wanted = parameters.parameters(structure)
+        ignored = parameters.ignored(structure)
+        names = [*(source for parameter in wanted for source in parameter.sources), *ignored]
+        table = with_prefix(read_table(found.files), structure.optional_prefix, names)
     except MlcBuildError as error:
         return Tensors(0, {}, str(error))
     dtypes = Counter(ref.dtype for ref in table.values())
@@ -142,7 +145,7 @@ def _tensors(found: Found, structure: Structure) -> Tensors | None:
         if scheme is not None:
             notes.append(f"{scheme.method.upper()} quantized it to {scheme.bits} bits")
         elif found.model is None or (found.model.delta_of is None and found.model.lora is None):
-            index(parameters.parameters(structure), table, parameters.ignored(structure), notes.append)
+            index(wanted, table, ignored, notes.append)
     except MlcBuildError as error:
         problem = str(error)
     return Tensors(len(table), dict(dtypes), problem, tuple(notes))

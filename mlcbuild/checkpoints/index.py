@@ -44,6 +44,16 @@ def with_prefix(table: Mapping[str, TensorRef], prefix: str, wanted: Collection[
     return {prefix + name if (prefix + name).rpartition(".")[0] in stems else name: ref for name, ref in table.items()}
 
 
+def as_stored(parameters: Sequence[Parameter], table: Mapping[str, TensorRef]) -> tuple[Parameter, ...]:
+    """The parameters with the sources that the checkpoint has: the alternative's, where only that one is there."""
+    return tuple(
+        replace(each, sources=each.alternative, alternative=())
+        if each.alternative and all(name in table for name in each.alternative) and each.sources[0] not in table
+        else each
+        for each in parameters
+    )
+
+
 def index(
     parameters: Sequence[Parameter],
     table: Mapping[str, TensorRef],

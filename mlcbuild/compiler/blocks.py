@@ -10,9 +10,9 @@ from tvm import IRModule, relax, target
 
 from mlcbuild.compiler import pipeline
 from mlcbuild.compiler.contract import metadata
-from mlcbuild.compiler.cpu import formats, kv_cache, sources
+from mlcbuild.compiler.cpu import kv_cache, sources
 from mlcbuild.compiler.cpu.operations import operations
-from mlcbuild.compiler.lower import check, declare
+from mlcbuild.compiler.lower import check, declare, kernels
 from mlcbuild.models.blocks import emit_blocks
 from mlcbuild.models.decoder import Decoder
 from mlcbuild.models.structure import Structure
@@ -40,5 +40,4 @@ def lower(
         kv_cache.emit_create(builder, structure, dtype)
         facts = metadata.describe(structure, name, declared)
         module = pipeline.optimise(builder.finalize(), structure, facts, dump)
-        needed = {formats.format_of(p.packing) for p in declared if len(p.shape) == 2}
-        return sources.attach(module, formats.sources(needed, dtype))
+        return sources.attach(module, kernels(declared, dtype))

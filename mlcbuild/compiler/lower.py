@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from mlcbuild.compiler import canonical, pipeline
 from mlcbuild.compiler.contract import auxiliary, logits, metadata
 from mlcbuild.compiler.cpu import formats, kv_cache, sources
 from mlcbuild.compiler.cpu.operations import operations
+from mlcbuild.compiler.cpu.sources import Source
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.decoder import Decoder, emit_decoder, emit_layers
 from mlcbuild.models.entry_points import emit_entry_points
@@ -50,8 +51,7 @@ def lower(
             builder.add_func(function.with_attr("global_symbol", symbol), symbol)
         facts = metadata.describe(structure, name, declared)
         module = pipeline.optimise(builder.finalize(), structure, facts, dump)
-        needed = {formats.format_of(p.packing) for p in declared if len(p.shape) == 2}
-        return sources.attach(module, formats.sources(needed, dtype))
+        return sources.attach(module, kernels(declared, dtype))
 
 
 def declare(structure: Structure, quantization: Quantization) -> tuple[Declared, ...]:
@@ -62,6 +62,12 @@ def declare(structure: Structure, quantization: Quantization) -> tuple[Declared,
         Declared(p.name, p.shape, p.dtype, known[p.source].role, known[p.source].layer, p.weights, p.rows_axis)
         for p in quantized_parameters(tuple(known.values()), quantization)
     )
+
+
+def kernels(declared: Sequence[Declared], dtype: str) -> tuple[Source, ...]:
+    """The C sources of a library with these parameters, of model dtype `dtype`."""
+    needed = {formats.format_of(p.packing) for p in declared if len(p.shape) > 1}
+    return formats.sources(needed, dtype, experts=any(p.role == "router" for p in declared))
 
 
 def save(module: IRModule, path: Path) -> None:

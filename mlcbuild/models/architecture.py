@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -125,12 +125,16 @@ def _rule(rule: Mapping[str, Any], values: Mapping[str, Any]) -> ParameterRule |
         (convert,) if isinstance(convert, str) else tuple(convert),
         layers,
         rule.get("dtype"),
+        _tensors(rule.get("or_from", ())),
     )
 
 
 def _sources(rule: Mapping[str, Any]) -> tuple[str, ...]:
-    source = rule.get("from", rule["name"])
-    return (source,) if isinstance(source, str) else tuple(source)
+    return _tensors(rule.get("from", rule["name"]))
+
+
+def _tensors(names: str | Sequence[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _check_requirements(data: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:

@@ -21,8 +21,11 @@ SIZES = (
     "vocab_size",
     "context_window_size",
     "max_position_embeddings",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
 )
-NUMBERS = ("embedding_scale", "residual_scale", "logits_scale", "final_logit_softcapping")
+NUMBERS = ("embedding_scale", "residual_scale", "logits_scale", "final_logit_softcapping", "routed_scaling_factor")
 CHOICES = {
     "norm": ("rms", "layer"),
     "norm_position": ("pre", "post", "both"),
@@ -98,6 +101,11 @@ def check(values: Values) -> list[str]:
             problems.append(f"config.json: {name} is {value!r}, expected a number")
     if "norm_eps" in values and not isinstance(values["norm_eps"], float | int):
         problems.append(f"config.json: norm epsilon is {values['norm_eps']!r}, expected a number")
+    if not problems and values.get("num_experts_per_tok", 0) > values.get("num_experts", 0):
+        problems.append(
+            f"config.json: num_experts_per_tok is {values['num_experts_per_tok']}, but there are only "
+            f"{values.get('num_experts', 0)} experts"
+        )
     for name, allowed in CHOICES.items():
         if name in values and values[name] not in allowed:
             problems.append(f"{name} is {values[name]!r}: the decoder computes only {', '.join(allowed)}")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from tvm import relax
 
+from mlcbuild.models.experts import experts
 from mlcbuild.models.operations import Expr
 from mlcbuild.models.weights import Given
 
@@ -14,7 +15,12 @@ if TYPE_CHECKING:
 
 
 def mlp(d: Decoder, x: Expr, weight: Given) -> Expr:
-    """x [n, H] -> [n, H]: gated, with gate and up as one matrix or as two (Shazeer, arXiv 2002.05202), or plain."""
+    """x [n, H] -> [n, H]: gated, with gate and up as one matrix or as two (Shazeer, arXiv 2002.05202), or plain.
+
+    Experts, where the layer has a router to choose among them.
+    """
+    if "router" in weight:
+        return experts(d, x, weight)
     operations, activation = d.operations, d.structure.activation
     if "gate_up_proj" in weight:
         inner = operations.gated(d.project(x, weight, "gate_up"), activation)

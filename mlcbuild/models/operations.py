@@ -26,6 +26,12 @@ class Operations:
     layer_norm(x [n, H], weight [H] or None, bias [H] or None, eps) -> [n, H]
     gated(x [n, 2 * I], activation name) -> [n, I]: activation of the first half, times the second
     activation(x [n, I], activation name) -> [n, I]
+    choose_experts(logits float32 [n, E], count, normalised, scale) -> chosen int32 [n, count], share float32
+        [n, count]: the `count` largest of softmax(logits), the first of equal ones; their probabilities, `normalised`
+        to a sum of 1, times `scale`
+    expert_linear(x [n, K] or [n * count, K], chosen [n, count], weight [E, N, K]) -> [n * count, N]: each token's row,
+        or its row for each choice, times the matrices of the experts that it chose
+    weighted_sum(x [n * count, H], share [n, count]) -> [n, H]: each token's rows times their shares, added
     softmax(logits float32 [b, V], temperature float32 [b]) -> [b, V]
     """
 
@@ -37,3 +43,6 @@ class Operations:
     gated: Callable[[Expr, str], Expr]
     activation: Callable[[Expr, str], Expr]
     softmax: Callable[[Expr, Expr], Expr]
+    choose_experts: Callable[[Expr, int, bool, float], tuple[Expr, Expr]]
+    expert_linear: Callable[[Expr, Expr, Weight], Expr]
+    weighted_sum: Callable[[Expr, Expr], Expr]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -13,8 +13,9 @@ from mlcbuild.models.structure import ParameterRule, Structure
 class Parameter:
     """An unquantized parameter.
 
-    `shape` is `[N out, K in]` for matrices. `sources` are checkpoint tensors whose rows, one after the other, are
-    the parameter's rows, after each was changed as `convert` says:
+    `shape` is `[N out, K in]` for matrices, `[experts, N, K]` for those of experts. `sources` are checkpoint tensors
+    whose rows, one after the other, are the parameter's rows, `alternative` those that a checkpoint may have instead.
+    Each is changed as `convert` says:
 
     transpose    the checkpoint has [K, N]
     ungroup_qkv  its rows are, for each of `groups` key-value heads: that group's queries, its key, its value
@@ -32,6 +33,7 @@ class Parameter:
     convert: tuple[str, ...] = ()
     dtype: str | None = None
     groups: tuple[int, int, int, int] | None = None
+    alternative: tuple[str, ...] = ()
 
     @property
     def is_matrix(self) -> bool:
@@ -78,6 +80,12 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "gate_proj": lambda s: (s.intermediate_size, s.hidden_size),
     "up_proj": lambda s: (s.intermediate_size, s.hidden_size),
     "down_proj": lambda s: (s.hidden_size, s.intermediate_size),
+    "router": lambda s: (s.num_experts, s.hidden_size),
+    "experts_gate_up_proj": lambda s: (s.num_experts, 2 * s.moe_intermediate_size, s.hidden_size),
+    "experts_down_proj": lambda s: (s.num_experts, s.hidden_size, s.moe_intermediate_size),
+    "shared_gate_up_proj": lambda s: (2 * s.shared_expert_intermediate_size, s.hidden_size),
+    "shared_down_proj": lambda s: (s.hidden_size, s.shared_expert_intermediate_size),
+    "shared_gate": lambda s: (1, s.hidden_size),
     "attention_norm": _width,
     "attention_post_norm": _width,
     "mlp_norm": _width,
@@ -94,7 +102,8 @@ def parameters(structure: Structure) -> tuple[Parameter, ...]:
             name=rule.name.replace("{i}", str(layer)),
             shape=shape_of(rule.role, structure),
             role=rule.role,
-            sources=tuple(source.replace("{i}", str(layer)) for source in rule.sources),
+            sources=_named(rule.sources, layer, structure),
+            alternative=_named(rule.alternative, layer, structure),
             layer=layer,
             convert=rule.convert,
             dtype=rule.dtype,
@@ -142,3 +151,11 @@ def _ordered(structure: Structure) -> Iterator[tuple[ParameterRule, int | None]]
                 for layer_rule in per_layer:
                     if layer_rule.layers is None or layer in layer_rule.layers:
                         yield layer_rule, layer
+
+
+def _named(sources: Sequence[str], layer: int | None, structure: Structure) -> tuple[str, ...]:
+    """Tensor names for one layer; where they have `{e}`, all of them for the first expert, then for the next."""
+    here = [source.replace("{i}", str(layer)) for source in sources]
+    if not any("{e}" in source for source in here):
+        return tuple(here)
+    return tuple(source.replace("{e}", str(expert)) for expert in range(structure.num_experts) for source in here)

@@ -27,7 +27,8 @@ class ParameterRule:
     """One line of an architecture's parameter list; `{i}` in a name stands for the layer's number.
 
     `convert` is how the checkpoint's tensors become the parameter (mlcbuild.merging.rearranged); `layers` those that
-    have it, None for all; `dtype` what it is stored in where it is not the quantization's model dtype.
+    have it, None for all; `dtype` what it is stored in where it is not the quantization's model dtype. `{e}` in a
+    source stands for each expert; `alternative` is what a checkpoint may have instead of the sources.
     """
 
     role: str
@@ -36,6 +37,7 @@ class ParameterRule:
     convert: tuple[str, ...] = choice(())
     layers: tuple[int, ...] | None = choice(None)
     dtype: str | None = choice(None)
+    alternative: tuple[str, ...] = choice(())
 
     @property
     def per_layer(self) -> bool:
@@ -56,6 +58,9 @@ class Structure:
     final_logit_softcapping  c: logits become c * tanh(logits / c)
     max_position_embeddings  rows of a learned `position_embedding`
     optional_prefix   what checkpoint tensor names begin with, or leave out all together
+    num_experts       experts of a layer that has a `router`. Each token goes to num_experts_per_tok of them, which
+                      count by their probabilities (with norm_topk_prob divided by their sum), times
+                      routed_scaling_factor; and to shared ones, where there are parameters of them
     """
 
     architecture: str
@@ -96,6 +101,12 @@ class Structure:
     final_logit_softcapping: float | None = choice(None)
     max_position_embeddings: int | None = choice(None)
     optional_prefix: str = choice("")
+    num_experts: int = choice(0)
+    num_experts_per_tok: int = choice(0)
+    moe_intermediate_size: int = choice(0)
+    shared_expert_intermediate_size: int = choice(0)
+    norm_topk_prob: bool = choice(False)
+    routed_scaling_factor: float = choice(1.0)
 
     def to_json(self) -> dict[str, Any]:
         """Every field but choices at their default, JSON-able, such that `from_json` gives an equal structure."""

@@ -96,7 +96,8 @@ def quantized_parameters(parameters: Sequence[Parameter], quantization: Quantiza
         weights = packed(parameter, quantization)
         name, shape = parameter.name, parameter.shape
         if weights is None:
-            made.append(QuantizedParameter(name, shape, parameter.dtype or quantization.model_dtype, name, "value"))
+            dtype, rows_axis = parameter.dtype or quantization.model_dtype, max(0, len(shape) - 2)
+            made.append(QuantizedParameter(name, shape, dtype, name, "value", rows_axis=rows_axis))
             continue
         if not name.endswith(".weight"):
             raise MlcBuildError(f"parameter {name}: the name of a quantized parameter must end in .weight")

@@ -15,7 +15,7 @@ from typing import Any
 
 from mlcbuild.checkpoints import made
 from mlcbuild.checkpoints.header import TensorRef
-from mlcbuild.checkpoints.index import entry, index, with_prefix
+from mlcbuild.checkpoints.index import as_stored, entry, index, with_prefix
 from mlcbuild.checkpoints.made import Made
 from mlcbuild.checkpoints.table import read_table
 from mlcbuild.errors import CheckpointError
@@ -63,13 +63,13 @@ def run(job: Job) -> None:
 
 
 def _table(files: Mapping[str, Entry], model: Structure) -> dict[str, TensorRef]:
-    wanted = [source for parameter in parameters(model) for source in parameter.sources]
+    wanted = [name for parameter in parameters(model) for name in (*parameter.sources, *parameter.alternative)]
     return with_prefix(read_table(*_paths_and_digests(files)), model.optional_prefix, [*wanted, *ignored(model)])
 
 
 def _indexed(job: Job, model: Structure, table: Mapping[str, TensorRef]) -> dict[str, Any]:
     """The index of a checkpoint, with what has to be made; nothing is before both sides are known to be whole."""
-    wanted = parameters(model)
+    wanted = as_stored(parameters(model), table)
     document = index(wanted, table, ignored(model), job.note)
     needed = {source for parameter in wanted for source in parameter.sources}
     changed = made.strided(table, needed)
@@ -145,7 +145,7 @@ def _dequantized(
 ) -> dict[str, Any]:
     """The index of a checkpoint that is quantized already; nothing is written before it is known to be whole."""
     table, layers = prequantized.plan(table, scheme)
-    wanted = parameters(model)
+    wanted = as_stored(parameters(model), table)
     document = index(wanted, table, ignored(model), job.note)
     lossy = (
         f"{len(layers)} matrices that {scheme.method.upper()} quantized to {scheme.bits} bits are dequantized; "

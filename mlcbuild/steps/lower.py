@@ -17,6 +17,7 @@ CODE = (
     "mlcbuild.compiler.contract",
     "mlcbuild.compiler.cpu.attention",
     "mlcbuild.compiler.cpu.calls",
+    "mlcbuild.compiler.cpu.experts",
     "mlcbuild.compiler.cpu.formats",
     "mlcbuild.compiler.cpu.kv_cache",
     "mlcbuild.compiler.cpu.linear",

@@ -45,7 +45,11 @@ def stored(values: Array, dtype: str) -> Array:
 
 
 def pack(weight: Array, weights: Weights | None, dtype: str) -> Packed:
-    """`weight` [N, K] float32 in the format `weights`, whose model dtype is `dtype`."""
+    """`weight` [N, K], or experts [E, N, K], float32 in the format `weights`, whose model dtype is `dtype`."""
+    if weights is not None and weight.ndim == 3:
+        each = [pack(expert, weights, dtype) for expert in weight]
+        parts = tuple(np.stack(part) for part in zip(*(one.parts for one in each), strict=True))
+        return Packed(parts, np.stack([one.values for one in each]))
     if weights is None:
         values = rounded(weight, dtype)
         return Packed((stored(values, dtype),), values)

@@ -33,10 +33,10 @@ def test_a_workspace_without_problems(workspace: Workspace) -> None:
     report = check(workspace.root)
     assert report.ok and report.counts["recipe"] == 3
     stock = {
-        kind: report.counts[kind] for kind in ("quantization", "target", "template")
+        kind: report.counts[kind] for kind in ("architecture", "quantization", "target", "template")
     }  # the real ones: there will be more
     assert render(report) == (
-        f"{4 + sum(stock.values())} files valid: 3 recipes, 1 model, 1 architecture, "
+        f"{3 + sum(stock.values())} files valid: 3 recipes, 1 model, {stock['architecture']} architectures, "
         f"{stock['quantization']} quantizations, {stock['target']} targets, {stock['template']} templates\n"
     )
 

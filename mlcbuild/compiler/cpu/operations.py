@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from tvm import relax, tirx
+from tvm import relax, sym, tirx
 
-from mlcbuild.compiler.cpu import linear, rows
+from mlcbuild.compiler.cpu import experts, linear, rows
 from mlcbuild.compiler.cpu.formats import format_of
 from mlcbuild.models.operations import Expr, Operations
 from mlcbuild.models.weights import Weight
@@ -52,7 +52,30 @@ def operations(builder: relax.BlockBuilder, dtype: str) -> Operations:
     def softmax(logits: Expr, temperature: Expr) -> Expr:
         return call(rows.softmax(), "softmax", [logits, temperature], list(logits.ty.shape), "float32")
 
-    return Operations(COMPUTE, multiply, embedding, rms_norm, layer_norm, gated, activation, softmax)
+    def choose_experts(logits: Expr, count: int, normalised: bool, scale: float) -> tuple[Expr, Expr]:
+        n, number = logits.ty.shape
+        kernel = builder.add_func(experts.choose(int(number), count, normalised, scale), "choose_experts")
+        types = [relax.TensorType([n, count], each) for each in ("int32", "float32")]
+        both = builder.emit(relax.call_tir(kernel, [logits], out_ty=types))
+        return builder.emit(relax.TupleGetItem(both, 0)), builder.emit(relax.TupleGetItem(both, 1))
+
+    def expert_linear(x: Expr, chosen: Expr, weight: Weight) -> Expr:
+        (n, count), (rows_of_x, in_features) = chosen.ty.shape, x.ty.shape
+        each = not sym.Analyzer().can_prove_equal(rows_of_x, n)
+        function = experts.linear(
+            *(format_of(weight.packing), _parts(weight), int(weight.rows), int(in_features), int(count), each),
+        )
+        return call(function, "experts", [x, chosen, *weight.parts.values()], [n * count, weight.rows], COMPUTE)
+
+    def weighted_sum(x: Expr, share: Expr) -> Expr:
+        n, count = share.ty.shape
+        width = x.ty.shape[1]
+        return call(experts.weighted_sum(int(count), int(width)), "weighted_sum", [x, share], [n, width], COMPUTE)
+
+    return Operations(
+        *(COMPUTE, multiply, embedding, rms_norm, layer_norm, gated, activation, softmax),
+        *(choose_experts, expert_linear, weighted_sum),
+    )
 
 
 def _parts(weight: Weight) -> tuple[linear.Part, ...]:

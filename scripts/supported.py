@@ -138,8 +138,11 @@ def _models(catalog: Catalog) -> str:
     for name, model in catalog.models.items():
         path = model.source.path
         source = f"`recipes/{path.relative_to(catalog.root / 'recipes')}`" if path else _code(str(model.source))
-        rows.append((_code(name), source, _code(model.template)))
-    return _table(("model", "source", "template"), rows)
+        if model.delta_of is not None:
+            source += f", a delta to {_code(str(model.delta_of))}"
+        context = model.overrides.get("context_window_size")
+        rows.append((_code(name), source, _code(model.template), f"{context:,}" if context else "its own"))
+    return _table(("model", "source", "template", "context"), rows)
 
 
 def _recipes(catalog: Catalog) -> str:

@@ -132,4 +132,5 @@ def test_links_lead_somewhere(path: Path) -> None:
 def test_a_page_is_short_and_has_a_title(path: Path) -> None:
     lines = path.read_text().splitlines()
     assert lines[0].startswith("# ")
-    assert len(lines) <= 220, "split the page, or say it in fewer words"
+    # supported.md is tables that a script makes: as long as the list of what there is.
+    assert len(lines) <= 220 or path.name == "supported.md", "split the page, or say it in fewer words"

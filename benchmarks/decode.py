@@ -2,6 +2,7 @@
 
     python benchmarks/decode.py                                        # q4f16_1, q4f32_1, q0f16 at one and two threads
     python benchmarks/decode.py --llama-python /path/to/python         # llama.cpp beside them (PyPI llama-cpp-python)
+    python benchmarks/decode.py --torch                                # transformers on torch in bfloat16 beside them
     python benchmarks/decode.py --quantizations q3f16_1,q8f16_1 --threads 1
 
 A 1.1B shape with random weights. Every contestant is a process that stays, its threads on as many cores; rounds are
@@ -29,6 +30,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PROMPT, STEPS, LONG = 16, 16, 512
 LLAMA = ("Q4_0", "Q8_0", "F16")
+TORCH = "torch bf16"
 Measure = dict[str, Callable[[], float]]
 
 READ = """
@@ -70,21 +72,21 @@ def compare(contestants: list[tuple[str, str, Path, int]], threads: int, rounds:
                 figures.setdefault((name, "bandwidth"), []).append(bandwidth.measure())
                 figures.setdefault((name, what), []).append(worker.ask(what))
     print(f"\n{threads} thread{'s' * (threads > 1)}, medians of {rounds} rounds")
-    print(f"{'':10} {'decode':>8} {'GB/s':>6} {'of read':>8} {'prefill':>8} {'load':>6} {'resident':>9}")
+    print(f"{'':11} {'decode':>8} {'GB/s':>6} {'of read':>8} {'prefill':>8} {'load':>6} {'resident':>9}")
     for name, _, _, nbytes in contestants:
         decode, prefill = (statistics.median(figures[name, what]) for what in ("decode", "prefill"))
         rate = decode * nbytes / 1e9
         load, resident = loads[name], workers[name].ask("resident")
         share = statistics.median(d * nbytes / 1e9 / b for d, b in zip(
             figures[name, "decode"], figures[name, "bandwidth"], strict=False))  # fmt: skip
-        print(f"{name:10} {decode:8.1f} {rate:6.1f} {share:8.0%} {prefill:8.1f} {load:5.1f}s {resident / 1e9:7.2f}GB")
+        print(f"{name:11} {decode:8.1f} {rate:6.1f} {share:8.0%} {prefill:8.1f} {load:5.1f}s {resident / 1e9:7.2f}GB")
     reads = [value for (_, what), values in figures.items() if what == "bandwidth" for value in values]
     print(f"read bandwidth {statistics.median(reads):.1f} GB/s ({min(reads):.1f} to {max(reads):.1f})")
-    for name in ("Q4_0", "F16"):
-        for ours in (n for n in workers if n not in LLAMA and (name == "F16") == n.startswith("q0")):
-            if name in workers:
+    for name, title in (("Q4_0", "llama.cpp Q4_0"), ("F16", "llama.cpp F16"), (TORCH, TORCH)):
+        for ours in (n for n in workers if n not in (*LLAMA, TORCH)):
+            if name in workers and (name == TORCH or (name == "F16") == ours.startswith("q0")):
                 ratios = [_median_ratio(figures, ours, name, what) for what in ("decode", "prefill")]
-                print(f"{ours} / llama.cpp {name}: decode {ratios[0]:.2f}, prefill {ratios[1]:.2f}")
+                print(f"{ours} / {title}: decode {ratios[0]:.2f}, prefill {ratios[1]:.2f}")
     for worker in workers.values():
         worker.close()
 
@@ -150,7 +152,8 @@ def serve(name: str, path: str, count: str) -> None:
     """The contestant `name`: answer `decode`, `prefill` in tokens a second, `load` in seconds, `resident` in bytes."""
     os.sched_setaffinity(0, _cores(int(count)))
     begin = time.perf_counter()
-    measures = (_llama if name in LLAMA else _ours)(Path(path), int(count))
+    start = _llama if name in LLAMA else _torch if name == TORCH else _ours
+    measures = start(Path(path), int(count))
     loaded = time.perf_counter() - begin
     measures |= {"load": lambda: loaded, "resident": _resident}
     for line in sys.stdin:
@@ -227,6 +230,42 @@ def _llama(path: Path, threads: int) -> Measure:
     return {"decode": decode, "prefill": prefill}
 
 
+def _torch(_: Path, threads: int) -> Measure:
+    sys.path.insert(0, str(ROOT))
+    import torch
+    import transformers
+
+    from benchmarks import shape_1b
+
+    torch.set_num_threads(threads)
+    config = {key: value for key, value in shape_1b.CONFIG.items() if key != "model_type"}
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).to(torch.bfloat16)
+    model = model.to_empty(device="cpu").eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    # Made from the config, not a weight, so `to_empty` leaves it undefined.
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+
+    def feed(tokens: range | list[int], past: Any = None) -> Any:
+        with torch.inference_mode():
+            return model(torch.tensor([list(tokens)]), past_key_values=past, use_cache=True, logits_to_keep=1)
+
+    def decode() -> float:
+        past = feed([0], feed(range(PROMPT)).past_key_values).past_key_values
+        begin = time.perf_counter()
+        for token in range(STEPS):
+            past = feed([token], past).past_key_values
+        return STEPS / (time.perf_counter() - begin)
+
+    def prefill() -> float:
+        begin = time.perf_counter()
+        feed(range(LONG))
+        return LONG / (time.perf_counter() - begin)
+
+    return {"decode": decode, "prefill": prefill}
+
+
 def _prepare(options: argparse.Namespace, folder: Path) -> list[tuple[str, str, Path, int]]:
     sys.path.insert(0, str(ROOT))
     from benchmarks import gguf, shape_1b
@@ -241,6 +280,9 @@ def _prepare(options: argparse.Namespace, folder: Path) -> list[tuple[str, str, 
         index = json.loads((ours / "weights" / "tensor-cache.json").read_text())
         read = [r for s in index["records"] for r in s["records"] if "embed_tokens" not in r["name"]]
         contestants.append((name, sys.executable, ours, sum(r["nbytes"] for r in read)))
+    if options.torch:
+        nbytes = gguf.bytes_of_a_token("F16", shape_1b.CONFIG)  # as many bytes as float16
+        contestants.append((TORCH, sys.executable, folder, nbytes))
     python = options.llama_python
     if python is None or subprocess.run([python, "-c", "import llama_cpp"], capture_output=True).returncode:
         print("llama.cpp is left out: name a Python with the package llama-cpp-python by --llama-python")
@@ -271,6 +313,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--llama-python", help="an interpreter that has llama-cpp-python")
+    parser.add_argument("--torch", action="store_true", help="transformers on torch in bfloat16, too")
     parser.add_argument("--folder", type=Path, help="where to keep weights and libraries between runs")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()

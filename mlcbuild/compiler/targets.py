@@ -27,6 +27,7 @@ _LEVELS: tuple[tuple[str, frozenset[str]], ...] = (
 _FEATURES = {
     "avx_vnni": "avxvnni",
     "avx512_vnni": "avx512vnni",
+    "avx512vbmi": "avx512vbmi",
     "avx512_bf16": "avx512bf16",
     "avx512_fp16": "avx512fp16",
     "asimdhp": "fullfp16",

@@ -30,8 +30,8 @@ class Case:
     def __init__(self, quantization: Quantization, level: str, folder: Path) -> None:
         self.weights, self.dtype = quantization.weights, quantization.model_dtype
         self.form = format_of(self.weights)
-        # 4-bit codes of a 16-bit model are multiplied with activations in fixed point of 16 bits (fixed_point.h).
-        rough = self.weights is not None and self.weights.bits == 4 and self.dtype != "float32"
+        # Codes of a 16-bit model may be multiplied with activations in fixed point of 16 bits (fixed_point.h).
+        rough = self.weights is not None and self.dtype != "float32"
         self.bound = 1e-4 if rough else 3e-6
         self.kernels = Kernels(LEVELS[level], folder, self.dtype, [self.form])
 

@@ -1,9 +1,10 @@
 // Activations in fixed point, more precise than what the model dtype can hold.
 //
 // 32 neighbours share a scale and are whole numbers of DIGITS signed digits of 8 bits, x = (x[0] * 256 + x[1]) * 256 + ...,
-// so that instructions which multiply bytes and add give exact sums of products with 4-bit codes q:
+// so that instructions which multiply bytes and add give exact sums of products with codes q:
 //   sum((q - ZERO) * x) = (sum(q * x[0]) * 256 + sum(q * x[1])) * 256 + ... - ZERO * sum(x)
-// Over 32 products that is less than 2^31, and integers that overflow on the way come back.
+// Over 32 products with codes of 4 bits, or 4 of 8 bits and two digits, that is less than 2^31, and integers that
+// overflow on the way come back.
 //
 // A model of float32 takes three digits, a rounding of 2^-24 of the largest among the 32: what float32 itself is. A model
 // of 16-bit floats takes two, 2^-16 of the largest: its weights' scales, embeddings and keys are rounded to 2^-11 or more.
@@ -25,6 +26,7 @@ typedef i32 i32x8 __attribute__((vector_size(32), aligned(4)));
 typedef i32 i32x4 __attribute__((vector_size(16), aligned(4)));
 typedef f32 f32x4 __attribute__((vector_size(16), aligned(4)));
 typedef i8 i8x16 __attribute__((vector_size(16), aligned(1)));
+typedef i8 i8x32 __attribute__((vector_size(32), aligned(1)));
 #define EVEN(v) __builtin_shufflevector(v, v, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
 #define ODD(v) __builtin_shufflevector(v, v, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)
 
@@ -35,10 +37,9 @@ typedef i8 i8x16 __attribute__((vector_size(16), aligned(1)));
 #define LARGEST 32638.0f
 #endif
 
-// The digits of those at even and at odd places, as four words of eight codes hold them; the sum of each eight.
 typedef struct {
-    i8x16 even[DIGITS], odd[DIGITS];
-    i32x4 eights;
+    i32x32 value;
+    i8x32 digit[DIGITS];  // the highest first
     f32 scale;
 } fixed;
 
@@ -59,22 +60,24 @@ INLINE fixed to_fixed(f32x32 x) {
     i32x32 magnitude = *(i32x32 *)&x & 0x7fffffff;  // ordered like the floats
     i32 top_bits = __builtin_reduce_max(magnitude);
     f32 top = *(f32 *)&top_bits;
-    fixed out;
+    fixed out = {};
     out.scale = top_bits >= 0x7f800000 ? __builtin_nanf("") : top / LARGEST;
-    i32x32 value = {};
-    if (top > 1e-30f && top_bits < 0x7f800000) value = whole(x, top);
-    i32x32 rest = value;
+    if (top > 1e-30f && top_bits < 0x7f800000) out.value = whole(x, top);
+    i32x32 rest = out.value;
     UNROLL for (int d = DIGITS - 1; d >= 0; d--) {
         i32x32 digit = rest << 24 >> 24;
         rest = (rest - digit) >> 8;
-        out.even[d] = __builtin_convertvector(EVEN(digit), i8x16);
-        out.odd[d] = __builtin_convertvector(ODD(digit), i8x16);
+        out.digit[d] = __builtin_convertvector(digit, i8x32);
     }
-    i32x16 pairs = EVEN(value) + ODD(value);
+    return out;
+}
+
+// The sum of each eight neighbours.
+INLINE i32x4 eights(i32x32 v) {
+    i32x16 pairs = EVEN(v) + ODD(v);
     i32x8 fours = __builtin_shufflevector(pairs, pairs, 0, 2, 4, 6, 8, 10, 12, 14) +
                   __builtin_shufflevector(pairs, pairs, 1, 3, 5, 7, 9, 11, 13, 15);
-    out.eights = __builtin_shufflevector(fours, fours, 0, 2, 4, 6) + __builtin_shufflevector(fours, fours, 1, 3, 5, 7);
-    return out;
+    return __builtin_shufflevector(fours, fours, 0, 2, 4, 6) + __builtin_shufflevector(fours, fours, 1, 3, 5, 7);
 }
 
 // The 32 activations of a row of `k` from `at` on, zeros behind its end; the row starts at element `from` of x.

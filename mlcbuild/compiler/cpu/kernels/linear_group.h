@@ -128,7 +128,11 @@ INLINE affine choose_affine(affine all, int b) {
     return (affine){permute(all.scale, index), ASYMMETRIC ? permute(all.minimum, index) : all.minimum};
 }
 
-#if BITS == 4 && WORD_BITS == 32 && GROUP_SIZE % 8 == 0 && !ASYMMETRIC && defined(HAS_DOT8)
+// Codes of 8 and of 3 bits fill bytes only where an instruction takes them unsigned and whole, and spreads them out.
+#if ASYMMETRIC || WORD_BITS != 32
+#include "dot_words.h"
+#elif (BITS == 4 && GROUP_SIZE % 8 == 0 && defined(HAS_DOT8)) || (BITS == 8 && DIGITS == 2 && defined(HAS_DOT4)) || \
+    (BITS == 3 && DIGITS == 2 && defined(HAS_DOT4) && defined(__AVX512VBMI__))
 #include "dot_digits.h"
 #else
 #include "dot_words.h"

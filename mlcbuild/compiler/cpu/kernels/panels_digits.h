@@ -24,15 +24,16 @@ INLINE void pack_digit_panels(const void *x, i32 wide, const i32 *from, f32 *out
             i32 *panel = (i32 *)(out + row * stride) + m;
             for (i64 at = 0; at < k; at += 32, panel += GROUP_INTS * width) {
                 fixed group = to_fixed(load_32(x, row_of(from, row + m) * k, at, wide, k));
-                i32x4 eights = group.eights;
+                i32x4 sums = eights(group.value);
                 for (int d = 0; d < DIGITS; d++) {
-                    i32x4 even = *(i32x4 *)&group.even[d], odd = *(i32x4 *)&group.odd[d];
+                    i8x16 evens = EVEN(group.digit[d]), odds = ODD(group.digit[d]);
+                    i32x4 even = *(i32x4 *)&evens, odd = *(i32x4 *)&odds;
                     for (int word = 0; word < 4; word++) {
                         panel[(2 * DIGITS * word + d) * width] = even[word];
                         panel[(2 * DIGITS * word + DIGITS + d) * width] = odd[word];
                     }
                 }
-                panel[8 * DIGITS * width] = -ZERO * (eights[0] + eights[1] + eights[2] + eights[3]);
+                panel[8 * DIGITS * width] = -ZERO * (sums[0] + sums[1] + sums[2] + sums[3]);
                 ((f32 *)panel)[(8 * DIGITS + 1) * width] = group.scale;
             }
         }

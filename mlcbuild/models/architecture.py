@@ -64,6 +64,7 @@ def resolve(architecture: Architecture, config: Mapping[str, Any], overrides: Ma
     if problems:
         raise MlcBuildError("\n".join(problems))
     values.update(_limits(values["context_window_size"], overrides))
+    values.update(_windows(values))
     problems = _check_shape(values) + _check_limits(values)
     if problems:
         raise MlcBuildError("\n".join(problems))
@@ -157,9 +158,16 @@ def _check_requirements(data: Mapping[str, Any], config: Mapping[str, Any]) -> l
 
 def _check_shape(values: Mapping[str, Any]) -> list[str]:
     heads, kv_heads = values["num_attention_heads"], values["num_key_value_heads"]
+    problems = []
     if heads % kv_heads:
-        return [f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"]
-    return []
+        problems.append(f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    rotary, dim = values.get("rotary_dim"), values["head_dim"]
+    if rotary is not None and (rotary > dim or rotary % 2):
+        problems.append(f"config.json: rotary_dim is {rotary}, expected an even number up to head_dim {dim}")
+    types, layers = values.get("layer_types"), values["num_hidden_layers"]
+    if types is not None and (len(types) != layers or not {*types} <= {"full", "sliding"}):
+        problems.append(f"config.json: layer_types are {types}, expected full or sliding for each of {layers} layers")
+    return problems
 
 
 def _limits(context: int, overrides: Mapping[str, int]) -> dict[str, int]:
@@ -167,6 +175,21 @@ def _limits(context: int, overrides: Mapping[str, int]) -> dict[str, int]:
     limits.setdefault("prefill_chunk_size", min(limits["context_window_size"], _PREFILL_CHUNK_SIZE))
     limits.setdefault("max_batch_size", _MAX_BATCH_SIZE)
     return limits
+
+
+def _windows(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`sliding_window_size` and `layer_types`, None where they change nothing: models that differ in no more share.
+
+    A window that the text never leaves is none, and layers of one type need no list.
+    """
+    window, types = values.get("sliding_window_size"), values.get("layer_types")
+    types = types if types is None else tuple(types)
+    if window is not None and (window >= values["context_window_size"] or (types and "sliding" not in types)):
+        window = None
+    local = values.get("rope_local_theta") is not None
+    if types is not None and not local and (window is None or "full" not in types):
+        types = None
+    return {"sliding_window_size": window, "layer_types": types}
 
 
 def _check_limits(values: Mapping[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from tvm import ir, relax, tirx
 
+from mlcbuild.models.attention import query_positions
 from mlcbuild.models.layer import layer
 from mlcbuild.models.operations import Expr, Operations
 from mlcbuild.models.structure import Structure
@@ -110,14 +111,15 @@ def layer_inputs(decoder: Decoder, number: int = 0) -> list[relax.Var]:
 
 
 def emit_layers(decoder: Decoder) -> tuple[relax.GlobalVar, ...]:
-    """Add `decoder_layer(layer_inputs...) -> [n, H]`, one for all layers whose parameters are packed alike.
+    """Add `decoder_layer(layer_inputs...) -> [n, H]`, one for all layers of a type whose parameters are packed alike.
 
     The function of each layer.
     """
     kinds: dict[Any, relax.GlobalVar] = {}
     functions = []
     for number in range(decoder.structure.num_hidden_layers):
-        kind = tuple((p.role, p.part, p.shape, p.dtype, p.packing) for p in decoder.declared if p.layer == number)
+        packed = tuple((p.role, p.part, p.shape, p.dtype, p.packing) for p in decoder.declared if p.layer == number)
+        kind = decoder.structure.layer_type(number), packed
         if kind not in kinds:
             kinds[kind] = _emit_layer(decoder, number)
         functions.append(kinds[kind])
@@ -140,15 +142,9 @@ def emit_decoder(decoder: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.G
     with d.builder.function("decoder", [x, cache, params], private=True):
         with d.builder.dataflow():
             weights = d.weights(params)
-            hidden: Expr = d.beginning(x, lambda: _positions(d, cache, x.ty.shape[0]), weights)
+            hidden: Expr = d.beginning(x, lambda: query_positions(d, cache, x.ty.shape[0]), weights)
             for i, function in enumerate(layers):
                 given = [var for _, var in weights.layer(i)]
                 hidden = d.builder.emit(relax.Call(function, [hidden, cache, relax.prim_value(i), *given]))
             out = d.builder.emit_output(d.norm(hidden, weights, "final_norm"))
         return d.builder.emit_func_output(out)
-
-
-def _positions(d: Decoder, cache: Expr, n: Expr) -> Expr:
-    """Each token's position in its sequence, which the KV cache knows: int32 [n]."""
-    name = "vm.builtin.attention_kv_cache_get_query_positions"
-    return d.builder.emit(relax.call_pure_packed(name, cache, ty_args=relax.TensorType([n], "int32")))

@@ -24,13 +24,28 @@ SIZES = (
     "num_experts",
     "num_experts_per_tok",
     "moe_intermediate_size",
+    "rotary_dim",
+    "sliding_window_size",
 )
-NUMBERS = ("embedding_scale", "residual_scale", "logits_scale", "final_logit_softcapping", "routed_scaling_factor")
+NUMBERS = (
+    "embedding_scale",
+    "residual_scale",
+    "logits_scale",
+    "final_logit_softcapping",
+    "rope_local_theta",
+    "attention_scale",
+    "attn_logit_softcapping",
+    "clip_qkv",
+    "routed_scaling_factor",
+)
 CHOICES = {
     "norm": ("rms", "layer"),
     "norm_position": ("pre", "post", "both"),
     "residual": ("sequential", "parallel"),
     "mlp": ("gated", "plain"),
+    "rope": ("full", "none"),
+    "rope_pairing": ("halves", "neighbours"),
+    "qk_norm": ("none", "head", "per_head", "all"),
     "activation": ("silu", "gelu", "gelu_tanh", "relu", "relu2"),
 }
 

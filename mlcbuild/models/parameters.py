@@ -67,6 +67,10 @@ def _width(s: Structure) -> tuple[int, ...]:
     return (s.hidden_size,)
 
 
+def _head_norm(s: Structure, heads: int) -> tuple[int, ...]:
+    return {"head": (s.head_dim,), "per_head": (heads, s.head_dim), "all": (heads * s.head_dim,)}[s.qk_norm]
+
+
 _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "embedding": lambda s: (s.vocab_size, s.hidden_size),
     "position_embedding": lambda s: (s.max_position_embeddings or s.context_window_size, s.hidden_size),
@@ -86,6 +90,8 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "shared_gate_up_proj": lambda s: (2 * s.shared_expert_intermediate_size, s.hidden_size),
     "shared_down_proj": lambda s: (s.hidden_size, s.shared_expert_intermediate_size),
     "shared_gate": lambda s: (1, s.hidden_size),
+    "q_norm": lambda s: _head_norm(s, s.num_attention_heads),
+    "k_norm": lambda s: _head_norm(s, s.num_key_value_heads),
     "attention_norm": _width,
     "attention_post_norm": _width,
     "mlp_norm": _width,

@@ -55,6 +55,16 @@ class Structure:
     mlp               gated: down(activation(gate(x)) * up(x)); plain: down(activation(up(x)))
     embedding_scale   what hidden states are multiplied with before the first layer, residual_scale what each block
                       returns, logits_scale what the head is given
+    rope              full: rotary positions; none: of another kind, or none. rotary_dim: how many dimensions of a head
+                      are turned (None: all); rope_pairing: halves, a dimension with that half of them further, or
+                      neighbours
+    rope_local_theta  theta of layers of type `sliding`, which then do not take part in rope_scaling
+    attention_scale   of scores, None for head_dim ** -0.5; attn_logit_softcapping c: scores become c * tanh(scores / c)
+    sliding_window_size  how many positions a token sees, its own included, in layers of type `sliding`: in all where
+                      there are no layer_types (for each layer, full or sliding)
+    qk_norm           of queries and keys before they are turned: none; head: each head by the one weight; per_head: by
+                      its own; all: all heads as one vector. Its kind is `norm`'s
+    clip_qkv          c: queries, keys and values become min(max(x, -c), c)
     final_logit_softcapping  c: logits become c * tanh(logits / c)
     max_position_embeddings  rows of a learned `position_embedding`
     optional_prefix   what checkpoint tensor names begin with, or leave out all together
@@ -107,6 +117,15 @@ class Structure:
     shared_expert_intermediate_size: int = choice(0)
     norm_topk_prob: bool = choice(False)
     routed_scaling_factor: float = choice(1.0)
+    rope_pairing: str = choice("halves")
+    rotary_dim: int | None = choice(None)
+    rope_local_theta: float | None = choice(None)
+    attention_scale: float | None = choice(None)
+    attn_logit_softcapping: float | None = choice(None)
+    sliding_window_size: int | None = choice(None)
+    layer_types: tuple[str, ...] | None = choice(None)
+    qk_norm: str = choice("none")
+    clip_qkv: float | None = choice(None)
 
     def to_json(self) -> dict[str, Any]:
         """Every field but choices at their default, JSON-able, such that `from_json` gives an equal structure."""
@@ -125,6 +144,12 @@ class Structure:
     def roles(self) -> frozenset[str]:
         """What the parameters are used as: a block that is not there has none."""
         return frozenset(rule.role for rule in self.rules)
+
+    def layer_type(self, number: int) -> str:
+        """full or sliding: what layers differ in beside their weights."""
+        if self.layer_types is not None:
+            return self.layer_types[number]
+        return "full" if self.sliding_window_size is None else "sliding"
 
     @property
     def one_layer(self) -> Structure:

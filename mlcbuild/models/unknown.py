@@ -16,7 +16,14 @@ from typing import Any
 from mlcbuild.models.fields import keys, lookup
 from mlcbuild.recipes.types import Architecture
 
-_READ = ("model_type", "rope_theta", "rope_scaling", "rope_parameters", "quantization_config")  # by name, in code
+_READ = (
+    "model_type",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "original_max_position_embeddings",
+    "quantization_config",
+)  # by name, in code
 _SHOWN = 3  # architectures that a message names
 
 

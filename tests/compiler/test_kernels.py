@@ -89,31 +89,57 @@ def test_softmax_with_temperature(model: Model, width: int) -> None:
     assert (y[2] == (x[2] == 1e3) / min(2, width)).all()
 
 
+@pytest.mark.parametrize("neighbours", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "rotary"), [(4, 2, 22, 22), (3, 1, 64, 32), (2, 2, 128, 128)])
-def test_rope(model: Model, heads: int, kv_heads: int, dim: int, rotary: int) -> None:
-    qkv = model.normal(2, heads + 2 * kv_heads, dim)
+def test_rope(model: Model, heads: int, kv_heads: int, dim: int, rotary: int, neighbours: bool) -> None:
+    """Queries and keys are turned, whether they come apart or stay in one row."""
+    qkv, factor = model.normal(2, heads + 2 * kv_heads, dim), 1.25
     positions = np.array([3, 90000], np.int32)
     frequency = (1 / 10000.0 ** (np.arange(0, rotary, 2) / rotary)).astype(np.float32)
     q, k, v = (model.empty(2, n, dim) for n in (heads, kv_heads, kv_heads))
+    fused = model.empty(*qkv.shape)
     for row in range(2):
-        sizes = (row, heads, kv_heads, dim, rotary)
+        sizes = (row, heads, kv_heads, dim, rotary, np.int32(neighbours), factor)
         model.call("mlcbuild_rope", model.stored(qkv), positions, q, k, v, frequency, *sizes)
+        model.call("mlcbuild_rope_fused", model.stored(qkv), positions, frequency, fused, *sizes)
     wide = qkv.astype(np.float64)
     # The angle is rounded to float32 there, as transformers does; sine and cosine of it are what is compared.
     angle = (positions[:, None].astype(np.float32) * frequency).astype(np.float64)[:, None, :]
-    half = rotary // 2
-    a, b = wide[..., :half], wide[..., half:rotary]
-    turned = np.concatenate(
-        [a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle), wide[..., rotary:]], -1
-    )
+    pairs = wide[..., :rotary].reshape(*wide.shape[:-1], *((-1, 2) if neighbours else (2, -1)))
+    axis = -1 if neighbours else -2
+    a, b = np.moveaxis(pairs, axis, 0)
+    both = np.stack([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], axis)
+    turned = np.concatenate([factor * both.reshape(*wide.shape[:-1], rotary), wide[..., rotary:]], -1)
     model.close(q, turned[:, :heads])
     model.close(k, turned[:, heads : heads + kv_heads])
     assert (model.read(v) == qkv[:, heads + kv_heads :]).all()
+    assert (np.concatenate([q, k, v], 1) == fused).all()
 
 
-def attention(q: Array, k: Array, v: Array, scale: float) -> tuple[Array, float]:
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("spans", ["head", "per_head", "all"])
+def test_norms_of_queries_and_keys(model: Model, spans: str, centred: bool) -> None:
+    heads, kv_heads, dim = 4, 2, 22
+    qkv = model.normal(2, heads + 2 * kv_heads, dim)
+    q, k = np.split(qkv, [heads, heads + kv_heads], axis=1)[:2]
+    weights = [model.normal(*((1,) if spans == "head" else (n,)), dim, seed=n) for n in (heads, kv_heads)]
+    out = model.empty(*qkv.shape)
+    for row in range(2):
+        flags = (np.int32(spans == "all"), 0 if spans == "head" else dim, np.int32(centred), 1e-5)
+        given = [model.stored(each) for each in (qkv, *weights)]
+        model.call("mlcbuild_norm_heads", *given, out, row, heads, kv_heads, dim, *flags)
+    for part, weight, got in zip((q, k), weights, np.split(out, [heads, heads + kv_heads], axis=1), strict=False):
+        axes = (1, 2) if spans == "all" else (2,)
+        wide = part.astype(np.float64)
+        wide = wide - wide.mean(axes, keepdims=True) if centred else wide
+        model.close(got, wide / np.sqrt((wide**2).mean(axes, keepdims=True) + 1e-5) * weight)
+    assert (model.read(out)[:, heads + kv_heads :] == qkv[:, heads + kv_heads :]).all()
+
+
+def attention(q: Array, k: Array, v: Array, scale: float, cap: float = 0) -> tuple[Array, float]:
     """One query row over keys and values [n, dim], in float64; and log2 of the sum of 2^score."""
-    scores = (k.astype(np.float64) @ q.astype(np.float64)) * scale * np.log2(np.e)
+    scores = (k.astype(np.float64) @ q.astype(np.float64)) * scale
+    scores = (cap * np.tanh(scores / cap) if cap else scores) * np.log2(np.e)
     weights = np.exp2(scores - scores.max())
     return weights @ v.astype(np.float64) / weights.sum(), float(scores.max() + np.log2(weights.sum()))
 
@@ -128,7 +154,7 @@ def test_attention_among_new_tokens(model: Model, dim: int, heads: int, kv_heads
     scale, (stored_q, stored_k, stored_v) = dim**-0.5, map(model.stored, (q, k, v))
     block = min(block, 48 // min(shared, 48))
     for task in range(-(-40 // block) * kv_heads):
-        shape = (40, heads, kv_heads, dim, block, task, np.int32(1))
+        shape = (40, heads, kv_heads, dim, block, task, 0, 0.0)
         model.call("mlcbuild_attention_ragged", stored_q, indptr, stored_k, stored_v, indptr, out, lse, *shape, scale)
     expected = np.zeros((40, heads, dim))
     for row in range(40):
@@ -140,51 +166,69 @@ def test_attention_among_new_tokens(model: Model, dim: int, heads: int, kv_heads
     model.close(out, expected)
 
 
-@pytest.mark.parametrize(("sink", "window"), [(0, 0), (4, 21), (20, 37), (0, 16)])
-def test_attention_over_pages_with_sinks_and_windows(model: Model, sink: int, window: int) -> None:
-    """Positions below `sink` and from `window` on are seen; pages lie anywhere in the pool."""
-    heads, kv_heads, dim, length, page = 4, 2, 24, 75, 16
-    values = np.array([7, 2, 5, 0, 3], np.int32)
+@pytest.mark.parametrize("cap", [0.0, 1.5])
+@pytest.mark.parametrize("window", [0, 7])
+def test_new_tokens_with_a_window_and_a_soft_cap(model: Model, window: int, cap: float) -> None:
+    """A negative scale says that the layer slides; a positive one that it does not, whatever the window."""
+    dim, indptr = 16, np.array([0, 30], np.int32)
+    q, k, v = (model.normal(30, 1, dim, seed=seed) for seed in range(3))
+    given = [model.stored(q), indptr, model.stored(k), model.stored(v), indptr]
+    for scale in (0.9, -0.9):
+        out, lse = model.empty(30, 1, dim), np.zeros((30, 1), np.float32)
+        for task in range(3):
+            model.call("mlcbuild_attention_ragged", *given, out, lse, 30, 1, 1, dim, 12, task, window, cap, scale)
+        for row in range(30):
+            seen = slice(max(0, row + 1 - window) if window and scale < 0 else 0, row + 1)
+            expected, total = attention(q[row, 0], k[seen, 0], v[seen, 0], 0.9, cap)
+            close(model.read(out)[row, 0], expected, 3 * _TOLERANCE[model.dtype])
+            assert abs(lse[row, 0] - total) < 1e-4
+
+
+@pytest.mark.parametrize("window", [0, 12, 40])
+def test_attention_over_pages(model: Model, window: int) -> None:
+    """Pages lie anywhere in the pool; a row of a chunk sees so much of the cache as its window has left for it."""
+    heads, kv_heads, dim, page, block = 4, 2, 24, 16, 5
+    starts, lengths, rows = np.array([10, 0], np.int32), [75, 3], np.array([0, 14, 20], np.int32)
+    indptr, values = np.array([0, 5, 6], np.int32), np.array([7, 2, 5, 0, 3, 1], np.int32)
     pages = model.normal(8, 2, kv_heads, page, dim, seed=3)
-    indptr, last = np.array([0, 5], np.int32), np.array([length - 64], np.int32)
-    q = model.normal(1, heads, dim)
-    out, lse = model.empty(1, heads, dim), np.zeros((1, heads), np.float32)
-    limits = [np.array([n], np.int32) for n in (window, sink)] if window else [None, None]
+    q = model.normal(20, heads, dim)
+    positions = np.concatenate([85 + np.arange(14), 3 + np.arange(6)]).astype(np.int32)
+    out, lse = model.empty(20, heads, dim), np.zeros((20, heads), np.float32)
+    last = np.array([11, 3], np.int32)
     stored_q, stored_pages = map(model.stored, (q, pages))
-    for task in range(kv_heads):
+    for task in range(4 * kv_heads):
         model.call(
-            "mlcbuild_attention_paged", stored_q, None, stored_pages, indptr, values, last, *limits, out, lse,
-            1, heads, kv_heads, dim, page, 1, task, np.int32(0), 0, 0.3,
+            "mlcbuild_attention_paged", stored_q, rows, stored_pages, indptr, values, last, starts, positions, out, lse,
+            20, heads, kv_heads, dim, page, block, task, window, 0.0, -0.3,
         )  # fmt: skip
-    positions = [p for p in range(length) if p < sink or p >= window]
-    for head in range(heads):
-        k, v = (np.stack([pages[values[p // page], s, head // 2, p % page] for p in positions]) for s in (0, 1))
-        expected, total = attention(q[0, head], k, v, 0.3)
-        model.close(out[0, head], expected)
-        assert abs(lse[0, head] - total) < 1e-4
+    for row in range(20):
+        b = int(row >= 14)
+        first = max(0, positions[row] - starts[b] - window + 1) if window else 0
+        seen = range(min(first, lengths[b]), lengths[b])
+        for head in range(heads):
+            if not seen:
+                assert (out[row, head] == 0).all() and lse[row, head] == -5e4
+                continue
+            slots = [(values[indptr[b] + p // page], head // 2, p % page) for p in seen]
+            k, v = (np.stack([pages[at, side, kv, slot] for at, kv, slot in slots]) for side in (0, 1))
+            expected, total = attention(q[row, head], k, v, 0.3)
+            close(model.read(out)[row, head], expected, 3 * _TOLERANCE[model.dtype])
+            assert abs(lse[row, head] - total) < 1e-4
 
 
-def test_a_layer_with_a_sliding_window_sees_that_far_back(model: Model) -> None:
-    """Row i of a chunk sees window - 1 - i cached positions: the others of its window are in the chunk."""
-    dim, page, window, block = 8, 16, 12, 5
-    pages = model.normal(2, 2, 1, page, dim, seed=3)
-    q = model.normal(14, 1, dim)
-    out, lse = model.empty(14, 1, dim), np.zeros((14, 1), np.float32)
-    indptr, values, last = (np.array(n, np.int32) for n in ([0, 2], [1, 0], [4]))
-    zero, rows = np.array([0], np.int32), np.array([0, 14], np.int32)
-    stored_q, stored_pages = map(model.stored, (q, pages))
-    for task in range(3):
-        model.call(
-            "mlcbuild_attention_paged", stored_q, rows, stored_pages, indptr, values, last, zero, zero, out, lse,
-            14, 1, 1, dim, page, block, task, np.int32(1), window, 1.0,
-        )  # fmt: skip
-    k, v = (np.concatenate([pages[1, side, 0], pages[0, side, 0, :4]]) for side in (0, 1))
-    for row in range(14):
-        back = max(window - row - 1, 0)
-        if back == 0:
-            assert (out[row] == 0).all() and lse[row, 0] == -5e4
-            continue
-        model.close(out[row, 0], attention(q[row, 0], k[20 - back :], v[20 - back :], 1.0)[0])
+def test_one_row_per_sequence_sees_itself(model: Model) -> None:
+    """Decoding: the row's own key is in the cache, at its position."""
+    dim, page = 8, 16
+    pages, q = model.normal(3, 2, 1, page, dim, seed=3), model.normal(2, 1, dim)
+    indptr, values, last = (np.array(n, np.int32) for n in ([0, 2, 3], [1, 0, 2], [4, 9]))
+    starts, positions = np.array([0, 0], np.int32), np.array([19, 8], np.int32)
+    out, lse = model.empty(2, 1, dim), np.zeros((2, 1), np.float32)
+    given = [model.stored(q), None, model.stored(pages), indptr, values, last, starts, positions]
+    for task in range(2):
+        model.call("mlcbuild_attention_paged", *given, out, lse, 2, 1, 1, dim, page, 1, task, 6, 0.0, -1.0)
+    k, v = (np.concatenate([pages[1, side, 0], pages[0, side, 0]])[14:20] for side in (0, 1))
+    model.close(out[0, 0], attention(q[0, 0], k, v, 1.0)[0])
+    model.close(out[1, 0], attention(q[1, 0], pages[2, 0, 0, 3:9], pages[2, 1, 0, 3:9], 1.0)[0])
 
 
 def test_attentions_over_two_sets_of_keys_merge_into_one(model: Model) -> None:
@@ -212,6 +256,6 @@ def test_nan_is_never_lost_on_the_way(model: Model) -> None:
     q, k, v = (model.normal(1, 1, 8, seed=seed) for seed in range(3))
     k[0, 0, 5] = np.nan
     out, lse, (q, k, v) = model.empty(1, 1, 8), np.zeros((1, 1), np.float32), map(model.stored, (q, k, v))
-    shape = (1, 1, 1, 8, 48, 0, np.int32(1))
+    shape = (1, 1, 1, 8, 48, 0, 0, 0.0)
     model.call("mlcbuild_attention_ragged", q, indptr, k, v, indptr, out, lse, *shape, 1.0)
     assert np.isnan(model.read(out)).all()

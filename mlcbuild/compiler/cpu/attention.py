@@ -1,190 +1,116 @@
 """Attention on the CPU: the TIR functions that the paged KV cache calls, around the kernels of kernels/attention.c.
 
 Argument lists are those of the KV cache in apache-tvm (src/runtime/vm/attn_backend.h). Rotary embedding is applied
-before the cache (RopeMode.NORMAL), so the rope arguments are not used here.
+before the cache (RopeMode.NORMAL), so the rope arguments are not used here; neither is `causal`: a row sees what is not
+after its own position. The cache tells kernels nothing about layers, so layers with a sliding window say so by the sign
+of their scale (mlcbuild.models.attention), and the window is measured in the positions that the cache gives to kernels.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
+from tvm import tirx
 from tvm.script import tirx as T
+
+from mlcbuild.compiler.cpu import calls
 
 PAGE_SIZE = 16
 QUERIES = 48  # query rows times the heads that share a key, in one task; likewise in attention.c
-_PAGED, _MERGE = "mlcbuild_attention_paged", "mlcbuild_attention_merge"
+_PAGED, _RAGGED, _MERGE = "mlcbuild_attention_paged", "mlcbuild_attention_ragged", "mlcbuild_attention_merge"
 _SERIAL_MERGES = 64  # of one head each
+_ROPE = {"rotary_mode": "int32", "rope_scale": "float32", "rope_theta": "float32", "sm_scale": "float32"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the attention of all layers has in common: `window` positions are seen by layers that slide, 0 where none
+    does; `cap` is the soft cap of scores, 0 where there is none. `dtype` is that of queries, keys and values."""
+
+    heads: int
+    kv_heads: int
+    dim: int
+    dtype: str
+    window: int = 0
+    cap: float = 0.0
+
+    def array(self, rows: str, heads: int) -> tuple[calls.Shape, str]:
+        return (rows, heads, self.dim), self.dtype
+
+    @property
+    def outputs(self) -> list[tuple[calls.Shape, str]]:
+        """The rows and log2 of their sums of 2^score."""
+        return [self.array("n", self.heads), (("n", self.heads), "float32")]
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return self.heads, self.kv_heads, self.dim
+
+    @property
+    def rows_of_a_task(self) -> int:
+        return max(1, QUERIES * self.kv_heads // self.heads)
+
+    def limits(self, symbols: dict[str, Any]) -> tuple[Any, ...]:
+        return self.window, tirx.const(self.cap, "float32"), symbols["sm_scale"]
 
 
 @functools.cache
-def ragged(heads: int, kv_heads: int, dim: int, dtype: str) -> Any:
+def ragged(shape: Shape) -> Any:
     """Attention of new tokens among themselves."""
-    block = max(1, QUERIES * kv_heads // heads)
+    block = shape.rows_of_a_task
+    indptr = (("b + 1",), "int32")
+    keys = shape.array("kv", shape.kv_heads)
+    inputs = [shape.array("n", shape.heads), indptr, keys, keys, indptr, (("n",), "int32"), (("b",), "int32")]
 
-    @T.prim_func(s_tir=True, private=True)
-    def attention_prefill_ragged(
-        var_q: T.handle, var_q_indptr: T.handle, var_k: T.handle, var_v: T.handle, var_kv_indptr: T.handle,
-        var_q_rope_position: T.handle, var_k_rope_pos_offset: T.handle, var_output: T.handle, var_lse: T.handle,
-        causal: T.int32, rotary_mode: T.int32, rope_scale: T.float32, rope_theta: T.float32, sm_scale: T.float32,
-    ):  # fmt: skip
-        T.func_attr({"tirx.is_scheduled": True})
-        n = T.int64()
-        kv = T.int64()
-        b = T.int64()
-        q_offset = T.int64()
-        kv_offset = T.int64()
-        q_rope_offset = T.int64()
-        k_rope_offset = T.int64()
-        q = T.match_buffer(var_q, (n, heads, dim), dtype)
-        q_indptr = T.match_buffer(var_q_indptr, (b + 1,), "int32", elem_offset=q_offset)
-        k = T.match_buffer(var_k, (kv, kv_heads, dim), dtype)
-        v = T.match_buffer(var_v, (kv, kv_heads, dim), dtype)
-        kv_indptr = T.match_buffer(var_kv_indptr, (b + 1,), "int32", elem_offset=kv_offset)
-        q_rope_position = T.match_buffer(var_q_rope_position, (n,), "int32", elem_offset=q_rope_offset)
-        k_rope_pos_offset = T.match_buffer(var_k_rope_pos_offset, (b,), "int32", elem_offset=k_rope_offset)
-        output = T.match_buffer(var_output, (n, heads, dim), dtype)
-        lse = T.match_buffer(var_lse, (n, heads), "float32")
-        with T.sblock("attention"):
-            T.reads(
-                q[0:n, 0:heads, 0:dim], q_indptr[0 : b + 1], k[0:kv, 0:kv_heads, 0:dim], v[0:kv, 0:kv_heads, 0:dim],
-                kv_indptr[0 : b + 1], q_rope_position[0:n], k_rope_pos_offset[0:b],
-            )  # fmt: skip
-            T.writes(output[0:n, 0:heads, 0:dim], lse[0:n, 0:heads])
-            for task in T.parallel((n + block - 1) // block * kv_heads):
-                T.evaluate(
-                    T.call_extern(
-                        "void", "mlcbuild_attention_ragged", q.data, T.address_of(q_indptr[0]), k.data, v.data,
-                        T.address_of(kv_indptr[0]), output.data, lse.data, n, T.int64(heads), T.int64(kv_heads),
-                        T.int64(dim), T.int64(block), task, causal, sm_scale,
-                    )
-                )  # fmt: skip
+    def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
+        n, limits = symbols["n"], shape.limits(symbols)
+        calls.for_each(
+            (n + block - 1) // block * shape.kv_heads,
+            lambda task: calls.call(_RAGGED, *inputs[:5], *outputs, n, *shape.sizes, block, task, *limits),
+        )
 
-    return attention_prefill_ragged
+    return calls.function("attention_prefill_ragged", inputs, shape.outputs, body, {"causal": "int32", **_ROPE})
 
 
 @functools.cache
-def prefill(heads: int, kv_heads: int, dim: int, dtype: str, sliding_window_size: int) -> Any:
-    """Attention of new tokens over cached pages; `sliding_window_size` 0 is the function for full attention."""
-    block = max(1, QUERIES * kv_heads // heads)
-    sliding = sliding_window_size > 0
-    rows = 3 if sliding else 1
+def prefill(shape: Shape) -> Any:
+    """Attention of new tokens over cached pages."""
+    q, *rest = _paged(shape, "b")
+    inputs = [q, (("b + 1",), "int32"), *rest]
 
-    @T.prim_func(s_tir=True, private=True)
-    def attention_prefill(
-        var_q: T.handle, var_q_indptr: T.handle, var_pages: T.handle, var_page_indptr: T.handle,
-        var_page_values: T.handle, var_length_info: T.handle, var_k_rope_pos_offset: T.handle,
-        var_q_rope_position: T.handle, var_output: T.handle, var_lse: T.handle,
-        causal: T.int32, rotary_mode: T.int32, rope_scale: T.float32, rope_theta: T.float32, sm_scale: T.float32,
-    ):  # fmt: skip
-        T.func_attr({"tirx.is_scheduled": True})
-        n = T.int64()
-        b = T.int64()
-        page_count = T.int64()
-        held = T.int64()
-        q_offset = T.int64()
-        indptr_offset = T.int64()
-        values_offset = T.int64()
-        info_offset = T.int64()
-        q_rope_offset = T.int64()
-        k_rope_offset = T.int64()
-        q = T.match_buffer(var_q, (n, heads, dim), dtype)
-        q_indptr = T.match_buffer(var_q_indptr, (b + 1,), "int32", elem_offset=q_offset)
-        pages = T.match_buffer(var_pages, (page_count, 2, kv_heads, PAGE_SIZE, dim), dtype)
-        page_indptr = T.match_buffer(var_page_indptr, (b + 1,), "int32", elem_offset=indptr_offset)
-        page_values = T.match_buffer(var_page_values, (held,), "int32", elem_offset=values_offset)
-        info = T.match_buffer(var_length_info, (rows, b) if sliding else (b,), "int32", elem_offset=info_offset)
-        k_rope_pos_offset = T.match_buffer(var_k_rope_pos_offset, (b,), "int32", elem_offset=k_rope_offset)
-        q_rope_position = T.match_buffer(var_q_rope_position, (n,), "int32", elem_offset=q_rope_offset)
-        output = T.match_buffer(var_output, (n, heads, dim), dtype)
-        lse = T.match_buffer(var_lse, (n, heads), "float32")
-        with T.sblock("attention"):
-            T.reads(
-                q[0:n, 0:heads, 0:dim], q_indptr[0 : b + 1], pages[0:page_count, 0:2, 0:kv_heads, 0:PAGE_SIZE, 0:dim],
-                page_indptr[0 : b + 1], page_values[0:held], k_rope_pos_offset[0:b], q_rope_position[0:n],
-            )  # fmt: skip
-            T.writes(output[0:n, 0:heads, 0:dim], lse[0:n, 0:heads])
-            for task in T.parallel((n + block - 1) // block * kv_heads):
-                if sliding:
-                    T.evaluate(
-                        T.call_extern(
-                            "void", _PAGED, q.data, T.address_of(q_indptr[0]), pages.data, T.address_of(page_indptr[0]),
-                            T.address_of(page_values[0]), T.address_of(info[0, 0]), T.address_of(info[1, 0]),
-                            T.address_of(info[2, 0]), output.data, lse.data, n, T.int64(heads), T.int64(kv_heads),
-                            T.int64(dim), T.int64(PAGE_SIZE), T.int64(block), task, causal,
-                            T.int64(sliding_window_size), sm_scale,
-                        )
-                    )  # fmt: skip
-                else:
-                    T.evaluate(
-                        T.call_extern(
-                            "void", _PAGED, q.data, T.address_of(q_indptr[0]), pages.data, T.address_of(page_indptr[0]),
-                            T.address_of(page_values[0]), T.address_of(info[0]), T.int64(0), T.int64(0), output.data,
-                            lse.data, n, T.int64(heads), T.int64(kv_heads), T.int64(dim), T.int64(PAGE_SIZE),
-                            T.int64(block), task, causal, T.int64(0), sm_scale,
-                        )
-                    )  # fmt: skip
+    def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
+        _over_pages(shape, shape.rows_of_a_task, symbols, inputs, outputs)
 
-    return attention_prefill
+    return calls.function("attention_prefill", inputs, shape.outputs, body, {"causal": "int32", **_ROPE})
 
 
 @functools.cache
-def decode(heads: int, kv_heads: int, dim: int, dtype: str, sliding: bool) -> Any:
+def decode(shape: Shape) -> Any:
     """Attention of one new token per sequence over cached pages."""
 
-    @T.prim_func(s_tir=True, private=True)
-    def attention_decode(
-        var_q: T.handle, var_pages: T.handle, var_page_indptr: T.handle, var_page_values: T.handle,
-        var_length_info: T.handle, var_k_rope_pos_offset: T.handle, var_q_rope_position: T.handle,
-        var_output: T.handle, var_lse: T.handle,
-        rotary_mode: T.int32, rope_scale: T.float32, rope_theta: T.float32, sm_scale: T.float32,
-    ):  # fmt: skip
-        T.func_attr({"tirx.is_scheduled": True})
-        b = T.int64()
-        page_count = T.int64()
-        held = T.int64()
-        indptr_offset = T.int64()
-        values_offset = T.int64()
-        info_offset = T.int64()
-        q_rope_offset = T.int64()
-        k_rope_offset = T.int64()
-        q = T.match_buffer(var_q, (b, heads, dim), dtype)
-        pages = T.match_buffer(var_pages, (page_count, 2, kv_heads, PAGE_SIZE, dim), dtype)
-        page_indptr = T.match_buffer(var_page_indptr, (b + 1,), "int32", elem_offset=indptr_offset)
-        page_values = T.match_buffer(var_page_values, (held,), "int32", elem_offset=values_offset)
-        info = T.match_buffer(var_length_info, (3, b) if sliding else (b,), "int32", elem_offset=info_offset)
-        k_rope_pos_offset = T.match_buffer(var_k_rope_pos_offset, (b,), "int32", elem_offset=k_rope_offset)
-        q_rope_position = T.match_buffer(var_q_rope_position, (b,), "int32", elem_offset=q_rope_offset)
-        output = T.match_buffer(var_output, (b, heads, dim), dtype)
-        lse = T.match_buffer(var_lse, (b, heads), "float32")
-        with T.sblock("attention"):
-            T.reads(
-                q[0:b, 0:heads, 0:dim], pages[0:page_count, 0:2, 0:kv_heads, 0:PAGE_SIZE, 0:dim],
-                page_indptr[0 : b + 1], page_values[0:held], k_rope_pos_offset[0:b], q_rope_position[0:b],
-            )  # fmt: skip
-            T.writes(output[0:b, 0:heads, 0:dim], lse[0:b, 0:heads])
-            for task in T.parallel(b * kv_heads):
-                if sliding:
-                    T.evaluate(
-                        T.call_extern(
-                            "void", _PAGED, q.data, T.int64(0), pages.data, T.address_of(page_indptr[0]),
-                            T.address_of(page_values[0]), T.address_of(info[0, 0]), T.address_of(info[1, 0]),
-                            T.address_of(info[2, 0]), output.data, lse.data, b, T.int64(heads), T.int64(kv_heads),
-                            T.int64(dim), T.int64(PAGE_SIZE), T.int64(1), task, T.int32(0), T.int64(0), sm_scale,
-                        )
-                    )  # fmt: skip
-                else:
-                    T.evaluate(
-                        T.call_extern(
-                            "void", _PAGED, q.data, T.int64(0), pages.data, T.address_of(page_indptr[0]),
-                            T.address_of(page_values[0]), T.address_of(info[0]), T.int64(0), T.int64(0), output.data,
-                            lse.data, b, T.int64(heads), T.int64(kv_heads), T.int64(dim), T.int64(PAGE_SIZE),
-                            T.int64(1), task,
-                            T.int32(0), T.int64(0), sm_scale,
-                        )
-                    )  # fmt: skip
+    def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
+        q, *rest = inputs
+        _over_pages(shape, 1, symbols, [q, None, *rest], outputs)
 
-    return attention_decode
+    return calls.function("attention_decode", _paged(shape, "n"), shape.outputs, body, _ROPE)
+
+
+def _paged(shape: Shape, sequences: str) -> list[tuple[calls.Shape, str]]:
+    """q, pages, page_indptr, page_values, last_page_len, k_rope_pos_offset, q_rope_position."""
+    pages = (("pages", 2, shape.kv_heads, PAGE_SIZE, shape.dim), shape.dtype)
+    vectors = [((size,), "int32") for size in (f"{sequences} + 1", "held", sequences, sequences, "n")]
+    return [shape.array("n", shape.heads), pages, *vectors]
+
+
+def _over_pages(shape: Shape, block: int, symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
+    n, limits = symbols["n"], shape.limits(symbols)
+    sizes = (*shape.sizes, PAGE_SIZE, block)
+    calls.for_each(
+        (n + block - 1) // block * shape.kv_heads,
+        lambda task: calls.call(_PAGED, *inputs, *outputs, n, *sizes, task, *limits),
+    )
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tvm import tirx
@@ -10,7 +10,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 Buffer = Any
-Shape = Sequence[int | str]  # a name is a symbolic dimension
+Shape = Sequence[int | str]  # a name is a symbolic dimension, "name + 1" one more
 
 
 def function(
@@ -18,15 +18,23 @@ def function(
     inputs: Sequence[tuple[Shape, str]],
     outputs: Sequence[tuple[Shape, str]],
     body: Callable[[dict[str, Any], Sequence[Buffer], Sequence[Buffer]], None],
+    scalars: Mapping[str, str] = {},
 ) -> Any:
-    """A PrimFunc over buffers of the given shapes and dtypes.
+    """A PrimFunc over buffers of the given shapes and dtypes, and after them scalars: a dtype for each name.
 
-    `body(symbols, inputs, outputs)` emits its statements with `for_each` and `call`.
+    `body(symbols, inputs, outputs)` emits its statements with `for_each` and `call`; scalars are among the symbols.
+    Inputs of whole numbers may begin anywhere in their memory: a KV cache gives parts of larger arrays.
     """
     symbols: dict[str, Any] = {}
 
     def dimension(size: int | str) -> Any:
-        return symbols.setdefault(size, tirx.Var(size, "int64")) if isinstance(size, str) else size
+        if not isinstance(size, str):
+            return size
+        name = size.removesuffix(" + 1")
+        return symbols.setdefault(name, tirx.Var(name, "int64")) + (0 if name == size else 1)
+
+    def offset(index: int, dtype: str) -> Any:
+        return tirx.Var(f"offset_{index}", "int64") if dtype == "int32" and index < len(inputs) else None
 
     with IRBuilder() as builder:
         with T.prim_func(is_private=True, s_tir=True):
@@ -34,9 +42,10 @@ def function(
             T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
             described = [*inputs, *outputs]
             handles = [T.arg(f"buffer_{i}", T.handle()) for i in range(len(described))]
+            symbols.update((name, T.arg(name, tirx.Var(name, dtype))) for name, dtype in scalars.items())
             buffers = [
-                T.match_buffer(handle, tuple(dimension(size) for size in shape), dtype)
-                for handle, (shape, dtype) in zip(handles, described, strict=True)
+                T.match_buffer(handle, tuple(dimension(size) for size in shape), dtype, elem_offset=offset(i, dtype))
+                for i, (handle, (shape, dtype)) in enumerate(zip(handles, described, strict=True))
             ]
             with T.sblock(name):
                 T.reads(*map(_whole, buffers[: len(inputs)]))
@@ -77,4 +86,7 @@ def _argument(value: Any) -> Any:
         return tirx.const(0, "int64")
     if isinstance(value, int):
         return tirx.const(value, "int64")
-    return getattr(value, "data", value)
+    data = getattr(value, "data", None)
+    if data is None:
+        return value
+    return T.address_of(value[(0,) * len(value.shape)]) if str(value.dtype) == "int32" else data

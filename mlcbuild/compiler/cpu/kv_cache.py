@@ -9,10 +9,9 @@ from tvm import ir, relax, tirx
 from tvm.relax.frontend.nn.llm import kv_cache as tvm_kv_cache
 
 from mlcbuild.compiler.cpu import attention, rows
-from mlcbuild.models.rope import inverse_frequencies
+from mlcbuild.models import rope
 from mlcbuild.models.structure import Structure
 
-_LAYER_SLIDING_WINDOW_SIZE = 1024  # the runtime's own default; no architecture here has sliding layers
 _MHA, _ROPE_NORMAL = 0, 1
 
 
@@ -20,7 +19,9 @@ def emit_create(builder: relax.BlockBuilder, structure: Structure, dtype: str) -
     """Add `create_tir_paged_kv_cache(max_batch, max_total_seq, prefill_chunk, page_size, support_sliding)`.
 
     Each argument is a shape of one element. The runtime calls it with a page size of 16, for which the kernels are
-    made. The order of what the cache is made from is that of `vm.builtin.paged_attention_kv_cache_create`.
+    made, and without `support_sliding`: the cache keeps all tokens, and layers with a window look back no further. (A
+    cache that forgets what a window has passed lets a chunk's first tokens see too much, and counts positions anew.)
+    The order of what the cache is made from is that of `vm.builtin.paged_attention_kv_cache_create`.
     """
     s = structure
     heads, kv_heads, dim = s.num_attention_heads, s.num_key_value_heads, s.head_dim
@@ -34,8 +35,10 @@ def emit_create(builder: relax.BlockBuilder, structure: Structure, dtype: str) -
     def backend(function: Any, name: str) -> Any:
         return relax.Tuple([ir.StringImm("tirx"), kernel(function, name)])
 
-    window = _LAYER_SLIDING_WINDOW_SIZE
     none = relax.Tuple([])
+    shape = attention.Shape(heads, kv_heads, dim, dtype, s.sliding_window_size or 0, s.attn_logit_softcapping or 0.0)
+    rotary = rope.rotary(s) if rope.in_cache(s) else rope.NOTHING
+    table = rope.inverse_frequencies(s) if rotary.dim else np.zeros(1, np.float32)
     with builder.function("create_tir_paged_kv_cache", params):
         cache = relax.call_pure_packed(
             "vm.builtin.paged_attention_kv_cache_create",
@@ -50,20 +53,20 @@ def emit_create(builder: relax.BlockBuilder, structure: Structure, dtype: str) -
             relax.prim_value(_ROPE_NORMAL),
             relax.prim_value(1),  # rope scale and theta: only kernels that turn keys themselves read them
             relax.prim_value(int(s.rope_theta)),
-            relax.const(inverse_frequencies(s).astype(np.float32)),
+            relax.const(table),
             relax.op.zeros((), dtype),
             kernel(tvm_kv_cache._kv_cache_transpose_append(kv_heads, dim, dtype), "kv_cache_transpose_append"),
             relax.prim_value(0),  # no latent attention
-            backend(attention.ragged(heads, kv_heads, dim, dtype), "attention_prefill_ragged"),
-            backend(attention.prefill(heads, kv_heads, dim, dtype, 0), "attention_prefill"),
-            backend(attention.decode(heads, kv_heads, dim, dtype, False), "attention_decode"),
-            backend(attention.prefill(heads, kv_heads, dim, dtype, window), "attention_prefill_sliding_window"),
-            backend(attention.decode(heads, kv_heads, dim, dtype, True), "attention_decode_sliding_window"),
+            backend(attention.ragged(shape), "attention_prefill_ragged"),
+            backend(attention.prefill(shape), "attention_prefill"),
+            backend(attention.decode(shape), "attention_decode"),
+            none,  # a cache that forgets what is before a window,
+            none,  # and decoding with it
             none,  # attention over token trees, in the cache and
             none,  # among new tokens: for speculative decoding with trees, which this library does not offer
             none,  # latent attention
             relax.Tuple([kernel(attention.merge(dtype), "attention_merge")]),
-            kernel(rows.rope(heads, kv_heads, dim, dim, dtype), "split_rotary"),
+            kernel(rows.split_rotary(rows.Heads(heads, kv_heads, dim, dtype), rotary), "split_rotary"),
             kernel(tvm_kv_cache._copy_single_page_cpu(kv_heads, sizes[3], dim, dtype), "kv_cache_copy_single_page"),
             kernel(
                 tvm_kv_cache._kv_cache_debug_get_kv(s.num_hidden_layers, kv_heads, dim, dtype), "kv_cache_debug_get_kv"

@@ -9,6 +9,7 @@ from tvm import relax, sym, tirx
 from mlcbuild.compiler.cpu import experts, linear, rows
 from mlcbuild.compiler.cpu.formats import format_of
 from mlcbuild.models.operations import Expr, Operations
+from mlcbuild.models.rope import Frequencies, Rotary
 from mlcbuild.models.weights import Weight
 
 COMPUTE = "float32"  # every kernel computes in it, so rounding activations to float16 in between would only lose
@@ -49,6 +50,18 @@ def operations(builder: relax.BlockBuilder, dtype: str) -> Operations:
         width = int(x.ty.shape[1])
         return call(rows.activation(name, width), "activation", [x], [x.ty.shape[0], width], COMPUTE)
 
+    def norm_heads(
+        qkv: Expr, weights: tuple[Expr, Expr], heads: tuple[int, int], spans: str, norm: str, eps: float
+    ) -> Expr:
+        shapes = tuple(tuple(int(size) for size in weight.ty.shape) for weight in weights)
+        described = rows.Heads(*heads, int(qkv.ty.shape[2]), dtype)
+        function = rows.norm_heads(described, shapes, spans, norm == "layer", eps)
+        return call(function, "norm_heads", [qkv, *weights], list(qkv.ty.shape), dtype)
+
+    def rope(qkv: Expr, positions: Expr, frequencies: Frequencies, heads: tuple[int, int], rotary: Rotary) -> Expr:
+        function = rows.rope(rows.Heads(*heads, int(qkv.ty.shape[2]), dtype), rotary)
+        return call(function, "rope", [qkv, positions, relax.const(frequencies)], list(qkv.ty.shape), dtype)
+
     def softmax(logits: Expr, temperature: Expr) -> Expr:
         return call(rows.softmax(), "softmax", [logits, temperature], list(logits.ty.shape), "float32")
 
@@ -73,7 +86,7 @@ def operations(builder: relax.BlockBuilder, dtype: str) -> Operations:
         return call(experts.weighted_sum(int(count), int(width)), "weighted_sum", [x, share], [n, width], COMPUTE)
 
     return Operations(
-        *(COMPUTE, multiply, embedding, rms_norm, layer_norm, gated, activation, softmax),
+        *(COMPUTE, multiply, embedding, rms_norm, layer_norm, gated, activation, norm_heads, rope, softmax),
         *(choose_experts, expert_linear, weighted_sum),
     )
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
-from tvm.script import tirx as T
 
 from mlcbuild.compiler.cpu import calls
+from mlcbuild.models.rope import Rotary
 
 _SERIAL = 4  # rows that take less time than waking the other threads
 
@@ -78,46 +79,76 @@ def softmax() -> Any:
     return calls.function("softmax_with_temperature", [rows, (("b",), "float32")], [rows], body)
 
 
+@dataclass(frozen=True)
+class Heads:
+    """Fused queries, keys and values of `n` tokens: [n, heads + 2 * kv_heads, dim] in the model dtype."""
+
+    heads: int
+    kv_heads: int
+    dim: int
+    dtype: str
+
+    def array(self, heads: int) -> tuple[calls.Shape, str]:
+        return ("n", heads, self.dim), self.dtype
+
+    @property
+    def fused(self) -> tuple[calls.Shape, str]:
+        return self.array(self.heads + 2 * self.kv_heads)
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return self.heads, self.kv_heads, self.dim
+
+
 @functools.cache
-def rope(heads: int, kv_heads: int, dim: int, rotary_dim: int, dtype: str) -> Any:
-    """Fused heads [n, heads + 2 * kv_heads, dim] and positions [n] -> q, k, v, the first two turned.
+def split_rotary(heads: Heads, rotary: Rotary) -> Any:
+    """Fused heads and positions [n] -> q, k, v, the first two turned; the KV cache calls it with its table."""
 
-    The KV cache calls it; `frequency` [rotary_dim / 2] float32 is the table that it was created with.
+    def body(symbols: dict[str, Any], inputs: Any, _: Any) -> None:
+        rest = (*heads.sizes, *_arguments(rotary))
+        calls.for_each(symbols["n"], lambda i: calls.call("mlcbuild_rope", *inputs, i, *rest), _SERIAL)
+
+    parts = [heads.array(count) for count in (heads.heads, heads.kv_heads, heads.kv_heads)]
+    arrays = [heads.fused, (("n",), "int32"), *parts, _table(rotary)]
+    return calls.function("split_rotary", arrays, [], body)
+
+
+@functools.cache
+def rope(heads: Heads, rotary: Rotary) -> Any:
+    """Fused heads, positions [n] and the table of frequencies -> the same heads, queries and keys turned."""
+
+    def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
+        rest = (*heads.sizes, *_arguments(rotary))
+        calls.for_each(symbols["n"], lambda i: calls.call("mlcbuild_rope_fused", *inputs, *outputs, i, *rest), _SERIAL)
+
+    return calls.function("rope", [heads.fused, (("n",), "int32"), _table(rotary)], [heads.fused], body)
+
+
+@functools.cache
+def norm_heads(heads: Heads, weights: tuple[calls.Shape, calls.Shape], spans: str, centred: bool, eps: float) -> Any:
+    """Fused heads and the weights of queries and of keys -> the same heads, queries and keys normed.
+
+    spans: head (one weight [dim] for all heads), per_head (a weight [dim] for each), all (all heads as one).
     """
-    fused = heads + 2 * kv_heads
+    rest = (
+        *heads.sizes,
+        tirx.const(int(spans == "all"), "int32"),
+        0 if spans == "head" else heads.dim,
+        tirx.const(int(centred), "int32"),
+        tirx.const(eps, "float32"),
+    )
 
-    @T.prim_func(s_tir=True, private=True)
-    def split_rotary(
-        var_qkv: T.handle, var_positions: T.handle, var_q: T.handle, var_k: T.handle, var_v: T.handle,
-        var_frequency: T.handle,
-    ):  # fmt: skip
-        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
-        n = T.int64()
-        offset = T.int64()
-        qkv = T.match_buffer(var_qkv, (n, fused, dim), dtype)
-        positions = T.match_buffer(var_positions, (n,), "int32", elem_offset=offset)
-        q = T.match_buffer(var_q, (n, heads, dim), dtype)
-        k = T.match_buffer(var_k, (n, kv_heads, dim), dtype)
-        v = T.match_buffer(var_v, (n, kv_heads, dim), dtype)
-        frequency = T.match_buffer(var_frequency, (rotary_dim // 2,), "float32")
-        with T.sblock("rope"):
-            T.reads(qkv[0:n, 0:fused, 0:dim], positions[0:n], frequency[0 : rotary_dim // 2])
-            T.writes(q[0:n, 0:heads, 0:dim], k[0:n, 0:kv_heads, 0:dim], v[0:n, 0:kv_heads, 0:dim])
-            if n <= _SERIAL:
-                for i in T.serial(n):
-                    T.evaluate(
-                        T.call_extern(
-                            "void", "mlcbuild_rope", qkv.data, T.address_of(positions[0]), q.data, k.data, v.data,
-                            frequency.data, i, T.int64(heads), T.int64(kv_heads), T.int64(dim), T.int64(rotary_dim),
-                        )
-                    )  # fmt: skip
-            else:
-                for i in T.parallel(n):
-                    T.evaluate(
-                        T.call_extern(
-                            "void", "mlcbuild_rope", qkv.data, T.address_of(positions[0]), q.data, k.data, v.data,
-                            frequency.data, i, T.int64(heads), T.int64(kv_heads), T.int64(dim), T.int64(rotary_dim),
-                        )
-                    )  # fmt: skip
+    def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
+        calls.for_each(symbols["n"], lambda i: calls.call("mlcbuild_norm_heads", *inputs, *outputs, i, *rest), _SERIAL)
 
-    return split_rotary
+    given = [(shape, heads.dtype) for shape in weights]
+    return calls.function("norm_heads", [heads.fused, *given], [heads.fused], body)
+
+
+def _table(rotary: Rotary) -> tuple[calls.Shape, str]:
+    """The frequencies; where nothing is turned, a number that is not read."""
+    return (max(rotary.dim // 2, 1),), "float32"
+
+
+def _arguments(rotary: Rotary) -> tuple[Any, ...]:
+    return rotary.dim, tirx.const(int(rotary.neighbours), "int32"), tirx.const(rotary.factor, "float32")

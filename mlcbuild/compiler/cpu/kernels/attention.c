@@ -29,11 +29,19 @@ typedef struct {
     f32 largest[QUERIES];
     i64 first[QUERIES], end[QUERIES];                                // positions that a query sees
     i64 dim, count;
+    f32 cap;  // scores are capped to it, in powers of two; 0: they are not
 } state;
 
-INLINE void begin(state *s, i64 dim) {
+INLINE void begin(state *s, i64 dim, f32 cap) {
     s->dim = dim;
     s->count = 0;
+    s->cap = cap * LOG2E;
+}
+
+INLINE f32v tanh_v(f32v x) {
+    f32v e = exp2_v(x * splat(2 * LOG2E)), square = x * x;  // small values would lose digits in the quotient
+    f32v small = x * (splat(1.0f) + square * (splat(-1.0f / 3) + square * (splat(2.0f / 15) - square * splat(17.0f / 315))));
+    return select_v(square < splat(0.01f), small, (e - splat(1.0f)) / (e + splat(1.0f)));
 }
 
 // The next query; all of them before the first key.
@@ -108,6 +116,7 @@ NOINLINE void add_keys(state *s, const model *const *key, const model *const *va
         for (int v = 0; v < VECTORS; v++) {
             i32v at = lane + v * LANES;
             score[v] = load_float32(row + v * LANES);
+            if (s->cap != 0.0f) score[v] = splat(s->cap) * tanh_v(score[v] / splat(s->cap));
             score[v] = select_v((at >= from) & (at < to), score[v], splat(2 * LOWEST));
             largest_v = select_v(score[v] > largest_v, score[v], largest_v);
         }
@@ -165,100 +174,101 @@ INLINE i64 highest_end(const state *s) {
     return end;
 }
 
+// What all tasks of a call have in common. A layer whose scale is negative slides: its rows see `window` positions, the
+// last one their own; the scale itself is positive. `window` 0: no layer does.
+typedef struct {
+    const model *q;
+    model *out;
+    f32 *lse;
+    i64 heads, kv_heads, dim, window;
+    f32 cap, scale;
+} call;
+
+// Keys and values of one sequence: rows of one array, or slots of pages.
+typedef struct {
+    const model *key, *value;  // of position 0, or of page 0
+    const i32 *pages;          // null: rows
+    i64 stride;                // from a row to the next, or from a page to the next
+    i64 page, dim;
+} source;
+
+INLINE i64 offset_of(const source *from, i64 position) {
+    if (!from->pages) return position * from->stride;
+    return (i64)from->pages[position / from->page] * from->stride + position % from->page * from->dim;
+}
+
+// Rows [row, end) over positions below `length`; row r is at position `at` + r - row, counted as the keys are, and sees
+// no later ones.
+INLINE void attend(state *s, const call *c, const source *from, i64 row, i64 end, i64 at, i64 length, i64 kv_head) {
+    i64 shared = c->heads / c->kv_heads;
+    i64 window = c->scale < 0.0f && c->window ? c->window : 0;
+    for (i64 g = 0; g < shared; g += QUERIES) {
+        i64 some = min_i64(QUERIES, shared - g), first_head = kv_head * shared + g;
+        begin(s, c->dim, c->cap);
+        for (i64 r = row; r < end; r++) {
+            i64 own = at + r - row, first = window && own >= window ? own - window + 1 : 0;
+            for (i64 i = 0; i < some; i++) add_query(s, first, min_i64(length, own + 1));
+        }
+        for (i64 i = 0; i < s->count; i++)
+            set_query(s, i, c->q + ((row + i / some) * c->heads + first_head + i % some) * c->dim,
+                      c->scale < 0.0f ? -c->scale : c->scale);
+        clear(s);
+        i64 seen = highest_end(s);
+        for (i64 i = lowest_first(s); i < seen; i += ROWS) {
+            const model *key[ROWS], *value[ROWS];
+            i64 held = min_i64(ROWS, seen - i);
+            for (i64 p = 0; p < held; p++) {
+                i64 offset = offset_of(from, i + p);
+                key[p] = from->key + offset;
+                value[p] = from->value + offset;
+            }
+            add_keys(s, key, value, i, held);
+        }
+        for (i64 i = 0; i < s->count; i++) {
+            i64 to = (row + i / some) * c->heads + first_head + i % some;
+            write_query(s, i, c->out + to * c->dim, c->lse + to);
+        }
+    }
+}
+
 // Rows `task / kv_heads * block` and on of q [rows, heads, dim], which belong to the sequences whose ranges in q_indptr
 // hold them; keys and values [rows, kv_heads, dim] are the same call's new tokens.
 EXPORT void mlcbuild_attention_ragged(const model *q, const i32 *q_indptr, const model *k, const model *v,
                                       const i32 *kv_indptr, model *out, f32 *lse, i64 rows, i64 heads, i64 kv_heads,
-                                      i64 dim, i64 block, i64 task, i32 causal, f32 scale) {
+                                      i64 dim, i64 block, i64 task, i64 window, f32 cap, f32 scale) {
+    const call c = {q, out, lse, heads, kv_heads, dim, window, cap, scale};
     i64 row = task / kv_heads * block, last = min_i64(row + block, rows), kv_head = task % kv_heads, b = 0;
-    i64 shared = heads / kv_heads, stride = kv_heads * dim;
     state s;
     while (row < last) {
         while (row >= q_indptr[b + 1]) b++;
-        i64 q_len = q_indptr[b + 1] - q_indptr[b], kv_len = kv_indptr[b + 1] - kv_indptr[b];
-        i64 end = min_i64(last, q_indptr[b + 1]), at = kv_indptr[b] * stride + kv_head * dim;
-        for (i64 g = 0; g < shared; g += QUERIES) {
-            i64 some = min_i64(QUERIES, shared - g);
-            begin(&s, dim);
-            for (i64 r = row; r < end; r++)
-                for (i64 i = 0; i < some; i++)
-                    add_query(&s, 0, causal ? kv_len - q_len + (r - q_indptr[b]) + 1 : kv_len);
-            for (i64 i = 0; i < s.count; i++)
-                set_query(&s, i, q + ((row + i / some) * heads + kv_head * shared + g + i % some) * dim, scale);
-            clear(&s);
-            i64 seen = highest_end(&s);
-            for (i64 i = 0; i < seen; i += ROWS) {
-                const model *key[ROWS], *value[ROWS];
-                i64 held = min_i64(ROWS, seen - i);
-                for (i64 p = 0; p < held; p++) {
-                    key[p] = k + at + (i + p) * stride;
-                    value[p] = v + at + (i + p) * stride;
-                }
-                add_keys(&s, key, value, i, held);
-            }
-            for (i64 i = 0; i < s.count; i++) {
-                i64 to = (row + i / some) * heads + kv_head * shared + g + i % some;
-                write_query(&s, i, out + to * dim, lse + to);
-            }
-        }
+        i64 kv_len = kv_indptr[b + 1] - kv_indptr[b], end = min_i64(last, q_indptr[b + 1]);
+        i64 first = kv_indptr[b] * kv_heads * dim + kv_head * dim;
+        const source from = {k + first, v + first, 0, kv_heads * dim, 0, dim};
+        attend(&s, &c, &from, row, end, kv_len - (q_indptr[b + 1] - row), kv_len, kv_head);
         row = end;
     }
 }
 
-// The same over cached pages [pages, 2, kv_heads, page, dim]. A sequence's first `sink` positions and those from `window`
-// on are visible; q_indptr may be null: one row per sequence. `sliding` > 0 bounds how far back a row sees when the
-// call is causal (its own tokens lie after the cached ones).
+// The same over cached pages [pages, 2, kv_heads, page, dim]: those of sequence b are page_values[page_indptr[b]] and
+// on, its positions there begin at k_start[b], and row r is at q_position[r]. q_indptr may be null: one row per sequence.
 EXPORT void mlcbuild_attention_paged(const model *q, const i32 *q_indptr, const model *pages, const i32 *page_indptr,
-                                     const i32 *page_values, const i32 *last_page_len, const i32 *window,
-                                     const i32 *sink, model *out, f32 *lse, i64 rows, i64 heads, i64 kv_heads, i64 dim,
-                                     i64 page, i64 block, i64 task, i32 causal, i64 sliding, f32 scale) {
+                                     const i32 *page_values, const i32 *last_page_len, const i32 *k_start,
+                                     const i32 *q_position, model *out, f32 *lse, i64 rows, i64 heads, i64 kv_heads,
+                                     i64 dim, i64 page, i64 block, i64 task, i64 window, f32 cap, f32 scale) {
+    const call c = {q, out, lse, heads, kv_heads, dim, window, cap, scale};
     i64 row = task / kv_heads * block, last = min_i64(row + block, rows), kv_head = task % kv_heads, b = 0;
-    i64 shared = heads / kv_heads, half = kv_heads * page * dim;
+    i64 half = kv_heads * page * dim;
     state s;
     while (row < last) {
-        i64 q_begin = row, end = row + 1;
-        if (q_indptr) {
+        if (q_indptr)
             while (row >= q_indptr[b + 1]) b++;
-            q_begin = q_indptr[b];
-            end = q_indptr[b + 1];
-        } else
+        else
             b = row;
-        i64 q_len = end - q_begin;
-        end = min_i64(end, last);
-        i64 first_page = page_indptr[b], held_pages = page_indptr[b + 1] - first_page;
-        i64 sinks = sink ? sink[b] : 0, offset = window ? window[b] : 0;
-        i64 kv_len = held_pages ? (held_pages - 1) * page + last_page_len[b] - offset + sinks : 0;
-        for (i64 g = 0; g < shared; g += QUERIES) {
-            i64 some = min_i64(QUERIES, shared - g);
-            begin(&s, dim);
-            for (i64 r = row; r < end; r++) {
-                i64 q_at = r - q_begin, from = 0, seen = kv_len;
-                if (causal && sliding > 0) {
-                    i64 back = sliding - q_at - 1 > 0 ? sliding - q_at - 1 : 0;
-                    from = kv_len - back > 0 ? kv_len - back : 0;
-                } else if (causal)
-                    seen = min_i64(kv_len, kv_len - q_len + q_at + 1);
-                for (i64 i = 0; i < some; i++) add_query(&s, from, seen);
-            }
-            for (i64 i = 0; i < s.count; i++)
-                set_query(&s, i, q + ((row + i / some) * heads + kv_head * shared + g + i % some) * dim, scale);
-            clear(&s);
-            i64 seen = highest_end(&s);
-            for (i64 i = lowest_first(&s); i < seen; i += ROWS) {
-                const model *key[ROWS], *value[ROWS];
-                i64 held = min_i64(ROWS, seen - i);
-                for (i64 p = 0; p < held; p++) {
-                    i64 position = i + p < sinks ? i + p : i + p - sinks + offset, slot = position % page;
-                    key[p] = pages + (i64)page_values[first_page + position / page] * 2 * half + kv_head * page * dim + slot * dim;
-                    value[p] = key[p] + half;
-                }
-                add_keys(&s, key, value, i, held);
-            }
-            for (i64 i = 0; i < s.count; i++) {
-                i64 to = (row + i / some) * heads + kv_head * shared + g + i % some;
-                write_query(&s, i, out + to * dim, lse + to);
-            }
-        }
+        i64 end = q_indptr ? min_i64(last, q_indptr[b + 1]) : row + 1;
+        i64 held = page_indptr[b + 1] - page_indptr[b], length = held ? (held - 1) * page + last_page_len[b] : 0;
+        const model *first = pages + kv_head * page * dim;
+        const source from = {first, first + half, page_values + page_indptr[b], 2 * half, page, dim};
+        attend(&s, &c, &from, row, end, (i64)q_position[row] - k_start[b], length, kv_head);
         row = end;
     }
 }

@@ -132,36 +132,101 @@ EXPORT void mlcbuild_softmax(const f32 *x, const f32 *temperature, f32 *y, i64 r
     for (; k < width; k++) y[k] *= inverse[0];
 }
 
-// One token's fused [query | key | value] heads, split, the first two turned by its position
-// (Su et al., arXiv 2104.09864): pairs are (d, d + rotary_dim / 2), the angle is position * frequency[d].
+// One token's fused [query | key | value] heads: `heads`, `kv_heads` and again `kv_heads` of `dim` values.
+//
+// Each span of `span` values of the queries and keys, a head or all of them, is normed: divided by its root mean square
+// or, where `centred`, brought to mean 0 and variance 1 before (Ba et al., arXiv 1607.06450). Weights of a head's place
+// in the span lie `stride` apart.
+INLINE void norm_span(const model *in, const model *w, model *out, i64 span, i32 centred, f32 eps) {
+    f32v part = splat(0.0f), squares = splat(0.0f);
+    f32 total = 0.0f, square = 0.0f;
+    i64 d = 0;
+    if (centred) {
+        for (; d + LANES <= span; d += LANES) part += load_model(in + d);
+        for (; d < span; d++) total += get_model(in + d);
+    }
+    f32 mean = (total + sum(part)) / (f32)span;
+    for (d = 0; d + LANES <= span; d += LANES) {
+        f32v v = load_model(in + d) - splat(mean);
+        squares += v * v;
+    }
+    for (; d < span; d++) square += (get_model(in + d) - mean) * (get_model(in + d) - mean);
+    f32 scale = 1.0f / __builtin_sqrtf((square + sum(squares)) / (f32)span + eps);
+    for (d = 0; d + LANES <= span; d += LANES)
+        store_model(out + d, (load_model(in + d) - splat(mean)) * splat(scale) * load_model(w + d));
+    for (; d < span; d++) put_model(out + d, (get_model(in + d) - mean) * scale * get_model(w + d));
+}
+
+EXPORT void mlcbuild_norm_heads(const model *qkv, const model *q_weight, const model *k_weight, model *out, i64 row,
+                                i64 heads, i64 kv_heads, i64 dim, i32 together, i64 stride, i32 centred, f32 eps) {
+    i64 width = (heads + 2 * kv_heads) * dim, at = 0;
+    const model *in = qkv + row * width;
+    out += row * width;
+    for (i64 side = 0; side < 2; side++) {
+        i64 count = side ? kv_heads : heads, span = together ? count * dim : dim;
+        const model *w = side ? k_weight : q_weight;
+        for (i64 end = at + count * dim; at < end; at += span, w += stride)
+            norm_span(in + at, w, out + at, span, centred, eps);
+    }
+    for (; at < width; at++) out[at] = in[at];
+}
+
+// Rotary embedding (Su et al., arXiv 2104.09864) of the first rotary_dim values of a head: the d-th pair is turned by
+// position * frequency[d], times `factor`. Pairs are (d, d + rotary_dim / 2) or, where `neighbours`, (2 d, 2 d + 1).
 #define MAX_ROTARY 512
 
+INLINE void rope_angles(f32 *cosine, f32 *sine, i32 position, const f32 *frequency, i64 half, f32 factor) {
+    for (i64 d = 0; d < half; d++) {
+        f32 angle = (f32)position * frequency[d];
+        cosine[d] = cosf(angle) * factor;
+        sine[d] = sinf(angle) * factor;
+    }
+}
+
+INLINE void turn(const model *in, model *out, i64 a, i64 b, f32 cosine, f32 sine) {
+    f32 x = get_model(in + a), y = get_model(in + b);
+    put_model(out + a, x * cosine - y * sine);
+    put_model(out + b, y * cosine + x * sine);
+}
+
+INLINE void rope_head(const model *in, model *out, const f32 *cosine, const f32 *sine, i64 dim, i64 half,
+                      i32 neighbours) {
+    i64 d = 0;
+    if (neighbours)
+        for (; d < half; d++) turn(in, out, 2 * d, 2 * d + 1, cosine[d], sine[d]);
+    for (; d + LANES <= half; d += LANES) {
+        f32v a = load_model(in + d), b = load_model(in + d + half);
+        f32v c = load_float32(cosine + d), s = load_float32(sine + d);
+        store_model(out + d, a * c - b * s);
+        store_model(out + d + half, b * c + a * s);
+    }
+    for (; d < half; d++) turn(in, out, d, d + half, cosine[d], sine[d]);
+    for (d = 2 * half; d < dim; d++) out[d] = in[d];
+}
+
+// Queries and keys turned, and all three apart.
 EXPORT void mlcbuild_rope(const model *qkv, const i32 *positions, model *q, model *k, model *v, const f32 *frequency,
-                          i64 row, i64 heads, i64 kv_heads, i64 dim, i64 rotary_dim) {
+                          i64 row, i64 heads, i64 kv_heads, i64 dim, i64 rotary_dim, i32 neighbours, f32 factor) {
     f32 cosine[MAX_ROTARY / 2], sine[MAX_ROTARY / 2];
     i64 half = rotary_dim / 2;
-    for (i64 d = 0; d < half; d++) {
-        f32 angle = (f32)positions[row] * frequency[d];
-        cosine[d] = cosf(angle);
-        sine[d] = sinf(angle);
-    }
+    rope_angles(cosine, sine, positions[row], frequency, half, factor);
     const model *in = qkv + row * (heads + 2 * kv_heads) * dim;
     for (i64 head = 0; head < heads + 2 * kv_heads; head++, in += dim) {
         model *out = head < heads ? q + (row * heads + head) * dim
                      : head < heads + kv_heads ? k + (row * kv_heads + head - heads) * dim
                                                : v + (row * kv_heads + head - heads - kv_heads) * dim;
-        i64 turned = head < heads + kv_heads ? half : 0, d = 0;
-        for (; d + LANES <= turned; d += LANES) {
-            f32v a = load_model(in + d), b = load_model(in + d + half);
-            f32v c = load_float32(cosine + d), s = load_float32(sine + d);
-            store_model(out + d, a * c - b * s);
-            store_model(out + d + half, b * c + a * s);
-        }
-        for (; d < turned; d++) {
-            f32 a = get_model(in + d), b = get_model(in + d + half);
-            put_model(out + d, a * cosine[d] - b * sine[d]);
-            put_model(out + d + half, b * cosine[d] + a * sine[d]);
-        }
-        for (d = 2 * turned; d < dim; d++) out[d] = in[d];
+        rope_head(in, out, cosine, sine, dim, head < heads + kv_heads ? half : 0, neighbours);
+    }
+}
+
+// Queries and keys turned, all three still in one row.
+EXPORT void mlcbuild_rope_fused(const model *qkv, const i32 *positions, const f32 *frequency, model *out, i64 row,
+                                i64 heads, i64 kv_heads, i64 dim, i64 rotary_dim, i32 neighbours, f32 factor) {
+    f32 cosine[MAX_ROTARY / 2], sine[MAX_ROTARY / 2];
+    i64 half = rotary_dim / 2, fused = heads + 2 * kv_heads;
+    rope_angles(cosine, sine, positions[row], frequency, half, factor);
+    for (i64 head = 0; head < fused; head++) {
+        i64 at = (row * fused + head) * dim;
+        rope_head(qkv + at, out + at, cosine, sine, dim, head < heads + kv_heads ? half : 0, neighbours);
     }
 }

@@ -26,7 +26,7 @@ _SEQUENCE = 0  # the number of the only one
 
 
 class Blocks:
-    """An opened library of pieces with a KV cache for one layer of one sequence."""
+    """An opened library of pieces with a KV cache for one sequence, in which each kind of layer has a place."""
 
     def __init__(self, path: Path) -> None:
         """Raises MlcBuildError where `path` is not such a library for this machine."""
@@ -44,13 +44,16 @@ class Blocks:
         array = np.asarray(ids, np.int32)
         return np.concatenate([self._call("embed", piece, embedding) for piece in self._pieces(array)])
 
-    def layer(self, hidden: Float32, weights: Tensors) -> Float32:
-        """A layer's output for a window, as a sequence of its own."""
-        return np.concatenate([out for out, *_ in self._layer("decoder_layer", hidden, weights)])
+    def layer(self, hidden: Float32, weights: Tensors, kind: int = 0) -> Float32:
+        """The output of a layer of this kind (Structure.kinds) for a window, as a sequence of its own."""
+        return np.concatenate([out for out, *_ in self._layer("decoder_layer", hidden, weights, kind)])
 
-    def layer_with_inputs(self, hidden: Float32, weights: Tensors) -> Iterator[list[Float32]]:
-        """The layer's output and what its matrices are multiplied with, in pieces: [tokens, H], [tokens, K], ..."""
-        return self._layer("decoder_layer_inputs", hidden, weights)
+    def layer_with_inputs(self, hidden: Float32, weights: Tensors, kind: int = 0) -> Iterator[list[Float32]]:
+        """The layer's output and what its matrices are multiplied with, in pieces: [tokens, H], [tokens, K], ...
+
+        What experts are multiplied with is followed by which of them the tokens chose, [tokens, choices].
+        """
+        return self._layer("decoder_layer_inputs", hidden, weights, kind)
 
     def normed(self, hidden: Float32, final_norm: Tensors) -> Float32:
         """What the head is given."""
@@ -60,12 +63,13 @@ class Blocks:
         """float32 [tokens, rows of the head's matrix], for at most `chunk` tokens."""
         return self._call("head", normed, head)
 
-    def _layer(self, name: str, hidden: Float32, weights: Tensors) -> Iterator[list[Float32]]:
+    def _layer(self, name: str, hidden: Float32, weights: Tensors, kind: int) -> Iterator[list[Float32]]:
+        function = self.library[name if kind == 0 else f"{name}_{kind}"]
         with self._sequence():
             for piece in self._pieces(hidden):
                 self._state("begin_forward", tvm_runtime.shape(_SEQUENCE), tvm_runtime.shape(len(piece)))
                 try:
-                    found = self.library[name](tvm_runtime.tensor(piece), self._cache, 0, *weights)
+                    found = function(tvm_runtime.tensor(piece), self._cache, kind, *weights)
                 finally:
                     self._state("end_forward")
                 results = [found] if name == "decoder_layer" else list(found)

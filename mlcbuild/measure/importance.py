@@ -7,16 +7,17 @@ bits of a sum, which may differ between machines, then seldom show.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.measure.blocks import Blocks
-from mlcbuild.measure.model import Model, Windows, embedded, widened
+from mlcbuild.measure.model import Windows, embedded, model_of, widened
 from mlcbuild.measure.unquantized import Unquantized
 from mlcbuild.models.parameters import Parameter
+from mlcbuild.models.structure import Structure
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -25,7 +26,7 @@ _BITS = 10
 
 
 def importance(
-    parameters: Sequence[Parameter],
+    structure: Structure,
     blocks: Blocks,
     checkpoint: Unquantized,
     windows: Windows,
@@ -36,7 +37,7 @@ def importance(
     Of experts, `[experts, K in]`: what runs through each, which is nothing where no token chose it.
     Raises MlcBuildError for a text without windows, and where hidden states are not finite, naming the layer.
     """
-    model = Model(parameters)
+    model = model_of(structure)
     tokens = sum(len(ids) for ids in windows)
     hidden = embedded(model, blocks, checkpoint, windows)
     found: dict[str, Float32] = {}
@@ -48,7 +49,7 @@ def importance(
         following = []
         for window in hidden:
             pieces = []
-            for out, *inputs in blocks.layer_with_inputs(window, given):
+            for out, *inputs in blocks.layer_with_inputs(window, given, model.kinds[number]):
                 pieces.append(out)
                 given_inputs = iter(inputs)
                 for total in sums:

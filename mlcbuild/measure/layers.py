@@ -16,10 +16,11 @@ import numpy.typing as npt
 
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.measure.blocks import Blocks, Tensors
-from mlcbuild.measure.model import Model, Windows, embedded, widened
+from mlcbuild.measure.model import Windows, embedded, model_of, widened
 from mlcbuild.measure.packed import Packed
 from mlcbuild.measure.unquantized import Unquantized
 from mlcbuild.models.parameters import Parameter
+from mlcbuild.models.structure import Structure
 from mlcbuild.runtime import evaluate, tvm_runtime
 
 Float32 = npt.NDArray[np.float32]
@@ -41,14 +42,14 @@ class Layers:
 
 
 def compare(
-    parameters: Sequence[Parameter],
+    structure: Structure,
     reference: tuple[Blocks, Unquantized],
     package: tuple[Blocks, Packed],
     windows: Windows,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Layers:
     """Raises MlcBuildError as `evaluate.compare` does, and where hidden states are not finite, naming the layer."""
-    model = Model(parameters)
+    model = model_of(structure)
     (theirs, checkpoint), (ours, packed) = reference, package
     p = embedded(model, theirs, checkpoint, windows)
     given = packed.tensors(model.embedding)
@@ -58,9 +59,9 @@ def compare(
     for number in range(model.layers):
         mine = model.layer(number)
         given = widened(mine, checkpoint)
-        p = [theirs.layer(hidden, given) for hidden in p]
+        p = [theirs.layer(hidden, given, model.kinds[number]) for hidden in p]
         given = packed.tensors(mine)
-        q = [ours.layer(hidden, given) for hidden in q]
+        q = [ours.layer(hidden, given, model.kinds[number]) for hidden in q]
         tensors |= {each.name: _error(each, checkpoint, packed) for each in mine if len(each.shape) > 1}
         blocks[f"layer {number}"] = _apart(q, p, f"layer {number}")
         progress(number + 1, model.layers)

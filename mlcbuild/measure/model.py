@@ -12,7 +12,8 @@ import numpy.typing as npt
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.measure.blocks import Blocks
 from mlcbuild.measure.unquantized import Unquantized
-from mlcbuild.models.parameters import Parameter
+from mlcbuild.models.parameters import Parameter, parameters
+from mlcbuild.models.structure import Structure
 from mlcbuild.runtime import tvm_runtime
 
 Float32 = npt.NDArray[np.float32]
@@ -21,13 +22,14 @@ Windows = Sequence[Sequence[int]]  # token ids of each
 
 @dataclass(frozen=True)
 class Model:
-    """A model's parameters by where they are used."""
+    """A model's parameters by where they are used, and the kind of each layer."""
 
     parameters: Sequence[Parameter]
+    kinds: Sequence[int]
 
     @property
     def layers(self) -> int:
-        return 1 + max(p.layer for p in self.parameters if p.layer is not None)
+        return len(self.kinds)
 
     def layer(self, number: int) -> list[Parameter]:
         return [p for p in self.parameters if p.layer == number]
@@ -51,9 +53,13 @@ class Model:
         return next(filter(None, found))
 
 
-def widened(parameters: Sequence[Parameter], checkpoint: Unquantized) -> list[Any]:
+def model_of(structure: Structure) -> Model:
+    return Model(parameters(structure), structure.kinds)
+
+
+def widened(wanted: Sequence[Parameter], checkpoint: Unquantized) -> list[Any]:
     """What a float32 library takes for these parameters."""
-    return [tvm_runtime.tensor(checkpoint.rows(each.name).reshape(each.shape)) for each in parameters]
+    return [tvm_runtime.tensor(checkpoint.rows(each.name).reshape(each.shape)) for each in wanted]
 
 
 def embedded(model: Model, blocks: Blocks, checkpoint: Unquantized, windows: Windows) -> list[Float32]:

@@ -6,7 +6,9 @@ compute dtype. The parameters of a piece are those of its roles, in the order of
 
     embed(input_ids int32 [n], embedding...) -> [n, H]
     decoder_layer(x [n, H], cache, layer_id, the layer's...) -> [n, H]
-    decoder_layer_inputs(the same) -> ([n, H], and what each matrix of the layer is multiplied with: [n, K], in order)
+    decoder_layer_inputs(the same) -> ([n, H], and what each matrix of the layer is multiplied with: [n, K], in order;
+        of experts x [n, K] or [n * choices, K], and then which experts the tokens chose: int32 [n, choices])
+    decoder_layer_1, decoder_layer_inputs_1, ...: the same for layers of other kinds (Structure.kinds)
     final_norm(x [n, H], final_norm) -> [n, H]
     head(normed [n, H], lm_head..., or the tied embedding...) -> float32 [n, V]
 
@@ -27,7 +29,7 @@ from mlcbuild.models.weights import Weight, head_role, weight_of
 
 
 def emit_blocks(decoder: Decoder) -> None:
-    """Add every piece of a decoder of one layer to its builder."""
+    """Add every piece of a decoder that has one layer of each kind to its builder."""
     d, width = decoder, decoder.structure.hidden_size
     compute = d.operations.compute
     ids = d.tensor("input_ids", [tirx.Var("seq_len", "int64")], "int32")
@@ -37,8 +39,9 @@ def emit_blocks(decoder: Decoder) -> None:
     _emit(d, "final_norm", x, "final_norm", lambda w: norm(x, w.plain, d.structure.norm_eps))
     normed = d.tensor("normed", [tirx.Var("seq_len", "int64"), width], compute)
     _emit(d, "head", normed, head_role(d.structure), lambda w: d.operations.linear(normed, w, "float32"))
-    _emit_layer(d, "decoder_layer", with_inputs=False)
-    _emit_layer(d, "decoder_layer_inputs", with_inputs=True)
+    for kind in range(d.structure.num_hidden_layers):
+        _emit_layer(d, kind, with_inputs=False)
+        _emit_layer(d, kind, with_inputs=True)
 
 
 def _emit(d: Decoder, name: str, x: relax.Var, role: str, body: Callable[[Weight], Expr]) -> None:
@@ -51,19 +54,29 @@ def _emit(d: Decoder, name: str, x: relax.Var, role: str, body: Callable[[Weight
         d.builder.emit_func_output(out)
 
 
-def _emit_layer(d: Decoder, name: str, with_inputs: bool) -> None:
-    inputs = layer_inputs(d)
-    seen: dict[str, Expr] = {}  # what is multiplied with a matrix, by the name of the matrix's first part
-    linear = d.operations.linear
+def _emit_layer(d: Decoder, kind: int, with_inputs: bool) -> None:
+    inputs = layer_inputs(d, kind)
+    seen: dict[str, list[Expr]] = {}  # what is multiplied with a matrix, by the name of the matrix's first part
+    compute, linear, expert_linear = d.operations.compute, d.operations.linear, d.operations.expert_linear
+
+    def first_part(weight: Weight) -> str:
+        name: str = next(iter(weight.parts.values())).name
+        return name
 
     def watched(x: Expr, weight: Weight, out_dtype: str) -> Expr:
-        seen[next(iter(weight.parts.values())).name] = x
+        seen[first_part(weight)] = [d.cast(x, compute)]
         return linear(x, weight, out_dtype)
 
-    watching = Decoder(d.builder, d.structure, d.declared, replace(d.operations, linear=watched), d.dtype)
-    with d.builder.function(name, inputs):
+    def watched_experts(x: Expr, chosen: Expr, weight: Weight) -> Expr:
+        seen[first_part(weight)] = [d.cast(x, compute), chosen]
+        return expert_linear(x, chosen, weight)
+
+    operations = replace(d.operations, linear=watched, expert_linear=watched_experts)
+    watching = Decoder(d.builder, d.structure, d.declared, operations, d.dtype)
+    name = "decoder_layer_inputs" if with_inputs else "decoder_layer"
+    with d.builder.function(name if kind == 0 else f"{name}_{kind}", inputs):
         with d.builder.dataflow():
-            out = d.builder.emit(layer(watching, *inputs))
-            xs = [d.cast(seen[p.name], d.operations.compute) for p in d.declared if p.name in seen]
+            out = d.builder.emit(layer(watching, *inputs, number=kind))
+            xs = [x for p in d.declared for x in seen.get(p.name, ())]
             out = d.builder.emit_output(relax.Tuple([out, *xs]) if with_inputs else out)
         d.builder.emit_func_output(out)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,13 @@ class ParameterRule:
     @property
     def per_layer(self) -> bool:
         return "{i}" in self.name
+
+    def of_layers(self, layers: Sequence[int]) -> ParameterRule:
+        """The rule in a model that consists of these layers."""
+        if self.layers is None:
+            return self
+        mine = tuple(number for number, layer in enumerate(layers) if layer in self.layers)
+        return dataclasses.replace(self, layers=None if len(mine) == len(layers) else mine)
 
 
 @dataclass(frozen=True)
@@ -152,15 +159,27 @@ class Structure:
         return "full" if self.sliding_window_size is None else "sliding"
 
     @property
+    def kinds(self) -> tuple[int, ...]:
+        """For each layer the number of its kind, counted in the order in which kinds first occur: 0, 1, 1, 0 ..."""
+        seen: dict[Any, int] = {}
+        return tuple(seen.setdefault(self._kind(layer), len(seen)) for layer in range(self.num_hidden_layers))
+
+    def _kind(self, layer: int) -> Any:
+        """What makes layers compute differently."""
+        return tuple(rule.layers is None or layer in rule.layers for rule in self.rules)
+
+    @property
     def one_layer(self) -> Structure:
         """The structure of a library that computes one layer at a time, over texts (mlcbuild.models.blocks).
 
-        It has a single layer and limits that suit whoever goes through a text, so that models which differ in these
-        only share it.
+        It has a single layer of each kind and limits that suit whoever goes through a text, so that models which differ
+        in these only share it.
         """
+        firsts = [self.kinds.index(kind) for kind in sorted(set(self.kinds))]
         return dataclasses.replace(
             self,
-            num_hidden_layers=1,
+            rules=tuple(rule.of_layers(firsts) for rule in self.rules),
+            num_hidden_layers=len(firsts),
             context_window_size=TEXT_WINDOW,
             prefill_chunk_size=TEXT_CHUNK,
             max_batch_size=1,

@@ -12,7 +12,6 @@ from mlcbuild.measure.blocks import Blocks
 from mlcbuild.measure.importance import importance
 from mlcbuild.measure.unquantized import Unquantized
 from mlcbuild.models import structure
-from mlcbuild.models.parameters import parameters
 from mlcbuild.runtime import evaluate
 from mlcbuild.runtime.tokenizer import load_tokenizer
 from mlcbuild.steps.job import Job
@@ -66,7 +65,7 @@ def run(job: Job) -> None:
         windows.append(window)
         tokens += len(window)
     found = importance(
-        parameters(model),
+        model,
         blocks,
         Unquantized(job.inputs["convert"].read_json("parameters.json"), job.materials),
         windows,

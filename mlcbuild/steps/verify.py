@@ -138,15 +138,15 @@ def _whole(job: Job, folder: Path, config: Config, tokenizer: Tokenizer) -> Meas
 
 def _layers(job: Job, folder: Path, config: Config, tokenizer: Tokenizer) -> Measured:
     """The text through one layer of both models after the other."""
-    known = parameters(structure.from_json(job.fields["structure"]))
+    model = structure.from_json(job.fields["structure"])
     ours, theirs = (
         Blocks(_only(job.folder(job.inputs[name], job.scratch / name), "model.*")) for name in ("blocks", "reference")
     )
     format_ = quantization_from_json(job.fields["quantization"])
     found = layers.compare(
-        known,
+        model,
         (theirs, Unquantized(job.inputs["convert"].read_json("parameters.json"), job.materials)),
-        (ours, Packed(package.find_weights(folder), known, format_)),
+        (ours, Packed(package.find_weights(folder), parameters(model), format_)),
         _windows(job, tokenizer, config.get("context_window_size", -1), theirs.window),
         lambda done, total: job.progress(done, total, "layers"),
     )

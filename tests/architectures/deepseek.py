@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 State = Mapping[str, Array]
+Seen = dict[str, list[Array]]
 
 CONFIG: dict[str, Any] = {
     "model_type": "deepseek",
@@ -79,15 +80,16 @@ def random_state(config: Mapping[str, Any], seed: int = 0) -> dict[str, Array]:
     return state | {f"{name}.weight": rng.uniform(0.5, 1.5, hidden).astype(np.float32) for name in norms}
 
 
-def logits(config: Mapping[str, Any], state: State, ids: list[int]) -> Array:
-    """[len(ids), vocab_size], in float64."""
+def logits(config: Mapping[str, Any], state: State, ids: list[int], seen: Seen | None = None) -> Array:
+    """[len(ids), vocab_size], in float64. `seen` receives what matrices of MLPs are multiplied with, by their names."""
+    seen = {} if seen is None else seen
     w = {name: values.astype(np.float64) for name, values in state.items()}
     x = w["model.embed_tokens.weight"][ids]
     for layer in range(config["num_hidden_layers"]):
         at = f"model.layers.{layer}"
         x = x + _attention(config, w, f"{at}.self_attn", _norm(config, x, w[f"{at}.input_layernorm.weight"]))
         normed = _norm(config, x, w[f"{at}.post_attention_layernorm.weight"])
-        x = x + (_experts if has_experts(config, layer) else _mlp)(config, w, f"{at}.mlp", normed)
+        x = x + (_experts if has_experts(config, layer) else _mlp)(config, w, f"{at}.mlp", normed, seen)
     head = "model.embed_tokens" if config["tie_word_embeddings"] else "lm_head"
     return np.asarray(_norm(config, x, w["model.norm.weight"]) @ w[f"{head}.weight"].T)
 
@@ -96,21 +98,24 @@ def _norm(config: Mapping[str, Any], x: Array, weight: Array) -> Array:
     return np.asarray(x / np.sqrt((x**2).mean(-1, keepdims=True) + config["rms_norm_eps"]) * weight)
 
 
-def _mlp(config: Mapping[str, Any], w: State, at: str, x: Array) -> Array:
+def _mlp(config: Mapping[str, Any], w: State, at: str, x: Array, seen: Seen) -> Array:
     gate, up = x @ w[f"{at}.gate_proj.weight"].T, x @ w[f"{at}.up_proj.weight"].T
-    return np.asarray(gate / (1 + np.exp(-gate)) * up @ w[f"{at}.down_proj.weight"].T)
+    inner = gate / (1 + np.exp(-gate)) * up
+    for name, values in (("gate_proj", x), ("down_proj", inner)):
+        seen.setdefault(f"{at}.{name}.weight", []).append(np.atleast_2d(values))
+    return np.asarray(inner @ w[f"{at}.down_proj.weight"].T)
 
 
-def _experts(config: Mapping[str, Any], w: State, at: str, x: Array) -> Array:
+def _experts(config: Mapping[str, Any], w: State, at: str, x: Array, seen: Seen) -> Array:
     """Equations 9 to 11 of the paper: shared experts, and those of the largest affinities, by their affinities."""
     scores = np.exp(x @ w[f"{at}.gate.weight"].T)
     scores /= scores.sum(-1, keepdims=True)
-    out = _mlp(config, w, f"{at}.shared_experts", x) if config["n_shared_experts"] else np.zeros_like(x)
+    out = _mlp(config, w, f"{at}.shared_experts", x, seen) if config["n_shared_experts"] else np.zeros_like(x)
     for token, row in enumerate(scores):
         chosen = np.argsort(-row)[: config["num_experts_per_tok"]]
         shares = row[chosen] / row[chosen].sum() if config["norm_topk_prob"] else row[chosen]
         for expert, share in zip(chosen, shares * config.get("routed_scaling_factor", 1.0), strict=True):
-            out[token] += share * _mlp(config, w, f"{at}.experts.{expert}", x[token])
+            out[token] += share * _mlp(config, w, f"{at}.experts.{expert}", x[token], seen)
     return out
 
 

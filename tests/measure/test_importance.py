@@ -9,7 +9,6 @@ import pytest
 
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.measure.importance import importance
-from mlcbuild.models.parameters import parameters
 from tests.measure.conftest import WINDOWS, Case
 
 SOURCES = {
@@ -48,7 +47,7 @@ def hooked(case: Case) -> dict[str, Any]:
 
 
 def test_mean_squares_are_those_of_transformers(case: Case) -> None:
-    found = importance(parameters(case.structure), case.blocks("q0f32"), case.checkpoint, WINDOWS)
+    found = importance(case.structure, case.blocks("q0f32"), case.checkpoint, WINDOWS)
     expected = hooked(case)
     assert found.keys() == expected.keys()
     for name, values in expected.items():
@@ -57,7 +56,7 @@ def test_mean_squares_are_those_of_transformers(case: Case) -> None:
 
 
 def test_figures_are_rounded(case: Case) -> None:
-    found = importance(parameters(case.structure), case.blocks("q0f32"), case.checkpoint, WINDOWS)
+    found = importance(case.structure, case.blocks("q0f32"), case.checkpoint, WINDOWS)
     for values in found.values():
         mantissa, _ = np.frexp(values)
         assert (mantissa * 1024 == np.round(mantissa * 1024)).all()
@@ -65,4 +64,4 @@ def test_figures_are_rounded(case: Case) -> None:
 
 def test_a_text_with_nothing_in_it(case: Case) -> None:
     with pytest.raises(MlcBuildError, match="the text has no document of two tokens or more"):
-        importance(parameters(case.structure), case.blocks("q0f32"), case.checkpoint, [])
+        importance(case.structure, case.blocks("q0f32"), case.checkpoint, [])

@@ -22,7 +22,9 @@ from tests.support import llama
 def compared(case: Case, quantization: str, folder: Path | None = None) -> layers.Layers:
     known = parameters(case.structure)
     packed = Packed(folder or case.package(quantization), known, llama.QUANTIZATIONS[quantization])
-    return layers.compare(known, (case.blocks("q0f32"), case.checkpoint), (case.blocks(quantization), packed), WINDOWS)
+    return layers.compare(
+        case.structure, (case.blocks("q0f32"), case.checkpoint), (case.blocks(quantization), packed), WINDOWS
+    )
 
 
 def transformers_figures(case: Case, quantization: str) -> evaluate.Comparison:

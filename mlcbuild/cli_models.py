@@ -30,10 +30,11 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser], 
     )
     new.add_argument("--dry-run", action="store_true", help="print the file and write nothing")
 
-    inspect = add(commands, "inspect", _inspect, "show what a checkpoint is, and what building it would reuse")
+    inspect = add(commands, "inspect", _inspect, "show what a checkpoint or a library is, and what it could share")
     inspect.add_argument(
-        "checkpoint", metavar="HF_ID_OR_PATH", help="owner/name on the hub, a folder, or a model's name"
+        "checkpoint", metavar="HF_ID_OR_PATH", help="owner/name on the hub, a folder, a model's name, a library"
     )
+    inspect.add_argument("--weights", type=Path, metavar="FOLDER", help="of a library: check that it takes these")
     inspect.add_argument("--json", action="store_true", help="as JSON")
 
     for parser in (new, inspect):
@@ -53,11 +54,19 @@ def _new(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    from mlcbuild.survey import library
     from mlcbuild.survey.found import find
     from mlcbuild.survey.inspect import survey, to_json
     from mlcbuild.survey.text import render
 
     catalog = _catalog(required=False)
+    path = Path(options.checkpoint)
+    if path.suffix in library.SUFFIXES and path.is_file():
+        seen = library.look(path, catalog, options.weights)
+        print(json.dumps(library.to_json(seen), indent=1)) if options.json else sys.stdout.write(library.render(seen))
+        return 0
+    if options.weights is not None:
+        raise MlcBuildError(f"--weights is for a library ({', '.join(library.SUFFIXES)}), and {path} is none")
     with find(options.checkpoint, catalog, options.revision) as found:
         known = survey(found, catalog, found.model.name if found.model else options.checkpoint)
     if options.json:

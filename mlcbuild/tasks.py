@@ -54,6 +54,7 @@ _GROUPS = {
     "library": "make the libraries only",
     "package": "put weights, tokenizer and library together",
     "verify": "check packages against the unquantized model",
+    "publish": "upload verified packages to a hub; upload=1, without it only say what would be uploaded",
 }
 _ALWAYS = {
     "name": "always",
@@ -108,7 +109,8 @@ def task_steps() -> Iterator[Task]:
         begin(session.store.root, session.store.save_counts)
         _console.at_start.append(partial(_before, session))
         _console.at_end += [lambda: remember(session, began), lambda: _write_reports(variables)]
-        tasks = [*_goals(session), *_unplanned(session), *_steps(session), *_groups(session)]
+        publishing = _publishing(session, variables, sys.argv[1:])
+        tasks = [*_goals(session), *_unplanned(session), *_steps(session), *publishing, *_groups(session)]
         _check_names(sys.argv[1:], {task.name for task in tasks}, session)
     except MlcBuildError as error:
         raise InvalidCommand(str(error)) from None
@@ -265,11 +267,33 @@ def _steps(session: Session) -> Iterator[Task]:
         )
 
 
+def _publishing(session: Session, variables: Variables, words: Sequence[str]) -> list[Task]:
+    """`publish:<recipe>`, which always looks at what is on the hub. Raises MlcBuildError where it cannot know which."""
+    publish: Callable[[str, bool], None] = _not_asked
+    if any(word.partition(":")[0] == "publish" for word in words) and "list" not in words and "info" not in words:
+        from mlcbuild.execution.publish import Publisher, place
+
+        where = place(variables.namespace, variables.libraries, variables.upload, variables.private)
+        publisher = Publisher(session, where)
+        publish = publisher.publish
+        _console.at_end.append(publisher.finish)
+    return [
+        _task(f"publish:{name}", _GROUPS["publish"], [f"build:{name}"], lambda: False, partial(publish, name))
+        for name in session.graph.goals
+    ]
+
+
+def _not_asked(recipe: str, forced: bool) -> None:
+    raise StepFailed(f"publish:{recipe}: ask for it by its name: doit publish recipe={recipe}")
+
+
 def _groups(session: Session) -> Iterator[Task]:
     """`doit quantize`: the recipes' own steps of a kind, without those that only their verification needs."""
     goals = session.graph.goals
     for kind, doc in _GROUPS.items():
-        if kind == "build":
+        if kind == "publish":
+            members = [f"publish:{name}" for name in goals]
+        elif kind == "build":
             members = [f"build:{name}" for name in (*goals, *session.graph.unlocked, *session.graph.broken)]
         else:
             members = list(dict.fromkeys(goal.steps[kind] for goal in goals.values() if kind in goal.steps))

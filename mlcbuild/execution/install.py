@@ -19,6 +19,8 @@ from mlcbuild.cache.store import Store, total_size
 from mlcbuild.cache.tree import Entry
 from mlcbuild.execution.manifest import NAME as MANIFEST
 
+# What publishing adds to a package. It follows from the manifest, and no build depends on it.
+BESIDE = ("published.json", "provenance.intoto.json", "sbom.cdx.json")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
@@ -31,7 +33,7 @@ def is_installed(dist: Path, name: str, files: Mapping[str, Entry], manifest: by
     try:
         if (folder / MANIFEST).read_bytes() != manifest or _staging(dist, name).exists():
             return False
-        if _names(folder) != {MANIFEST, *files}:
+        if _names(folder) - set(BESIDE) != {MANIFEST, *files}:
             return False
         return all(_is_whole(folder / file, entry) for file, entry in files.items())
     except OSError:

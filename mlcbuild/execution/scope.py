@@ -14,7 +14,7 @@ from mlcbuild.recipes.select import Cell
 
 # doit's commands that run no task.
 _SHOWING = ("clean", "completion", "dumpdb", "forget", "help", "ignore", "info", "list", "reset-dep", "tabcompletion")
-_OF_RECIPES = ("build", "package", "verify")
+_OF_RECIPES = ("build", "package", "verify", "publish")
 _OF_MODELS = ("download", "convert", "calibrate", "quantize")
 
 

@@ -26,6 +26,10 @@ _NAMES = (
     "remote_write",
     "cores",
     "memory",
+    "namespace",
+    "libraries",
+    "upload",
+    "private",
 )
 _SWITCHES = {"1": True, "0": False}
 
@@ -44,6 +48,10 @@ class Variables:
     remote_write: bool
     cores: int | None
     memory: int | None  # bytes
+    namespace: str | None  # of the hub: a user or an organisation
+    libraries: str | None
+    upload: bool
+    private: bool
 
 
 def read_variables(given: Mapping[str, str], where: Path) -> Variables:
@@ -76,6 +84,10 @@ def read_variables(given: Mapping[str, str], where: Path) -> Variables:
         remote_write=write,
         cores=_cores(given.get("cores") or os.environ.get("MLCBUILD_CORES", "")),
         memory=_memory(given.get("memory") or os.environ.get("MLCBUILD_MEMORY", "")),
+        namespace=given.get("namespace") or os.environ.get("MLCBUILD_NAMESPACE") or None,
+        libraries=given.get("libraries") or None,
+        upload=_switch(given, "upload"),
+        private=_switch(given, "private"),
     )
 
 

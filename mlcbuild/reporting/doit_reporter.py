@@ -125,9 +125,10 @@ def reporter_class(console: Console) -> type[ConsoleReporter]:
                 self.messages.append(f"{fail.message}{''.join(fail.traceback)}")
                 return
             self.counts["skipped"] += not task.has_subtask
-            if task.name.startswith("build:"):
+            done = {"build": "built", "publish": "published"}.get(task.name.partition(":")[0])
+            if done and ":" in task.name:
                 roots = ", ".join(sorted(self.failed & needs(self.tasks, task.name)))
-                self.messages.append(f"{task.name}: not built, because of {roots}")
+                self.messages.append(f"{task.name}: not {done}, because of {roots}")
 
         def complete_run(self) -> None:
             console.report(RunFinished(round(time.monotonic() - self.started, 3), **self.counts))

@@ -71,6 +71,12 @@ class Hub:
             siblings.append(entry)
         return {"id": self.repo, "modelId": self.repo, "sha": self.commit, "siblings": siblings}
 
+    def take(
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes
+    ) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body for what changes something: this hub is only read."""
+        return 405, {}, b""
+
     def answer(self, path: str, headers: Mapping[str, str]) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body for a GET of `path`."""
         if self.token is not None and headers.get("authorization") != f"Bearer {self.token}":
@@ -107,7 +113,11 @@ def serving(hub: Hub) -> Iterator[Hub]:
             headers = {name.lower(): value for name, value in self.headers.items()}
             hub.tokens.append(headers.get("authorization"))
             fault = hub.fault(path)
-            status, answer, body = hub.answer(path, headers)
+            if self.command in ("GET", "HEAD"):
+                status, answer, body = hub.answer(path, headers)
+            else:
+                sent = self.rfile.read(int(headers.get("content-length", 0)))
+                status, answer, body = hub.take(self.command, path, headers, sent) if not fault else (200, {}, b"")
             if fault and fault.status != 200:
                 status, answer, body = fault.status, dict(fault.headers), b""
             begin = headers.get("range", "bytes=0-").removeprefix("bytes=").partition("-")[0]
@@ -134,7 +144,7 @@ def serving(hub: Hub) -> Iterator[Hub]:
             with contextlib.suppress(ConnectionError):
                 self.wfile.write(body)
 
-        do_GET = do_HEAD = reply
+        do_GET = do_HEAD = do_POST = do_PUT = reply
 
         def log_message(self, *args: Any) -> None:
             pass

@@ -156,7 +156,18 @@ def test_continue_does_what_can_be_done(workspace: Workspace) -> None:
 
 def test_list(workspace: Workspace) -> None:
     groups = workspace.doit("list", "-q").split()
-    kinds = ["build", "calibrate", "convert", "download", "library", "lower", "package", "quantize", "verify"]
+    kinds = [
+        "build",
+        "calibrate",
+        "convert",
+        "download",
+        "library",
+        "lower",
+        "package",
+        "publish",
+        "quantize",
+        "verify",
+    ]
     assert groups == kinds
     listed = workspace.doit("list", "--all", "-q").split()
     assert {"build:tiny-q4f16_1-cpu", "download:tiny", "convert:tiny", "quantize:tiny-q4f32_1"} < set(listed)

@@ -1,0 +1,1 @@
+"""Installed packages, described for people and programs, and uploaded to a hub."""

@@ -116,11 +116,9 @@ def check(values: Values) -> list[str]:
             problems.append(f"config.json: {name} is {value!r}, expected a number")
     if "norm_eps" in values and not isinstance(values["norm_eps"], float | int):
         problems.append(f"config.json: norm epsilon is {values['norm_eps']!r}, expected a number")
-    if not problems and values.get("num_experts_per_tok", 0) > values.get("num_experts", 0):
-        problems.append(
-            f"config.json: num_experts_per_tok is {values['num_experts_per_tok']}, but there are only "
-            f"{values.get('num_experts', 0)} experts"
-        )
+    experts, chosen = (values.get(name) for name in ("num_experts", "num_experts_per_tok"))
+    if not problems and experts is not None and chosen is not None and chosen > experts:
+        problems.append(f"config.json: num_experts_per_tok is {chosen}, but there are only {experts} experts")
     for name, allowed in CHOICES.items():
         if name in values and values[name] not in allowed:
             problems.append(f"{name} is {values[name]!r}: the decoder computes only {', '.join(allowed)}")

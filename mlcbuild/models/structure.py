@@ -165,8 +165,8 @@ class Structure:
         return tuple(seen.setdefault(self._kind(layer), len(seen)) for layer in range(self.num_hidden_layers))
 
     def _kind(self, layer: int) -> Any:
-        """What makes layers compute differently."""
-        return tuple(rule.layers is None or layer in rule.layers for rule in self.rules)
+        """What layers that compute differently differ in."""
+        return self.layer_type(layer), *(rule.layers is None or layer in rule.layers for rule in self.rules)
 
     @property
     def one_layer(self) -> Structure:
@@ -179,6 +179,7 @@ class Structure:
         return dataclasses.replace(
             self,
             rules=tuple(rule.of_layers(firsts) for rule in self.rules),
+            layer_types=None if self.layer_types is None else tuple(self.layer_types[first] for first in firsts),
             num_hidden_layers=len(firsts),
             context_window_size=TEXT_WINDOW,
             prefill_chunk_size=TEXT_CHUNK,

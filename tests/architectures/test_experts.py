@@ -117,8 +117,7 @@ CHANGES: dict[str, tuple[Callable[[], Model], Callable[[Structure], Structure]]]
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("model", [deepseek_model, qwen2_moe])
+@pytest.mark.parametrize("model", [deepseek_model, pytest.param(qwen2_moe, marks=pytest.mark.slow)])
 def test_logits_are_those_of_the_reference(model: Callable[[], Model], tmp_path: Path) -> None:
     m = model()
     got = computed(m.structure, m.parameters(m.structure), tmp_path)
@@ -187,6 +186,10 @@ MLC = {
         *("mlp.shared_expert.down_proj", "mlp.shared_expert_gate", "mlp.gate", "mlp.moe_gate_up_proj"),
         "mlp.moe_down_proj",
     ],
+    "qwen3_moe": [
+        *("self_attn.c_attn", "self_attn.o_proj", "self_attn.q_norm", "self_attn.k_norm", "mlp.gate"),
+        *("mlp.moe_gate_up_proj", "mlp.moe_down_proj"),
+    ],
     "deepseek": [
         *("self_attn.wqkv_pack", "self_attn.o_proj", "mlp.gate", "mlp.moe_gate_up_proj", "mlp.moe_down_proj"),
         *("mlp.shared_experts.gate_up_proj", "mlp.shared_experts.down_proj"),
@@ -199,6 +202,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **{"model_type": "mixtral", "num_local_experts": 5},
     },
     "qwen2_moe": {**QWEN2, "model_type": "qwen2_moe"},
+    "qwen3_moe": {
+        **{key: value for key, value in QWEN2.items() if key != "shared_expert_intermediate_size"},
+        **{"model_type": "qwen3_moe", "head_dim": 32},
+    },
     "deepseek": deepseek.CONFIG,
 }
 

@@ -89,4 +89,6 @@ def _argument(value: Any) -> Any:
     data = getattr(value, "data", None)
     if data is None:
         return value
-    return T.address_of(value[(0,) * len(value.shape)]) if str(value.dtype) == "int32" else data
+    if isinstance(value.elem_offset, tirx.Var):
+        return T.address_of(value[(0,) * len(value.shape)])
+    return data

@@ -4,6 +4,7 @@
     ungroup_qkv  rows `q.. k v` of each key-value head -> all queries, all keys, all values
     add_one      w -> 1 + w, for norms that are stored as what they differ from 1 (Gemma); float32, so that the sum is
                  rounded once, to the format that it is stored in
+    unit_rows    w -> w / |w| row by row, as Baichuan 2 does with its head in every call; float32 too
 
 Rows are made a piece at a time, so that memory does not grow with a tensor.
 """
@@ -37,7 +38,7 @@ def rearranged(parameters: Sequence[Parameter], table: Mapping[str, TensorRef]) 
     for parameter in parameters:
         if parameter.convert:
             refs = [table[source] for source in parameter.sources]
-            dtype = "F32" if "add_one" in parameter.convert else refs[0].dtype
+            dtype = "F32" if {"add_one", "unit_rows"} & set(parameter.convert) else refs[0].dtype
             nbytes = prod(parameter.shape) * FLOATS[dtype][1].itemsize
             target = TensorRef(parameter.name, "", "", Path(), 0, nbytes, dtype, parameter.shape)
             found.append(Made(target, partial(_rows, parameter, refs)))
@@ -68,4 +69,9 @@ def _rows(parameter: Parameter, refs: Sequence[TensorRef]) -> Iterator[Array]:
             mine = (wanted >= start) & (wanted < end)
             if mine.any():
                 values[mine] = array[wanted[mine] - start]
-        yield floats.widen(values, dtype) + np.float32(1) if "add_one" in parameter.convert else values
+        if "add_one" in parameter.convert:
+            values = floats.widen(values, dtype) + np.float32(1)
+        elif "unit_rows" in parameter.convert:
+            wide = floats.widen(values, dtype)
+            values = wide / np.maximum(np.sqrt((wide * wide).sum(axis=1, keepdims=True)), np.float32(1e-12))
+        yield values

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from mlcbuild.errors import MlcBuildError
@@ -68,7 +68,7 @@ def resolve(architecture: Architecture, config: Mapping[str, Any], overrides: Ma
     problems = _check_shape(values) + _check_limits(values)
     if problems:
         raise MlcBuildError("\n".join(problems))
-    rules = tuple(filter(None, (_rule(rule, values) for rule in data["parameters"])))
+    rules = tuple(each for rule in data["parameters"] for each in _rules(rule, values))
     return Structure(
         architecture=architecture.name,
         model_type=architecture.model_type,
@@ -107,27 +107,32 @@ def _fields(architecture: Architecture, values: Mapping[str, Any]) -> dict[str, 
     return found
 
 
-def _rule(rule: Mapping[str, Any], values: Mapping[str, Any]) -> ParameterRule | None:
-    """The parameter of a line of the file, None where its `when` says that the model has none."""
+def _rules(rule: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[ParameterRule]:
+    """The parameter of a line of the file and its bias, as far as the model has them."""
     when, layers = rule.get("when", True), None
     if mentions(when, "layer"):
         every = range(values["num_hidden_layers"])
         layers = tuple(layer for layer in every if evaluate(when, {**values, "layer": layer}))
         if not layers:
-            return None
+            return
         layers = None if len(layers) == len(every) else layers
     elif not evaluate(when, values):
-        return None
+        return
     convert = rule.get("convert", ())
-    return ParameterRule(
-        rule["role"],
-        rule["name"],
-        _sources(rule),
-        (convert,) if isinstance(convert, str) else tuple(convert),
-        layers,
-        rule.get("dtype"),
-        _tensors(rule.get("or_from", ())),
-    )
+    convert = (convert,) if isinstance(convert, str) else tuple(convert)
+    others = _tensors(rule.get("or_from", ()))
+    made = ParameterRule(rule["role"], rule["name"], _sources(rule), convert, layers, rule.get("dtype"), others)
+    yield made
+    if evaluate(rule.get("bias", False), values):
+        role = made.role.removesuffix("_proj") + "_bias"
+        names = (_bias(name) for name in made.sources)
+        kept = tuple(each for each in convert if each != "transpose")
+        others = tuple(map(_bias, made.alternative))
+        yield replace(made, role=role, name=_bias(made.name), sources=tuple(names), convert=kept, alternative=others)
+
+
+def _bias(name: str) -> str:
+    return f"{name.removesuffix('weight')}bias"
 
 
 def _sources(rule: Mapping[str, Any]) -> tuple[str, ...]:

@@ -29,7 +29,11 @@ def attention(d: Decoder, x: Expr, cache: Expr, layer_id: Expr, weight: Given, n
     """
     s = d.structure
     heads, kv_heads, dim = s.num_attention_heads, s.num_key_value_heads, s.head_dim
-    qkv = d.project(x, weight, "qkv", d.dtype)
+    if "qkv_proj" in weight:
+        qkv = d.project(x, weight, "qkv", d.dtype)
+    else:
+        parts = [d.project(x, weight, name, d.dtype) for name in ("q", "k", "v")]
+        qkv = d.builder.emit(relax.op.concat(parts, axis=1))
     if s.clip_qkv is not None:
         qkv = d.builder.emit(relax.op.clip(qkv, -s.clip_qkv, s.clip_qkv))
     qkv = d.builder.emit(relax.op.reshape(qkv, [n, heads + 2 * kv_heads, dim]))

@@ -47,10 +47,19 @@ class Decoder:
 
     def norm(self, x: Expr, weights: Given | Weights, role: str) -> Expr:
         """x [n, H] normed, with the weight that plays `role` and the bias that plays `role`_bias, where there are."""
+        s = self.structure
+        weight, bias = (weights(each).plain if each in weights else None for each in (role, f"{role}_bias"))
+        if s.norm_offset and weight is not None:
+            compute = self.operations.compute  # not the model dtype, which would round the sum
+            factor = relax.op.add(self.cast(weight, compute), relax.const(s.norm_offset, compute))
+            x = relax.op.multiply(self._plain_norm(x, None, None), self.builder.emit(factor))
+            return self.builder.emit(x if bias is None else relax.op.add(x, self.cast(bias, compute)))
+        return self._plain_norm(x, weight, bias)
+
+    def _plain_norm(self, x: Expr, weight: Expr | None, bias: Expr | None) -> Expr:
         eps = self.structure.norm_eps
         if self.structure.norm == "rms":
-            return self.operations.rms_norm(x, weights(role).plain, eps)
-        weight, bias = (weights(each).plain if each in weights else None for each in (role, f"{role}_bias"))
+            return self.operations.rms_norm(x, weight, eps)
         return self.operations.layer_norm(x, weight, bias, eps)
 
     def project(self, x: Expr, weights: Given | Weights, name: str, dtype: str | None = None) -> Expr:

@@ -28,6 +28,7 @@ SIZES = (
     "sliding_window_size",
 )
 NUMBERS = (
+    "norm_offset",
     "embedding_scale",
     "residual_scale",
     "logits_scale",
@@ -46,6 +47,7 @@ CHOICES = {
     "rope": ("full", "none"),
     "rope_pairing": ("halves", "neighbours"),
     "qk_norm": ("none", "head", "per_head", "all"),
+    "gate": ("first", "second"),
     "activation": ("silu", "gelu", "gelu_tanh", "relu", "relu2"),
 }
 

@@ -23,7 +23,13 @@ def mlp(d: Decoder, x: Expr, weight: Given) -> Expr:
         return experts(d, x, weight)
     operations, activation = d.operations, d.structure.activation
     if "gate_up_proj" in weight:
-        inner = operations.gated(d.project(x, weight, "gate_up"), activation)
+        both = d.project(x, weight, "gate_up")
+        if d.structure.gate == "first":
+            inner = operations.gated(both, activation)
+        else:
+            halves = d.builder.emit(relax.op.split(both, 2, axis=1))
+            up, gate = (d.builder.emit(relax.TupleGetItem(halves, i)) for i in range(2))
+            inner = d.builder.emit(relax.op.multiply(operations.activation(gate, activation), up))
     elif "gate_proj" in weight:
         gate = operations.activation(d.project(x, weight, "gate"), activation)
         inner = d.builder.emit(relax.op.multiply(gate, d.project(x, weight, "up")))

@@ -20,6 +20,7 @@ class Parameter:
     transpose    the checkpoint has [K, N]
     ungroup_qkv  its rows are, for each of `groups` key-value heads: that group's queries, its key, its value
     add_one      the checkpoint has w - 1
+    unit_rows    its rows are divided by their lengths
 
     `dtype` is what it is stored in, None for the quantization's model dtype. `groups` holds, for qkv parameters, the
     number of key-value heads and the rows of queries, of the key and of the value in each group.

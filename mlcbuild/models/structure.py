@@ -57,9 +57,11 @@ class Structure:
 
     norm              rms, layer (with a bias and a weight where parameters play these roles)
     norm_position     pre: of what a block is given; post: of what it returns; both
+    norm_offset       what is added to a norm's weight
     residual          sequential: attention, then the MLP; parallel: both of the same x, normed once where there is no
                       `mlp_norm`
     mlp               gated: down(activation(gate(x)) * up(x)); plain: down(activation(up(x)))
+    gate              which half of gate_up_proj is the gate: first, second
     embedding_scale   what hidden states are multiplied with before the first layer, residual_scale what each block
                       returns, logits_scale what the head is given
     rope              full: rotary positions; none: of another kind, or none. rotary_dim: how many dimensions of a head
@@ -111,7 +113,9 @@ class Structure:
     disaggregation: bool = False
     # choices that not every decoder has
     norm_position: str = choice("pre")
+    norm_offset: float = choice(0.0)
     residual: str = choice("sequential")
+    gate: str = choice("first")
     embedding_scale: float = choice(1.0)
     residual_scale: float = choice(1.0)
     logits_scale: float = choice(1.0)

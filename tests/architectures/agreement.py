@@ -1,0 +1,222 @@
+"""A tiny random checkpoint through the real steps and a compiled library, with an independent model beside it.
+
+convert -> quantize -> library -> session, and transformers (or a reference written in these tests) on the weights that
+the quantized tensors stand for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+from mlcbuild.checkpoints.table import read_table
+from mlcbuild.models.architecture import choose, resolve
+from mlcbuild.models.parameters import Parameter, parameters
+from mlcbuild.models.structure import Structure
+from mlcbuild.quantization.dequantize import dequantized
+from mlcbuild.recipes.convert import architecture
+from mlcbuild.recipes.types import Architecture
+from mlcbuild.runtime import weights
+from mlcbuild.runtime.library import Library, Network, match
+from mlcbuild.runtime.session import Session
+from mlcbuild.steps import convert, quantize
+from mlcbuild.steps.job import local_job
+from tests.support import llama
+
+Array = npt.NDArray[Any]
+Config = Mapping[str, Any]
+
+ARCHITECTURES = Path(__file__).parents[2] / "recipes" / "architectures"
+CHUNK, CONTEXT = 24, 96  # a prompt of 40 takes two chunks
+IDS = [int(i) for i in np.random.default_rng(1).integers(3, 90, 40)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model of an architecture: the content of its `config.json`, small.
+
+    transformers makes and computes it, unless there is a `reference`: the shapes of a checkpoint's tensors, and the
+    logits float32 [n, V] of token ids from such tensors.
+    """
+
+    architecture: str
+    config: Config
+    shapes: Callable[[Config], Mapping[str, tuple[int, ...]]] | None = None
+    reference: Callable[[Config, Mapping[str, Any], list[int]], Any] | None = None
+    overrides: Mapping[str, int] = field(default_factory=dict)
+    quantizations: tuple[str, ...] = ("q0f32", "q4f32_1")
+
+
+def known_architectures() -> dict[str, Architecture]:
+    files = sorted(ARCHITECTURES.glob("*.yaml"))
+    return {path.stem: architecture(path.stem, yaml.safe_load(path.read_text())) for path in files}
+
+
+def structure_of(case: Case, folder: Path, **changes: Any) -> Structure:
+    """The structure of the checkpoint in `folder`, its architecture chosen as a build chooses it."""
+    config = json.loads((folder / "config.json").read_text())
+    known = known_architectures()
+    chosen = choose(known, config)
+    assert chosen.name == case.architecture
+    limits = {"context_window_size": CONTEXT, "prefill_chunk_size": CHUNK, "max_batch_size": 2, **case.overrides}
+    return dataclasses.replace(resolve(chosen, config, limits), **changes)
+
+
+def save(case: Case, folder: Path) -> None:
+    """A checkpoint of random numbers, biases and norms random too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    if case.shapes is not None:
+        made = {
+            name: _random(random, name, shape, float("norm" in name or "ln_" in name))
+            for name, shape in case.shapes(case.config).items()
+        }
+        (folder / "config.json").write_text(json.dumps(dict(case.config)))
+        _write(folder, made)
+        return
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = dict(case.config)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config)).float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            start = float(parameter.flatten()[0]) if parameter.dim() < 2 or "norm" in name else 0.0
+            parameter.copy_(torch.tensor(_random(random, name, tuple(parameter.shape), start)))
+    model.save_pretrained(folder)
+
+
+def _random(random: np.random.Generator, name: str, shape: tuple[int, ...], start: float) -> Array:
+    """Matrices keep a vector's length; biases are small; norms lie around `start`, what they are initialised with."""
+    if name.endswith("bias"):
+        return random.normal(0, 0.2, shape).astype(np.float32)
+    if len(shape) < 2 or "norm" in name:
+        return (start + random.uniform(-0.5, 0.5, shape)).astype(np.float32)
+    return random.normal(0, shape[-1] ** -0.5, shape).astype(np.float32)
+
+
+def _write(folder: Path, tensors: Mapping[str, Array]) -> None:
+    from safetensors.numpy import save_file
+
+    contiguous = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
+    save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+class Agreement:
+    """A case in one quantization: its library, and what its weights ought to give."""
+
+    def __init__(self, case: Case, quantization: str, folder: Path, **changes: Any) -> None:
+        """`changes` are fields of the structure that the library is compiled with in spite of the checkpoint."""
+        self.case = case
+        save(case, folder / "checkpoint")
+        form = llama.QUANTIZATIONS[quantization]
+        self.structure = structure_of(case, folder / "checkpoint")
+        fields = {"structure": self.structure.to_json()}
+        job = local_job({"checkpoint": folder / "checkpoint"}, fields, folder / "convert")
+        convert.run(job)
+        fields |= {"quantization": dataclasses.asdict(form)}
+        packing = local_job({"convert": job.output, "checkpoint": folder / "checkpoint"}, fields, folder / "quantize")
+        quantize.run(packing)
+        self.weights = packing.output
+        self._meant = self._stood_for(form, folder)
+        compiled = dataclasses.replace(self.structure, **changes)
+        self.network = network(llama.build_library(compiled, form, folder), self.weights, compiled.vocab_size)
+
+    def session(self, sequences: int = 1) -> Session:
+        return Session(self.network, sequences)
+
+    def expected(self, ids: list[int]) -> Array:
+        """Logits [n, V] of the reference on the numbers that the quantized weights stand for."""
+        if self.case.reference is not None:
+            import torch
+
+            tensors = {name: torch.tensor(values) for name, values in _read(self._meant).items()}
+            with torch.no_grad():
+                logits: Array = self.case.reference(self.case.config, tensors, ids).float().numpy()
+            return logits
+        return transformers_logits(self._meant, ids)
+
+    def _stood_for(self, form: Any, folder: Path) -> Path:
+        """A checkpoint of the dequantized weights, under the checkpoint's own names."""
+        wanted = parameters(self.structure)
+        values = dict(dequantized(self.weights, wanted, form))
+        tensors = _read(folder / "checkpoint")
+        names = {name.removeprefix(self.structure.optional_prefix): name for name in tensors}
+        for parameter in wanted:
+            for source, array in originals(parameter, values[parameter.name], tensors, names).items():
+                tensors[source] = array
+        meant = folder / "meant"
+        meant.mkdir()
+        (meant / "config.json").write_text((folder / "checkpoint" / "config.json").read_text())
+        _write(meant, tensors)
+        return meant
+
+
+def network(library: Path, folder: Path, vocab_size: int) -> Network:
+    """A library with the weights of a folder."""
+    opened = Library(library)
+    wanted = opened.metadata.parameters
+    records = weights.read_index(folder)
+    match(wanted, records, library, folder)
+    by_name = {record.name: record for record in records}
+    return Network(opened, list(weights.load([by_name[parameter.name] for parameter in wanted])), vocab_size, 2)
+
+
+def originals(
+    parameter: Parameter, values: Array, tensors: Mapping[str, Array], names: Mapping[str, str]
+) -> dict[str, Array]:
+    """The checkpoint tensors that a parameter is made of: the inverse of what convert does, written anew."""
+    if "add_one" in parameter.convert:
+        values = values - 1
+    if "ungroup_qkv" in parameter.convert:
+        assert parameter.groups is not None
+        count, query, key, value = parameter.groups
+        ends = np.cumsum([count * query, count * key])
+        parts = [part.reshape(count, size, *values.shape[1:]) for part, size in
+                 zip(np.split(values, ends), (query, key, value), strict=True)]  # fmt: skip
+        values = np.concatenate(parts, axis=1).reshape(values.shape)
+    found, start = {}, 0
+    experts = values.reshape(-1, values.shape[-1]) if values.ndim == 3 else values
+    sources = parameter.sources
+    if parameter.alternative and not any(source in tensors for source in sources):
+        sources = parameter.alternative
+    for source in sources:
+        name = source if source in tensors else names.get(source, names.get(source.partition(".")[2], source))
+        shape = tensors[name].shape if name in tensors else values.shape
+        shape = shape[::-1] if "transpose" in parameter.convert else shape
+        rows = int(np.prod(shape[:-1])) if len(shape) > 1 else shape[0]
+        part = experts[start : start + rows].reshape(shape)
+        found[name] = part.T if "transpose" in parameter.convert else part
+        start += rows
+    return found
+
+
+def _read(folder: Path) -> dict[str, Array]:
+    from mlcbuild.checkpoints.mapped import read
+
+    files = {path.name: path for path in folder.iterdir()}
+    return {name: np.array(read(ref)) for name, ref in read_table(files).items()}
+
+
+def transformers_logits(folder: Path, ids: list[int]) -> Array:
+    """float32 [n, V] of the checkpoint in `folder`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        logits: Array = model(torch.tensor([ids])).logits[0].float().numpy()
+    return logits
+
+
+def error(got: Array, expected: Array) -> float:
+    """The largest difference over the standard deviation of the expected logits."""
+    return float(np.abs(got - expected).max() / expected.std())

@@ -1,0 +1,35 @@
+"""Every architecture against an independent model, on every position: prefill in chunks, then token by token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.architectures.agreement import IDS, Agreement, error, known_architectures
+from tests.architectures.cases import CASES
+
+QUICK = {("llama", "q0f32"), ("gemma", "q4f32_1")}  # the others take minutes together
+
+
+def _cases() -> list[object]:
+    every = [(name, quantization) for name, case in CASES.items() for quantization in case.quantizations]
+    return [pytest.param(*each, marks=() if each in QUICK else pytest.mark.slow, id="-".join(each)) for each in every]
+
+
+@pytest.mark.parametrize(("name", "quantization"), _cases())
+def test_logits_agree(name: str, quantization: str, tmp_path: Path) -> None:
+    agreement = Agreement(CASES[name], quantization, tmp_path)
+    expected = agreement.expected(IDS)
+    session = agreement.session(2)
+    prefilled = np.concatenate(list(session.all_logits(session.add(), IDS)))
+    assert error(prefilled, expected) < 1e-4
+    sequence = session.add()
+    decoded = [session.prefill(sequence, IDS[:7]), *(session.decode(sequence, token) for token in IDS[7:])]
+    assert error(np.stack(decoded), expected[6:]) < 1e-4
+
+
+def test_every_architecture_has_a_case() -> None:
+    decoders = {name for name, each in known_architectures().items() if each.data.get("kind", "decoder") == "decoder"}
+    assert {case.architecture for case in CASES.values()} >= decoders

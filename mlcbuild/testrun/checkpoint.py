@@ -57,7 +57,9 @@ def make(folder: Path, config: Mapping[str, Any], architecture: Architecture, sp
     model = resolve(architecture, config, {})
     tensors = list(_tensors(model))
     if "quantization_config" in config:
-        tensors = [each for tensor in tensors for each in _packed(tensor, config["quantization_config"]["group_size"])]
+        linear = {source for each in parameters(model) if each.role.endswith("_proj") for source in each.sources}
+        group = config["quantization_config"]["group_size"]
+        tensors = [each for tensor in tensors for each in (_packed(tensor, group) if tensor[0] in linear else [tensor])]
     identity = [VERSION, config, special, tensors]
     place = folder / digest_json(identity)
     if place.is_dir():
@@ -79,16 +81,14 @@ def make(folder: Path, config: Mapping[str, Any], architecture: Architecture, sp
 def _tensors(model: Structure) -> Iterator[Tensor]:
     """As a checkpoint has them: what MLC joins is apart."""
     for parameter in parameters(model):
+        columns = parameter.shape[-1:] if len(parameter.shape) > 1 else ()
         for source, rows in zip(parameter.sources, _rows(parameter, model), strict=True):
-            yield source, "BF16", (rows, *parameter.shape[1:])
+            yield source, "BF16", (rows, *columns)
 
 
 def _packed(tensor: Tensor, group: int) -> Iterator[Tensor]:
-    """What AutoAWQ makes of a tensor: of those of layers, three."""
+    """What AutoAWQ makes of a linear layer's matrix."""
     name, _, shape = tensor
-    if len(shape) == 1 or ".layers." not in name:
-        yield tensor
-        return
     (rows, columns), prefix = shape, name.removesuffix("weight")
     yield f"{prefix}qweight", "I32", (columns, rows // _AWQ_PER_WORD)
     yield f"{prefix}qzeros", "I32", (columns // group, rows // _AWQ_PER_WORD)
@@ -96,8 +96,9 @@ def _packed(tensor: Tensor, group: int) -> Iterator[Tensor]:
 
 
 def _rows(parameter: Parameter, model: Structure) -> list[int]:
-    """The rows of each of the parameter's sources."""
-    count, rows = len(parameter.sources), parameter.shape[0]
+    """The rows of each of the parameter's sources, which for experts are matrices of one of them each."""
+    shape = parameter.shape if len(parameter.shape) == 1 else parameter.shape[:-1]
+    count, rows = len(parameter.sources), prod(shape)
     if parameter.role == "qkv_proj" and count == 3:
         key_value = model.num_key_value_heads * model.head_dim
         return [rows - 2 * key_value, key_value, key_value]

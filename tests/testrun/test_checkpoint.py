@@ -14,7 +14,10 @@ from mlcbuild.checkpoints.index import index
 from mlcbuild.checkpoints.table import read_table
 from mlcbuild.models.architecture import resolve
 from mlcbuild.models.parameters import ignored, parameters
+from mlcbuild.steps import convert
+from mlcbuild.steps.job import local_job
 from mlcbuild.testrun import checkpoint
+from tests.architectures.deepseek import CONFIG as CONFIG_OF_EXPERTS
 from tests.support import llama
 
 CONFIG = {
@@ -53,6 +56,21 @@ def test_it_has_exactly_the_tensors_that_convert_wants(tmp_path: Path) -> None:
     document = index(parameters(model), table, ignored(model))
     assert [e["name"] for e in document["parameters"]] == [p.name for p in parameters(model)]
     assert {e["dtype"] for e in document["parameters"]} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("awq_group", [None, 32])
+def test_experts_are_there_one_by_one(tmp_path: Path, awq_group: int | None) -> None:
+    deepseek = llama.architecture("deepseek")
+    small = checkpoint.small_config({**CONFIG_OF_EXPERTS, "hidden_size": 96}, deepseek, awq_group)
+    folder = checkpoint.make(tmp_path, small, deepseek, ())
+    job = local_job({"checkpoint": folder}, {"structure": resolve(deepseek, small, {}).to_json()}, tmp_path / "job")
+    convert.run(job)
+    document = json.loads((job.output / "parameters.json").read_text())
+    shapes = {entry["name"]: entry["shape"] for entry in document["parameters"]}
+    assert shapes["model.layers.1.mlp.moe_gate_up_proj.weight"] == [8, 64, 96]
+    packed = {entry["name"] for entry in document["parameters"] if "packed" in entry}
+    assert ("model.layers.1.mlp.moe_down_proj.weight" in packed) == (awq_group is not None)
+    assert "model.layers.1.mlp.gate.weight" not in packed
 
 
 def test_numbers_keep_their_size_from_layer_to_layer(tmp_path: Path) -> None:

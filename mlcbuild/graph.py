@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 
 from mlcbuild.cache.canonical import digest_json
 from mlcbuild.chat.config import TOKENIZER_FILES
-from mlcbuild.compiler import targets
+from mlcbuild.compiler import targets, tools
 from mlcbuild.errors import MlcBuildError, NotLocked, Unavailable
 from mlcbuild.models import architecture as architectures
 from mlcbuild.models import parameters
@@ -255,7 +256,7 @@ class _Planner:
                 "device": self._device(target),
                 **({"blocks": True} if form.blocks else {}),
             }
-            return self._add("lower", f"{form.label}-{name}-{target.name}", fields)
+            return self._add("lower", f"{form.label}-{name}-{target.name}", fields, variant=_variant(target))
 
         return self._once(("lower", form.digest, form.blocks, name, target.name), add)
 
@@ -263,15 +264,18 @@ class _Planner:
         name = _format(quantization)
 
         def add() -> str:
-            fields = {
+            fields: dict[str, Any] = {
                 "device": self._device(target),
                 "host": dict(target.host),
                 "linker": dataclasses.asdict(target.linker),
                 "library": target.library,
             }
+            if targets.is_gpu(target):
+                fields["architectures"] = list(target.architectures)
+                fields["prefix"] = _prefix(form, name) if target.library == "tar" else ""
             lower = self._lower(form, quantization, target)
             label = f"{form.label}-{name}-{target.name}"
-            return self._add("library", label, fields, (Input("lower", step=lower),))
+            return self._add("library", label, fields, (Input("lower", step=lower),), variant=_variant(target))
 
         return self._once(("library", form.digest, form.blocks, name, target.name), add)
 
@@ -344,7 +348,13 @@ class _Planner:
         return found
 
     def _device(self, target: Target) -> dict[str, Any]:
-        return self._once(("device", target.name), lambda: targets.resolve(target))
+        def resolve() -> dict[str, Any]:
+            reason = tools.missing(target)
+            if reason:
+                raise Unavailable(f"target {target.name}: {reason}")
+            return targets.resolve(target)
+
+        return self._once(("device", target.name), resolve)
 
     def _add(
         self,
@@ -353,8 +363,12 @@ class _Planner:
         fields: Mapping[str, Any],
         inputs: tuple[Input, ...] = (),
         materials: tuple[str, ...] = (),
+        variant: str = "",
     ) -> str:
-        """The name of the step with this meaning; a new one is called `kind:label` unless another meaning is."""
+        """The name of the step with this meaning; a new one is called `kind:label` unless another meaning is.
+
+        `variant` is what the module with the step's code is called behind the step's kind.
+        """
         wanted = [[item.name, item.step, str(item.path), item.select] for item in inputs]
         identity = digest_json([kind, fields, wanted, materials])
         name = self._names.get(identity)
@@ -363,7 +377,7 @@ class _Planner:
             if name in self.steps:
                 name = f"{name}-{identity[:8]}"
             self._names[identity] = name
-            self.steps[name] = Step(kind, name, f"{STEPS}.{kind}", fields, inputs, materials)
+            self.steps[name] = Step(kind, name, f"{STEPS}.{kind}{variant}", fields, inputs, materials)
         return name
 
     def _once(self, key: tuple[Any, ...], make: Callable[[], _T]) -> _T:
@@ -386,6 +400,17 @@ def config_of(model: Model, lock: Callable[[Model], Locked | None]) -> Mapping[s
 def _form(structure: Structure, blocks: bool = False) -> _Form:
     label = f"{structure.label}-blocks" if blocks else structure.label
     return _Form(structure.digest, label, structure.library_json(), blocks)
+
+
+def _variant(target: Target) -> str:
+    """GPUs have modules of their own, so that a change of one kind of library rebuilds none of the other kind."""
+    return "_gpu" if targets.is_gpu(target) else ""
+
+
+def _prefix(form: _Form, quantization: str) -> str:
+    """What the symbols of a static library begin with: an app may hold several, and variants share one."""
+    model, _, digest = form.label.rpartition("-")
+    return re.sub(r"[^A-Za-z0-9_]", "_", f"{model}_{quantization}_{digest}_")
 
 
 def _format(quantization: Quantization) -> str:

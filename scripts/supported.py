@@ -16,7 +16,7 @@ import yaml
 
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.recipes.load import load
-from mlcbuild.recipes.types import Catalog, Quantization
+from mlcbuild.recipes.types import Catalog, Quantization, Target
 
 COMMAND = "python scripts/supported.py"
 BEGIN, END = "<!-- supported: begin -->", "<!-- supported: end -->"
@@ -116,10 +116,17 @@ def _weights(quantization: Quantization) -> str:
     return f"{weights.bits} bits, {groups}{weights.storage_dtype}, {weights.layout}"
 
 
+def _processors(target: Target) -> list[str]:
+    """What a target's kernels are compiled for, in the words of its file."""
+    named = target.architectures or [target.device[key] for key in ("mcpu", "device") if key in target.device]
+    return list(named)
+
+
 def _targets(catalog: Catalog) -> str:
     rows = [
-        (_code(name), f"{target.device['kind']}, {target.device['mcpu']}", _code(f".{target.library}"),
-         f"{target.linker.kind}, {target.linker.target}", target.executes, _description(catalog, "targets", name))
+        (_code(name), ", ".join([target.device["kind"], *_processors(target)]), _code(f".{target.library}"),
+         ", ".join(filter(None, [target.linker.kind, target.linker.target])), target.executes,
+         _description(catalog, "targets", name))
         for name, target in catalog.targets.items()
     ]  # fmt: skip
     return _table(("target", "device", "library", "linker", "executes on", ""), rows)

@@ -9,10 +9,11 @@ from typing import Any
 from tvm import IRModule, relax, target
 
 from mlcbuild.compiler import pipeline
+from mlcbuild.compiler.assemble import declare
 from mlcbuild.compiler.contract import metadata
 from mlcbuild.compiler.cpu import kv_cache, sources
 from mlcbuild.compiler.cpu.operations import operations
-from mlcbuild.compiler.lower import check, declare, kernels
+from mlcbuild.compiler.lower import check, kernels
 from mlcbuild.models.blocks import emit_blocks
 from mlcbuild.models.decoder import Decoder
 from mlcbuild.models.structure import Structure

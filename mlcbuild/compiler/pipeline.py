@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,32 @@ from mlcbuild.compiler import canonical
 from mlcbuild.compiler.contract import metadata
 from mlcbuild.models.structure import Structure
 
+Pass = Callable[[IRModule], IRModule]
 
-def optimise(module: IRModule, structure: Structure, facts: Mapping[str, Any], dump: Path | None) -> IRModule:
+
+def _nothing(module: IRModule) -> IRModule:
+    return module
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What a kind of device adds: before operators are lowered, once kernels are fused, once memory is planned."""
+
+    model: Pass = _nothing
+    kernels: Pass = _nothing
+    memory: Pass = _nothing
+
+
+def optimise(
+    module: IRModule,
+    structure: Structure,
+    facts: Mapping[str, Any],
+    dump: Path | None,
+    passes: Passes = Passes(),
+) -> IRModule:
     """Run every phase; `facts` becomes `_metadata`, and `dump` (or nothing) receives the IR after each phase."""
     module = _bound(module, structure)
+    module = passes.model(module)
     _write(module, dump, "0-model")
     module = _run(
         module,
@@ -26,6 +49,7 @@ def optimise(module: IRModule, structure: Structure, facts: Mapping[str, Any], d
         relax.transform.FuseTIR(),
         relax.transform.DeadCodeElimination(),
     )
+    module = passes.kernels(module)
     _write(module, dump, "1-kernels")
     module = _run(
         module,
@@ -37,6 +61,7 @@ def optimise(module: IRModule, structure: Structure, facts: Mapping[str, Any], d
         relax.transform.StaticPlanBlockMemory(),
     )
     module = metadata.attach(module, facts)
+    module = passes.memory(module)
     _write(module, dump, "2-memory")
     module = _run(
         module,

@@ -44,6 +44,7 @@ def resolve(target: Target) -> dict[str, Any]:
     Unavailable when this machine's processor is of a kind that `native` does not know.
     """
     device = dict(target.device)
+    device.update({f"supports_{feature}": True for feature in device.pop("supports", ())})
     if device.get("mcpu") != "native":
         return device
     machine = platform.machine()
@@ -67,6 +68,10 @@ def resolve(target: Target) -> dict[str, Any]:
     if features:
         device["mattr"] = [f if f[0] == "-" else f"+{f}" for f in features]
     return device
+
+
+def is_gpu(target: Target) -> bool:
+    return str(target.device["kind"]) != "llvm"
 
 
 def runs_here(target: Target) -> bool:

@@ -37,7 +37,15 @@ def _weights(data: Data) -> Weights | None:
 
 def target(name: str, data: Data) -> Target:
     linker: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data["linker"].items()}
-    return Target(name, data["device"], data["library"], Linker(**linker), data["executes"])
+    return Target(
+        name,
+        data["device"],
+        data["library"],
+        Linker(**linker),
+        data["executes"],
+        host={"kind": "llvm", **data["host"]} if "host" in data else {},
+        architectures=tuple(data.get("architectures", ())),
+    )
 
 
 def template(name: str, data: Data) -> Template:

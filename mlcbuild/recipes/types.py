@@ -121,8 +121,8 @@ def quantization_from_json(fields: Mapping[str, Any]) -> Quantization:
 
 @dataclass(frozen=True)
 class Linker:
-    kind: Literal["zig"]
-    target: str  # a zig target triple, or `native`
+    kind: Literal["zig", "tar", "wasm"]
+    target: str = ""  # zig: a target triple, or `native`
     flags: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()  # sonames that the library declares, without their files being here
 
@@ -135,8 +135,9 @@ class Target:
     device: Mapping[str, Any]  # a TVM target; `mcpu: native` is resolved by compiler.targets before anything is keyed
     library: Literal["so", "dylib", "dll", "tar", "wasm"]
     linker: Linker
-    executes: str  # which machines can run the library: native, or a CPU level such as x86-64-v3
-    host: Mapping[str, Any] = field(default_factory=dict)
+    executes: str  # which machines can run the library: native, a CPU level such as x86-64-v3, or `elsewhere`
+    host: Mapping[str, Any] = field(default_factory=dict)  # the CPU that drives a GPU: a TVM target without its kind
+    architectures: tuple[str, ...] = ()  # what a GPU library holds machine code for: sm_90, gfx1100
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""lower: a structure in a quantization as an optimised, scheduled TVM module for a device.
+"""lower: a structure in a quantization as an optimised, scheduled TVM module for a CPU (lower_gpu is for GPUs).
 
 Fields: structure (its library form), quantization, name (the format's, told to runtimes), device (a TVM target);
 blocks (true) for a library of a decoder's pieces instead of a model's. Artifact: module.json.
@@ -12,6 +12,7 @@ from mlcbuild.steps.job import Job
 
 VERSION = 1
 CODE = (
+    "mlcbuild.compiler.assemble",
     "mlcbuild.compiler.blocks",
     "mlcbuild.compiler.canonical",
     "mlcbuild.compiler.contract",
@@ -35,7 +36,7 @@ TOOLS = ("apache-tvm", "apache-tvm-ffi")
 
 def run(job: Job) -> None:
     """Raises MlcBuildError for a structure that the device's kernels cannot run."""
-    from mlcbuild.compiler import blocks, lower
+    from mlcbuild.compiler import assemble, blocks, lower
 
     make = blocks.lower if job.fields.get("blocks") else lower.lower
     module = make(
@@ -45,4 +46,4 @@ def run(job: Job) -> None:
         job.fields["device"],
         job.debug_dump,
     )
-    lower.save(module, job.output / "module.json")
+    assemble.save(module, job.output / "module.json")

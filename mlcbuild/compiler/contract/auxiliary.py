@@ -10,24 +10,30 @@ from tvm.script import tirx as T
 from mlcbuild.models.operations import Operations
 
 
-def emit(builder: relax.BlockBuilder, operations: Operations, rows: int, hidden_size: int, dtype: str) -> None:
-    """Add them all; `rows` is the prefill chunk size, `dtype` that of embeddings and hidden states."""
-    builder.add_func(_copy_rows("float32", scatter=False).with_attr("global_symbol", "gather_probs"), "gather_probs")
-    builder.add_func(_copy_rows("float32", scatter=True).with_attr("global_symbol", "scatter_probs"), "scatter_probs")
-    _emit_copy(builder, "gather_hidden_states", dtype, scatter=False)
-    _emit_copy(builder, "scatter_hidden_states", dtype, scatter=True)
+def emit(
+    builder: relax.BlockBuilder, operations: Operations, rows: int, hidden_size: int, dtype: str, as_written: bool
+) -> None:
+    """Add them all; `rows` is the prefill chunk size, `dtype` that of embeddings and hidden states.
+
+    `as_written`: kernels run in the order in which they are written, instead of being scheduled later.
+    """
+    for name, scatter in (("gather_probs", False), ("scatter_probs", True)):
+        function = _copy_rows("float32", scatter, as_written).with_attr("global_symbol", name)
+        builder.add_func(function, name)
+    _emit_copy(builder, "gather_hidden_states", dtype, False, as_written)
+    _emit_copy(builder, "scatter_hidden_states", dtype, True, as_written)
     _emit_softmax(builder, operations)
     with builder.function("alloc_embedding_tensor", []):
         allocation = relax.op.builtin.alloc_tensor(relax.ShapeExpr([rows, hidden_size]), dtype, runtime_device_index=0)
         builder.emit_func_output(builder.emit(allocation))
 
 
-def _copy_rows(dtype: str, scatter: bool) -> Any:
+def _copy_rows(dtype: str, scatter: bool, as_written: bool) -> Any:
     """dst[indices[i]] = src[i], or dst[i] = src[indices[i]]: src and dst are [., n], indices int32."""
 
     @T.prim_func(s_tir=True, private=True)
     def scatter_rows(var_src: T.handle, var_indices: T.handle, var_dst: T.handle):
-        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
+        T.func_attr({"tirx.is_scheduled": as_written, "tirx.noalias": True})
         count = T.int64()
         m = T.int64()
         n = T.int64()
@@ -41,7 +47,7 @@ def _copy_rows(dtype: str, scatter: bool) -> Any:
 
     @T.prim_func(s_tir=True, private=True)
     def gather_rows(var_src: T.handle, var_indices: T.handle, var_dst: T.handle):
-        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
+        T.func_attr({"tirx.is_scheduled": as_written, "tirx.noalias": True})
         count = T.int64()
         m = T.int64()
         n = T.int64()
@@ -56,13 +62,13 @@ def _copy_rows(dtype: str, scatter: bool) -> Any:
     return scatter_rows if scatter else gather_rows
 
 
-def _emit_copy(builder: relax.BlockBuilder, name: str, dtype: str, scatter: bool) -> None:
+def _emit_copy(builder: relax.BlockBuilder, name: str, dtype: str, scatter: bool, as_written: bool) -> None:
     count, m, n = (tirx.Var(symbol, "int64") for symbol in ("batch_size", "m", "n"))
     many, few = relax.TensorType([m, n], dtype), relax.TensorType([count, n], dtype)
     src = relax.Var("src", few if scatter else many)
     indices = relax.Var("indices", relax.TensorType([count], "int32"))
     dst = relax.Var("dst", many if scatter else few)
-    kernel = builder.add_func(_copy_rows(dtype, scatter), f"{name}_kernel")
+    kernel = builder.add_func(_copy_rows(dtype, scatter, as_written), f"{name}_kernel")
     with builder.function(name, [src, indices, dst]):
         with builder.dataflow():
             out = builder.emit_output(relax.op.call_tir_inplace(kernel, [src, indices, dst], 2, dst.ty))

@@ -1,0 +1,1 @@
+"""Code for GPUs and their hosts: device compilers, static archives, libraries."""

@@ -1,0 +1,1 @@
+"""Libraries for GPUs: relax operations, schedules, TVM's paged KV cache, sampling, code generators."""

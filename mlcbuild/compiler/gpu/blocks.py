@@ -1,0 +1,33 @@
+"""Inlining around the block that a schedule is about."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def inline_producers(sch: Any, block: Any) -> None:
+    """Everything that `block` reads from, however indirectly, becomes part of it."""
+    while producers := sch.get_producers(block):
+        for producer in producers:
+            inline_producers(sch, producer)
+            sch.compute_inline(producer)
+
+
+def inline_consumers(sch: Any, block: Any) -> Any:
+    """One block that does everything that follows `block`, or None where nothing does."""
+    consumers = sch.get_consumers(block)
+    if not consumers:
+        return None
+    last = block
+    while nexts := sch.get_consumers(last):
+        (last,) = nexts
+    while True:
+        (first,) = sch.get_consumers(block)
+        if sch.get(first).same_as(sch.get(last)):
+            break
+        sch.compute_inline(first)
+    for producer in sch.get_producers(last):
+        if not sch.get(producer).same_as(sch.get(block)):
+            inline_producers(sch, producer)
+            sch.compute_inline(producer)
+    return last

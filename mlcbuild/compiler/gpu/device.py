@@ -1,0 +1,44 @@
+"""What the schedules want to know of a GPU, from its TVM target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Device:
+    """kind: TVM's; threads: of one block at most; shared: bytes that a block's threads share.
+
+    lanes: threads that go along a row together. Where they are one warp, sums over them are shuffles.
+    row_groups, rows: a block takes row_groups * rows rows of a matrix, each thread `rows` of them.
+    vector: bytes that a thread loads at once.
+    """
+
+    kind: str
+    threads: int
+    shared: int
+    lanes: int
+    row_groups: int
+    rows: int
+    vector: int
+
+
+# lanes, row_groups, rows, vector
+_SHAPES = {
+    "cuda": (32, 4, 2, 16),
+    "rocm": (32, 4, 2, 16),
+    "metal": (32, 4, 2, 8),
+    "opencl": (32, 4, 2, 8),
+    "vulkan": (32, 4, 2, 8),
+    "webgpu": (32, 4, 2, 8),
+}
+KINDS = tuple(_SHAPES)
+
+
+def device_of(target: Mapping[str, Any]) -> Device:
+    """The device of a resolved TVM target with a kind of `KINDS`."""
+    kind = target["kind"]
+    threads = int(target.get("max_threads_per_block", target.get("max_num_threads", 256)))
+    return Device(kind, threads, int(target.get("max_shared_memory_per_block", 16384)), *_SHAPES[kind])

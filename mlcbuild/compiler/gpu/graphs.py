@@ -1,0 +1,141 @@
+"""CUDA graphs: a decoding step is launched at once instead of kernel by kernel.
+
+What is captured must be one function, since a captured graph holds the addresses of the weights that it was captured
+with: a function that all layers share would be replayed with the first layer's. So `batch_decode` has its layers
+written out, and takes the parameters as a tuple whose tensors the pass knows not to change; all others share
+`decoder_layer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tvm import IRModule, ir, relax, transform
+
+_CAPTURED, _ONE = "batch_decode", "decode"
+_SYMBOLS = "relax.rewrite_cuda_graph.capture_symbolic_vars"
+_ALLOCATION, _TAKE = "cuda_graph_alloc", "vm.builtin.tuple_getitem"
+
+
+def prepare(module: IRModule) -> IRModule:
+    """Write out the layers of `batch_decode`, once for all batch sizes; `decode` is that with a batch of one."""
+    functions = {gv.name_hint: f for gv, f in module.functions_items() if isinstance(f, relax.Function)}
+    private = {n: f for n, f in functions.items() if f.attrs is None or "global_symbol" not in f.attrs}
+    batch, one = functions[_CAPTURED], functions[_ONE]
+    rows = batch.params[0].ty.shape[0]
+    bound = {name: _with_rows(function, rows) for name, function in private.items()}
+    types = _types([batch, *bound.values()])
+    params = relax.Var("packed_params", relax.TupleType([types.get(i, relax.AnyType()) for i in range(max(types) + 1)]))
+    *inputs, _ = batch.params
+    builder = relax.BlockBuilder(module)
+    attributes = {**dict(batch.attrs), "num_input": len(inputs), _SYMBOLS: [rows.name]}
+    with builder.function("written_out", [*inputs, params], attrs=attributes):
+        with builder.dataflow():
+            result = _WriteOut(builder, bound, params).run(batch, [*inputs, params])
+            out = builder.emit_output(result)
+        builder.emit_func_output(out)
+    inputs = [relax.Var(p.name, p.ty) for p in one.params]
+    with builder.function("one", inputs, attrs=dict(one.attrs)):
+        with builder.dataflow():
+            out = builder.emit_output(relax.Call(module.get_global_var(_CAPTURED), inputs))
+        builder.emit_func_output(out)
+    made = builder.finalize()
+    for name, new in ((_CAPTURED, "written_out"), (_ONE, "one")):
+        module[name] = made[new].with_attr("global_symbol", name)
+    return module
+
+
+def _with_rows(function: relax.Function, rows: Any) -> relax.Function:
+    """A private function whose `seq_len` rows are `rows`."""
+    names = [var.name for var in relax.analysis.defined_symbolic_vars(function)]
+    return function.bind_symbolic_vars({"seq_len": rows}) if "seq_len" in names else function
+
+
+def _types(functions: Sequence[relax.Function]) -> dict[int, Any]:
+    """The types of the parameters that the functions take out of their tuple, by index."""
+    found = {}
+    for function in functions:
+        taken: dict[relax.Var, int] = {}
+        for binding in _bindings(function):
+            index = _taken(binding)
+            if index is not None:
+                taken[binding.var] = index
+            elif isinstance(binding, relax.MatchCast) and binding.value in taken:
+                found[taken[binding.value]] = binding.ty
+    return found
+
+
+def _bindings(function: relax.Function) -> list[Any]:
+    return [binding for block in function.body.blocks for binding in block.bindings]
+
+
+def _taken(binding: Any) -> int | None:
+    """The index of the parameter that a binding takes out of the tuple; None where it does something else."""
+    value = binding.value
+    pure = isinstance(value, relax.Call) and value.op == ir.Op.get("relax.call_pure_packed")
+    if not pure or not isinstance(value.args[0], relax.ExternFunc) or str(value.args[0].global_symbol) != _TAKE:
+        return None
+    return int(value.args[2].value)
+
+
+class _WriteOut:
+    """Emits what functions do into a builder. (Relax's own inlining gives their symbolic sizes new names.)"""
+
+    def __init__(self, builder: relax.BlockBuilder, private: Mapping[str, relax.Function], params: relax.Var) -> None:
+        self.builder, self.private, self.params = builder, private, params
+
+    def run(self, function: relax.Function, arguments: Sequence[Any]) -> Any:
+        """The function's result for `arguments`."""
+        known = dict(zip(function.params, arguments, strict=True))
+        taken: dict[relax.Var, int] = {}
+        for binding in _bindings(function):
+            index = _taken(binding)
+            if index is not None:
+                taken[binding.var] = index
+            elif isinstance(binding, relax.MatchCast):
+                known[binding.var] = self.builder.emit(relax.TupleGetItem(self.params, taken[binding.value]))
+            else:
+                known[binding.var] = self._value(_replaced(binding.value, known))
+        return _replaced(function.body.body, known)
+
+    def _value(self, value: Any) -> Any:
+        if isinstance(value, relax.Call) and isinstance(value.op, ir.GlobalVar) and value.op.name_hint in self.private:
+            return self.run(self.private[value.op.name_hint], list(value.args))
+        return self.builder.emit(value)
+
+
+def _replaced(value: Any, known: Mapping[relax.Var, Any]) -> Any:
+    """`value`, whose parts are variables and constants, with other expressions for its variables."""
+    if isinstance(value, relax.Var):
+        return known.get(value, value)
+    if isinstance(value, relax.Tuple):
+        return relax.Tuple([_replaced(field, known) for field in value.fields])
+    if isinstance(value, relax.TupleGetItem):
+        return relax.TupleGetItem(_replaced(value.tuple_value, known), value.index)
+    if isinstance(value, relax.Call):
+        arguments = [_replaced(argument, known) for argument in value.args]
+        return relax.Call(value.op, arguments, value.attrs, value.ty_args)
+    return value
+
+
+def capture(module: IRModule) -> IRModule:
+    """Lift what can be captured, and add `cuda_graph_alloc_init`, which reserves its memory before the first step."""
+    with transform.PassContext(config={"relax.backend.use_cuda_graph": True}):
+        module = relax.transform.RewriteCUDAGraph()(module)
+    allocations = [gv for gv in module.get_global_vars() if gv.name_hint.startswith(_ALLOCATION)]
+    if not allocations:
+        return module
+    (allocation,) = allocations
+    builder = relax.BlockBuilder(module)
+    with builder.function("cuda_graph_alloc_init", []):
+        builder.emit_func_output(
+            builder.emit(
+                relax.op.call_builtin_with_ctx(
+                    "vm.builtin.cuda_graph.get_cached_alloc",
+                    [allocation, relax.prim_value(0)],
+                    ty_args=relax.AnyType(),
+                )
+            )
+        )
+    return builder.finalize()

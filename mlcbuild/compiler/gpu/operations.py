@@ -1,0 +1,104 @@
+"""The decoder's operations on a GPU: activations are of the model dtype, sums float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import relax, tirx
+
+from mlcbuild.compiler.gpu import products, rows, softmax
+from mlcbuild.compiler.gpu import rope as rotary_embedding
+from mlcbuild.compiler.gpu.device import Device
+from mlcbuild.compiler.gpu.script import quick
+from mlcbuild.errors import MlcBuildError
+from mlcbuild.models.operations import Expr, Operations
+from mlcbuild.models.rope import Frequencies, Rotary
+from mlcbuild.models.weights import Weight
+
+
+def operations(builder: relax.BlockBuilder, dtype: str, device: Device) -> Operations:
+    """Operations that emit into `builder`; `dtype` is the model dtype."""
+
+    def call(function: Any, name: str, arguments: list[Expr], shape: list[Expr], out_dtype: str) -> Expr:
+        kernel = builder.add_func(function, name)
+        return builder.emit(relax.call_tir(kernel, arguments, out_ty=relax.TensorType(shape, out_dtype)))
+
+    def multiply(x: Expr, weight: Weight, out_dtype: str) -> Expr:
+        n, in_features = x.ty.shape
+        wide = device.kind == "metal"
+        function = products.linear(
+            *(_parts(weight), weight.packing, _size(weight.rows), int(in_features)),
+            *(str(x.ty.dtype), out_dtype, wide),
+        )
+        return call(function, "linear", [x, *weight.parts.values()], [n, weight.rows], out_dtype)
+
+    def embedding(ids: Expr, weight: Weight, hidden_size: int) -> Expr:
+        function = products.embedding(_parts(weight), weight.packing, hidden_size, dtype)
+        return call(function, "embedding", [ids, *weight.parts.values()], [ids.ty.shape[0], hidden_size], dtype)
+
+    def rms_norm(x: Expr, weight: Expr, eps: float) -> Expr:
+        return call(rows.rms_norm(int(x.ty.shape[1]), eps, dtype), "rms_norm", [x, weight], list(x.ty.shape), dtype)
+
+    def gated(x: Expr, activation: str) -> Expr:
+        width = int(x.ty.shape[1]) // 2
+        return call(rows.gated(activation, width, dtype), "gated", [x], [x.ty.shape[0], width], dtype)
+
+    def layer_norm(x: Expr, weight: Expr | None, bias: Expr | None, eps: float) -> Expr:
+        function = rows.layer_norm(int(x.ty.shape[1]), eps, dtype, weight is not None, bias is not None)
+        given = [each for each in (weight, bias) if each is not None]
+        return call(function, "layer_norm", [x, *given], list(x.ty.shape), dtype)
+
+    def activation(x: Expr, name: str) -> Expr:
+        return call(rows.activation(name, int(x.ty.shape[1]), dtype), "activation", [x], list(x.ty.shape), dtype)
+
+    def norm_heads(
+        qkv: Expr, weights: tuple[Expr, Expr], heads: tuple[int, int], spans: str, norm: str, eps: float
+    ) -> Expr:
+        shapes = tuple(tuple(int(size) for size in weight.ty.shape) for weight in weights)
+        function = rows.norm_heads(heads, int(qkv.ty.shape[2]), shapes, spans, norm == "layer", eps, dtype)
+        return call(function, "norm_heads", [qkv, *weights], list(qkv.ty.shape), dtype)
+
+    def rope(qkv: Expr, positions: Expr, frequencies: Frequencies, heads: tuple[int, int], rotary: Rotary) -> Expr:
+        function = rotary_embedding.rope(*heads, int(qkv.ty.shape[2]), rotary, dtype)
+        return call(function, "rope", [qkv, positions, relax.const(frequencies)], list(qkv.ty.shape), dtype)
+
+    def no_experts(*_: Any) -> Any:
+        raise MlcBuildError("num_experts: GPU libraries do not have mixtures of experts yet; build for a CPU")
+
+    def softmax_with_temperature(logits: Expr, temperature: Expr) -> Expr:
+        b, v = logits.ty.shape
+        threads = min(256, device.threads)
+        with quick():
+            figures, probabilities = softmax.chunk_figures(threads), softmax.probabilities(threads)
+        chunks = relax.TensorType([b, (v + softmax.CHUNK - 1) // softmax.CHUNK], "float32")
+        kernel = builder.add_func(figures, "softmax_chunk_figures")
+        both = builder.emit(relax.call_tir(kernel, [logits, temperature], out_ty=[chunks, chunks]))
+        sums, maxima = (builder.emit(relax.TupleGetItem(both, i)) for i in (0, 1))
+        arguments = [logits, temperature, sums, maxima]
+        return call(probabilities, "softmax_probabilities", arguments, [b, v], "float32")
+
+    return Operations(
+        compute=dtype,
+        linear=multiply,
+        embedding=embedding,
+        rms_norm=rms_norm,
+        layer_norm=layer_norm,
+        gated=gated,
+        activation=activation,
+        norm_heads=norm_heads,
+        rope=rope,
+        choose_experts=no_experts,
+        expert_linear=no_experts,
+        weighted_sum=no_experts,
+        softmax=softmax_with_temperature,
+    )
+
+
+def _parts(weight: Weight) -> tuple[products.Part, ...]:
+    return tuple(
+        (name, tuple(_size(size) for size in part.ty.shape), str(part.ty.dtype)) for name, part in weight.parts.items()
+    )
+
+
+def _size(size: Expr) -> int | str:
+    return "rows" if isinstance(size, tirx.Var) else int(size)

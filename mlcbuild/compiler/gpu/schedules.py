@@ -1,0 +1,75 @@
+"""Schedules: which thread computes what, for every function that has none yet.
+
+A matrix product becomes three kernels, and the number of rows of x decides at run time which one is launched: few rows
+(decoding) are bound by reading the matrix, so its rows are shared out and x stays in the caches; many rows (prefill)
+go through tensor cores, simdgroups or shared memory. Everything else is TVM's dlight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import IRModule, s_tir, tirx
+from tvm.s_tir import dlight
+
+from mlcbuild.compiler.gpu import metal
+from mlcbuild.compiler.gpu.device import Device
+from mlcbuild.compiler.gpu.few_rows import few_rows
+from mlcbuild.compiler.gpu.products import PRODUCT, STEP
+from mlcbuild.compiler.gpu.script import quick
+
+_FEW = ((1, 1), (8, 4))  # up to so many rows of x: a kernel whose blocks of threads take so many of them
+
+
+def schedule(module: IRModule, device: Device) -> IRModule:
+    """The module with every TIR function scheduled for the current target, which is `device`."""
+    module = _narrow(module)
+    for gv, function in module.functions_items():
+        if isinstance(function, tirx.PrimFunc) and not _scheduled(function) and _product(function) is not None:
+            module[gv] = _linear(function, device)
+    rules = dlight.gpu.Reduction(), dlight.gpu.GeneralReduction(), dlight.gpu.Fallback()
+    return dlight.ApplyDefaultSchedule(*rules)(module)
+
+
+def _narrow(module: IRModule) -> IRModule:
+    """Indices as int32: twice as fast to compute, and what simdgroup intrinsics have (an int64 beside them fails)."""
+    waiting = {gv: f for gv, f in module.functions_items() if isinstance(f, tirx.PrimFunc) and not _scheduled(f)}
+    narrow = tirx.transform.ForceNarrowIndexToInt32()(IRModule({gv.name_hint: f for gv, f in waiting.items()}))
+    for gv in waiting:
+        module[gv] = narrow[gv.name_hint]
+    return module
+
+
+def _scheduled(function: tirx.PrimFunc) -> bool:
+    return function.attrs is not None and bool(function.attrs.get("tirx.is_scheduled", False))
+
+
+def _product(function: tirx.PrimFunc) -> Any:
+    """The block of a matrix product, or None."""
+    sch = s_tir.Schedule(function)
+    blocks = [sch.get(block) for block in sch.get_child_blocks(sch.get_sblock("root"))]
+    return next((block for block in blocks if block.name_hint == PRODUCT), None)
+
+
+def _linear(function: tirx.PrimFunc, device: Device) -> tirx.PrimFunc:
+    product = _product(function)
+    rows_of_x = product.iter_vars[0].dom.extent
+    step = int(function.attrs.get(STEP, 8))
+    many = _many_rows(function, device)
+    body = many.body
+    for limit, count in reversed(_FEW):
+        small = few_rows(function, device, count, step).body
+        body = tirx.IfThenElse(tirx.op.tvm_thread_invariant(rows_of_x <= limit), small, body)
+    body = s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", body))
+    result = many.with_body(body)
+    return result.with_attr("tirx.is_scheduled", True).with_attr("tirx.HoistIfThenElseExprWithBlock", 1)
+
+
+def _many_rows(function: tirx.PrimFunc, device: Device) -> tirx.PrimFunc:
+    if device.kind == "metal":
+        return metal.many_rows(function)
+    if device.kind == "cuda":
+        with quick():  # what dlight imports for tensor cores
+            import tvm.s_tir.tensor_intrin.cuda  # noqa: F401
+    rule = dlight.ApplyDefaultSchedule(dlight.gpu.Matmul())
+    return rule(IRModule({"main": function}))["main"]

@@ -1,0 +1,39 @@
+"""library, for GPUs: the same step as steps/library.py with code of its own.
+
+Fields: device (a TVM target), host (its CPU's), architectures (that get machine code), linker, library (the kind of
+file), prefix (of a static library's symbols). Input: lower. Artifact: model.<kind>.
+"""
+
+from __future__ import annotations
+
+from mlcbuild.recipes.types import Linker
+from mlcbuild.steps.job import Job
+
+VERSION = 1
+CODE = (
+    "mlcbuild.compiler.codegen",
+    "mlcbuild.compiler.linkers",
+    "mlcbuild.recipes.types",
+    "mlcbuild.zig",
+)
+TOOLS = ("apache-tvm", "apache-tvm-ffi", "ziglang")
+
+
+def run(job: Job) -> None:
+    """Raises MlcBuildError with the compiler's or linker's own message when it fails."""
+    from mlcbuild.compiler.codegen.build import Wanted, build
+
+    linker, fields = job.fields["linker"], job.fields
+    build(
+        job.inputs["lower"].path("module.json"),
+        Wanted(
+            device=fields["device"],
+            host=fields["host"],
+            linker=Linker(linker["kind"], linker["target"], tuple(linker["flags"]), tuple(linker["needs"])),
+            architectures=tuple(fields["architectures"]),
+            prefix=fields["prefix"],
+        ),
+        job.output / f"model.{fields['library']}",
+        job.scratch,
+        job.debug_dump,
+    )

@@ -288,16 +288,20 @@ def _not_asked(recipe: str, forced: bool) -> None:
 
 
 def _groups(session: Session) -> Iterator[Task]:
-    """`doit quantize`: the recipes' own steps of a kind, without those that only their verification needs."""
+    """`doit quantize`: the recipes' own steps of a kind, without those that only their verification needs.
+
+    Recipes that cannot be planned fail whatever was asked for, after what can be done.
+    """
     goals = session.graph.goals
+    unplanned = [f"build:{name}" for name in (*session.graph.unlocked, *session.graph.broken)]
     for kind, doc in _GROUPS.items():
         if kind == "publish":
             members = [f"publish:{name}" for name in goals]
         elif kind == "build":
-            members = [f"build:{name}" for name in (*goals, *session.graph.unlocked, *session.graph.broken)]
+            members = [f"build:{name}" for name in goals]
         else:
             members = list(dict.fromkeys(goal.steps[kind] for goal in goals.values() if kind in goal.steps))
-        yield Task(kind, None, task_dep=members, has_subtask=True, doc=doc, params=[_ALWAYS, _LOG_JSON])
+        yield Task(kind, None, task_dep=[*members, *unplanned], has_subtask=True, doc=doc, params=[_ALWAYS, _LOG_JSON])
 
 
 def _task(

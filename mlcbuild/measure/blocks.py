@@ -40,9 +40,17 @@ class Blocks:
         self._cache = self.library["create_tir_paged_kv_cache"](*(tvm_runtime.shape(size) for size in sizes))
 
     def embed(self, ids: Sequence[int], embedding: Tensors) -> Float32:
-        """The first layer's input for token ids, which must be rows of the embedding: they are not checked."""
+        """The embeddings of token ids, which must be rows of the table: they are not checked."""
         array = np.asarray(ids, np.int32)
         return np.concatenate([self._call("embed", piece, embedding) for piece in self._pieces(array)])
+
+    def begin(self, hidden: Float32, weights: Tensors) -> Float32:
+        """What the first layer is given for the embeddings of a window: scaled, positions added ..."""
+        if not self.library.has("beginning"):
+            return hidden
+        positions = self._pieces(np.arange(len(hidden), dtype=np.int32))
+        pieces = zip(self._pieces(hidden), positions, strict=True)
+        return np.concatenate([self._call("beginning", x, [tvm_runtime.tensor(at), *weights]) for x, at in pieces])
 
     def layer(self, hidden: Float32, weights: Tensors, kind: int = 0) -> Float32:
         """The output of a layer of this kind (Structure.kinds) for a window, as a sequence of its own."""

@@ -44,7 +44,7 @@ def importance(
     for number in range(model.layers):
         mine = model.layer(number)
         given = widened(mine, checkpoint)
-        matrices = [each for each in mine if len(each.shape) > 1]
+        matrices = [each for each in mine if each.is_matrix]
         sums = [_Sum(each) for each in matrices]
         following = []
         for window in hidden:
@@ -62,7 +62,7 @@ def importance(
         progress(number + 1, model.layers)
     norm = widened(model.norm, checkpoint)
     total = sum(np.square(blocks.normed(window, norm), dtype=np.float64).sum(axis=0) for window in hidden)
-    (head,) = model.head
+    head, *_ = model.head
     found[head.name] = _rounded(total / tokens)
     return found
 

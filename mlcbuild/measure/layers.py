@@ -53,8 +53,10 @@ def compare(
     (theirs, checkpoint), (ours, packed) = reference, package
     p = embedded(model, theirs, checkpoint, windows)
     given = packed.tensors(model.embedding)
-    q = [ours.embed(ids, given) for ids in windows]
-    tensors = {each.name: _error(each, checkpoint, packed) for each in model.embedding}
+    beginning = packed.tensors(model.beginning)
+    q = [ours.begin(ours.embed(ids, given), beginning) for ids in windows]
+    tables = [each for each in (*model.embedding, *model.beginning) if each.is_matrix]
+    tensors = {each.name: _error(each, checkpoint, packed) for each in tables}
     blocks = {"embedding": _apart(q, p, "the embedding")}
     for number in range(model.layers):
         mine = model.layer(number)
@@ -62,7 +64,7 @@ def compare(
         p = [theirs.layer(hidden, given, model.kinds[number]) for hidden in p]
         given = packed.tensors(mine)
         q = [ours.layer(hidden, given, model.kinds[number]) for hidden in q]
-        tensors |= {each.name: _error(each, checkpoint, packed) for each in mine if len(each.shape) > 1}
+        tensors |= {each.name: _error(each, checkpoint, packed) for each in mine if each.is_matrix}
         blocks[f"layer {number}"] = _apart(q, p, f"layer {number}")
         progress(number + 1, model.layers)
     given = widened(model.norm, checkpoint)
@@ -70,10 +72,10 @@ def compare(
     given = packed.tensors(model.norm)
     q = [ours.normed(hidden, given) for hidden in q]
     blocks["final norm"] = _apart(q, p, "the final norm")
-    (head,) = model.head
-    if head.name not in tensors:
-        tensors[head.name] = _error(head, checkpoint, packed)
-    given = packed.tensors([head])
+    head = model.head
+    if head[0].name not in tensors:
+        tensors[head[0].name] = _error(head[0], checkpoint, packed)
+    given = packed.tensors(head)
     waiting_p, waiting_q = iter(p), iter(q)
     comparison = evaluate.compare(
         lambda ids: _logits(ours, next(waiting_q), given),
@@ -88,12 +90,14 @@ def _logits(blocks: Blocks, normed: Float32, head: Tensors) -> Iterator[Float32]
         yield blocks.logits(normed[start : start + blocks.chunk], head)
 
 
-def _sliced_logits(blocks: Blocks, normed: Float32, checkpoint: Unquantized, head: Parameter) -> Iterator[Float32]:
+def _sliced_logits(
+    blocks: Blocks, normed: Float32, checkpoint: Unquantized, head: Sequence[Parameter]
+) -> Iterator[Float32]:
     for start in range(0, len(normed), blocks.chunk):
         piece = normed[start : start + blocks.chunk]
         slices = [
-            blocks.logits(piece, [tvm_runtime.tensor(checkpoint.rows(head.name, first, last))])
-            for first, last in _slices(head)
+            blocks.logits(piece, [tvm_runtime.tensor(checkpoint.rows(each.name, first, last)) for each in head])
+            for first, last in _slices(head[0])
         ]
         yield np.concatenate(slices, axis=1)
 

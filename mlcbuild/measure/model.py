@@ -12,7 +12,7 @@ import numpy.typing as npt
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.measure.blocks import Blocks
 from mlcbuild.measure.unquantized import Unquantized
-from mlcbuild.models.parameters import Parameter, parameters
+from mlcbuild.models.parameters import BEGINNING, EMBED, FINAL_NORM, Parameter, parameters
 from mlcbuild.models.structure import Structure
 from mlcbuild.runtime import tvm_runtime
 
@@ -36,21 +36,23 @@ class Model:
 
     @property
     def embedding(self) -> list[Parameter]:
-        return self._role("embedding")
+        return self._of(EMBED)
+
+    @property
+    def beginning(self) -> list[Parameter]:
+        return self._of(BEGINNING)
 
     @property
     def norm(self) -> list[Parameter]:
-        return self._role("final_norm")
+        return self._of(FINAL_NORM)
 
     @property
     def head(self) -> list[Parameter]:
-        """What makes logits: a tied model has no matrix of its own for it."""
-        return self._role("lm_head", "embedding")
+        """What makes logits: a matrix, for which a tied model has none of its own, and a bias where there is one."""
+        return [*(self._of(("lm_head",)) or self.embedding), *self._of(("lm_head_bias",))]
 
-    def _role(self, *roles: str) -> list[Parameter]:
-        """Those that play the first of these roles that any of them plays."""
-        found = [[p for p in self.parameters if p.role == role] for role in roles]
-        return next(filter(None, found))
+    def _of(self, roles: Sequence[str]) -> list[Parameter]:
+        return [p for p in self.parameters if p.role in roles]
 
 
 def model_of(structure: Structure) -> Model:
@@ -76,4 +78,5 @@ def embedded(model: Model, blocks: Blocks, checkpoint: Unquantized, windows: Win
     if len(wrong):
         raise MlcBuildError(f"token id {wrong[0]} is not in this model's vocabulary of {embedding.shape[0]}")
     table = [tvm_runtime.tensor(checkpoint.take(embedding.name, used.tolist()))]
-    return [blocks.embed(np.searchsorted(used, ids).tolist(), table) for ids in windows]
+    beginning = widened(model.beginning, checkpoint)
+    return [blocks.begin(blocks.embed(np.searchsorted(used, ids).tolist(), table), beginning) for ids in windows]

@@ -5,19 +5,20 @@ decoder's own (mlcbuild.models.decoder); only who calls whom differs. Hidden sta
 compute dtype. The parameters of a piece are those of its roles, in the order of `Decoder.declared`.
 
     embed(input_ids int32 [n], embedding...) -> [n, H]
+    beginning(x [n, H], positions int32 [n], position_embedding..., embedding_norm...) -> [n, H], where there is one
     decoder_layer(x [n, H], cache, layer_id, the layer's...) -> [n, H]
     decoder_layer_inputs(the same) -> ([n, H], and what each matrix of the layer is multiplied with: [n, K], in order;
         of experts x [n, K] or [n * choices, K], and then which experts the tokens chose: int32 [n, choices])
     decoder_layer_1, decoder_layer_inputs_1, ...: the same for layers of other kinds (Structure.kinds)
-    final_norm(x [n, H], final_norm) -> [n, H]
-    head(normed [n, H], lm_head..., or the tied embedding...) -> float32 [n, V]
+    final_norm(x [n, H], final_norm...) -> [n, H]
+    head(normed [n, H], lm_head..., or the tied embedding..., lm_head_bias) -> float32 [n, V]
 
-`head` takes any number of rows of its matrix, so that a large vocabulary can come in slices.
+`head` takes any number of rows of its matrix and bias, so that a large vocabulary can come in slices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from tvm import relax, tirx
@@ -25,32 +26,39 @@ from tvm import relax, tirx
 from mlcbuild.models.decoder import Decoder, layer_inputs
 from mlcbuild.models.layer import layer
 from mlcbuild.models.operations import Expr
-from mlcbuild.models.weights import Weight, head_role, weight_of
+from mlcbuild.models.parameters import BEGINNING, EMBED, FINAL_NORM
+from mlcbuild.models.weights import Given, Weight, head_role
 
 
 def emit_blocks(decoder: Decoder) -> None:
     """Add every piece of a decoder that has one layer of each kind to its builder."""
     d, width = decoder, decoder.structure.hidden_size
     compute = d.operations.compute
+
+    def rows(name: str) -> relax.Var:  # a variable belongs to one function
+        return d.tensor(name, [tirx.Var("seq_len", "int64"), width], compute)
+
     ids = d.tensor("input_ids", [tirx.Var("seq_len", "int64")], "int32")
-    _emit(d, "embed", ids, "embedding", lambda w: d.cast(d.operations.embedding(ids, w, width), compute))
-    x = d.tensor("x", [tirx.Var("seq_len", "int64"), width], compute)
-    norm = d.operations.rms_norm
-    _emit(d, "final_norm", x, "final_norm", lambda w: norm(x, w.plain, d.structure.norm_eps))
-    normed = d.tensor("normed", [tirx.Var("seq_len", "int64"), width], compute)
-    _emit(d, "head", normed, head_role(d.structure), lambda w: d.operations.linear(normed, w, "float32"))
+    _emit(d, "embed", [ids], EMBED, lambda w: d.cast(d.operations.embedding(ids, w("embedding"), width), compute))
+    if d.has_beginning:
+        first = rows("x")
+        positions = d.tensor("positions", [first.ty.shape[0]], "int32")
+        _emit(d, "beginning", [first, positions], BEGINNING, lambda w: d.beginning(first, lambda: positions, w))
+    last, normed = rows("x"), rows("normed")
+    _emit(d, "final_norm", [last], FINAL_NORM, lambda w: d.norm(last, w, "final_norm"))
+    _emit(d, "head", [normed], (head_role(d.structure), "lm_head_bias"), lambda w: d.logits(normed, w))
     for kind in range(d.structure.num_hidden_layers):
         _emit_layer(d, kind, with_inputs=False)
         _emit_layer(d, kind, with_inputs=True)
 
 
-def _emit(d: Decoder, name: str, x: relax.Var, role: str, body: Callable[[Weight], Expr]) -> None:
-    declared = [p for p in d.declared if p.role == role]
+def _emit(d: Decoder, name: str, inputs: list[relax.Var], roles: Sequence[str], body: Callable[[Given], Expr]) -> None:
+    declared = [p for p in d.declared if p.role in roles]
     rows = tirx.Var("vocab_size", "int64")
     given = [d.tensor(p.name, p.shape_for(rows), p.dtype) for p in declared]
-    with d.builder.function(name, [x, *given]):
+    with d.builder.function(name, [*inputs, *given]):
         with d.builder.dataflow():
-            out = d.builder.emit_output(body(weight_of(declared, given)))
+            out = d.builder.emit_output(body(Given(declared, given)))
         d.builder.emit_func_output(out)
 
 

@@ -38,11 +38,15 @@ class Parameter:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it is multiplied with, or looked up in: what quantizations pack."""
-        return self.role in TABLES or self.role.endswith("_proj") or self.role == "lm_head"
+        """Whether it is multiplied with or looked up in. Norms of all heads have two axes, too."""
+        return len(self.shape) > 1 and not self.role.endswith("_norm")
 
 
 TABLES = ("embedding", "position_embedding")  # roles that are looked up by row
+# Roles outside the layers, by the pieces of a decoder that use them (mlcbuild.models.blocks).
+EMBED = ("embedding",)
+BEGINNING = ("position_embedding", "embedding_norm", "embedding_norm_bias")
+FINAL_NORM = ("final_norm", "final_norm_bias")
 
 
 def shape_of(role: str, structure: Structure) -> tuple[int, ...]:

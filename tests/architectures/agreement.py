@@ -113,9 +113,12 @@ def _write(folder: Path, tensors: Mapping[str, Array]) -> None:
 class Agreement:
     """A case in one quantization: its library, and what its weights ought to give."""
 
-    def __init__(self, case: Case, quantization: str, folder: Path, **changes: Any) -> None:
-        """`changes` are fields of the structure that the library is compiled with in spite of the checkpoint."""
-        self.case = case
+    def __init__(self, case: Case, quantization: str, folder: Path, library: bool = True, **changes: Any) -> None:
+        """`changes` are fields of the structure that the library is compiled with in spite of the checkpoint.
+
+        Without `library` nothing is compiled, and there is no session.
+        """
+        self.case, self._checkpoint = case, folder / "checkpoint"
         save(case, folder / "checkpoint")
         form = llama.QUANTIZATIONS[quantization]
         self.structure = structure_of(case, folder / "checkpoint")
@@ -126,7 +129,12 @@ class Agreement:
         packing = local_job({"convert": job.output, "checkpoint": folder / "checkpoint"}, fields, folder / "quantize")
         quantize.run(packing)
         self.weights = packing.output
+        self.document = json.loads((job.output / "parameters.json").read_text())
+        self.blobs = {entry.digest: entry.path for entry in job.inputs["checkpoint"].files.values()}
+        self.blobs |= {entry.digest: entry.path for entry in packing.inputs["convert"].files.values()}
         self._meant = self._stood_for(form, folder)
+        if not library:
+            return
         compiled = dataclasses.replace(self.structure, **changes)
         self.network = network(llama.build_library(compiled, form, folder), self.weights, compiled.vocab_size)
 
@@ -135,14 +143,11 @@ class Agreement:
 
     def expected(self, ids: list[int]) -> Array:
         """Logits [n, V] of the reference on the numbers that the quantized weights stand for."""
-        if self.case.reference is not None:
-            import torch
+        return reference_logits(self.case, self._meant, ids)
 
-            tensors = {name: torch.tensor(values) for name, values in _read(self._meant).items()}
-            with torch.no_grad():
-                logits: Array = self.case.reference(self.case.config, tensors, ids).float().numpy()
-            return logits
-        return transformers_logits(self._meant, ids)
+    def unquantized(self, ids: list[int]) -> Array:
+        """Logits [n, V] of the reference on the checkpoint."""
+        return reference_logits(self.case, self._checkpoint, ids)
 
     def _stood_for(self, form: Any, folder: Path) -> Path:
         """A checkpoint of the dequantized weights, under the checkpoint's own names."""
@@ -206,11 +211,16 @@ def _read(folder: Path) -> dict[str, Array]:
     return {name: np.array(read(ref)) for name, ref in read_table(files).items()}
 
 
-def transformers_logits(folder: Path, ids: list[int]) -> Array:
-    """float32 [n, V] of the checkpoint in `folder`."""
+def reference_logits(case: Case, folder: Path, ids: list[int]) -> Array:
+    """float32 [n, V] of the checkpoint in `folder`, by transformers or by the case's own reference."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    if case.reference is not None:
+        tensors = {name: torch.tensor(values) for name, values in _read(folder).items()}
+        with torch.no_grad():
+            computed: Array = case.reference(case.config, tensors, ids).float().numpy()
+        return computed
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
         logits: Array = model(torch.tensor([ids])).logits[0].float().numpy()

@@ -65,8 +65,11 @@ def render(found: Matrix) -> str:
         for model, names in sorted(found.unlocked.items()):
             lines.append(f"  {model}  {_count(len(names), 'recipe')}: {found.notes[model]}")
     for title, texts in (("unavailable", found.unavailable), ("broken", found.broken)):
-        if texts:
-            lines += ["", title, *(f"  {name}: {text}" for name, text in texts.items())]
+        reasons = _by((text, name) for name, text in texts.items())
+        if reasons:
+            lines += ["", title]
+        for text, names in reasons.items():
+            lines.append(f"  {names[0] if len(names) == 1 else _count(len(names), 'recipe')}: {text}")
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Weights and libraries are interchangeable with mlc-ai's: the same parameters, in the same order, shapes and dtypes."""
+"""Weights and libraries are interchangeable with mlc-ai's: the same parameters in the same order, shapes and dtypes."""
 
 from __future__ import annotations
 

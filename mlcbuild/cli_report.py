@@ -39,6 +39,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser], 
             "--cache", type=Path, help="the cache folder (default: MLCBUILD_CACHE, or the workspace's cache/)"
         )
     matrix.add_argument("--json", action="store_true", help="as JSON")
+    matrix.add_argument("--emit", choices=["github"], help="the unique steps, as matrices of a CI system's jobs")
 
     report = add(commands, "report", _report, "make an HTML page or a Markdown summary of builds' JSON logs")
     report.add_argument(
@@ -61,10 +62,10 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _matrix(options: argparse.Namespace) -> int:
-    from mlcbuild.execution.matrix import matrix, render, to_json
+    from mlcbuild.execution.matrix import matrix, render, to_github, to_json
 
-    found = matrix(_session(options, everything=True))
-    sys.stdout.write(to_json(found) if options.json else render(found))
+    found = matrix(_session(options, everything=options.emit is None))
+    sys.stdout.write(to_github(found) if options.emit else to_json(found) if options.json else render(found))
     return 1 if found.broken else 0
 
 

@@ -32,7 +32,7 @@ from mlcbuild.execution.scope import Scope, scope_of
 from mlcbuild.execution.session import Session, open_session
 from mlcbuild.execution.signals import die_with_parent_after_fork, end_cleanly
 from mlcbuild.execution.unchanged import recall, remember
-from mlcbuild.execution.variables import Variables, keeps_going, read_patience, read_variables
+from mlcbuild.execution.variables import Variables, keeps_going, on_cluster, read_patience, read_variables
 from mlcbuild.execution.why import why
 from mlcbuild.recipes.select import Wanted, choose
 from mlcbuild.reporting.doit_reporter import Console, needs, reporter_class
@@ -40,6 +40,7 @@ from mlcbuild.reporting.events import Event, PackageInstalled, RecipeUnavailable
 from mlcbuild.reporting.jsonlog import json_log
 
 if TYPE_CHECKING:
+    from mlcbuild.execution.cluster import Cluster
     from mlcbuild.execution.shared import SharedCache
 
 __all__ = ["DOIT_CONFIG", "task_steps"]
@@ -81,7 +82,7 @@ DOIT_CONFIG = {
     "dep_file": ":memory:",
     "par_type": "thread",  # steps are processes already
     # So many threads wait for room on the machine (execution.resources), which is what decides how many steps run.
-    "num_process": 32,
+    "num_process": 512 if on_cluster(sys.argv[1:]) else 32,
     "continue": keeps_going(sys.argv[1:]),
     "reporter": reporter_class(_console),
     "verbosity": 2,
@@ -119,6 +120,7 @@ def task_steps() -> Iterator[Task]:
 
 
 def _open(variables: Variables, recipes: Wanted | None, scope: Scope, keep_going: bool) -> Session:
+    shared = _shared(variables)
     return open_session(
         Path.cwd(),
         _console.report,
@@ -127,10 +129,11 @@ def _open(variables: Variables, recipes: Wanted | None, scope: Scope, keep_going
         variables.debug_dump,
         strict=variables.strict,
         locked=variables.locked,
-        shared=_shared(variables),
+        shared=shared,
         scope=scope,
         keep_going=keep_going,
         pool=Pool(budget(variables.cores, variables.memory).totals()),
+        cluster=_cluster(variables, shared) if scope.runs else None,
     )
 
 
@@ -140,6 +143,16 @@ def _shared(variables: Variables) -> SharedCache | None:
     from mlcbuild.execution.shared import open_shared
 
     return open_shared(variables.remote, variables.remote_write, read_patience())
+
+
+def _cluster(variables: Variables, shared: SharedCache | None) -> Cluster | None:
+    if variables.scheduler is None or shared is None:
+        return None
+    from mlcbuild.execution.cluster import Cluster
+
+    cluster = Cluster(variables.scheduler, shared, read_patience("MLCBUILD_SCHEDULER_TIMEOUT", "30"))
+    _console.at_end.append(cluster.close)
+    return cluster
 
 
 def _only_builds(arguments: Sequence[str]) -> bool:
@@ -201,6 +214,8 @@ def _before(session: Session, tasks: Mapping[str, Task], selected: Sequence[str]
     except MlcBuildError:
         return  # the step meets the same problem, and can report it
     check_room(coming, session.store.root)
+    if session.builder.cluster is not None:
+        session.builder.cluster.check(session.graph, missing)
 
 
 def _write_reports(variables: Variables) -> None:

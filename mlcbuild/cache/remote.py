@@ -39,7 +39,7 @@ class Meter:
     def __init__(self, patience: float) -> None:
         self._lock = threading.Lock()
         self._started = time.monotonic()
-        self._patience = patience
+        self.patience = patience
         self._done = 0
 
     def count(self, number: int) -> None:
@@ -47,7 +47,7 @@ class Meter:
             self._done += number
 
     def too_slow(self, window: int = 0) -> bool:
-        return time.monotonic() - self._started > self._patience + (self._done + window) / _SLOWEST
+        return time.monotonic() - self._started > self.patience + (self._done + window) / _SLOWEST
 
 
 class Remote:
@@ -55,8 +55,8 @@ class Remote:
 
     def __init__(self, url: str, patience: float) -> None:
         self.shown = shown(url)
-        self._url = url
-        self._patience = patience
+        self.url = url
+        self.patience = patience
         self._lock = threading.Lock()
         self._opened: tuple[int, Any, str] | None = None  # process, file system, the URL's path in it
 
@@ -71,7 +71,7 @@ class Remote:
                 return None
             return content
 
-        return self._within(read, Meter(self._patience))
+        return self._within(read, Meter(self.patience))
 
     def download(self, digest: str, destination: Path, meter: Meter) -> None:
         """Fetch a blob. What comes is not looked at. Raises what the file system raises, or TooSlow."""
@@ -92,7 +92,7 @@ class Remote:
             except FileNotFoundError:
                 return False
 
-        return self._within(look, Meter(self._patience))
+        return self._within(look, Meter(self.patience))
 
     def upload(self, digest: str, source: Path, meter: Meter) -> None:
         """Put a blob there, whole or not at all. Raises what the file system raises, or TooSlow."""
@@ -113,19 +113,19 @@ class Remote:
             with self._name(fs, f"{root}/{entry_name(key)}") as name:
                 fs.pipe_file(name, content)
 
-        self._within(put, Meter(self._patience))
+        self._within(put, Meter(self.patience))
 
     def meter(self) -> Meter:
         """For one transfer, or for several at once."""
-        return Meter(self._patience)
+        return Meter(self.patience)
 
     def words(self, error: BaseException) -> str:
         """The error in one line, for the user, without anything secret."""
         text = " ".join(str(error).split()) or type(error).__name__
-        userinfo = urlsplit(self._url).netloc.rpartition("@")[0]
+        userinfo = urlsplit(self.url).netloc.rpartition("@")[0]
         secrets_ = [value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) > 3]
-        for secret in [self._url, *filter(None, (userinfo, *userinfo.split(":"))), *secrets_]:
-            text = text.replace(secret, self.shown if secret == self._url else "…")
+        for secret in [self.url, *filter(None, (userinfo, *userinfo.split(":"))), *secrets_]:
+            text = text.replace(secret, self.shown if secret == self.url else "…")
         return re.sub(r"(https?://[^\s?\"']+)\?[^\s\"']*", r"\1?…", text)[:300]
 
     def _open(self) -> tuple[Any, str]:
@@ -133,7 +133,7 @@ class Remote:
             if self._opened is None or self._opened[0] != os.getpid():
                 import fsspec
 
-                fs, path = fsspec.core.url_to_fs(self._url)
+                fs, path = fsspec.core.url_to_fs(self.url)
                 self._opened = (os.getpid(), fs, path.rstrip("/"))
             return self._opened[1], self._opened[2]
 
@@ -170,7 +170,7 @@ class Remote:
         threading.Thread(target=run, daemon=True, name="shared-cache").start()
         while not ended.wait(_TICK):
             if meter.too_slow(window):
-                raise TooSlow(f"no answer within {self._patience:g} s, or less than {_SLOWEST // 1000} kB a second")
+                raise TooSlow(f"no answer within {self.patience:g} s, or less than {_SLOWEST // 1000} kB a second")
         if errors:
             raise errors[0]
         return result[0]

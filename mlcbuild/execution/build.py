@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-import stat
 import time
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mlcbuild.cache.code import declaration
-from mlcbuild.cache.disk import full, room_in
-from mlcbuild.cache.files import entry_of
-from mlcbuild.cache.locks import Workplace, locked, workplace
-from mlcbuild.cache.store import Action, Store, total_size
-from mlcbuild.cache.tree import Entry, Tree, check_name
+from mlcbuild.cache.disk import room_in
+from mlcbuild.cache.locks import locked
+from mlcbuild.cache.store import Action, total_size
+from mlcbuild.cache.tree import Entry
 from mlcbuild.errors import MlcBuildError, StepFailed
-from mlcbuild.execution import process
+from mlcbuild.execution.attempt import attempt, log_of, tail
 from mlcbuild.execution.lookup import Ingredients, Lookup
 from mlcbuild.execution.process import StepBroke
 from mlcbuild.execution.resources import Pool, needs
 from mlcbuild.graph import Step
-from mlcbuild.reporting.events import Report, StepFinished, StepNote, StepProgress, StepStarted, StepWaiting
+from mlcbuild.reporting.events import Report, StepFinished, StepNote, StepStarted, StepWaiting
 
 if TYPE_CHECKING:
+    from mlcbuild.execution.cluster import Cluster
     from mlcbuild.execution.shared import SharedCache
-
-_EXCERPT = 40  # lines of a failed step's log that reports show
-_NEARLY_FULL = 1 << 20  # bytes: a tool that fails on a disk with less free than this failed because of the disk
 
 
 @dataclass(frozen=True)
@@ -42,6 +34,7 @@ class Builder:
     debug_dump: Path | None = None
     shared: SharedCache | None = None
     pool: Pool | None = None  # None: whoever calls takes care that not too much runs at once
+    cluster: Cluster | None = None  # runs the steps, where there is one; it goes with a shared cache
 
     def build(self, name: str, force: bool = False) -> Action:
         """The step's action, after running whatever is missing; `force` runs this step even if it is not.
@@ -68,10 +61,11 @@ class Builder:
             elif action is not None:
                 self.report(StepFinished(name, step.kind, "hit", 0.0, total_size(action.tree.files.values())))
             if action is None:
-                with self._room(name):
-                    action = self._timed(step, ingredients)
+                elsewhere = self.cluster is not None and not _refers_only(step)
+                with contextlib.nullcontext() if elsewhere else self._room(name):
+                    action = self._timed(step, ingredients, force)
                 store.index.add(step.kind, "built", 1)
-                if self.shared is not None:
+                if self.shared is not None and not elsewhere:
                     self.shared.give(action, store, lambda text: self.report(StepNote(name, text)))
         self.lookup.learn(name, action)
         return action
@@ -84,7 +78,7 @@ class Builder:
 
     def _fetched(self, step: Step, ingredients: Ingredients) -> Action | None:
         """The action from the shared cache. What only refers to files of this machine is not asked for."""
-        if self.shared is None or (step.inputs and not step.producers):
+        if self.shared is None or _refers_only(step):
             return None
         started, store = time.monotonic(), self.lookup.store
         action = self.shared.fetch(ingredients, store, lambda text: self.report(StepNote(step.name, text)))
@@ -95,14 +89,18 @@ class Builder:
             self.report(StepFinished(step.name, step.kind, "hit", time.monotonic() - started, size))
         return action
 
-    def _timed(self, step: Step, ingredients: Ingredients) -> Action:
+    def _timed(self, step: Step, ingredients: Ingredients, force: bool) -> Action:
         self.report(StepStarted(step.name, step.kind))
-        started = time.monotonic()
+        started, store = time.monotonic(), self.lookup.store
         try:
-            action = self._run(step, ingredients, started)
+            materials = self._materials(step)
+            if self.cluster is not None and not _refers_only(step):
+                action = self._elsewhere(self.cluster, step, ingredients, materials, force)
+            else:
+                action = attempt(step.name, step.module, ingredients, materials, store, self.report, self.debug_dump)
         except MlcBuildError as error:
             seconds = time.monotonic() - started
-            log = _tail(_log(self.lookup.store, ingredients))
+            log = tail(log_of(store, ingredients))
             self.report(StepFinished(step.name, step.kind, "failed", seconds, 0, str(error), log=log))
             broke = isinstance(error, StepBroke)
             raise (StepBroke if broke else StepFailed)(f"{step.name}: {error}") from None
@@ -110,39 +108,18 @@ class Builder:
         self.report(StepFinished(step.name, step.kind, "built", action.seconds, size))
         return action
 
-    def _run(self, step: Step, ingredients: Ingredients, started: float) -> Action:
-        store = self.lookup.store
-        materials = self._materials(step)
-        log = _log(store, ingredients)
-        old = store.action(ingredients.key)
-        with workplace(store.root) as place, room_in(store.root):
-            request = self._request(step, ingredients, materials, place)
-            try:
-                done = process.run(request, place, log, self._relay(step.name))
-            except StepBroke as error:
-                if shutil.disk_usage(store.root).free < _NEARLY_FULL:
-                    raise StepFailed(full(store.root)) from error
-                raise
-            given = [*materials, *(entry for tree in ingredients.inputs.values() for entry in tree.files.values())]
-            self._check_unchanged(given)
-            # The process imported the code after the key was made; an edit in between must not go under that key.
-            if declaration(step.module, store.index).digest != ingredients.code:
-                raise StepFailed("the code of the step was edited while it ran: build again")
-            tree = _collect(Path(request["output"]), done["reused"], given, store)
-            action = Action(
-                key=ingredients.key,
-                step=step.kind,
-                name=step.name,
-                code=ingredients.code,
-                fields=ingredients.fields,
-                inputs={name: tree.digest for name, tree in ingredients.inputs.items()},
-                toolchain=ingredients.toolchain,
-                seconds=round(time.monotonic() - started, 3),
-                tree=tree,
-            )
-            store.commit(action)
-        if old is not None and old.tree.digest != tree.digest:
-            self.report(StepNote(step.name, "gave other bytes than the last time with the same inputs"))
+    def _elsewhere(
+        self, cluster: Cluster, step: Step, ingredients: Ingredients, materials: list[Entry], force: bool
+    ) -> Action:
+        """The action, made by a worker and fetched from the shared cache."""
+
+        def say(text: str) -> None:
+            self.report(StepNote(step.name, text))
+
+        cluster.run(step, self.lookup.graph, ingredients, materials, force, say)
+        action = self.shared.fetch(ingredients, self.lookup.store, say) if self.shared is not None else None
+        if action is None:
+            raise StepFailed("a worker has built it, but the shared cache does not give it to this machine")
         return action
 
     def _materials(self, step: Step) -> list[Entry]:
@@ -155,84 +132,7 @@ class Builder:
             entries += action.tree.files.values()
         return entries
 
-    def _request(
-        self, step: Step, ingredients: Ingredients, materials: Iterable[Entry], place: Workplace
-    ) -> dict[str, Any]:
-        output, scratch = place.path / "output", place.path / "scratch"
-        output.mkdir()
-        scratch.mkdir()
-        debug_dump = self.debug_dump / step.name.replace(":", "/") if self.debug_dump else None
-        if debug_dump is not None:
-            debug_dump.mkdir(parents=True, exist_ok=True)
-        return {
-            "module": step.module,
-            "fields": step.fields,
-            "inputs": {
-                name: {file: [*entry.to_json(), str(entry.path)] for file, entry in tree.files.items()}
-                for name, tree in ingredients.inputs.items()
-            },
-            "materials": {entry.digest: str(entry.path) for entry in materials},
-            "output": str(output),
-            "scratch": str(scratch),
-            "cache": str(self.lookup.store.root),
-            "debug_dump": str(debug_dump) if debug_dump else None,
-        }
 
-    def _relay(self, name: str) -> Callable[[Mapping[str, Any]], None]:
-        def relay(event: Mapping[str, Any]) -> None:
-            if event["event"] == "note":
-                self.report(StepNote(name, event["text"]))
-            else:
-                self.report(StepProgress(name, event["done"], event["total"], event["unit"]))
-
-        return relay
-
-    def _check_unchanged(self, given: Iterable[Entry]) -> None:
-        """Files outside the store could change while the step read them; by their stat they did not."""
-        store = self.lookup.store
-        for entry in given:
-            if not store.owns(entry.path) and entry_of(entry.path, store.index).digest != entry.digest:
-                raise StepFailed(f"{entry.path}: changed while it was read: build again")
-
-
-def _log(store: Store, ingredients: Ingredients) -> Path:
-    """Where the step's own output goes."""
-    return store.root / "logs" / f"{ingredients.kind}-{ingredients.key[:16]}.log"
-
-
-def _tail(log: Path) -> str:
-    """The last lines of a log; nothing where there is none."""
-    try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    return "\n".join(lines[-_EXCERPT:])
-
-
-def _collect(output: Path, reused: Mapping[str, Any], given: Iterable[Entry], store: Store) -> Tree:
-    """The artifact: the files that the step wrote, moved into the store, and the inputs' files that it passes on.
-
-    Raises StepBroke for anything but plain files with plain names, and for an empty artifact.
-    """
-    known = {entry.digest: entry for entry in given}
-    files: dict[str, Entry] = {}
-    for name, (digest, _, mode) in reused.items():
-        if digest not in known:
-            raise StepBroke(f"{name}: the step passes on content that none of its inputs has")
-        entry = known[digest]
-        if not store.owns(entry.path):
-            store.borrow(entry)
-        files[name] = Entry(digest, entry.size, mode, entry.path)
-    for folder, folders, names in os.walk(output):
-        for name in [*names, *folders]:
-            path = Path(folder, name)
-            relative = check_name(path.relative_to(output).as_posix())
-            kind = path.lstat().st_mode
-            if stat.S_ISREG(kind):
-                with room_in(store.root, path.stat().st_size):
-                    files[relative] = store.ingest(path)
-            elif not stat.S_ISDIR(kind):
-                raise StepBroke(f"{relative}: the step made something that is not a plain file")
-    if not files:
-        raise StepBroke("the step ended well but made nothing")
-    return Tree(dict(sorted(files.items())))
+def _refers_only(step: Step) -> bool:
+    """Whether the step does no more than to say where files of this machine lie."""
+    return bool(step.inputs) and not step.producers

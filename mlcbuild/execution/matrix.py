@@ -9,6 +9,8 @@ from typing import Any
 
 from mlcbuild.execution.session import Session
 
+_JOBS = 256  # of one matrix of GitHub Actions, at most
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -85,6 +87,30 @@ def to_json(found: Matrix) -> str:
         "broken": found.broken,
     }
     return json.dumps(content, indent=1, default=dict) + "\n"
+
+
+def to_github(found: Matrix, most: int = _JOBS) -> str:
+    """The unique steps as three matrices for GitHub Actions, on one line: weights and libraries, then packages.
+
+    A job is `{name, tasks}`; where there would be more than `most`, jobs have several tasks.
+    """
+    recipes = sorted({name for names in found.libraries.values() for name in names})
+    stages = {
+        "weights": sorted(found.weights),
+        "libraries": sorted(found.libraries),
+        "packages": [f"build:{name}" for name in recipes],
+    }
+    return json.dumps({stage: {"include": _jobs(tasks, most)} for stage, tasks in stages.items()}) + "\n"
+
+
+def _jobs(tasks: list[str], most: int) -> list[dict[str, str]]:
+    together = max(1, -(-len(tasks) // most))
+    jobs = []
+    for start in range(0, len(tasks), together):
+        mine = tasks[start : start + together]
+        more = f" and {len(mine) - 1} more" if len(mine) > 1 else ""
+        jobs.append({"name": mine[0].partition(":")[2] + more, "tasks": " ".join(mine)})
+    return jobs
 
 
 def _grouped(groups: Mapping[str, tuple[str, ...]]) -> list[str]:

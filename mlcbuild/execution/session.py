@@ -28,6 +28,7 @@ from mlcbuild.recipes.types import Catalog
 from mlcbuild.reporting.events import PackageInstalled, RecipeUnavailable, Report
 
 if TYPE_CHECKING:
+    from mlcbuild.execution.cluster import Cluster
     from mlcbuild.execution.shared import SharedCache
 
 QUALITY = "quality.json"
@@ -126,6 +127,7 @@ def open_session(
     scope: Scope | None = None,
     keep_going: bool = False,
     pool: Pool | None = None,
+    cluster: Cluster | None = None,
 ) -> Session:
     """Read the workspace at `root`, plan `recipes` (names and globs, with commas) and open the cache.
 
@@ -159,4 +161,4 @@ def open_session(
         raise Unavailable("\n".join(f"{name}: unavailable: {text}" for name, text in missing.items()))
     for name, text in graph.unavailable.items():
         report(RecipeUnavailable(name, text))
-    return Session(root, catalog, graph, Builder(Lookup(store, graph), report, debug_dump, shared, pool))
+    return Session(root, catalog, graph, Builder(Lookup(store, graph), report, debug_dump, shared, pool, cluster))

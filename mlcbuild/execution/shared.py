@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from mlcbuild.cache.locks import workplace
 from mlcbuild.cache.remote import Meter, Remote, parse_entry
 from mlcbuild.cache.store import Action, Damaged, Store
 from mlcbuild.cache.tree import Entry, Tree, check_name
-from mlcbuild.errors import MlcBuildError
+from mlcbuild.errors import MlcBuildError, StepFailed
 from mlcbuild.execution.lookup import Ingredients
 
 _AT_ONCE = 8  # transfers
@@ -64,19 +64,45 @@ class SharedCache:
 
         Nothing is put there by a run that may not write, nor what lies outside the store.
         """
-        entries = {entry.digest: entry for entry in action.tree.files.values()}
-        if not self._writing or not all(store.owns(entry.path) for entry in entries.values()):
+        if not all(store.owns(entry.path) for entry in action.tree.files.values()):
             return False
-        meter = self.remote.meter()
+        return self.put(action, store, say)
+
+    def put(self, action: Action, store: Store, say: Say) -> bool:
+        """`give`, also of what lies outside the store."""
+        if not self.send(action.tree.files.values(), say):
+            return False
         try:
-            with ThreadPoolExecutor(_AT_ONCE) as pool:
-                for _ in pool.map(lambda entry: self._put(entry, meter), entries.values()):
-                    pass
             self.remote.put_entry(action.key, json.dumps(action.to_json(), indent=1, sort_keys=True).encode())
         except Exception as error:
             self._stop(error, "write", say)
             return False
         return True
+
+    def send(self, entries: Iterable[Entry], say: Say) -> bool:
+        """Put blobs there without an entry; whether they are there now."""
+        if not self._writing:
+            return False
+        meter, unique = self.remote.meter(), {entry.digest: entry for entry in entries}
+        try:
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                for _ in pool.map(lambda entry: self._put(entry, meter), unique.values()):
+                    pass
+        except Exception as error:
+            self._stop(error, "write", say)
+            return False
+        return True
+
+    def bring(self, entry: Entry, store: Store) -> Path:
+        """Where a blob lies in the store after it was fetched. Raises StepFailed where it cannot be had."""
+        with workplace(store.root) as place:
+            try:
+                return self._get(entry, place.path, store, self.remote.meter())[1]
+            except Exception as error:
+                if isinstance(error, OSError) and error.errno in _LOCAL:
+                    raise
+                words = self.remote.words(error)
+                raise StepFailed(f"{self.remote.shown}: an input cannot be fetched: {words}") from None
 
     def has(self, key: str, say: Say) -> bool:
         """Whether there is an entry for the key that can be read."""

@@ -26,6 +26,7 @@ _NAMES = (
     "remote_write",
     "cores",
     "memory",
+    "scheduler",
     "namespace",
     "libraries",
     "upload",
@@ -48,6 +49,7 @@ class Variables:
     remote_write: bool
     cores: int | None
     memory: int | None  # bytes
+    scheduler: str | None  # of a Dask cluster: an address such as tcp://host:8786
     namespace: str | None  # of the hub: a user or an organisation
     libraries: str | None
     upload: bool
@@ -84,6 +86,7 @@ def read_variables(given: Mapping[str, str], where: Path) -> Variables:
         remote_write=write,
         cores=_cores(given.get("cores") or os.environ.get("MLCBUILD_CORES", "")),
         memory=_memory(given.get("memory") or os.environ.get("MLCBUILD_MEMORY", "")),
+        scheduler=_scheduler(given.get("scheduler") or os.environ.get("MLCBUILD_SCHEDULER", ""), remote, write),
         namespace=given.get("namespace") or os.environ.get("MLCBUILD_NAMESPACE") or None,
         libraries=given.get("libraries") or None,
         upload=_switch(given, "upload"),
@@ -103,6 +106,11 @@ def keeps_going(words: Sequence[str]) -> bool:
     return len(named) != 1 or bool(set(named[0]) & set(",*?["))
 
 
+def on_cluster(words: Sequence[str]) -> bool:
+    """Whether doit's command line, or the environment, names a scheduler."""
+    return bool(os.environ.get("MLCBUILD_SCHEDULER")) or any(word.startswith("scheduler=") for word in words)
+
+
 def read_remote(url: str | None, where: Path, write: str | None = None) -> tuple[str | None, bool]:
     """The shared cache's URL and whether this run may write there; a plain path is a folder.
 
@@ -117,16 +125,25 @@ def read_remote(url: str | None, where: Path, write: str | None = None) -> tuple
     return (url if "://" in url else f"file://{(where / url).absolute()}"), may
 
 
-def read_patience() -> float:
-    """Seconds that the shared cache has for an answer: MLCBUILD_REMOTE_TIMEOUT, or 20. Raises MlcBuildError."""
-    text = os.environ.get("MLCBUILD_REMOTE_TIMEOUT") or "20"
+def read_patience(name: str = "MLCBUILD_REMOTE_TIMEOUT", default: str = "20") -> float:
+    """Seconds that the shared cache, or a scheduler, has for an answer. Raises MlcBuildError."""
+    text = os.environ.get(name) or default
     try:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < float("inf"):
-        raise MlcBuildError(f"MLCBUILD_REMOTE_TIMEOUT={text}: expected a number of seconds")
+        raise MlcBuildError(f"{name}={text}: expected a number of seconds")
     return seconds
+
+
+def _scheduler(address: str, remote: str | None, write: bool) -> str | None:
+    if address and (remote is None or not write):
+        raise MlcBuildError(
+            f"scheduler={address}: workers and this machine exchange files through the shared cache, so it needs "
+            "remote=URL and remote_write=1"
+        )
+    return address or None
 
 
 def _cores(text: str) -> int | None:

@@ -68,6 +68,8 @@ print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text(
 
 def peak_memory(workspace: Workspace, recipe: str, folder: Path) -> int:
     """Bytes that a verification of the built recipe has resident at most, in a process of its own."""
+    from mlcbuild.cache.locks import Workplace
+    from mlcbuild.execution.attempt import _request
     from mlcbuild.execution.session import open_session
 
     session = open_session(workspace.root, lambda event: None, recipe, workspace.cache)
@@ -75,8 +77,8 @@ def peak_memory(workspace: Workspace, recipe: str, folder: Path) -> int:
     step, ingredients = session.graph.steps[name], session.lookup.ingredients(name)
     assert ingredients is not None
     folder.mkdir()
-    place = type("Place", (), {"path": folder})
-    request = session.builder._request(step, ingredients, session.builder._materials(step), place)  # type: ignore[arg-type]
+    place = Workplace(folder, -1)
+    request = _request(name, step.module, ingredients, session.builder._materials(step), place, session.store, None)
     (folder / "request.json").write_text(json.dumps(request))
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(folder / "request.json")],

@@ -52,7 +52,7 @@ def test_a_repository_is_locked_once(workspace: Workspace, hub: Hub) -> None:
     assert entry.commit == COMMIT and entry.config == CONFIG and entry.files.keys() == FILES.keys()
     hub.move(NEXT, {**FILES, "model.safetensors": b"v" * 1500})
     hub.requests.clear()
-    assert run(workspace, "t*") == [f"kept       owner/name  {COMMIT[:12]}  {SIZE}"]
+    assert run(workspace, "tin?") == [f"kept       owner/name  {COMMIT[:12]}  {SIZE}"]
     assert not hub.requests
 
 

@@ -16,6 +16,7 @@ from mlcbuild.recipes.types import Architecture
 
 # A longer chunk makes prefill little faster and its buffers, which are planned for a full chunk, much larger.
 _PREFILL_CHUNK_SIZE = 2048
+_ROPE_THETA = 10000.0  # where neither config.json nor the architecture says another
 _MAX_BATCH_SIZE = 128  # what mlc-ai compiles its own libraries for
 
 
@@ -58,7 +59,7 @@ def resolve(architecture: Architecture, config: Mapping[str, Any], overrides: Ma
     flat = normalise(config)
     data = architecture.data
     constants = {name: value for name, value in data["decoder"].items() if name != "rope_scaling"}
-    given = {"rope_theta": flat["rope_theta"], "rope_scaling": flat["rope_scaling"], **constants}
+    given = {"rope_theta": flat.get("rope_theta") or _ROPE_THETA, "rope_scaling": flat["rope_scaling"], **constants}
     values, problems = read(data["config"], flat, given)
     problems += check(values) + _check_requirements(data, flat) + unknown.complaints(architecture, flat)
     if problems:

@@ -29,9 +29,8 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
             flat["partial_rotary_factor"] = parameters["partial_rotary_factor"]
         if flat.get("rope_scaling") is None:
             flat["rope_scaling"] = parameters
-    if flat.get("rope_theta") is None:
-        flat["rope_theta"] = 10000.0
-    flat["rope_theta"] = float(flat["rope_theta"])
+    if flat.get("rope_theta") is not None:
+        flat["rope_theta"] = float(flat["rope_theta"])
     flat["rope_scaling"] = _scaling(flat.get("rope_scaling"), flat)
     return flat
 

@@ -104,6 +104,12 @@ def _number(scaling: Settings, key: str) -> float:
     return float(_get(scaling, key))
 
 
+def _length(structure: Structure) -> int:
+    """The longest text; a library of single layers says that of its model (Structure.one_layer)."""
+    length: int = (structure.rope_scaling or {}).get("length", structure.context_window_size)
+    return length
+
+
 def _linear(_: Structure, wavelengths: Frequencies, scaling: Settings) -> Frequencies:
     return (1 / wavelengths) / np.float32(_number(scaling, "factor"))
 
@@ -111,7 +117,7 @@ def _linear(_: Structure, wavelengths: Frequencies, scaling: Settings) -> Freque
 def _dynamic(structure: Structure, _: Frequencies, scaling: Settings) -> Frequencies:
     """NTK-aware: a longer text has a larger theta."""
     factor, trained = _number(scaling, "factor"), _number(scaling, "max_position_embeddings")
-    length, dim = max(structure.context_window_size, trained), _dim(structure)
+    length, dim = max(_length(structure), trained), _dim(structure)
     theta = structure.rope_theta * (factor * length / trained - (factor - 1)) ** (dim / (dim - 2))
     return 1 / _wavelengths(structure, theta)
 
@@ -149,7 +155,7 @@ def _yarn(structure: Structure, wavelengths: Frequencies, scaling: Settings) -> 
 
 def _longrope(structure: Structure, wavelengths: Frequencies, scaling: Settings) -> Frequencies:
     """Every dimension has its own factor."""
-    long = structure.context_window_size > _number(scaling, "original_max_position_embeddings")
+    long = _length(structure) > _number(scaling, "original_max_position_embeddings")
     name = "long_factor" if long else "short_factor"
     factors = np.asarray(_get(scaling, name), np.float32)
     if factors.shape != wavelengths.shape:

@@ -180,11 +180,16 @@ class Structure:
         in these only share it.
         """
         firsts = [self.kinds.index(kind) for kind in sorted(set(self.kinds))]
+        # Frequencies that depend on the longest text (mlcbuild.models.rope) stay what they are.
+        scaling = self.rope_scaling
+        if scaling is not None and scaling["rope_type"] in ("dynamic", "longrope"):
+            scaling = {**scaling, "length": self.context_window_size}
         return dataclasses.replace(
             self,
             rules=tuple(rule.of_layers(firsts) for rule in self.rules),
             layer_types=None if self.layer_types is None else tuple(self.layer_types[first] for first in firsts),
             num_hidden_layers=len(firsts),
+            rope_scaling=scaling,
             context_window_size=TEXT_WINDOW,
             prefill_chunk_size=TEXT_CHUNK,
             max_batch_size=1,

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.architectures import attention_cases, cases
 from tests.architectures.agreement import IDS, Agreement, error, known_architectures
-from tests.architectures.cases import CASES
 
+CASES = {**cases.CASES, **attention_cases.CASES}
 QUICK = {("llama", "q0f32"), ("gemma", "q4f32_1")}  # the others take minutes together
 
 

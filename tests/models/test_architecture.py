@@ -64,7 +64,11 @@ def test_overrides_are_the_librarys_limits() -> None:
         ({"num_key_value_heads": 3}, {}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
         ({"hidden_act": "gelu"}, {}, "hidden_act is 'gelu', but this architecture computes only 'silu'"),
         ({"attention_bias": True}, {}, "attention_bias is True, but this architecture computes only False"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4}}, {}, "rope scaling `yarn` is not one that this architecture"),
+        (
+            {"rope_scaling": {"type": "spiral", "factor": 4}},
+            {},
+            "rope scaling `spiral` is not one that this architecture",
+        ),
         ({}, {"prefill_chunk_size": 8192}, "prefill_chunk_size 8192 is larger than context_window_size 4096"),
         ({}, {"tensor_parallel_shards": 2}, "tensor_parallel_shards is 2, but only 1 is implemented"),
     ],

@@ -1,0 +1,69 @@
+"""What each choice of attention changes: a library without it is far from the model that the case describes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlcbuild.models.parameters import parameters
+from mlcbuild.models.structure import from_library_json
+from mlcbuild.runtime.session import Session
+from tests.architectures import attention_cases, cases
+from tests.architectures.agreement import IDS, Agreement, Array, error, network, save, structure_of
+from tests.architectures.attention_cases import WITHOUT
+from tests.support import llama
+
+CASES = {**cases.CASES, **attention_cases.CASES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({case for case, _ in WITHOUT.values()}))
+def test_logits_differ_without_the_choice(name: str, tmp_path: Path) -> None:
+    """Checkpoint and weights are made once for all choices of a case; only the library is another."""
+    agreement = Agreement(CASES[name], "q0f32", tmp_path)
+    expected = agreement.expected(IDS)
+    assert error(_logits(agreement.session(), IDS), expected) < 1e-4
+    for choice, (case, changes) in WITHOUT.items():
+        if case != name:
+            continue
+        other = dataclasses.replace(agreement.structure, **changes)
+        library = llama.build_library(other, "q0f32", tmp_path / choice.replace(" ", "_"))
+        session = Session(network(library, agreement.weights, other.vocab_size), 1)
+        assert error(_logits(session, IDS), expected) > 1e-2, choice
+
+
+def _logits(session: Session, ids: list[int]) -> Array:
+    return np.concatenate(list(session.all_logits(session.add(), ids)))
+
+
+@pytest.mark.slow
+def test_a_batch_of_sequences_with_a_window(tmp_path: Path) -> None:
+    """Two sequences of different lengths in one batch: each is as alone, whatever its window has passed."""
+    agreement = Agreement(CASES["mistral-16"], "q0f32", tmp_path)
+    session, other = agreement.session(2), IDS[5:28]
+    a, b = session.add(), session.add()
+    got = session.batch_prefill([a, b], [IDS[:12], other[:9]])
+    long, short = agreement.expected(IDS), agreement.expected(other)
+    assert error(got, np.stack([long[11], short[8]])) < 1e-4
+    for step in range(14):
+        got = session.batch_decode([a, b], [IDS[12 + step], other[9 + step]])
+        assert error(got, np.stack([long[12 + step], short[9 + step]])) < 1e-4
+
+
+def test_windows_that_change_nothing_are_none(tmp_path: Path) -> None:
+    """Models whose windows are no shorter than the text share a library with those that have none."""
+    for name in ("mistral-16", "gemma2-256-wide"):
+        save(CASES[name], tmp_path / name)
+    window = structure_of(CASES["mistral-16"], tmp_path / "mistral-16")
+    assert (window.sliding_window_size, window.layer_types) == (16, None)
+    short = dataclasses.replace(CASES["mistral-16"], overrides={"context_window_size": 16, "prefill_chunk_size": 16})
+    assert structure_of(short, tmp_path / "mistral-16").sliding_window_size is None
+    gemma = structure_of(CASES["gemma2-256-wide"], tmp_path / "gemma2-256-wide")
+    assert gemma.layer_types == ("sliding", "full", "sliding")
+    again = from_library_json(gemma.library_json())
+    assert again.digest == gemma.digest and again.layer_types == gemma.layer_types
+    assert gemma.kinds == (0, 1, 0) and gemma.one_layer.layer_types == ("sliding", "full")
+    assert {p.layer for p in parameters(gemma)} == {None, 0, 1, 2}

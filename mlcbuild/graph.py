@@ -19,6 +19,7 @@ from mlcbuild.compiler import targets, tools
 from mlcbuild.errors import MlcBuildError, NotLocked, Unavailable
 from mlcbuild.models import architecture as architectures
 from mlcbuild.models import parameters
+from mlcbuild.models.kinds import by_layer
 from mlcbuild.models.structure import Structure
 from mlcbuild.recipes.types import (
     Catalog,
@@ -35,12 +36,16 @@ from mlcbuild.recipes.types import (
 
 _T = TypeVar("_T")
 
-CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*_Pooling/config.json")
 _TORCH_FILES = ("pytorch_model*.bin", "*.pth")  # read where there are no safetensors
 _TENSOR_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.bin.index.json", *_TORCH_FILES)
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 STEPS = "mlcbuild.steps"  # the package with one module per kind of step
-_TEXT_FILES = (*TOKENIZER_FILES, "chat_template.jinja", "config.json", "generation_config.json")
+_TEXT_FILES = (
+    *TOKENIZER_FILES,
+    *("chat_template.jinja", "config.json", "generation_config.json"),
+    *("rwkv_vocab_v*.txt", "modules.json", "*_Pooling/config.json"),
+)
 # The reference that every package is compared with: unquantized, on a machine that everybody has.
 _UNQUANTIZED, _HERE = "q0f32", "cpu"
 # Calibration decides what weights become, so it runs on code that is the same on every machine of a kind.
@@ -148,7 +153,7 @@ class _Shape:
     parameters: int  # how many numbers they are
     model_config: Mapping[str, Any]  # of mlc-chat-config.json
     whole: _Form
-    blocks: _Form
+    blocks: _Form | None  # None for a kind of model that is not run one layer at a time
 
 
 class _Planner:
@@ -219,6 +224,12 @@ class _Planner:
             everywhere = self.catalog.targets[_EVERYWHERE]
             target = everywhere if targets.runs_here(everywhere) else self.catalog.targets[_HERE]
             shape = self._shape(model, {})
+            if shape.blocks is None:
+                raise MlcBuildError(
+                    "rounding `calibrated` measures a decoder layer by layer, and "
+                    f"{shape.fields['architecture']} is none: choose the same quantization without it, or with "
+                    "`rounding: mse`"
+                )
             download, convert = self._download(model), self._convert(model)
             inputs = (
                 Input("convert", step=convert),
@@ -289,6 +300,8 @@ class _Planner:
             "model_type": shape.fields["model_type"],
             "model_config": shape.model_config,
         }
+        if shape.fields.get("embedding") is not None:
+            fields["embedding"] = shape.fields["embedding"]
         inputs = (
             Input("quantize", step=steps["quantize"]),
             Input("library", step=steps["library"]),
@@ -299,25 +312,27 @@ class _Planner:
     def _verify(self, recipe: Recipe, shape: _Shape, steps: Mapping[str, str]) -> str:
         quantization, verify = recipe.quantization, recipe.verify
         here, unquantized = self.catalog.targets[_HERE], self.catalog.quantizations[_UNQUANTIZED]
-        layers = _too_large(shape, verify)
+        vectors = shape.fields.get("embedding") is not None
+        layers = None if vectors or not _too_large(shape, verify) else shape.blocks
         fields: dict[str, Any] = {
-            "method": "layers" if layers else "whole",
+            "method": "embeddings" if vectors else "layers" if layers else "whole",
             "class": quantization.kind,
             "model_dtype": quantization.model_dtype,
             "kl": verify.kl,
             "perplexity_increase": verify.perplexity_increase,
             "gate": verify.gate,
+            **({"cosine": verify.cosine} if vectors else {}),
         }
         inputs = [
             Input("package", step=steps["package"]),
             Input("convert", step=steps["convert"]),
             Input("text", path=verify.text or _EVALUATION_TEXT),
-            Input("reference", step=self._library(shape.blocks if layers else shape.whole, unquantized, here)),
+            Input("reference", step=self._library(layers or shape.whole, unquantized, here)),
         ]
-        if layers:
+        if layers is not None:
             fields["structure"] = self._shape(recipe.model, {}).fields
             fields["quantization"] = format_json(quantization)
-            inputs.append(Input("blocks", step=self._library(shape.blocks, quantization, here)))
+            inputs.append(Input("blocks", step=self._library(layers, quantization, here)))
         elif not targets.runs_here(recipe.target):
             inputs.append(Input("cpu_library", step=self._library(shape.whole, quantization, here)))
         return self._add("verify", recipe.name, fields, tuple(inputs), (steps["download"], steps["convert"]))
@@ -334,7 +349,7 @@ class _Planner:
                 parameters.count(structure),
                 architectures.model_config(chosen, structure, config),
                 _form(structure),
-                _form(structure.one_layer, blocks=True),
+                _form(structure.one_layer, blocks=True) if by_layer(structure) else None,
             )
 
         return self._once(("shape", model.name, *sorted(overrides.items())), resolve)

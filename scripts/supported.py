@@ -88,8 +88,10 @@ def long(catalog: Catalog) -> str:
 def _architectures(catalog: Catalog) -> str:
     rows = []
     for name, architecture in catalog.architectures.items():
-        decoder: Mapping[str, Any] = architecture.data["decoder"]
-        choices = ", ".join(f"{key} {value}" for key, value in decoder.items() if isinstance(value, str))
+        decoder: Mapping[str, Any] = architecture.data.get("decoder", {})
+        kind = {"kind": architecture.data.get("kind")} if "kind" in architecture.data else {}
+        shown = {**kind, **{key: value for key, value in decoder.items() if isinstance(value, str)}}
+        choices = ", ".join(f"{key} {value}" for key, value in shown.items())
         scaling = ", ".join(map(_code, decoder.get("rope_scaling", ()))) or "–"
         rows.append((_code(name), ", ".join(map(_code, architecture.match["model_type"])), choices, scaling))
     return _table(("architecture", "`model_type` in config.json", "decoder", "rope scaling"), rows)

@@ -59,22 +59,25 @@ def entry_of(path: Path, index: Index | None) -> Entry:
 def tree_of_folder(folder: Path, patterns: Sequence[str] = (), index: Index | None = None, deep: bool = True) -> Tree:
     """The folder's files (hidden ones left out) whose names match one of the patterns; `deep`: also of subfolders.
 
+    Without `deep`, a subfolder is looked into where a pattern names it: `1_Pooling/config.json`.
+
     Raises MlcBuildError when the folder does not exist or a file cannot be read.
     """
     if not folder.is_dir():
         raise MlcBuildError(f"{folder}: no such folder")
-    names = sorted(name for name in _names(folder, "", deep) if not patterns or matches(name, patterns))
+    named = [pattern.partition("/")[0] for pattern in patterns if "/" in pattern]
+    names = sorted(name for name in _names(folder, "", deep, named) if not patterns or matches(name, patterns))
     return Tree({check_name(name): entry_of(folder / name, index) for name in names})
 
 
-def _names(folder: Path, prefix: str, deep: bool) -> Iterator[str]:
+def _names(folder: Path, prefix: str, deep: bool, named: Sequence[str] = ()) -> Iterator[str]:
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
             # A link to a file is a file (Hugging Face's own cache is made of them); a linked folder could be a circle.
             if entry.is_dir(follow_symlinks=False):
-                if deep:
+                if deep or matches(entry.name, named):
                     yield from _names(folder / entry.name, f"{prefix}{entry.name}/", deep)
             elif entry.is_file():
                 yield f"{prefix}{entry.name}"

@@ -21,6 +21,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "added_tokens.json",
     "tokenizer_config.json",
+    "tokenizer_model",
 )
 
 # What applies where neither generation_config.json nor config.json says it.
@@ -42,13 +43,14 @@ def chat_config(
     tokenizer: TokenizerFacts | None,
     tokenizer_files: Sequence[str],
     checkpoint_configs: Sequence[Mapping[str, Any]] = (),
-    model_task: str = "chat",
+    embedding: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of mlc-chat-config.json.
 
     `model_config` is the architecture's own part (CONTRACT: hidden_size ... disaggregation); `tokenizer` is what the
     checkpoint's tokenizer says (None: it is not known); `checkpoint_configs` are generation_config.json and
-    config.json, in the order in which the first to give a sampling default or a special token's id wins.
+    config.json, in the order in which the first to give a sampling default or a special token's id wins; `embedding`
+    is `embedding_metadata` of a model of texts, None for one that writes.
     """
     vocab_size = model_config["vocab_size"]
     return {
@@ -70,8 +72,8 @@ def chat_config(
         "tokenizer_info": dict(tokenizer.info) if tokenizer else tokenizer_info(None),
         "conv_template": conversation.to_json(),
         **_first(_TOKENS, checkpoint_configs),
-        "model_task": model_task,
-        "embedding_metadata": None,
+        "model_task": "chat" if embedding is None else "embedding",
+        "embedding_metadata": None if embedding is None else dict(embedding),
     }
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlcbuild.chat import rwkv_vocabulary
 from mlcbuild.errors import MlcBuildError
 
 _METHODS = {"ByteLevel": "byte_level", "ByteFallback": "byte_fallback"}
@@ -44,7 +45,17 @@ def read_tokenizer(files: Mapping[str, Path]) -> TokenizerFacts | None:
     if "tokenizer.model" in files:
         added = read_json(files["added_tokens.json"]) if "added_tokens.json" in files else {}
         return _sentencepiece(files["tokenizer.model"], added)
-    return None
+    if rwkv_vocabulary.FILE in files:
+        return rwkv_tokenizer(rwkv_vocabulary.read(files[rwkv_vocabulary.FILE]))
+    sources = [name for name in sorted(files) if rwkv_vocabulary.SOURCE.fullmatch(name)]
+    return rwkv_tokenizer(rwkv_vocabulary.read_source(files[sources[-1]])) if sources else None
+
+
+def rwkv_tokenizer(vocabulary: rwkv_vocabulary.Vocabulary) -> TokenizerFacts:
+    """The facts of a vocabulary of RWKV's world models, whose one special token no text contains."""
+    tokens = {rwkv_vocabulary.text_of(token): i for i, token in vocabulary.items()}
+    tokens[rwkv_vocabulary.END_TEXT] = rwkv_vocabulary.END
+    return TokenizerFacts(tokens, frozenset({rwkv_vocabulary.END}), tokenizer_info(None))
 
 
 def json_tokenizer(content: Mapping[str, Any]) -> TokenizerFacts:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -35,7 +36,10 @@ _SMALL = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "modules.json",  # of sentence-transformers: how the vector of a text is made
+    "1_Pooling/config.json",
 )
+_RWKV_VOCABULARY = re.compile(r"rwkv_vocab_v\d{8}\.txt")
 
 
 def needed_files(names: Collection[str], repo: str) -> list[str]:
@@ -57,7 +61,8 @@ def needed_files(names: Collection[str], repo: str) -> list[str]:
             f"hf:{repo}: no weights: neither {SAFETENSORS.single} nor {SAFETENSORS.index}, {TORCH.single} nor "
             f"{TORCH.index}"
         )
-    return [name for name in _SMALL if name in names] + weights
+    vocabularies = sorted(name for name in names if _RWKV_VOCABULARY.fullmatch(name))
+    return [name for name in _SMALL if name in names] + vocabularies[-1:] + weights
 
 
 def resolve(repo: str, revision: str | None = None) -> Locked:

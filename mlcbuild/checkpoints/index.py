@@ -37,7 +37,9 @@ class Names:
 
 
 def with_prefix(table: Mapping[str, TensorRef], prefix: str, wanted: Collection[str]) -> dict[str, TensorRef]:
-    """The table by the names that are wanted, where the checkpoint leaves their common prefix out."""
+    """The table by the names that are wanted, where the checkpoint leaves their common prefix out, or alone has one."""
+    if prefix and not any(name.startswith(prefix) for name in wanted):
+        return {name.removeprefix(prefix): ref for name, ref in table.items()}
     if not prefix or any(name.startswith(prefix) for name in table):
         return dict(table)
     stems = {name.rpartition(".")[0] for name in wanted}

@@ -10,11 +10,17 @@ from typing import Any
 from tvm import IRModule, relax
 
 from mlcbuild.compiler import canonical, pipeline
-from mlcbuild.compiler.contract import auxiliary, metadata
+from mlcbuild.compiler.contract import auxiliary, metadata, rnn_state
+from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.decoder import Decoder, emit_decoder, emit_layers
-from mlcbuild.models.entry_points import emit_entry_points
+from mlcbuild.models.encoder import Attend, emit_encoder
+from mlcbuild.models.entry_points import calls, emit_entry_points
+from mlcbuild.models.kinds import DECODER, ENCODER, RECURRENT
 from mlcbuild.models.operations import Operations
 from mlcbuild.models.parameters import parameters
+from mlcbuild.models.recurrent.layers import slots
+from mlcbuild.models.recurrent.model import emit_recurrent
+from mlcbuild.models.recurrent.operations import Recurrence
 from mlcbuild.models.structure import Structure
 from mlcbuild.models.weights import Declared
 from mlcbuild.quantization.schemes import quantized_parameters
@@ -28,6 +34,8 @@ class Backend:
     operations      the decoder's operations, emitting into a builder
     emit_kv_cache   adds `create_tir_paged_kv_cache`
     logits          the functions that change logits in place, by their names
+    recurrence      the operations of recurrent models, None where there are none yet
+    attend          the attention of encoders, likewise
     emit_more       adds what only this kind of device has: samplers on GPUs
     passes          the compiler passes of this kind of device
     as_written      whether kernels of the contract run as they are written, or are scheduled by `passes`
@@ -36,6 +44,8 @@ class Backend:
     operations: Callable[[relax.BlockBuilder, str], Operations]
     emit_kv_cache: Callable[[relax.BlockBuilder, Structure, str], None]
     logits: Callable[[], Mapping[str, Any]]
+    recurrence: Callable[[relax.BlockBuilder, str], Recurrence] | None = None
+    attend: Callable[[relax.BlockBuilder, str], Attend] | None = None
     emit_more: Callable[[relax.BlockBuilder], None] = lambda builder: None
     passes: pipeline.Passes = field(default_factory=pipeline.Passes)
     as_written: bool = True
@@ -51,19 +61,38 @@ def assemble(
 ) -> IRModule:
     """The scheduled module of `structure` with the parameters `declared`, called `name` in its metadata.
 
-    `dtype` is the model dtype. The current TVM target is the device.
+    `dtype` is the model dtype. The current TVM target is the device. Raises MlcBuildError for a kind of model that the
+    device has no operations for.
     """
     builder = relax.BlockBuilder()
     ops = backend.operations(builder, dtype)
     decoder = Decoder(builder, structure, declared, ops, dtype)
-    emit_entry_points(decoder, emit_decoder(decoder, emit_layers(decoder)))
-    backend.emit_kv_cache(builder, structure, dtype)
-    auxiliary.emit(builder, ops, structure.prefill_chunk_size, structure.hidden_size, dtype, backend.as_written)
-    for symbol, function in backend.logits().items():
-        builder.add_func(function.with_attr("global_symbol", symbol), symbol)
-    backend.emit_more(builder)
+    _emit_model(decoder, backend)
+    if structure.kind != ENCODER:  # whose caller has nothing to sample
+        auxiliary.emit(builder, ops, structure.prefill_chunk_size, structure.hidden_size, dtype, backend.as_written)
+        for symbol, function in backend.logits().items():
+            builder.add_func(function.with_attr("global_symbol", symbol), symbol)
+        backend.emit_more(builder)
     facts = metadata.describe(structure, name, declared)
     return pipeline.optimise(builder.finalize(), structure, facts, dump, backend.passes)
+
+
+def _emit_model(d: Decoder, backend: Backend) -> None:
+    """Add the model's own functions, and the one that creates its state where it has any."""
+    kind = d.structure.kind
+    if kind == DECODER:
+        emit_entry_points(d, calls(d, emit_decoder(d, emit_layers(d))))
+        backend.emit_kv_cache(d.builder, d.structure, d.dtype)
+    elif kind == ENCODER and backend.attend is not None:
+        emit_encoder(d, backend.attend(d.builder, d.dtype))
+    elif kind in RECURRENT and backend.recurrence is not None:
+        emit_recurrent(d, backend.recurrence(d.builder, d.dtype))
+        rnn_state.emit_create(d.builder, d.structure.num_hidden_layers, slots(d.structure))
+    else:
+        raise MlcBuildError(
+            f"architecture {d.structure.model_type}: models of kind `{kind}` are compiled for CPUs only; "
+            "choose a target such as cpu"
+        )
 
 
 def declare(structure: Structure, quantization: Quantization) -> tuple[Declared, ...]:

@@ -10,10 +10,11 @@ from tvm import IRModule, target
 
 from mlcbuild.compiler.assemble import Backend, assemble, declare
 from mlcbuild.compiler.contract import logits
-from mlcbuild.compiler.cpu import formats, kv_cache, sources
+from mlcbuild.compiler.cpu import encoder, formats, kv_cache, recurrent, sources
 from mlcbuild.compiler.cpu.operations import operations
 from mlcbuild.compiler.cpu.sources import Source
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.models.kinds import RECURRENT
 from mlcbuild.models.structure import Structure
 from mlcbuild.models.weights import Declared
 from mlcbuild.recipes.types import Quantization
@@ -35,20 +36,34 @@ def lower(
     check(structure)
     declared = declare(structure, quantization)
     dtype = quantization.model_dtype
-    backend = Backend(operations, kv_cache.emit_create, logits.functions)
+    backend = Backend(
+        operations,
+        kv_cache.emit_create,
+        logits.functions,
+        recurrence=recurrent.recurrence,
+        attend=encoder.attend,
+    )
     with target.Target(dict(device)):
         module = assemble(structure, declared, name, dtype, backend, dump)
-    return sources.attach(module, kernels(declared, dtype))
+    return sources.attach(module, kernels(declared, dtype, _files(structure)))
 
 
-def kernels(declared: Sequence[Declared], dtype: str) -> tuple[Source, ...]:
-    """The C sources of a library with these parameters, of model dtype `dtype`."""
+def _files(structure: Structure) -> tuple[str, ...]:
+    """The C sources of a kind of model, without .c, beside those of its formats."""
+    return ("recurrent", "rows") if structure.kind in RECURRENT else ("attention", "rows")
+
+
+def kernels(
+    declared: Sequence[Declared], dtype: str, files: Sequence[str] = ("attention", "rows")
+) -> tuple[Source, ...]:
+    """The C sources of a library with these parameters, of model dtype `dtype`: those of their formats, and `files`."""
     needed = {formats.format_of(p.packing) for p in declared if len(p.shape) > 1}
-    return formats.sources(needed, dtype, experts=any(p.role == "router" for p in declared))
+    experts = ("experts",) if any(p.role == "router" for p in declared) else ()
+    return formats.sources(needed, dtype, sorted((*files, *experts)))
 
 
 def check(structure: Structure) -> None:
-    if structure.head_dim > _MAX_HEAD_DIM or structure.head_dim % 2:
+    if structure.kind not in RECURRENT and (structure.head_dim > _MAX_HEAD_DIM or structure.head_dim % 2):
         raise MlcBuildError(
             f"head_dim is {structure.head_dim}: the CPU kernels take even numbers up to {_MAX_HEAD_DIM}"
         )

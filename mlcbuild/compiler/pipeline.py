@@ -11,6 +11,7 @@ from tvm import IRModule, relax, transform
 
 from mlcbuild.compiler import canonical
 from mlcbuild.compiler.contract import metadata
+from mlcbuild.models.kinds import ENCODER
 from mlcbuild.models.structure import Structure
 
 Pass = Callable[[IRModule], IRModule]
@@ -82,11 +83,14 @@ def _bound(module: IRModule, structure: Structure) -> IRModule:
     Results that go back to the caller are planned too; `seq_len` counts the tokens of a whole batch, so it is bounded
     by whichever is larger, a prefill chunk or one token of each sequence.
     """
+    chunk, batch = structure.prefill_chunk_size, structure.max_batch_size
     bounds = {
-        "seq_len": max(structure.prefill_chunk_size, structure.max_batch_size),
-        "batch_size": structure.max_batch_size,
+        "seq_len": max(chunk, batch),
+        "batch_size": batch,
         "total_seq_len": structure.context_window_size,
     }
+    if structure.kind == ENCODER:
+        bounds = {"seq_len": chunk, "batch_size": batch, "rows": chunk * batch}
     for name, function in module.functions_items():
         if isinstance(function, relax.Function):
             module[name] = function.with_attrs(

@@ -2,16 +2,20 @@
 
     transpose    [K, N] -> [N, K], as GPT-2's Conv1D keeps its matrices
     ungroup_qkv  rows `q.. k v` of each key-value head -> all queries, all keys, all values
-    add_one      w -> 1 + w, for norms that are stored as what they differ from 1 (Gemma); float32, so that the sum is
-                 rounded once, to the format that it is stored in
-    unit_rows    w -> w / |w| row by row, as Baichuan 2 does with its head in every call; float32 too
+    add_one      w -> 1 + w, for norms that are stored as what they differ from 1 (Gemma)
+    unit_rows    w -> w / |w| row by row, as Baichuan 2 does with its head in every call
+    negative_exp, exp_negative_exp
+                 w -> -exp(w) and exp(-exp(w)): the decay of RWKV-4 and RWKV-5, which is trained as w
+    halve        w -> w / 2 ** halvings, so that hidden states stay small enough for float16 (RWKV)
+
+What is computed is float32, so that it is rounded once, to the format that it is stored in; halved bfloat16 stays so.
 
 Rows are made a piece at a time, so that memory does not grow with a tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -38,7 +42,7 @@ def rearranged(parameters: Sequence[Parameter], table: Mapping[str, TensorRef]) 
     for parameter in parameters:
         if parameter.convert:
             refs = [table[source] for source in parameter.sources]
-            dtype = "F32" if {"add_one", "unit_rows"} & set(parameter.convert) else refs[0].dtype
+            dtype = _dtype(parameter, refs[0].dtype)
             nbytes = prod(parameter.shape) * FLOATS[dtype][1].itemsize
             target = TensorRef(parameter.name, "", "", Path(), 0, nbytes, dtype, parameter.shape)
             found.append(Made(target, partial(_rows, parameter, refs)))
@@ -50,6 +54,26 @@ def ungrouped(groups: tuple[int, int, int, int]) -> npt.NDArray[np.int64]:
     count, *sizes = groups
     rows = np.arange(count * sum(sizes)).reshape(count, -1)
     return np.concatenate([part.ravel() for part in np.split(rows, np.cumsum(sizes)[:-1], axis=1)])
+
+
+_ARITHMETIC: dict[str, Callable[[Array, Parameter], Array]] = {
+    "add_one": lambda values, _: values + np.float32(1),
+    "unit_rows": lambda values, _: _unit_rows(values),
+    "negative_exp": lambda values, _: -np.exp(values),
+    "exp_negative_exp": lambda values, _: np.exp(-np.exp(values)),
+    "halve": lambda values, parameter: values * np.float32(0.5**parameter.halvings),
+}
+
+
+def _unit_rows(wide: Array) -> Array:
+    lengths: Array = np.sqrt((wide * wide).sum(axis=1, keepdims=True))
+    return np.asarray(wide / np.maximum(lengths, np.float32(1e-12)))
+
+
+def _dtype(parameter: Parameter, source: str) -> str:
+    """What the parameter is written as: halves of a bfloat16 are bfloat16s again, where the numbers are not tiny."""
+    computed = [name for name in parameter.convert if name in _ARITHMETIC]
+    return source if not computed or (computed == ["halve"] and source == "BF16") else "F32"
 
 
 def _rows(parameter: Parameter, refs: Sequence[TensorRef]) -> Iterator[Array]:
@@ -69,9 +93,7 @@ def _rows(parameter: Parameter, refs: Sequence[TensorRef]) -> Iterator[Array]:
             mine = (wanted >= start) & (wanted < end)
             if mine.any():
                 values[mine] = array[wanted[mine] - start]
-        if "add_one" in parameter.convert:
-            values = floats.widen(values, dtype) + np.float32(1)
-        elif "unit_rows" in parameter.convert:
-            wide = floats.widen(values, dtype)
-            values = wide / np.maximum(np.sqrt((wide * wide).sum(axis=1, keepdims=True)), np.float32(1e-12))
-        yield values
+        computed = [name for name in parameter.convert if name in _ARITHMETIC]
+        for name in computed:
+            values = _ARITHMETIC[name](floats.widen(values, dtype), parameter)
+        yield floats.cast(values, "float32", FLOATS[_dtype(parameter, refs[0].dtype)][0]) if computed else values

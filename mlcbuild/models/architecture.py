@@ -11,12 +11,14 @@ from mlcbuild.models import unknown
 from mlcbuild.models.config import normalise
 from mlcbuild.models.expressions import evaluate, mentions
 from mlcbuild.models.fields import check, read, value_of
+from mlcbuild.models.kinds import DECODER, ENCODER, filled
 from mlcbuild.models.structure import ParameterRule, Structure
 from mlcbuild.recipes.types import Architecture
 
 # A longer chunk makes prefill little faster and its buffers, which are planned for a full chunk, much larger.
 _PREFILL_CHUNK_SIZE = 2048
 _ROPE_THETA = 10000.0  # where neither config.json nor the architecture says another
+_EMBEDS_AS = {ENCODER: "encoder"}  # embedding_metadata's model_type
 _MAX_BATCH_SIZE = 128  # what mlc-ai compiles its own libraries for
 
 
@@ -58,13 +60,17 @@ def resolve(architecture: Architecture, config: Mapping[str, Any], overrides: Ma
     """
     flat = normalise(config)
     data = architecture.data
-    constants = {name: value for name, value in data["decoder"].items() if name != "rope_scaling"}
+    kind = data.get("kind", DECODER)
+    constants = {name: value for name, value in data.get("decoder", {}).items() if name != "rope_scaling"}
+    if "embedding" in data:
+        constants["embedding"] = {"model_type": _EMBEDS_AS.get(kind, "decoder"), **data["embedding"]}
     given = {"rope_theta": flat.get("rope_theta") or _ROPE_THETA, "rope_scaling": flat["rope_scaling"], **constants}
     values, problems = read(data["config"], flat, given)
     problems += check(values) + _check_requirements(data, flat) + unknown.complaints(architecture, flat)
     if problems:
         raise MlcBuildError("\n".join(problems))
-    values.update(_limits(values["context_window_size"], overrides))
+    values = filled(kind, values)
+    values.update(_limits(kind, values["context_window_size"], overrides))
     values.update(_windows(values))
     problems = _check_shape(values) + _check_limits(values)
     if problems:
@@ -153,7 +159,7 @@ def _check_requirements(data: Mapping[str, Any], config: Mapping[str, Any]) -> l
                 f"{' or '.join(map(repr, allowed))}"
             )
     scaling = config["rope_scaling"]
-    known = data["decoder"].get("rope_scaling", ())
+    known = data.get("decoder", {}).get("rope_scaling", ())
     if scaling is not None and scaling["rope_type"] not in known:
         problems.append(
             f"config.json: rope scaling `{scaling['rope_type']}` is not one that this architecture computes "
@@ -176,10 +182,13 @@ def _check_shape(values: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _limits(context: int, overrides: Mapping[str, int]) -> dict[str, int]:
+def _limits(kind: str, context: int, overrides: Mapping[str, int]) -> dict[str, int]:
     limits = {"context_window_size": context, **overrides}
-    limits.setdefault("prefill_chunk_size", min(limits["context_window_size"], _PREFILL_CHUNK_SIZE))
-    limits.setdefault("max_batch_size", _MAX_BATCH_SIZE)
+    context = limits["context_window_size"]
+    # An encoder sees a text at once or not at all.
+    chunk = context if kind == ENCODER else _PREFILL_CHUNK_SIZE if context < 0 else min(context, _PREFILL_CHUNK_SIZE)
+    limits.setdefault("prefill_chunk_size", chunk)
+    limits.setdefault("max_batch_size", 1 if kind == ENCODER else _MAX_BATCH_SIZE)
     return limits
 
 
@@ -203,7 +212,7 @@ def _check_limits(values: Mapping[str, Any]) -> list[str]:
     for name in ("tensor_parallel_shards", "pipeline_parallel_stages"):
         if values.get(name, 1) != 1:
             problems.append(f"overrides: {name} is {values[name]}, but only 1 is implemented")
-    if values["prefill_chunk_size"] > values["context_window_size"]:
+    if 0 < values["context_window_size"] < values["prefill_chunk_size"]:
         problems.append(
             f"overrides: prefill_chunk_size {values['prefill_chunk_size']} is larger than context_window_size "
             f"{values['context_window_size']}"

@@ -1,4 +1,4 @@
-"""The functions that a runtime calls, around the decoder: embed, prefill, decode, batch_* and their hidden-state forms.
+"""The functions that a runtime calls, around the model: embed, prefill, decode, batch_* and their hidden-state forms.
 
 Names, argument order and shapes are MLC's (docs/contract.md).
 """
@@ -22,22 +22,36 @@ _FORWARD = (
 )
 
 
-def emit_entry_points(decoder: Decoder, run: relax.GlobalVar) -> None:
-    """Add every public function of a decoder to its builder; `run` is the private `decoder`."""
+# (x [n, H] in the compute dtype, the number of sequences, their state, params) -> (hidden states [n, H], the state)
+Run = Callable[[Expr, Expr, Expr, Expr], tuple[Expr, Expr]]
+
+
+def calls(d: Decoder, run: relax.GlobalVar) -> Run:
+    """How the private `decoder` is called; its KV cache stays the object that it was."""
+    return lambda x, batch, cache, params: (d.builder.emit(relax.Call(run, [x, cache, params])), cache)
+
+
+def emit_entry_points(decoder: Decoder, run: Run, state: str = "paged_kv_cache") -> None:
+    """Add every public function of a model with a state to its builder; `run` emits a call of all its layers.
+
+    A model that is there for the vectors of texts has no logits.
+    """
     _emit_embed(decoder)
-    _emit_get_logits(decoder)
     _emit_select(decoder)
+    chat = decoder.structure.embedding is None
+    if chat:
+        _emit_get_logits(decoder)
     for name, batch, tokens, rows in _FORWARD:
-        _emit_forward(decoder, run, name, batch, tokens, rows)
-        _emit_forward(decoder, run, f"{name}_to_last_hidden_states", batch, tokens, None)
+        if chat:
+            _emit_forward(decoder, run, name, batch, tokens, rows, state)
+        _emit_forward(decoder, run, f"{name}_to_last_hidden_states", batch, tokens, None, state)
 
 
-def _function(d: Decoder, name: str, inputs: list[relax.Var], body: Callable[[], Expr], output: Expr = None) -> None:
-    """A public function whose result is the body's, or the pair of it and `output`."""
+def _function(d: Decoder, name: str, inputs: list[relax.Var], body: Callable[[], Expr]) -> None:
+    """A public function whose result is the body's."""
     with d.builder.function(name, inputs):
         with d.builder.dataflow():
-            result = body()
-            out = d.builder.emit_output(result if output is None else relax.Tuple([result, output]))
+            out = d.builder.emit_output(body())
         d.builder.emit_func_output(out)
 
 
@@ -64,31 +78,31 @@ def _emit_select(d: Decoder) -> None:
 
 
 def _emit_forward(
-    d: Decoder, run: relax.GlobalVar, name: str, batch: int | None, tokens: int | None, rows: str | None
+    d: Decoder, run: Run, name: str, batch: int | None, tokens: int | None, rows: str | None, state: str
 ) -> None:
-    """Hidden states of all tokens, or (where `rows` says which) their logits, paired with the KV cache."""
+    """Hidden states of all tokens, or (where `rows` says which) their logits, paired with the state."""
     hidden_size = d.structure.hidden_size
     b = tirx.Var("batch_size", "int64") if batch is None else batch
     t = tirx.Var("seq_len", "int64") if tokens is None else tokens
     x = d.tensor("input_embeds", [b, t, hidden_size])
-    cache, params = kv_cache(), d.params()
+    cache, params = kv_cache(state), d.params()
     positions = d.tensor("logit_positions", [tirx.Var("batch_size", "int64")], "int32")
     inputs = [x, positions, cache, params] if rows == "positions" else [x, cache, params]
 
-    def body() -> Expr:
+    def body() -> tuple[Expr, Expr]:
         flat = d.builder.emit(relax.op.reshape(x, [b * t, hidden_size]))
-        hidden = d.builder.emit(relax.Call(run, [d.cast(flat, d.operations.compute), cache, params]))
+        hidden, after = run(d.cast(flat, d.operations.compute), b, cache, params)
         if rows is None:
-            return d.builder.emit(relax.op.reshape(d.cast(hidden, d.dtype), [b, t, hidden_size]))
+            return d.builder.emit(relax.op.reshape(d.cast(hidden, d.dtype), [b, t, hidden_size])), after
         if rows == "last":
             hidden = d.builder.emit_te(_last_row, hidden, primfunc_name_hint="last_row")
         elif rows == "positions":
             hidden = _take_rows(d, hidden, positions)
         logits = d.logits(hidden, d.weights(params))
         first = [1, positions.ty.shape[0]] if rows == "positions" else [1, 1] if rows == "last" else [b, t]
-        return d.builder.emit(relax.op.reshape(logits, [*first, logits.ty.shape[1]]))
+        return d.builder.emit(relax.op.reshape(logits, [*first, logits.ty.shape[1]])), after
 
-    _function(d, name, inputs, body, output=cache)
+    _function(d, name, inputs, lambda: relax.Tuple(list(body())))
 
 
 def _take_rows(d: Decoder, hidden: Expr, positions: Expr) -> Expr:

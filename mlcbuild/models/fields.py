@@ -110,7 +110,8 @@ def check(values: Values) -> list[str]:
     problems = []
     for name in SIZES:
         value = values.get(name)
-        if name in values and value is not None and (type(value) is not int or value < 1):
+        endless = (name, value) == ("context_window_size", -1)
+        if name in values and value is not None and not endless and (type(value) is not int or value < 1):
             problems.append(f"config.json: {name} is {value!r}, expected a whole number of at least 1")
     for name in NUMBERS:
         value = values.get(name)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from mlcbuild.models.kinds import RECURRENT, recurrent_shapes
 from mlcbuild.models.structure import ParameterRule, Structure
 
 
@@ -21,6 +22,9 @@ class Parameter:
     ungroup_qkv  its rows are, for each of `groups` key-value heads: that group's queries, its key, its value
     add_one      the checkpoint has w - 1
     unit_rows    its rows are divided by their lengths
+    negative_exp, exp_negative_exp
+                 the checkpoint has w where -exp(w) or exp(-exp(w)) is wanted
+    halve        the checkpoint has 2 ** halvings times the parameter
 
     `dtype` is what it is stored in, None for the quantization's model dtype. `groups` holds, for qkv parameters, the
     number of key-value heads and the rows of queries, of the key and of the value in each group.
@@ -35,6 +39,7 @@ class Parameter:
     dtype: str | None = None
     groups: tuple[int, int, int, int] | None = None
     alternative: tuple[str, ...] = ()
+    halvings: int = 0
 
     @property
     def is_matrix(self) -> bool:
@@ -42,7 +47,7 @@ class Parameter:
         return len(self.shape) > 1 and not self.role.endswith("_norm")
 
 
-TABLES = ("embedding", "position_embedding")  # roles that are looked up by row
+TABLES = ("embedding", "position_embedding", "token_type_embedding")  # roles that are looked up by row
 # Roles outside the layers, by the pieces of a decoder that use them (mlcbuild.models.blocks).
 EMBED = ("embedding",)
 BEGINNING = ("position_embedding", "embedding_norm", "embedding_norm_bias")
@@ -54,6 +59,8 @@ def shape_of(role: str, structure: Structure) -> tuple[int, ...]:
 
     A bias `x_bias` has the rows of `x_proj`. Raises KeyError for a role that no block has.
     """
+    if structure.kind in RECURRENT:
+        return recurrent_shapes(structure)[role]
     if role.endswith("_bias"):
         of = role.removesuffix("_bias")
         return shape_of(of if of == "lm_head" or of.endswith("_norm") else f"{of}_proj", structure)[:1]
@@ -79,6 +86,7 @@ def _head_norm(s: Structure, heads: int) -> tuple[int, ...]:
 _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "embedding": lambda s: (s.vocab_size, s.hidden_size),
     "position_embedding": lambda s: (s.max_position_embeddings or s.context_window_size, s.hidden_size),
+    "token_type_embedding": lambda s: (s.type_vocab_size, s.hidden_size),
     "embedding_norm": _width,
     "qkv_proj": lambda s: (_query(s) + 2 * _key(s), s.hidden_size),
     "q_proj": lambda s: (_query(s), s.hidden_size),
@@ -116,9 +124,10 @@ def parameters(structure: Structure) -> tuple[Parameter, ...]:
             sources=_named(rule.sources, layer, structure),
             alternative=_named(rule.alternative, layer, structure),
             layer=layer,
-            convert=rule.convert,
+            convert=_convert(rule, halvings := _halvings(structure, layer)),
             dtype=rule.dtype,
             groups=_groups(structure) if rule.role.startswith("qkv_") else None,
+            halvings=halvings,
         )
         for rule, layer in _ordered(structure)
     )
@@ -133,6 +142,16 @@ def _times(rule: ParameterRule, structure: Structure) -> int:
     if not rule.per_layer:
         return 1
     return structure.num_hidden_layers if rule.layers is None else len(rule.layers)
+
+
+def _halvings(s: Structure, layer: int | None) -> int:
+    """How often hidden states were halved before this layer."""
+    return layer // s.rescale_every if layer is not None and s.rescale_every else 0
+
+
+def _convert(rule: ParameterRule, halvings: int) -> tuple[str, ...]:
+    """What really changes: the first layers' matrices stay what they are in the checkpoint."""
+    return rule.convert if halvings else tuple(name for name in rule.convert if name != "halve")
 
 
 def _groups(s: Structure) -> tuple[int, int, int, int]:

@@ -53,8 +53,9 @@ class ParameterRule:
 
 @dataclass(frozen=True)
 class Structure:
-    """A decoder's dimensions and choices. Field names are those of Hugging Face configs where one exists.
+    """A model's dimensions and choices. Field names are those of Hugging Face configs where one exists.
 
+    kind              decoder; others (mlcbuild.models.kinds) leave most of what follows as it is
     norm              rms, layer (with a bias and a weight where parameters play these roles)
     norm_position     pre: of what a block is given; post: of what it returns; both
     norm_offset       what is added to a norm's weight
@@ -76,6 +77,10 @@ class Structure:
     clip_qkv          c: queries, keys and values become min(max(x, -c), c)
     final_logit_softcapping  c: logits become c * tanh(logits / c)
     max_position_embeddings  rows of a learned `position_embedding`
+    embedding         of a model of texts: MLC's embedding_metadata, as its library tells it
+    rescale_every     recurrent: layers after which hidden states are halved; 0: never. group_norm_eps: of the norm over
+                      each head's output. time_mix_extra_dim, time_decay_extra_dim: widths of low-rank products
+    type_vocab_size   encoder: rows of `token_type_embedding`
     optional_prefix   what checkpoint tensor names begin with, or leave out all together
     num_experts       experts of a layer that has a `router`. Each token goes to num_experts_per_tok of them, which
                       count by their probabilities (with norm_topk_prob divided by their sum), times
@@ -137,6 +142,13 @@ class Structure:
     layer_types: tuple[str, ...] | None = choice(None)
     qk_norm: str = choice("none")
     clip_qkv: float | None = choice(None)
+    kind: str = choice("decoder")
+    embedding: Mapping[str, Any] | None = choice(None)
+    rescale_every: int = choice(0)
+    group_norm_eps: float = choice(0.0)
+    time_mix_extra_dim: int = choice(0)
+    time_decay_extra_dim: int = choice(0)
+    type_vocab_size: int = choice(0)
 
     def to_json(self) -> dict[str, Any]:
         """Every field but choices at their default, JSON-able, such that `from_json` gives an equal structure."""

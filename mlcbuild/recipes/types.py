@@ -53,6 +53,7 @@ class Verify:
     perplexity_increase: float | None = None  # fraction: 0.1 is 10 %
     gate: Literal["fail", "report"] = "fail"
     text: Path | None = None  # evaluation text; None means the default text that ships with mlcbuild
+    cosine: float | None = None  # models of texts: mean cosine to the unquantized model's vectors
     memory: float = 8.0  # GB (10^9 bytes): a model that takes more as float32 is verified layer by layer
 
 

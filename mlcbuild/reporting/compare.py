@@ -17,17 +17,19 @@ _ROWS: tuple[tuple[str, Callable[[Package], object]], ...] = (
     ("quantization", lambda p: p["recipe"]["quantization"]["name"]),
     ("target", lambda p: p["recipe"]["target"]["name"]),
     ("status", lambda p: p["quality"]["status"]),
-    ("KL divergence", lambda p: p["quality"]["kl"]),
-    ("same likeliest token", lambda p: p["quality"]["top1_agreement"]),
-    ("perplexity", lambda p: p["quality"]["perplexity"]),
-    ("unquantized perplexity", lambda p: p["quality"]["reference_perplexity"]),
-    ("perplexity increase", lambda p: p["quality"]["perplexity_increase"]),
+    ("KL divergence", lambda p: p["quality"].get("kl")),
+    ("same likeliest token", lambda p: p["quality"].get("top1_agreement")),
+    ("perplexity", lambda p: p["quality"].get("perplexity")),
+    ("unquantized perplexity", lambda p: p["quality"].get("reference_perplexity")),
+    ("perplexity increase", lambda p: p["quality"].get("perplexity_increase")),
+    ("cosine of vectors", lambda p: p["quality"].get("cosine")),
+    ("error of hidden states", lambda p: p["quality"].get("hidden_error")),
     ("tokens compared", lambda p: p["quality"]["tokens"]),
     ("bits per parameter", lambda p: p["bits_per_parameter"]),
     ("weights, bytes", lambda p: p["weights_bytes"]),
     ("library, bytes", lambda p: p["library_bytes"]),
 )
-_PERCENT = ("same likeliest token", "perplexity increase")
+_PERCENT = ("same likeliest token", "perplexity increase", "error of hidden states")
 
 
 def compare(one: Path, other: Path) -> str:
@@ -39,6 +41,8 @@ def compare(one: Path, other: Path) -> str:
     lines = [("", one.name, other.name, "second / first")]
     for what, get in _ROWS:
         values = [get(package) for package in packages]
+        if values == [None, None]:
+            continue  # a figure of another kind of model
         lines.append((what, _text(what, values[0]), _text(what, values[1]), _relation(what, values[0], values[1])))
     widths = [max(len(line[column]) for line in lines) for column in range(4)]
     return "".join(

@@ -51,6 +51,7 @@ class Metadata:
     kv_state_kind: str
     model_task: str
     parameters: tuple[LibraryParameter, ...]
+    embedding: Mapping[str, Any] | None = None  # `embedding_metadata`: model_type, pooling_strategy, normalize
 
 
 class Library:
@@ -112,6 +113,7 @@ def parse_metadata(text: str, path: Path) -> Metadata:
             kv_state_kind=data.get("kv_state_kind", "kv_cache"),
             model_task=data.get("model_task", "chat"),
             parameters=parameters,
+            embedding=data.get("embedding_metadata"),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise MlcBuildError(f"{path}: `_metadata` cannot be read ({error!r})") from error

@@ -11,7 +11,7 @@ import numpy as np
 
 from mlcbuild.chat import conversation as chat
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.runtime import package, sampling, threads, weights
+from mlcbuild.runtime import embedding, package, sampling, threads, weights
 from mlcbuild.runtime.library import Library, Network, match
 from mlcbuild.runtime.session import Logits, Session
 from mlcbuild.runtime.text import TextStream
@@ -66,6 +66,31 @@ class Model:
         """The rows of `logits`, some at a time: a long text times a large vocabulary need not fit into memory."""
         with self._empty_session(len(ids)) as session:
             yield from session.all_logits(session.add(), ids)
+
+    def hidden_states(self, ids: Sequence[int]) -> embedding.Vectors:
+        """float32 [len(ids), hidden_size]: the last layer's output behind its norm, at each position."""
+        return embedding.hidden_states(self.network, ids)
+
+    def embed(self, texts: Sequence[str]) -> embedding.Vectors:
+        """float32 [len(texts), hidden_size]: a vector for each text, pooled as the package says (embedding_metadata).
+
+        A text longer than the context is cut. Raises MlcBuildError for a model that was not made for this.
+        """
+        how = embedding.pooling(self.config, self.network.library)
+        return embedding.embed(self.network, how, (self.text_ids(text) for text in texts))
+
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of a text that is to become a vector, with the special tokens around it.
+
+        Pooling the last token needs an end of text there; where the tokenizer puts none, eos_token_id is appended.
+        """
+        ids = self.tokenizer.encode(text)
+        eos = self.config.get("eos_token_id")
+        eos = eos[0] if isinstance(eos, list) else eos
+        how = embedding.pooling(self.config, self.network.library)
+        if how.strategy == "last" and isinstance(eos, int) and self.tokenizer.encode("") == []:
+            return [*ids, eos]
+        return ids
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> str:
         """The text that the model writes after `prompt`; options as in `stream`."""

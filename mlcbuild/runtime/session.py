@@ -1,4 +1,4 @@
-"""Sequences in a KV cache, and the library's prefill and decode functions on them.
+"""Sequences in a KV cache or a recurrent state, and the library's prefill and decode functions on them.
 
 The order of calls is the runtime's own: `kv_state_begin_forward(cache, sequences, lengths)`, the library's function,
 `kv_state_end_forward`. Everything here is in token ids and float32 logits.
@@ -18,23 +18,29 @@ from mlcbuild.runtime.library import Network
 
 Logits = npt.NDArray[np.float32]
 
+_CREATE = {"kv_cache": "create_tir_paged_kv_cache", "rnn_state": "create_rnn_state"}  # by kv_state_kind
+_HISTORY = 1  # steps of a recurrent state that are kept: one, since nothing here takes steps back
 _PAGE_SIZE = 16  # tokens of a KV cache page; MLC's engine uses the same
 _PIECE = 256  # positions whose logits are held at once in `all_logits`: 130 MB for a vocabulary of 128k
 
 
 class Session:
-    """A KV cache for `max_sequences` sequences of up to `length` tokens each (default: as many as the library takes).
+    """A state for `max_sequences` sequences of up to `length` tokens each (default: as many as the library takes).
 
-    With a sliding window a sequence may grow on; the cache keeps the window.
-    Raises MlcBuildError for a library whose state is not a KV cache, and where a limit of the library is exceeded.
+    With a sliding window a sequence may grow on; the cache keeps the window. The state of a recurrent model has one
+    size however long a sequence is. Raises MlcBuildError for a library that keeps no state of a kind that is known
+    here, and where a limit of the library is exceeded.
     """
 
     def __init__(self, network: Network, max_sequences: int = 1, length: int | None = None) -> None:
         library = network.library
         metadata = library.metadata
-        if metadata.kv_state_kind != "kv_cache" or not library.has("create_tir_paged_kv_cache"):
+        create = _CREATE.get(metadata.kv_state_kind)
+        if create is None or not library.has(create):
             raise MlcBuildError(
-                f"{library.path}: its state is `{metadata.kv_state_kind}`; this runtime runs `kv_cache` libraries only"
+                f"{library.path}: its state is `{metadata.kv_state_kind}`"
+                + (f", but it has no `{create}`" if create else "")
+                + f"; this runtime continues texts with {' and '.join(f'`{kind}`' for kind in _CREATE)} libraries"
             )
         if not 1 <= max_sequences <= metadata.max_batch_size:
             raise MlcBuildError(
@@ -48,11 +54,15 @@ class Session:
         self._chunk = metadata.prefill_chunk_size
         self._sliding = metadata.sliding_window_size
         self._next = 0
+        self._recurrent = metadata.kv_state_kind == "rnn_state"
+        sizes = (max_sequences, _HISTORY) if self._recurrent else self._cache_sizes()
+        self._cache = self._call(create, *(tvm_runtime.shape(size) for size in sizes))
+
+    def _cache_sizes(self) -> tuple[int, ...]:
         # What has slid out of the window is freed only after the chunk that pushed it out.
         kept = self._sliding + self._chunk if self._sliding > 0 else self.limit
-        total = max_sequences * -(-kept // _PAGE_SIZE) * _PAGE_SIZE
-        sizes = (max_sequences, total, self._chunk, _PAGE_SIZE, int(self._sliding > 0))
-        self._cache = self._call("create_tir_paged_kv_cache", *(tvm_runtime.shape(size) for size in sizes))
+        total = self.max_sequences * -(-kept // _PAGE_SIZE) * _PAGE_SIZE
+        return self.max_sequences, total, self._chunk, _PAGE_SIZE, int(self._sliding > 0)
 
     def add(self) -> int:
         """A new, empty sequence; its number."""
@@ -92,16 +102,17 @@ class Session:
     def batch_prefill(self, sequences: Sequence[int], ids: Sequence[Sequence[int]]) -> Logits:
         """Append `ids[i]` to `sequences[i]`; the logits after each one's last token: float32 [sequences, vocab_size].
 
-        What does not fit into one prefill chunk goes in as several.
+        What does not fit into one prefill chunk goes in as several. A recurrent model takes one sequence after another.
         """
         last: dict[int, Logits] = {}
         waiting = [(i, list(tokens)) for i, tokens in enumerate(ids)]
         if not all(tokens for _, tokens in waiting):
             raise MlcBuildError("batch_prefill: each sequence needs at least one token")
+        most = 1 if self._recurrent else len(waiting)
         while waiting:
             batch: list[tuple[int, list[int]]] = []
             room = self._chunk
-            while waiting and room:
+            while waiting and room and len(batch) < most:
                 index, tokens = waiting.pop(0)
                 batch.append((index, tokens[:room]))
                 if tokens[room:]:
@@ -131,7 +142,24 @@ class Session:
             else:
                 positions = _ids(range(len(piece)))
                 logits = self._forward("batch_prefill", [sequence], [len(piece)], embedded, positions)
+            if logits.shape[-2] != len(piece):  # upstream's recurrent libraries give the last position only
+                raise MlcBuildError(
+                    f"{self._library.path}: it gives logits of {logits.shape[-2]} of {len(piece)} positions; "
+                    "compile a library with mlcbuild to get all of them"
+                )
             yield self._array(logits, len(piece), -1)
+
+    def hidden_states(self, sequence: int, ids: Sequence[int]) -> Iterator[Logits]:
+        """Append `ids`; the hidden states behind the last layer's norm, in pieces: float32 [rows, hidden_size].
+
+        Raises MlcBuildError where the library has no `prefill_to_last_hidden_states`.
+        """
+        name = "prefill_to_last_hidden_states"
+        if not self._library.has(name):
+            raise MlcBuildError(f"{self._library.path}: no `{name}`: this library tells logits, but no hidden states")
+        for piece in _pieces(ids, self._chunk):
+            hidden = self._forward(name, [sequence], [len(piece)], self._embed(piece, (1, len(piece))))
+            yield self._array(hidden, len(piece), -1)
 
     def _batch_prefill(self, sequences: Sequence[int], ids: Sequence[Sequence[int]]) -> Logits:
         lengths = [len(tokens) for tokens in ids]

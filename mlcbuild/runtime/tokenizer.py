@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from mlcbuild.chat import rwkv_vocabulary
 from mlcbuild.errors import MlcBuildError
 
 
@@ -29,11 +30,16 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """tokenizer.json, or else tokenizer.model. Raises MlcBuildError where a folder has neither, or a broken one."""
+    """tokenizer.json, tokenizer.model or RWKV's tokenizer_model, whichever is there first.
+
+    Raises MlcBuildError where a folder has none, or a broken one.
+    """
     if (folder / "tokenizer.json").is_file():
         return JsonTokenizer(folder / "tokenizer.json")
     if (folder / "tokenizer.model").is_file():
         return SentencePieceTokenizer(folder / "tokenizer.model")
+    if (folder / rwkv_vocabulary.FILE).is_file():
+        return RwkvTokenizer(folder / rwkv_vocabulary.FILE)
     raise MlcBuildError(f"{folder}: no tokenizer.json or tokenizer.model, so only token ids can go in and out")
 
 
@@ -110,6 +116,40 @@ class SentencePieceTokenizer:
                 part for piece in pieces for part in (_around(piece, token) if piece not in self._added else [piece])
             ]
         return [piece for piece in pieces if piece]
+
+
+class RwkvTokenizer:
+    """tokenizer_model of RWKV's world models: at each byte the longest token that fits. It has no special tokens."""
+
+    def __init__(self, path: Path) -> None:
+        self._texts = {**rwkv_vocabulary.read(path), rwkv_vocabulary.END: b""}
+        self._ids = {token: i for i, token in self._texts.items() if token}
+        lengths: dict[bytes, set[int]] = {}
+        for token in self._ids:
+            lengths.setdefault(token[:2], set()).add(len(token))
+        # By the first two bytes, so that few lengths have to be tried.
+        self._lengths = {start: sorted(found, reverse=True) for start, found in lengths.items()}
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        data, at, ids = text.encode("utf-8"), 0, []
+        while at < len(data):
+            starts = (data[at : at + 2], data[at : at + 1])
+            tokens = (data[at : at + length] for start in starts for length in self._lengths.get(start, ()))
+            token = next((token for token in tokens if token in self._ids), None)
+            if token is None:
+                raise MlcBuildError(f"the vocabulary has no token for the byte {data[at]:#04x}")
+            ids.append(self._ids[token])
+            at += len(token)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return b"".join(self._texts.get(i, b"") for i in ids).decode("utf-8", "replace")
+
+    def tokens(self) -> dict[str, int]:
+        return {**{rwkv_vocabulary.text_of(token): i for token, i in self._ids.items()}, rwkv_vocabulary.END_TEXT: 0}
+
+    def token_to_id(self, token: str) -> int | None:
+        return self.tokens().get(token)
 
 
 def _around(text: str, token: str) -> list[str]:

@@ -88,5 +88,8 @@ def _shape(sizes: Sequence[int]) -> Any:
 
 
 def array(source: tvm_ffi.Tensor, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """A copy of a float32 tensor, reshaped: the library may reuse the tensor's memory in its next call."""
+    """A float32 copy of a tensor, reshaped: the library may reuse the tensor's memory in its next call."""
+    if str(source.dtype) == "bfloat16":  # which NumPy does not know: float32 has the same 16 bits in front
+        bits = np.array(np.from_dlpack(view(source, source.shape, "uint16")), np.uint32)
+        return (bits << 16).view(np.float32).reshape(shape)
     return np.array(np.from_dlpack(source), np.float32).reshape(shape)

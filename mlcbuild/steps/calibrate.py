@@ -19,12 +19,14 @@ from mlcbuild.steps.job import Job
 VERSION = 1
 CODE = (
     "mlcbuild.chat.conversation",
+    "mlcbuild.chat.rwkv_vocabulary",
     "mlcbuild.checkpoints.header",
     "mlcbuild.checkpoints.mapped",
     "mlcbuild.measure.blocks",
     "mlcbuild.measure.importance",
     "mlcbuild.measure.model",
     "mlcbuild.measure.unquantized",
+    "mlcbuild.models.kinds",
     "mlcbuild.models.parameters",
     "mlcbuild.models.structure",
     "mlcbuild.quantization.blocks",
@@ -32,6 +34,7 @@ CODE = (
     "mlcbuild.quantization.schemes",
     "mlcbuild.quantization.sources",
     "mlcbuild.recipes.types",
+    "mlcbuild.runtime.embedding",
     "mlcbuild.runtime.evaluate",
     "mlcbuild.runtime.library",
     "mlcbuild.runtime.model",

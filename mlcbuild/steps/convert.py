@@ -38,6 +38,7 @@ CODE = (
     "mlcbuild.merging.lora",
     "mlcbuild.merging.prequantized",
     "mlcbuild.merging.rearranged",
+    "mlcbuild.models.kinds",
     "mlcbuild.models.parameters",
     "mlcbuild.models.structure",
     "mlcbuild.quantization.awq",

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from mlcbuild.chat import rwkv_vocabulary
 from mlcbuild.chat.checkpoint import CheckpointChat, read_checkpoint_chat
 from mlcbuild.chat.config import TOKENIZER_FILES, chat_config, to_text
 from mlcbuild.chat.conversation import Conversation, from_data
 from mlcbuild.chat.derive import AUTO, derive
+from mlcbuild.chat.pooling import embedding_metadata
 from mlcbuild.chat.tokenizer_info import read_json
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.steps.job import Job, Tree
@@ -28,7 +31,8 @@ _CONFIGS = ("generation_config.json", "config.json")  # the first to give a samp
 
 def run(job: Job) -> None:
     """Fields: model, quantization, target (names), template {name, ...}, model_type, model_config; format (the
-    quantization's, told to runtimes: how weights were rounded into it is nothing to them).
+    quantization's, told to runtimes: how weights were rounded into it is nothing to them); for a model of texts also
+    embedding: the architecture's embedding_metadata.
 
     Inputs: `quantize` (params_shard_N.bin, tensor-cache.json), `library` (model.<suffix>), `checkpoint` (tokenizer
     files, chat_template.jinja, config.json, generation_config.json). Raises MlcBuildError where the checkpoint has no
@@ -47,12 +51,16 @@ def run(job: Job) -> None:
     present = [file for file in TOKENIZER_FILES if file in checkpoint]
     chat = read_checkpoint_chat({name: entry.path for name, entry in checkpoint.files.items()})
     if chat is None:
-        raise MlcBuildError(f"{fields['model']}: the checkpoint has neither tokenizer.json nor tokenizer.model")
+        raise MlcBuildError(
+            f"{fields['model']}: the checkpoint has neither tokenizer.json nor tokenizer.model "
+            "(nor a vocabulary of RWKV)"
+        )
     folder = job.output / weights
     folder.mkdir()
     for file in [*present, *(["chat_template.jinja"] if "chat_template.jinja" in checkpoint else [])]:
         # Copied: a local checkpoint's files belong to the user and may change after the package is made.
         shutil.copyfile(checkpoint.path(file), folder / file)
+    present += _rwkv_tokenizer(job, folder)
     config = chat_config(
         fields["model_type"],
         fields["format"],
@@ -61,8 +69,38 @@ def run(job: Job) -> None:
         chat.tokenizer,
         present,
         [read_json(checkpoint.path(name)) for name in _CONFIGS if name in checkpoint],
+        _embedding(job),
     )
     (folder / "mlc-chat-config.json").write_text(to_text(config), encoding="utf-8")
+
+
+def _rwkv_tokenizer(job: Job, folder: Path) -> list[str]:
+    """Write `tokenizer_model` where the checkpoint has nothing but a vocabulary of RWKV; the files that came of it."""
+    checkpoint = job.inputs["checkpoint"]
+    sources = [name for name in sorted(checkpoint.files) if rwkv_vocabulary.SOURCE.fullmatch(name)]
+    if not sources or any(name in checkpoint for name in ("tokenizer.json", "tokenizer.model", rwkv_vocabulary.FILE)):
+        return []
+    packed = rwkv_vocabulary.pack(rwkv_vocabulary.read_source(checkpoint.path(sources[-1])))
+    (folder / rwkv_vocabulary.FILE).write_bytes(packed)
+    return [rwkv_vocabulary.FILE]
+
+
+def _embedding(job: Job) -> dict[str, Any] | None:
+    """How the package makes vectors; None for a model that writes."""
+    default = job.fields.get("embedding")
+    if default is None:
+        return None
+    found = embedding_metadata({name: entry.path for name, entry in job.inputs["checkpoint"].files.items()}, default)
+    if found != default:
+        job.note(
+            f"vectors are made as modules.json says ({_told(found)}); MLC's engine reads the library's own "
+            f"({_told(default)}) and must be told otherwise"
+        )
+    return found
+
+
+def _told(metadata: Mapping[str, Any]) -> str:
+    return f"pooling {metadata['pooling_strategy']}, {'' if metadata['normalize'] else 'not '}normalised"
 
 
 def library_file(tree: Tree) -> tuple[str, Any]:

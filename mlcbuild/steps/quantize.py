@@ -21,6 +21,7 @@ CODE = (
     "mlcbuild.checkpoints.header",
     "mlcbuild.checkpoints.mapped",
     "mlcbuild.zig",
+    "mlcbuild.models.kinds",
     "mlcbuild.models.parameters",
     "mlcbuild.models.structure",
     "mlcbuild.quantization.asymmetric",

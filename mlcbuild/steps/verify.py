@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlcbuild.chat.compare import Comparison as Checked
 from mlcbuild.chat.compare import check
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.measure import layers
+from mlcbuild.measure import embeddings, layers
 from mlcbuild.measure.blocks import Blocks
 from mlcbuild.measure.packed import Packed
 from mlcbuild.measure.unquantized import Unquantized
@@ -18,6 +19,7 @@ from mlcbuild.models import structure
 from mlcbuild.models.parameters import parameters
 from mlcbuild.recipes.types import quantization_from_json
 from mlcbuild.runtime import evaluate, library_file, package, quality, weights
+from mlcbuild.runtime.embedding import pooling, text_limit, truncated
 from mlcbuild.runtime.model import Model, conversation, load_network
 from mlcbuild.runtime.reference import load_reference
 from mlcbuild.runtime.tokenizer import Tokenizer, load_tokenizer
@@ -31,18 +33,22 @@ CODE = (
     "mlcbuild.chat.derive",
     "mlcbuild.chat.difference",
     "mlcbuild.chat.jinja",
+    "mlcbuild.chat.rwkv_vocabulary",
     "mlcbuild.chat.tokenizer_info",
     "mlcbuild.checkpoints.header",
     "mlcbuild.checkpoints.mapped",
     "mlcbuild.measure.blocks",
+    "mlcbuild.measure.embeddings",
     "mlcbuild.measure.layers",
     "mlcbuild.measure.model",
     "mlcbuild.measure.packed",
     "mlcbuild.measure.unquantized",
+    "mlcbuild.models.kinds",
     "mlcbuild.models.parameters",
     "mlcbuild.models.structure",
     "mlcbuild.quantization",
     "mlcbuild.recipes.types",
+    "mlcbuild.runtime.embedding",
     "mlcbuild.runtime.evaluate",
     "mlcbuild.runtime.library",
     "mlcbuild.runtime.library_file",
@@ -62,37 +68,50 @@ TOOLS = ("apache-tvm", "apache-tvm-ffi", "jinja2", "numpy", "tokenizers", "sente
 
 
 Config = Mapping[str, Any]  # mlc-chat-config.json
-Measured = tuple[evaluate.Comparison, dict[str, Any]]  # and what else quality.json is to say
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What a method found: `status` (passed, warned, failed) and why, figures, what else quality.json is to say, the
+    bounds, and for a failure the figures beside the bounds and what to do.
+    """
+
+    status: str
+    problems: list[str]
+    figures: Mapping[str, float | int]
+    details: Mapping[str, Any]
+    thresholds: Mapping[str, float]
+    explanation: str
 
 
 def run(job: Job) -> None:
-    """Fields: method (whole, layers), class (q0, q3, q4, q8), model_dtype, kl and perplexity_increase (null: the
-    class's), gate; for method layers also structure and quantization.
+    """Fields: method (whole, layers, embeddings), class (q0, q3, q4, q8), model_dtype, kl and perplexity_increase
+    (null: the class's), gate; for layers also structure and quantization, for embeddings cosine (null: the class's).
 
     Inputs: `package`, `convert` (parameters.json), `text` (one file), `reference`: a float32 library of the structure,
     or of its pieces for method layers. For method whole, `cpu_library` of the same structure and quantization that this
     machine can run, where the package's own is for another machine; for method layers, `blocks`: the library of pieces
-    of that quantization. Raises MlcBuildError for logits that are not finite, and with `gate: fail` for a miss.
+    of that quantization. Method embeddings takes what `whole` does. Raises MlcBuildError for logits or hidden states
+    that are not finite, and with `gate: fail` for a miss.
     """
-    limits = quality.bounds(
-        job.fields["class"], job.fields["model_dtype"], job.fields["kl"], job.fields["perplexity_increase"]
-    )
-    method = {"whole": _whole, "layers": _layers}[job.fields["method"]]
+    method = {"whole": _whole, "layers": _layers, "embeddings": _embeddings}[job.fields["method"]]
     folder = job.folder(job.inputs["package"], job.scratch / "package")
     weights_folder = package.find_weights(folder)
     name = weights_folder.name.removesuffix("-MLC")
     config, tokenizer = package.read_config(weights_folder), load_tokenizer(weights_folder)
     job.note(f"{name}: comparing with the unquantized model")
-    executed = method is _whole and "cpu_library" not in job.inputs
+    executed = method is not _layers and "cpu_library" not in job.inputs
     static_checks = [] if executed else _static_checks(folder, weights_folder)
-    comparison, details = method(job, folder, config, tokenizer)
-    figures = evaluate.rounded(comparison)
-    status, problems = quality.judge(figures, limits)
-    template, stops = check(conversation(config), weights_folder)
+    verdict = method(job, folder, config, tokenizer)
+    status, problems = verdict.status, verdict.problems
+    if method is _embeddings:  # which nobody has a conversation with
+        template, stops = Checked({"checked": False, "reason": "a model of texts"}), list[str]()
+    else:
+        template, stops = check(conversation(config), weights_folder)
     status, problems = ("failed", [*stops, *problems]) if stops else (status, problems)
     gate = job.fields["gate"]
     if status == "failed" and gate == "fail":
-        raise MlcBuildError(_failure(name, problems, figures, limits))
+        raise MlcBuildError(f"{name} does not pass verification: {'; '.join(problems)}.\n{verdict.explanation}")
     for problem in problems:
         job.note(f"{name}: {problem}")
     for warning in template.warnings:
@@ -102,9 +121,9 @@ def run(job: Job) -> None:
         "status": status,
         "gate": gate,
         "method": job.fields["method"],
-        **figures,
-        **details,
-        "thresholds": dataclasses.asdict(limits),
+        **verdict.figures,
+        **verdict.details,
+        "thresholds": verdict.thresholds,
         "problems": problems,
         **({"notes": notes} if notes else {}),  # what is true of the weights before this build touched them
         "library_executed": executed,
@@ -114,8 +133,40 @@ def run(job: Job) -> None:
     (job.output / "quality.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def _whole(job: Job, folder: Path, config: Config, tokenizer: Tokenizer) -> Measured:
+def _whole(job: Job, folder: Path, config: Config, tokenizer: Tokenizer) -> Verdict:
     """Both models in memory, one window of the text after the other."""
+    model, reference = _models(job, folder, config)
+    comparison = evaluate.compare(
+        model.logits_in_pieces,
+        reference.logits_in_pieces,
+        _windows(job, tokenizer, model.context_window_size, reference.context_window_size),
+        lambda done, total: job.progress(done, total, "tokens"),
+    )
+    return _of_tokens(job, comparison, {})
+
+
+def _embeddings(job: Job, folder: Path, config: Config, tokenizer: Tokenizer) -> Verdict:
+    """Both models in memory, the vectors of one document after the other."""
+    model, reference = _models(job, folder, config)
+    how = pooling(config, model.network.library)
+    limit = text_limit(model.network.library)
+    texts = [truncated(ids, limit) for ids in evaluate.documents(_text(job), tokenizer)]
+    comparison = embeddings.compare(
+        model.hidden_states,
+        reference.hidden_states,
+        how,
+        texts,
+        lambda done, total: job.progress(done, total, "tokens"),
+    )
+    limits = embeddings.bounds(job.fields["class"], job.fields["model_dtype"], job.fields["cosine"])
+    figures = embeddings.rounded(comparison)
+    status, problems = embeddings.judge(figures, limits)
+    details = {"pooling": dataclasses.asdict(how)}
+    return Verdict(status, problems, figures, details, dataclasses.asdict(limits), embeddings.advice(figures, limits))
+
+
+def _models(job: Job, folder: Path, config: Config) -> tuple[Model, Model]:
+    """The package, on a library that runs here, and the unquantized model."""
     library = None
     if "cpu_library" in job.inputs:
         library = _only(job.folder(job.inputs["cpu_library"], job.scratch / "cpu"), "model.*")
@@ -127,16 +178,10 @@ def _whole(job: Job, folder: Path, config: Config, tokenizer: Tokenizer) -> Meas
         lambda digest, _: job.materials[digest],
         job.scratch,
     )
-    comparison = evaluate.compare(
-        model.logits_in_pieces,
-        reference.logits_in_pieces,
-        _windows(job, tokenizer, model.context_window_size, reference.context_window_size),
-        lambda done, total: job.progress(done, total, "tokens"),
-    )
-    return comparison, {}
+    return model, reference
 
 
-def _layers(job: Job, folder: Path, config: Config, tokenizer: Tokenizer) -> Measured:
+def _layers(job: Job, folder: Path, config: Config, tokenizer: Tokenizer) -> Verdict:
     """The text through one layer of both models after the other."""
     model = structure.from_json(job.fields["structure"])
     ours, theirs = (
@@ -151,23 +196,32 @@ def _layers(job: Job, folder: Path, config: Config, tokenizer: Tokenizer) -> Mea
         lambda done, total: job.progress(done, total, "layers"),
     )
     errors = {"tensors": found.tensors, "blocks": found.blocks}
-    return found.comparison, {
+    details = {
         "relative_error": {kind: {name: float(f"{e:.1e}") for name, e in each.items()} for kind, each in errors.items()}
     }
+    return _of_tokens(job, found.comparison, details)
+
+
+def _of_tokens(job: Job, comparison: evaluate.Comparison, details: dict[str, Any]) -> Verdict:
+    """What the logits of a model that writes come to."""
+    fields = job.fields
+    limits = quality.bounds(fields["class"], fields["model_dtype"], fields["kl"], fields["perplexity_increase"])
+    figures = evaluate.rounded(comparison)
+    status, problems = quality.judge(figures, limits)
+    return Verdict(status, problems, figures, details, dataclasses.asdict(limits), _explanation(figures, limits))
 
 
 def _windows(job: Job, tokenizer: Tokenizer, *limits: int) -> list[Sequence[int]]:
     """The evaluation text in windows that both libraries take; a limit of -1 is none."""
-    text = _only_file(job).read_text(encoding="utf-8")
-    documents = evaluate.documents(text, tokenizer)
+    documents = evaluate.documents(_text(job), tokenizer)
     return list(evaluate.windows(documents, min([evaluate.WINDOW, *(limit for limit in limits if limit > 0)])))
 
 
-def _only_file(job: Job) -> Path:
+def _text(job: Job) -> str:
     paths = [entry.path for entry in job.inputs["text"].files.values()]
     if len(paths) != 1:
         raise MlcBuildError(f"the evaluation text is {len(paths)} files, expected one")
-    return paths[0]
+    return paths[0].read_text(encoding="utf-8")
 
 
 def _only(folder: Path, pattern: str) -> Path:
@@ -186,9 +240,8 @@ def _static_checks(folder: Path, weights_folder: Path) -> list[str]:
     return library_file.check(libraries[0], weights.read_index(weights_folder), libraries[0].name)
 
 
-def _failure(name: str, problems: Sequence[str], figures: dict[str, float | int], limits: quality.Bounds) -> str:
+def _explanation(figures: Mapping[str, float | int], limits: quality.Bounds) -> str:
     return (
-        f"{name} does not pass verification: {'; '.join(problems)}.\n"
         f"KL divergence {figures['kl']:g} (at most {limits.fail_kl:g}), "
         f"perplexity {figures['perplexity']:g} against {figures['reference_perplexity']:g} unquantized "
         f"({figures['perplexity_increase']:+.1%}, at most {limits.fail_perplexity_increase:+.1%}), "

@@ -181,6 +181,12 @@ def originals(
     """The checkpoint tensors that a parameter is made of: the inverse of what convert does, written anew."""
     if "add_one" in parameter.convert:
         values = values - 1
+    if "negative_exp" in parameter.convert:
+        values = np.log(-values)
+    if "exp_negative_exp" in parameter.convert:
+        values = np.log(-np.log(values))
+    if "halve" in parameter.convert:
+        values = values * np.float32(2**parameter.halvings)
     if "ungroup_qkv" in parameter.convert:
         assert parameter.groups is not None
         count, query, key, value = parameter.groups

@@ -10,6 +10,7 @@ import torch
 
 from tests.architectures import deepseek
 from tests.architectures import references as ref
+from tests.architectures import rwkv_reference as rwkv
 from tests.architectures.agreement import Case, Config
 
 SIZES: dict[str, Any] = {
@@ -92,7 +93,21 @@ CHATGLM: dict[str, Any] = {
     "seq_length": 128,
     "rope_ratio": 2,
 }
+RWKV: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "rescale_every": 2,  # so that the last layer's matrices are halved
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "tie_word_embeddings": False,
+}
+RWKV5 = {"model_type": "rwkv5", "model_version": "5_2", "head_size": rwkv.HEAD, "head_size_divisor": 8, **RWKV}
 CASES: dict[str, Case] = {
+    "rwkv": Case("rwkv", {"model_type": "rwkv", "attention_hidden_size": 64, "context_length": 64, **RWKV}),
+    "rwkv5": Case("rwkv5", RWKV5, rwkv.shapes_5, rwkv.logits_5),
+    "rwkv6": Case("rwkv6", {"model_type": "rwkv6", "head_size": rwkv.HEAD, **RWKV}, rwkv.shapes_6, rwkv.logits_6),
     "llama": like_llama("llama"),
     "qwen2": like_llama("qwen2"),
     "qwen2-tied": like_llama("qwen2", tie_word_embeddings=True),

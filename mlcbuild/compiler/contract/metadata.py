@@ -9,14 +9,17 @@ from typing import Any
 
 from tvm import DataType, IRModule, ir, relax, tirx
 
+from mlcbuild.models.kinds import DECODER, ENCODER
 from mlcbuild.models.structure import Structure
 from mlcbuild.models.weights import Declared
+
+_STATES = {DECODER: "kv_cache", ENCODER: "none"}  # what a session keeps; the other kinds keep an RNN state
 
 
 def describe(structure: Structure, quantization: str, declared: Sequence[Declared]) -> dict[str, Any]:
     """All of the metadata but `memory_usage`, which is known when memory has been planned."""
     s = structure
-    return {
+    facts: dict[str, Any] = {
         "model_type": s.model_type,
         "quantization": quantization,
         "context_window_size": s.context_window_size,
@@ -26,27 +29,31 @@ def describe(structure: Structure, quantization: str, declared: Sequence[Declare
         "tensor_parallel_shards": s.tensor_parallel_shards,
         "pipeline_parallel_stages": s.pipeline_parallel_stages,
         "disaggregation": s.disaggregation,
-        "kv_state_kind": "kv_cache",
+        "kv_state_kind": _STATES.get(s.kind, "rnn_state"),
         "max_batch_size": s.max_batch_size,
         "active_vocab_size": None,  # the weights' own vocabulary
-        "model_task": "chat",
-        "kv_cache": {
+        "model_task": "chat" if s.embedding is None else "embedding",
+    }
+    if s.kind == DECODER:
+        facts["kv_cache"] = {
             "num_hidden_layers": s.num_hidden_layers,
             "num_attention_heads": s.num_attention_heads,
             "num_key_value_heads": s.num_key_value_heads,
             "head_dim": s.head_dim,
-        },
-        "params": [
-            {
-                "name": p.name,
-                "shape": p.shape_for("vocab_size"),
-                "dtype": p.dtype,
-                "preprocs": [],
-                "pipeline_stages": [0],
-            }
-            for p in declared
-        ],
-    }
+        }
+    if s.embedding is not None:
+        facts["embedding_metadata"] = dict(s.embedding)
+    facts["params"] = [
+        {
+            "name": p.name,
+            "shape": p.shape_for("vocab_size"),
+            "dtype": p.dtype,
+            "preprocs": [],
+            "pipeline_stages": [0],
+        }
+        for p in declared
+    ]
+    return facts
 
 
 def attach(module: IRModule, metadata: Mapping[str, Any]) -> IRModule:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from mlcbuild.compiler.cpu.sources import Source
@@ -54,10 +54,9 @@ def format_of(weights: Weights | None) -> Format:
     )
 
 
-def sources(formats: Iterable[Format], dtype: str, experts: bool = False) -> tuple[Source, ...]:
-    """What a library of model dtype `dtype` with weights in `formats` is made from; with `experts`, of experts too."""
+def sources(formats: Iterable[Format], dtype: str, files: Sequence[str] = ("attention", "rows")) -> tuple[Source, ...]:
+    """What a library of model dtype `dtype` with weights in `formats` is made from: `files` (without .c), and those."""
     model = ("MODEL", dtype)
-    files = ("attention", "experts", "rows") if experts else ("attention", "rows")
     once = [Source(name, f"{name}.c", (model,)) for name in files]
     linear = [
         Source(f"linear_{each.name}", "linear.c", (model, ("FORMAT", each.name), *each.defines))

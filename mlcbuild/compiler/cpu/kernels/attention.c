@@ -283,3 +283,31 @@ EXPORT void mlcbuild_attention_merge(model *out, f32 *lse, const model *other, c
     for (i64 d = 0; d < dim; d++) put_model(out + d, (get_model(out + d) * a + get_model(other + d) * b) / (a + b));
     lse[task] = log2f(a + b) + largest;
 }
+
+// Attention within each sequence of a batch of encoders, both ways: qkv [sequences * tokens, 3, heads, dim], mask
+// [sequences, tokens]. A token whose mask is 0 is seen by nobody. One task: one head of `block` rows of a sequence.
+EXPORT void mlcbuild_attention_masked(const model *qkv, const i32 *mask, model *out, i64 tokens, i64 heads, i64 dim,
+                                      i64 block, i64 task, f32 scale) {
+    i64 blocks = (tokens + block - 1) / block, head = task % heads, sequence = task / heads / blocks;
+    i64 row = task / heads % blocks * block, stride = 3 * heads * dim;
+    qkv += sequence * tokens * stride + head * dim;
+    mask += sequence * tokens;
+    state s;
+    begin(&s, dim, 0.0f);
+    for (i64 r = row; r < min_i64(row + block, tokens); r++) add_query(&s, 0, tokens);
+    for (i64 i = 0; i < s.count; i++) set_query(&s, i, qkv + (row + i) * stride, scale);
+    clear(&s);
+    for (i64 i = 0; i < tokens;) {
+        const model *key[ROWS], *value[ROWS];
+        i64 held = 0;
+        for (; held < ROWS && i < tokens; i++)
+            if (mask[i]) {
+                key[held] = qkv + i * stride + heads * dim;
+                value[held++] = qkv + i * stride + 2 * heads * dim;
+            }
+        if (held) add_keys(&s, key, value, 0, held);
+    }
+    f32 lse;
+    for (i64 i = 0; i < s.count; i++)
+        write_query(&s, i, out + ((sequence * tokens + row + i) * heads + head) * dim, &lse);
+}

@@ -1,0 +1,44 @@
+"""Attention of encoders on the CPU: a TIR function around `mlcbuild_attention_masked` of kernels/attention.c."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from tvm import relax, tirx
+
+from mlcbuild.compiler.cpu import calls
+from mlcbuild.compiler.cpu.attention import QUERIES
+from mlcbuild.models.encoder import Attend
+from mlcbuild.models.operations import Expr
+
+
+def attend(builder: relax.BlockBuilder, dtype: str) -> Attend:
+    """What mlcbuild.models.encoder calls so, emitted into `builder`; `dtype` is the model dtype."""
+
+    def emit(qkv: Expr, mask: Expr, heads: int) -> Expr:
+        width = int(qkv.ty.shape[1]) // 3
+        kernel = builder.add_func(_masked(heads, width // heads, dtype), "attention")
+        out = relax.TensorType([qkv.ty.shape[0], width], dtype)
+        return builder.emit(relax.call_tir(kernel, [qkv, mask], out_ty=out))
+
+    return emit
+
+
+@functools.cache
+def _masked(heads: int, dim: int, dtype: str) -> Any:
+    """qkv [n, 3 * heads * dim], mask int32 [b, s] -> [n, heads * dim]."""
+    width = heads * dim
+
+    def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
+        tokens = symbols["s"]
+        scale = tirx.const(dim**-0.5, "float32")
+        calls.for_each(
+            symbols["b"] * ((tokens + QUERIES - 1) // QUERIES) * heads,
+            lambda task: calls.call(
+                "mlcbuild_attention_masked", *inputs, *outputs, tokens, heads, dim, QUERIES, task, scale
+            ),
+        )
+
+    inputs: list[tuple[calls.Shape, str]] = [(("n", 3 * width), dtype), (("b", "s"), "int32")]
+    return calls.function("attention", inputs, [(("n", width), dtype)], body)

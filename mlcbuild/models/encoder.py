@@ -1,0 +1,109 @@
+"""The encoder (BERT, Devlin et al., arXiv 1810.04805): every token sees every other, and there is no state.
+
+One public function, MLC's: `prefill(inputs int32 [b, s], attention_mask int32 [b, s], params) -> [b, s, H]`. Tokens
+whose mask is 0 are seen by nobody; what comes out in their places means nothing. Private functions work on [n, H],
+n = b * s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tvm import relax, te, tirx
+
+from mlcbuild.models.decoder import Decoder
+from mlcbuild.models.operations import Expr
+from mlcbuild.models.weights import Given, Weights
+
+# attend(qkv [n, 3 * heads * D] of the model dtype, mask int32 [b, s], heads) -> [n, heads * D] of that dtype:
+# softmax(q kᵀ / sqrt(D)) v of each head, among the tokens of its sequence whose mask is not 0. As relax operations:
+# reshape to [b, s, 3, heads, D], split, permute, matmul, where(mask), softmax, matmul.
+Attend = Callable[[Expr, Expr, int], Expr]
+
+
+def emit_encoder(decoder: Decoder, attend: Attend) -> None:
+    """Add the public function of an encoder to its builder."""
+    d, hidden_size = decoder, decoder.structure.hidden_size
+    run = _emit_model(d, _emit_layers(d, attend))
+    b, s = tirx.Var("batch_size", "int64"), tirx.Var("seq_len", "int64")
+    ids, mask = d.tensor("inputs", [b, s], "int32"), d.tensor("attention_mask", [b, s], "int32")
+    params = d.params()
+    with d.builder.function("prefill", [ids, mask, params]):
+        with d.builder.dataflow():
+            weights = d.weights(params)
+            flat = d.builder.emit(relax.op.reshape(ids, [b * s]))
+            hidden = d.builder.emit(relax.Call(run, [_embedded(d, weights, flat, ids), mask, params]))
+            out = d.builder.emit_output(relax.op.reshape(d.cast(hidden, d.dtype), [b, s, hidden_size]))
+        d.builder.emit_func_output(out)
+
+
+def _embedded(d: Decoder, weight: Weights, flat: Expr, ids: Expr) -> Expr:
+    """Token, position and the first type's embedding, normalised: [n, H]. `flat` has the ids of all sequences."""
+    operations, width = d.operations, d.structure.hidden_size
+
+    def looked_up(ids: Expr, role: str) -> Expr:
+        return d.cast(operations.embedding(ids, weight(role), width), operations.compute)
+
+    positions = d.builder.emit_te(_positions, ids, primfunc_name_hint="positions")
+    first = d.builder.emit_te(lambda: te.compute((1,), lambda _: tirx.const(0, "int32")), primfunc_name_hint="first")
+    total = relax.op.add(looked_up(flat, "embedding"), looked_up(positions, "position_embedding"))
+    total = d.builder.emit(relax.op.add(total, looked_up(first, "token_type_embedding")))
+    return d.norm(total, weight, "embedding_norm")
+
+
+def _positions(ids: te.Tensor) -> te.Tensor:
+    tokens = ids.shape[1]
+    return te.compute((ids.shape[0] * tokens,), lambda i: (i % tokens).astype("int32"), name="positions")
+
+
+def _emit_layers(d: Decoder, attend: Attend) -> list[relax.GlobalVar]:
+    """The function of each layer: one for all whose parameters are packed alike."""
+    kinds: dict[Any, relax.GlobalVar] = {}
+    functions = []
+    for number in range(d.structure.num_hidden_layers):
+        kind = tuple((p.role, p.part, p.shape, p.dtype, p.packing) for p in d.declared if p.layer == number)
+        if kind not in kinds:
+            kinds[kind] = _emit_layer(d, attend, number)
+        functions.append(kinds[kind])
+    return functions
+
+
+def _emit_layer(d: Decoder, attend: Attend, number: int) -> relax.GlobalVar:
+    """Add `encoder_layer(x [n, H], mask [b, s], the layer's parameters...) -> [n, H]`."""
+    mine = [p for p in d.declared if p.layer == number]
+    x, mask = _inputs(d)
+    given = [d.tensor(p.name, p.shape, p.dtype) for p in mine]
+
+    weight = Given(mine, given)
+    name = "encoder_layer" if number == 0 else f"encoder_layer_{number}"
+    with d.builder.function(name, [x, mask, *given], private=True):
+        with d.builder.dataflow():
+            attended = attend(d.project(x, weight, "qkv", d.dtype), mask, d.structure.num_attention_heads)
+            x1 = d.builder.emit(relax.op.add(x, d.project(attended, weight, "o")))
+            x1 = d.norm(x1, weight, "attention_norm")
+            inner = d.operations.activation(d.project(x1, weight, "up"), d.structure.activation)
+            x2 = d.builder.emit(relax.op.add(x1, d.project(inner, weight, "down")))
+            out = d.builder.emit_output(d.norm(x2, weight, "mlp_norm"))
+        return d.builder.emit_func_output(out)
+
+
+def _emit_model(d: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalVar:
+    """Add `encoder(x [n, H], mask [b, s], params) -> [n, H]`: all layers."""
+    x, mask = _inputs(d)
+    params = d.params()
+    with d.builder.function("encoder", [x, mask, params], private=True):
+        with d.builder.dataflow():
+            weights = d.weights(params)
+            hidden: Expr = x
+            for number, function in enumerate(layers):
+                given = [var for _, var in weights.layer(number)]
+                hidden = d.builder.emit(relax.Call(function, [hidden, mask, *given]))
+            out = d.builder.emit_output(hidden)
+        return d.builder.emit_func_output(out)
+
+
+def _inputs(d: Decoder) -> tuple[relax.Var, relax.Var]:
+    x = d.tensor("x", [tirx.Var("rows", "int64"), d.structure.hidden_size], d.operations.compute)
+    sizes = [tirx.Var(name, "int64") for name in ("batch_size", "seq_len")]
+    return x, d.tensor("mask", sizes, "int32")

@@ -1,0 +1,1 @@
+"""RWKV: models whose state does not grow with the text."""

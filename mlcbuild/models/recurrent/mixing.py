@@ -1,0 +1,81 @@
+"""Elementwise pieces of RWKV, as TE: each becomes one loop on any device.
+
+`n` tokens are those of `b` sequences of equal length, t = n / b tokens each, one sequence after the other. Parameters
+come in the shapes of the checkpoints, [1, 1, H] and the like; all arithmetic is in float32.
+"""
+
+from __future__ import annotations
+
+from tvm import te, tirx
+
+
+def interpolated(x: te.Tensor, last: te.Tensor, mu: te.Tensor) -> te.Tensor:
+    """x mu + before (1 - mu) [n, H], where `before` is the token before, or `last` [b, H] for the first one."""
+
+    def value(i: tirx.Var, j: tirx.Var) -> tirx.Expr:
+        m = mu[0, 0, j].astype("float32")
+        return x[i, j] * m + _before(x, last, i, j) * (1 - m)
+
+    return te.compute(x.shape, value, name="interpolated")
+
+
+def difference(x: te.Tensor, last: te.Tensor) -> te.Tensor:
+    """before - x [n, H]"""
+    return te.compute(x.shape, lambda i, j: _before(x, last, i, j) - x[i, j], name="difference")
+
+
+def moved(x: te.Tensor, dx: te.Tensor, mu: te.Tensor) -> te.Tensor:
+    """x + dx mu [n, H]"""
+    return te.compute(x.shape, lambda i, j: x[i, j] + dx[i, j] * mu[0, 0, j].astype("float32"), name="moved")
+
+
+def moved_by(x: te.Tensor, dx: te.Tensor, mu: te.Tensor, more: te.Tensor, part: int) -> te.Tensor:
+    """x + dx (mu + more[part]) [n, H]; more: [parts, n, H]"""
+
+    def value(i: tirx.Var, j: tirx.Var) -> tirx.Expr:
+        return x[i, j] + dx[i, j] * (mu[0, 0, j].astype("float32") + more[part, i, j])
+
+    return te.compute(x.shape, value, name="moved")
+
+
+def last_rows(x: te.Tensor, last: te.Tensor) -> te.Tensor:
+    """Each sequence's last token [b, H]; `last` is only asked for its shape."""
+    tokens = x.shape[0] // last.shape[0]
+    return te.compute(last.shape, lambda i, j: x[(i + 1) * tokens - 1, j], name="last_rows")
+
+
+def decay(base: te.Tensor, change: te.Tensor) -> te.Tensor:
+    """exp(-exp(base + change)) [n, A]; base: [1, 1, A], change: [1, n, A]"""
+
+    def value(i: tirx.Var, j: tirx.Var) -> tirx.Expr:
+        return te.exp(-te.exp(base[0, 0, j].astype("float32") + change[0, i, j]))
+
+    return te.compute(change.shape[1:], value, name="decay")
+
+
+def scaled_and_gated(x: te.Tensor, weight: te.Tensor, bias: te.Tensor, gate: te.Tensor) -> te.Tensor:
+    """(x weight + bias) silu(gate) [n, A]"""
+
+    def value(i: tirx.Var, j: tirx.Var) -> tirx.Expr:
+        y = x[i, j] * weight[j].astype("float32") + bias[j].astype("float32")
+        return y * gate[i, j] * te.sigmoid(gate[i, j])
+
+    return te.compute(x.shape, value, name="scaled_and_gated")
+
+
+def received(receptance: te.Tensor, x: te.Tensor) -> te.Tensor:
+    """sigmoid(receptance) x [n, A]"""
+    return te.compute(x.shape, lambda i, j: te.sigmoid(receptance[i, j]) * x[i, j], name="received")
+
+
+def squared_relu(x: te.Tensor) -> te.Tensor:
+    def value(i: tirx.Var, j: tirx.Var) -> tirx.Expr:
+        positive = tirx.max(x[i, j], tirx.const(0, "float32"))
+        return positive * positive
+
+    return te.compute(x.shape, value, name="squared_relu")
+
+
+def _before(x: te.Tensor, last: te.Tensor, i: tirx.Var, j: tirx.Var) -> tirx.Expr:
+    tokens = x.shape[0] // last.shape[0]
+    return tirx.if_then_else(i % tokens == 0, last[i // tokens, j], x[i - 1, j])

@@ -1,0 +1,91 @@
+"""The functions of a recurrent model's library: one private layer, one private model, and the entry points around it.
+
+Private functions work on [n, H], `n` tokens of `b` sequences of equal length, and hand the state on as an object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tvm import ir, relax, tirx
+
+from mlcbuild.models.decoder import Decoder
+from mlcbuild.models.entry_points import emit_entry_points
+from mlcbuild.models.operations import Expr
+from mlcbuild.models.recurrent.layers import Layer, layer, slots
+from mlcbuild.models.recurrent.operations import Recurrence
+from mlcbuild.models.recurrent.state import State
+from mlcbuild.models.weights import Given
+
+
+def emit_recurrent(decoder: Decoder, recurrence: Recurrence) -> None:
+    """Add every public function of a recurrent model to its builder, but the one that creates its state."""
+    d = decoder
+    run = _emit_model(d, _emit_layers(d, recurrence))
+
+    def forward(x: Expr, batch: Expr, state: Expr, params: Expr) -> tuple[Expr, Expr]:
+        """The hidden states after x [n, H], and the state."""
+        both = d.builder.emit(relax.Call(run, [x, relax.ShapeExpr([batch]), state, params]))
+        return d.builder.emit(relax.TupleGetItem(both, 0)), d.builder.emit(relax.TupleGetItem(both, 1))
+
+    emit_entry_points(d, forward, "rnn_state")
+
+
+def _emit_layers(d: Decoder, recurrence: Recurrence) -> list[relax.GlobalVar]:
+    """The function of each layer: one for all whose parameters are packed alike."""
+    kinds: dict[Any, relax.GlobalVar] = {}
+    functions = []
+    for number in range(d.structure.num_hidden_layers):
+        kind = tuple((p.role, p.part, p.shape, p.dtype, p.packing) for p in d.declared if p.layer == number)
+        if kind not in kinds:
+            kinds[kind] = _emit_layer(d, recurrence, number)
+        functions.append(kinds[kind])
+    return functions
+
+
+def _emit_layer(d: Decoder, recurrence: Recurrence, number: int) -> relax.GlobalVar:
+    """Add `recurrent_layer(x [n, H], batch shape, state, layer_id, the layer's parameters...) -> ([n, H], state)`."""
+    mine = [p for p in d.declared if p.layer == number]
+    batch = tirx.Var("batch_size", "int64")
+    x, state, layer_id = _hidden(d), _state(), relax.Var("layer_id", ir.PrimType("int64"))
+    given = [d.tensor(p.name, p.shape, p.dtype) for p in mine]
+
+    inputs = [x, relax.Var("batch", relax.ShapeType([batch])), state, layer_id, *given]
+    name = "recurrent_layer" if number == 0 else f"recurrent_layer_{number}"
+    with d.builder.function(name, inputs, private=True):
+        with d.builder.dataflow():
+            held = State(d.builder, state, layer_id, batch, slots(d.structure))
+            hidden = layer(Layer(d, recurrence, held, Given(mine, given)), x)
+            out = d.builder.emit_output(relax.Tuple([hidden, held.expression]))
+        return d.builder.emit_func_output(out)
+
+
+def _emit_model(d: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalVar:
+    """Add `model(x [n, H], batch shape, state, params) -> ([n, H], state)`: all layers and the norms around them."""
+    s = d.structure
+    x, state, params = _hidden(d), _state(), d.params()
+    shape = relax.Var("batch", relax.ShapeType([tirx.Var("batch_size", "int64")]))
+    with d.builder.function("recurrent_model", [x, shape, state, params], private=True):
+        with d.builder.dataflow():
+            weights = d.weights(params)
+            hidden, after = d.norm(x, weights, "first_norm"), state
+            for number, function in enumerate(layers):
+                given = [var for _, var in weights.layer(number)]
+                arguments = [hidden, shape, after, relax.prim_value(number), *given]
+                both = d.builder.emit(relax.Call(function, arguments))
+                hidden, after = (d.builder.emit(relax.TupleGetItem(both, i)) for i in (0, 1))
+                # Convert halves the matrices that write to the residual stream likewise, so that it stays small
+                # enough for float16.
+                if s.rescale_every and (number + 1) % s.rescale_every == 0:
+                    hidden = d.builder.emit(relax.op.multiply(hidden, relax.const(0.5, "float32")))
+            out = d.builder.emit_output(relax.Tuple([d.norm(hidden, weights, "final_norm"), after]))
+        return d.builder.emit_func_output(out)
+
+
+def _hidden(d: Decoder) -> relax.Var:
+    return d.tensor("x", [tirx.Var("seq_len", "int64"), d.structure.hidden_size], "float32")
+
+
+def _state() -> relax.Var:
+    return relax.Var("rnn_state", relax.AnyType())

@@ -1,0 +1,33 @@
+"""What recurrent models need of a device beyond a decoder's operations (mlcbuild.models.operations).
+
+`n` tokens are those of `b` sequences of equal length, one sequence after the other; t = n / b. Activations and states
+are float32, whatever the model dtype: what is carried from token to token for thousands of steps must not be rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mlcbuild.models.operations import Expr
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """Builders of relax expressions.
+
+    wkv4(key, value [n, A], decay, bonus [A], (a, b, m) each [b, A]) -> (out [n, A], a, b, m)
+        For each channel, over the tokens of a sequence in order, with decay <= 0 a logarithm:
+        out = (a e^m + v e^(bonus + k)) / (b e^m + e^(bonus + k)); then a e^m becomes a e^(m + decay) + v e^k and
+        b e^m becomes b e^(m + decay) + e^k, where m is the larger exponent, so that nothing overflows.
+    wkv(receptance, key, value [n, heads * D], decay [1 or n, heads * D], bonus [heads * D],
+        state [b, heads * D * D], heads) -> (out [n, heads * D], state)
+        For each head, over the tokens in order, with S its [D, D] state: out_i = sum_j r_j (S_ij + bonus_j k_j v_i);
+        then S_ij becomes decay_j S_ij + k_j v_i.
+    project(x [n, G * K], w [G, K, N]) -> [G, n, N]
+        G products of narrow matrices: reshape x to [n, G, K], permute to [G, n, K], matmul.
+    """
+
+    wkv4: Callable[..., tuple[Expr, Expr, Expr, Expr]]
+    wkv: Callable[..., tuple[Expr, Expr]]
+    project: Callable[[Expr, Expr], Expr]

@@ -1,0 +1,170 @@
+"""BERT against transformers: hidden states, masks, vectors of texts; and how a checkpoint says that they are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlcbuild.models.architecture import resolve
+from mlcbuild.models.parameters import parameters
+from mlcbuild.quantization.dequantize import dequantized
+from mlcbuild.runtime import tvm_runtime, weights
+from mlcbuild.runtime.embedding import Pooling, pooled
+from mlcbuild.runtime.library import Library, Network
+from mlcbuild.runtime.model import Model
+from mlcbuild.steps import convert, quantize
+from mlcbuild.steps.job import local_job
+from tests.support import llama
+from tests.support.llama import Array
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 60,
+}
+IDS = [int(i) for i in np.random.default_rng(1).integers(3, 90, 55)]  # more than one task's rows of attention
+
+
+def transformers_bert(**changes: Any) -> Any:
+    """A seeded random BertModel in float32, biases, norms and types random too."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    model = BertModel(BertConfig(**{**SIZES, **changes}), add_pooling_layer=False).eval().float()
+    for name, parameter in model.named_parameters():
+        low, high = (0.5, 1.5) if name.endswith("LayerNorm.weight") else (-0.2, 0.2)
+        torch.nn.init.uniform_(parameter, low, high)
+    return model
+
+
+def hidden_states(model: Any, ids: list[int]) -> Array:
+    import torch
+
+    with torch.no_grad():
+        found: Array = model(torch.tensor([ids])).last_hidden_state[0].numpy()
+    return found
+
+
+def network(library: Path, folder: Path, vocab_size: int) -> Network:
+    """A library with the weights of a folder."""
+    opened = Library(library)
+    records = {record.name: record for record in weights.read_index(folder)}
+    wanted = [records[parameter.name] for parameter in opened.metadata.parameters]
+    return Network(opened, list(weights.load(wanted)), vocab_size, 2)
+
+
+def error(got: Array, expected: Array) -> float:
+    """The largest difference over the standard deviation of the expected numbers."""
+    return float(np.abs(got - expected).max() / expected.std())
+
+
+class Built:
+    """A checkpoint through the real steps, its library, and transformers on the weights that it stands for."""
+
+    def __init__(self, folder: Path, quantization: str, batch: int = 1, **changes: Any) -> None:
+        self.reference = transformers_bert(**changes)
+        self.reference.save_pretrained(folder / "checkpoint")
+        config = json.loads((folder / "checkpoint" / "config.json").read_text())
+        self.structure = resolve(llama.architecture("bert"), config, {"max_batch_size": batch})
+        form = llama.QUANTIZATIONS[quantization]
+        fields = {"structure": self.structure.to_json(), "quantization": dataclasses.asdict(form)}
+        job = local_job({"checkpoint": folder / "checkpoint"}, fields, folder / "convert")
+        convert.run(job)
+        packing = local_job({"convert": job.output, "checkpoint": folder / "checkpoint"}, fields, folder / "quantize")
+        quantize.run(packing)
+        self._take(dict(dequantized(packing.output, parameters(self.structure), form)))
+        library = llama.build_library(self.structure, form, folder)
+        self.model = Model(network(library, packing.output, self.structure.vocab_size), {})
+
+    def _take(self, values: dict[str, Array]) -> None:
+        import torch
+
+        state = self.reference.state_dict()
+        for parameter in parameters(self.structure):
+            parts = np.split(values[parameter.name], len(parameter.sources))
+            state |= {name: torch.tensor(np.array(part)) for name, part in zip(parameter.sources, parts, strict=True)}
+        self.reference.load_state_dict(state)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    return Built(tmp_path_factory.mktemp("bert"), "q0f32", batch=2)
+
+
+def test_hidden_states_agree(built: Built) -> None:
+    for ids in (IDS, IDS[:1], IDS[:17]):
+        assert error(built.model.hidden_states(ids), hidden_states(built.reference, ids)) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu", "silu"])
+def test_they_agree_quantized_with_every_activation(tmp_path: Path, activation: str) -> None:
+    built = Built(tmp_path, "q4f32_1", hidden_act=activation)
+    assert error(built.model.hidden_states(IDS), hidden_states(built.reference, IDS)) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["q0f16", "q0bf16", "q4f16_1"])
+def test_they_agree_in_16_bits(tmp_path: Path, quantization: str) -> None:
+    built = Built(tmp_path, quantization)
+    error_ = built.model.hidden_states(IDS) - hidden_states(built.reference, IDS)
+    assert np.abs(error_).max() < (0.2 if "bf16" in quantization else 0.02)
+    assert np.abs(error_).mean() < (0.01 if "bf16" in quantization else 0.002)
+
+
+def test_masked_tokens_are_seen_by_nobody(built: Built) -> None:
+    """Two texts in a batch, the shorter one padded on the left or on the right, with holes in the mask."""
+    short = IDS[:20]
+    network = built.model.network
+    for pad in (slice(0, 20), slice(5, 25)):
+        ids, mask = np.full((2, 30), 7, np.int32), np.zeros((2, 30), np.int32)
+        ids[0], mask[0] = IDS[:30], 1
+        ids[1, pad], mask[1, pad] = short, 1
+        given = (tvm_runtime.tensor(ids), tvm_runtime.tensor(mask))
+        out = tvm_runtime.array(network.library["prefill"](*given, network.parameters), (2, 30, 64))
+        assert error(out[0], hidden_states(built.reference, IDS[:30])) < 1e-4
+        import torch
+
+        with torch.no_grad():
+            told = {"input_ids": torch.tensor(ids).long(), "attention_mask": torch.tensor(mask)}
+            expected = built.reference(**told).last_hidden_state.numpy()
+        assert error(out[1, pad], expected[1, pad]) < 1e-4
+
+
+def test_the_contract_is_mlcs(built: Built) -> None:
+    metadata = json.loads(str(built.model.network.library["_metadata"]()))
+    assert metadata["model_type"] == "bert" and metadata["model_task"] == "embedding"
+    told = {"model_type": "encoder", "pooling_strategy": "cls", "normalize": True}
+    assert metadata["embedding_metadata"] == told
+    assert metadata["kv_state_kind"] == "none" and "kv_cache" not in metadata
+    assert metadata["context_window_size"] == metadata["prefill_chunk_size"] == 60
+    names = [parameter["name"] for parameter in metadata["params"]]
+    assert names[:5] == [
+        "embeddings.word_embeddings.weight",
+        "embeddings.position_embeddings.weight",
+        "embeddings.token_type_embeddings.weight",
+        "embeddings.LayerNorm.weight",
+        "embeddings.LayerNorm.bias",
+    ]
+    assert names[5:7] == ["encoder.layer.0.attention.self.qkv.weight", "encoder.layer.0.attention.self.qkv.bias"]
+    assert not built.model.network.library.has("decode")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [("cls", [3.0, 4.0]), ("mean", [2.0, 1.0]), ("last", [1.0, -2.0])],
+)
+def test_pooling(strategy: str, expected: list[float]) -> None:
+    hidden = np.array([[3, 4], [1, -2]], np.float32)
+    np.testing.assert_allclose(pooled(hidden, Pooling(strategy, False)), expected)
+    unit = np.array(expected) / np.linalg.norm(expected)
+    np.testing.assert_allclose(pooled(hidden, Pooling(strategy, True)), unit, rtol=1e-6)

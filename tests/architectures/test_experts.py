@@ -117,9 +117,9 @@ CHANGES: dict[str, tuple[Callable[[], Model], Callable[[Structure], Structure]]]
 }
 
 
-@pytest.mark.parametrize("model", [deepseek_model, pytest.param(qwen2_moe, marks=pytest.mark.slow)])
-def test_logits_are_those_of_the_reference(model: Callable[[], Model], tmp_path: Path) -> None:
-    m = model()
+def test_logits_are_those_of_the_reference(tmp_path: Path) -> None:
+    """The quick one of all agreements with experts: test_agreement.py has those of every architecture."""
+    m = deepseek_model()
     got = computed(m.structure, m.parameters(m.structure), tmp_path)
     assert error(got, m.logits(m.state, IDS)) <= 1e-4
 
@@ -167,6 +167,30 @@ def test_layers_have_experts_or_an_mlp() -> None:
     assert kinds("qwen2_moe", {**qwen, "mlp_only_layers": []}) == ["experts"] * 4
     seven = {**deepseek.CONFIG, "num_hidden_layers": 5, "first_k_dense_replace": 2, "moe_layer_freq": 2}
     assert kinds("deepseek", seven) == ["mlp", "mlp", "experts", "mlp", "experts"]
+
+
+PUBLISHED = {
+    # hidden, intermediate, inner, layers, heads, kv heads, head_dim, vocabulary, experts, millions of parameters
+    "mixtral": (4096, 14336, 0, 32, 32, 8, 128, 32000, 8, 46702),  # Mixtral-8x7B
+    "qwen2_moe": (2048, 5632, 1408, 24, 16, 16, 128, 151936, 60, 14315),  # Qwen1.5-MoE-A2.7B
+    "qwen3_moe": (2048, 6144, 768, 48, 32, 4, 128, 151936, 128, 30532),  # Qwen3-30B-A3B
+    "deepseek": (2048, 10944, 1408, 28, 16, 16, 128, 102400, 64, 16375),  # deepseek-moe-16b
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_as_many_parameters_as_they_say(name: str) -> None:
+    *sizes, experts, millions = PUBLISHED[name]
+    keys = (
+        *("hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "head_dim", "vocab_size"),
+    )
+    config = {**CONFIGS[name], **{key: size for key, size in zip(keys, sizes, strict=True) if size}}
+    config |= {"n_routed_experts": experts} if name == "deepseek" else {}
+    config |= {key: experts for key in ("num_experts", "num_local_experts") if key in config}
+    config |= {"shared_expert_intermediate_size": 5632} if name == "qwen2_moe" else {}
+    config |= {"mlp_only_layers": []} if "mlp_only_layers" in config else {}
+    assert count(resolve(architecture(name), config, {})) // 10**6 == millions
 
 
 def test_a_router_needs_numbers_of_experts() -> None:

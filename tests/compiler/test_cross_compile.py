@@ -8,13 +8,13 @@ import pytest
 
 from mlcbuild.compiler import linkers
 from mlcbuild.compiler.cpu.formats import format_of, sources
-from tests.compiler.kernels import FOLDER
+from tests.compiler.kernels import FILES, FOLDER
 from tests.support.llama import QUANTIZATIONS
 
 
 @pytest.mark.parametrize("cpu", ["generic+neon", "generic+neon+dotprod"])
 def test_every_kernel_compiles_for_aarch64(cpu: str, tmp_path: Path) -> None:
-    needed = {s for q in QUANTIZATIONS.values() for s in sources([format_of(q.weights)], q.model_dtype)}
+    needed = {s for q in QUANTIZATIONS.values() for s in sources([format_of(q.weights)], q.model_dtype, FILES)}
     for source in needed:
         output, cache = tmp_path / f"{source.name}.o", tmp_path / "zig"
         linkers.zig_compile(FOLDER / source.file, output, "aarch64-linux-gnu.2.28", cpu, cache, source.defines)

@@ -34,11 +34,11 @@ def kept_mass(threads: int) -> Any:
                 with T.sblock("mass"):
                     T.reads()
                     T.writes()
-                    shared = T.sblock_alloc_buffer((threads,), "float32", scope="shared")
+                    exchange = T.sblock_alloc_buffer((threads,), "float32", scope="shared")
                     run = T.sblock_alloc_buffer((1,), "float32", scope="local")
                     own = T.sblock_alloc_buffer((3,), "float32", scope="local")
                     each: T.let[T.int32] = (width + threads - 1) // threads
-                    _running_sums(probs, bx, width, each, threads, levels, tx, shared, run, own)
+                    _running_sums(probs, bx, width, each, threads, levels, tx, exchange, run, own)
                     if tx == 0 and own[2] < top_p[bx]:
                         mass[bx] = own[2]
                     if (tx == 0 or own[0] < top_p[bx]) and top_p[bx] <= own[1]:
@@ -78,12 +78,12 @@ def choose(threads: int, with_mass: bool) -> Any:
                 with T.sblock("choose"):
                     T.reads()
                     T.writes()
-                    shared = T.sblock_alloc_buffer((threads,), "float32", scope="shared")
+                    exchange = T.sblock_alloc_buffer((threads,), "float32", scope="shared")
                     run = T.sblock_alloc_buffer((1,), "float32", scope="local")
                     own = T.sblock_alloc_buffer((3,), "float32", scope="local")
                     found = T.sblock_alloc_buffer((1,), "int32", scope="local")
                     each: T.let[T.int32] = (width + threads - 1) // threads
-                    _running_sums(probs, rows[bx], width, each, threads, levels, tx, shared, run, own)
+                    _running_sums(probs, rows[bx], width, each, threads, levels, tx, exchange, run, own)
                     _choose(probs, rows[bx], uniform[bx] * mass[rows[bx]], width, each, tx, run, own, found, chosen, bx)
 
     @T.prim_func(s_tir=True, private=True)
@@ -101,36 +101,36 @@ def choose(threads: int, with_mass: bool) -> Any:
                 with T.sblock("choose"):
                     T.reads()
                     T.writes()
-                    shared = T.sblock_alloc_buffer((threads,), "float32", scope="shared")
+                    exchange = T.sblock_alloc_buffer((threads,), "float32", scope="shared")
                     run = T.sblock_alloc_buffer((1,), "float32", scope="local")
                     own = T.sblock_alloc_buffer((3,), "float32", scope="local")
                     found = T.sblock_alloc_buffer((1,), "int32", scope="local")
                     each: T.let[T.int32] = (width + threads - 1) // threads
-                    _running_sums(probs, rows[bx], width, each, threads, levels, tx, shared, run, own)
+                    _running_sums(probs, rows[bx], width, each, threads, levels, tx, exchange, run, own)
                     _choose(probs, rows[bx], uniform[bx] * own[2], width, each, tx, run, own, found, chosen, bx)
 
     return choose_of_mass if with_mass else choose_of_all
 
 
 @T.macro
-def _running_sums(probs, row, width, each, threads, levels, tx, shared, run, own):
+def _running_sums(probs, row, width, each, threads, levels, tx, exchange, run, own):
     """own: the sums of all parts before that of this thread, of those and its own, and of the whole row."""
     run[0] = T.float32(0)
     for i in range(each):
         if tx * each + i < width:
             run[0] = run[0] + probs[row, tx * each + i]
-    shared[tx] = run[0]
+    exchange[tx] = run[0]
     T.tvm_storage_sync("shared")
     for level in T.unroll(levels):
-        own[0] = shared[tx]
-        own[1] = shared[T.max(tx - (1 << level), 0)]
+        own[0] = exchange[tx]
+        own[1] = exchange[T.max(tx - (1 << level), 0)]
         T.tvm_storage_sync("shared")
-        shared[tx] = own[0] + T.if_then_else(tx >= (1 << level), own[1], T.float32(0))
+        exchange[tx] = own[0] + T.if_then_else(tx >= (1 << level), own[1], T.float32(0))
         T.tvm_storage_sync("shared")
-    own[0] = shared[T.max(tx - 1, 0)]
+    own[0] = exchange[T.max(tx - 1, 0)]
     own[0] = T.if_then_else(tx == 0, T.float32(0), own[0])
-    own[1] = shared[tx]
-    own[2] = shared[threads - 1]
+    own[1] = exchange[tx]
+    own[2] = exchange[threads - 1]
 
 
 @T.macro
@@ -173,7 +173,7 @@ def renormalize(threads: int) -> Any:
                 with T.sblock("renormalize"):
                     T.reads()
                     T.writes()
-                    shared = T.sblock_alloc_buffer((threads,), "float32", scope="shared")
+                    exchange = T.sblock_alloc_buffer((threads,), "float32", scope="shared")
                     own = T.sblock_alloc_buffer((1,), "float32", scope="local")
                     low = T.sblock_alloc_buffer((1,), "int32", scope="local")
                     high = T.sblock_alloc_buffer((1,), "int32", scope="local")
@@ -187,13 +187,13 @@ def renormalize(threads: int) -> Any:
                             if i * threads + tx < width:  # noqa: SIM102 (the script has no short circuit)
                                 if probs[bx, i * threads + tx] >= T.reinterpret("float32", tried[0]):
                                     own[0] = own[0] + probs[bx, i * threads + tx]
-                        shared[tx] = own[0]
+                        exchange[tx] = own[0]
                         T.tvm_storage_sync("shared")
                         for level in T.unroll(levels):
                             if tx < (threads // 2 >> level):
-                                shared[tx] = shared[tx] + shared[tx + (threads // 2 >> level)]
+                                exchange[tx] = exchange[tx] + exchange[tx + (threads // 2 >> level)]
                             T.tvm_storage_sync("shared")
-                        own[0] = shared[0]
+                        own[0] = exchange[0]
                         T.tvm_storage_sync("shared")
                         if own[0] >= top_p[bx]:
                             low[0] = tried[0]

@@ -45,7 +45,7 @@ def verify(threads: int) -> Any:
                 with T.sblock("tree"):
                     T.reads()
                     T.writes()
-                    shared = T.sblock_alloc_buffer((threads,), "float32", scope="shared")
+                    exchange = T.sblock_alloc_buffer((threads,), "float32", scope="shared")
                     at = T.sblock_alloc_buffer((1,), "int32", scope="local")
                     child = T.sblock_alloc_buffer((1,), "int32", scope="local")
                     accepted = T.sblock_alloc_buffer((1,), "int32", scope="local")
@@ -67,13 +67,13 @@ def verify(threads: int) -> Any:
                                     model_probs[at[0], i * threads + tx] - draft_probs[child[0], i * threads + tx],
                                     T.float32(0),
                                 )
-                        shared[tx] = left[0]
+                        exchange[tx] = left[0]
                         T.tvm_storage_sync("shared")
                         for level in T.unroll(levels):
                             if tx < (threads // 2 >> level):
-                                shared[tx] = shared[tx] + shared[tx + (threads // 2 >> level)]
+                                exchange[tx] = exchange[tx] + exchange[tx + (threads // 2 >> level)]
                             T.tvm_storage_sync("shared")
-                        left[0] = shared[0]
+                        left[0] = exchange[0]
                         T.tvm_storage_sync("shared")
                         if accepted[0] == 1 or left[0] < T.float32(_NOTHING_LEFT):
                             at[0] = child[0]

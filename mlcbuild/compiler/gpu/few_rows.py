@@ -30,7 +30,7 @@ def few_rows(function: tirx.PrimFunc, device: Device, count: int, step: int) -> 
     lanes = min(device.lanes, _power_of_two(-(-columns // step)))
     sch.pad_einsum(product, [count, device.row_groups * device.rows, lanes * step])
     x, w = (sch.cache_read(product, index, "local") for index in (0, 1))
-    last = inline_consumers(sch, product)
+    last = inline_consumers(sch, product) or sch.cache_write(product, 0, "local")
 
     i, j, k = sch.get_loops(product)
     io, ii = sch.split(i, [None, count])

@@ -18,6 +18,7 @@ from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.structure import Structure
 from mlcbuild.recipes.types import Quantization
 
+_NARROW = ("uint8", "uint16")
 _NO_BFLOAT16 = ("metal", "opencl", "vulkan", "webgpu")
 
 
@@ -39,6 +40,13 @@ def lower(
             f"quantization {name}: its model dtype is bfloat16, which {device.kind} does not have; "
             "use a float16 or float32 format for this target"
         )
+    declared = declare(structure, quantization)
+    narrow = next((p for p in declared if p.dtype in _NARROW), None)
+    if device.kind == "webgpu" and narrow is not None:
+        raise MlcBuildError(
+            f"quantization {name}: {narrow.name} is {narrow.dtype}, which WGSL does not have; "
+            "use a format with storage_dtype uint32 for this target"
+        )
     backend = Backend(
         operations=partial(operations, device=device),
         emit_kv_cache=kv_cache.emit_create,
@@ -48,7 +56,7 @@ def lower(
         as_written=False,
     )
     with target.Target(dict(target_of)):
-        return assemble(structure, declare(structure, quantization), name, quantization.model_dtype, backend, dump)
+        return assemble(structure, declared, name, quantization.model_dtype, backend, dump)
 
 
 def _passes(device: Device) -> Passes:

@@ -39,7 +39,7 @@ def chunk_figures(threads: int) -> Any:
                 with T.sblock("chunk"):
                     T.reads()
                     T.writes()
-                    shared = T.sblock_alloc_buffer((threads,), "float32", scope="shared")
+                    exchange = T.sblock_alloc_buffer((threads,), "float32", scope="shared")
                     own = T.sblock_alloc_buffer((1,), "float32", scope="local")
                     largest = T.sblock_alloc_buffer((1,), "float32", scope="local")
                     scale = T.sblock_alloc_buffer((1,), "float32", scope="local")
@@ -52,13 +52,13 @@ def chunk_figures(threads: int) -> Any:
                     for i in range(each):
                         if start + i * threads + tx < width:
                             own[0] = T.max(own[0], logits[row, start + i * threads + tx] * scale[0])
-                    shared[tx] = own[0]
+                    exchange[tx] = own[0]
                     T.tvm_storage_sync("shared")
                     for level in T.unroll(levels):
                         if tx < (threads // 2 >> level):
-                            shared[tx] = T.max(shared[tx], shared[tx + (threads // 2 >> level)])
+                            exchange[tx] = T.max(exchange[tx], exchange[tx + (threads // 2 >> level)])
                         T.tvm_storage_sync("shared")
-                    largest[0] = shared[0]
+                    largest[0] = exchange[0]
                     T.tvm_storage_sync("shared")
                     own[0] = T.float32(0)
                     for i in range(each):
@@ -70,14 +70,14 @@ def chunk_figures(threads: int) -> Any:
                                     logits[row, start + i * threads + tx] == largest[0], T.float32(1), T.float32(0)
                                 ),
                             )
-                    shared[tx] = own[0]
+                    exchange[tx] = own[0]
                     T.tvm_storage_sync("shared")
                     for level in T.unroll(levels):
                         if tx < (threads // 2 >> level):
-                            shared[tx] = shared[tx] + shared[tx + (threads // 2 >> level)]
+                            exchange[tx] = exchange[tx] + exchange[tx + (threads // 2 >> level)]
                         T.tvm_storage_sync("shared")
                     if tx == 0:
-                        sums[row, bx % chunks] = shared[0]
+                        sums[row, bx % chunks] = exchange[0]
                         maxima[row, bx % chunks] = largest[0]
 
     return softmax_chunk_figures

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from mlcbuild.cache.canonical import digest_json
 from mlcbuild.models.architecture import resolve
+from mlcbuild.models.fields import keys, lookup
 from mlcbuild.models.parameters import Parameter, parameters
 from mlcbuild.models.structure import Structure
 from mlcbuild.recipes.types import Architecture
@@ -38,14 +39,21 @@ def small_config(config: Mapping[str, Any], architecture: Architecture, awq_grou
     """
     small = {name: value for name, value in config.items() if name != "quantization_config"}
     for field, value in (("num_hidden_layers", LAYERS), ("vocab_size", VOCABULARY)):
-        keys = architecture.data["config"][field]["key"]
-        for key in [keys] if isinstance(keys, str) else keys:
+        for key in keys(architecture.data["config"][field]):
             if key in small:
                 small[key] = value
+    layers = _layers(config, architecture)
+    small |= {name: value[:LAYERS] for name, value in small.items() if isinstance(value, list) and len(value) == layers}
     if awq_group is not None:
         awq = {"quant_method": "awq", "bits": 4, "group_size": awq_group, "version": "gemm", "zero_point": True}
         small["quantization_config"] = awq
     return {**small, **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)}
+
+
+def _layers(config: Mapping[str, Any], architecture: Architecture) -> Any:
+    """How many layers the model has: lists that are so long have an element for each."""
+    rule = architecture.data["config"]["num_hidden_layers"]
+    return next((found for key in keys(rule) if (found := lookup(config, key)) is not None), None)
 
 
 def make(folder: Path, config: Mapping[str, Any], architecture: Architecture, special: Sequence[str]) -> Path:
@@ -79,11 +87,15 @@ def make(folder: Path, config: Mapping[str, Any], architecture: Architecture, sp
 
 
 def _tensors(model: Structure) -> Iterator[Tensor]:
-    """As a checkpoint has them: what MLC joins is apart."""
+    """As a checkpoint has them, each once: what MLC joins is apart, what convert transposes is not yet."""
+    seen = set()
     for parameter in parameters(model):
         columns = parameter.shape[-1:] if len(parameter.shape) > 1 else ()
         for source, rows in zip(parameter.sources, _rows(parameter, model), strict=True):
-            yield source, "BF16", (rows, *columns)
+            shape = parameter.shape if len(parameter.sources) == 1 else (rows, *columns)
+            if source not in seen:
+                yield source, "BF16", shape[::-1] if "transpose" in parameter.convert else shape
+            seen.add(source)
 
 
 def _packed(tensor: Tensor, group: int) -> Iterator[Tensor]:
@@ -99,7 +111,7 @@ def _rows(parameter: Parameter, model: Structure) -> list[int]:
     """The rows of each of the parameter's sources, which for experts are matrices of one of them each."""
     shape = parameter.shape if len(parameter.shape) == 1 else parameter.shape[:-1]
     count, rows = len(parameter.sources), prod(shape)
-    if parameter.role == "qkv_proj" and count == 3:
+    if parameter.role.startswith("qkv_") and count == 3:
         key_value = model.num_key_value_heads * model.head_dim
         return [rows - 2 * key_value, key_value, key_value]
     return [rows // count] * (count - 1) + [rows - rows // count * (count - 1)]
@@ -132,7 +144,7 @@ def _write(file: BinaryIO, tensors: Sequence[Tensor]) -> None:
         elif len(shape) == 1:
             file.write(_ONE * shape[0])
         else:
-            width = shape[1]
+            width = shape[-1]
             if width not in made:
                 values = numbers * np.float32(width**-0.5)
                 made[width] = values.view(np.uint16)[1::2].tobytes()  # the upper halves

@@ -70,6 +70,17 @@ def structure_of(case: Case, folder: Path, **changes: Any) -> Structure:
     return dataclasses.replace(resolve(chosen, config, limits), **changes)
 
 
+def config_of(case: Case) -> dict[str, Any]:
+    """A whole `config.json` as the hub has it: transformers writes what the case leaves out."""
+    if case.shapes is not None:
+        return dict(case.config)
+    from transformers import AutoConfig
+
+    config = dict(case.config)
+    whole: dict[str, Any] = AutoConfig.for_model(config.pop("model_type"), **config).to_dict()
+    return whole
+
+
 def save(case: Case, folder: Path) -> None:
     """A checkpoint of random numbers, biases and norms random too."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -165,12 +176,13 @@ class Agreement:
         return meant
 
 
-def network(library: Path, folder: Path, vocab_size: int) -> Network:
-    """A library with the weights of a folder."""
+def network(library: Path, folder: Path, vocab_size: int, all_of_them: bool = True) -> Network:
+    """A library with the weights of a folder, which are what it wants; or else more."""
     opened = Library(library)
     wanted = opened.metadata.parameters
     records = weights.read_index(folder)
-    match(wanted, records, library, folder)
+    if all_of_them:
+        match(wanted, records, library, folder)
     by_name = {record.name: record for record in records}
     return Network(opened, list(weights.load([by_name[parameter.name] for parameter in wanted])), vocab_size, 2)
 

@@ -17,6 +17,8 @@ from mlcbuild.models.parameters import ignored, parameters
 from mlcbuild.steps import convert
 from mlcbuild.steps.job import local_job
 from mlcbuild.testrun import checkpoint
+from tests.architectures.agreement import config_of
+from tests.architectures.cases import CASES
 from tests.architectures.deepseek import CONFIG as CONFIG_OF_EXPERTS
 from tests.support import llama
 
@@ -71,6 +73,17 @@ def test_experts_are_there_one_by_one(tmp_path: Path, awq_group: int | None) -> 
     packed = {entry["name"] for entry in document["parameters"] if "packed" in entry}
     assert ("model.layers.1.mlp.moe_down_proj.weight" in packed) == (awq_group is not None)
     assert "model.layers.1.mlp.gate.weight" not in packed
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_architecture_converts_one(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    chosen = llama.architecture(case.architecture)
+    small = checkpoint.small_config(config_of(case), chosen)
+    folder = checkpoint.make(tmp_path, small, chosen, ())
+    model = resolve(chosen, small, {})
+    assert model.num_hidden_layers == 2
+    convert.run(local_job({"checkpoint": folder}, {"structure": model.to_json()}, tmp_path / "job"))
 
 
 def test_numbers_keep_their_size_from_layer_to_layer(tmp_path: Path) -> None:

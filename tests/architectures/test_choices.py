@@ -1,0 +1,64 @@
+"""What each choice of an architecture does is seen by doing without it: the logits are then not those of the model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlcbuild.models.parameters import parameters
+from mlcbuild.runtime.session import Session
+from tests.architectures.agreement import IDS, Agreement, error, network, save, structure_of
+from tests.architectures.cases import CASES
+from tests.support import llama
+
+pytestmark = pytest.mark.slow
+
+# The case, and the fields of its structure that are changed; roles are parameters that are left out.
+WITHOUT: dict[str, tuple[str, dict[str, Any]]] = {
+    "a parallel residual": ("gpt_neox", {"residual": "sequential"}),
+    "layer norms": ("orion", {"norm": "rms"}),
+    "norms after the blocks, too": ("gemma2", {"norm_position": "pre"}),
+    "an offset of norms": ("nemotron", {"norm_offset": 0.0}),
+    "the scale of embeddings": ("gemma", {"embedding_scale": 1.0}),
+    "the scale of residuals": ("minicpm", {"residual_scale": 1.0}),
+    "the scale of logits": ("cohere", {"logits_scale": 1.0}),
+    "the final soft cap": ("gemma2", {"final_logit_softcapping": None}),
+    "the gate in the second half": ("qwen", {"gate": "first"}),
+    "the activation": ("gemma", {"activation": "silu"}),
+    "learned positions": ("gpt2", {"roles": ("position_embedding",)}),
+    "biases of attention": ("qwen2", {"roles": ("qkv_bias",)}),
+    "the bias of the head": ("phi", {"roles": ("lm_head_bias",)}),
+}
+
+
+@pytest.mark.parametrize("choice", WITHOUT)
+def test_without_it_logits_differ(choice: str, tmp_path: Path) -> None:
+    name, changes = WITHOUT[choice]
+    agreement = Agreement(CASES[name], "q0f32", tmp_path, library=False)
+    fields = {field: value for field, value in changes.items() if field != "roles"}
+    rules = tuple(rule for rule in agreement.structure.rules if rule.role not in changes.get("roles", ()))
+    changed = replace(agreement.structure, rules=rules, **fields)
+    opened = network(llama.build_library(changed, "q0f32", tmp_path), agreement.weights, changed.vocab_size, False)
+    session = Session(opened, 1)
+    got = np.concatenate(list(session.all_logits(session.add(), IDS)))
+    assert error(got, agreement.expected(IDS)) > 0.01
+
+
+def test_starcoder2_has_a_head_of_its_own_where_it_is_untied(tmp_path: Path) -> None:
+    """MLC's parameter list has an lm_head in both cases: of the checkpoint's own, or the embedding again."""
+    heads = {}
+    for name in ("starcoder2", "starcoder2-tied"):
+        agreement = Agreement(CASES[name], "q0f32", tmp_path / name, library=False)
+        found = parameters(agreement.structure)
+        heads[name] = next(each.sources for each in found if each.role == "lm_head")
+    assert heads == {"starcoder2": ("lm_head.weight",), "starcoder2-tied": ("model.embed_tokens.weight",)}
+
+
+def test_one_function_for_all_layers_of_a_kind(tmp_path: Path) -> None:
+    """What a compiler pass costs does not grow with layers, whatever they alternate in."""
+    save(CASES["gemma3_text"], tmp_path)
+    assert set(structure_of(CASES["gemma3_text"], tmp_path).kinds) == {0, 1}

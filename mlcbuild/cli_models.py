@@ -24,6 +24,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser], 
     new = add(commands, "new", _new, "write the model file of a checkpoint, and say what it does not know")
     new.add_argument("checkpoint", metavar="HF_ID_OR_PATH", help="owner/name on the hub, or a folder")
     new.add_argument("--name", help="the model's name (default: the repository's or the folder's, in lower case)")
+    new.add_argument("--delta-of", metavar="BASE", help="the checkpoint is the difference to this one")
+    new.add_argument("--lora", metavar="ADAPTER", help="merge the checkpoint with this adapter: owner/name or a folder")
     new.add_argument("--template", metavar="NAME", help="a conversation template (default: guessed from the tokenizer)")
     new.add_argument(
         "--memory", default="8G", metavar="SIZE", help="suggest quantizations that fit into this (default 8G)"
@@ -48,7 +50,15 @@ def _new(options: argparse.Namespace) -> int:
     catalog = _catalog(required=True)
     named = os.environ.get("MLCBUILD_CACHE")
     cache = Path(named).absolute() if named else catalog.root / "cache"
-    wish = Wish(options.checkpoint, options.name, options.revision, options.template, parse_size(options.memory))
+    wish = Wish(
+        options.checkpoint,
+        options.name,
+        options.revision,
+        options.template,
+        options.delta_of,
+        options.lora,
+        parse_size(options.memory),
+    )
     new(wish, catalog, cache, dry_run=options.dry_run)
     return 0
 

@@ -43,7 +43,7 @@ def find(word: str, catalog: Catalog, revision: str | None = None, names: bool =
     where there is no such thing, and CheckpointError where the hub does not give it out.
     """
     model = catalog.models.get(word) if names and revision is None else None
-    source = model.source if model is not None else _source(word, catalog, revision, names)
+    source = model.source if model is not None else source_of(word, catalog, revision, names)
     if source.path is not None:
         found = {path.name: path for path in sorted(source.path.iterdir()) if path.is_file()}
         sizes = {name: path.stat().st_size for name, path in found.items()}
@@ -58,7 +58,8 @@ def find(word: str, catalog: Catalog, revision: str | None = None, names: bool =
         yield Found(source, locked.config, sizes, files, model, locked, known is None, trouble)
 
 
-def _source(word: str, catalog: Catalog, revision: str | None, names: bool) -> Source:
+def source_of(word: str, catalog: Catalog, revision: str | None = None, names: bool = False) -> Source:
+    """The folder or repository that `word` means. Raises MlcBuildError for a folder that is not there."""
     path = Path(word)
     if path.is_dir() and revision is None:
         return Source(path=path.absolute())

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import os.path
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.execution.locking import store_entry
+from mlcbuild.execution.locking import locker, resolve, store_entry
 from mlcbuild.recipes.lock import key
 from mlcbuild.recipes.problems import did_you_mean
-from mlcbuild.recipes.types import AUTO_TEMPLATE, Catalog
+from mlcbuild.recipes.types import AUTO_TEMPLATE, Catalog, Locked, Model, Source
 from mlcbuild.reporting.plain import amount
 from mlcbuild.survey import template as templates
-from mlcbuild.survey.found import Found, find
+from mlcbuild.survey.found import Found, find, source_of
 from mlcbuild.survey.inspect import Survey, survey
 from mlcbuild.survey.sizes import CONVERSATION
 from mlcbuild.survey.text import quantizations
@@ -33,6 +33,8 @@ class Wish:
     name: str | None = None
     revision: str | None = None
     template: str | None = None
+    delta_of: str | None = None  # the base that the checkpoint is the difference to: a folder or a repository
+    lora: str | None = None  # likewise, an adapter to be merged with it
     memory: int = 8_000_000_000
 
 
@@ -47,19 +49,21 @@ def new(wish: Wish, catalog: Catalog, cache: Path, say: Callable[[str], None] = 
     if wish.template is not None and wish.template not in {*catalog.templates, AUTO_TEMPLATE.name}:
         hint = did_you_mean(wish.template, catalog.templates) or "; `recipes/templates/` has them"
         raise MlcBuildError(f"no template is named `{wish.template}`{hint}")
+    others = {key: source_of(word, catalog) for key, word in _others(wish).items()}
     with find(wish.word, catalog, wish.revision, names=False) as found:
-        known = survey(found, catalog, name)
+        known = survey(replace(found, model=_merged(found, others)), catalog, name)
     chosen, remarks = _template(wish, known, catalog)
-    text = _text(known, chosen, wish, path)
+    locks = _to_lock(known.found, others, catalog)
+    text = _text(known, chosen, wish, path, others)
     if dry_run:
         say(text.rstrip())
     else:
         _write(path, text)
         say(f"wrote      {path.relative_to(catalog.root)}")
-        if found.locked is not None and found.fresh:
-            store_entry(catalog.root, cache, key(found.source), found.locked)
-            size = amount(sum(found.sizes.values()))
-            say(f"locked     {found.source} at {found.locked.commit[:12]}, {len(found.sizes)} files, {size}")
+        for source, locked in locks.items():
+            store_entry(catalog.root, cache, key(source), locked)
+            size = amount(sum(file.size for file in locked.files.values()))
+            say(f"locked     {source} at {locked.commit[:12]}, {len(locked.files)} files, {size}")
     for line in _unknown(known, remarks):
         say("note       " + line.replace("\n", "\n           "))
     for line in _next(known, name, wish):
@@ -93,6 +97,28 @@ def _free(catalog: Catalog, name: str) -> Path:
     return folder / f"{name}.yaml"
 
 
+def _others(wish: Wish) -> dict[str, str]:
+    """What the checkpoint is to be merged with, by the key of the model file. Raises MlcBuildError for both."""
+    if wish.delta_of is not None and wish.lora is not None:
+        raise MlcBuildError("--delta-of and --lora: one of the two")
+    given = {"delta_of": wish.delta_of, "lora": wish.lora}
+    return {key: word for key, word in given.items() if word is not None}
+
+
+def _merged(found: Found, others: Mapping[str, Source]) -> Model | None:
+    """The model to be, where its checkpoint alone is not all of it."""
+    return Model("", found.source, "", delta_of=others.get("delta_of"), lora=others.get("lora")) if others else None
+
+
+def _to_lock(found: Found, others: Mapping[str, Source], catalog: Catalog) -> dict[Source, Locked]:
+    """Entries for repositories that have none yet. Raises CheckpointError where a hub does not give one out."""
+    locks = {found.source: found.locked} if found.fresh and found.locked is not None else {}
+    for source in others.values():
+        if source.hf is not None and locker(catalog.root)(Model("", source, "")) is None:
+            locks[source] = resolve(source)
+    return locks
+
+
 def _template(wish: Wish, known: Survey, catalog: Catalog) -> tuple[str, tuple[str, ...]]:
     """The template to write, and remarks on it."""
     if wish.template is not None:
@@ -104,22 +130,23 @@ def _template(wish: Wish, known: Survey, catalog: Catalog) -> tuple[str, tuple[s
     return known.template.name, known.template.remarks
 
 
-def _text(known: Survey, template: str, wish: Wish, path: Path) -> str:
-    return "".join(f"{line}\n" for line in _file(known, template, wish, path))
+def _text(known: Survey, template: str, wish: Wish, path: Path, others: Mapping[str, Source]) -> str:
+    return "".join(f"{line}\n" for line in _file(known, template, wish, path, others))
 
 
-def _file(known: Survey, template: str, wish: Wish, path: Path) -> Iterator[str]:
-    source, structure = known.found.source, known.structure
+def _file(known: Survey, template: str, wish: Wish, path: Path, others: Mapping[str, Source]) -> Iterator[str]:
+    structure = known.structure
     yield _SCHEMA.rstrip()
     yield (
         f"# {known.architecture.name}, {known.parameters:,} parameters, {structure.num_hidden_layers} layers, "
         f"a context of {structure.context_window_size:,} tokens ({structure.label})."
     )
-    if source.path is not None:
-        yield f"source: {{path: {json.dumps(_written(source.path, path.parent), ensure_ascii=False)}}}"
-    else:
-        revision = f", revision: {json.dumps(source.revision, ensure_ascii=False)}" if source.revision else ""
-        yield f"source: {{hf: {source.hf}{revision}}}"
+    for name, source in {"source": known.found.source, **others}.items():
+        if source.path is not None:
+            yield f"{name}: {{path: {json.dumps(_written(source.path, path.parent), ensure_ascii=False)}}}"
+        else:
+            revision = f", revision: {json.dumps(source.revision, ensure_ascii=False)}" if source.revision else ""
+            yield f"{name}: {{hf: {source.hf}{revision}}}"
     yield f"template: {template}"
     yield f"# Weights by quantization, with keys and values of so many tokens, that fit into {amount(wish.memory)}:"
     yield from (f"#   {line}" for line in quantizations(known, wish.memory))

@@ -17,8 +17,9 @@ ARCHITECTURES = load(Path(__file__).parents[2]).architectures
 COMMON = {"attention_dropout": 0.0, "initializer_range": 0.02, "transformers_version": "4.45.0", "use_cache": True}
 CONFIGS: dict[str, dict[str, Any]] = {
     "SmolLM2-135M-Instruct": {
-        "model_type": "llama", "attention_bias": False, "hidden_act": "silu", "hidden_size": 576,
-        "intermediate_size": 1536, "is_llama_config": True, "max_position_embeddings": 8192, "mlp_bias": False, "num_attention_heads": 9,
+        "model_type": "llama", "attention_bias": False, "hidden_act": "silu",
+        "hidden_size": 576, "intermediate_size": 1536, "is_llama_config": True,
+        "max_position_embeddings": 8192, "mlp_bias": False, "num_attention_heads": 9,
         "num_hidden_layers": 30, "num_key_value_heads": 3, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
         "rope_interleaved": False, "rope_scaling": None, "rope_theta": 100000, "tie_word_embeddings": True,
         "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}}, "vocab_size": 49152,

@@ -118,6 +118,30 @@ def test_a_repository_is_locked_and_its_weights_are_not_fetched(
     assert "tokenizer     not looked at: hf:Owner/Tale" in capsys.readouterr().out
 
 
+def test_a_difference_and_an_adapter(workspace: Workspace, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["new", str(STORIES), "--name", "sum", "--delta-of", hub.repo]) == 0
+    assert f"locked     hf:{hub.repo} at {COMMIT[:12]}, " in capsys.readouterr().out
+    assert main(["new", hub.repo, "--name", "tuned", "--lora", str(STORIES)]) == 0
+    assert check(workspace.root).ok
+    models = load(workspace.root).models
+    assert str(models["sum"].delta_of) == f"hf:{hub.repo}" and models["sum"].source.path == STORIES
+    assert models["tuned"].lora is not None and models["tuned"].lora.path == STORIES
+    capsys.readouterr()
+    assert main(["new", str(STORIES), "--name", "x", "--delta-of", "a/b", "--lora", "a/b"]) == 1
+    assert "--delta-of and --lora: one of the two" in capsys.readouterr().err
+    assert main(["new", str(STORIES), "--name", "x", "--delta-of", "./nowhere"]) == 1
+    assert "./nowhere: no such folder" in capsys.readouterr().err
+    assert not (workspace.root / "recipes/models/x.yaml").exists()
+
+
+def test_an_architecture_that_is_not_supported(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    workspace.write("strange/config.json", json.dumps({"model_type": "lama", "hidden_size": 64, "wings": 2}))
+    assert main(["new", "strange"]) == 1
+    said = capsys.readouterr().err
+    assert "model_type `lama` is an unknown architecture (did you mean `llama`?)" in said and "`wings`" in said
+    assert not (workspace.root / "recipes/models/strange.yaml").exists()
+
+
 def test_a_revision_is_in_the_file(workspace: Workspace, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["new", hub.repo, "--revision", "main"]) == 0
     assert (load(workspace.root).models["tale-1.5_chat"].source.revision) == "main"

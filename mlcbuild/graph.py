@@ -266,6 +266,7 @@ class _Planner:
                 "name": name,  # the library's metadata tells it to the runtime
                 "device": self._device(target),
                 **({"blocks": True} if form.blocks else {}),
+                **({"activation_bits": target.activation_bits} if target.activation_bits else {}),
             }
             return self._add("lower", f"{form.label}-{name}-{target.name}", fields, variant=_variant(target))
 

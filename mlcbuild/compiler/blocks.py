@@ -26,6 +26,7 @@ def lower(
     name: str,
     device: Mapping[str, Any],
     dump: Path | None = None,
+    activation_bits: int | None = None,
 ) -> IRModule:
     """The pieces of `structure` in `quantization`, scheduled for the CPU `device`.
 
@@ -41,4 +42,4 @@ def lower(
         kv_cache.emit_create(builder, structure, dtype)
         facts = metadata.describe(structure, name, declared)
         module = pipeline.optimise(builder.finalize(), structure, facts, dump)
-        return sources.attach(module, kernels(declared, dtype))
+        return sources.attach(module, kernels(declared, dtype, activation_bits=activation_bits))

@@ -28,6 +28,7 @@ def lower(
     name: str,
     device: Mapping[str, Any],
     dump: Path | None = None,
+    activation_bits: int | None = None,
 ) -> IRModule:
     """The library of `structure` in `quantization` (called `name` in its metadata) for a CPU, the TVM target `device`.
 
@@ -45,7 +46,7 @@ def lower(
     )
     with target.Target(dict(device)):
         module = assemble(structure, declared, name, dtype, backend, dump)
-    return sources.attach(module, kernels(declared, dtype, _files(structure)))
+    return sources.attach(module, kernels(declared, dtype, _files(structure), activation_bits))
 
 
 def _files(structure: Structure) -> tuple[str, ...]:
@@ -54,12 +55,15 @@ def _files(structure: Structure) -> tuple[str, ...]:
 
 
 def kernels(
-    declared: Sequence[Declared], dtype: str, files: Sequence[str] = ("attention", "rows")
+    declared: Sequence[Declared],
+    dtype: str,
+    files: Sequence[str] = ("attention", "rows"),
+    activation_bits: int | None = None,
 ) -> tuple[Source, ...]:
     """The C sources of a library with these parameters, of model dtype `dtype`: those of their formats, and `files`."""
     needed = {formats.format_of(p.packing) for p in declared if len(p.shape) > 1}
     experts = ("experts",) if any(p.role == "router" for p in declared) else ()
-    return formats.sources(needed, dtype, sorted((*files, *experts)))
+    return formats.sources(needed, dtype, sorted((*files, *experts)), activation_bits)
 
 
 def check(structure: Structure) -> None:

@@ -44,6 +44,7 @@ def target(name: str, data: Data) -> Target:
         Linker(**linker),
         data["executes"],
         host={"kind": "llvm", **data["host"]} if "host" in data else {},
+        activation_bits=data.get("activation_bits"),
         architectures=tuple(data.get("architectures", ())),
     )
 

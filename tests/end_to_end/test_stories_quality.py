@@ -6,11 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from mlcbuild.runtime import load
 from tests.end_to_end.workspace import Workspace
 
 pytestmark = pytest.mark.slow
+
+EVALUATION = Path(__file__).parents[2] / "recipes" / "models" / "stories" / "evaluation.txt"
 
 
 @pytest.mark.parametrize("quantization", ["q3f16_1", "q4f16_1"])
@@ -28,6 +32,25 @@ def test_searched_scales_lose_less_and_calibrated_ones_least(workspace: Workspac
     libraries = {path.read_bytes() for folder in folders for path in folder.glob("*.so")}
     assert len(libraries) == 1
     assert {config(folder)["quantization"] for folder in folders} == {quantization}
+
+
+@pytest.mark.parametrize("quantization", ["q4f16_1", "q4f32_1"])
+def test_activations_of_8_bits_lose_little(workspace: Workspace, quantization: str) -> None:
+    """By KL divergence from the library that takes them as they are, on the same weights."""
+    workspace.recipe("exact", quantization, "stories")
+    workspace.recipe("rounded", quantization, "stories", target="cpu-a8")
+    workspace.built("build", "recipe=exact,rounded")
+    exact, rounded = (load(workspace.root / "dist" / name) for name in ("exact", "rounded"))
+    ids = exact.tokenizer.encode(EVALUATION.read_text()[:4000])[:500]
+    p, q = (log_softmax(model.logits(ids)) for model in (exact, rounded))
+    divergence = float((np.exp(p) * (p - q)).sum(axis=1).mean())
+    assert 1e-7 < divergence < 0.002
+
+
+def log_softmax(logits: Any) -> Any:
+    wide = logits.astype(np.float64)
+    shifted = wide - wide.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
 def config(folder: Path) -> dict[str, Any]:

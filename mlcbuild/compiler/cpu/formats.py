@@ -54,12 +54,21 @@ def format_of(weights: Weights | None) -> Format:
     )
 
 
-def sources(formats: Iterable[Format], dtype: str, files: Sequence[str] = ("attention", "rows")) -> tuple[Source, ...]:
-    """What a library of model dtype `dtype` with weights in `formats` is made from: `files` (without .c), and those."""
+def sources(
+    formats: Iterable[Format],
+    dtype: str,
+    files: Sequence[str] = ("attention", "rows"),
+    activation_bits: int | None = None,
+) -> tuple[Source, ...]:
+    """What a library of model dtype `dtype` with weights in `formats` is made from: `files` (without .c), and those.
+
+    `activation_bits` is how precise products with quantized weights take activations; None: as precise as `dtype`.
+    """
     model = ("MODEL", dtype)
+    fewer = () if activation_bits is None else (("ACTIVATION_BITS", activation_bits),)
     once = [Source(name, f"{name}.c", (model,)) for name in files]
     linear = [
-        Source(f"linear_{each.name}", "linear.c", (model, ("FORMAT", each.name), *each.defines))
+        Source(f"linear_{each.name}", "linear.c", (model, *fewer, ("FORMAT", each.name), *each.defines))
         for each in sorted(set(formats), key=lambda each: each.name)
     ]
     return (*once, *linear)

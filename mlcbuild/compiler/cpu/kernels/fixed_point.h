@@ -6,6 +6,7 @@
 // Over 32 products with codes of 4 bits, or 4 of 8 bits and two digits, that is less than 2^31, and integers that
 // overflow on the way come back.
 //
+// ACTIVATION_BITS says how many bits activations have where that is fewer than they would take: 8 are one digit.
 // A model of float32 takes three digits, a rounding of 2^-24 of the largest among the 32: what float32 itself is. A model
 // of 16-bit floats takes two, 2^-16 of the largest: its weights' scales, embeddings and keys are rounded to 2^-11 or more.
 #pragma once
@@ -15,7 +16,11 @@
 #define DIGITS_float32 3
 #define DIGITS_float16 2
 #define DIGITS_bfloat16 2
+#if defined(ACTIVATION_BITS) && ACTIVATION_BITS == 8
+#define DIGITS 1
+#else
 #define DIGITS JOIN(DIGITS_, MODEL)
+#endif
 
 // Whatever the registers' width: the compiler splits these.
 typedef f32 f32x32 __attribute__((vector_size(128), aligned(4)));
@@ -33,8 +38,10 @@ typedef i8 i8x32 __attribute__((vector_size(32), aligned(1)));
 // Just below the number whose digits are all 127: digits are within -128 .. 127 however it rounds.
 #if DIGITS == 3
 #define LARGEST 8355000.0f
-#else
+#elif DIGITS == 2
 #define LARGEST 32638.0f
+#else
+#define LARGEST 127.0f
 #endif
 
 typedef struct {

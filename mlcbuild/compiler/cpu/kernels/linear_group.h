@@ -131,8 +131,8 @@ INLINE affine choose_affine(affine all, int b) {
 // Codes of 8 and of 3 bits fill bytes only where an instruction takes them unsigned and whole, and spreads them out.
 #if ASYMMETRIC || WORD_BITS != 32
 #include "dot_words.h"
-#elif (BITS == 4 && GROUP_SIZE % 8 == 0 && defined(HAS_DOT8)) || (BITS == 8 && DIGITS == 2 && defined(HAS_DOT4)) || \
-    (BITS == 3 && DIGITS == 2 && defined(HAS_DOT4) && defined(__AVX512VBMI__))
+#elif (BITS == 4 && GROUP_SIZE % 8 == 0 && defined(HAS_DOT8)) || (BITS == 8 && DIGITS < 3 && defined(HAS_DOT4)) || \
+    (BITS == 3 && DIGITS < 3 && defined(HAS_DOT4) && defined(__AVX512VBMI__))
 #include "dot_digits.h"
 #else
 #include "dot_words.h"

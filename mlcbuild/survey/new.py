@@ -139,7 +139,7 @@ def _file(known: Survey, template: str, wish: Wish, path: Path, others: Mapping[
     yield _SCHEMA.rstrip()
     yield (
         f"# {known.architecture.name}, {known.parameters:,} parameters, {structure.num_hidden_layers} layers, "
-        f"a context of {structure.context_window_size:,} tokens ({structure.label})."
+        f"{_context(structure.context_window_size)} ({structure.label})."
     )
     for name, source in {"source": known.found.source, **others}.items():
         if source.path is not None:
@@ -152,6 +152,10 @@ def _file(known: Survey, template: str, wish: Wish, path: Path, others: Mapping[
     yield from (f"#   {line}" for line in quantizations(known, wish.memory))
     if structure.context_window_size > CONVERSATION:
         yield f"# overrides: {{context_window_size: {CONVERSATION}}}    # a shorter context takes less memory"
+
+
+def _context(size: int) -> str:
+    return f"a context of {size:,} tokens" if size > 0 else "texts of any length"
 
 
 def _written(folder: Path, start: Path) -> str:

@@ -48,5 +48,8 @@ def size(structure: Structure, quantization: Quantization) -> Size:
         return Size(problem=str(error))
     weights = sum(prod(tensor.shape) * _BYTES[tensor.dtype] for tensor in tensors)
     per_token = 2 * structure.num_hidden_layers * structure.num_key_value_heads * structure.head_dim
-    tokens = min(structure.context_window_size, CONVERSATION)
+    if structure.kind != "decoder":  # a recurrent model's state does not grow, and an encoder keeps nothing
+        return Size(weights)
+    context = structure.context_window_size
+    tokens = min(context, CONVERSATION) if context > 0 else CONVERSATION
     return Size(weights, per_token * tokens * _BYTES[quantization.model_dtype], tokens)

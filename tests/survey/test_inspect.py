@@ -62,6 +62,16 @@ def test_sizes_are_those_of_the_built_weights(workspace: Workspace, capsys: pyte
     assert found == pytest.approx(2_755_008 * 4.5 / 8, rel=0.01)
 
 
+def test_a_recurrent_model_keeps_no_keys_and_values(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {"model_type": "rwkv", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 100, "context_length": 64}
+    workspace.write(
+        "recurrent/config.json", json.dumps({**config, "intermediate_size": 128, "attention_hidden_size": 64})
+    )
+    found = inspected(capsys, "recurrent")
+    assert found["choices"]["kind"] == "rwkv4"
+    assert {size["cache"] for size in found["quantizations"].values() if "cache" in size} == {0}
+
+
 def test_which_libraries_it_would_use(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(workspace.root / "recipes/models/tiny", workspace.root / "twin")
     config = {**CONFIG, "vocab_size": 64, "max_position_embeddings": 512}

@@ -138,7 +138,7 @@ class Target:
     linker: Linker
     executes: str  # which machines can run the library: native, a CPU level such as x86-64-v3, or `elsewhere`
     host: Mapping[str, Any] = field(default_factory=dict)  # the CPU that drives a GPU: a TVM target without its kind
-    activation_bits: int | None = None  # of products with quantized weights on a CPU; None: as precise as the model dtype
+    activation_bits: int | None = None  # in products with quantized weights on a CPU; None: as the model dtype has
     architectures: tuple[str, ...] = ()  # what a GPU library holds machine code for: sm_90, gfx1100
 
 

@@ -1,7 +1,8 @@
 """lower: a structure in a quantization as an optimised, scheduled TVM module for a CPU (lower_gpu is for GPUs).
 
 Fields: structure (its library form), quantization, name (the format's, told to runtimes), device (a TVM target);
-blocks (true) for a library of a decoder's pieces instead of a model's; activation_bits where the target says so. Artifact: module.json.
+blocks (true) for a library of a decoder's pieces instead of a model's; activation_bits where the target says so.
+Artifact: module.json.
 """
 
 from __future__ import annotations

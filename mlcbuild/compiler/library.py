@@ -11,6 +11,7 @@ from typing import Any
 
 from tvm import IRModule, relax, target, transform
 
+from mlcbuild.compiler import binaries
 from mlcbuild.compiler.cpu import sources
 from mlcbuild.compiler.cpu.sources import Source
 from mlcbuild.compiler.linkers import zig_compile, zig_link
@@ -44,6 +45,7 @@ def build(
         dump.mkdir(parents=True, exist_ok=True)
         (dump / "library.ll").write_text(executable.mod.imports[0].inspect_source("ll"))
     executable.export_library(str(output), fcompile=link, workspace_dir=str(scratch))
+    binaries.check(output, triple, [scratch, _KERNELS.parents[2]])
     if dump is not None:
         _dump_kernels(needed, commands, dump)
 

@@ -78,6 +78,8 @@ def runs_here(target: Target) -> bool:
     """Whether this machine can execute a library of `target`."""
     if target.executes == "native":
         return True
+    if target.executes == "aarch64":
+        return platform.machine() in ("aarch64", "arm64") and platform.system() == "Linux"
     levels = [name for name, _ in _LEVELS]
     if target.executes not in levels or platform.machine() != "x86_64":
         return False

@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mlcbuild.recipes.types import Architecture, Linker, Model, Quantization, Source, Target, Template, Verify, Weights
+from mlcbuild.recipes.types import (
+    Architecture,
+    Model,
+    Quantization,
+    Source,
+    Target,
+    Template,
+    Verify,
+    Weights,
+    linker_from_json,
+)
 
 Data = Mapping[str, Any]
 
@@ -36,12 +46,11 @@ def _weights(data: Data) -> Weights | None:
 
 
 def target(name: str, data: Data) -> Target:
-    linker: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data["linker"].items()}
     return Target(
         name,
         data["device"],
         data["library"],
-        Linker(**linker),
+        linker_from_json(data["linker"]),
         data["executes"],
         host={"kind": "llvm", **data["host"]} if "host" in data else {},
         activation_bits=data.get("activation_bits"),

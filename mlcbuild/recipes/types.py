@@ -126,6 +126,13 @@ class Linker:
     target: str = ""  # zig: a target triple, or `native`
     flags: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()  # sonames that the library declares, without their files being here
+    imports: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # Windows: DLL -> what is taken from it
+
+
+def linker_from_json(fields: Mapping[str, Any]) -> Linker:
+    """The linker whose `asdict` these are, or a part of it."""
+    given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    return Linker(**given)
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,7 @@ class Target:
     device: Mapping[str, Any]  # a TVM target; `mcpu: native` is resolved by compiler.targets before anything is keyed
     library: Literal["so", "dylib", "dll", "tar", "wasm"]
     linker: Linker
-    executes: str  # which machines can run the library: native, a CPU level such as x86-64-v3, or `elsewhere`
+    executes: str  # which machines can run the library: native, a CPU level such as x86-64-v3, aarch64, or `elsewhere`
     host: Mapping[str, Any] = field(default_factory=dict)  # the CPU that drives a GPU: a TVM target without its kind
     activation_bits: int | None = None  # in products with quantized weights on a CPU; None: as the model dtype has
     architectures: tuple[str, ...] = ()  # what a GPU library holds machine code for: sm_90, gfx1100

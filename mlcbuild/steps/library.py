@@ -5,11 +5,12 @@ Fields: device (a TVM target), host, linker, library (the kind of file). Input: 
 
 from __future__ import annotations
 
-from mlcbuild.recipes.types import Linker
+from mlcbuild.recipes.types import linker_from_json
 from mlcbuild.steps.job import Job
 
 VERSION = 1
 CODE = (
+    "mlcbuild.compiler.binaries",
     "mlcbuild.compiler.cpu.kernels",
     "mlcbuild.compiler.cpu.sources",
     "mlcbuild.compiler.library",
@@ -27,11 +28,10 @@ def run(job: Job) -> None:
 
     from mlcbuild.compiler import library
 
-    linker = job.fields["linker"]
     library.build(
         ir.load_json(job.inputs["lower"].path("module.json").read_text(encoding="utf-8")),
         job.fields["device"],
-        Linker(linker["kind"], linker["target"], tuple(linker["flags"]), tuple(linker["needs"])),
+        linker_from_json(job.fields["linker"]),
         job.output / f"model.{job.fields['library']}",
         job.scratch,
         job.debug_dump,

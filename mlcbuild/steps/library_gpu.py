@@ -6,7 +6,7 @@ file), prefix (of a static library's symbols). Input: lower. Artifact: model.<ki
 
 from __future__ import annotations
 
-from mlcbuild.recipes.types import Linker
+from mlcbuild.recipes.types import linker_from_json
 from mlcbuild.steps.job import Job
 
 VERSION = 1
@@ -23,13 +23,13 @@ def run(job: Job) -> None:
     """Raises MlcBuildError with the compiler's or linker's own message when it fails."""
     from mlcbuild.compiler.codegen.build import Wanted, build
 
-    linker, fields = job.fields["linker"], job.fields
+    fields = job.fields
     build(
         job.inputs["lower"].path("module.json"),
         Wanted(
             device=fields["device"],
             host=fields["host"],
-            linker=Linker(linker["kind"], linker["target"], tuple(linker["flags"]), tuple(linker["needs"])),
+            linker=linker_from_json(fields["linker"]),
             architectures=tuple(fields["architectures"]),
             prefix=fields["prefix"],
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
@@ -11,6 +12,13 @@ from tvm.tirx.script import builder as T
 
 Buffer = Any
 Shape = Sequence[int | str]  # a name is a symbolic dimension, "name + 1" one more
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A kernel's `i32` argument that is 0 or 1."""
+
+    on: bool
 
 
 def function(
@@ -60,7 +68,7 @@ def scratch(size: Any, dtype: str = "float32") -> Buffer:
 
 
 def call(kernel: str, *arguments: Any) -> None:
-    """Call a C function: buffers are given by address, Python integers as 64-bit ones, None as a null pointer."""
+    """Call a C function: buffers are given by address, integers with 64 bits, flags with 32, None as a null pointer."""
     T.evaluate(T.call_extern("void", kernel, *map(_argument, arguments)))
 
 
@@ -86,9 +94,12 @@ def _argument(value: Any) -> Any:
         return tirx.const(0, "int64")
     if isinstance(value, int):
         return tirx.const(value, "int64")
+    if isinstance(value, Flag):
+        return tirx.const(int(value.on), "int32")
     data = getattr(value, "data", None)
     if data is None:
-        return value
+        # Of an argument with 32 bits on the stack, the upper half of its place is whatever lay there before.
+        return value.astype("int64") if str(value.ty.dtype) == "int32" else value
     if isinstance(value.elem_offset, tirx.Var):
         return T.address_of(value[(0,) * len(value.shape)])
     return data

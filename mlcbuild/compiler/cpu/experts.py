@@ -25,7 +25,7 @@ def choose(experts: int, count: int, normalised: bool, scale: float) -> Any:
     """logits [n, experts] float32 -> chosen [n, count] int32, share [n, count] float32."""
 
     def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
-        flag, factor = tirx.const(int(normalised), "int32"), tirx.const(scale, "float32")
+        flag, factor = calls.Flag(normalised), tirx.const(scale, "float32")
         calls.for_each(
             symbols["n"],
             lambda i: calls.call("mlcbuild_choose_experts", *inputs, *outputs, i, experts, count, flag, factor),

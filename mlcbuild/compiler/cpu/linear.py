@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from tvm import tirx
-
 from mlcbuild.compiler.cpu import calls
 from mlcbuild.compiler.cpu.formats import Format
 
@@ -63,4 +61,4 @@ def embedding(form: Format, parts: tuple[Part, ...], hidden_size: int, dtype: st
 
 
 def wide(dtype: str) -> Any:
-    return tirx.const(int(dtype == "float32"), "int32")
+    return calls.Flag(dtype == "float32")

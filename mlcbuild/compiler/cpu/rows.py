@@ -132,9 +132,9 @@ def norm_heads(heads: Heads, weights: tuple[calls.Shape, calls.Shape], spans: st
     """
     rest = (
         *heads.sizes,
-        tirx.const(int(spans == "all"), "int32"),
+        calls.Flag(spans == "all"),
         0 if spans == "head" else heads.dim,
-        tirx.const(int(centred), "int32"),
+        calls.Flag(centred),
         tirx.const(eps, "float32"),
     )
 
@@ -151,4 +151,4 @@ def _table(rotary: Rotary) -> tuple[calls.Shape, str]:
 
 
 def _arguments(rotary: Rotary) -> tuple[Any, ...]:
-    return rotary.dim, tirx.const(int(rotary.neighbours), "int32"), tirx.const(rotary.factor, "float32")
+    return rotary.dim, calls.Flag(rotary.neighbours), tirx.const(rotary.factor, "float32")

@@ -31,9 +31,10 @@ def write(root: Path, snippet: Block) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(snippet.text)
     content: Any = yaml.safe_load(snippet.text)
-    folder, text = content.get("source", {}).get("path"), content.get("verify", {}).get("text")
-    if folder:
-        (path.parent / folder).mkdir(parents=True, exist_ok=True)
+    text = content.get("verify", {}).get("text")
+    for key in ("source", "delta_of", "lora"):
+        if folder := content.get(key, {}).get("path"):
+            (path.parent / folder).mkdir(parents=True, exist_ok=True)
     if text:
         (path.parent / text).parent.mkdir(parents=True, exist_ok=True)
         (path.parent / text).write_text("A text.\n")

@@ -1,14 +1,14 @@
-"""`create_tir_paged_kv_cache` of a GPU library: TVM's paged KV cache with TVM's attention kernels in it."""
+"""`create_tir_paged_kv_cache` of a GPU library: TVM's paged KV cache with its attention kernels in it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from tvm import ir, relax, target, tirx
 from tvm.relax.frontend.nn.llm import kv_cache as tvm_kv_cache
 
+from mlcbuild.compiler.gpu import attention
 from mlcbuild.compiler.gpu.rope import split_rotary
 from mlcbuild.compiler.gpu.script import quick
 from mlcbuild.errors import MlcBuildError
@@ -16,7 +16,6 @@ from mlcbuild.models import rope
 from mlcbuild.models.structure import Structure
 
 _MHA, _ROPE_NORMAL = 0, 1
-_NO_SCALING: Mapping[str, Any] = {}  # the kernels' own rotary embedding is not used
 
 
 def check(structure: Structure) -> None:
@@ -24,11 +23,8 @@ def check(structure: Structure) -> None:
     s = structure
     if s.head_dim % 4 or not 32 <= s.head_dim <= 256:
         raise MlcBuildError(f"head_dim is {s.head_dim}: GPU attention takes multiples of 4 from 32 to 256")
-    for choice in ("sliding_window_size", "attn_logit_softcapping", "num_experts"):
-        if getattr(s, choice):
-            raise MlcBuildError(
-                f"{choice} is {getattr(s, choice)}: GPU libraries do not have that yet; build for a CPU"
-            )
+    if s.num_experts:
+        raise MlcBuildError(f"num_experts is {s.num_experts}: GPU libraries do not have that yet; build for a CPU")
     if s.num_attention_heads % s.num_key_value_heads:
         raise MlcBuildError(
             f"num_attention_heads is {s.num_attention_heads}, num_key_value_heads {s.num_key_value_heads}: "
@@ -58,9 +54,7 @@ def emit_create(builder: relax.BlockBuilder, structure: Structure, dtype: str) -
     rotary = rope.rotary(s) if rope.in_cache(s) else rope.NOTHING
     table = rope.inverse_frequencies(s) if rotary.dim else np.zeros(1, np.float32)
     with quick(), builder.function("create_tir_paged_kv_cache", params):
-        prefill = tvm_kv_cache._attention_prefill(kv_heads, heads, dim, dtype, False, _NO_SCALING, device)
-        decode = tvm_kv_cache._attention_decode(kv_heads, heads, dim, dtype, False, _NO_SCALING, device)
-        ragged = tvm_kv_cache._attention_prefill_ragged(kv_heads, heads, dim, dim, dtype, _NO_SCALING, device)
+        ragged, prefill, decode = attention.kernels(s, dtype, device)
         cache = relax.call_pure_packed(
             "vm.builtin.paged_attention_kv_cache_create",
             relax.ShapeExpr(sizes),

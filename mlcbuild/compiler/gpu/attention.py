@@ -1,0 +1,152 @@
+"""Attention on GPUs: TVM's kernels, and what they lack: sliding windows that are exact, and soft caps of scores.
+
+TVM's kernels are functions already scheduled; they are changed where they say which keys a row sees, and where they
+store its scores. Windows are as on the CPU (mlcbuild.models.attention): a layer with a negative scale slides, and the
+window is measured in the positions that the KV cache gives to its kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import tvm_ffi
+from tvm import ir, target, tirx
+from tvm.relax.frontend.nn.llm import kv_cache as tvm_kv_cache
+
+from mlcbuild.models.structure import Structure
+
+_NO_SCALING: Mapping[str, Any] = {}  # the kernels' own rotary embedding is not used
+
+
+def kernels(structure: Structure, dtype: str, device: target.Target) -> tuple[Any, Any, Any]:
+    """Attention among new tokens, of new tokens over cached pages, and of one new token per sequence over these."""
+    s = structure
+    heads, kv_heads, dim = s.num_attention_heads, s.num_key_value_heads, s.head_dim
+    ragged = tvm_kv_cache._attention_prefill_ragged(kv_heads, heads, dim, dim, dtype, _NO_SCALING, device)
+    prefill = tvm_kv_cache._attention_prefill(kv_heads, heads, dim, dtype, False, _NO_SCALING, device)
+    decode = tvm_kv_cache._attention_decode(kv_heads, heads, dim, dtype, False, _NO_SCALING, device)
+    return _changed(ragged, s), _changed(prefill, s), _changed(decode, s)
+
+
+def _changed(function: Any, structure: Structure) -> Any:
+    """The kernel with the structure's window and soft cap; the same one where there is neither."""
+    window, cap = structure.sliding_window_size, structure.attn_logit_softcapping
+    if cap is not None:
+        function = _capped(function, cap)
+    return function if window is None else _sliding(function, window)
+
+
+def _capped(function: Any, cap: float) -> Any:
+    """Scores s, which are stored in powers of two, become cap * tanh(s / cap)."""
+
+    def store(node: Any) -> Any:
+        # Where sums of products go to the scores: `S_smem[i, j] = S_local[i, j]`, or `S_local[j] = t0[0]` in decode.
+        if (node.buffer.name, _loaded(node.value)) not in (("S_smem", "S_local"), ("S_local", "t0")):
+            return node
+        changes.append(node)
+        # tanh(x) = 1 - 2 / (exp(2 x) + 1); bounded above, because GPUs need not have an infinity.
+        power = tirx.exp2(tirx.min(node.value * _float(2 / cap), _float(100)))
+        capped = _float(cap * math.log2(math.e)) * (_float(1) - _float(2) / (power + _float(1)))
+        return tirx.BufferStore(node.buffer, capped, node.indices)
+
+    changes: list[Any] = []
+    body = _mapped(function.body, tirx.BufferStore, store)
+    assert len(changes) == 1, "TVM's attention kernels are not what they were"
+    return function.with_body(body)
+
+
+def _sliding(function: Any, window: int) -> Any:
+    """Rows of layers with a negative scale see keys that are less than `window` positions back; scales are positive."""
+    given = {str(param.name): param for param in function.params}
+    scale, pages = given["sm_scale"], "pages" in given
+    changes: list[Any] = []
+
+    def paged_distance(sequence: Any, row: Any, column: Any) -> Any:
+        return given["q_rope_position"][row] - (given["k_rope_pos_offset"][sequence] + column)
+
+    def distance(node: Any) -> Any:
+        """How many positions the row is after the key that an `if` is about; None for any other `if`."""
+        if "causal" not in given:  # decode: one row for each sequence
+            if not _is_score(node.then_case):
+                return None
+            sequence = _index(function.body, "page_table_indptr")
+            return paged_distance(sequence, sequence, node.condition.a)
+        found = _causal_limit(node.condition)
+        if found is None:
+            return None
+        column, limit = found
+        if not pages:  # keys and rows are tokens of the same call: the last key that a row sees is its own
+            return limit - 1 - column
+        sequence, starts = _index(limit, "q_indptr"), given["q_indptr"]
+        # Rows that only fill up a tile have no position.
+        row = tirx.min(starts[sequence] + _row(limit), starts[sequence + 1] - 1)
+        return paged_distance(sequence, row, column)
+
+    def condition(node: Any) -> Any:
+        back = distance(node)
+        if back is None:
+            return node
+        changes.append(node)
+        visible = tirx.any(scale >= _float(0), back < window)
+        return tirx.IfThenElse(tirx.all(node.condition, visible), node.then_case, node.else_case)
+
+    def magnitude(node: Any) -> Any:
+        value = _mapped(node.value, ir.Var, lambda var: tirx.abs(var) if var.same_as(scale) else var)
+        return tirx.BufferStore(node.buffer, value, node.indices)
+
+    body = _mapped(function.body, tirx.BufferStore, magnitude)
+    body = _mapped(body, tirx.IfThenElse, condition)
+    assert len(changes) == (2 if "causal" in given else 1), "TVM's attention kernels are not what they were"
+    return function.with_body(body)
+
+
+def _causal_limit(condition: Any) -> tuple[Any, Any] | None:
+    """(column, limit) of `column < limit` for causal rows, in a mask that asks whether they are; None elsewhere."""
+    calls = _nodes(condition, ir.Call)
+    limits = [call.args[1] for call in calls if len(call.args) == 3 and isinstance(call.args[1], tirx.LT)]
+    return (limits[0].a, limits[0].b) if limits else None
+
+
+def _row(limit: Any) -> Any:
+    """The row's number in its sequence, which a causal limit depends on."""
+    (row,) = {str(var.name): var for var in _nodes(limit, ir.Var) if str(var.name).startswith("row")}.values()
+    return row
+
+
+def _index(node: Any, buffer: str) -> Any:
+    """The variable that alone indexes the buffer of this name."""
+    loads = [load.indices[0] for load in _nodes(node, ir.TensorLoad) if load.source.name == buffer]
+    return next(index for index in loads if isinstance(index, ir.Var))
+
+
+def _is_score(statement: Any) -> bool:
+    """Decode's `S_local[j] = t0[0]`, capped or not."""
+    if not isinstance(statement, tirx.BufferStore) or statement.buffer.name != "S_local":
+        return False
+    return [load.source.name for load in _nodes(statement.value, ir.TensorLoad)] == ["t0"]
+
+
+def _loaded(value: Any) -> str | None:
+    return str(value.source.name) if isinstance(value, ir.TensorLoad) else None
+
+
+def _nodes(root: Any, of: Any) -> list[Any]:
+    found: list[Any] = []
+
+    def note(node: Any) -> Any:
+        found.append(node)
+        return node
+
+    _mapped(root, of, note)
+    return found
+
+
+def _mapped(root: Any, of: Any, change: Callable[[Any], Any]) -> Any:
+    """`root` with each node of this class changed, its parts first."""
+    return tvm_ffi.structural_map(root, [(of, change)])
+
+
+def _float(value: float) -> Any:
+    return tirx.const(value, "float32")

@@ -1,0 +1,125 @@
+"""Windows and soft caps in GPU attention, as WGSL on a software device, against NumPy in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from tvm import target
+
+from mlcbuild.compiler.gpu import attention
+from tests.support import llama, wgsl
+from tests.support.wgsl import Array
+
+pytestmark = pytest.mark.slow
+
+HEADS, KV_HEADS, DIM, PAGE, WINDOW, CAP = 4, 2, 32, 16, 12, 1.5
+SCALARS = {"causal": 0, "rotary_mode": 0, "rope_scale": 1, "rope_theta": 1}
+OFFSETS = ("q_indptr", "kv_indptr", "page_indptr", "page_values", "k_rope_pos_offset", "q_rope_position", "length_info", "pages")
+
+
+@pytest.fixture(scope="module")
+def kernels() -> dict[str, Any]:
+    model = llama.structure_of(llama.transformers_llama(head_dim=DIM))
+    structure = dataclasses.replace(model, sliding_window_size=WINDOW, attn_logit_softcapping=CAP)
+    device = target.Target(wgsl.TARGET)
+    with device:
+        made = attention.kernels(structure, "float32", device)
+    return dict(zip(("ragged", "prefill", "decode"), made, strict=True))
+
+
+def run(function: Any, arrays: dict[str, Array], scalars: dict[str, Any]) -> tuple[Array, Array]:
+    offsets = {f"{name}_elem_offset": 0 for name in OFFSETS}
+    found = wgsl.launch(function, 0, arrays, {**SCALARS, **offsets, **scalars})
+    return found["output"], found["lse"]
+
+
+def row(q: Array, k: Array, v: Array, scale: float) -> Array:
+    scores = CAP * np.tanh(k.astype(np.float64) @ q.astype(np.float64) * scale / CAP)
+    weights = np.exp(scores - scores.max())
+    return weights @ v.astype(np.float64) / weights.sum()
+
+
+@pytest.mark.parametrize("scale", [0.7, -0.7])
+def test_new_tokens(kernels: dict[str, Any], scale: float) -> None:
+    """A positive scale is that of a layer that does not slide."""
+    random, n = np.random.default_rng(0), 40
+    q = random.standard_normal((n, HEADS, DIM)).astype(np.float32)
+    k, v = (random.standard_normal((n, KV_HEADS, DIM)).astype(np.float32) for _ in range(2))
+    indptr = np.array([0, 9, n], np.int32)
+    arrays = {
+        **{"q": q, "k": k, "v": v, "q_indptr": indptr, "kv_indptr": indptr},
+        **{"q_rope_position": np.zeros(n, np.int32), "k_rope_pos_offset": np.zeros(2, np.int32)},
+        **{"output": np.zeros_like(q), "lse": np.zeros((n, HEADS), np.float32)},
+    }
+    sizes = {"batch_size": 2, "qo_len": n, "kv_len": n, "causal": 1, "sm_scale": scale}
+    got, _ = run(kernels["ragged"], arrays, sizes)
+    for i in range(n):
+        start = 0 if i < 9 else 9
+        seen = slice(max(start, i + 1 - WINDOW) if scale < 0 else start, i + 1)
+        for head in range(HEADS):
+            expected = row(q[i, head], k[seen, head // 2], v[seen, head // 2], abs(scale))
+            assert np.abs(got[i, head] - expected).max() < 1e-5
+
+
+def cache(random: np.random.Generator) -> dict[str, Array]:
+    """Two sequences: 45 tokens from position 30 on, and 3 from 0 on."""
+    return {
+        "pages": random.standard_normal((6, 2, KV_HEADS, PAGE, DIM)).astype(np.float32),
+        "page_indptr": np.array([0, 3, 4], np.int32),
+        "page_values": np.array([4, 1, 5, 2], np.int32),
+        "length_info": np.array([13, 3], np.int32),
+        "k_rope_pos_offset": np.array([30, 0], np.int32),
+    }
+
+
+def visible(arrays: dict[str, Array], b: int, position: int, scale: float) -> tuple[Array, Array] | None:
+    """Keys and values [n, kv_heads, dim] that a row at `position` sees."""
+    values = arrays["page_values"][arrays["page_indptr"][b] : arrays["page_indptr"][b + 1]]
+    length, start = (45, 3)[b], int(arrays["k_rope_pos_offset"][b])
+    first = max(0, position - WINDOW + 1 - start) if scale < 0 else 0
+    if first >= length:
+        return None
+    slots = [(values[p // PAGE], p % PAGE) for p in range(first, length)]
+    k, v = (np.stack([arrays["pages"][page, side, :, slot] for page, slot in slots]) for side in (0, 1))
+    return k, v
+
+
+@pytest.mark.parametrize("scale", [0.7, -0.7])
+def test_new_tokens_over_cached_pages(kernels: dict[str, Any], scale: float) -> None:
+    random, n = np.random.default_rng(1), 20
+    q = random.standard_normal((n, HEADS, DIM)).astype(np.float32)
+    positions = np.concatenate([75 + np.arange(15), 3 + np.arange(5)]).astype(np.int32)
+    arrays = cache(random) | {"q": q, "q_indptr": np.array([0, 15, n], np.int32), "q_rope_position": positions}
+    arrays |= {"output": np.zeros_like(q), "lse": np.zeros((n, HEADS), np.float32)}
+    sizes = {"batch_size": 2, "total_len": n, "nnz_pages": 4, "max_num_pages": 6, "sm_scale": scale}
+    got, lse = run(kernels["prefill"], arrays, sizes)
+    for i in range(n):
+        seen = visible(arrays, int(i >= 15), int(positions[i]), scale)
+        for head in range(HEADS):
+            if seen is None:
+                assert lse[i, head] < -4e4  # counts for nothing where both attentions are merged
+                continue
+            expected = row(q[i, head], seen[0][:, head // 2], seen[1][:, head // 2], abs(scale))
+            assert np.abs(got[i, head] - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("scale", [0.7, -0.7])
+def test_one_token_over_cached_pages(kernels: dict[str, Any], scale: float) -> None:
+    random = np.random.default_rng(2)
+    q = random.standard_normal((2, HEADS, DIM)).astype(np.float32)
+    made = cache(random)
+    positions = np.array([74, 2], np.int32)  # their own keys are in the cache
+    arrays = made | {"Q": q, "q_rope_position": positions, "output": np.zeros_like(q)}
+    arrays |= {"page_table_indptr": made["page_indptr"], "page_table_values": made["page_values"]}
+    arrays |= {"lse": np.zeros((2, HEADS), np.float32)}
+    sizes = {"B": 2, "nnz_pages": 4, "max_num_pages": 6, "sm_scale": scale}
+    got, _ = run(kernels["decode"], arrays, sizes)
+    for b in range(2):
+        seen = visible(arrays, b, int(positions[b]), scale)
+        assert seen is not None
+        for head in range(HEADS):
+            expected = row(q[b, head], seen[0][:, head // 2], seen[1][:, head // 2], abs(scale))
+            assert np.abs(got[b, head] - expected).max() < 1e-5

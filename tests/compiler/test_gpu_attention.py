@@ -9,15 +9,27 @@ import numpy as np
 import pytest
 from tvm import target
 
-from mlcbuild.compiler.gpu import attention
+from mlcbuild.compiler.gpu import attention, lower
+from mlcbuild.models.architecture import resolve
+from tests.architectures.cases import CASES
 from tests.support import llama, wgsl
 from tests.support.wgsl import Array
 
 pytestmark = pytest.mark.slow
 
 HEADS, KV_HEADS, DIM, PAGE, WINDOW, CAP = 4, 2, 32, 16, 12, 1.5
+HOST = {"kind": "llvm", "mtriple": "x86_64-linux-gnu"}
 SCALARS = {"causal": 0, "rotary_mode": 0, "rope_scale": 1, "rope_theta": 1}
-OFFSETS = ("q_indptr", "kv_indptr", "page_indptr", "page_values", "k_rope_pos_offset", "q_rope_position", "length_info", "pages")
+OFFSETS = (
+    "q_indptr",
+    "kv_indptr",
+    "page_indptr",
+    "page_values",
+    "k_rope_pos_offset",
+    "q_rope_position",
+    "length_info",
+    "pages",
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +51,8 @@ def run(function: Any, arrays: dict[str, Array], scalars: dict[str, Any]) -> tup
 def row(q: Array, k: Array, v: Array, scale: float) -> Array:
     scores = CAP * np.tanh(k.astype(np.float64) @ q.astype(np.float64) * scale / CAP)
     weights = np.exp(scores - scores.max())
-    return weights @ v.astype(np.float64) / weights.sum()
+    out: Array = weights @ v.astype(np.float64) / weights.sum()
+    return out
 
 
 @pytest.mark.parametrize("scale", [0.7, -0.7])
@@ -123,3 +136,16 @@ def test_one_token_over_cached_pages(kernels: dict[str, Any], scale: float) -> N
         for head in range(HEADS):
             expected = row(q[b, head], seen[0][:, head // 2], seen[1][:, head // 2], abs(scale))
             assert np.abs(got[b, head] - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "phi"])
+def test_decoders_with_these_choices_become_gpu_libraries(name: str) -> None:
+    """Caps of scores and logits, windows, a second theta, norms of heads, biases of the head."""
+    from transformers import AutoConfig
+
+    given = {**CASES[name].config, "hidden_size": 128}  # heads of 32
+    config = AutoConfig.for_model(given.pop("model_type"), **given).to_dict()
+    structure = resolve(llama.architecture(name), config, {"context_window_size": 64, "max_batch_size": 2})
+    module = lower.lower(structure, llama.QUANTIZATIONS["q4f16_1"], "q4f16_1", {**wgsl.TARGET, "host": HOST})
+    names = {variable.name_hint for variable in module.get_global_vars()}
+    assert {"create_tir_paged_kv_cache", "attention_prefill", "attention_decode"} <= names

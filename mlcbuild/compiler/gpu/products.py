@@ -13,7 +13,9 @@ from mlcbuild.recipes.types import Weights
 
 PRODUCT = "product"  # the block that schedules.py looks for
 STEP = "mlcbuild.step"  # attribute: how many neighbouring columns of the matrix one storage word holds
-FUSIBLE = 4  # relax's OpPatternKind: element-wise operations that follow may become part of the function
+# relax's OpPatternKind. Fusible: element-wise operations that follow may become part of the function. The vocabulary's
+# matrix is not: its rows are symbolic, and a fused function would have that symbol twice.
+FUSIBLE, OPAQUE = 4, 8
 # A part's name, its shape, with a name where a dimension is symbolic, and its dtype.
 Part = tuple[str, tuple[int | str, ...], str]
 
@@ -50,7 +52,8 @@ def linear(
         total = result
         result = te.compute((n, height), lambda i, j: total[i, j].astype(out_dtype), name="narrow")
     function = private([x, *given.values(), result])
-    return function.with_attr("op_pattern", FUSIBLE).with_attr(STEP, formats.words(weights))
+    pattern = OPAQUE if isinstance(rows, str) else FUSIBLE
+    return function.with_attr("op_pattern", pattern).with_attr(STEP, formats.words(weights))
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""What mlcbuild supports, as tables in README.md and docs/supported.md, made from the files in recipes/.
+"""What mlcbuild supports, as tables in README.md, docs/supported.md and docs/architectures.md, made from recipes/.
 
 python scripts/supported.py            # write the tables
 python scripts/supported.py --check    # exit with 1 where they are not what the files say
@@ -15,11 +15,15 @@ from typing import Any
 import yaml
 
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.models.fields import CHOICES, NUMBERS
 from mlcbuild.recipes.load import load
 from mlcbuild.recipes.types import Catalog, Quantization, Target
 
 COMMAND = "python scripts/supported.py"
 BEGIN, END = "<!-- supported: begin -->", "<!-- supported: end -->"
+_CHOSEN = (*CHOICES, *NUMBERS, "rotary_dim", "sliding_window_size", "layer_types", "max_position_embeddings")
+
+_TESTED = {"transformers": "transformers", "reference": "a reference of the tests", None: "–"}
 
 _PAGE = f"""# What is supported
 
@@ -31,7 +35,7 @@ Made by `{COMMAND}` from the files in `recipes/`; the text between the two marks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write or check both tables; the exit status."""
+    """Write or check the tables; the exit status."""
     parser = argparse.ArgumentParser(COMMAND, description="Bring the tables of what is supported up to date.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a table is stale")
     parser.add_argument("--root", type=Path, default=Path(__file__).parents[1], help="the repository")
@@ -42,9 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         catalog = load(root)
         if not page.exists() and not options.check:
             page.write_text(_PAGE, encoding="utf-8")
+        explained = root / "docs" / "architectures.md"
         texts = {
             root / "README.md": _filled(root / "README.md", short(catalog)),
             page: _filled(page, long(catalog)),
+            explained: _filled(explained, architectures(catalog)),
         }
     except MlcBuildError as error:
         print(error, file=sys.stderr)
@@ -75,7 +81,6 @@ def short(catalog: Catalog) -> str:
 def long(catalog: Catalog) -> str:
     """A section for each kind, a row for each file."""
     sections: list[tuple[str, Callable[[Catalog], str]]] = [
-        ("Architectures", _architectures),
         ("Quantizations", _quantizations),
         ("Targets", _targets),
         ("Templates", _templates),
@@ -85,16 +90,32 @@ def long(catalog: Catalog) -> str:
     return "\n\n".join(f"## {title}\n\n{rows(catalog)}" for title, rows in sections)
 
 
-def _architectures(catalog: Catalog) -> str:
+def architectures(catalog: Catalog) -> str:
+    """A row for each architecture: what it computes, what it was compared with, what it can be packed in."""
     rows = []
     for name, architecture in catalog.architectures.items():
-        decoder: Mapping[str, Any] = architecture.data.get("decoder", {})
-        kind = {"kind": architecture.data.get("kind")} if "kind" in architecture.data else {}
-        shown = {**kind, **{key: value for key, value in decoder.items() if isinstance(value, str)}}
-        choices = ", ".join(f"{key} {value}" for key, value in shown.items())
-        scaling = ", ".join(map(_code, decoder.get("rope_scaling", ()))) or "–"
-        rows.append((_code(name), ", ".join(map(_code, architecture.match["model_type"])), choices, scaling))
-    return _table(("architecture", "`model_type` in config.json", "decoder", "rope scaling"), rows)
+        data = architecture.data
+        types = ", ".join(map(_code, architecture.match["model_type"]))
+        rows.append((_code(name), types, _choices(data), _TESTED[data.get("tested_against")], _packed_in(data)))
+    heads = ("architecture", "`model_type` in config.json", "choices", "tested against", "quantizations")
+    return _table(heads, rows)
+
+
+def _choices(data: Mapping[str, Any]) -> str:
+    """What the file fixes, then what config.json decides."""
+    decoder = data.get("decoder", {})
+    fixed = [str(data["kind"])] if "kind" in data else []
+    fixed += [f"{key} {value}" for key, value in decoder.items() if isinstance(value, str | float | int)]
+    if "rope_scaling" in decoder:
+        fixed.append(f"rope scaling {'/'.join(decoder['rope_scaling'])}")
+    chosen = [field for field in data["config"] if field in _CHOSEN]
+    return "; ".join(filter(None, (", ".join(fixed), ", ".join(map(_code, chosen)))))
+
+
+def _packed_in(data: Mapping[str, Any]) -> str:
+    """AutoAWQ's own words cannot be put into another order."""
+    moved = any("convert" in rule and rule["role"].endswith("_proj") for rule in data["parameters"])
+    return "all but `q4f16_autoawq`" if moved else "all"
 
 
 def _quantizations(catalog: Catalog) -> str:

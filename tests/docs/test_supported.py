@@ -25,6 +25,7 @@ def repository(tmp_path: Path) -> Path:
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes", ignore=shutil.ignore_patterns("*.safetensors"))
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text(f"# A title\n\n{MARKS}\nThe end.\n")
+    (tmp_path / "docs" / "architectures.md").write_text(f"# Architectures\n\n{MARKS}")
     return tmp_path
 
 

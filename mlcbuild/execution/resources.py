@@ -19,8 +19,8 @@ from mlcbuild.cache.tree import matches
 from mlcbuild.graph import Graph, Step
 
 # Of these a machine has a number that does not depend on its size. A download waits for the network, not for a core.
-LIMITS = {"network": 4, "nvcc": 1, "macos": 1, "gpu": 1}
-TAGS = ("nvcc", "macos", "gpu")  # what not every machine has: tags of workers
+LIMITS = {"network": 4, "nvcc": 1}
+TAGS = ("nvcc",)  # what not every machine has: Dask resources of workers
 _SMALL = 200_000_000  # bytes of a checkpoint: below, a step's time is its start, and that uses one core
 _RESERVE = 0.9  # of the free memory
 
@@ -94,11 +94,8 @@ def needs(graph: Graph, name: str, cores: int) -> dict[str, int]:
 
 def tags(step: Step) -> tuple[str, ...]:
     """What the step needs that not every machine has."""
-    if step.kind != "library":
-        return ()
     device = step.fields.get("device", {}).get("kind")
-    linker = step.fields.get("linker", {}).get("kind", "")
-    return tuple(tag for tag, needed in (("nvcc", device == "cuda"), ("macos", linker == "xcode")) if needed)
+    return ("nvcc",) if step.kind == "library" and device == "cuda" else ()
 
 
 def checkpoint_bytes(graph: Graph, name: str) -> int:

@@ -57,6 +57,17 @@ def start(folder: Path, gigabytes: int | None = None) -> Server:
     quota = ["--capacity", str(gigabytes)] if gigabytes else []
     storage = ["--storage", "file", "--bucket", f"{folder}/objects/", "--trash-days", "0", *quota]
     subprocess.run([juicefs, "format", *storage, meta, "test"], check=True, capture_output=True)
+    return _gateway(folder)
+
+
+def start_again(server: Server) -> Server:
+    """The same content after the server was stopped or killed, at another port."""
+    return _gateway(server.folder)
+
+
+def _gateway(folder: Path) -> Server:
+    juicefs, meta = program(), f"sqlite3://{folder}/meta.db"
+    assert juicefs is not None
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

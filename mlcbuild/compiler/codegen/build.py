@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlcbuild.compiler.codegen import archive, cuda, rocm
+from mlcbuild.compiler.codegen import archive, check, cuda, rocm
 from mlcbuild.compiler.linkers import zig_link
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.recipes.types import Linker
@@ -38,6 +38,8 @@ def build(lowered: Path, wanted: Wanted, output: Path, scratch: Path, dump: Path
     import tvm_ffi
     from tvm import ir, relax, target, transform
 
+    from mlcbuild.compiler.codegen.prefix import with_prefix
+
     compiled: list[bytes] = []
     if tools is not None:
 
@@ -59,7 +61,7 @@ def build(lowered: Path, wanted: Wanted, output: Path, scratch: Path, dump: Path
 
     module = ir.load_json(lowered.read_text(encoding="utf-8"))
     if wanted.prefix:
-        module = module.with_attr("system_lib_prefix", wanted.prefix)
+        module = with_prefix(module, wanted.prefix)
     both = target.Target({**wanted.device, "host": dict(wanted.host)})
     # Common subexpressions across TIR leave dangling variables in host code (docs/tvm.md).
     with both, transform.PassContext(opt_level=3, config={"tirx.disable_cse_tir": True}):
@@ -72,6 +74,7 @@ def build(lowered: Path, wanted: Wanted, output: Path, scratch: Path, dump: Path
             f"TVM did not compile the {kind} kernels: its library for {kind} does not load here, "
             "and the result would hold source instead of machine code"
         )
+    check.check(output, wanted.host["mtriple"], [str(scratch), str(Path.home()) + "/"])
 
 
 def _linker(wanted: Wanted, scratch: Path) -> Any:
@@ -80,7 +83,7 @@ def _linker(wanted: Wanted, scratch: Path) -> Any:
     def link(path: str, objects: list[str], options: object = None, **_: object) -> None:
         files = [Path(name) for name in objects]
         if wanted.linker.kind == "tar":
-            archive.write_tar(files, Path(path))
+            archive.write_tar(files, Path(path), wanted.prefix)
         else:
             zig_link(files, Path(path), wanted.linker.target, wanted.linker, scratch)
 

@@ -15,6 +15,7 @@ from mlcbuild.compiler.gpu.device import Device, device_of
 from mlcbuild.compiler.gpu.operations import operations
 from mlcbuild.compiler.pipeline import Passes
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.models.kinds import DECODER
 from mlcbuild.models.structure import Structure
 from mlcbuild.recipes.types import Quantization
 
@@ -34,7 +35,8 @@ def lower(
     Raises MlcBuildError for a structure or a format that GPU kernels do not have.
     """
     device = device_of(target_of)
-    kv_cache.check(structure)
+    if structure.kind == DECODER:
+        kv_cache.check(structure)
     if quantization.model_dtype == "bfloat16" and device.kind in _NO_BFLOAT16:
         raise MlcBuildError(
             f"quantization {name}: its model dtype is bfloat16, which {device.kind} does not have; "

@@ -1,0 +1,73 @@
+"""Lowering for GPUs: what is refused, and that every kernel of a whole model is valid WGSL."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlcbuild.compiler.gpu import lower
+from mlcbuild.errors import MlcBuildError
+from mlcbuild.models.architecture import resolve
+from mlcbuild.models.structure import Structure
+from tests.support import llama, wgsl
+
+CONFIG = Path(__file__).parents[2] / "recipes" / "models" / "stories" / "config.json"
+METAL = {"kind": "metal", "max_threads_per_block": 256, "max_shared_memory_per_block": 32768, "thread_warp_size": 1}
+
+
+@pytest.fixture(scope="module")
+def stories() -> Structure:
+    return replace(resolve(llama.architecture(), json.loads(CONFIG.read_text()), {}), vocab_size=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"head_dim": 16}, "head_dim is 16: GPU attention takes multiples of 4 from 32 to 256"),
+        ({"num_experts": 8}, "num_experts is 8: GPU libraries do not have that yet"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads 4: GPU attention needs a whole number of query heads"),
+    ],
+)
+def test_what_the_kernels_lack_is_named(stories: Structure, changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(MlcBuildError, match=problem):
+        lower.lower(replace(stories, **changes), llama.QUANTIZATIONS["q4f16_1"], "q4f16_1", METAL)
+
+
+@pytest.mark.parametrize(
+    ("target", "quantization", "problem"),
+    [
+        (METAL, "q4bf16_1", "its model dtype is bfloat16, which metal does not have"),
+        (wgsl.TARGET, "q8f16_0", "is uint8, which WGSL does not have; use a format with storage_dtype uint32"),
+    ],
+)
+def test_formats_that_a_device_cannot_read(
+    stories: Structure, target: dict[str, Any], quantization: str, problem: str
+) -> None:
+    with pytest.raises(MlcBuildError, match=problem):
+        lower.lower(stories, llama.QUANTIZATIONS[quantization], quantization, target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["q0f32", "q4f16_1"])
+def test_every_kernel_of_a_model_is_valid_wgsl(stories: Structure, quantization: str) -> None:
+    import tvm
+    from tvm import relax, target, transform
+
+    module = lower.lower(stories, llama.QUANTIZATIONS[quantization], quantization, wgsl.TARGET)
+    both = target.Target(wgsl.TARGET, host={"kind": "llvm", "mtriple": "x86_64-linux-gnu"})
+    with both, transform.PassContext(config={"tirx.disable_cse_tir": True}):
+        built = relax.build(module, target=both, relax_pipeline=None)
+    names = []
+    waiting: list[tvm.runtime.Module] = [built.mod]
+    while waiting:
+        each = waiting.pop()
+        waiting += list(each.imports)
+        if each.kind == "webgpu":
+            for kernel in wgsl.split(each.inspect_source()):
+                kernel.validate()
+                names.append(kernel.name)
+    assert {"attention_prefill_kernel", "attention_decode_kernel", "linear_kernel_2"} <= set(names)

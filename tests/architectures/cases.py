@@ -104,10 +104,12 @@ RWKV: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 RWKV5 = {"model_type": "rwkv5", "model_version": "5_2", "head_size": rwkv.HEAD, "head_size_divisor": 8, **RWKV}
+RWKV6 = {"model_type": "rwkv6", "head_size": rwkv.HEAD, **RWKV}
+NO_WINDOW = {"context_window_size": -1}
 CASES: dict[str, Case] = {
-    "rwkv": Case("rwkv", {"model_type": "rwkv", "attention_hidden_size": 64, "context_length": 64, **RWKV}),
-    "rwkv5": Case("rwkv5", RWKV5, rwkv.shapes_5, rwkv.logits_5),
-    "rwkv6": Case("rwkv6", {"model_type": "rwkv6", "head_size": rwkv.HEAD, **RWKV}, rwkv.shapes_6, rwkv.logits_6),
+    "rwkv": Case("rwkv", {"model_type": "rwkv", "context_length": 64, **RWKV}, overrides=NO_WINDOW),
+    "rwkv5": Case("rwkv5", RWKV5, rwkv.shapes_5, rwkv.logits_5, NO_WINDOW),
+    "rwkv6": Case("rwkv6", RWKV6, rwkv.shapes_6, rwkv.logits_6, NO_WINDOW),
     "llama": like_llama("llama"),
     "qwen2": like_llama("qwen2"),
     "qwen2-tied": like_llama("qwen2", tie_word_embeddings=True),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.architecture import resolve
 from mlcbuild.models.parameters import parameters
 from mlcbuild.quantization.dequantize import dequantized
@@ -19,6 +20,8 @@ from mlcbuild.runtime.library import Library, Network
 from mlcbuild.runtime.model import Model
 from mlcbuild.steps import convert, quantize
 from mlcbuild.steps.job import local_job
+from tests.compiler.built import Built as BuiltLlama
+from tests.runtime.conftest import byte_level_tokenizer
 from tests.support import llama
 from tests.support.llama import Array
 
@@ -67,14 +70,30 @@ def error(got: Array, expected: Array) -> float:
     return float(np.abs(got - expected).max() / expected.std())
 
 
+def transformers_qwen3() -> Any:
+    """A seeded random Qwen3Model in float32, as Qwen3-Embedding is saved: without a head, names without `model.`."""
+    import torch
+    from transformers import Qwen3Config, Qwen3Model
+
+    torch.manual_seed(0)
+    sizes = {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True, "initializer_range": 0.1}
+    model = Qwen3Model(Qwen3Config(**{**SIZES, **sizes, "vocab_size": 300})).eval().float()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
 class Built:
     """A checkpoint through the real steps, its library, and transformers on the weights that it stands for."""
 
-    def __init__(self, folder: Path, quantization: str, batch: int = 1, **changes: Any) -> None:
-        self.reference = transformers_bert(**changes)
+    def __init__(
+        self, folder: Path, quantization: str, reference: Any, architecture: str = "bert", **overrides: int
+    ) -> None:
+        self.reference = reference
         self.reference.save_pretrained(folder / "checkpoint")
         config = json.loads((folder / "checkpoint" / "config.json").read_text())
-        self.structure = resolve(llama.architecture("bert"), config, {"max_batch_size": batch})
+        self.structure = resolve(llama.architecture(architecture), config, {"max_batch_size": 1, **overrides})
         form = llama.QUANTIZATIONS[quantization]
         fields = {"structure": self.structure.to_json(), "quantization": dataclasses.asdict(form)}
         job = local_job({"checkpoint": folder / "checkpoint"}, fields, folder / "convert")
@@ -90,14 +109,18 @@ class Built:
 
         state = self.reference.state_dict()
         for parameter in parameters(self.structure):
-            parts = np.split(values[parameter.name], len(parameter.sources))
-            state |= {name: torch.tensor(np.array(part)) for name, part in zip(parameter.sources, parts, strict=True)}
+            start = 0
+            for source in parameter.sources:
+                name = source.removeprefix("model.")
+                end = start + len(state[name])
+                state[name] = torch.tensor(np.array(values[parameter.name][start:end]))
+                start = end
         self.reference.load_state_dict(state)
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    return Built(tmp_path_factory.mktemp("bert"), "q0f32", batch=2)
+    return Built(tmp_path_factory.mktemp("bert"), "q0f32", transformers_bert(), max_batch_size=2)
 
 
 def test_hidden_states_agree(built: Built) -> None:
@@ -108,14 +131,14 @@ def test_hidden_states_agree(built: Built) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu", "silu"])
 def test_they_agree_quantized_with_every_activation(tmp_path: Path, activation: str) -> None:
-    built = Built(tmp_path, "q4f32_1", hidden_act=activation)
+    built = Built(tmp_path, "q4f32_1", transformers_bert(hidden_act=activation))
     assert error(built.model.hidden_states(IDS), hidden_states(built.reference, IDS)) < 1e-4
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["q0f16", "q0bf16", "q4f16_1"])
 def test_they_agree_in_16_bits(tmp_path: Path, quantization: str) -> None:
-    built = Built(tmp_path, quantization)
+    built = Built(tmp_path, quantization, transformers_bert())
     error_ = built.model.hidden_states(IDS) - hidden_states(built.reference, IDS)
     assert np.abs(error_).max() < (0.2 if "bf16" in quantization else 0.02)
     assert np.abs(error_).mean() < (0.01 if "bf16" in quantization else 0.002)
@@ -157,6 +180,35 @@ def test_the_contract_is_mlcs(built: Built) -> None:
     ]
     assert names[5:7] == ["encoder.layer.0.attention.self.qkv.weight", "encoder.layer.0.attention.self.qkv.bias"]
     assert not built.model.network.library.has("decode")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["q0f32", "q4f32_1"])
+def test_a_decoder_makes_vectors_too(tmp_path: Path, quantization: str) -> None:
+    """Qwen3-Embedding: hidden states in chunks, an end of text behind each text, its last token's vector."""
+    built = Built(tmp_path, quantization, transformers_qwen3(), "qwen3-embedding", prefill_chunk_size=24)
+    assert error(built.model.hidden_states(IDS), hidden_states(built.reference, IDS)) < 1e-4
+    library = built.model.network.library
+    metadata = json.loads(str(library["_metadata"]()))
+    told = {"model_type": "decoder", "pooling_strategy": "last", "normalize": True}
+    assert metadata["embedding_metadata"] == told and metadata["model_task"] == "embedding"
+    assert metadata["model_type"] == "qwen3-embedding" and metadata["kv_state_kind"] == "kv_cache"
+    assert library.has("batch_prefill_to_last_hidden_states") and not library.has("prefill")
+    byte_level_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    model = Model(built.model.network, {"eos_token_id": 2}, tmp_path)
+    ids = model.text_ids("a cup")
+    assert ids == [*model.tokenizer.encode("a cup"), 2]
+    last = hidden_states(built.reference, ids)[-1]
+    np.testing.assert_allclose(model.embed(["a cup"])[0], last / np.linalg.norm(last), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_model_that_writes_has_hidden_states_but_no_vectors(tmp_path: Path) -> None:
+    built = BuiltLlama(tmp_path, "q0f32", {}, prefill_chunk_size=24)
+    model = Model(built.network, {})
+    assert error(model.hidden_states(IDS), hidden_states(built.reference.model, IDS)) < 1e-4
+    with pytest.raises(MlcBuildError, match="which says how hidden states become the vector of a text"):
+        model.embed(["a"])
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,6 @@ def check(structure: Structure) -> None:
     s = structure
     if s.head_dim % 4 or not 32 <= s.head_dim <= 256:
         raise MlcBuildError(f"head_dim is {s.head_dim}: GPU attention takes multiples of 4 from 32 to 256")
-    if s.num_experts:
-        raise MlcBuildError(f"num_experts is {s.num_experts}: GPU libraries do not have that yet; build for a CPU")
     if s.num_attention_heads % s.num_key_value_heads:
         raise MlcBuildError(
             f"num_attention_heads is {s.num_attention_heads}, num_key_value_heads {s.num_key_value_heads}: "

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from tvm import relax, tirx
+from tvm import relax, sym, tirx
 
-from mlcbuild.compiler.gpu import products, rows, softmax
+from mlcbuild.compiler.gpu import experts, products, rows, softmax
 from mlcbuild.compiler.gpu import rope as rotary_embedding
 from mlcbuild.compiler.gpu.device import Device
 from mlcbuild.compiler.gpu.script import quick
-from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.operations import Expr, Operations
 from mlcbuild.models.rope import Frequencies, Rotary
 from mlcbuild.models.weights import Weight
@@ -62,8 +61,24 @@ def operations(builder: relax.BlockBuilder, dtype: str, device: Device) -> Opera
         function = rotary_embedding.rope(*heads, int(qkv.ty.shape[2]), rotary, dtype)
         return call(function, "rope", [qkv, positions, relax.const(frequencies)], list(qkv.ty.shape), dtype)
 
-    def no_experts(*_: Any) -> Any:
-        raise MlcBuildError("num_experts: GPU libraries do not have mixtures of experts yet; build for a CPU")
+    def choose_experts(logits: Expr, count: int, normalised: bool, scale: float) -> tuple[Expr, Expr]:
+        n, number = logits.ty.shape
+        kernel = builder.add_func(experts.choose(int(number), count, normalised, scale), "choose_experts")
+        types = [relax.TensorType([n, count], each) for each in ("int32", "float32")]
+        both = builder.emit(relax.call_tir(kernel, [logits], out_ty=types))
+        return builder.emit(relax.TupleGetItem(both, 0)), builder.emit(relax.TupleGetItem(both, 1))
+
+    def expert_linear(x: Expr, chosen: Expr, weight: Weight) -> Expr:
+        (n, count), (rows_of_x, in_features) = chosen.ty.shape, x.ty.shape
+        each = not sym.Analyzer().can_prove_equal(rows_of_x, n)
+        function = experts.linear(
+            *(_parts(weight), weight.packing, int(weight.rows), int(in_features), int(count), each, dtype)
+        )
+        return call(function, "experts", [x, chosen, *weight.parts.values()], [n * count, weight.rows], dtype)
+
+    def weighted_sum(x: Expr, share: Expr) -> Expr:
+        (n, count), width = share.ty.shape, x.ty.shape[1]
+        return call(experts.weighted_sum(int(count), int(width), dtype), "weighted_sum", [x, share], [n, width], dtype)
 
     def softmax_with_temperature(logits: Expr, temperature: Expr) -> Expr:
         b, v = logits.ty.shape
@@ -87,9 +102,9 @@ def operations(builder: relax.BlockBuilder, dtype: str, device: Device) -> Opera
         activation=activation,
         norm_heads=norm_heads,
         rope=rope,
-        choose_experts=no_experts,
-        expert_linear=no_experts,
-        weighted_sum=no_experts,
+        choose_experts=choose_experts,
+        expert_linear=expert_linear,
+        weighted_sum=weighted_sum,
         softmax=softmax_with_temperature,
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 from tvm import IRModule, s_tir, tirx
 from tvm.s_tir import dlight
 
-from mlcbuild.compiler.gpu import metal
+from mlcbuild.compiler.gpu import experts, metal
 from mlcbuild.compiler.gpu.device import Device
 from mlcbuild.compiler.gpu.few_rows import few_rows
 from mlcbuild.compiler.gpu.products import PRODUCT, STEP
@@ -25,8 +25,12 @@ def schedule(module: IRModule, device: Device) -> IRModule:
     """The module with every TIR function scheduled for the current target, which is `device`."""
     module = _narrow(module)
     for gv, function in module.functions_items():
-        if isinstance(function, tirx.PrimFunc) and not _scheduled(function) and _product(function) is not None:
+        if not isinstance(function, tirx.PrimFunc) or _scheduled(function):
+            continue
+        if _product(function) is not None:
             module[gv] = _linear(function, device)
+        elif _product(function, experts.PRODUCT) is not None:
+            module[gv] = experts.schedule(function, device)
     rules = dlight.gpu.Reduction(), dlight.gpu.GeneralReduction(), dlight.gpu.Fallback()
     return dlight.ApplyDefaultSchedule(*rules)(module)
 
@@ -44,11 +48,11 @@ def _scheduled(function: tirx.PrimFunc) -> bool:
     return function.attrs is not None and bool(function.attrs.get("tirx.is_scheduled", False))
 
 
-def _product(function: tirx.PrimFunc) -> Any:
-    """The block of a matrix product, or None."""
+def _product(function: tirx.PrimFunc, name: str = PRODUCT) -> Any:
+    """The block of that name, which is a matrix product's, or None."""
     sch = s_tir.Schedule(function)
     blocks = [sch.get(block) for block in sch.get_child_blocks(sch.get_sblock("root"))]
-    return next((block for block in blocks if block.name_hint == PRODUCT), None)
+    return next((block for block in blocks if block.name_hint == name), None)
 
 
 def _linear(function: tirx.PrimFunc, device: Device) -> tirx.PrimFunc:

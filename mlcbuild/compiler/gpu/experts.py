@@ -1,0 +1,153 @@
+"""Mixtures of experts on GPUs. Arithmetic is float32.
+
+A product reads, for each token and each of its choices, the chosen expert's matrix: right for decoding, which is bound
+by reading those; a prefill reads an expert's matrix once for every row that chose it, out of the caches.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from tvm import s_tir, te, tirx
+from tvm.script import tirx as T
+
+from mlcbuild.compiler.gpu import formats
+from mlcbuild.compiler.gpu.device import Device
+from mlcbuild.compiler.gpu.products import STEP, Part
+from mlcbuild.compiler.gpu.rows import int64, private, widened
+from mlcbuild.compiler.gpu.script import quick
+from mlcbuild.recipes.types import Weights
+
+PRODUCT = "product_of_experts"  # the block that schedules.py looks for
+_THREADS = 64  # of a block, each of which chooses for one token
+_UNROLL = 64
+_OPAQUE = 8  # relax's OpPatternKind: nothing is fused with it, so that `schedule` finds what it knows
+
+
+@functools.cache
+def choose(experts: int, count: int, normalised: bool, scale: float) -> Any:
+    """logits [n, experts] float32 -> chosen [n, count] int32, share [n, count] float32."""
+    with quick():
+
+        @T.prim_func(s_tir=True, private=True)
+        def choose_experts(var_logits: T.handle, var_chosen: T.handle, var_share: T.handle):
+            T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True, "op_pattern": 8})
+            n = T.int32()
+            logits = T.match_buffer(var_logits, (n, experts), "float32")
+            chosen = T.match_buffer(var_chosen, (n, count), "int32")
+            share = T.match_buffer(var_share, (n, count), "float32")
+            for bx in T.thread_binding((n + _THREADS - 1) // _THREADS, thread="blockIdx.x"):
+                for tx in T.thread_binding(_THREADS, thread="threadIdx.x"):
+                    with T.sblock("choose"):
+                        T.reads()
+                        T.writes()
+                        best = T.sblock_alloc_buffer((1,), "int32", scope="local")
+                        taken = T.sblock_alloc_buffer((1,), "int32", scope="local")
+                        total = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                        row: T.let[T.int32] = bx * _THREADS + tx
+                        if row < n:
+                            for i in range(count):
+                                best[0] = -1
+                                for e in range(experts):
+                                    taken[0] = 0
+                                    for j in range(i):
+                                        if chosen[row, j] == e:
+                                            taken[0] = 1
+                                    if taken[0] == 0:
+                                        if best[0] < 0:
+                                            best[0] = e
+                                        else:
+                                            if logits[row, e] > logits[row, best[0]]:
+                                                best[0] = e
+                                chosen[row, i] = best[0]
+                            total[0] = T.float32(0)
+                            if normalised:
+                                for i in range(count):
+                                    total[0] += T.exp(logits[row, chosen[row, i]] - logits[row, chosen[row, 0]])
+                            else:
+                                for e in range(experts):
+                                    total[0] += T.exp(logits[row, e] - logits[row, chosen[row, 0]])
+                            for i in range(count):
+                                share[row, i] = (
+                                    T.exp(logits[row, chosen[row, i]] - logits[row, chosen[row, 0]])
+                                    * T.float32(scale)
+                                    / total[0]
+                                )
+
+    return choose_experts
+
+
+@functools.cache
+def linear(
+    parts: tuple[Part, ...], weights: Weights | None, rows: int, in_features: int, count: int, each: bool, dtype: str
+) -> Any:
+    """x, chosen [n, count], the parts of w [experts, rows, in_features] -> [n * count, rows] of the model dtype.
+
+    x has the model dtype, [n, in_features]; with `each`, a row of its own for every choice: [n * count, in_features].
+    """
+    n = tirx.Var("n", "int64")
+    pairs = n * int64(count)
+    x = te.placeholder((pairs if each else n, int64(in_features)), dtype, "x")
+    chosen = te.placeholder((n, int64(count)), "int32", "chosen")
+    given = {name: te.placeholder([int64(int(size)) for size in shape], of, name) for name, shape, of in parts}
+    k = te.reduce_axis((int64(0), int64(in_features)), "k")
+
+    def product(p: Any, j: Any) -> Any:
+        expert = chosen[p // count, p % count]
+        read = formats.element({name: _Of(part, expert) for name, part in given.items()}, weights, dtype)
+        return te.sum(widened(x[p if each else p // count, k]) * widened(read(j, k)), axis=k)
+
+    total = te.compute((pairs, int64(rows)), product, name=PRODUCT)
+    result = te.compute((pairs, int64(rows)), lambda p, j: total[p, j].astype(dtype), name="result")
+    function = private([x, chosen, *given.values(), result])
+    return function.with_attr("op_pattern", _OPAQUE).with_attr(STEP, formats.words(weights))
+
+
+def schedule(function: tirx.PrimFunc, device: Device) -> tirx.PrimFunc:
+    """`linear` with a block of threads for a few rows of an expert's matrix and one row of x.
+
+    `lanes` threads go along a row of the matrix together, a storage word each, and add up what they have. Blocks that
+    follow each other have other rows of x and the same ones of the matrices, which then come out of the caches.
+    """
+    sch = s_tir.Schedule(function)
+    product, result = sch.get_sblock(PRODUCT), sch.get_sblock("result")
+    p, j, k = sch.get_loops(product)
+    jo, jy = sch.split(j, [None, device.row_groups * device.rows])
+    ko, kx, ki = sch.split(k, [None, device.lanes, int(function.attrs[STEP])])
+    sch.reorder(p, jo, jy, kx, ko, ki)
+    sch.set_scope(product, 0, "shared")
+    sch.reverse_compute_at(result, jy, preserve_unit_loops=True)
+    for loop, thread in ((p, "blockIdx.x"), (jo, "blockIdx.y"), (jy, "threadIdx.y"), (kx, "threadIdx.x")):
+        sch.bind(loop, thread)
+    (*_, last) = sch.get_loops(result)
+    _, lane = sch.split(last, [None, device.lanes])
+    sch.bind(lane, "threadIdx.x")
+    sch.annotate(ko, "pragma_auto_unroll_max_step", _UNROLL)
+    sch.annotate(ko, "pragma_unroll_explicit", 1)
+    return sch.mod["main"].with_attr("tirx.is_scheduled", True)
+
+
+class _Of:
+    """One expert's part of a tensor: `part[n, k]` where formats.py has a matrix's own."""
+
+    def __init__(self, tensor: te.Tensor, expert: Any) -> None:
+        self._tensor, self._expert = tensor, expert
+
+    def __getitem__(self, index: Any) -> Any:
+        rest = index if isinstance(index, tuple) else (index,)
+        return self._tensor[(self._expert, *rest)]
+
+
+@functools.cache
+def weighted_sum(count: int, width: int, dtype: str) -> Any:
+    """x [n * count, width] of the model dtype, share [n, count] float32 -> [n, width]: rows times shares, added."""
+    n = tirx.Var("n", "int64")
+    x = te.placeholder((n * int64(count), int64(width)), dtype, "x")
+    share = te.placeholder((n, int64(count)), "float32", "share")
+
+    def total(i: Any, j: Any) -> Any:
+        terms = [widened(x[i * count + c, j]) * share[i, c] for c in range(count)]
+        return sum(terms[1:], terms[0]).astype(dtype)
+
+    return private([x, share, te.compute((n, int64(width)), total, name="weighted_sum")])

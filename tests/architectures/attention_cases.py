@@ -54,7 +54,7 @@ CASES: dict[str, Case] = {
     "llama-yarn": rope("yarn", factor=4.0, original_max_position_embeddings=32),
 }
 
-# What each choice changes: a case, and the fields of its structure without it.
+# What each choice changes: a case, and the fields of its structure without it; `roles` are parameters left out.
 WITHOUT: dict[str, tuple[str, dict[str, Any]]] = {
     "a window": ("mistral-16", {"sliding_window_size": None}),
     "layers that do not slide": ("gemma2-256-wide", {"layer_types": None}),
@@ -66,6 +66,9 @@ WITHOUT: dict[str, tuple[str, dict[str, Any]]] = {
     "neighbours": ("gptj", {"rope_pairing": "halves"}),
     "rotary embedding": ("stablelm", {"rope": "none"}),
     "clipping": ("olmo-clip", {"clip_qkv": None}),
+    "norms of heads": ("qwen3-96-wide", {"qk_norm": "none", "roles": ("q_norm", "k_norm")}),
+    "norms of each head": ("cohere-norms", {"qk_norm": "none", "roles": ("q_norm", "k_norm")}),
+    "norms of all heads": ("olmo2", {"qk_norm": "none", "roles": ("q_norm", "k_norm")}),
     "longrope": ("phi3-long", {"rope_scaling": None}),
     "short factors": ("phi3-short", {"context_window_size": 96}),
     "linear": ("llama-linear", {"rope_scaling": None}),

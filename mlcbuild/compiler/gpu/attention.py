@@ -92,13 +92,27 @@ def _sliding(function: Any, window: int) -> Any:
         visible = tirx.any(scale >= _float(0), back < window)
         return tirx.IfThenElse(tirx.all(node.condition, visible), node.then_case, node.else_case)
 
+    def loop(node: Any) -> Any:
+        """Decode's loop over tiles of keys, from the first tile that the row sees: it is bound by what it reads."""
+        tiles = node.extent
+        if not isinstance(tiles, tirx.FloorDiv) or not any(map(_is_length, _nodes(tiles, ir.TensorLoad))):
+            return node
+        loops.append(node)
+        sequence = _index(function.body, "page_table_indptr")
+        first = tirx.max(paged_distance(sequence, sequence, 0) - window + 1, 0) // tiles.b
+        first = tirx.if_then_else(scale < _float(0), first, 0)
+        body = _mapped(node.body, ir.Var, lambda var: var + first if var.same_as(node.loop_var) else var)
+        return tirx.For(node.loop_var, node.min, tirx.max(tiles - first, 0), node.kind, body)
+
     def magnitude(node: Any) -> Any:
         value = _mapped(node.value, ir.Var, lambda var: tirx.abs(var) if var.same_as(scale) else var)
         return tirx.BufferStore(node.buffer, value, node.indices)
 
     body = _mapped(function.body, tirx.BufferStore, magnitude)
     body = _mapped(body, tirx.IfThenElse, condition)
-    assert len(changes) == (2 if "causal" in given else 1), "TVM's attention kernels are not what they were"
+    loops: list[Any] = []
+    body = body if "causal" in given else _mapped(body, tirx.For, loop)
+    assert (len(changes), len(loops)) in ((2, 0), (1, 1)), "TVM's attention kernels are not what they were"
     return function.with_body(body)
 
 
@@ -119,6 +133,11 @@ def _index(node: Any, buffer: str) -> Any:
     """The variable that alone indexes the buffer of this name."""
     loads = [load.indices[0] for load in _nodes(node, ir.TensorLoad) if load.source.name == buffer]
     return next(index for index in loads if isinstance(index, ir.Var))
+
+
+def _is_length(load: Any) -> bool:
+    """How many keys a sequence has in the cache."""
+    return bool(load.source.name == "kv_chunk_len")
 
 
 def _is_score(statement: Any) -> bool:

@@ -10,7 +10,7 @@ from mlcbuild.errors import MlcBuildError
 from mlcbuild.models import unknown
 from mlcbuild.models.config import normalise
 from mlcbuild.models.expressions import evaluate, mentions
-from mlcbuild.models.fields import check, read, value_of
+from mlcbuild.models.fields import check, keys, lookup, read, value_of
 from mlcbuild.models.kinds import DECODER, ENCODER, filled
 from mlcbuild.models.structure import ParameterRule, Structure
 from mlcbuild.recipes.types import Architecture
@@ -87,13 +87,18 @@ def resolve(architecture: Architecture, config: Mapping[str, Any], overrides: Ma
 
 
 def model_config(architecture: Architecture, structure: Structure, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The `model_config` of mlc-chat-config.json: MLC's keys, in MLC's order."""
+    """The `model_config` of mlc-chat-config.json: MLC's keys, in MLC's order.
+
+    What config.json does not have either is left out.
+    """
     names = {field.name: getattr(structure, field.name) for field in fields(structure)}
     flat = normalise(config)
-    found = {
-        key: value_of(rule, flat, names) if isinstance(rule, Mapping) else evaluate(rule, names)
-        for key, rule in architecture.data["model_config"].items()
-    }
+    found = {}
+    for key, rule in architecture.data["model_config"].items():
+        if not isinstance(rule, Mapping):
+            found[key] = evaluate(rule, names)
+        elif "default" in rule or any(lookup(flat, name) is not None for name in keys(rule)):
+            found[key] = value_of(rule, flat, names)
     for key in ("position_embedding_base", "rope_theta"):
         theta = found.get(key)
         if isinstance(theta, float) and theta.is_integer():

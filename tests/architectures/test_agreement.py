@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mlcbuild.models.architecture import model_config, resolve
 from tests.architectures import attention_cases, cases
-from tests.architectures.agreement import IDS, Agreement, error, known_architectures
+from tests.architectures.agreement import IDS, Agreement, config_of, error, known_architectures
 
 CASES = {**cases.CASES, **attention_cases.CASES}
 QUICK = {("llama", "q0f32"), ("gemma", "q4f32_1")}  # the others take minutes together
@@ -34,3 +35,15 @@ def test_logits_agree(name: str, quantization: str, tmp_path: Path) -> None:
 def test_every_architecture_has_a_case() -> None:
     decoders = {name for name, each in known_architectures().items() if each.data.get("kind", "decoder") == "decoder"}
     assert {case.architecture for case in CASES.values()} >= decoders | {"rwkv", "rwkv5", "rwkv6"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_config_of_transformers_4_means_the_same(name: str, tmp_path: Path) -> None:
+    """The case says `rope_theta`; transformers 5 writes `rope_parameters`, and everything that was left out."""
+    case = CASES[name]
+    chosen = known_architectures()[case.architecture]
+    whole = resolve(chosen, config_of(case), {})
+    short = {key: value for key, value in config_of(case).items() if key != "rope_parameters"}
+    older = {"rope_theta": whole.rope_theta, "torch_dtype": "float16", **short, **case.config}
+    assert resolve(chosen, older, {}) == whole
+    assert set(model_config(chosen, whole, older)) >= {"vocab_size", "context_window_size", "prefill_chunk_size"}

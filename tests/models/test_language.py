@@ -1,0 +1,138 @@
+"""What an architecture file can say, and what is said where a config does not fit any."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from mlcbuild.errors import MlcBuildError
+from mlcbuild.models import architecture
+from mlcbuild.models.expressions import evaluate
+from mlcbuild.models.parameters import Parameter, parameters
+from mlcbuild.models.structure import Structure, from_json, from_library_json
+from mlcbuild.recipes.types import Architecture
+from tests.models.test_architecture import CONFIG
+from tests.support import llama
+
+GPT2: dict[str, Any] = {
+    "model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "vocab_size": 90,
+    "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+}  # fmt: skip
+
+
+def resolve(name: str, config: dict[str, Any], **overrides: int) -> Structure:
+    return architecture.resolve(llama.architecture(name), config, overrides)
+
+
+def changed(name: str, **parts: Any) -> Architecture:
+    """A stock architecture with other parts."""
+    found = llama.architecture(name)
+    return replace(found, data={**copy.deepcopy(dict(found.data)), **parts})
+
+
+def roles(structure: Structure) -> dict[str, Parameter]:
+    return {each.role: each for each in parameters(structure) if each.layer in (0, None)}
+
+
+def test_values_of_a_config_are_mapped() -> None:
+    assert resolve("gpt2", GPT2).activation == "gelu_tanh"
+    assert resolve("gpt2", {**GPT2, "activation_function": "relu"}).activation == "relu"
+    with pytest.raises(
+        MlcBuildError, match=r"activation_function is 'tanh', but this architecture computes only 'gelu_"
+    ):
+        resolve("gpt2", {**GPT2, "activation_function": "tanh"})
+
+
+def test_choices_follow_from_a_config() -> None:
+    config = {
+        "model_type": "gpt_neox", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 90,
+        "num_attention_heads": 4, "layer_norm_eps": 1e-5, "max_position_embeddings": 128, "rotary_pct": 0.25,
+    }  # fmt: skip
+    assert resolve("gpt_neox", config).residual == "parallel" and resolve("gpt_neox", config).rotary_dim == 4
+    assert resolve("gpt_neox", {**config, "use_parallel_residual": False}).residual == "sequential"
+    assert resolve("gpt_neox", {**config, "rotary_emb_base": 5000}).rope_theta == 5000
+
+
+def test_a_bias_has_its_weights_names_and_order() -> None:
+    found = [each.name for each in parameters(resolve("gpt2", GPT2)) if each.layer == 0]
+    assert found[2:5] == [f"transformer.h.0.attn.{name}" for name in ("c_attn.weight", "c_attn.bias", "c_proj.weight")]
+    by_role = roles(resolve("gpt2", GPT2))
+    assert by_role["qkv_bias"].shape == (192,) and by_role["qkv_bias"].convert == ()
+    assert by_role["qkv_proj"].convert == ("transpose",) and by_role["mlp_norm_bias"].shape == (64,)
+
+
+def test_a_head_of_its_own_or_the_embedding_again() -> None:
+    assert roles(resolve("gpt2", GPT2))["lm_head"].sources == ("transformer.wte.weight",)
+    untied = resolve("gpt2", {**GPT2, "tie_word_embeddings": False})
+    assert roles(untied)["lm_head"].sources == ("lm_head.weight",)
+
+
+def test_a_parameter_of_some_layers() -> None:
+    rules = [*llama.architecture().data["parameters"]]
+    rules[5] = {**rules[5], "when": "layer % 2 == 1"}
+    structure = architecture.resolve(changed("llama", parameters=rules), {**CONFIG, "num_hidden_layers": 4}, {})
+    assert [each.layer for each in parameters(structure) if each.role == rules[5]["role"]] == [1, 3]
+    assert from_json(structure.to_json()) == structure
+    assert from_library_json(structure.library_json()).digest == structure.digest
+
+
+def test_expressions_compute_and_compare() -> None:
+    names = {"num_hidden_layers": 4, "size": 64, "kind": "a"}
+    assert evaluate("'x' if kind in ('a', 'b') else 'y'", names) == "x"
+    assert evaluate("size ** -0.5", names) == 0.125
+    assert evaluate("max(int(size * 0.3), 20) and not size < 3", names) is True
+    assert evaluate("each_layer('full' if layer % 2 else 'sliding')", names) == ("sliding", "full", "sliding", "full")
+
+
+def test_a_key_that_nothing_reads_is_an_error() -> None:
+    with pytest.raises(MlcBuildError) as raised:
+        resolve("llama", {**CONFIG, "query_scale": 3, "use_cache": True, "_note": 1, "partial_layers": None})
+    assert str(raised.value) == (
+        "config.json: architecture `llama` does not know the key `query_scale` (3), which may change what the model "
+        "computes; if it does not, list it as `harmless` in recipes/architectures/llama.yaml"
+    )
+
+
+def test_an_unknown_architecture_names_the_nearest_and_what_they_do_not_know() -> None:
+    known = {name: llama.architecture(name) for name in ("llama", "gpt2", "orion", "qwen3")}
+    with pytest.raises(MlcBuildError) as raised:
+        architecture.choose(known, {**CONFIG, "model_type": "lama2", "residual_multiplier": 0.5})
+    assert "(docs/architectures.md). By the keys of config.json the nearest are:\n" in str(raised.value)
+    lines = str(raised.value).splitlines()[1:]
+    assert lines[0] == "  llama: does not know `residual_multiplier`" and len(lines) == 3
+    with pytest.raises(MlcBuildError, match=r"\n  gpt2: reads every key"):
+        architecture.choose(known, {**GPT2, "model_type": "gpt2000"})
+    with pytest.raises(MlcBuildError, match=r"gpt2: misses `n_embd`, `n_layer`"):
+        architecture.choose({"gpt2": known["gpt2"]}, {"model_type": "x"})
+
+
+def test_two_files_for_one_model_type() -> None:
+    known = {"llama": llama.architecture(), "other": replace(llama.architecture(), name="other")}
+    with pytest.raises(
+        MlcBuildError, match=r"model_type `llama` is matched by several architectures: llama, other; name"
+    ):
+        architecture.choose(known, CONFIG)
+    assert architecture.choose(known, CONFIG, "other").name == "other"
+
+
+def test_a_file_that_leaves_a_choice_open() -> None:
+    decoder = {"mlp": "gated", "rope": "full", "activation": "silu"}
+    with pytest.raises(
+        MlcBuildError, match=r"recipes/architectures/llama\.yaml: neither `config` nor `decoder` says norm"
+    ):
+        architecture.resolve(changed("llama", decoder=decoder), CONFIG, {})
+
+
+def test_a_context_beyond_the_learned_positions() -> None:
+    with pytest.raises(MlcBuildError, match="context_window_size 256 is larger than the 128 positions"):
+        resolve("gpt2", GPT2, context_window_size=256)
+
+
+def test_the_chat_configs_model_config_has_numbers_of_the_config_and_of_ours() -> None:
+    config = {"model_type": "gptj", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "vocab_size": 90,
+              "rotary_dim": 8, "activation_function": "gelu_new"}  # fmt: skip
+    found = architecture.model_config(llama.architecture("gptj"), resolve("gptj", config), config)
+    assert found["activation_function"] == "gelu_new" and found["n_inner"] == 256 and found["rotary_dim"] == 8

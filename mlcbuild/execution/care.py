@@ -41,7 +41,7 @@ def gc(store: Store, dist: Path, max_size: str, dry_run: bool) -> tuple[str, boo
 
 def pin_recipes(session: Session) -> list[str]:
     """Pin the selected recipes as they are built now. Raises MlcBuildError for one that is not built."""
-    keys = {name: session.keys(name) for name in session.graph.goals}
+    keys = {name: session.keys(name) for name in session.graph.goals} | dict.fromkeys(session.graph.unlocked)
     for name, found in keys.items():
         if found is None:
             raise MlcBuildError(f"{name} is not built, so there is nothing to pin: doit build recipe={name}")
@@ -67,6 +67,8 @@ def push(session: Session) -> tuple[int, int, list[str]]:
     and what went wrong. Raises MlcBuildError for a recipe that is not built."""
     shared, problems = session.builder.shared, list[str]()
     put = had = 0
+    for name in session.graph.unlocked:
+        raise MlcBuildError(f"{name} is not built: doit build, then push")
     steps = session.graph.closure(name for goal in session.graph.goals.values() for name in goal.steps.values())
     for name in steps:
         action = session.lookup.find(name)

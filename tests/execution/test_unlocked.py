@@ -89,6 +89,8 @@ def test_a_plan_and_the_matrix_say_what_is_unknown(
     assert said("matrix", "model=far").startswith("0 libraries and 0 sets of weights for 0 recipes; 1 recipe of 1 mod")
     found = json.loads(said("matrix", "--json"))
     assert sorted(map(len, found["libraries"].values())) == [1, 2] and found["unlocked"] == {"far": ["far"]}
+    assert main(["pin", "far"]) == 1
+    assert "far is not built, so there is nothing to pin: doit build recipe=far" in capsys.readouterr().err
     assert hub.requests == []
     remote.doit("download:far")
     assert said("matrix").startswith("2 libraries and 3 sets of weights for 4 recipes\n")

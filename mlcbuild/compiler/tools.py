@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 from mlcbuild.compiler.codegen import cuda
 from mlcbuild.recipes.types import Target
+
+_HOST_COMPILERS = ("g++", "c++", "clang++")  # nvcc asks for one by itself
 
 
 def missing(target: Target) -> str | None:
@@ -15,6 +18,8 @@ def missing(target: Target) -> str | None:
     kind = target.device["kind"]
     if kind == "cuda" and cuda.find_nvcc() is None:
         return f"no nvcc here: {cuda.ADVICE}"
+    if kind == "cuda" and not any(map(shutil.which, _HOST_COMPILERS)):
+        return "nvcc needs a C++ compiler beside it: install g++"
     if kind == "vulkan" and not _tvm_with("vulkan"):
         return (
             "the TVM that is installed was built without Vulkan: build one with USE_VULKAN=ON "

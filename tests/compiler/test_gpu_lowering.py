@@ -28,7 +28,6 @@ def stories() -> Structure:
     ("changes", "problem"),
     [
         ({"head_dim": 16}, "head_dim is 16: GPU attention takes multiples of 4 from 32 to 256"),
-        ({"num_experts": 8}, "num_experts is 8: GPU libraries do not have that yet"),
         ({"num_key_value_heads": 4}, "num_key_value_heads 4: GPU attention needs a whole number of query heads"),
     ],
 )

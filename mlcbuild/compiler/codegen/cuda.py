@@ -28,7 +28,7 @@ _DRIVER_FUNCTIONS = (
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 _RUNTIME = "libcudart.so.13"  # what this TVM was linked against
 _FATBIN_MAGIC = b"\x50\xed\x55\xba"
-ADVICE = "install CUDA 13, or `pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl`"
+ADVICE = "install CUDA 13, or `pip install 'mlcbuild[cuda]'`"
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ def normal(*shape: int, seed: int = 0) -> Array:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def close(got: Array, expected: Array) -> None:
-    assert np.abs(got - expected).max() <= 3e-6 * np.abs(expected).max()
+def close(got: Array, expected: Array, bound: float = 3e-6) -> None:
+    assert np.abs(got - expected).max() <= bound * np.abs(expected).max()
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,9 @@ def test_each_row_is_multiplied_with_the_experts_that_it_chose(name: str, expert
         for x in (normal(tokens, COLUMNS), normal(tokens * COUNT, COLUMNS)):
             rows = x if len(x) > tokens or COUNT == 1 else x.repeat(COUNT, axis=0)
             expected = np.einsum("pk,pnk->pn", rows.astype(np.float64), weights[chosen.reshape(-1)])
-            close(kernels.product_of_experts(form, x, np.ascontiguousarray(chosen), parts, ROWS), expected)
+            got = kernels.product_of_experts(form, x, np.ascontiguousarray(chosen), parts, ROWS)
+            # Products with codes take the activations of a 16-bit model in 16 bits (fixed_point.h).
+            close(got, expected, 1e-4 if quantization.model_dtype == "float16" else 3e-6)
 
 
 @pytest.mark.parametrize("normalised", [False, True])

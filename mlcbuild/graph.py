@@ -19,7 +19,7 @@ from mlcbuild.compiler import targets, tools
 from mlcbuild.errors import MlcBuildError, NotLocked, Unavailable
 from mlcbuild.models import architecture as architectures
 from mlcbuild.models import parameters
-from mlcbuild.models.kinds import by_layer
+from mlcbuild.models.kinds import DECODER, by_layer
 from mlcbuild.models.structure import Structure
 from mlcbuild.recipes.types import (
     Catalog,
@@ -173,6 +173,9 @@ class _Planner:
             if source is not None and source.hf is not None:
                 self._locked(model, source)
         shape = self._shape(model, recipe.overrides)
+        kind = shape.fields.get("kind", DECODER)
+        if kind != DECODER and targets.is_gpu(target):
+            raise Unavailable(f"target {target.name}: models of kind `{kind}` are compiled for CPUs only")
         steps = {"download": self._download(model), **self._merged(model), "convert": self._convert(model)}
         if quantization.rounding == "calibrated":
             steps["calibrate"] = self._calibrate(model)

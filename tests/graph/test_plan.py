@@ -182,6 +182,17 @@ def test_the_pieces_of_models_that_differ_in_layers_only_are_one_library(workspa
     assert len([name for name in found.steps if name.startswith("library:") and "-blocks-" in name]) == 2
 
 
+def test_a_kind_of_model_that_a_target_has_no_kernels_for_is_unavailable(workspace: Workspace) -> None:
+    config = {"model_type": "rwkv", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 300}
+    workspace.write("recipes/models/rwkv.yaml", "source: {path: rwkv}\ntemplate: rwkv\n")
+    workspace.write("recipes/models/rwkv/config.json", json.dumps(config))
+    for target in ("cpu", "opencl"):
+        workspace.write(f"recipes/rwkv-{target}.yaml", f"model: rwkv\nquantization: q8f16_0\ntarget: {target}\n")
+    found = planned(workspace, "rwkv-cpu", "rwkv-opencl")
+    assert set(found.goals) == {"rwkv-cpu"}
+    assert found.unavailable == {"rwkv-opencl": "target opencl: models of kind `rwkv4` are compiled for CPUs only"}
+
+
 def test_a_target_that_this_machine_lacks_is_unavailable(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     def resolve(target: object) -> dict[str, Any]:
         raise Unavailable("no such compiler: install it")

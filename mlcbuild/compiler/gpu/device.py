@@ -13,7 +13,8 @@ class Device:
 
     lanes: threads that go along a row together. Where they are one warp, sums over them are shuffles.
     row_groups, rows: a block takes row_groups * rows rows of a matrix, each thread `rows` of them.
-    vector: bytes that a thread loads at once.
+    vector: bytes that a thread loads at once. ahead: words of a matrix's row that a thread has on their way, a power of
+    two.
     """
 
     kind: str
@@ -23,16 +24,17 @@ class Device:
     row_groups: int
     rows: int
     vector: int
+    ahead: int
 
 
-# lanes, row_groups, rows, vector
+# lanes, row_groups, rows, vector, ahead
 _SHAPES = {
-    "cuda": (32, 4, 2, 16),
-    "rocm": (32, 4, 2, 16),
-    "metal": (32, 4, 2, 8),
-    "opencl": (32, 4, 2, 8),
-    "vulkan": (32, 4, 2, 8),
-    "webgpu": (32, 4, 2, 8),
+    "cuda": (32, 4, 2, 16, 4),
+    "rocm": (32, 4, 2, 16, 4),
+    "metal": (32, 4, 2, 8, 2),
+    "opencl": (32, 4, 2, 8, 2),
+    "vulkan": (32, 4, 2, 8, 2),
+    "webgpu": (32, 4, 2, 8, 2),
 }
 KINDS = tuple(_SHAPES)
 

@@ -44,8 +44,12 @@ def few_rows(function: tirx.PrimFunc, device: Device, count: int, step: int) -> 
     sch.set_scope(partial, 0, "local")
     for loop, thread in ((io, "blockIdx.y"), (jo, "blockIdx.x"), (jy, "threadIdx.y"), (kx, "threadIdx.x")):
         sch.bind(loop, thread)
+    # Several words of a row on their way at once: that many loads hide each other's latency.
+    ahead = _divisor(int(sch.get(ko).extent), device.ahead)
+    ko, ku = sch.split(ko, [None, ahead])
+    sch.unroll(ku)
     for cache in (x, w):
-        sch.compute_at(cache, ko, preserve_unit_loops=True)
+        sch.compute_at(cache, ku, preserve_unit_loops=True)
         inline_producers(sch, cache)
         _vectorize(sch, cache, device, step)
     sch.annotate(ko, "pragma_auto_unroll_max_step", _UNROLL)
@@ -63,6 +67,13 @@ def few_rows(function: tirx.PrimFunc, device: Device, count: int, step: int) -> 
 
 def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest power of two up to `most` that divides `number`."""
+    while number % most:
+        most //= 2
+    return most
 
 
 def _vectorize(sch: Any, cache: Any, device: Device, step: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import platform
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -65,15 +67,48 @@ def test_rms_norm(model: Model, width: int) -> None:
     close(y, wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5) * w)
 
 
+@pytest.mark.parametrize("width", [2, 16, 37])
+@pytest.mark.parametrize("given", ["weight and bias", "weight", "nothing"])
+def test_layer_norm(model: Model, width: int, given: str) -> None:
+    x, w, b = 50 + normal(3, width), model.normal(width, seed=1), model.normal(width, seed=2)
+    weight, bias = (w if "weight" in given else None), (b if "bias" in given else None)
+    y = np.zeros_like(x)
+    vectors = [None if each is None else model.stored(each) for each in (weight, bias)]
+    for row in range(3):
+        model.call("mlcbuild_layer_norm", x, *vectors, y, row, width, 1e-5)
+    wide = x.astype(np.float64)
+    expected = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-5)
+    # The differences from a mean of 50 have lost digits before any kernel saw them.
+    close(y, expected * (1 if weight is None else w) + (0 if bias is None else b), 2e-5)
+
+
+def _gelu_tanh(x: Array) -> Array:
+    found: Array = x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    return found
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": lambda x: x / 2 * (1 + np.vectorize(math.erf)(x / np.sqrt(2))),
+    "gelu_tanh": _gelu_tanh,
+    "relu": lambda x: np.maximum(x, 0),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
+}
+
+
 @pytest.mark.parametrize("width", [1, 16, 37])
-def test_gated_silu(model: Model, width: int) -> None:
-    x = 20 * normal(2, 2 * width)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(model: Model, name: str, width: int) -> None:
+    """Of one half times the other, and alone."""
+    x = np.concatenate([20 * normal(1, 2 * width), normal(1, 2 * width, seed=1)])
     x[0, 0] = -200.0  # exp overflows float32
-    y = np.zeros((2, width), np.float32)
+    y, alone = np.zeros((2, width), np.float32), np.zeros_like(x)
     for row in range(2):
-        model.call("mlcbuild_gated_silu", x, y, row, width)
-    gate, up = x.astype(np.float64)[:, :width], x.astype(np.float64)[:, width:]
-    close(y, gate / (1 + np.exp(-gate)) * up)
+        model.call(f"mlcbuild_gated_{name}", x, y, row, width)
+        model.call(f"mlcbuild_activation_{name}", x, alone, row, 2 * width)
+    wide = x.astype(np.float64)
+    close(alone, ACTIVATIONS[name](wide))
+    close(y, ACTIVATIONS[name](wide[:, :width]) * wide[:, width:])
 
 
 @pytest.mark.parametrize("width", [1, 16, 1003])
@@ -248,8 +283,11 @@ def test_nan_is_never_lost_on_the_way(model: Model) -> None:
     x = normal(1, 64)
     x[0, 3] = np.nan
     y = np.zeros((1, 32), np.float32)
-    model.call("mlcbuild_gated_silu", x, y, 0, 32)
-    assert np.isnan(y[0, 3])
+    for name in ACTIVATIONS:
+        model.call(f"mlcbuild_gated_{name}", x, y, 0, 32)
+        assert np.isnan(y[0, 3])
+    model.call("mlcbuild_layer_norm", x, None, None, y, 0, 32, 1e-5)
+    assert np.isnan(y).any()
     model.call("mlcbuild_softmax", x, np.ones(1, np.float32), x, 0, 64)
     assert np.isnan(x).any()
     indptr = np.array([0, 1], np.int32)

@@ -116,10 +116,12 @@ def _cells(now: _Reading) -> list[Cell]:
 def _cell(name: str, now: _Reading) -> Cell:
     known = now.recipes.get(name, {})
     package = now.packages.get(name)
-    steps = [now.steps[step] for step in (*known.get("steps", ()), f"build:{name}") if step in now.steps]
-    ran = [step for step in steps if step["outcome"] == "built"]
+    steps = [
+        now.steps[step] for step in (*known.get("steps", ()), f"build:{name}", f"publish:{name}") if step in now.steps
+    ]
+    ran = [step for step in steps if step["outcome"] == "built" and step["kind"] != "publish"]
     failures = [step for step in steps if step["outcome"] == "failed"]
-    if package is not None:
+    if package is not None and not failures:
         status = "built" if package["outcome"] == "installed" or ran else "hit"
     elif name in now.unavailable:
         status = "unavailable"

@@ -86,6 +86,15 @@ def test_what_became_of_each_recipe() -> None:
     assert (run.seconds, run.failed, run.ended) == (12.5, 1, True)
 
 
+def test_a_recipe_that_could_not_be_published_has_failed_and_one_that_was_is_what_it_was() -> None:
+    *events, end = night(0)
+    refused = step("publish:tiny-q4-cpu", "failed", text="the token may not write there")
+    events += [{"time": 0, **refused}, {"time": 0, **step("publish:large-q4-cpu", "built")}, end]
+    (run,) = runs_of(events)
+    assert (statuses(run)["tiny-q4-cpu"], statuses(run)["large-q4-cpu"]) == ("failed", "hit")
+    assert "the token may not write there" in markdown([run])
+
+
 def test_a_log_of_several_nights_and_one_that_was_cut_off(log: Path) -> None:
     assert [run.seconds for run in read_logs([log])] == [12.5, 13.5, 14.5]
     log.write_text(log.read_text() + json.dumps({"time": 9e9, **step("quantize:x", "built")}) + '\n{"time": 1, "ev')

@@ -10,10 +10,9 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from mlcbuild.cache.locks import locked
 from mlcbuild.errors import MlcBuildError, StepFailed
@@ -66,10 +65,9 @@ class Publisher:
     def _publish(self, recipe: str) -> int:
         """Bytes that were uploaded."""
         package = read_package(self.session.dist / recipe)
-        status = package.quality.get("status")
-        if status not in ("passed", "warned"):
+        if not package.passed:
             raise StepFailed(
-                f"its verification says `{status}`, not `passed`: it is not published. "
+                f"its verification says `{package.quality.get('status')}`, not `passed`: it is not published. "
                 f"dist/{recipe}/quality.json has the figures"
             )
         origin = self._origin(recipe)
@@ -79,9 +77,13 @@ class Publisher:
         where, size = self._where(package), 0
         if where["library_url"]:
             name = self._library_name(package)
-            size += self._bring(recipe, self.libraries, {name: package.library}, lambda name: False)
+            size += self._bring(
+                recipe, self.libraries, {name: package.library}, {name: package.digests[package.library.name]}
+            )
         weights = self._weights_files(package, origin, documents, where)
-        size += self._bring(recipe, where["weights"], weights, _is_shard)
+        prefix = f"{package.weights.name}/"
+        known = {name.removeprefix(prefix): digest for name, digest in package.digests.items() if prefix in name}
+        size += self._bring(recipe, where["weights"], weights, known, _is_shard)
         if self.place.upload:
             write_atomically(package.folder / PUBLISHED, _json(where))
             self.published.append(recipe)
@@ -96,7 +98,7 @@ class Publisher:
             path = self.session.dist / name
             write_atomically(path, content.decode())
         if found:
-            self._bring("lists", self.libraries, dict(found), lambda name: False)
+            self._bring("lists", self.libraries, dict(found), {})
 
     @property
     def libraries(self) -> str:
@@ -108,13 +110,20 @@ class Publisher:
 
         return str(constants.ENDPOINT)
 
-    def _bring(self, recipe: str, repository: str, files: Mapping[str, hub.Content], owns: Any) -> int:
+    def _bring(
+        self,
+        recipe: str,
+        repository: str,
+        files: Mapping[str, hub.Content],
+        known: Mapping[str, str],
+        owns: Callable[[str], bool] = lambda name: False,
+    ) -> int:
         """Bytes that were uploaded, after saying what differs."""
         with self._lock:
             lock = self._locks.setdefault(repository, threading.Lock())
         # Two builds on this machine may publish at once; on two machines the hub refuses the slower one's commit.
         with lock, locked(self.session.store.root / "locks" / f"hub-{repository.replace('/', '--')}"):
-            found = hub.changes(repository, files, owns)
+            found = hub.changes(repository, files, owns, known)
             sizes = {name: amount(hub.size(content)) for name, content in files.items()}
             for line in hub.lines(found, sizes.__getitem__):
                 self._say(recipe, line)
@@ -134,10 +143,8 @@ class Publisher:
         self, package: Package, origin: Origin, documents: Mapping[str, bytes], where: Mapping[str, str]
     ) -> dict[str, hub.Content]:
         """What the repository of weights holds: the folder as it is, the card, licences, and where it all came from."""
-        others = installed(self.session.dist)
-        same = [
-            each for each in others if each.weights_tree == package.weights_tree and each.weights.name == where["name"]
-        ]
+        others = installed(self.session.dist, where["name"])
+        same = [each for each in others if each.weights_tree == package.weights_tree and each.passed]
         libraries = {each.recipe: each.published["library_url"] for each in same if each.published}
         libraries = {name: url for name, url in {**libraries, package.recipe: where["library_url"]}.items() if url}
         files: dict[str, hub.Content] = {**origin.files}

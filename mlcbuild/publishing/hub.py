@@ -34,14 +34,18 @@ class Changes:
         return bool(self.new or self.changed or self.deleted)
 
 
-def changes(repository: str, files: Mapping[str, Content], owns: Callable[[str], bool]) -> Changes:
+def changes(
+    repository: str, files: Mapping[str, Content], owns: Callable[[str], bool], known: Mapping[str, str]
+) -> Changes:
     """What differs between `files` and the repository. Files there that `owns` names and that are none of these go.
+
+    `known` are sha256 of files, so that large ones need not be read.
 
     Raises MlcBuildError when the hub does not answer, or refuses.
     """
     head, there = _listing(repository)
     new = tuple(name for name in files if name not in there)
-    changed = tuple(name for name in files if name in there and not _is_same(files[name], there[name]))
+    changed = tuple(name for name in files if name in there and not _is_same(files[name], there[name], known.get(name)))
     deleted = tuple(sorted(name for name in there if name not in files and owns(name)))
     same = tuple(name for name in files if name in there and name not in changed)
     return Changes(repository, head, new, changed, deleted, same, sum(size(files[name]) for name in (*new, *changed)))
@@ -89,12 +93,12 @@ def _listing(repository: str) -> tuple[str | None, dict[str, Any]]:
     return info.sha, {each.rfilename: each for each in info.siblings or ()}
 
 
-def _is_same(content: Content, there: Any) -> bool:
+def _is_same(content: Content, there: Any, sha256: str | None) -> bool:
     if there.size is not None and there.size != size(content):
         return False
     data = content if isinstance(content, bytes) else None
     if there.lfs is not None:
-        return bool(_sha256(content) == there.lfs.sha256)
+        return bool((sha256 or _sha256(content)) == there.lfs.sha256)
     data = data if data is not None else Path(str(content)).read_bytes()
     return bool(hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == there.blob_id)
 

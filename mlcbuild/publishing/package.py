@@ -47,6 +47,16 @@ class Package:
         return found
 
     @property
+    def passed(self) -> bool:
+        """Whether verification has found it good enough; not so where a miss was only recorded."""
+        return self.quality.get("status") in ("passed", "warned")
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """sha256 of each file, by name in the folder."""
+        return {name: file["sha256"] for name, file in self.manifest["files"].items()}
+
+    @property
     def weights(self) -> Path:
         """The folder that is uploaded as it is; its name is the repository's."""
         name = next(str(name) for name in self.manifest["files"] if name.endswith("/mlc-chat-config.json"))
@@ -100,7 +110,8 @@ def read_package(folder: Path) -> Package:
     return Package(folder, manifest)
 
 
-def installed(dist: Path) -> list[Package]:
-    """All packages in dist/, by name."""
-    folders = sorted(path.parent for path in dist.glob("*/manifest.json") if not path.parent.name.startswith("."))
+def installed(dist: Path, weights: str = "") -> list[Package]:
+    """All packages in dist/, by recipe; with `weights`, those with a folder of weights of that name."""
+    pattern = f"*/{weights}" if weights else "*/manifest.json"
+    folders = sorted(path.parent for path in dist.glob(pattern) if not path.parent.name.startswith("."))
     return [read_package(folder) for folder in folders]

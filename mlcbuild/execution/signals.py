@@ -8,12 +8,16 @@ import sys
 import threading
 from types import FrameType
 
+_PATIENCE = 30  # seconds
+
 
 def end_cleanly() -> None:
     """From now on SIGTERM and SIGINT end this process by SystemExit: with-blocks and finally clauses run.
 
-    The exit status is the shell's: 128 plus the signal's number. A second signal ends it at once (children still die:
-    `mlcbuild.steps.run`). Handlers that somebody else has set are left alone, and so are ignored signals.
+    What has not ended after half a minute (it waits for a lock of doit's that nobody opens any more; seen with
+    `-P process`) is ended by the kernel. The exit status is the shell's: 128 plus the signal's number. A second signal
+    ends it at once (children still die: `mlcbuild.steps.run`). Handlers that somebody else has set are left alone, and
+    so are ignored signals.
     """
     if threading.current_thread() is not threading.main_thread():
         return
@@ -21,6 +25,7 @@ def end_cleanly() -> None:
 
     def end(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
+        signal.alarm(_PATIENCE)  # no thread: the signal may have come while a lock of threading is held
         if os.getpid() == ours:
             sys.stderr.write("\ninterrupted: what is finished is kept, the next run goes on from there\n")
         raise SystemExit(128 + number)

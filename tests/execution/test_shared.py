@@ -400,7 +400,7 @@ def test_s3_that_falls_silent_in_the_middle(
     workspace.doit(f"remote={bucket}", "remote_write=1", **server.environment)
     proxy = Proxy(server.port, 12_000)
     environment: dict[str, Any] = {**server.environment, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}"}
-    output = other.doit(f"remote={bucket}", MLCBUILD_REMOTE_TIMEOUT="1", **environment)
+    output = other.doit("-n", "1", f"remote={bucket}", MLCBUILD_REMOTE_TIMEOUT="1", **environment)
     assert said(output, "the shared cache cannot be read") == 1
     fetched = said(output, "from the shared cache")
     assert 0 < fetched < sum(ALL.values())

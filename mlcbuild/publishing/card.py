@@ -56,11 +56,19 @@ def _figures(package: Package) -> str:
     quality, needed = package.quality, memory(package)
     weights = package.quantization["weights"]
     format_ = f"{weights['bits']} bits, groups of {weights['group_size']}" if weights else "not quantized"
-    rows = {
-        "quantization": f"{package.quantization['name']} ({format_}, {package.quantization['model_dtype']})",
+    measured = {
         "KL divergence from the base": _number(quality.get("kl"), "nats per token"),
         "perplexity": f"{_number(quality.get('perplexity'))} (base: {_number(quality.get('reference_perplexity'))})",
         "agreement on the likeliest token": _number(quality.get("top1_agreement")),
+    }
+    if quality.get("method") == "embeddings":
+        measured = {
+            "cosine to the base's vectors": _number(quality.get("cosine")),
+            "lowest cosine of a text": _number(quality.get("lowest_cosine")),
+        }
+    rows = {
+        "quantization": f"{package.quantization['name']} ({format_}, {package.quantization['model_dtype']})",
+        **measured,
         "compared over": _number(quality.get("tokens"), "tokens"),
         "weights": f"{needed.parameters / _MIB:.1f} MiB",
         "context window": f"{package.config['context_window_size']} tokens, {needed.kv_cache / _MIB:.1f} MiB",

@@ -116,3 +116,13 @@ def test_the_card_names_the_base_at_its_commit(tmp_path: Path) -> None:
     assert "license: other\nlicense_name: llama3\n" in text and "carried over: llama3." in text
     assert 'model_lib: "https://hub/webgpu.wasm"' in text
     assert "The base states no licence" in card("me/tiny", [package], Origin(), {})
+
+
+def test_the_card_of_a_model_of_texts_has_cosines(tmp_path: Path) -> None:
+    place = make_package(tmp_path, "webgpu", ".wasm").folder
+    manifest = json.loads((place / "manifest.json").read_text())
+    manifest["quality"] = {"status": "passed", "method": "embeddings", "cosine": 0.9912, "lowest_cosine": 0.97}
+    (place / "manifest.json").write_text(json.dumps(manifest))
+    text = card("me/tiny", [read_package(place)], Origin(), {})
+    assert "| cosine to the base's vectors | 0.9912 |" in text and "| lowest cosine of a text | 0.97 |" in text
+    assert "KL divergence" not in text and "perplexity" not in text

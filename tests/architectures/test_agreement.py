@@ -9,7 +9,7 @@ import pytest
 
 from mlcbuild.models.architecture import model_config, resolve
 from tests.architectures import attention_cases, cases
-from tests.architectures.agreement import IDS, Agreement, config_of, error, known_architectures
+from tests.architectures.agreement import ARCHITECTURES, IDS, Agreement, config_of, error, known_architectures
 
 CASES = {**cases.CASES, **attention_cases.CASES}
 QUICK = {("llama", "q0f32"), ("gemma", "q4f32_1")}  # the others take minutes together
@@ -33,7 +33,9 @@ def test_logits_agree(name: str, quantization: str, tmp_path: Path) -> None:
 
 
 def test_every_architecture_has_a_case() -> None:
-    decoders = {name for name, each in known_architectures().items() if each.data.get("kind", "decoder") == "decoder"}
+    """Encoders, and decoders that give vectors, have theirs in test_encoder.py."""
+    known = {name: each.data for name, each in known_architectures().items() if "embedding" not in each.data}
+    decoders = {name for name, data in known.items() if data.get("kind", "decoder") == "decoder"}
     assert {case.architecture for case in CASES.values()} >= decoders | {"rwkv", "rwkv5", "rwkv6"}
 
 
@@ -47,3 +49,7 @@ def test_a_config_of_transformers_4_means_the_same(name: str, tmp_path: Path) ->
     older = {"rope_theta": whole.rope_theta, "torch_dtype": "float16", **short, **case.config}
     assert resolve(chosen, older, {}) == whole
     assert set(model_config(chosen, whole, older)) >= {"vocab_size", "context_window_size", "prefill_chunk_size"}
+
+
+def test_a_file_is_short() -> None:
+    assert {path.name for path in ARCHITECTURES.glob("*.yaml") if len(path.read_text().splitlines()) >= 60} == set()

@@ -232,8 +232,8 @@ def test_quantization(workspace: Workspace, text: str, problem: str) -> None:
         ),
         (
             TARGET.replace("executes: x86-64-v3", "executes: x86-64-v5"),
-            "4:11: `executes` is `x86-64-v5`, expected `native`, `x86-64`, `x86-64-v2`, `x86-64-v3`, `x86-64-v4` "
-            "or `elsewhere`; did you mean `x86-64-v2`?",
+            "4:11: `executes` is `x86-64-v5`, expected `native`, `x86-64`, `x86-64-v2`, `x86-64-v3`, `x86-64-v4`, "
+            "`aarch64` or `elsewhere`; did you mean `x86-64-v2`?",
         ),
         (
             TARGET.replace("mcpu: x86-64-v3", "mcpu: x86-64-v3, mattr: [avx512vnni]"),

@@ -18,6 +18,7 @@ from mlcbuild.cache.locks import locked
 from mlcbuild.errors import MlcBuildError, StepFailed
 from mlcbuild.execution.install import BESIDE
 from mlcbuild.execution.session import Session
+from mlcbuild.graph import Step
 from mlcbuild.publishing import hub
 from mlcbuild.publishing.card import card
 from mlcbuild.publishing.lists import lists
@@ -163,12 +164,15 @@ class Publisher:
             "weights": weights,
             "weights_url": f"{self._endpoint}/{weights}",
             "library_url": library,
+            "model_lib": str(self._library_step(package).fields.get("prefix") or "").rstrip("_"),  # of a static library
         }
 
     def _library_name(self, package: Package) -> str:
         """`llama-4008c831-q4f16_1-webgpu.wasm`: what it was compiled from, not for which model."""
-        step = self.session.graph.goals[package.recipe].steps["library"]
-        return step.partition(":")[2] + package.library.suffix
+        return self._library_step(package).name.partition(":")[2] + package.library.suffix
+
+    def _library_step(self, package: Package) -> Step:
+        return self.session.graph.steps[self.session.graph.goals[package.recipe].steps["library"]]
 
     def _origin(self, recipe: str) -> Origin:
         model = self.session.catalog.recipes[recipe].model

@@ -58,8 +58,7 @@ def phone_record(package: Package) -> dict[str, Any]:
             "prefill_chunk_size": package.config["prefill_chunk_size"],
         },
     }
-    prefix = package.metadata.get("system_lib_prefix")
-    return record | ({"model_lib": str(prefix).rstrip("_")} if prefix else {})
+    return record | ({"model_lib": prefix} if (prefix := _where(package).get("model_lib")) else {})
 
 
 def _where(package: Package) -> Mapping[str, Any]:

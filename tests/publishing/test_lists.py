@@ -31,7 +31,6 @@ def make_package(dist: Path, target: str, suffix: str, published: bool = True, *
         "kv_state_kind": "kv_cache",
         "kv_cache": {"num_hidden_layers": 2, "num_key_value_heads": 4, "head_dim": 64},
         "memory_usage": {"prefill": 5 * MIB, "decode": MIB},
-        "system_lib_prefix": "llama_q4f16_1_0123_",
         **metadata,
     }
     (folder / f"tiny-q4f16_1-{target}{suffix}").write_bytes(b"\0code\0" + json.dumps(described).encode() + b"\0more")
@@ -55,6 +54,7 @@ def make_package(dist: Path, target: str, suffix: str, published: bool = True, *
             "weights": "me/tiny",
             "weights_url": "https://hub/me/tiny",
             "library_url": f"https://hub/{target}{suffix}",
+            "model_lib": "llama_q4f16_1_0123" if suffix == ".tar" else "",
         }
         (folder / "published.json").write_text(json.dumps(where))
     return read_package(folder)

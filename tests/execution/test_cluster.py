@@ -118,6 +118,27 @@ def test_a_worker_killed_in_the_middle_of_a_step(workspace: Workspace, dask: Das
 
 
 @pytest.mark.slow
+def test_a_signal_ends_the_build_here_and_what_a_worker_makes_is_kept(
+    workspace: Workspace, dask: Dask, tmp_path: Path
+) -> None:
+    dask.worker("one")
+    dask.ready("one")
+    workspace.trick("quantize.sleep", "0.5")
+    with workspace.start(*words(dask, tmp_path)) as process:
+        log = workspace.tricks / "ran.txt"
+        wait_until(lambda: log.exists() and "quantize" in log.read_text(), 60)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=25)
+    assert process.returncode == 143, output
+    assert "interrupted: what is finished is kept" in output and "Traceback" not in output
+    wait_until(lambda: list((tmp_path / "shared/ac").glob("*/*.json")) and not leftovers(workspace))
+    (workspace.tricks / "quantize.sleep").unlink()
+    workspace.ran()
+    workspace.doit(*words(dask, tmp_path))
+    assert "convert" not in workspace.ran()
+
+
+@pytest.mark.slow
 def test_what_no_worker_has_is_said_before_anything_starts(workspace: Workspace, dask: Dask, tmp_path: Path) -> None:
     dask.worker("one", "--resources", "memory=300e6")
     dask.ready("one")

@@ -41,6 +41,10 @@ def _parser() -> argparse.ArgumentParser:
     check = _add(commands, "check", _check, "say everything that is wrong with the workspace's YAML files")
     check.add_argument("folder", nargs="?", type=Path, default=Path(), help="a folder in the workspace (default: here)")
 
+    doctor = _add(commands, "doctor", _doctor, "say which targets this machine can build for, and what the others need")
+    doctor.add_argument("--json", action="store_true", help="print the answer as JSON")
+    doctor.add_argument("--cache", type=Path, help=_CACHE_HELP)
+
     init = _add(commands, "init", _init, "make a new workspace")
     init.add_argument("folder", type=Path, metavar="DIR")
 
@@ -100,6 +104,19 @@ def _check(options: argparse.Namespace) -> int:
     report = check(find_root(options.folder.absolute()))
     sys.stdout.write(render(report))
     return 0 if report.ok else 1
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    import json
+
+    from mlcbuild.execution.doctor import diagnose, render
+    from mlcbuild.recipes.load import load
+    from mlcbuild.recipes.workspace import find_root
+
+    root = find_root(Path.cwd())
+    found = diagnose(load(root).targets.values(), _cache(options) or root / "cache")
+    print(json.dumps(found.to_json(), indent=2) if options.json else render(found), end="\n" if options.json else "")
+    return 0 if found.ok else 1
 
 
 def _init(options: argparse.Namespace) -> int:

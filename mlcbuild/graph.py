@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from mlcbuild.cache.canonical import digest_json
 from mlcbuild.chat.config import TOKENIZER_FILES
 from mlcbuild.compiler import targets, tools
+from mlcbuild.compiler.web import emscripten
 from mlcbuild.errors import MlcBuildError, NotLocked, Unavailable
 from mlcbuild.models import architecture as architectures
 from mlcbuild.models import parameters
@@ -290,9 +291,19 @@ class _Planner:
                 fields["prefix"] = _prefix(form, name) if target.library == "tar" else ""
             lower = self._lower(form, quantization, target)
             label = f"{form.label}-{name}-{target.name}"
-            return self._add("library", label, fields, (Input("lower", step=lower),), variant=_variant(target))
+            inputs = [Input("lower", step=lower)]
+            if target.linker.kind == "wasm":
+                inputs.append(Input("runtime", step=self._runtime()))
+            return self._add("library", label, fields, tuple(inputs), variant=_variant(target))
 
         return self._once(("library", form.digest, form.blocks, name, target.name), add)
+
+    def _runtime(self) -> str:
+        def add() -> str:
+            fields = {"emscripten": emscripten.version(), "sources": emscripten.source_tree()}
+            return self._add("runtime", "webgpu", fields)
+
+        return self._once(("runtime",), add)
 
     def _package(self, recipe: Recipe, shape: _Shape, steps: Mapping[str, str]) -> str:
         fields = {
@@ -311,7 +322,8 @@ class _Planner:
             Input("library", step=steps["library"]),
             Input("checkpoint", step=steps["download"], select=_TEXT_FILES),
         )
-        return self._add("package", recipe.name, fields, inputs)
+        variant = "_web" if recipe.target.linker.kind == "wasm" else ""
+        return self._add("package", recipe.name, fields, inputs, variant=variant)
 
     def _verify(self, recipe: Recipe, shape: _Shape, steps: Mapping[str, str]) -> str:
         quantization, verify = recipe.quantization, recipe.verify

@@ -52,6 +52,7 @@ _GROUPS = {
     "calibrate": "measure what the model's matrices are multiplied with",
     "quantize": "make the weights only",
     "lower": "make optimised modules",
+    "runtime": "compile TVM's runtime for browsers",
     "library": "make the libraries only",
     "package": "put weights, tokenizer and library together",
     "verify": "check packages against the unquantized model",

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from mlcbuild.compiler.codegen import cuda
+from mlcbuild.compiler.web import emscripten
 from mlcbuild.recipes.types import Target
 
 _HOST_COMPILERS = ("g++", "c++", "clang++")  # nvcc asks for one by itself
@@ -25,8 +26,8 @@ def missing(target: Target) -> str | None:
             "the TVM that is installed was built without Vulkan: build one with USE_VULKAN=ON "
             "and let TVM_LIBRARY_PATH point at the folder of its libraries"
         )
-    if target.linker.kind == "wasm":
-        return "this version of mlcbuild makes no WebAssembly yet: use another target"
+    if target.linker.kind == "wasm" and emscripten.find_emcc() is None:
+        return f"no emcc here: {emscripten.ADVICE}"
     return None
 
 

@@ -42,6 +42,7 @@ _COSTS = {
     "calibrate": _Cost(True, 0.5e9, 0.5, 8e9),
     "quantize": _Cost(True, 0.3e9, 1.0, 3e9),
     "lower": _Cost(False, 1.0e9),
+    "runtime": _Cost(False, 1.0e9),
     "library": _Cost(False, 0.7e9),
     "package": _Cost(False, 0.2e9),
     "verify": _Cost(True, 0.5e9, 3.0, 12e9),

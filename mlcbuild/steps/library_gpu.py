@@ -1,7 +1,7 @@
 """library, for GPUs: the same step as steps/library.py with code of its own.
 
 Fields: device (a TVM target), host (its CPU's), architectures (that get machine code), linker, library (the kind of
-file), prefix (of a static library's symbols). Input: lower. Artifact: model.<kind>.
+file), prefix (of a static library's symbols). Inputs: lower, for wasm runtime. Artifact: model.<kind>.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ VERSION = 1
 CODE = (
     "mlcbuild.compiler.codegen",
     "mlcbuild.compiler.linkers",
+    "mlcbuild.compiler.web.emscripten",
     "mlcbuild.recipes.types",
     "mlcbuild.zig",
 )
@@ -32,6 +33,7 @@ def run(job: Job) -> None:
             linker=linker_from_json(fields["linker"]),
             architectures=tuple(fields["architectures"]),
             prefix=fields["prefix"],
+            runtime=tuple(e.path for e in job.inputs["runtime"].files.values()) if "runtime" in job.inputs else (),
         ),
         job.output / f"model.{fields['library']}",
         job.scratch,

@@ -166,6 +166,7 @@ def test_list(workspace: Workspace) -> None:
         "package",
         "publish",
         "quantize",
+        "runtime",
         "verify",
     ]
     assert groups == kinds

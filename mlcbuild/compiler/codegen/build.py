@@ -9,6 +9,7 @@ from typing import Any
 
 from mlcbuild.compiler.codegen import archive, check, cuda, rocm
 from mlcbuild.compiler.linkers import zig_link
+from mlcbuild.compiler.web import emscripten as web
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.recipes.types import Linker
 
@@ -24,6 +25,7 @@ class Wanted:
     linker: Linker
     architectures: tuple[str, ...]
     prefix: str = ""
+    runtime: tuple[Path, ...] = ()  # wasm: object files that are linked in, the runtime
 
 
 def build(lowered: Path, wanted: Wanted, output: Path, scratch: Path, dump: Path | None = None) -> None:
@@ -60,12 +62,13 @@ def build(lowered: Path, wanted: Wanted, output: Path, scratch: Path, dump: Path
             return compiled[-1]
 
     module = ir.load_json(lowered.read_text(encoding="utf-8"))
+    system_lib = wanted.linker.kind in ("tar", "wasm")  # found in the program that it is linked into
     if wanted.prefix:
         module = with_prefix(module, wanted.prefix)
     both = target.Target({**wanted.device, "host": dict(wanted.host)})
     # Common subexpressions across TIR leave dangling variables in host code (docs/tvm.md).
     with both, transform.PassContext(opt_level=3, config={"tirx.disable_cse_tir": True}):
-        executable = relax.build(module, target=both, relax_pipeline=None, system_lib=bool(wanted.prefix))
+        executable = relax.build(module, target=both, relax_pipeline=None, system_lib=system_lib)
     if dump is not None:
         _dump(executable.mod, dump)
     executable.export_library(str(output), fcompile=_linker(wanted, scratch), workspace_dir=str(scratch))
@@ -84,12 +87,15 @@ def _linker(wanted: Wanted, scratch: Path) -> Any:
         files = [Path(name) for name in objects]
         if wanted.linker.kind == "tar":
             archive.write_tar(files, Path(path), wanted.prefix)
+        elif wanted.linker.kind == "wasm":
+            web.link(files, wanted.runtime, Path(path), scratch)
         else:
             zig_link(files, Path(path), wanted.linker.target, wanted.linker, scratch)
 
     link.object_format = "o"  # type: ignore[attr-defined]
     if wanted.linker.kind == "tar":
         link.output_format = "tar"  # type: ignore[attr-defined]
+    if wanted.linker.kind in ("tar", "wasm"):
         link.need_system_lib = True  # type: ignore[attr-defined]
     return link
 

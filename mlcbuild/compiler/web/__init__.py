@@ -1,0 +1,1 @@
+"""WebAssembly: TVM's runtime for browsers, compiled once, and models linked to it."""

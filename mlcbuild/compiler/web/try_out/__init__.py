@@ -1,0 +1,1 @@
+"""What a package for browsers brings to be tried with."""

@@ -1,0 +1,20 @@
+"""runtime: TVM's runtime for browsers as WebAssembly objects, which every library for them is linked to.
+
+Fields: emscripten (its version), sources (a TVM tree of the user's; empty: the installed wheels'). Artifact: *.o.
+"""
+
+from __future__ import annotations
+
+from mlcbuild.steps.job import Job
+
+VERSION = 1
+CODE = ("mlcbuild.compiler.web.emscripten", "mlcbuild.compiler.web.headers")
+TOOLS = ("apache-tvm", "apache-tvm-ffi")
+
+
+def run(job: Job) -> None:
+    """Raises MlcBuildError with emcc's own message when it fails."""
+    from mlcbuild.compiler.web import emscripten
+
+    job.note("compiling TVM's runtime for browsers, once: about a minute")
+    emscripten.compile_runtime(job.output, job.scratch)

@@ -1,0 +1,34 @@
+"""`mlcbuild doctor`: every target, and what it lacks here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mlcbuild.cli import main
+from mlcbuild.compiler.web import emscripten
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_each_target_builds_or_says_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PATH", str(tmp_path))  # neither nvcc nor emcc nor a driver
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("TVM_LIBRARY_PATH", raising=False)
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
+    assert main(["doctor", "--json"]) == 1
+    text = capsys.readouterr().out
+    assert "secretsecret" not in text
+    found = json.loads(text)
+    assert found["machine"]["hub token"] == "present" and found["machine"]["emcc"] == "none"
+    assert found["targets"]["cpu-x86_64"] == found["targets"]["windows-x86_64"] == {"missing": None}
+    assert found["targets"]["webgpu"] == {"missing": f"no emcc here: {emscripten.ADVICE}"}
+    assert "USE_VULKAN=ON" in found["targets"]["vulkan"]["missing"]
+    assert main(["doctor"]) == 1
+    shown = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["metal", "ok"] for line in shown)

@@ -380,6 +380,9 @@ class _Planner:
 
     def _device(self, target: Target) -> dict[str, Any]:
         def resolve() -> dict[str, Any]:
+            reason = tools.wrong(target)
+            if reason:
+                raise MlcBuildError(f"target {target.name}: {reason}")
             reason = tools.missing(target)
             if reason:
                 raise Unavailable(f"target {target.name}: {reason}")

@@ -52,7 +52,7 @@ def _missing(target: Target) -> str | None:
         targets.resolve(target)
     except Unavailable as error:
         return str(error).removeprefix(f"target {target.name}: ")
-    return tools.missing(target)
+    return tools.wrong(target) or tools.missing(target)
 
 
 def _machine(cache: Path) -> dict[str, str]:

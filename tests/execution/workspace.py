@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 REPOSITORY = Path(__file__).parents[2]  # step processes import the toy steps from there
 
@@ -32,6 +34,17 @@ CONFIG = {
     "max_position_embeddings": 256,
     "hidden_act": "silu",
 }
+
+
+class Started(subprocess.Popen[str]):
+    """A process that ends where the test around it fails: waiting for one that hangs would hang all tests."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self.kill()
+        super().__exit__(kind, error, traceback)
 
 
 @dataclass(frozen=True)
@@ -67,13 +80,15 @@ class Workspace:
         return counts
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+        return Started(
             [sys.executable, "-m", "doit", *arguments],
             cwd=self.root,
             env={**os.environ, "PYTHONPATH": str(REPOSITORY), "TOY_TRICKS": str(self.tricks), **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            # A shell that starts the tests in the background has told them, and so their children, to ignore SIGINT.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def doit(self, *arguments: str, status: int | None = 0, **environment: str) -> str:

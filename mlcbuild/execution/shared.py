@@ -50,7 +50,12 @@ class SharedCache:
             if content is None:
                 return None
             files = _files(parse_entry(content), ingredients)
-            return self._take(files, parse_entry(content), ingredients, store)
+            try:
+                return self._take(files, parse_entry(content), ingredients, store)
+            except (Damaged, FileNotFoundError):
+                # The other blobs may not have been looked at any more: all are put there anew.
+                self._damaged.update(entry.digest for entry in files.values())
+                raise
         except (Damaged, FileNotFoundError) as error:
             say(f"{self.remote.shown}: what it has of this is damaged ({self.remote.words(error)}): building it here")
         except Exception as error:
@@ -152,7 +157,6 @@ class SharedCache:
                 self.remote.download(entry.digest, file, meter)
                 found = store.ingest(file, expected=entry.digest).path
             except (Damaged, FileNotFoundError) as error:
-                self._damaged.add(entry.digest)
                 raise Damaged(f"blob {entry.digest[:16]}: {error}") from None
         return entry.digest, found
 

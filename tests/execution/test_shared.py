@@ -112,8 +112,8 @@ def test_a_damaged_blob_is_never_taken_and_is_mended(
     assert "what it has of this is damaged (blob " in output
     assert other.digests() == filled.digests()
     third = make_workspace(other.root.parent / "third")
-    third.doit(f"remote={folder}")
-    assert third.ran() == {}
+    output = third.doit(f"remote={folder}")
+    assert third.ran() == {}, output
 
 
 @pytest.mark.parametrize(

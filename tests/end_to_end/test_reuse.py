@@ -29,9 +29,16 @@ def artifact(workspace: Workspace, kind: str, name: str) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Not the one that all end-to-end tests share: these tests say what is built, whatever ran before them."""
+    return tmp_path_factory.mktemp("reuse")
+
+
 @pytest.fixture
-def variant(workspace: Workspace, tmp_path: Path) -> Workspace:
+def variant(tmp_path: Path, own_cache: Path, tiny_checkpoint: Path) -> Workspace:
     """Beside `tiny`, the model `tuned`: other weights and other words, the same structure."""
+    workspace = make_workspace(tmp_path / "workspace", own_cache, tiny_checkpoint)
     write_checkpoint(tmp_path / "tuned", vocab_size=320)
     workspace.model("tuned", tmp_path / "tuned")
     workspace.recipe("tuned-cpu", model="tuned")

@@ -219,6 +219,20 @@ def test_quantization(workspace: Workspace, text: str, problem: str) -> None:
             "1:31: `device.mtriple` is `linux`, expected an LLVM triple such as `x86_64-linux-gnu`",
         ),
         (
+            TARGET + "host: {mtriple: x86_64-linux-gnu}\n",
+            "5:7: `host`: expected no `host`: the device is a CPU itself",
+        ),
+        (
+            "device: {kind: opencl}\nhost: {mtriple: x86_64-linux-gnu}\nlibrary: so\nactivation_bits: 8\n"
+            "linker: {kind: zig, target: x86_64-linux-gnu}\nexecutes: elsewhere\n",
+            "4:18: `activation_bits` is `8`, expected a CPU target: GPU libraries compute in the model's dtype",
+        ),
+        (
+            "device: {kind: opencl}\nhost: {mtriple: x86_64-linux-gnu}\nlibrary: tar\n"
+            "linker: {kind: tar, target: native}\nexecutes: elsewhere\n",
+            "4:29: `linker.target` is `native`, expected no `target`: the linker `tar` only packs",
+        ),
+        (
             TARGET.replace("mtriple: x86_64-linux-gnu, ", ""),
             "1:9: `device.mtriple` is missing: an LLVM target triple",
         ),

@@ -132,16 +132,3 @@ INLINE void dot_rows(const f32 *packed, const u32 *codes, const scale_type *scal
     }
     UNROLL for (int r = 0; r < count; r++) out[r] = sum(acc[r]);
 }
-
-INLINE void dot(const f32 *x, i64 stride, const weights *w, i64 first, i64 rows, i64 tokens, f32 *out) {
-    i64 groups = (w->k + GROUP_SIZE - 1) / GROUP_SIZE, words = groups * GROUP_WORDS;
-    const u32 *codes = (const u32 *)w->part[0] + first * words;
-    const scale_type *scales = (const scale_type *)w->part[1] + first * groups;
-    i64 r = 0;
-    for (; r + AT_ONCE <= rows; r += AT_ONCE)
-        for (i64 t = 0; t < tokens; t++)
-            dot_rows(x + t * stride, codes + r * words, scales + r * groups, words, groups, out + t * TASK_ROWS + r, AT_ONCE);
-    for (; r < rows; r++)
-        for (i64 t = 0; t < tokens; t++)
-            dot_rows(x + t * stride, codes + r * words, scales + r * groups, words, groups, out + t * TASK_ROWS + r, 1);
-}

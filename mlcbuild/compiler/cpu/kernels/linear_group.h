@@ -138,6 +138,19 @@ INLINE affine choose_affine(affine all, int b) {
 #include "dot_words.h"
 #endif
 
+INLINE void dot(const f32 *x, i64 stride, const weights *w, i64 first, i64 rows, i64 tokens, f32 *out) {
+    i64 groups = (w->k + GROUP_SIZE - 1) / GROUP_SIZE, words = groups * GROUP_WORDS;
+    const WORD *codes = (const WORD *)w->part[0] + first * words;
+    const scale_type *scales = (const scale_type *)w->part[1] + first * groups;
+    i64 r = 0;
+    for (; r + AT_ONCE <= rows; r += AT_ONCE)
+        for (i64 t = 0; t < tokens; t++)
+            dot_rows(x + t * stride, codes + r * words, scales + r * groups, words, groups, out + t * TASK_ROWS + r, AT_ONCE);
+    for (; r < rows; r++)
+        for (i64 t = 0; t < tokens; t++)
+            dot_rows(x + t * stride, codes + r * words, scales + r * groups, words, groups, out + t * TASK_ROWS + r, 1);
+}
+
 #endif
 
 #if BITS == 4 && WORD_BITS == 32 && GROUP_SIZE % 32 == 0 && !ASYMMETRIC && defined(HAS_DOT4)

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,7 +61,7 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for target in ("webgpu", "cpu-x86_64"):
             text = f"model: stories\nquantization: {format_}\ntarget: {target}\n"
             (root / "recipes" / f"{format_}-{target}.yaml").write_text(text)
-    subprocess.run(["doit", "build"], cwd=root, check=True)
+    subprocess.run([sys.executable, "-m", "doit", "build"], cwd=root, check=True)
     return root / "dist"
 
 

@@ -134,8 +134,8 @@ def _mismatches(parameter: Parameter, refs: Sequence[TensorRef]) -> list[str]:
 
 
 def _fits(shape: tuple[int, ...], given: Sequence[tuple[int, ...]]) -> bool:
-    """Whether tensors of the shapes `given`, one after the other, are a parameter: rows of it, or experts' rows."""
-    if len(shape) == 3 and all(len(each) == 2 for each in given):
+    """Whether tensors of the shapes `given`, one after the other, are a parameter: rows of it, its experts or heads."""
+    if len(shape) > 1 and all(len(each) == len(shape) - 1 for each in given):
         per_expert = len(given) // shape[0]
         return len(given) == per_expert * shape[0] and all(
             _fits(shape[1:], given[start : start + per_expert]) for start in range(0, len(given), per_expert)

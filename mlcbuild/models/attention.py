@@ -38,7 +38,8 @@ def attention(d: Decoder, x: Expr, cache: Expr, layer_id: Expr, weight: Given, n
         qkv = d.builder.emit(relax.op.clip(qkv, -s.clip_qkv, s.clip_qkv))
     qkv = d.builder.emit(relax.op.reshape(qkv, [n, heads + 2 * kv_heads, dim]))
     if s.qk_norm != "none":
-        weights = weight("q_norm").plain, weight("k_norm").plain
+        roles = ("q_norm", "k_norm", "q_norm_bias", "k_norm_bias")
+        weights = tuple(weight(role).plain if role in weight else None for role in roles)
         qkv = d.operations.norm_heads(qkv, weights, (heads, kv_heads), s.qk_norm, s.norm, s.norm_eps)
     kind = s.layer_type(number)
     if s.rope != "none" and not in_cache(s):

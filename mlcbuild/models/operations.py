@@ -33,9 +33,10 @@ class Operations:
     expert_linear(x [n, K] or [n * count, K], chosen [n, count], weight [E, N, K]) -> [n * count, N]: each token's row,
         or its row for each choice, times the matrices of the experts that it chose
     weighted_sum(x [n * count, H], share [n, count]) -> [n, H]: each token's rows times their shares, added
-    norm_heads(qkv [n, heads + 2 * kv_heads, D], (weight of queries, of keys), (heads, kv_heads), spans, norm, eps) ->
-    the same with queries and keys normed. spans: head (each by a weight [D]), per_head (each by its own,
-    [heads, D]), all (all of them as one vector, by [heads * D]); norm: rms or layer, without a bias
+    norm_heads(qkv [n, heads + 2 * kv_heads, D], (weight of queries, of keys, bias of queries or None, of keys or None),
+        (heads, kv_heads), spans, norm, eps) -> the same with queries and keys normed. spans: head (each by a weight
+        [D]), per_head (each by its own, [heads, D]), all (all of them as one vector, by [heads * D]); norm: rms or
+        layer; a bias has its weight's shape
     rope(qkv, positions int32 [n], frequencies [rotary.dim / 2], (heads, kv_heads), rotary) -> the same with queries and
     keys turned by their positions. Needed only where layers differ in it: the KV cache turns them otherwise
     softmax(logits float32 [b, V], temperature float32 [b]) -> [b, V]
@@ -48,7 +49,7 @@ class Operations:
     layer_norm: Callable[[Expr, Expr | None, Expr | None, float], Expr]
     gated: Callable[[Expr, str], Expr]
     activation: Callable[[Expr, str], Expr]
-    norm_heads: Callable[[Expr, tuple[Expr, Expr], tuple[int, int], str, str, float], Expr]
+    norm_heads: Callable[[Expr, tuple[Expr | None, ...], tuple[int, int], str, str, float], Expr]
     rope: Callable[[Expr, Expr, Frequencies, tuple[int, int], Rotary], Expr]
     softmax: Callable[[Expr, Expr], Expr]
     choose_experts: Callable[[Expr, int, bool, float], tuple[Expr, Expr]]

@@ -44,7 +44,7 @@ class Parameter:
     @property
     def is_matrix(self) -> bool:
         """Whether it is multiplied with or looked up in. Norms of all heads have two axes, too."""
-        return len(self.shape) > 1 and not self.role.endswith("_norm")
+        return len(self.shape) > 1 and not self.role.endswith(("_norm", "_norm_bias"))
 
 
 TABLES = ("embedding", "position_embedding", "token_type_embedding")  # roles that are looked up by row
@@ -57,13 +57,16 @@ FINAL_NORM = ("final_norm", "final_norm_bias")
 def shape_of(role: str, structure: Structure) -> tuple[int, ...]:
     """The shape of the parameter that plays `role` in one layer, or outside the layers.
 
-    A bias `x_bias` has the rows of `x_proj`. Raises KeyError for a role that no block has.
+    A bias `x_bias` has the rows of `x_proj`, that of a norm the norm's shape. Raises KeyError for a role that no block
+    has.
     """
     if structure.kind in RECURRENT:
         return recurrent_shapes(structure)[role]
     if role.endswith("_bias"):
         of = role.removesuffix("_bias")
-        return shape_of(of if of == "lm_head" or of.endswith("_norm") else f"{of}_proj", structure)[:1]
+        if of.endswith("_norm"):
+            return shape_of(of, structure)
+        return shape_of(of if of == "lm_head" else f"{of}_proj", structure)[:1]
     return _SHAPES[role](structure)
 
 
@@ -121,8 +124,8 @@ def parameters(structure: Structure) -> tuple[Parameter, ...]:
             name=rule.name.replace("{i}", str(layer)),
             shape=shape_of(rule.role, structure),
             role=rule.role,
-            sources=_named(rule.sources, layer, structure),
-            alternative=_named(rule.alternative, layer, structure),
+            sources=_named(rule.sources, layer, rule, structure),
+            alternative=_named(rule.alternative, layer, rule, structure),
             layer=layer,
             convert=_convert(rule, halvings := _halvings(structure, layer)),
             dtype=rule.dtype,
@@ -183,9 +186,14 @@ def _ordered(structure: Structure) -> Iterator[tuple[ParameterRule, int | None]]
                         yield layer_rule, layer
 
 
-def _named(sources: Sequence[str], layer: int | None, structure: Structure) -> tuple[str, ...]:
-    """Tensor names for one layer; where they have `{e}`, all of them for the first expert, then for the next."""
-    here = [source.replace("{i}", str(layer)) for source in sources]
-    if not any("{e}" in source for source in here):
-        return tuple(here)
-    return tuple(source.replace("{e}", str(expert)) for expert in range(structure.num_experts) for source in here)
+def _named(sources: Sequence[str], layer: int | None, rule: ParameterRule, structure: Structure) -> tuple[str, ...]:
+    """Tensor names for one layer; where they have `{e}`, all of them for the first expert, then for the next.
+
+    `{h}` is each row of a norm per head: each head of queries, or of keys.
+    """
+    here = tuple(source.replace("{i}", str(layer)) for source in sources)
+    for letter in ("{e}", "{h}"):
+        if any(letter in source for source in here):
+            count = structure.num_experts if letter == "{e}" else shape_of(rule.role, structure)[0]
+            here = tuple(source.replace(letter, str(number)) for number in range(count) for source in here)
+    return here

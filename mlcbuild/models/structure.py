@@ -28,7 +28,8 @@ class ParameterRule:
 
     `convert` is how the checkpoint's tensors become the parameter (mlcbuild.merging.rearranged); `layers` those that
     have it, None for all; `dtype` what it is stored in where it is not the quantization's model dtype. `{e}` in a
-    source stands for each expert; `alternative` is what a checkpoint may have instead of the sources.
+    source stands for each expert, `{h}` for each head of a norm; `alternative` is what a checkpoint may have instead of
+    the sources.
     """
 
     role: str
@@ -73,7 +74,8 @@ class Structure:
     sliding_window_size  how many positions a token sees, its own included, in layers of type `sliding`: in all where
                       there are no layer_types (for each layer, full or sliding)
     qk_norm           of queries and keys before they are turned: none; head: each head by the one weight; per_head: by
-                      its own; all: all heads as one vector. Its kind is `norm`'s
+                      its own; all: all heads as one vector. Its kind is `norm`'s, with a bias where parameters play
+                      these roles
     clip_qkv          c: queries, keys and values become min(max(x, -c), c)
     final_logit_softcapping  c: logits become c * tanh(logits / c)
     max_position_embeddings  rows of a learned `position_embedding`

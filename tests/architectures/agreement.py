@@ -207,7 +207,7 @@ def originals(
                  zip(np.split(values, ends), (query, key, value), strict=True)]  # fmt: skip
         values = np.concatenate(parts, axis=1).reshape(values.shape)
     found, start = {}, 0
-    experts = values.reshape(-1, values.shape[-1]) if values.ndim == 3 else values
+    rows_of_all = values.reshape(-1, values.shape[-1]) if values.ndim == 3 else values
     sources = parameter.sources
     if parameter.alternative and not any(source in tensors for source in sources):
         sources = parameter.alternative
@@ -215,8 +215,8 @@ def originals(
         name = source if source in tensors else names.get(source, names.get(source.partition(".")[2], source))
         shape = tensors[name].shape if name in tensors else values.shape
         shape = shape[::-1] if "transpose" in parameter.convert else shape
-        rows = int(np.prod(shape[:-1])) if len(shape) > 1 else shape[0]
-        part = experts[start : start + rows].reshape(shape)
+        rows = int(np.prod(shape[:-1])) if len(shape) > 1 else shape[0] if values.ndim == 1 else 1
+        part = rows_of_all[start : start + rows].reshape(shape)
         found[name] = part.T if "transpose" in parameter.convert else part
         start += rows
     return found

@@ -69,6 +69,8 @@ WITHOUT: dict[str, tuple[str, dict[str, Any]]] = {
     "norms of heads": ("qwen3-96-wide", {"qk_norm": "none", "roles": ("q_norm", "k_norm")}),
     "norms of each head": ("cohere-norms", {"qk_norm": "none", "roles": ("q_norm", "k_norm")}),
     "norms of all heads": ("olmo2", {"qk_norm": "none", "roles": ("q_norm", "k_norm")}),
+    "norms of each head, a tensor each": ("stablelm-norms", {"qk_norm": "none", "roles": ("q_norm", "k_norm")}),
+    "biases of norms of heads": ("phi-norms", {"roles": ("q_norm_bias", "k_norm_bias")}),
     "longrope": ("phi3-long", {"rope_scaling": None}),
     "short factors": ("phi3-short", {"context_window_size": 96}),
     "linear": ("llama-linear", {"rope_scaling": None}),

@@ -152,6 +152,7 @@ CASES: dict[str, Case] = {
     "gpt_neox": like_llama("gpt_neox", num_key_value_heads="absent", rotary_pct=0.5),
     "gpt_neox-sequential": like_llama("gpt_neox", num_key_value_heads="absent", use_parallel_residual=False),
     "phi": like_llama("phi"),
+    "phi-norms": like_llama("phi", qk_layernorm=True),
     "phi3": like_llama("phi3"),
     "phi3-longrope": like_llama(
         "phi3",
@@ -185,6 +186,7 @@ CASES: dict[str, Case] = {
     ),
     "stablelm": like_llama("stablelm", use_qkv_bias=True),
     "stablelm-parallel": like_llama("stablelm", use_parallel_residual=True),
+    "stablelm-norms": like_llama("stablelm", qk_layernorm=True),
     "starcoder2": like_llama("starcoder2", sliding_window=10),
     "starcoder2-tied": like_llama("starcoder2", tie_word_embeddings=True, use_bias=False),
     "cohere": like_llama("cohere", tie_word_embeddings=True, logit_scale=0.25),

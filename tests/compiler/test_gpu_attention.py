@@ -138,14 +138,15 @@ def test_one_token_over_cached_pages(kernels: dict[str, Any], scale: float) -> N
             assert np.abs(got[b, head] - expected).max() < 1e-5
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "phi"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "phi-norms", "stablelm-norms"])
 def test_decoders_with_these_choices_become_gpu_libraries(name: str) -> None:
-    """Caps of scores and logits, windows, a second theta, norms of heads, biases of the head."""
+    """Caps of scores and logits, windows, a second theta, norms of heads in every form, biases of the head."""
     from transformers import AutoConfig
 
     given = {**CASES[name].config, "hidden_size": 128}  # heads of 32
     config = AutoConfig.for_model(given.pop("model_type"), **given).to_dict()
-    structure = resolve(llama.architecture(name), config, {"context_window_size": 64, "max_batch_size": 2})
+    limits = {"context_window_size": 64, "max_batch_size": 2}
+    structure = resolve(llama.architecture(CASES[name].architecture), config, limits)
     module = lower.lower(structure, llama.QUANTIZATIONS["q4f16_1"], "q4f16_1", {**wgsl.TARGET, "host": HOST})
     names = {variable.name_hint for variable in module.get_global_vars()}
     assert {"create_tir_paged_kv_cache", "attention_prefill", "attention_decode"} <= names

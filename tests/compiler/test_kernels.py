@@ -151,23 +151,28 @@ def test_rope(model: Model, heads: int, kv_heads: int, dim: int, rotary: int, ne
     assert (np.concatenate([q, k, v], 1) == fused).all()
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("spans", ["head", "per_head", "all"])
-def test_norms_of_queries_and_keys(model: Model, spans: str, centred: bool) -> None:
+def test_norms_of_queries_and_keys(model: Model, spans: str, centred: bool, biased: bool) -> None:
     heads, kv_heads, dim = 4, 2, 22
     qkv = model.normal(2, heads + 2 * kv_heads, dim)
     q, k = np.split(qkv, [heads, heads + kv_heads], axis=1)[:2]
-    weights = [model.normal(*((1,) if spans == "head" else (n,)), dim, seed=n) for n in (heads, kv_heads)]
+    weights, biases = (
+        [model.normal(*((1,) if spans == "head" else (n,)), dim, seed=n + seed) for n in (heads, kv_heads)]
+        for seed in (0, 10)
+    )
     out = model.empty(*qkv.shape)
     for row in range(2):
         flags = (np.int32(spans == "all"), 0 if spans == "head" else dim, np.int32(centred), 1e-5)
-        given = [model.stored(each) for each in (qkv, *weights)]
+        given = [*map(model.stored, (qkv, *weights)), *(model.stored(each) if biased else None for each in biases)]
         model.call("mlcbuild_norm_heads", *given, out, row, heads, kv_heads, dim, *flags)
-    for part, weight, got in zip((q, k), weights, np.split(out, [heads, heads + kv_heads], axis=1), strict=False):
+    parts = np.split(out, [heads, heads + kv_heads], axis=1)
+    for part, weight, bias, got in zip((q, k), weights, biases, parts, strict=False):
         axes = (1, 2) if spans == "all" else (2,)
         wide = part.astype(np.float64)
         wide = wide - wide.mean(axes, keepdims=True) if centred else wide
-        model.close(got, wide / np.sqrt((wide**2).mean(axes, keepdims=True) + 1e-5) * weight)
+        model.close(got, wide / np.sqrt((wide**2).mean(axes, keepdims=True) + 1e-5) * weight + biased * bias)
     assert (model.read(out)[:, heads + kv_heads :] == qkv[:, heads + kv_heads :]).all()
 
 

@@ -252,3 +252,22 @@ def test_norms(rng: np.random.Generator) -> None:
     got = wgsl.launch(function, 0, given, {"n": 6})["normed"]
     centred = wide - wide.mean(1, keepdims=True)
     assert np.abs(got - (centred / np.sqrt((centred**2).mean(1, keepdims=True) + 1e-5) * w + b)).max() < 1e-5
+
+
+@pytest.mark.parametrize(("spans", "biased"), [("head", True), ("per_head", False)])
+def test_norms_of_queries_and_keys(rng: np.random.Generator, spans: str, biased: bool) -> None:
+    """Phi's, one for all heads, and StableLM's, one for each."""
+    heads, kv_heads, dim = 4, 2, 32
+    shapes = [(dim,) if spans == "head" else (n, dim) for n in (heads, kv_heads)]
+    qkv, vectors = floats(rng, 5, heads + 2 * kv_heads, dim), [floats(rng, *shape) for shape in (*shapes, *shapes)]
+    described = (*shapes, *(shapes if biased else (None, None)))
+    function = wgsl.scheduled(rows.norm_heads((heads, kv_heads), dim, described, spans, True, 1e-5, "float32"))
+    names = ("q_norm", "k_norm", "q_norm_bias", "k_norm_bias")
+    given = {"qkv": qkv, **dict(zip(names, vectors, strict=True)), "normed_heads": np.zeros_like(qkv)}
+    got = wgsl.launch(function, 0, given, {"n": 5})["normed_heads"]
+    centred = qkv - qkv.astype(np.float64).mean(2, keepdims=True)
+    expected = centred / np.sqrt((centred**2).mean(2, keepdims=True) + 1e-5)
+    for part, side in ((slice(0, 4), 0), (slice(4, 6), 1)):
+        wanted = expected[:, part] * vectors[side] + biased * vectors[side + 2]
+        assert np.abs(got[:, part] - wanted).max() < 1e-5
+    assert (got[:, heads + kv_heads :] == qkv[:, heads + kv_heads :]).all()

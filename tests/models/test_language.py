@@ -64,6 +64,19 @@ def test_a_bias_has_its_weights_names_and_order() -> None:
     assert by_role["qkv_proj"].convert == ("transpose",) and by_role["mlp_norm_bias"].shape == (64,)
 
 
+def test_a_norm_of_each_head_is_a_tensor_of_each_head() -> None:
+    config = {
+        "model_type": "stablelm", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 90,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+    }  # fmt: skip
+    assert not {"q_norm", "k_norm"} & roles(resolve("stablelm", {**config, "qk_layernorm": False})).keys()
+    found = roles(resolve("stablelm", {**config, "qk_layernorm": True}))
+    at = "model.layers.0.self_attn.k_layernorm"
+    assert found["q_norm"].shape == (4, 16) and len(found["q_norm"].sources) == 4
+    assert found["k_norm"].name == f"{at}.weight" and not found["k_norm"].is_matrix
+    assert found["k_norm"].sources == (f"{at}.norms.0.weight", f"{at}.norms.1.weight")
+
+
 def test_a_head_of_its_own_or_the_embedding_again() -> None:
     assert roles(resolve("gpt2", GPT2))["lm_head"].sources == ("transformer.wte.weight",)
     untied = resolve("gpt2", {**GPT2, "tie_word_embeddings": False})

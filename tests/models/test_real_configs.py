@@ -55,6 +55,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "residual_dropout": 0.1, "rope_theta": 100000, "scale_attention_softmax_in_fp32": True,
         "scale_attn_weights": True, "sliding_window": 4096, "use_bias": True, "vocab_size": 49152,
     },
+    "stablelm-2-12b-chat": {
+        "model_type": "stablelm", "hidden_act": "silu", "hidden_dropout": 0.0, "hidden_size": 5120,
+        "intermediate_size": 13824, "layer_norm_eps": 1e-05, "max_position_embeddings": 4096, "num_attention_heads": 32,
+        "num_hidden_layers": 40, "num_key_value_heads": 8, "partial_rotary_factor": 0.25, "qk_layernorm": True,
+        "rope_theta": 10000, "rotary_scaling_factor": 1.0, "tie_word_embeddings": False, "use_parallel_residual": True,
+        "use_qkv_bias": False, "vocab_size": 100352,
+    },
     "Qwen3-0.6B": {
         "model_type": "qwen3", "attention_bias": False, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024,
         "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28, "num_attention_heads": 16,

@@ -51,12 +51,13 @@ def operations(builder: relax.BlockBuilder, dtype: str) -> Operations:
         return call(rows.activation(name, width), "activation", [x], [x.ty.shape[0], width], COMPUTE)
 
     def norm_heads(
-        qkv: Expr, weights: tuple[Expr, Expr], heads: tuple[int, int], spans: str, norm: str, eps: float
+        qkv: Expr, weights: tuple[Expr | None, ...], heads: tuple[int, int], spans: str, norm: str, eps: float
     ) -> Expr:
-        shapes = tuple(tuple(int(size) for size in weight.ty.shape) for weight in weights)
+        shapes = tuple(None if each is None else tuple(int(size) for size in each.ty.shape) for each in weights)
+        given = [each for each in weights if each is not None]
         described = rows.Heads(*heads, int(qkv.ty.shape[2]), dtype)
         function = rows.norm_heads(described, shapes, spans, norm == "layer", eps)
-        return call(function, "norm_heads", [qkv, *weights], list(qkv.ty.shape), dtype)
+        return call(function, "norm_heads", [qkv, *given], list(qkv.ty.shape), dtype)
 
     def rope(qkv: Expr, positions: Expr, frequencies: Frequencies, heads: tuple[int, int], rotary: Rotary) -> Expr:
         function = rows.rope(rows.Heads(*heads, int(qkv.ty.shape[2]), dtype), rotary)

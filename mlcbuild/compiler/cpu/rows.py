@@ -125,8 +125,8 @@ def rope(heads: Heads, rotary: Rotary) -> Any:
 
 
 @functools.cache
-def norm_heads(heads: Heads, weights: tuple[calls.Shape, calls.Shape], spans: str, centred: bool, eps: float) -> Any:
-    """Fused heads and the weights of queries and of keys -> the same heads, queries and keys normed.
+def norm_heads(heads: Heads, weights: tuple[calls.Shape | None, ...], spans: str, centred: bool, eps: float) -> Any:
+    """Fused heads, the weights of queries and of keys, their biases or None -> the same heads, the first two normed.
 
     spans: head (one weight [dim] for all heads), per_head (a weight [dim] for each), all (all heads as one).
     """
@@ -139,9 +139,11 @@ def norm_heads(heads: Heads, weights: tuple[calls.Shape, calls.Shape], spans: st
     )
 
     def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
-        calls.for_each(symbols["n"], lambda i: calls.call("mlcbuild_norm_heads", *inputs, *outputs, i, *rest), _SERIAL)
+        qkv, *there = inputs
+        given = [qkv, *(None if shape is None else there.pop(0) for shape in weights), *outputs]
+        calls.for_each(symbols["n"], lambda i: calls.call("mlcbuild_norm_heads", *given, i, *rest), _SERIAL)
 
-    given = [(shape, heads.dtype) for shape in weights]
+    given = [(shape, heads.dtype) for shape in weights if shape is not None]
     return calls.function("norm_heads", [heads.fused, *given], [heads.fused], body)
 
 

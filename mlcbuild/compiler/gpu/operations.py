@@ -51,11 +51,12 @@ def operations(builder: relax.BlockBuilder, dtype: str, device: Device) -> Opera
         return call(rows.activation(name, int(x.ty.shape[1]), dtype), "activation", [x], list(x.ty.shape), dtype)
 
     def norm_heads(
-        qkv: Expr, weights: tuple[Expr, Expr], heads: tuple[int, int], spans: str, norm: str, eps: float
+        qkv: Expr, weights: tuple[Expr | None, ...], heads: tuple[int, int], spans: str, norm: str, eps: float
     ) -> Expr:
-        shapes = tuple(tuple(int(size) for size in weight.ty.shape) for weight in weights)
+        shapes = tuple(None if each is None else tuple(int(size) for size in each.ty.shape) for each in weights)
+        given = [each for each in weights if each is not None]
         function = rows.norm_heads(heads, int(qkv.ty.shape[2]), shapes, spans, norm == "layer", eps, dtype)
-        return call(function, "norm_heads", [qkv, *weights], list(qkv.ty.shape), dtype)
+        return call(function, "norm_heads", [qkv, *given], list(qkv.ty.shape), dtype)
 
     def rope(qkv: Expr, positions: Expr, frequencies: Frequencies, heads: tuple[int, int], rotary: Rotary) -> Expr:
         function = rotary_embedding.rope(*heads, int(qkv.ty.shape[2]), rotary, dtype)

@@ -52,20 +52,21 @@ def layer_norm(width: int, eps: float, dtype: str, scaled: bool, shifted: bool) 
 
 @functools.cache
 def norm_heads(
-    heads: tuple[int, int], dim: int, weights: tuple[tuple[int, ...], ...], spans: str, centred: bool, eps: float,
-    dtype: str,
+    heads: tuple[int, int], dim: int, weights: tuple[tuple[int, ...] | None, ...], spans: str, centred: bool,
+    eps: float, dtype: str,
 ) -> Any:  # fmt: skip
-    """Fused heads [n, heads + 2 * kv_heads, dim] and the weights of queries and of keys -> the same heads, the first
-    two normed.
+    """Fused heads [n, heads + 2 * kv_heads, dim], the weights of queries and of keys, their biases or None -> the same
+    heads, the first two normed.
 
     spans: head (one weight [dim] for all heads), per_head (a weight [dim] for each), all (all heads as one).
     """
     n, width, both = tirx.Var("n", "int64"), int64(dim), sum(heads)
     qkv = te.placeholder((n, int64(both + heads[1]), width), dtype, "qkv")
-    of_q, of_k = (
-        te.placeholder(tuple(map(int64, shape)), dtype, name)
-        for shape, name in zip(weights, ("q_norm", "k_norm"), strict=True)
-    )
+    names = ("q_norm", "k_norm", "q_norm_bias", "k_norm_bias")
+    vectors: list[Any] = [
+        None if shape is None else te.placeholder(tuple(map(int64, shape)), dtype, name)
+        for shape, name in zip(weights, names, strict=True)
+    ]
 
     def mean(name: str, start: int, count: int, value: Callable[[Any, Any, Any], Any]) -> te.Tensor:
         """The mean of `value` over each head, or over `count` of them from `start` on: [n, heads] or [n, 1]."""
@@ -93,21 +94,24 @@ def norm_heads(
 
         return off, mean("squares", start, count, square)
 
-    parts = [(0, heads[0], of_q), (heads[0], heads[1], of_k)]
-    found = [statistics(start, count) for start, count, _ in parts]
+    starts = (0, heads[0])
+    found = [statistics(start, count) for start, count in zip(starts, heads, strict=True)]
 
     def normed(i: Any, h: Any, d: Any, index: int) -> Any:
-        (start, _, weight), (off, squares) = parts[index], found[index]
-        head = h - start
+        off, squares = found[index]
+        head = h - starts[index]
         scale = tirx.rsqrt(squares[i, 0 if spans == "all" else head] + float32(eps))
         place = {"head": (d,), "per_head": (head, d), "all": (head * width + d,)}[spans]
-        return ((widened(qkv[i, h, d]) - off(i, head)) * scale * widened(weight[place])).astype(dtype)
+        weight, bias = vectors[index], vectors[index + 2]
+        value = (widened(qkv[i, h, d]) - off(i, head)) * scale * widened(weight[place])
+        return (value if bias is None else value + widened(bias[place])).astype(dtype)
 
     def value(i: Any, h: Any, d: Any) -> Any:
         rest = tirx.if_then_else(h < both, normed(i, h, d, 1), qkv[i, h, d])
         return tirx.if_then_else(h < heads[0], normed(i, h, d, 0), rest)
 
-    return private([qkv, of_q, of_k, te.compute(qkv.shape, value, name="normed_heads")])
+    given = [each for each in vectors if each is not None]
+    return private([qkv, *given, te.compute(qkv.shape, value, name="normed_heads")])
 
 
 @functools.cache

@@ -135,9 +135,9 @@ EXPORT void mlcbuild_softmax(const f32 *x, const f32 *temperature, f32 *y, i64 r
 // One token's fused [query | key | value] heads: `heads`, `kv_heads` and again `kv_heads` of `dim` values.
 //
 // Each span of `span` values of the queries and keys, a head or all of them, is normed: divided by its root mean square
-// or, where `centred`, brought to mean 0 and variance 1 before (Ba et al., arXiv 1607.06450). Weights of a head's place
-// in the span lie `stride` apart.
-INLINE void norm_span(const model *in, const model *w, model *out, i64 span, i32 centred, f32 eps) {
+// or, where `centred`, brought to mean 0 and variance 1 before (Ba et al., arXiv 1607.06450). Weights and biases, where
+// there are any, of one span and the next lie `stride` apart.
+INLINE void norm_span(const model *in, const model *w, const model *b, model *out, i64 span, i32 centred, f32 eps) {
     f32v part = splat(0.0f), squares = splat(0.0f);
     f32 total = 0.0f, square = 0.0f;
     i64 d = 0;
@@ -152,21 +152,25 @@ INLINE void norm_span(const model *in, const model *w, model *out, i64 span, i32
     }
     for (; d < span; d++) square += (get_model(in + d) - mean) * (get_model(in + d) - mean);
     f32 scale = 1.0f / __builtin_sqrtf((square + sum(squares)) / (f32)span + eps);
-    for (d = 0; d + LANES <= span; d += LANES)
-        store_model(out + d, (load_model(in + d) - splat(mean)) * splat(scale) * load_model(w + d));
-    for (; d < span; d++) put_model(out + d, (get_model(in + d) - mean) * scale * get_model(w + d));
+    for (d = 0; d + LANES <= span; d += LANES) {
+        f32v value = (load_model(in + d) - splat(mean)) * splat(scale) * load_model(w + d);
+        store_model(out + d, b ? value + load_model(b + d) : value);
+    }
+    for (; d < span; d++)
+        put_model(out + d, (get_model(in + d) - mean) * scale * get_model(w + d) + (b ? get_model(b + d) : 0.0f));
 }
 
-EXPORT void mlcbuild_norm_heads(const model *qkv, const model *q_weight, const model *k_weight, model *out, i64 row,
-                                i64 heads, i64 kv_heads, i64 dim, i32 together, i64 stride, i32 centred, f32 eps) {
+EXPORT void mlcbuild_norm_heads(const model *qkv, const model *q_weight, const model *k_weight, const model *q_bias,
+                                const model *k_bias, model *out, i64 row, i64 heads, i64 kv_heads, i64 dim,
+                                i32 together, i64 stride, i32 centred, f32 eps) {
     i64 width = (heads + 2 * kv_heads) * dim, at = 0;
     const model *in = qkv + row * width;
     out += row * width;
     for (i64 side = 0; side < 2; side++) {
         i64 count = side ? kv_heads : heads, span = together ? count * dim : dim;
-        const model *w = side ? k_weight : q_weight;
-        for (i64 end = at + count * dim; at < end; at += span, w += stride)
-            norm_span(in + at, w, out + at, span, centred, eps);
+        const model *w = side ? k_weight : q_weight, *b = side ? k_bias : q_bias;
+        for (i64 end = at + count * dim; at < end; at += span, w += stride, b = b ? b + stride : b)
+            norm_span(in + at, w, b, out + at, span, centred, eps);
     }
     for (; at < width; at++) out[at] = in[at];
 }

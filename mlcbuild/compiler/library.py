@@ -45,7 +45,7 @@ def build(
         dump.mkdir(parents=True, exist_ok=True)
         (dump / "library.ll").write_text(executable.mod.imports[0].inspect_source("ll"))
     executable.export_library(str(output), fcompile=link, workspace_dir=str(scratch))
-    binaries.check(output, triple, [scratch, _KERNELS.parents[2]])
+    binaries.check(output, triple, [scratch])
     if dump is not None:
         _dump_kernels(needed, commands, dump)
 

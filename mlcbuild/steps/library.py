@@ -15,6 +15,7 @@ CODE = (
     "mlcbuild.compiler.cpu.sources",
     "mlcbuild.compiler.library",
     "mlcbuild.compiler.linkers",
+    "mlcbuild.compiler.symbols",
     "mlcbuild.compiler.targets",
     "mlcbuild.recipes.types",
     "mlcbuild.zig",

@@ -11,8 +11,10 @@ from mlcbuild.steps.job import Job
 
 VERSION = 1
 CODE = (
+    "mlcbuild.compiler.binaries",
     "mlcbuild.compiler.codegen",
     "mlcbuild.compiler.linkers",
+    "mlcbuild.compiler.symbols",
     "mlcbuild.compiler.web.emscripten",
     "mlcbuild.recipes.types",
     "mlcbuild.zig",

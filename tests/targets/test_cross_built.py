@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import yaml
 
-from mlcbuild.compiler import binaries
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.recipes import convert
 from mlcbuild.recipes.types import Target
@@ -42,24 +41,6 @@ def test_two_fresh_folders_give_the_same_library(name: str, tmp_path: Path) -> N
     assert library_file.file_format(one.read_bytes()[:4096]) == FORMATS[name]
     assert one.read_bytes() == other.read_bytes()
     assert [path.name for path in one.parent.glob("model.*")] == [one.name]
-
-
-def test_what_is_wrong_with_a_library_is_said(tmp_path: Path) -> None:
-    structure = llama.structure_of(llama.transformers_llama())
-    library = llama.build_library(structure, "q0f32", tmp_path, target("cpu-aarch64"))
-    with pytest.raises(MlcBuildError, match=r"^model.so: the linker made code for aarch64, the target says x86_64$"):
-        binaries.check(library, "x86_64-linux-gnu.2.28")
-    with pytest.raises(MlcBuildError, match=r"no library for aarch64-macos.11.0: not a 64-bit Mach-O file"):
-        binaries.check(library, "aarch64-macos.11.0")
-    with pytest.raises(MlcBuildError, match="no library for x86_64-windows-msvc: not a PE file"):
-        binaries.check(library, "x86_64-windows-msvc")
-    data = library.read_bytes()
-    library.write_bytes(data.replace(binaries.ENTRY, binaries.ENTRY[::-1]))
-    with pytest.raises(MlcBuildError, match="exports no __tvm_ffi__library_bin, so no runtime could open it"):
-        binaries.check(library, "aarch64-linux-gnu")
-    library.write_bytes(data + str(tmp_path).encode())
-    with pytest.raises(MlcBuildError, match=f"names {tmp_path}, so it would differ on another machine"):
-        binaries.check(library, "aarch64-linux-gnu", [tmp_path])
 
 
 def test_imports_are_for_processors_that_dlltool_knows(tmp_path: Path) -> None:

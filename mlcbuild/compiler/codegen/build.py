@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlcbuild.compiler.codegen import archive, check, cuda, rocm
+from mlcbuild.compiler import binaries
+from mlcbuild.compiler.codegen import archive, cuda, rocm
 from mlcbuild.compiler.linkers import zig_link
 from mlcbuild.compiler.web import emscripten as web
 from mlcbuild.errors import MlcBuildError
@@ -77,7 +78,7 @@ def build(lowered: Path, wanted: Wanted, output: Path, scratch: Path, dump: Path
             f"TVM did not compile the {kind} kernels: its library for {kind} does not load here, "
             "and the result would hold source instead of machine code"
         )
-    check.check(output, wanted.host["mtriple"], [str(scratch), str(Path.home()) + "/"])
+    binaries.check(output, wanted.host["mtriple"], [scratch], wanted.prefix)
 
 
 def _linker(wanted: Wanted, scratch: Path) -> Any:

@@ -24,7 +24,7 @@ _HEADERS = Path(__file__).parent / "headers"
 _UNITS = ("tvmjs_support", "webgpu_runtime", "wasm_runtime")
 _INCLUDE = ("include", "3rdparty/tvm-ffi/include", "3rdparty/tvm-ffi/3rdparty/dlpack/include", "3rdparty/compiler-rt")
 _COMPILE = ("-O2", "-std=c++17", "-g0", "-Wno-everything")
-# What tvm/support/emcc.py passes, but that what is undefined is an error unless JavaScript is known to define it.
+# What tvm/support/emcc.py passes. Whether JavaScript defines what is left undefined, compiler/binaries.py checks.
 _LINK = (
     *("-O2", "--no-entry"),
     *("-s", "WASM_BIGINT=1"),
@@ -72,8 +72,6 @@ def link(objects: Sequence[Path], runtime: Sequence[Path], output: Path, scratch
     files = [str(path.absolute()) for path in (*sorted(runtime), *objects)]
     made = scratch / "linked.wasm"
     _emcc([*_LINK, "-o", str(made), *files], scratch)
-    if made.read_bytes()[:8] != b"\0asm\1\0\0\0":
-        raise MlcBuildError(f"{output.name}: emcc made no WebAssembly module")
     shutil.move(made, output)
 
 

@@ -27,7 +27,7 @@ TARGETS = {
 
 
 # Built too, which includes the check of what they are; their packages would say nothing new.
-LIBRARIES = ("mali", "metal_x86_64", "iphone")
+LIBRARIES = ("mali", "metal_x86_64", "iphone", "opencl-windows")
 
 
 def workspace_in(folder: Path, cache: Path, checkpoint: Path) -> Workspace:
@@ -41,6 +41,12 @@ def workspace_in(folder: Path, cache: Path, checkpoint: Path) -> Workspace:
         one, text[: text.index("architectures")] + "architectures: [sm_90]\n" + text[text.index("library") :]
     )
     workspace.recipe("stories-one-cuda", model="stories", target="one-cuda")
+    windows = (STORIES.parents[1] / "targets" / "vulkan-windows.yaml").read_text()
+    device = "device: {kind: opencl, max_threads_per_block: 256, max_shared_memory_per_block: 32768}\n"
+    workspace.write(
+        "recipes/targets/opencl-windows.yaml",  # what the linking of GPU libraries for Windows is tried with
+        device + windows[windows.index("host:") :],
+    )
     return workspace
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from tvm import IRModule, relax, target, transform
 
-from mlcbuild.compiler import binaries
+from mlcbuild.compiler import binaries, generators
 from mlcbuild.compiler.cpu import sources
 from mlcbuild.compiler.cpu.sources import Source
 from mlcbuild.compiler.linkers import zig_compile, zig_link
@@ -29,8 +29,9 @@ def build(
     """Generate code for `module`, compile the C kernels for the same CPU, and link both into `output`.
 
     `device` is the resolved TVM target. `dump` receives the LLVM IR, the kernels' sources and the commands.
-    Raises MlcBuildError with the linker's own message when it fails.
+    Raises MlcBuildError with the linker's own message when it fails, Unavailable where TVM has no such generator.
     """
+    generators.require(device, device)
     triple = link_target(linker, device)
     needed = sources.attached(module)
     kernels, commands = _compile_kernels(needed, triple, zig_cpu(device), scratch)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlcbuild.compiler import targets, tools
+from mlcbuild.compiler import generators, targets, tools
 from mlcbuild.compiler.codegen import cuda
+from mlcbuild.compiler.generators import Generators
 from mlcbuild.compiler.web import emscripten
 from mlcbuild.errors import Unavailable
 from mlcbuild.recipes.types import Target
@@ -36,8 +39,12 @@ class Diagnosis:
 
 
 def diagnose(known: Iterable[Target], cache: Path) -> Diagnosis:
-    """The same checks that a build makes while it plans, for every target; nothing is downloaded or written."""
-    return Diagnosis(_machine(cache), {target.name: _missing(target) for target in known})
+    """The checks that a build makes while it plans and before it generates code, for every target.
+
+    Nothing is downloaded or written. Asking TVM for its code generators takes a few seconds.
+    """
+    present = _generators()
+    return Diagnosis(_machine(cache), {target.name: _missing(target, present) for target in known})
 
 
 def render(diagnosis: Diagnosis) -> str:
@@ -47,12 +54,33 @@ def render(diagnosis: Diagnosis) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _missing(target: Target) -> str | None:
+def _missing(target: Target, present: Generators | str) -> str | None:
     try:
-        targets.resolve(target)
+        device = targets.resolve(target)
     except Unavailable as error:
         return str(error).removeprefix(f"target {target.name}: ")
-    return tools.wrong(target) or tools.missing(target)
+    reason = tools.wrong(target) or tools.missing(target)
+    if reason:
+        return reason
+    if isinstance(present, str):
+        return present
+    return generators.lacking(device, target.host or device, present)
+
+
+def _generators() -> Generators | str:
+    """What TVM was built with, asked in a process of its own, which a broken library may end; or why it did not say."""
+    done = subprocess.run(
+        [sys.executable, "-m", generators.__name__],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
+        return f"TVM does not load ({last}): `pip install --force-reinstall mlcbuild` brings one that does"
+    found = json.loads(done.stdout.splitlines()[-1])
+    return Generators(frozenset(found["devices"]), frozenset(found["processors"]))
 
 
 def _machine(cache: Path) -> dict[str, str]:

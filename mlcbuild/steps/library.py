@@ -13,6 +13,7 @@ CODE = (
     "mlcbuild.compiler.binaries",
     "mlcbuild.compiler.cpu.kernels",
     "mlcbuild.compiler.cpu.sources",
+    "mlcbuild.compiler.generators",
     "mlcbuild.compiler.library",
     "mlcbuild.compiler.linkers",
     "mlcbuild.compiler.symbols",

@@ -13,6 +13,7 @@ VERSION = 1
 CODE = (
     "mlcbuild.compiler.binaries",
     "mlcbuild.compiler.codegen",
+    "mlcbuild.compiler.generators",
     "mlcbuild.compiler.linkers",
     "mlcbuild.compiler.symbols",
     "mlcbuild.compiler.web.emscripten",

@@ -9,6 +9,7 @@ import pytest
 
 from mlcbuild.cli import main
 from mlcbuild.compiler.web import emscripten
+from mlcbuild.execution.doctor import Diagnosis, render
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,6 +30,22 @@ def test_each_target_builds_or_says_what_it_needs(
     assert found["targets"]["cpu-x86_64"] == found["targets"]["windows-x86_64"] == {"missing": None}
     assert found["targets"]["webgpu"] == {"missing": f"no emcc here: {emscripten.ADVICE}"}
     assert "USE_VULKAN=ON" in found["targets"]["vulkan"]["missing"]
-    assert main(["doctor"]) == 1
-    shown = capsys.readouterr().out.splitlines()
-    assert any(line.split() == ["metal", "ok"] for line in shown)
+
+
+def test_the_answer_for_people() -> None:
+    shown = render(Diagnosis({"emcc": "none"}, {"metal": None, "webgpu": "no emcc here"}))
+    assert shown == "emcc    none\n\nmetal   ok\nwebgpu  no emcc here\n"
+
+
+def test_a_tvm_that_does_not_load(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tvm.py").write_text("raise ImportError('libtvm_compiler.so: no such file')\n")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert main(["doctor", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)["targets"]
+    assert found["cpu-x86_64"]["missing"] == (
+        "TVM does not load (ImportError: libtvm_compiler.so: no such file): "
+        "`pip install --force-reinstall mlcbuild` brings one that does"
+    )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlcbuild.compiler import binaries
+from mlcbuild.compiler import binaries, generators
 from mlcbuild.compiler.codegen import archive, cuda, rocm
 from mlcbuild.compiler.linkers import zig_link
 from mlcbuild.compiler.web import emscripten as web
@@ -32,7 +32,7 @@ class Wanted:
 def build(lowered: Path, wanted: Wanted, output: Path, scratch: Path, dump: Path | None = None) -> None:
     """Generate code for the module in `lowered` and link it into `output`; `dump` receives the device's source.
 
-    Raises MlcBuildError with the compiler's or linker's message, Unavailable where a device compiler is missing.
+    Raises MlcBuildError with the compiler's or linker's message, Unavailable where a compiler or generator is missing.
     """
     kind = wanted.device["kind"]
     tools = cuda.toolkit() if kind == "cuda" else None
@@ -43,6 +43,7 @@ def build(lowered: Path, wanted: Wanted, output: Path, scratch: Path, dump: Path
 
     from mlcbuild.compiler.codegen.prefix import with_prefix
 
+    generators.require(wanted.device, wanted.host)
     compiled: list[bytes] = []
     if tools is not None:
 

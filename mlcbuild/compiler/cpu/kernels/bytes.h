@@ -9,6 +9,18 @@ typedef i8 i8v __attribute__((vector_size(4 * LANES), aligned(1)));
 typedef u8 bytes_v __attribute__((vector_size(4 * LANES), aligned(1)));
 typedef i16 i16v __attribute__((vector_size(4 * LANES), aligned(2)));
 
+// The high four bits of each byte.
+INLINE bytes_v high_nibbles(u32v word) {
+#if LANES == 16 && defined(__GFNI__) && defined(__AVX512BW__)
+    // A matrix of bits, of which each byte of the result is the product with one of the word: one instruction.
+    typedef char chars __attribute__((vector_size(64)));
+    typedef long long longs __attribute__((vector_size(64)));
+    return (bytes_v)__builtin_ia32_vgf2p8affineqb_v64qi((chars)word, (chars)((longs){} + 0x1020408000000000ll), 0);
+#else
+    return (bytes_v)((word >> 4) & 0x0f0f0f0fu);
+#endif
+}
+
 #if LANES == 16 && defined(__AVX512VNNI__)
 #define HAS_DOT8
 #define HAS_DOT4

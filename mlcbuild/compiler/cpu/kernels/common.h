@@ -38,6 +38,9 @@ typedef _Float16 f16v __attribute__((vector_size(2 * LANES), aligned(2)));
 
 #define UNROLL _Pragma("clang loop unroll(full)")  // loops over what must stay in registers
 
+// Memory that is read once is asked for in advance, with the hint that no cache need keep it.
+INLINE void fetch(const void *p) { __builtin_prefetch(p, 0, 0); }
+
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
 
@@ -100,11 +103,20 @@ INLINE void put_any(void *p, i64 at, f32 v, i32 wide) {
 
 // Pairwise, in a fixed order: the result does not depend on how the compiler feels.
 INLINE f32 sum(f32v v) {
-    f32 lane[LANES];
-    store_float32(lane, v);
-    for (int width = LANES / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; i++) lane[i] += lane[i + width];
-    return lane[0];
+#if LANES == 16
+    typedef f32 f32x8 __attribute__((vector_size(32)));
+    f32x8 eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+#elif LANES == 8
+    f32v eight = v;
+#endif
+    typedef f32 f32x4 __attribute__((vector_size(16)));
+#if LANES >= 8
+    f32x4 four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+#else
+    f32v four = v;
+#endif
+    f32x4 two = four + __builtin_shufflevector(four, four, 2, 3, 2, 3);
+    return two[0] + two[1];
 }
 
 INLINE i64 min_i64(i64 a, i64 b) { return a < b ? a : b; }

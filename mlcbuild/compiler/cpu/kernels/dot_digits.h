@@ -1,15 +1,16 @@
 // Dot products of codes with activations in fixed point (fixed_point.h), the codes taken apart into bytes.
 //
 // A word's codes are QUADS times four bytes. A block of LANES words takes its activations as [DIGITS][QUADS][4 * LANES]
-// bytes, the highest digit first, then -ZERO times the sum of each word's [LANES] int32, and the scale [LANES] float32: no
-// more bytes than in float32, whose place they take.
+// bytes, the highest digit first. WORDS_AT_ONCE words are a unit, whose activations share a scale and whose weights do.
+// The LANES units of WORDS_AT_ONCE blocks are a stretch: before its blocks, -ZERO times the sum of each unit's activations
+// and their scale, [LANES] float32 each. That is no more bytes than activations have in float32, whose place they take.
 
 #if BITS == 4
 #define QUADS 2  // even codes, odd codes
 #define WORDS_AT_ONCE 4  // neighbours whose activations share a scale: 32 of them at most
 INLINE void split(u32v word, bytes_v *out) {
     out[0] = (bytes_v)(word & 0x0f0f0f0fu);
-    out[1] = (bytes_v)((word >> 4) & 0x0f0f0f0fu);
+    out[1] = high_nibbles(word);
 }
 INLINE i32v add_products(i32v acc, const bytes_v *code, const i8v *x) { return dot8(acc, code[0], code[1], x[0], x[1]); }
 #elif BITS == 8
@@ -34,101 +35,94 @@ INLINE i32v add_products(i32v acc, const bytes_v *code, const i8v *x) {
 }
 #endif
 
-#define TERM_AT (4 * QUADS * DIGITS * LANES)
-#define SCALE_AT (TERM_AT + 4 * LANES)
-#define BLOCK_BYTES (SCALE_AT + 4 * LANES)
-_Static_assert(BLOCK_BYTES <= 4 * PER_WORD * LANES, "a block takes the place of its activations in float32");
+#define HEAD_BYTES (2 * 4 * LANES)
+#define BLOCK_BYTES (4 * QUADS * DIGITS * LANES)
+#define STRETCH_WORDS (WORDS_AT_ONCE * LANES)
+#define STRETCH_BYTES (HEAD_BYTES + WORDS_AT_ONCE * BLOCK_BYTES)
+_Static_assert(HEAD_BYTES + BLOCK_BYTES <= 4 * PER_WORD * LANES, "a stretch takes the place of its activations in float32");
+_Static_assert(GROUP_WORDS % WORDS_AT_ONCE == 0, "the weights of a unit have one scale");
 
-// The activations of WORDS_AT_ONCE words, `lane` being the first.
-INLINE void put_words(fixed group, i8 *block, i64 lane) {
+// The activations of a unit, the unit-th of a stretch.
+INLINE void put_unit(fixed group, i8 *stretch, i64 unit) {
+    i8 *block = stretch + HEAD_BYTES + unit * WORDS_AT_ONCE / LANES * BLOCK_BYTES;
+    i64 lane = unit * WORDS_AT_ONCE % LANES;
 #if BITS == 4
     for (int d = 0; d < DIGITS; d++) {
         *(i8x16 *)(block + (8 * d) * LANES + 4 * lane) = EVEN(group.digit[d]);
         *(i8x16 *)(block + (8 * d + 4) * LANES + 4 * lane) = ODD(group.digit[d]);
     }
-    *(i32x4 *)(block + TERM_AT + 4 * lane) = eights(group.value) * -ZERO;
 #else
-    for (i64 word = 0; word < WORDS_AT_ONCE; word++) {
-        i32 total = 0;
+    for (i64 word = 0; word < WORDS_AT_ONCE; word++)
         for (i64 j = 0; j < 4 * QUADS; j++) {
             i64 from = word * PER_WORD + j, to = j / 4 * 4 * LANES + 4 * (lane + word) + j % 4;
             for (i64 d = 0; d < DIGITS; d++) block[4 * QUADS * d * LANES + to] = j < PER_WORD ? group.digit[d][from] : 0;
-            if (j < PER_WORD) total += group.value[from];
         }
-        ((i32 *)(block + TERM_AT))[lane + word] = total * -ZERO;
-    }
 #endif
-    for (int word = 0; word < WORDS_AT_ONCE; word++) ((f32 *)(block + SCALE_AT))[lane + word] = group.scale;
+    ((f32 *)stretch)[unit] = (f32)(__builtin_reduce_add(group.value) * -ZERO);
+    ((f32 *)stretch)[LANES + unit] = group.scale;
 }
 
 INLINE void pack_dot(const void *x, i64 from, i32 wide, f32 *out, i64 k) {
-    i8 *block = (i8 *)out;
-    for (i64 start = 0; start < k; start += PER_WORD * LANES, block += BLOCK_BYTES)
-        for (i64 lane = 0; lane < LANES; lane += WORDS_AT_ONCE) {
-            i64 at = start + PER_WORD * lane, end = min_i64(k, at + PER_WORD * WORDS_AT_ONCE);
-            put_words(to_fixed(load_32(x, from, at, wide, end)), block, lane);
+    i8 *stretch = (i8 *)out;
+    i64 blocks = (k + PER_WORD * LANES - 1) / (PER_WORD * LANES), units = blocks * LANES / WORDS_AT_ONCE;
+    for (i64 first = 0; first < units; first += LANES, stretch += STRETCH_BYTES) {
+        store_float32((f32 *)stretch, splat(0.0f));
+        store_float32((f32 *)stretch + LANES, splat(0.0f));
+        for (i64 unit = 0; unit < min_i64(LANES, units - first); unit++) {
+            i64 at = (first + unit) * WORDS_AT_ONCE * PER_WORD, end = min_i64(k, at + WORDS_AT_ONCE * PER_WORD);
+            put_unit(to_fixed(load_32(x, from, at, wide, end)), stretch, unit);
         }
+    }
 }
 
 #ifndef AHEAD
-#define AHEAD 16384  // bytes of words that are fetched in advance: some rows further on
+#define AHEAD 4096  // bytes of words that are fetched in advance: rows follow each other
 #endif
-#ifndef SCALES_AHEAD
-#define SCALES_AHEAD (AHEAD / 32 * (int)sizeof(scale_type))  // those of the same rows
-#endif
-#ifndef AT_ONCE
-#define AT_ONCE 4   // rows that share the loads of the activations
-#endif
+#define SCALES_AHEAD (AHEAD / 32 * (int)sizeof(scale_type))  // those of the same words
 
-// One block of the activations, held in registers for all rows.
-typedef struct {
-    i8v digit[DIGITS * QUADS];
-    i32v term;
-    f32v scale;
-} block;
-
-INLINE block load_block(const i8 *x) {
-    block b;
-    for (int d = 0; d < DIGITS * QUADS; d++) b.digit[d] = *(const i8v *)(x + d * 4 * LANES);
-    b.term = *(const i32v *)(x + TERM_AT);
-    b.scale = load_float32((const f32 *)(x + SCALE_AT));
-    return b;
-}
-
-INLINE f32v dot_block(const block *x, u32v word, f32v scale, f32v acc) {
+// The products of LANES words with the b-th block of a stretch, scaled; `units` are the scales of the stretch's units.
+INLINE f32v dot_block(const i8 *stretch, int b, u32v word, f32v units) {
+    const i8v *digits = (const i8v *)(stretch + HEAD_BYTES + b * BLOCK_BYTES);
     bytes_v code[QUADS];
     split(word, code);
-    i32v total = {};
-    UNROLL for (int d = 0; d < DIGITS; d++) total = add_products(total << 8, code, x->digit + QUADS * d);
-    return acc + __builtin_convertvector(total + x->term, f32v) * (scale * x->scale);
+    i32v total = {}, unit;
+    UNROLL for (int d = 0; d < DIGITS; d++) total = add_products(total << 8, code, digits + QUADS * d);
+    for (int lane = 0; lane < LANES; lane++) unit[lane] = (b * LANES + lane) / WORDS_AT_ONCE;
+    return __builtin_convertvector(total, f32v) * permute(units, unit);
 }
 
-INLINE void dot_rows(const f32 *packed, const u32 *codes, const scale_type *scales, i64 words, i64 groups, f32 *out, const int count) {
-    f32v acc[AT_ONCE] = {};
+// Scales of a stretch's units from those of LANES groups; the s-th stretch of these groups.
+INLINE f32v unit_scales(f32v groups, int s) {
+    i32v index;
+    for (int unit = 0; unit < LANES; unit++) index[unit] = (s * LANES + unit) * WORDS_AT_ONCE / GROUP_WORDS;
+    return permute(groups, index);
+}
+
+INLINE f32 dot_row(const f32 *packed, const u32 *codes, const scale_type *scales, i64 words) {
+    f32v acc[2] = {};  // in turns: an addition waits for the one before
     const i8 *x = (const i8 *)packed;
     i64 at = 0;
-    for (; at + GROUP_WORDS * LANES <= words; at += GROUP_WORDS * LANES) {
-        affine a[AT_ONCE];
-        UNROLL for (int r = 0; r < count; r++) {
-            const scale_type *scale = scales + r * groups + at / GROUP_WORDS;
-            __builtin_prefetch((const char *)scale + SCALES_AHEAD);
-            a[r] = affine_v(scale);
-        }
-        UNROLL for (int b = 0; b < GROUP_WORDS; b++, x += BLOCK_BYTES) {
-            block loaded = load_block(x);
-            UNROLL for (int r = 0; r < count; r++) {
-                const u32 *word = codes + r * words + at + b * LANES;
-                __builtin_prefetch((const char *)word + AHEAD);
-                acc[r] = dot_block(&loaded, *(const u32v *)word, choose_affine(a[r], b).scale, acc[r]);
+    while (at + GROUP_WORDS * LANES <= words) {
+        const scale_type *scale = scales + at / GROUP_WORDS;
+        f32v groups = affine_v(scale).scale;
+        fetch((const char *)scale + SCALES_AHEAD);
+        UNROLL for (int s = 0; s < GROUP_WORDS / WORDS_AT_ONCE; s++, at += STRETCH_WORDS, x += STRETCH_BYTES) {
+            f32v units = unit_scales(groups, s) * load_float32((const f32 *)x + LANES);
+            acc[1] += units * load_float32((const f32 *)x);
+            UNROLL for (int b = 0; b < WORDS_AT_ONCE; b++) {
+                const u32 *word = codes + at + b * LANES;
+                fetch((const char *)word + AHEAD);
+                acc[b % 2] += dot_block(x, b, *(const u32v *)word, units);
             }
         }
     }
-    for (; at < words; at += LANES, x += BLOCK_BYTES) {
-        block loaded = load_block(x);
-        UNROLL for (int r = 0; r < count; r++) {
-            u32v word = load_words(codes + r * words + at, words - at);
-            acc[r] = dot_block(&loaded, word, spread_affine(scales + r * groups, at, words - at).scale, acc[r]);
+    for (; at < words; at += STRETCH_WORDS, x += STRETCH_BYTES) {
+        f32v units = spread_affine(scales, at, WORDS_AT_ONCE, words).scale * load_float32((const f32 *)x + LANES);
+        acc[1] += units * load_float32((const f32 *)x);
+        UNROLL for (int b = 0; b < WORDS_AT_ONCE; b++) {
+            i64 first = at + b * LANES;
+            if (first < words) acc[b % 2] += dot_block(x, b, load_words(codes + first, words - first), units);
         }
     }
-    UNROLL for (int r = 0; r < count; r++) out[r] = sum(acc[r]);
+    return sum(acc[0] + acc[1]);
 }

@@ -11,47 +11,32 @@ INLINE void pack_dot(const void *x, i64 from, i32 wide, f32 *out, i64 k) {
 }
 
 #ifndef AHEAD
-#define AHEAD 16384  // bytes of words that are fetched in advance: some rows further on
+#define AHEAD 4096  // bytes of words that are fetched in advance: rows follow each other
 #endif
-#define AT_ONCE 4   // rows that share the loads of the activations
 
-INLINE void dot_block(const f32 *x, const u32v *word, const affine *a, f32v *acc, const int count) {
-    f32v even[AT_ONCE] = {}, odd[AT_ONCE] = {};
+INLINE f32v dot_block(const f32 *x, u32v word, affine a) {
+    f32v even = {}, odd = {};  // in turns: an addition waits for the one before
     UNROLL for (int j = 0; j < PER_WORD; j++) {
-        f32v one = load_float32(x + j * LANES);
-        UNROLL for (int r = 0; r < count; r++) {
-            f32v w = centred(word[r] >> (u32)(BITS * j));
-            if (ASYMMETRIC) w = w * a[r].scale + a[r].minimum;
-            if (j % 2) odd[r] += w * one;
-            else even[r] += w * one;
-        }
+        f32v w = centred(word >> (u32)(BITS * j));
+        if (ASYMMETRIC) w = w * a.scale + a.minimum;
+        if (j % 2) odd += w * load_float32(x + j * LANES);
+        else even += w * load_float32(x + j * LANES);
     }
-    UNROLL for (int r = 0; r < count; r++) acc[r] += ASYMMETRIC ? even[r] + odd[r] : (even[r] + odd[r]) * a[r].scale;
+    return ASYMMETRIC ? even + odd : (even + odd) * a.scale;
 }
 
-INLINE void dot_rows(const f32 *x, const WORD *codes, const scale_type *scales, i64 words, i64 groups, f32 *out, const int count) {
-    f32v acc[AT_ONCE] = {};
-    u32v word[AT_ONCE];
-    affine all[AT_ONCE], a[AT_ONCE];
+INLINE f32 dot_row(const f32 *x, const WORD *codes, const scale_type *scales, i64 words) {
+    f32v acc = {};
     i64 at = 0;
     for (; at + GROUP_WORDS * LANES <= words; at += GROUP_WORDS * LANES) {
-        UNROLL for (int r = 0; r < count; r++) all[r] = affine_v(scales + r * groups + at / GROUP_WORDS);
+        affine groups = affine_v(scales + at / GROUP_WORDS);
         for (int b = 0; b < GROUP_WORDS; b++) {
-            UNROLL for (int r = 0; r < count; r++) {
-                const WORD *from = codes + r * words + at + b * LANES;
-                __builtin_prefetch((const char *)from + AHEAD);
-                word[r] = load_words(from, LANES);
-                a[r] = choose_affine(all[r], b);
-            }
-            dot_block(x + (at + b * LANES) * PER_WORD, word, a, acc, count);
+            const WORD *from = codes + at + b * LANES;
+            fetch((const char *)from + AHEAD);
+            acc += dot_block(x + (at + b * LANES) * PER_WORD, load_words(from, LANES), choose_affine(groups, b));
         }
     }
-    for (; at < words; at += LANES) {
-        UNROLL for (int r = 0; r < count; r++) {
-            word[r] = load_words(codes + r * words + at, words - at);
-            a[r] = spread_affine(scales + r * groups, at, words - at);
-        }
-        dot_block(x + at * PER_WORD, word, a, acc, count);
-    }
-    UNROLL for (int r = 0; r < count; r++) out[r] = sum(acc[r]);
+    for (; at < words; at += LANES)
+        acc += dot_block(x + at * PER_WORD, load_words(codes + at, words - at), spread_affine(scales, at, 1, words));
+    return sum(acc);
 }

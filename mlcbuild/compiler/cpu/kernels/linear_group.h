@@ -114,10 +114,10 @@ INLINE f32 value(const weights *w, i64 row, i64 at) {
     return ASYMMETRIC ? code * a.scale[0] + a.minimum[0] : code * a.scale[0];
 }
 
-// The scales of LANES words of a row from word `at` on, which starts a group; `held` words are there.
-INLINE affine spread_affine(const scale_type *row, i64 at, i64 held) {
+// What LANES words of a row are scaled by: each step-th word from `at` on, which starts a group; the row has `words`.
+INLINE affine spread_affine(const scale_type *row, i64 at, i64 step, i64 words) {
     scale_type some[LANES] = {0};
-    for (i64 i = 0; i < min_i64(held, LANES); i++) some[i] = row[(at + i) / GROUP_WORDS];
+    for (i64 i = 0; i < LANES && at + i * step < words; i++) some[i] = row[(at + i * step) / GROUP_WORDS];
     return affine_v(some);
 }
 
@@ -131,8 +131,9 @@ INLINE affine choose_affine(affine all, int b) {
 // Codes of 8 and of 3 bits fill bytes only where an instruction takes them unsigned and whole, and spreads them out.
 #if ASYMMETRIC || WORD_BITS != 32
 #include "dot_words.h"
-#elif (BITS == 4 && GROUP_SIZE % 8 == 0 && defined(HAS_DOT8)) || (BITS == 8 && DIGITS < 3 && defined(HAS_DOT4)) || \
-    (BITS == 3 && DIGITS < 3 && defined(HAS_DOT4) && defined(__AVX512VBMI__))
+#elif (BITS == 4 && GROUP_SIZE % 32 == 0 && defined(HAS_DOT8)) || \
+    (BITS == 8 && GROUP_SIZE % 32 == 0 && DIGITS < 3 && defined(HAS_DOT4)) || \
+    (BITS == 3 && GROUP_SIZE % 20 == 0 && DIGITS < 3 && defined(HAS_DOT4) && defined(__AVX512VBMI__))
 #include "dot_digits.h"
 #else
 #include "dot_words.h"
@@ -142,13 +143,10 @@ INLINE void dot(const f32 *x, i64 stride, const weights *w, i64 first, i64 rows,
     i64 groups = (w->k + GROUP_SIZE - 1) / GROUP_SIZE, words = groups * GROUP_WORDS;
     const WORD *codes = (const WORD *)w->part[0] + first * words;
     const scale_type *scales = (const scale_type *)w->part[1] + first * groups;
-    i64 r = 0;
-    for (; r + AT_ONCE <= rows; r += AT_ONCE)
+    // One row after the other: memory is read fastest in one line, half as fast where rows take turns.
+    for (i64 r = 0; r < rows; r++)
         for (i64 t = 0; t < tokens; t++)
-            dot_rows(x + t * stride, codes + r * words, scales + r * groups, words, groups, out + t * TASK_ROWS + r, AT_ONCE);
-    for (; r < rows; r++)
-        for (i64 t = 0; t < tokens; t++)
-            dot_rows(x + t * stride, codes + r * words, scales + r * groups, words, groups, out + t * TASK_ROWS + r, 1);
+            out[t * TASK_ROWS + r] = dot_row(x + t * stride, codes + r * words, scales + r * groups, words);
 }
 
 #endif

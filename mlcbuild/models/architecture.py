@@ -7,11 +7,12 @@ from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.models import scaling as scalings
 from mlcbuild.models import unknown
 from mlcbuild.models.config import normalise
 from mlcbuild.models.expressions import evaluate, mentions
 from mlcbuild.models.fields import check, keys, lookup, read, value_of
-from mlcbuild.models.kinds import DECODER, ENCODER, filled
+from mlcbuild.models.kinds import DECODER, ENCODER, RECURRENT, filled
 from mlcbuild.models.structure import ParameterRule, Structure
 from mlcbuild.recipes.types import Architecture
 
@@ -64,7 +65,8 @@ def resolve(architecture: Architecture, config: Mapping[str, Any], overrides: Ma
     constants = {name: value for name, value in data.get("decoder", {}).items() if name != "rope_scaling"}
     if "embedding" in data:
         constants["embedding"] = {"model_type": _EMBEDS_AS.get(kind, "decoder"), **data["embedding"]}
-    given = {"rope_theta": flat.get("rope_theta") or _ROPE_THETA, "rope_scaling": flat["rope_scaling"], **constants}
+    theta = _ROPE_THETA if flat.get("rope_theta") is None else flat["rope_theta"]
+    given = {"rope_theta": theta, "rope_scaling": flat["rope_scaling"], **constants}
     values, problems = read(data["config"], flat, given)
     problems += check(values) + _check_requirements(data, flat) + unknown.complaints(architecture, flat)
     if problems:
@@ -72,7 +74,7 @@ def resolve(architecture: Architecture, config: Mapping[str, Any], overrides: Ma
     values = filled(kind, values)
     values.update(_limits(kind, values["context_window_size"], overrides))
     values.update(_windows(values))
-    problems = _check_shape(values) + _check_limits(values)
+    problems = _check_shape(values) + _check_limits(kind, values)
     if problems:
         raise MlcBuildError("\n".join(problems))
     rules = tuple(each for rule in data["parameters"] for each in _rules(rule, values))
@@ -181,6 +183,9 @@ def _check_shape(values: Mapping[str, Any]) -> list[str]:
     rotary, dim = values.get("rotary_dim"), values["head_dim"]
     if rotary is not None and (rotary > dim or rotary % 2):
         problems.append(f"config.json: rotary_dim is {rotary}, expected an even number up to head_dim {dim}")
+    scaling = values["rope_scaling"]
+    if scaling is not None:
+        problems += scalings.problems(scaling, (dim if rotary is None else rotary) // 2)
     types, layers = values.get("layer_types"), values["num_hidden_layers"]
     if types is not None and (len(types) != layers or not {*types} <= {"full", "sliding"}):
         problems.append(f"config.json: layer_types are {types}, expected full or sliding for each of {layers} layers")
@@ -212,8 +217,13 @@ def _windows(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"sliding_window_size": window, "layer_types": types}
 
 
-def _check_limits(values: Mapping[str, Any]) -> list[str]:
+def _check_limits(kind: str, values: Mapping[str, Any]) -> list[str]:
     problems = []
+    if kind not in RECURRENT and values["context_window_size"] < 1:
+        problems.append(
+            f"context_window_size is {values['context_window_size']}, expected a whole number of at least 1: only a "
+            "recurrent model has no end"
+        )
     for name in ("tensor_parallel_shards", "pipeline_parallel_stages"):
         if values.get(name, 1) != 1:
             problems.append(f"overrides: {name} is {values[name]}, but only 1 is implemented")

@@ -44,7 +44,7 @@ def evaluate(expression: object, names: Mapping[str, Any]) -> Any:
         return expression
     try:
         return _value(ast.parse(expression, mode="eval").body, names)
-    except (SyntaxError, KeyError, ZeroDivisionError, TypeError, ValueError, IndexError) as error:
+    except (SyntaxError, KeyError, ZeroDivisionError, OverflowError, TypeError, ValueError, IndexError) as error:
         raise MlcBuildError(
             f"cannot evaluate `{expression}` ({error}); it may use numbers, `+ - * / // % **`, comparisons, "
             f"`and or not`, `a if b else c`, int, min, max, len, each_layer, and the names {', '.join(sorted(names))}"

@@ -8,6 +8,7 @@ from typing import Any
 
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.expressions import evaluate
+from mlcbuild.models.numbers import is_above, is_number
 
 Values = Mapping[str, Any]
 
@@ -27,18 +28,12 @@ SIZES = (
     "rotary_dim",
     "sliding_window_size",
 )
-NUMBERS = (
-    "norm_offset",
-    "embedding_scale",
-    "residual_scale",
-    "logits_scale",
-    "final_logit_softcapping",
-    "rope_local_theta",
-    "attention_scale",
-    "attn_logit_softcapping",
-    "clip_qkv",
-    "routed_scaling_factor",
-)
+COUNTS = ("shared_expert_intermediate_size", "rescale_every", "time_mix_extra_dim", "time_decay_extra_dim")
+NUMBERS = ("norm_offset", "embedding_scale", "residual_scale", "logits_scale", "routed_scaling_factor")
+ABOVE = {  # what these are numbers above
+    **dict.fromkeys(("final_logit_softcapping", "attention_scale", "attn_logit_softcapping", "clip_qkv"), 0),
+    **dict.fromkeys(("rope_theta", "rope_local_theta"), 1),
+}
 CHOICES = {
     "norm": ("rms", "layer"),
     "norm_position": ("pre", "post", "both"),
@@ -69,14 +64,21 @@ def read(rules: Mapping[str, Any], config: Values, given: Values) -> tuple[dict[
 
 
 def value_of(rule: Mapping[str, Any], config: Values, values: Values) -> Any:
-    """What `{key, default, map}` or `{value}` makes of a config. Raises MlcBuildError where there is nothing to use."""
+    """What `{key, default, map}` or `{value}` makes of a config.
+
+    Raises MlcBuildError where there is nothing to use, and for what is no truth value where the default is one.
+    """
     if "value" in rule:
         return evaluate(rule["value"], values)
     names = keys(rule)
     for name in names:
         found = lookup(config, name)
         if found is not None:
-            return _mapped(found, name, rule["map"]) if "map" in rule else found
+            if "map" in rule:
+                return _mapped(found, name, rule["map"])
+            if isinstance(rule.get("default"), bool) and not isinstance(found, bool):
+                raise MlcBuildError(f"{name} is {found!r}, expected true or false")
+            return found
     if "default" in rule:
         return evaluate(rule["default"], values)
     raise MlcBuildError(f"`{'` or `'.join(names)}` is missing")
@@ -113,12 +115,22 @@ def check(values: Values) -> list[str]:
         endless = (name, value) == ("context_window_size", -1)
         if name in values and value is not None and not endless and (type(value) is not int or value < 1):
             problems.append(f"config.json: {name} is {value!r}, expected a whole number of at least 1")
+    for name in COUNTS:
+        value = values.get(name, 0)
+        if value is not None and (type(value) is not int or value < 0):
+            problems.append(f"config.json: {name} is {value!r}, expected a whole number")
     for name in NUMBERS:
         value = values.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, float | int)):
+        if value is not None and not is_number(value):
             problems.append(f"config.json: {name} is {value!r}, expected a number")
-    if "norm_eps" in values and not isinstance(values["norm_eps"], float | int):
-        problems.append(f"config.json: norm epsilon is {values['norm_eps']!r}, expected a number")
+    for name, bound in ABOVE.items():
+        value = values.get(name)
+        if value is not None and not is_above(bound, value):
+            problems.append(f"config.json: {name} is {value!r}, expected a number above {bound}")
+    for name, words in (("norm_eps", "norm epsilon"), ("group_norm_eps", "epsilon of the norm over heads")):
+        value = values.get(name, 0)
+        if not is_number(value) or value < 0:
+            problems.append(f"config.json: {words} is {value!r}, expected a number of at least 0")
     experts, chosen = (values.get(name) for name in ("num_experts", "num_experts_per_tok"))
     if not problems and experts is not None and chosen is not None and chosen > experts:
         problems.append(f"config.json: num_experts_per_tok is {chosen}, but there are only {experts} experts")

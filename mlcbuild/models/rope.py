@@ -9,6 +9,8 @@ longrope  `short_factor` where the window is at most `original_max_position_embe
 
 (transformers chooses anew for each call, which leaves keys in its cache that were turned by another table.)
 
+What config.json says is checked before (mlcbuild.models.scaling).
+
 Sources: Su et al., arXiv 2104.09864; Peng et al., arXiv 2309.00071 (yarn); Ding et al., arXiv 2402.13753 (longrope);
 the arithmetic of each is that of transformers' modeling_rope_utils.py.
 """
@@ -23,7 +25,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.structure import Structure
 
 Frequencies = npt.NDArray[np.floating[Any]]
@@ -94,14 +95,8 @@ def _wavelengths(structure: Structure, theta: float) -> Frequencies:
     return powers
 
 
-def _get(scaling: Settings, key: str) -> Any:
-    if scaling.get(key) is None:
-        raise MlcBuildError(f"config.json: rope scaling `{scaling['rope_type']}` needs the key {key!r}")
-    return scaling[key]
-
-
 def _number(scaling: Settings, key: str) -> float:
-    return float(_get(scaling, key))
+    return float(scaling[key])
 
 
 def _length(structure: Structure) -> int:
@@ -157,12 +152,7 @@ def _longrope(structure: Structure, wavelengths: Frequencies, scaling: Settings)
     """Every dimension has its own factor."""
     long = _length(structure) > _number(scaling, "original_max_position_embeddings")
     name = "long_factor" if long else "short_factor"
-    factors = np.asarray(_get(scaling, name), np.float32)
-    if factors.shape != wavelengths.shape:
-        raise MlcBuildError(
-            f"config.json: rope scaling `longrope` has {factors.size} numbers in {name!r}, expected "
-            f"{wavelengths.size}: one for each pair of the {2 * wavelengths.size} rotary dimensions"
-        )
+    factors = np.asarray(scaling[name], np.float32)
     frequencies: Frequencies = 1 / (factors * wavelengths)
     return frequencies
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.config import normalise
 from mlcbuild.models.rope import attention_factor, inverse_frequencies
 from mlcbuild.models.structure import Structure
@@ -119,15 +118,3 @@ def test_settings_for_each_type_of_layer() -> None:
     flat = normalise({"rope_parameters": {"full_attention": full, "sliding_attention": sliding}})
     assert flat["rope_theta"] == 1e6 and flat["rope_local_base_freq"] == 1e4
     assert flat["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
-
-
-def test_a_scaling_without_its_factor() -> None:
-    settings = {key: value for key, value in LLAMA3.items() if key != "factor"}
-    with pytest.raises(MlcBuildError, match="rope scaling `llama3` needs the key 'factor'"):
-        inverse_frequencies(structure_for(settings, 100))
-
-
-def test_a_longrope_for_another_width() -> None:
-    settings = {**LONG, "short_factor": [1.0, 2.0]}
-    with pytest.raises(MlcBuildError, match="has 2 numbers in 'short_factor', expected 64: one for each pair"):
-        inverse_frequencies(structure_for(settings, 100))

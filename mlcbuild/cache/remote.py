@@ -14,7 +14,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -58,6 +58,7 @@ class Remote:
         self.url = url
         self.patience = patience
         self._lock = threading.Lock()
+        self._committing = threading.Lock()
         self._opened: tuple[int, Any, str] | None = None  # process, file system, the URL's path in it
 
     def entry(self, key: str) -> bytes | None:
@@ -65,8 +66,10 @@ class Remote:
 
         def read() -> bytes | None:
             fs, root = self._open()
+            name = f"{root}/{entry_name(key)}"
+            fs.invalidate_cache(name)  # another builder may have put it there since a listing was kept
             try:
-                content: bytes = fs.cat_file(f"{root}/{entry_name(key)}")
+                content: bytes = fs.cat_file(name)
             except FileNotFoundError:
                 return None
             return content
@@ -87,8 +90,10 @@ class Remote:
 
         def look() -> bool:
             fs, root = self._open()
+            name = f"{root}/{blob_name(digest)}"
+            fs.invalidate_cache(name)
             try:
-                return bool(fs.info(f"{root}/{blob_name(digest)}")["size"] == size)
+                return bool(fs.info(name)["size"] == size)
             except FileNotFoundError:
                 return False
 
@@ -115,13 +120,40 @@ class Remote:
 
         self._within(put, Meter(self.patience))
 
+    @property
+    def commits(self) -> bool:
+        """Whether files go there by `commit`, many at once: a hub would make a commit of each otherwise."""
+        return self.url.startswith("hf://") and not self.url.startswith("hf://buckets/")
+
+    def commit(self, blobs: Mapping[str, Path], entries: Mapping[str, bytes]) -> None:
+        """Put blobs and entries into the repository, all at once. Raises what huggingface_hub raises, or TooSlow."""
+        files: dict[str, Any] = {blob_name(digest): str(path) for digest, path in blobs.items()}
+        files |= {entry_name(key): content for key, content in entries.items()}
+
+        def put() -> None:
+            from huggingface_hub import CommitOperationAdd
+
+            from mlcbuild.cache.hub_commit import commit_on_top
+
+            fs, root = self._open()
+            place = fs.resolve_path(root)
+            names = {name: f"{place.path_in_repo}/{name}".lstrip("/") for name in files}
+            operations = [CommitOperationAdd(names[name], content) for name, content in files.items()]
+            commit_on_top(place.repo_id, place.repo_type, operations, "Built by mlcbuild", revision=place.revision)
+
+        # How much has gone is not told, so the time for all of it is allowed from the start.
+        allowed = sum(path.stat().st_size for path in blobs.values())
+        if files:
+            with self._committing:  # one at a time: the hub refuses the second of two
+                self._within(put, Meter(self.patience), allowed)
+
     def meter(self) -> Meter:
         """For one transfer, or for several at once."""
         return Meter(self.patience)
 
     def words(self, error: BaseException) -> str:
         """The error in one line, for the user, without anything secret."""
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         userinfo = urlsplit(self.url).netloc.rpartition("@")[0]
         secrets_ = [value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) > 3]
         for secret in [self.url, *filter(None, (userinfo, *userinfo.split(":"))), *secrets_]:
@@ -131,8 +163,12 @@ class Remote:
     def _open(self) -> tuple[Any, str]:
         with self._lock:
             if self._opened is None or self._opened[0] != os.getpid():
+                import logging
+
                 import fsspec
 
+                # It says before each call that it does not know the bucket's kind, where it may not ask for that.
+                logging.getLogger("gcsfs").setLevel(logging.ERROR)
                 fs, path = fsspec.core.url_to_fs(self.url)
                 self._opened = (os.getpid(), fs, path.rstrip("/"))
             return self._opened[1], self._opened[2]

@@ -75,24 +75,29 @@ class SharedCache:
 
     def put(self, action: Action, store: Store, say: Say) -> bool:
         """`give`, also of what lies outside the store."""
-        if not self.send(action.tree.files.values(), say):
-            return False
-        try:
-            self.remote.put_entry(action.key, json.dumps(action.to_json(), indent=1, sort_keys=True).encode())
-        except Exception as error:
-            self._stop(error, "write", say)
-            return False
-        return True
+        content = json.dumps(action.to_json(), indent=1, sort_keys=True).encode()
+        return self._send(action.tree.files.values(), {action.key: content}, say)
 
     def send(self, entries: Iterable[Entry], say: Say) -> bool:
         """Put blobs there without an entry; whether they are there now."""
+        return self._send(entries, {}, say)
+
+    def _send(self, entries: Iterable[Entry], records: Mapping[str, bytes], say: Say) -> bool:
         if not self._writing:
             return False
-        meter, unique = self.remote.meter(), {entry.digest: entry for entry in entries}
+        unique = {entry.digest: entry for entry in entries}
         try:
             with ThreadPoolExecutor(_AT_ONCE) as pool:
-                for _ in pool.map(lambda entry: self._put(entry, meter), unique.values()):
+                there = pool.map(self._is_there, unique.values())
+                missing = [entry for entry, is_there in zip(unique.values(), there, strict=True) if not is_there]
+                if self.remote.commits:
+                    self.remote.commit({entry.digest: entry.path for entry in missing}, records)
+                    return True
+                meter = self.remote.meter()
+                for _ in pool.map(lambda entry: self._put(entry, meter), missing):
                     pass
+            for key, content in records.items():
+                self.remote.put_entry(key, content)
         except Exception as error:
             self._stop(error, "write", say)
             return False
@@ -122,11 +127,13 @@ class SharedCache:
         """Whether nothing has gone wrong so far (writing included, where this run may write)."""
         return self._reading and self._writing
 
+    def _is_there(self, entry: Entry) -> bool:
+        return entry.digest not in self._damaged and self.remote.has(entry.digest, entry.size)
+
     def _put(self, entry: Entry, meter: Meter) -> None:
         if not self._writing:
             raise InterruptedError("given up")
-        if entry.digest in self._damaged or not self.remote.has(entry.digest, entry.size):
-            self.remote.upload(entry.digest, entry.path, meter)
+        self.remote.upload(entry.digest, entry.path, meter)
 
     def _take(self, files: Mapping[str, Entry], record: Any, ingredients: Ingredients, store: Store) -> Action:
         with workplace(store.root) as place:

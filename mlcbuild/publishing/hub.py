@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlcbuild.cache.hub_commit import commit
 from mlcbuild.errors import MlcBuildError
 
 Content = Path | bytes
@@ -54,20 +55,16 @@ def changes(
 def upload(found: Changes, files: Mapping[str, Content], message: str, private: bool) -> str:
     """Make the changes, in one commit on top of what was seen; its id. Raises MlcBuildError."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.utils import disable_progress_bars
 
-    disable_progress_bars()
     operations: list[Any] = [
         CommitOperationAdd(name, str(files[name]) if isinstance(files[name], Path) else files[name])
         for name in (*found.new, *found.changed)
     ]
     operations += [CommitOperationDelete(name) for name in found.deleted]
     with _explained(found.repository):
-        api = HfApi()
         if found.head is None:
-            api.create_repo(found.repository, private=private, exist_ok=True)
-        commit = api.create_commit(found.repository, operations, commit_message=message, parent_commit=found.head)
-    return str(commit.oid)
+            HfApi().create_repo(found.repository, private=private, exist_ok=True)
+        return commit(found.repository, "model", operations, message, parent=found.head)
 
 
 def lines(found: Changes, sizes: Callable[[str], str]) -> Iterable[str]:

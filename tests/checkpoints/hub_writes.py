@@ -1,4 +1,4 @@
-"""The part of a hub's interface that uploads: repositories made, blobs by LFS, one commit for many files."""
+"""The part of a hub's interface that uploads: repositories made, blobs by LFS or Xet, one commit for many files."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tests.checkpoints.hub_server import Hub
+from tests.checkpoints.xet_storage import contents
 
 Answer = tuple[int, dict[str, str], bytes]
 _LFS = (".bin", ".so", ".wasm", ".tar", ".safetensors")
@@ -17,7 +19,10 @@ _LFS = (".bin", ".so", ".wasm", ".tar", ".safetensors")
 
 @dataclass
 class WritableHub(Hub):
-    """The repository of the base, and those that were made. Writing needs the token `writer`."""
+    """The repository of the base, and those that were made. Writing needs the token `writer`.
+
+    Names of repositories are those of models; those of data sets begin with `datasets/`.
+    """
 
     writer: str = "hf_planted0123456789abcdef"
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -25,6 +30,8 @@ class WritableHub(Hub):
     blobs: dict[str, bytes] = field(default_factory=dict)  # by sha256: uploaded, in a commit or not yet
     commits: dict[str, list[str]] = field(default_factory=dict)  # messages, by repository
     uploaded: list[str] = field(default_factory=list)  # digests, as they came
+    xet: Path | None = None  # the folder of its Xet storage, where it has that
+    regular: int = 10_000_000  # bytes: what is larger goes to large file storage, whatever its name
 
     def head(self, repo: str) -> str:
         files = sorted((name, hashlib.sha256(content).hexdigest()) for name, content in self.repos[repo].items())
@@ -32,8 +39,15 @@ class WritableHub(Hub):
 
     def answer(self, path: str, headers: Mapping[str, str]) -> Answer:
         for repo, files in self.repos.items():
-            if path == f"/api/models/{repo}":
+            api = _api(repo)
+            if path in (api, f"{api}/revision/main"):
                 return self._json({"id": repo, "sha": self.head(repo), "siblings": [*map(_sibling, files.items())]})
+            if path.startswith(f"{api}/tree/main"):
+                return self._tree(files, path.removeprefix(f"{api}/tree/main").strip("/"))
+            if path == f"{api}/xet-write-token/main" and self.xet is not None:
+                if headers.get("authorization") != f"Bearer {self.writer}":
+                    return 401, {}, b""
+                return self._json({"accessToken": "xet", "exp": 1 << 40, "casUrl": f"local://{self.xet}"})
             if path.startswith(f"/{repo}/resolve/main/"):
                 content = files.get(path.removeprefix(f"/{repo}/resolve/main/"))
                 return (404, {"X-Error-Code": "EntryNotFound"}, b"") if content is None else (200, {}, content)
@@ -51,14 +65,16 @@ class WritableHub(Hub):
             return self._json({"errors": [], "warnings": []})
         if headers.get("authorization") != f"Bearer {self.writer}":
             return 401, {}, b'{"error": "Invalid credentials"}'
+        if path.endswith("/paths-info/main"):
+            return self._paths_info(path.removesuffix("/paths-info/main"), json.loads(body))
         if path == "/api/repos/create":
             return self._create(json.loads(body))
         for repo in self.repos:
             if path == f"/{repo}.git/info/lfs/objects/batch":
                 return self._json({"transfer": "basic", "objects": [*map(self._object, json.loads(body)["objects"])]})
-            if path == f"/api/models/{repo}/preupload/main":
-                return self._json({"files": [*map(_mode, json.loads(body)["files"])]})
-            if path == f"/api/models/{repo}/commit/main":
+            if path == f"{_api(repo)}/preupload/main":
+                return self._json({"files": [*map(self._mode, json.loads(body)["files"])]})
+            if path == f"{_api(repo)}/commit/main":
                 return self._commit(repo, [json.loads(line) for line in body.splitlines()])
         return 404, {"X-Error-Code": "RepoNotFound"}, b""
 
@@ -70,6 +86,25 @@ class WritableHub(Hub):
         if asked.get("private") or asked.get("visibility") == "private":
             self.private.add(repo)
         return self._json({"url": f"{self.url}/{repo}", "name": repo, "id": repo})
+
+    def _tree(self, files: Mapping[str, bytes], folder: str) -> Answer:
+        """What is in a folder, not in those below it."""
+        prefix = f"{folder}/" if folder else ""
+        inside = {name.removeprefix(prefix): name for name in files if name.startswith(prefix)}
+        if not inside:
+            return 404, {"X-Error-Code": "EntryNotFound"}, b""
+        folders = {name.partition("/")[0] for name in inside if "/" in name}
+        listed: list[Any] = [{"type": "directory", "path": prefix + name, "oid": "0", "size": 0} for name in folders]
+        listed += [_file(name, files[name]) for short, name in inside.items() if "/" not in short]
+        return self._json(listed)
+
+    def _paths_info(self, api: str, asked: Mapping[str, Any]) -> Answer:
+        (files,) = [files for repo, files in self.repos.items() if _api(repo) == api]
+        return self._json([_file(name, files[name]) for name in asked["paths"] if name in files])
+
+    def _mode(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        mode = "lfs" if asked["path"].endswith(_LFS) or asked["size"] > self.regular else "regular"
+        return {"path": asked["path"], "uploadMode": mode, "shouldIgnore": False, "oid": None}
 
     def _object(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         found = {"oid": asked["oid"], "size": asked["size"]}
@@ -87,6 +122,8 @@ class WritableHub(Hub):
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
+                if self.xet is not None:
+                    self.blobs |= contents(self.xet)
                 if value["oid"] not in self.blobs:
                     return 400, {}, b'{"error": "no such blob"}'
                 files[value["path"]] = self.blobs[value["oid"]]
@@ -101,9 +138,15 @@ class WritableHub(Hub):
         return 200, {"Content-Type": "application/json"}, json.dumps(content).encode()
 
 
-def _mode(asked: Mapping[str, Any]) -> dict[str, Any]:
-    mode = "lfs" if asked["path"].endswith(_LFS) else "regular"
-    return {"path": asked["path"], "uploadMode": mode, "shouldIgnore": False, "oid": None}
+def _api(repo: str) -> str:
+    return f"/api/{repo}" if repo.startswith("datasets/") else f"/api/models/{repo}"
+
+
+def _file(name: str, content: bytes) -> dict[str, Any]:
+    sibling = _sibling((name, content))
+    lfs = {"oid": sibling["lfs"]["sha256"], "size": len(content), "pointerSize": 134} if "lfs" in sibling else None
+    entry = {"type": "file", "path": name, "size": len(content), "oid": sibling["blobId"]}
+    return entry | ({"lfs": lfs} if lfs else {})
 
 
 def _sibling(file: tuple[str, bytes]) -> dict[str, Any]:

@@ -25,12 +25,12 @@ def built(built: Workspace) -> Workspace:
 ONE, OTHER = "tiny-q4f16_1-cpu", "tiny-q4f32_1-cpu"
 
 
-def mlcbuild(workspace: Workspace, *arguments: str, status: int | None = 0) -> str:
+def mlcbuild(workspace: Workspace, *arguments: str, status: int | None = 0, **environment: str) -> str:
     script = "import sys; from mlcbuild import graph; graph.STEPS = 'tests.execution.toysteps'; "
     done = subprocess.run(
         [sys.executable, "-c", f"{script}from mlcbuild.cli import main; sys.exit(main())", *arguments],
         cwd=workspace.root,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
         capture_output=True,
         text=True,
     )

@@ -48,11 +48,18 @@ def hub() -> Iterator[WritableHub]:
         yield hub
 
 
-def publish(workspace: Workspace, hub: WritableHub, *words: str, check: bool = True, token: str | None = None) -> Any:
+def publish(
+    workspace: Workspace,
+    hub: WritableHub,
+    *words: str,
+    check: bool = True,
+    token: str | None = None,
+    without_xet: bool = True,
+) -> Any:
     environment = {
         "HF_ENDPOINT": hub.url,
         "HF_TOKEN": token or hub.writer,
-        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_XET": "1" if without_xet else "0",  # 1: as if hf_xet were not installed
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HOME": str(workspace.root.parent / "hf"),
     }
@@ -129,6 +136,24 @@ def test_what_was_cut_off_goes_on(workspace: Workspace, hub: WritableHub) -> Non
     publish(workspace, hub, "recipe=tiny-cpu", "upload=1")
     assert len(hub.uploaded) == sent, "blobs were there already"
     assert "params_shard_0.bin" in hub.repos[WEIGHTS]
+
+
+@pytest.mark.parametrize(("hub_has_it", "without_xet"), [(True, False), (True, True), (False, False)])
+def test_weights_go_by_xet_where_both_sides_have_it(
+    workspace: Workspace, hub: WritableHub, tmp_path: Path, hub_has_it: bool, without_xet: bool
+) -> None:
+    """With hf_xet installed, huggingface_hub does not ask whether the hub knows Xet; then it goes on by LFS."""
+    hub.xet = tmp_path / "xet" if hub_has_it else None
+    (tmp_path / "xet").mkdir()
+    publish(workspace, hub, "recipe=tiny-cpu", "upload=1", without_xet=without_xet)
+    package = workspace.root / "dist/tiny-cpu/tiny-q4f16_1-MLC"
+    shards = sorted(package.glob("params_shard_*.bin"))
+    assert shards and all(hub.repos[WEIGHTS][path.name] == path.read_bytes() for path in shards)
+    by_xet = {sha256(path.read_bytes()) for path in shards}.isdisjoint(hub.uploaded)
+    assert by_xet is (hub_has_it and not without_xet)
+    commits = dict(hub.commits)
+    publish(workspace, hub, "recipe=tiny-cpu", "upload=1", without_xet=without_xet)
+    assert hub.commits == commits, "nothing has changed"
 
 
 def test_what_did_not_pass_is_not_published(workspace: Workspace, hub: WritableHub) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from mlcbuild.chat.conversation import Conversation
 from mlcbuild.chat.tokenizer_info import TokenizerFacts, tokenizer_info
+from mlcbuild.errors import MlcBuildError
 
 VERSION = "0.1.0"
 TOKENIZER_FILES = (
@@ -50,7 +51,8 @@ def chat_config(
     `model_config` is the architecture's own part (CONTRACT: hidden_size ... disaggregation); `tokenizer` is what the
     checkpoint's tokenizer says (None: it is not known); `checkpoint_configs` are generation_config.json and
     config.json, in the order in which the first to give a sampling default or a special token's id wins; `embedding`
-    is `embedding_metadata` of a model of texts, None for one that writes.
+    is `embedding_metadata` of a model of texts, None for one that writes. Raises MlcBuildError for a special token's id
+    that is none.
     """
     vocab_size = model_config["vocab_size"]
     return {
@@ -66,12 +68,12 @@ def chat_config(
         "tensor_parallel_shards": model_config.get("tensor_parallel_shards", 1),
         "pipeline_parallel_stages": model_config.get("pipeline_parallel_stages", 1),
         # Rows of the embedding behind the tokenizer's last token are padding that must never be sampled.
-        "active_vocab_size": vocab_size if tokenizer is None else len(tokenizer.tokens),
+        "active_vocab_size": vocab_size if tokenizer is None else min(vocab_size, tokenizer.rows),
         **_first(_SAMPLING, checkpoint_configs),
         "tokenizer_files": [name for name in TOKENIZER_FILES if name in tokenizer_files],
         "tokenizer_info": dict(tokenizer.info) if tokenizer else tokenizer_info(None),
         "conv_template": conversation.to_json(),
-        **_first(_TOKENS, checkpoint_configs),
+        **_token_ids(checkpoint_configs),
         "model_task": "chat" if embedding is None else "embedding",
         "embedding_metadata": None if embedding is None else dict(embedding),
     }
@@ -80,6 +82,16 @@ def chat_config(
 def to_text(config: Mapping[str, Any]) -> str:
     """The file's text: the same for the same content."""
     return json.dumps(config, indent=2) + "\n"
+
+
+def _token_ids(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    found = _first(_TOKENS, configs)
+    for key, value in found.items():
+        ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
+        if not ids or not all(type(each) is int for each in ids):
+            expected = "the id of a token, or a list of ids" if key == "eos_token_id" else "the id of a token"
+            raise MlcBuildError(f"generation_config.json or config.json: {key} is {value!r}, expected {expected}")
+    return found
 
 
 def _first(defaults: Mapping[str, Any], configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -30,6 +30,11 @@ class TokenizerFacts:
     special: frozenset[int]
     info: Mapping[str, Any]
 
+    @property
+    def rows(self) -> int:
+        """How many rows of an embedding the tokens use: the largest id and one."""
+        return max(self.tokens.values(), default=-1) + 1
+
     def text(self, token_id: int) -> str | None:
         """The token with this id."""
         return next((text for text, i in self.tokens.items() if i == token_id), None)

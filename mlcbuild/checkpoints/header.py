@@ -61,6 +61,8 @@ def read_header(path: Path, file: str, blob: str = "") -> list[TensorRef]:
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8:
             raise CheckpointError(f"{file}: truncated: {size} bytes, too short for a safetensors header")
+        if prefix == b"version ":
+            raise CheckpointError(pointer(file))
         if length > MAX_HEADER:
             raise CheckpointError(f"{file}: not a safetensors file: it claims a header of {length} bytes")
         if 8 + length > size:
@@ -79,6 +81,11 @@ def read_header(path: Path, file: str, blob: str = "") -> list[TensorRef]:
     if problems:
         raise CheckpointError("\n".join(problems))
     return refs
+
+
+def pointer(file: str) -> str:
+    """What is said of a file that begins with `version `, as what git has in a large file's place does."""
+    return f"{file}: a Git LFS pointer and not the file itself: run `git lfs pull` in its folder"
 
 
 def climbs(name: str) -> bool:

@@ -20,7 +20,7 @@ from math import prod
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn
 
-from mlcbuild.checkpoints.header import BITS, TensorRef, climbs
+from mlcbuild.checkpoints.header import BITS, TensorRef, climbs, pointer
 from mlcbuild.errors import CheckpointError
 
 # Storage types by name, as safetensors calls their dtype.
@@ -79,7 +79,10 @@ def read_torch(path: Path, file: str, blob: str = "") -> list[TensorRef]:
     """
     try:
         with path.open("rb") as stream:
-            if stream.read(4) == b"PK\x03\x04":
+            start = stream.read(8)
+            if start == b"version ":
+                raise CheckpointError(pointer(file))
+            if start[:4] == b"PK\x03\x04":
                 content, places = _zipped(stream, file)
             else:
                 stream.seek(0)

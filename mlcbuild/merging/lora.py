@@ -29,6 +29,7 @@ from mlcbuild.checkpoints.made import Made, row_pieces, view
 from mlcbuild.checkpoints.mapped import FLOATS
 from mlcbuild.checkpoints.torch_files import read_torch
 from mlcbuild.errors import CheckpointError
+from mlcbuild.models.numbers import is_above
 from mlcbuild.quantization import floats
 
 CONFIG = "adapter_config.json"
@@ -57,10 +58,14 @@ class Adapter:
     table: Mapping[str, TensorRef]
     config: Mapping[str, Any]
 
-    def scale(self, module: str, rank: int) -> float:
+    def scale(self, module: str) -> float:
         """alpha / r; both can be set for single modules by a pattern that matches the end of their name."""
         alpha = _by_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 8))
+        rank = self.rank(module)
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def rank(self, module: str) -> int:
+        return int(_by_pattern(self.config.get("rank_pattern"), module, self.config.get("r", 8)))
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,19 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
     kind = config.get("peft_type")
     if kind != "LORA":
         return [f"peft_type is {kind!r}: only LORA adapters are merged; merge it with PEFT and save the whole model"]
+    numbers = {key: config[key] for key in ("r", "lora_alpha") if key in config}
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, Mapping):
+            problems.append(f"{key} is {patterns!r}, expected an object of modules and numbers")
+            continue
+        numbers |= {f"{key}: {module}": value for module, value in patterns.items()}
+        problems += [
+            f"{key}: {module!r} is no pattern of a module's name" for module in patterns if not _pattern(module)
+        ]
+    for key, value in numbers.items():
+        if not is_above(0, value) or ("alpha" not in key and not isinstance(value, int)):
+            problems.append(f"{key} is {value!r}, expected a {'' if 'alpha' in key else 'whole '}number above 0")
     for key, plain in _PLAIN.items():
         if key in config and config[key] not in plain:
             problems.append(f"{key} is {config[key]!r}, which is not merged here: merge with PEFT and save the model")
@@ -162,6 +180,14 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
             "merge with PEFT and save the model"
         )
     return problems
+
+
+def _pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def _by_pattern(patterns: Any, module: str, default: Any) -> Any:
@@ -202,8 +228,13 @@ def _product(
         turned = embedding or bool(adapter.config.get("fan_in_fan_out"))
         left, right = (a.T, b.T) if turned else (b, a)
         if (left.shape[0], right.shape[1]) == target.shape:
-            scale = adapter.scale(module, a.shape[0])
-            return _Product(np.ascontiguousarray(left), np.ascontiguousarray(right), scale)
+            if a.shape[0] == adapter.rank(module):
+                return _Product(np.ascontiguousarray(left), np.ascontiguousarray(right), adapter.scale(module))
+            problems.append(
+                f"{refs[0].file}: tensor {refs[0].name} has rank {a.shape[0]}, but {CONFIG} says "
+                f"{adapter.rank(module)} (r, or rank_pattern), and what is added is scaled by it"
+            )
+            return None
     shapes = ", ".join(f"{ref.name} {list(ref.shape)}" for ref in refs)
     problems.append(f"{refs[0].file}: {shapes} do not fit {target.name} {list(target.shape)} of the base")
     return None

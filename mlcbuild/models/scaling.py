@@ -29,6 +29,9 @@ def problems(scaling: Mapping[str, Any], pairs: int) -> list[str]:
     if scaling.get("factor") is None and scaling.get("attention_factor") is None and kind in ("yarn", "longrope"):
         more += ("max_position_embeddings",)  # from which the factor follows
         needed += ("max_position_embeddings",)
+    if kind == "yarn" and scaling.get("factor") is None:
+        lengths = [scaling.get(key) for key in ("max_position_embeddings", "original_max_position_embeddings")]
+        needed += ("factor",) if lengths[0] == lengths[1] else ()
     lists = _LISTS.get(kind, ())
     found = [f"{at} needs the key {key!r}" for key in (*needed, *lists) if scaling.get(key) is None]
     found += [

@@ -39,6 +39,7 @@ CODE = (
     "mlcbuild.merging.prequantized",
     "mlcbuild.merging.rearranged",
     "mlcbuild.models.kinds",
+    "mlcbuild.models.numbers",
     "mlcbuild.models.parameters",
     "mlcbuild.models.structure",
     "mlcbuild.quantization.awq",

@@ -55,6 +55,12 @@ def run(job: Job) -> None:
             f"{fields['model']}: the checkpoint has neither tokenizer.json nor tokenizer.model "
             "(nor a vocabulary of RWKV)"
         )
+    rows = fields["model_config"]["vocab_size"]
+    if chat.tokenizer.rows > rows:
+        job.note(
+            f"the tokenizer has tokens up to {chat.tokenizer.rows - 1}, but the model has {rows} rows: a text with one "
+            "of those beyond must not be given to it"
+        )
     folder = job.output / weights
     folder.mkdir()
     for file in [*present, *(["chat_template.jinja"] if "chat_template.jinja" in checkpoint else [])]:

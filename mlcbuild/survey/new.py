@@ -183,6 +183,8 @@ def _unknown(known: Survey, remarks: tuple[str, ...]) -> Iterator[str]:
         yield f"the tokenizer was not looked at: {found.trouble}"
     elif known.tokens is None:
         yield "there is no tokenizer.json and no tokenizer.model: a package needs one"
+    elif known.tokens.count > known.structure.vocab_size:
+        yield f"the tokenizer has {known.tokens.count:,} tokens, the model only {known.structure.vocab_size:,} rows"
     if known.tensors is None:
         yield "the weights were not looked at: the first build finds tensors that are missing or left over"
     elif known.tensors.problem is not None:

@@ -132,7 +132,8 @@ def test_the_checkpoints_own_sampling_defaults(tmp_path: Path) -> None:
 def test_a_checkpoint_with_tokenizer_model_only(tmp_path: Path) -> None:
     """The tokenizer's size and its treatment of spaces come from the SentencePiece model itself."""
     model = sentencepiece_model(tmp_path).read_bytes()
-    config = written(tmp_path, {"tokenizer.model": model, "added_tokens.json": {"<pad>": 330}})
+    files = {"tokenizer.model": model, "added_tokens.json": {"<pad>": 330}}
+    config = written(tmp_path, files, model_config={**MODEL_CONFIG, "vocab_size": 352})
     assert config["tokenizer_files"] == ["tokenizer.model", "added_tokens.json"]
     assert config["active_vocab_size"] == 331
     assert config["tokenizer_info"] == {
@@ -140,6 +141,22 @@ def test_a_checkpoint_with_tokenizer_model_only(tmp_path: Path) -> None:
         "prepend_space_in_encode": True,
         "strip_space_in_decode": True,
     }
+
+
+def test_tokens_that_the_model_has_no_row_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Gemma 3 (1B) has one, for images: never sampled, and said."""
+    notes: list[str] = []
+    monkeypatch.setattr(Job, "note", lambda _, text: notes.append(text))
+    added = {"added_tokens": [*TOKENIZER["added_tokens"], {"id": 320, "content": "<image>"}]}
+    config = written(tmp_path, {"tokenizer.json": {**TOKENIZER, **added}})
+    assert config["active_vocab_size"] == 320
+    assert [note[:62] for note in notes] == ["the tokenizer has tokens up to 320, but the model has 320 rows"]
+
+
+@pytest.mark.parametrize("value", ["0", 1.5, True, [0, "1"], []])
+def test_an_end_of_text_that_is_no_token(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(MlcBuildError, match=r"config.json: eos_token_id is .*, expected the id of a token, or a list"):
+        written(tmp_path, {"tokenizer.json": TOKENIZER, "config.json": {"eos_token_id": value}})
 
 
 def test_the_template_that_the_tokenizer_brings(tmp_path: Path) -> None:

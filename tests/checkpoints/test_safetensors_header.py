@@ -82,6 +82,9 @@ def test_left_over_bytes(tmp_path: Path) -> None:
 def test_not_safetensors(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n")
+    pointer = "x.safetensors: a Git LFS pointer and not the file itself: run `git lfs pull` in its folder"
+    assert problem(path) == pointer
+    path.write_bytes(b"\xff" * 60)
     assert problem(path).startswith("x.safetensors: not a safetensors file: it claims a header of ")
     for text in (b"{", b"[]", b"\xff\xff", b"[" * 5000):
         write(path, {}, head=text)

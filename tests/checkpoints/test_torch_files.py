@@ -232,6 +232,8 @@ def test_damaged_files_of_the_older_format(tmp_path: Path) -> None:
     path.write_bytes(pickle.dumps({"a": 1}))
     assert problem(path) == (f"{FILE}: not a PyTorch file of weights: neither a zip, nor with the older magic number")
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    assert problem(path) == f"{FILE}: a Git LFS pointer and not the file itself: run `git lfs pull` in its folder"
+    path.write_bytes(b"versions")
     assert problem(path).startswith(f"{FILE}: not a PyTorch file of weights: UnpicklingError: ")
 
 

@@ -136,6 +136,7 @@ def adapter_problem(root: Path, tensors: Arrays, **config: Any) -> str:
         ({"use_rslora": True, "lora_alpha": 6}, 6 / np.sqrt(2)),
         ({"alpha_pattern": {"q": 2}}, 1.0),
         ({"alpha_pattern": {"k": 2}}, 3.0),
+        ({"r": 8, "rank_pattern": {"q": 2}}, 3.0),
     ],
 )
 def test_factors_are_multiplied_scaled_and_added(tmp_path: Path, config: dict[str, Any], scale: float) -> None:
@@ -185,6 +186,11 @@ def test_names_with_and_without_the_familys_prefix(tmp_path: Path) -> None:
             {"peft_type": "IA3"},
             "peft_type is 'IA3': only LORA adapters are merged; merge it with PEFT and save the whole model",
         ),
+        ({"lora_alpha": "x"}, "lora_alpha is 'x', expected a number above 0"),
+        ({"r": 0}, "r is 0, expected a whole number above 0"),
+        ({"rank_pattern": {"q": 2.5}}, "rank_pattern: q is 2.5, expected a whole number above 0"),
+        ({"alpha_pattern": [1]}, "alpha_pattern is [1], expected an object of modules and numbers"),
+        ({"alpha_pattern": {"q(": 2}}, "alpha_pattern: 'q(' is no pattern of a module's name"),
         ({"use_dora": True}, "use_dora is True, which is not merged here: merge with PEFT and save the model"),
         ({"bias": "all"}, "bias is 'all', which is not merged here: merge with PEFT and save the model"),
         (
@@ -200,6 +206,14 @@ def test_names_with_and_without_the_familys_prefix(tmp_path: Path) -> None:
 )
 def test_adapters_that_are_not_merged(tmp_path: Path, config: dict[str, Any], text: str) -> None:
     assert adapter_problem(tmp_path, factors("q"), **config) == f"lora: adapter_config.json: {text}"
+
+
+def test_a_rank_that_the_configuration_does_not_say(tmp_path: Path) -> None:
+    """PEFT does not load such an adapter; by which rank it was scaled in training is not known."""
+    assert adapter_problem(tmp_path, factors("q", rank=3)) == (
+        f"lora: adapter_model.safetensors: tensor {P}q.lora_A.weight has rank 3, but adapter_config.json says 2 (r, or "
+        "rank_pattern), and what is added is scaled by it"
+    )
 
 
 def test_adapters_of_another_model(tmp_path: Path) -> None:

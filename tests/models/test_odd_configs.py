@@ -110,6 +110,7 @@ def test_any_value_of_any_key_is_refused_or_understood(name: str) -> None:
         (LLAMA3, ("rope_parameters", "factor"), "8", "`llama3`: factor is '8', expected a number above 0"),
         (LLAMA3, ("rope_parameters", "low_freq_factor"), 4.0, "low_freq_factor is not below high_freq_factor"),
         (LLAMA3, ("rope_parameters", "slope"), 2, "rope scaling `llama3` does not know the key 'slope' (2), which may"),
+        (scaled(rope_type="yarn"), ("rope_parameters", "factor"), None, "rope scaling `yarn` needs the key 'factor'"),
         (YARN, ("rope_parameters", "mscale"), "x", "`yarn`: mscale is 'x', expected a number of at least 0"),
         (LONGROPE, ("rope_parameters", "long_factor"), ["a"], "`longrope` has ['a'] in 'long_factor', expected"),
         (LONGROPE, ("rope_parameters", "short_factor"), [1.0, 2.0],

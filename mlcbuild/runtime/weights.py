@@ -7,6 +7,7 @@ are loaded.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 from collections.abc import Iterator, Mapping, Sequence
@@ -76,10 +77,15 @@ def load(records: Sequence[Record]) -> Iterator[tvm_ffi.Tensor]:
 def map_file(path: Path) -> mmap.mmap:
     """A private map of a whole file.
 
-    Copy-on-write, although nothing is written: DLPack refuses to pass read-only memory on.
+    Copy-on-write, although nothing is written: DLPack refuses to pass read-only memory on. Where the system can read
+    files into huge pages, what is not in memory yet comes in those: decoding is 4 % faster (docs/performance.md).
     """
     with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+    return mapped
 
 
 def widen_bf16(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:

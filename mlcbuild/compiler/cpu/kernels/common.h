@@ -38,8 +38,11 @@ typedef _Float16 f16v __attribute__((vector_size(2 * LANES), aligned(2)));
 
 #define UNROLL _Pragma("clang loop unroll(full)")  // loops over what must stay in registers
 
-// Memory that is read once is asked for in advance, with the hint that no cache need keep it.
-INLINE void fetch(const void *p) { __builtin_prefetch(p, 0, 0); }
+// Asks in advance for memory that is read once (no cache need keep it), or that is read again soon.
+INLINE void fetch(const void *p, const int again) {
+    if (again) __builtin_prefetch(p, 0, 3);
+    else __builtin_prefetch(p, 0, 0);
+}
 
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)

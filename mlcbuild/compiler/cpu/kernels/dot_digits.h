@@ -75,20 +75,22 @@ INLINE void pack_dot(const void *x, i64 from, i32 wide, f32 *out, i64 k) {
     }
 }
 
-#ifndef AHEAD
-#define AHEAD 4096  // bytes of words that are fetched in advance: rows follow each other
-#endif
-#define SCALES_AHEAD (AHEAD / 32 * (int)sizeof(scale_type))  // those of the same words
-
-// The products of LANES words with the b-th block of a stretch, scaled; `units` are the scales of the stretch's units.
-INLINE f32v dot_block(const i8 *stretch, int b, u32v word, f32v units) {
-    const i8v *digits = (const i8v *)(stretch + HEAD_BYTES + b * BLOCK_BYTES);
-    bytes_v code[QUADS];
-    split(word, code);
-    i32v total = {}, unit;
-    UNROLL for (int d = 0; d < DIGITS; d++) total = add_products(total << 8, code, digits + QUADS * d);
+// Adds the products of LANES words of each row with the b-th block of each token's stretch. `units` are the products of
+// the scales of both, a unit's in each lane.
+INLINE void dot_block(const i8 *stretch, i64 stride, int b, const u32v *word, f32v (*units)[TOKENS_AT_ONCE],
+                      f32v (*acc)[TOKENS_AT_ONCE], const int rows, const int tokens) {
+    bytes_v code[ROWS_AT_ONCE][QUADS];
+    i32v unit;
     for (int lane = 0; lane < LANES; lane++) unit[lane] = (b * LANES + lane) / WORDS_AT_ONCE;
-    return __builtin_convertvector(total, f32v) * permute(units, unit);
+    UNROLL for (int r = 0; r < rows; r++) split(word[r], code[r]);
+    UNROLL for (int t = 0; t < tokens; t++) {
+        const i8v *digits = (const i8v *)(stretch + t * stride + HEAD_BYTES + b * BLOCK_BYTES);
+        UNROLL for (int r = 0; r < rows; r++) {
+            i32v total = {};
+            UNROLL for (int d = 0; d < DIGITS; d++) total = add_products(total << 8, code[r], digits + QUADS * d);
+            acc[r][t] += __builtin_convertvector(total, f32v) * permute(units[r][t], unit);
+        }
+    }
 }
 
 // Scales of a stretch's units from those of LANES groups; the s-th stretch of these groups.
@@ -98,31 +100,56 @@ INLINE f32v unit_scales(f32v groups, int s) {
     return permute(groups, index);
 }
 
-INLINE f32 dot_row(const f32 *packed, const u32 *codes, const scale_type *scales, i64 words) {
-    f32v acc[2] = {};  // in turns: an addition waits for the one before
+// The products of the scales of a row's units and of each token's, and what the codes' zero adds up to.
+INLINE void begin_stretch(const i8 *stretch, i64 stride, f32v scale, f32v *units, f32v *acc, const int tokens) {
+    UNROLL for (int t = 0; t < tokens; t++) {
+        const f32 *head = (const f32 *)(stretch + t * stride);
+        units[t] = scale * load_float32(head + LANES);
+        acc[t] += units[t] * load_float32(head);
+    }
+}
+
+// out[t * TASK_ROWS + r] = the products of `words` words of `rows` rows, which have `groups` groups, with `tokens` tokens,
+// `stride` bytes from one token to the next.
+INLINE void dot_tile(const void *packed, i64 stride, const u32 *codes, const scale_type *scales, i64 groups, i64 words,
+                     f32 *out, const int rows, const int tokens) {
+    // In turns where there is one sum: an addition waits for the one before.
+    f32v acc[2][ROWS_AT_ONCE][TOKENS_AT_ONCE] = {}, units[ROWS_AT_ONCE][TOKENS_AT_ONCE];
+    u32v word[ROWS_AT_ONCE];
     const i8 *x = (const i8 *)packed;
-    i64 at = 0;
+    i64 at = 0, row_words = groups * GROUP_WORDS, ahead = bytes_ahead(row_words, rows);
     while (at + GROUP_WORDS * LANES <= words) {
-        const scale_type *scale = scales + at / GROUP_WORDS;
-        f32v groups = affine_v(scale).scale;
-        fetch((const char *)scale + SCALES_AHEAD);
+        f32v scale[ROWS_AT_ONCE];
+        UNROLL for (int r = 0; r < rows; r++) {
+            const scale_type *from = scales + r * groups + at / GROUP_WORDS;
+            fetch(from + ahead / (4 * GROUP_WORDS), rows > 1);
+            scale[r] = affine_v(from).scale;
+        }
         UNROLL for (int s = 0; s < GROUP_WORDS / WORDS_AT_ONCE; s++, at += STRETCH_WORDS, x += STRETCH_BYTES) {
-            f32v units = unit_scales(groups, s) * load_float32((const f32 *)x + LANES);
-            acc[1] += units * load_float32((const f32 *)x);
+            UNROLL for (int r = 0; r < rows; r++)
+                begin_stretch(x, stride, unit_scales(scale[r], s), units[r], acc[1][r], tokens);
             UNROLL for (int b = 0; b < WORDS_AT_ONCE; b++) {
-                const u32 *word = codes + at + b * LANES;
-                fetch((const char *)word + AHEAD);
-                acc[b % 2] += dot_block(x, b, *(const u32v *)word, units);
+                UNROLL for (int r = 0; r < rows; r++) {
+                    const u32 *from = codes + r * row_words + at + b * LANES;
+                    fetch((const char *)from + ahead, rows > 1);
+                    word[r] = *(const u32v *)from;
+                }
+                dot_block(x, stride, b, word, units, acc[rows * tokens == 1 && b % 2], rows, tokens);
             }
         }
     }
     for (; at < words; at += STRETCH_WORDS, x += STRETCH_BYTES) {
-        f32v units = spread_affine(scales, at, WORDS_AT_ONCE, words).scale * load_float32((const f32 *)x + LANES);
-        acc[1] += units * load_float32((const f32 *)x);
+        UNROLL for (int r = 0; r < rows; r++) {
+            f32v scale = spread_affine(scales + r * groups, at, WORDS_AT_ONCE, words).scale;
+            begin_stretch(x, stride, scale, units[r], acc[1][r], tokens);
+        }
         UNROLL for (int b = 0; b < WORDS_AT_ONCE; b++) {
             i64 first = at + b * LANES;
-            if (first < words) acc[b % 2] += dot_block(x, b, load_words(codes + first, words - first), units);
+            if (first >= words) break;
+            UNROLL for (int r = 0; r < rows; r++) word[r] = load_words(codes + r * row_words + first, words - first);
+            dot_block(x, stride, b, word, units, acc[0], rows, tokens);
         }
     }
-    return sum(acc[0] + acc[1]);
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int t = 0; t < tokens; t++) out[t * TASK_ROWS + r] = sum(acc[0][r][t] + acc[1][r][t]);
 }

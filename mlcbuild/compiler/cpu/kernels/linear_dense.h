@@ -44,11 +44,11 @@ INLINE void dot(const f32 *x, i64 stride, const weights *w, i64 first, i64 rows,
             f32v part[4] = {};
             i64 i = 0;
             for (; i + 4 * LANES <= k; i += 4 * LANES) {
-                fetch((const char *)(row + i) + AHEAD);
-                if (sizeof(model) * 4 * LANES > 64) fetch((const char *)(row + i) + AHEAD + 64);
+                fetch((const char *)(row + i) + AHEAD, 0);
+                if (sizeof(model) * 4 * LANES > 64) fetch((const char *)(row + i) + AHEAD + 64, 0);
                 if (sizeof(model) * 4 * LANES > 128) {
-                    fetch((const char *)(row + i) + AHEAD + 128);
-                    fetch((const char *)(row + i) + AHEAD + 192);
+                    fetch((const char *)(row + i) + AHEAD + 128, 0);
+                    fetch((const char *)(row + i) + AHEAD + 192, 0);
                 }
                 for (int p = 0; p < 4; p++)
                     part[p] += load_float32(x + i + p * LANES) * load_model(row + i + p * LANES);

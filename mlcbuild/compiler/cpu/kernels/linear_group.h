@@ -128,6 +128,15 @@ INLINE affine choose_affine(affine all, int b) {
     return (affine){permute(all.scale, index), ASYMMETRIC ? permute(all.minimum, index) : all.minimum};
 }
 
+#define ROWS_AT_ONCE 4
+#define TOKENS_AT_ONCE 2
+
+// How far in advance words are fetched: of one row, what follows it; of rows that take turns, whole turns.
+INLINE i64 bytes_ahead(i64 words, const int rows) {
+    i64 turn = rows * words * (i64)sizeof(WORD);
+    return rows == 1 ? 4096 : (16384 + turn - 1) / turn * turn;
+}
+
 // Codes of 8 and of 3 bits fill bytes only where an instruction takes them unsigned and whole, and spreads them out.
 #if ASYMMETRIC || WORD_BITS != 32
 #include "dot_words.h"
@@ -143,10 +152,21 @@ INLINE void dot(const f32 *x, i64 stride, const weights *w, i64 first, i64 rows,
     i64 groups = (w->k + GROUP_SIZE - 1) / GROUP_SIZE, words = groups * GROUP_WORDS;
     const WORD *codes = (const WORD *)w->part[0] + first * words;
     const scale_type *scales = (const scale_type *)w->part[1] + first * groups;
-    // One row after the other: memory is read fastest in one line, half as fast where rows take turns.
-    for (i64 r = 0; r < rows; r++)
-        for (i64 t = 0; t < tokens; t++)
-            out[t * TASK_ROWS + r] = dot_row(x + t * stride, codes + r * words, scales + r * groups, words);
+    // What lies behind k, to the end of a group, has no activations.
+    i64 held = min_i64(words, (w->k + PER_WORD * LANES - 1) / (PER_WORD * LANES) * LANES);
+    i64 r = 0, bytes = stride * (i64)sizeof(f32);
+#define TILE(R, T) \
+    dot_tile(x + t * stride, bytes, codes + r * words, scales + r * groups, groups, held, out + t * TASK_ROWS + r, R, T)
+    // Of one token, one row after the other: memory is read fastest in one line, a quarter slower where rows alternate.
+    // With more, the multiplications take longer than the reading, and several rows share what is loaded for them.
+    for (; tokens > 1 && r + ROWS_AT_ONCE <= rows; r += ROWS_AT_ONCE) {
+        i64 t = 0;
+        for (; t + TOKENS_AT_ONCE <= tokens; t += TOKENS_AT_ONCE) TILE(ROWS_AT_ONCE, TOKENS_AT_ONCE);
+        for (; t < tokens; t++) TILE(ROWS_AT_ONCE, 1);
+    }
+    for (; r < rows; r++)
+        for (i64 t = 0; t < tokens; t++) TILE(1, 1);
+#undef TILE
 }
 
 #endif

@@ -286,7 +286,8 @@ class _Planner:
                 "linker": dataclasses.asdict(target.linker),
                 "library": target.library,
             }
-            if targets.is_gpu(target):
+            variant = _vulkan(target) or _variant(target)
+            if variant == "_gpu":
                 fields["architectures"] = list(target.architectures)
                 fields["prefix"] = _prefix(form, name) if target.library == "tar" else ""
             lower = self._lower(form, quantization, target)
@@ -294,7 +295,7 @@ class _Planner:
             inputs = [Input("lower", step=lower)]
             if target.linker.kind == "wasm":
                 inputs.append(Input("runtime", step=self._runtime()))
-            return self._add("library", label, fields, tuple(inputs), variant=_variant(target))
+            return self._add("library", label, fields, tuple(inputs), variant=variant)
 
         return self._once(("library", form.digest, form.blocks, name, target.name), add)
 
@@ -439,6 +440,11 @@ def _form(structure: Structure, blocks: bool = False) -> _Form:
 def _variant(target: Target) -> str:
     """GPUs have modules of their own, so that a change of one kind of library rebuilds none of the other kind."""
     return "_gpu" if targets.is_gpu(target) else ""
+
+
+def _vulkan(target: Target) -> str:
+    """Its code generator is ours, and no other library is made anew when that changes."""
+    return "_vulkan" if target.device["kind"] == "vulkan" else ""
 
 
 def _prefix(form: _Form, quantization: str) -> str:

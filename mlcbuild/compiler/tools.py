@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import shutil
-from pathlib import Path
 
 from mlcbuild.compiler.codegen import cuda
 from mlcbuild.compiler.web import emscripten
@@ -31,6 +28,8 @@ def wrong(target: Target) -> str | None:
         triple = (target.host or target.device).get("mtriple", "").replace("arm64", "aarch64")
         if triple and triple.split("-")[0] != machine:
             return f"code is made for {triple}, but linked for {linker.target}"
+    if target.device["kind"] == "vulkan" and linker.kind != "zig":
+        return f"linker {linker.kind}: Vulkan libraries are linked by zig"
     if target.device["kind"] == "cuda":
         for each in target.architectures:
             if each.removeprefix("sm_").rstrip("af") not in _CUDA:
@@ -45,19 +44,6 @@ def missing(target: Target) -> str | None:
         return f"no nvcc here: {cuda.ADVICE}"
     if kind == "cuda" and not any(map(shutil.which, _HOST_COMPILERS)):
         return "nvcc needs a C++ compiler beside it: install g++"
-    if kind == "vulkan" and not _tvm_with("vulkan"):
-        return (
-            "the TVM that is installed was built without Vulkan: build one with USE_VULKAN=ON "
-            "and let TVM_LIBRARY_PATH point at the folder of its libraries"
-        )
     if target.linker.kind == "wasm" and emscripten.find_emcc() is None:
         return f"no emcc here: {emscripten.ADVICE}"
     return None
-
-
-def _tvm_with(device: str) -> bool:
-    """Whether TVM's libraries have a runtime for `device`, which comes with the code generator."""
-    package = importlib.util.find_spec("tvm")
-    folders = [Path(p) / "lib" for p in (package.submodule_search_locations or ())] if package else []
-    folders += [Path(p) for p in os.environ.get("TVM_LIBRARY_PATH", "").split(os.pathsep) if p]
-    return any(True for folder in folders for _ in folder.glob(f"*tvm_runtime_{device}*"))

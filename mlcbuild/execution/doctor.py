@@ -92,6 +92,7 @@ def _machine(cache: Path) -> dict[str, str]:
         "nvcc": str(nvcc or "none"),
         "ptxas": ptxas or (str(beside) if beside and beside.is_file() else "none"),
         "emcc": f"{emcc}, {emscripten.version()}" if emcc else "none",
+        "spirv-val": shutil.which("spirv-val") or "none (Vulkan libraries are built without being validated)",
         "GPU": _gpu(),
         "free disk": f"{shutil.disk_usage(folder).free / 1e9:.0f} GB in {folder}",
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.0f} GB",

@@ -1,8 +1,9 @@
-"""Windows and soft caps in GPU attention, as WGSL on a software device, against NumPy in float64."""
+"""Windows and soft caps in GPU attention, as WGSL and as SPIR-V on a software device, against NumPy in float64."""
 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,18 +34,19 @@ OFFSETS = (
 
 
 @pytest.fixture(scope="module")
-def kernels() -> dict[str, Any]:
+def kernels(gpu: Any) -> dict[str, Any]:
     model = llama.structure_of(llama.transformers_llama(head_dim=DIM))
     structure = dataclasses.replace(model, sliding_window_size=WINDOW, attn_logit_softcapping=CAP)
-    device = target.Target(wgsl.TARGET)
+    device = target.Target(dict(gpu.TARGET))
     with device:
         made = attention.kernels(structure, "float32", device)
-    return dict(zip(("ragged", "prefill", "decode"), made, strict=True))
+    names = ("ragged", "prefill", "decode")
+    return {name: partial(run, gpu, function) for name, function in zip(names, made, strict=True)}
 
 
-def run(function: Any, arrays: dict[str, Array], scalars: dict[str, Any]) -> tuple[Array, Array]:
+def run(gpu: Any, function: Any, arrays: dict[str, Array], scalars: dict[str, Any]) -> tuple[Array, Array]:
     offsets = {f"{name}_elem_offset": 0 for name in OFFSETS}
-    found = wgsl.launch(function, 0, arrays, {**SCALARS, **offsets, **scalars})
+    found = gpu.launch(function, 0, arrays, {**SCALARS, **offsets, **scalars})
     return found["output"], found["lse"]
 
 
@@ -68,7 +70,7 @@ def test_new_tokens(kernels: dict[str, Any], scale: float) -> None:
         **{"output": np.zeros_like(q), "lse": np.zeros((n, HEADS), np.float32)},
     }
     sizes = {"batch_size": 2, "qo_len": n, "kv_len": n, "causal": 1, "sm_scale": scale}
-    got, _ = run(kernels["ragged"], arrays, sizes)
+    got, _ = kernels["ragged"](arrays, sizes)
     for i in range(n):
         start = 0 if i < 9 else 9
         seen = slice(max(start, i + 1 - WINDOW) if scale < 0 else start, i + 1)
@@ -108,7 +110,7 @@ def test_new_tokens_over_cached_pages(kernels: dict[str, Any], scale: float) -> 
     arrays = cache(random) | {"q": q, "q_indptr": np.array([0, 15, n], np.int32), "q_rope_position": positions}
     arrays |= {"output": np.zeros_like(q), "lse": np.zeros((n, HEADS), np.float32)}
     sizes = {"batch_size": 2, "total_len": n, "nnz_pages": 4, "max_num_pages": 6, "sm_scale": scale}
-    got, lse = run(kernels["prefill"], arrays, sizes)
+    got, lse = kernels["prefill"](arrays, sizes)
     for i in range(n):
         seen = visible(arrays, int(i >= 15), int(positions[i]), scale)
         for head in range(HEADS):
@@ -129,7 +131,7 @@ def test_one_token_over_cached_pages(kernels: dict[str, Any], scale: float) -> N
     arrays |= {"page_table_indptr": made["page_indptr"], "page_table_values": made["page_values"]}
     arrays |= {"lse": np.zeros((2, HEADS), np.float32)}
     sizes = {"B": 2, "nnz_pages": 4, "max_num_pages": 6, "sm_scale": scale}
-    got, _ = run(kernels["decode"], arrays, sizes)
+    got, _ = kernels["decode"](arrays, sizes)
     for b in range(2):
         seen = visible(arrays, b, int(positions[b]), scale)
         assert seen is not None

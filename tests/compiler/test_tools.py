@@ -37,6 +37,12 @@ def test_a_wrong_triple(triple: str, text: str) -> None:
     assert tools.wrong(replace(cpu, linker=replace(cpu.linker, target=triple))) == text
 
 
+def test_vulkan_has_one_linker() -> None:
+    vulkan = target("vulkan")
+    wrong = tools.wrong(replace(vulkan, linker=replace(vulkan.linker, kind="tar")))
+    assert wrong == "linker tar: Vulkan libraries are linked by zig"
+
+
 def test_an_unknown_architecture() -> None:
     wrong = tools.wrong(replace(target("cuda"), architectures=("sm_90a", "sm_91")))
     assert wrong is not None and wrong.startswith("architecture sm_91: nvcc of CUDA 13 knows sm_75, sm_80,")

@@ -1,4 +1,4 @@
-"""GPU kernels as WGSL on a software device, against NumPy: the same TIR becomes CUDA, Metal and OpenCL."""
+"""GPU kernels as WGSL and SPIR-V on a software device, against NumPy: the same TIR becomes CUDA, Metal and OpenCL."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from mlcbuild.compiler.gpu import choosing, logits, products, rope, rows, softma
 from mlcbuild.models.rope import Rotary
 from mlcbuild.quantization.schemes import parts
 from tests.compiler.packing import pack, rounded
-from tests.support import wgsl
 from tests.support.llama import QUANTIZATIONS, Array
 
 pytestmark = pytest.mark.slow
@@ -43,54 +42,54 @@ def matrix(rng: np.random.Generator, name: str, n: int, k: int) -> tuple[tuple[A
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize(("which", "n"), [(0, 1), (1, 5), (2, 40)])
-def test_products(rng: np.random.Generator, name: str, which: int, n: int) -> None:
+def test_products(gpu: Any, rng: np.random.Generator, name: str, which: int, n: int) -> None:
     """One row, a few, many: the three kernels of every product, with rows and columns that are no multiple of tiles."""
     dtype = QUANTIZATIONS[name].model_dtype
     k = {"q3f16_1": 360, "q4f16_autoawq": 384}.get(name, 320)
     described, arrays, values = matrix(rng, name, 72, k)
     x = rounded(floats(rng, n, k), dtype)
-    function = wgsl.scheduled(
+    function = gpu.scheduled(
         products.linear(described, QUANTIZATIONS[name].weights, 72, k, dtype, "float32", wide=False)
     )
-    got = wgsl.launch(
+    got = gpu.launch(
         function, which, {"x": x.astype(dtype), **arrays, "product": np.zeros((n, 72), np.float32)}, {"n": n}
     )
     expected = x @ values.T
     assert np.abs(got["product"] - expected).max() < (2e-3 if dtype == "float16" else 1e-5) * np.abs(expected).max()
 
 
-def test_a_product_with_open_rows(rng: np.random.Generator) -> None:
+def test_a_product_with_open_rows(gpu: Any, rng: np.random.Generator) -> None:
     """The head: how many rows the matrix has is known at run time only."""
     described, arrays, values = matrix(rng, "q4f16_1", 77, 128)
     opened = tuple((name, ("rows", *shape[1:]), dtype) for name, shape, dtype in described)
     weights = QUANTIZATIONS["q4f16_1"].weights
-    function = wgsl.scheduled(products.linear(opened, weights, "rows", 128, "float16", "float32", wide=False))
+    function = gpu.scheduled(products.linear(opened, weights, "rows", 128, "float16", "float32", wide=False))
     for which, n in ((0, 1), (1, 3), (2, 33)):
         x = rounded(floats(rng, n, 128), "float16")
         given = {"x": x.astype(np.float16), **arrays, "product": np.zeros((n, 77), np.float32)}
-        got = wgsl.launch(function, which, given, {"n": n, "rows": 77})["product"]
+        got = gpu.launch(function, which, given, {"n": n, "rows": 77})["product"]
         assert np.abs(got - x @ values.T).max() < 2e-3 * np.abs(x @ values.T).max()
 
 
 @pytest.mark.parametrize("name", ["q0f32", "q4f16_1", "q4f32_0"])
-def test_embedding(rng: np.random.Generator, name: str) -> None:
+def test_embedding(gpu: Any, rng: np.random.Generator, name: str) -> None:
     dtype = QUANTIZATIONS[name].model_dtype
     described, arrays, values = matrix(rng, name, 50, 64)
     opened = tuple((part, ("rows", *shape[1:]), of) for part, shape, of in described)
     ids = np.array([3, 49, 0, 3], np.int32)
-    function = wgsl.scheduled(products.embedding(opened, QUANTIZATIONS[name].weights, 64, dtype))
+    function = gpu.scheduled(products.embedding(opened, QUANTIZATIONS[name].weights, 64, dtype))
     given = {"ids": ids, **arrays, "rows_of_embedding": np.zeros((4, 64), dtype)}
-    got = wgsl.launch(function, 0, given, {"n": 4, "rows": 50})["rows_of_embedding"]
+    got = gpu.launch(function, 0, given, {"n": 4, "rows": 50})["rows_of_embedding"]
     assert np.abs(got.astype(np.float32) - values[ids]).max() < (2e-3 if dtype == "float16" else 1e-6)
 
 
 @pytest.mark.parametrize("vocabulary", [5, 1024, 5000, WIDE_VOCABULARY])
-def test_sorting(rng: np.random.Generator, vocabulary: int) -> None:
+def test_sorting(gpu: Any, rng: np.random.Generator, vocabulary: int) -> None:
     """The likeliest first; of equal ones the first token first, as a stable sort has it."""
     values = rng.random((2, vocabulary)).astype(np.float32)
     values[1] = np.round(values[1], 2)  # many equal ones
     function = sorting.sort_rows(256)
-    first, onward, back = wgsl.kernels(function)
+    first, onward, back = gpu.kernels(function)
     zeros, whole = np.zeros_like(values), np.zeros(values.shape, np.int32)
     scalars = {"batch": 2, "width": vocabulary}
     given = {"values": values, "keys": zeros, "places": whole}
@@ -115,11 +114,11 @@ def probabilities(rng: np.random.Generator, batch: int, vocabulary: int) -> Arra
 
 
 @pytest.mark.parametrize("vocabulary", [7, WIDE_VOCABULARY])
-def test_sampling_from_the_likeliest(rng: np.random.Generator, vocabulary: int) -> None:
+def test_sampling_from_the_likeliest(gpu: Any, rng: np.random.Generator, vocabulary: int) -> None:
     """Of each row the fewest tokens that reach top_p are kept; the first whose running sum exceeds u * mass is it."""
     probs = -np.sort(-probabilities(rng, 3, vocabulary), axis=1)
     top_p = np.array([0.3, 0.9, 1.5], np.float32)
-    (kernel,) = wgsl.kernels(choosing.kept_mass(256))
+    (kernel,) = gpu.kernels(choosing.kept_mass(256))
     scalars = {"batch": 3, "width": vocabulary}
     given = {"probs": probs, "top_p": top_p, "mass": np.zeros(3, np.float32)}
     mass = kernel.run((3, 1, 1), given, scalars)["mass"]
@@ -128,7 +127,7 @@ def test_sampling_from_the_likeliest(rng: np.random.Generator, vocabulary: int) 
         kept = min(int((sums[row] < top_p[row]).sum()), vocabulary - 1)
         assert abs(mass[row] - sums[row, kept]) < 2e-5
     uniform, of = np.array([0.0, 0.5, 0.999, 0.1], np.float32), np.array([0, 1, 2, 1], np.int32)
-    (kernel,) = wgsl.kernels(choosing.choose(256, True))
+    (kernel,) = gpu.kernels(choosing.choose(256, True))
     given = {"probs": probs, "mass": mass, "uniform": uniform, "rows": of, "chosen": np.zeros(4, np.int32)}
     chosen = kernel.run((4, 1, 1), given, {**scalars, "samples": 4})["chosen"]
     for u, row, place in zip(uniform, of, chosen, strict=True):
@@ -136,11 +135,11 @@ def test_sampling_from_the_likeliest(rng: np.random.Generator, vocabulary: int) 
         assert (sums[row, place - 1] if place else 0) <= wanted + 2e-5 and wanted - 2e-5 <= sums[row, place]
 
 
-def test_sampling_from_all(rng: np.random.Generator) -> None:
+def test_sampling_from_all(gpu: Any, rng: np.random.Generator) -> None:
     probs = probabilities(rng, 2, WIDE_VOCABULARY)
     probs[:, :1000] = 0  # never sampled, not even by u = 0
     uniform, of = np.array([0.0, 0.25, 0.75], np.float32), np.array([0, 1, 1], np.int32)
-    (kernel,) = wgsl.kernels(choosing.choose(256, False))
+    (kernel,) = gpu.kernels(choosing.choose(256, False))
     given = {"probs": probs, "uniform": uniform, "rows": of, "chosen": np.zeros(3, np.int32)}
     scalars = {"batch": 2, "width": WIDE_VOCABULARY, "samples": 3}
     chosen = kernel.run((3, 1, 1), given, scalars)["chosen"]
@@ -150,9 +149,9 @@ def test_sampling_from_all(rng: np.random.Generator) -> None:
         assert place >= 1000 and sums[row, place - 1] <= wanted + 2e-5 and wanted - 2e-5 <= sums[row, place]
 
 
-def test_renormalizing(rng: np.random.Generator) -> None:
+def test_renormalizing(gpu: Any, rng: np.random.Generator) -> None:
     probs, top_p = probabilities(rng, 3, WIDE_VOCABULARY), np.array([0.2, 0.8, 2.0], np.float32)
-    (kernel,) = wgsl.kernels(choosing.renormalize(256))
+    (kernel,) = gpu.kernels(choosing.renormalize(256))
     hints = np.zeros((3, 3), np.float32)
     given = {"probs": probs, "top_p": top_p, "hints": hints, "out": np.zeros_like(probs)}
     got = kernel.run((3, 1, 1), given, {"batch": 3, "width": WIDE_VOCABULARY, "hint_count": 3})["out"]
@@ -165,15 +164,15 @@ def test_renormalizing(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("vocabulary", [300, WIDE_VOCABULARY])
-def test_softmax_with_temperature(rng: np.random.Generator, vocabulary: int) -> None:
+def test_softmax_with_temperature(gpu: Any, rng: np.random.Generator, vocabulary: int) -> None:
     values, temperature = 5 * floats(rng, 3, vocabulary), np.array([1.0, 0.4, 0.0], np.float32)
     chunks = -(-vocabulary // softmax.CHUNK)
     scalars = {"batch": 3, "width": vocabulary, "chunks": chunks}
-    (kernel,) = wgsl.kernels(softmax.chunk_figures(256))
+    (kernel,) = gpu.kernels(softmax.chunk_figures(256))
     zeros = np.zeros((3, chunks), np.float32)
     given: dict[str, Array] = {"logits": values, "temperature": temperature}
     figures = kernel.run((3 * chunks, 1, 1), {**given, "sums": zeros, "maxima": zeros}, scalars)
-    (kernel,) = wgsl.kernels(softmax.probabilities(256))
+    (kernel,) = gpu.kernels(softmax.probabilities(256))
     got = kernel.run((3 * chunks, 1, 1), {**given, **figures, "out": np.zeros_like(values)}, scalars)["out"]
     for row in (0, 1):
         e = np.exp((values[row] - values[row].max()) / np.float64(temperature[row]))
@@ -181,8 +180,8 @@ def test_softmax_with_temperature(rng: np.random.Generator, vocabulary: int) -> 
     assert got[2].argmax() == values[2].argmax() and got[2].max() == 1 and got[2].sum() == 1
 
 
-def test_logits_are_changed_in_place(rng: np.random.Generator) -> None:
-    bias, penalty, mask = (wgsl.kernels(f)[0] for f in logits.functions(256).values())
+def test_logits_are_changed_in_place(gpu: Any, rng: np.random.Generator) -> None:
+    bias, penalty, mask = (gpu.kernels(f)[0] for f in logits.functions(256).values())
     given: dict[str, Array] = {
         "logits": np.zeros((2, 5), np.float32),
         "pos2seq_id": np.array([0, 1, 1], np.int32),
@@ -218,7 +217,7 @@ def test_logits_are_changed_in_place(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("rotary", [Rotary(32), Rotary(16, neighbours=True, factor=1.2), Rotary(0)])
-def test_rotary_embedding(rng: np.random.Generator, rotary: Rotary) -> None:
+def test_rotary_embedding(gpu: Any, rng: np.random.Generator, rotary: Rotary) -> None:
     """At positions up to 100,000, whose angles no GPU takes the cosine of as they are."""
     n, heads, kv_heads, dim = 5, 4, 2, 32
     qkv, positions = floats(rng, n, 8, dim), np.array([0, 1, 77, 4095, 100_000], np.int32)
@@ -231,40 +230,40 @@ def test_rotary_embedding(rng: np.random.Generator, rotary: Rotary) -> None:
         cos, sin = (rotary.factor * f(angle[:, d])[:, None] for f in (np.cos, np.sin))
         x, y = qkv[:, :6, a].astype(np.float64), qkv[:, :6, b].astype(np.float64)
         expected[:, :6, a], expected[:, :6, b] = x * cos - y * sin, y * cos + x * sin
-    function = wgsl.scheduled(rope.split_rotary(heads, kv_heads, dim, rotary, "float32"))
+    function = gpu.scheduled(rope.split_rotary(heads, kv_heads, dim, rotary, "float32"))
     given = {"qkv": qkv, "positions": positions, "frequency": frequency}
     parts_of = {"q": (n, heads, dim), "k": (n, kv_heads, dim), "v": (n, kv_heads, dim)}
     empty = {name: np.zeros(shape, np.float32) for name, shape in parts_of.items()}
-    got = wgsl.launch(function, 0, {**given, **empty}, {"n": n, "offset": 0})
+    got = gpu.launch(function, 0, {**given, **empty}, {"n": n, "offset": 0})
     together = np.concatenate([got["q"], got["k"], got["v"]], axis=1)
     assert np.abs(together - expected).max() < 1e-4
-    function = wgsl.scheduled(rope.rope(heads, kv_heads, dim, rotary, "float32"))
-    turned = wgsl.launch(function, 0, {**given, "turned": np.zeros_like(qkv)}, {"n": n})["turned"]
+    function = gpu.scheduled(rope.rope(heads, kv_heads, dim, rotary, "float32"))
+    turned = gpu.launch(function, 0, {**given, "turned": np.zeros_like(qkv)}, {"n": n})["turned"]
     assert np.abs(turned - expected).max() < 1e-4
 
 
-def test_norms(rng: np.random.Generator) -> None:
+def test_norms(gpu: Any, rng: np.random.Generator) -> None:
     x, w, b = floats(rng, 6, 96), floats(rng, 96), floats(rng, 96)
     given, wide = {"x": x, "w": w, "b": b, "normed": np.zeros_like(x)}, x.astype(np.float64)
-    got = wgsl.launch(wgsl.scheduled(rows.rms_norm(96, 1e-5, "float32")), 0, given, {"n": 6})["normed"]
+    got = gpu.launch(gpu.scheduled(rows.rms_norm(96, 1e-5, "float32")), 0, given, {"n": 6})["normed"]
     assert np.abs(got - wide / np.sqrt((wide**2).mean(1, keepdims=True) + 1e-5) * w).max() < 1e-5
-    function = wgsl.scheduled(rows.layer_norm(96, 1e-5, "float32", True, True))
-    got = wgsl.launch(function, 0, given, {"n": 6})["normed"]
+    function = gpu.scheduled(rows.layer_norm(96, 1e-5, "float32", True, True))
+    got = gpu.launch(function, 0, given, {"n": 6})["normed"]
     centred = wide - wide.mean(1, keepdims=True)
     assert np.abs(got - (centred / np.sqrt((centred**2).mean(1, keepdims=True) + 1e-5) * w + b)).max() < 1e-5
 
 
 @pytest.mark.parametrize(("spans", "biased"), [("head", True), ("per_head", False)])
-def test_norms_of_queries_and_keys(rng: np.random.Generator, spans: str, biased: bool) -> None:
+def test_norms_of_queries_and_keys(gpu: Any, rng: np.random.Generator, spans: str, biased: bool) -> None:
     """Phi's, one for all heads, and StableLM's, one for each."""
     heads, kv_heads, dim = 4, 2, 32
     shapes = [(dim,) if spans == "head" else (n, dim) for n in (heads, kv_heads)]
     qkv, vectors = floats(rng, 5, heads + 2 * kv_heads, dim), [floats(rng, *shape) for shape in (*shapes, *shapes)]
     described = (*shapes, *(shapes if biased else (None, None)))
-    function = wgsl.scheduled(rows.norm_heads((heads, kv_heads), dim, described, spans, True, 1e-5, "float32"))
+    function = gpu.scheduled(rows.norm_heads((heads, kv_heads), dim, described, spans, True, 1e-5, "float32"))
     names = ("q_norm", "k_norm", "q_norm_bias", "k_norm_bias")
     given = {"qkv": qkv, **dict(zip(names, vectors, strict=True)), "normed_heads": np.zeros_like(qkv)}
-    got = wgsl.launch(function, 0, given, {"n": 5})["normed_heads"]
+    got = gpu.launch(function, 0, given, {"n": 5})["normed_heads"]
     centred = qkv - qkv.astype(np.float64).mean(2, keepdims=True)
     expected = centred / np.sqrt((centred**2).mean(2, keepdims=True) + 1e-5)
     for part, side in ((slice(0, 4), 0), (slice(4, 6), 1)):

@@ -1,8 +1,9 @@
-"""Mixtures of experts on GPUs, as WGSL on a software device, against NumPy."""
+"""Mixtures of experts on GPUs, as WGSL and as SPIR-V on a software device, against NumPy."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,6 @@ import pytest
 from mlcbuild.compiler.gpu import experts
 from mlcbuild.quantization.schemes import parts_of
 from tests.compiler.packing import pack, rounded
-from tests.support import wgsl
 from tests.support.llama import QUANTIZATIONS, Array
 
 pytestmark = pytest.mark.slow
@@ -23,10 +23,10 @@ def floats(*shape: int, seed: int = 0) -> Array:
 
 
 @pytest.mark.parametrize("normalised", [False, True])
-def test_the_likeliest_experts_are_chosen(normalised: bool) -> None:
+def test_the_likeliest_experts_are_chosen(gpu: Any, normalised: bool) -> None:
     logits = floats(70, 60) * 3
     logits[3, 5] = logits[3, 4] = 20  # of equal ones the first
-    (kernel,) = wgsl.kernels(experts.choose(60, 6, normalised, 2.5))
+    (kernel,) = gpu.kernels(experts.choose(60, 6, normalised, 2.5))
     given = {"logits": logits, "chosen": np.zeros((70, 6), np.int32), "share": np.zeros((70, 6), np.float32)}
     got = kernel.run((2, 1, 1), given, {"n": 70})
     probability = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
@@ -40,7 +40,7 @@ def test_the_likeliest_experts_are_chosen(normalised: bool) -> None:
 
 @pytest.mark.parametrize("name", ["q0f32", "q0f16", "q4f16_1", "q4f32_1", "q3f16_1", "q4f32_0", "q4f16_autoawq"])
 @pytest.mark.parametrize("each", [False, True])
-def test_each_row_is_multiplied_with_the_experts_that_it_chose(name: str, each: bool) -> None:
+def test_each_row_is_multiplied_with_the_experts_that_it_chose(gpu: Any, name: str, each: bool) -> None:
     quantization = QUANTIZATIONS[name]
     weights, dtype = quantization.weights, quantization.model_dtype
     if weights is not None and weights.scheme == "group":
@@ -53,11 +53,9 @@ def test_each_row_is_multiplied_with_the_experts_that_it_chose(name: str, each: 
     arrays = {part: array for (part, *_), array in zip(described, packed.parts, strict=True)}
     chosen = np.random.default_rng(1).permuted(np.tile(np.arange(EXPERTS), (TOKENS, 1)), axis=1)[:, :COUNT]
     x = rounded(floats(TOKENS * COUNT if each else TOKENS, COLUMNS, seed=2), dtype)
-    function = wgsl.scheduled(experts.linear(described, weights, ROWS, COLUMNS, COUNT, each, dtype))
+    function = gpu.scheduled(experts.linear(described, weights, ROWS, COLUMNS, COUNT, each, dtype))
     given = {"x": x.astype(dtype), "chosen": np.ascontiguousarray(chosen, np.int32), **arrays}
-    got = wgsl.launch(function, 0, {**given, "result": np.zeros((TOKENS * COUNT, ROWS), dtype)}, {"n": TOKENS})[
-        "result"
-    ]
+    got = gpu.launch(function, 0, {**given, "result": np.zeros((TOKENS * COUNT, ROWS), dtype)}, {"n": TOKENS})["result"]
     values = packed.values.astype(np.float64)
     rows = x if each else x.repeat(COUNT, axis=0)
     expected = np.einsum("pk,pnk->pn", rows.astype(np.float64), values[chosen.reshape(-1)])
@@ -65,10 +63,10 @@ def test_each_row_is_multiplied_with_the_experts_that_it_chose(name: str, each: 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_what_the_experts_say_is_added_by_their_shares(dtype: str) -> None:
+def test_what_the_experts_say_is_added_by_their_shares(gpu: Any, dtype: str) -> None:
     x, share = rounded(floats(3 * 4, 37), dtype), floats(3, 4, seed=1)
-    function = wgsl.scheduled(experts.weighted_sum(4, 37, dtype))
+    function = gpu.scheduled(experts.weighted_sum(4, 37, dtype))
     given = {"x": x.astype(dtype), "share": share, "weighted_sum": np.zeros((3, 37), dtype)}
-    got = wgsl.launch(function, 0, given, {"n": 3})["weighted_sum"]
+    got = gpu.launch(function, 0, given, {"n": 3})["weighted_sum"]
     expected = np.einsum("nck,nc->nk", x.reshape(3, 4, 37), share)
     assert np.abs(got - expected).max() < (3e-3 if dtype == "float16" else 1e-5)

@@ -1,0 +1,78 @@
+"""A module lowered for Vulkan in, a library for its host out: what the step `library` does for Vulkan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlcbuild.compiler import binaries, generators
+from mlcbuild.compiler.linkers import zig_link
+from mlcbuild.compiler.vulkan import kernel, packing, validator
+from mlcbuild.recipes.types import Linker
+
+_SHARED_MEMORY = 16384  # bytes; what every Vulkan device has
+_PLACEHOLDER = "opencl"  # a kind of module that TVM makes here without a kernel in it
+
+
+def build(
+    lowered: Path,
+    device: Mapping[str, Any],
+    host: Mapping[str, Any],
+    linker: Linker,
+    output: Path,
+    scratch: Path,
+    dump: Path | None = None,
+) -> None:
+    """Generate code for the module in `lowered` and link it into `output`; `dump` receives SPIR-V and LLVM IR.
+
+    `device` and `host` are TVM targets. Raises MlcBuildError with the linker's message, with spirv-val's where that is
+    on the search path and does not accept a kernel, and where a kernel has what SPIR-V lacks; Unavailable where TVM has
+    no code generator for the host.
+    """
+    import tvm_ffi
+    from tvm import IRModule, get_global_func, ir, relax, target, transform
+
+    for each in (_PLACEHOLDER, "llvm"):
+        generators.require({"kind": each}, host)
+    kernels: list[kernel.Kernel] = []
+
+    def generate(functions: Any, _: object) -> Any:
+        shared = int(device.get("max_shared_memory_per_block", _SHARED_MEMORY))
+        kernels.extend(kernel.translate(each, shared) for each in functions.functions.values())
+        return get_global_func(f"target.build.{_PLACEHOLDER}")(IRModule({}), target.Target(_PLACEHOLDER))
+
+    tvm_ffi.register_global_func("target.build.vulkan", generate, override=True)
+
+    def pack(module: Any, _system: bool, _prefix: str, folder: str) -> str:
+        """An object file with everything that is not machine code of the host."""
+        blob = get_global_func("runtime.ModulePackImportsToTensor")(module).numpy().tobytes()
+        packed = packing.replace(blob, _PLACEHOLDER, packing.content(kernels))
+        path = str(Path(folder) / "devc.o")
+        get_global_func("codegen.codegen_blob")(packed, False, json.dumps(dict(host)), "").write_to_file(path)
+        return path
+
+    def link(path: str, objects: list[str], options: object = None, **_: object) -> None:
+        zig_link([Path(name) for name in objects], Path(path), linker.target, linker, scratch)
+
+    link.object_format = "o"  # type: ignore[attr-defined]
+    both = target.Target({**device, "host": dict(host)})
+    module = ir.load_json(lowered.read_text(encoding="utf-8"))
+    # Common subexpressions across TIR leave dangling variables in host code (docs/tvm.md).
+    with both, transform.PassContext(opt_level=3, config={"tirx.disable_cse_tir": True}):
+        executable = relax.build(module, target=both, relax_pipeline=None)
+    if dump is not None:
+        _dump(executable.mod, kernels, dump)
+    validator.validate(kernels, scratch)
+    executable.export_library(str(output), fcompile=link, fpack_imports=pack, workspace_dir=str(scratch))
+    binaries.check(output, host["mtriple"], [scratch])
+
+
+def _dump(module: Any, kernels: Sequence[kernel.Kernel], dump: Path) -> None:
+    dump.mkdir(parents=True, exist_ok=True)
+    for each in kernels:
+        (dump / f"{each.name}.spv").write_bytes(packing.binary(each))
+    for imported in module.imports:
+        if imported.kind == "llvm":
+            (dump / "library.ll").write_text(imported.inspect_source("ll"))

@@ -11,12 +11,13 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mlcbuild.execution.session import Session
-from mlcbuild.execution.why import why
 from mlcbuild.recipes.select import Cell, cells
 from mlcbuild.reporting.events import Event, PackageInstalled, RecipePlanned, StepFinished
+
+if TYPE_CHECKING:
+    from mlcbuild.execution.session import Session
 
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
 _SHORTEST = 6  # characters: a shorter value would blot out half of the text
@@ -43,6 +44,8 @@ def planned_in(session: Session) -> list[RecipePlanned]:
 
 def reasons(session: Session, names: Iterable[str]) -> dict[str, str]:
     """Why these steps have to run, as far as that can be said before the build."""
+    from mlcbuild.execution.why import why
+
     return {answer.step: "\n".join(answer.reasons) for answer in why(session.lookup, names) if not answer.hit}
 
 

@@ -22,22 +22,24 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mlcbuild import __version__, graph
+import mlcbuild
 from mlcbuild.cache.index import signature
 from mlcbuild.cache.materialise import BLOB_TIME
-from mlcbuild.cache.store import Action
 from mlcbuild.compiler.targets import cpu_flags
-from mlcbuild.execution.session import Session
 from mlcbuild.recipes.files import write_atomically
 from mlcbuild.recipes.select import Cell, cells, manual
 from mlcbuild.recipes.stock import stock
 
-_FORMAT = 2  # raise it when memories are written differently
+if TYPE_CHECKING:  # loading these takes longer than recalling
+    from mlcbuild.cache.store import Action
+    from mlcbuild.execution.session import Session
+
+_FORMAT = 3  # raise it when memories are written differently
 _SETTLED = 0.02  # seconds: more than a tick of a file system's clock
 _USED = 3600.0  # an entry's last use is kept to the hour, as the store does
-_PROGRAM = Path(graph.__file__).parent
+_PROGRAM = Path(mlcbuild.__file__).parent
 _stat = os.stat  # of strings: ten thousand Paths would take longer than all the questions that are asked of them
 
 
@@ -234,7 +236,7 @@ def _head(root: Path, tools: Mapping[str, str]) -> list[Any]:
     flags = hashlib.sha256(" ".join(sorted(cpu_flags())).encode()).hexdigest()
     versions = {name: importlib.metadata.version(name) for name in sorted(tools)}
     machine = [sys.version, platform.machine(), flags, os.environ.get("PATH", "")]
-    return [_FORMAT, __version__, str(root), graph.STEPS, *machine, versions]
+    return [_FORMAT, mlcbuild.__version__, str(root), *machine, versions]
 
 
 def _world(root: Path, session: Session) -> Iterator[Path]:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlcbuild.cache.gc import parse_size
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.recipes.select import Wanted
 
@@ -155,6 +154,8 @@ def _cores(text: str) -> int | None:
 def _memory(text: str) -> int | None:
     if not text:
         return None
+    from mlcbuild.cache.gc import parse_size
+
     size = parse_size(text)
     if not size:
         raise MlcBuildError(f"memory={text}: expected how much memory the steps may use together, like 24G")

@@ -72,9 +72,13 @@ def _run(arguments: Sequence[str], cache: Path) -> str:
 
 
 def _stub(name: str, triple: str, scratch: Path) -> Path:
-    """An empty shared library with this soname."""
+    """An empty shared library with this soname.
+
+    Its file's name ends in .so: zig knows one with a version behind that only where no folder on its path has `.so.`
+    in its name.
+    """
     source = _write(scratch / "needs" / "empty.c", "")
-    output = source.parent / name
+    output = source.parent / f"{name.partition('.so')[0]}.so"
     flags = ["-shared", "-nostdlib", f"-Wl,-soname,{name}", "-o", str(output)]
     run_zig(["cc", "-target", triple, *flags, str(source)], scratch / "zig")
     return output

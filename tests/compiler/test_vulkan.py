@@ -114,6 +114,39 @@ def test_more_numbers_than_push_constants_hold() -> None:
     assert (got == sum(n[:8]) * np.arange(17) + sum(n[8:16]) - n[16]).all()
 
 
+@T.prim_func(s_tir=True)
+def turned_round(var_x: T.handle, var_result: T.handle):
+    """result[i] = x[63 - i], by way of what another thread has written into the buffer."""
+    T.func_attr({"tirx.noalias": True})
+    x = T.match_buffer(var_x, (64,), "float32")
+    result = T.match_buffer(var_result, (64,), "float32")
+    for i in T.thread_binding(64, thread="threadIdx.x"):
+        with T.sblock("exchange"):
+            T.reads(x[0:64])
+            T.writes(result[0:64])
+            taken = T.sblock_alloc_buffer((1,), "float32", scope="local")
+            result[i] = x[i]
+            T.tvm_storage_sync("shared")
+            taken[0] = result[63 - i]
+            T.tvm_storage_sync("shared")
+            result[i] = taken[0]
+
+
+@pytest.mark.slow
+def test_threads_of_a_block_tell_each_other_something_in_a_buffer() -> None:
+    """The buffer is coherent; the one that is only read is not."""
+    (one,) = spirv.kernels(turned_round)
+    x = np.arange(64, dtype=np.float32)
+    got = one.run((1, 1, 1), {"x": x, "result": np.zeros(64, np.float32)}, {})
+    assert (got["result"] == x[::-1]).all()
+    words = one.made.words
+    coherent = [words[i + 1] for i in range(len(words) - 2) if words[i] == 3 << 16 | 71 and words[i + 2] == 23]
+    bindings = {
+        words[i + 1]: words[i + 3] for i in range(len(words) - 3) if words[i] == 4 << 16 | 71 and words[i + 2] == 33
+    }
+    assert [bindings[each] for each in coherent] == [list(one.names).index("result")]
+
+
 def test_what_spirv_lacks_is_named() -> None:
     (function,) = spirv.device_functions(elementwise(lambda a, b: tirx.erf(a), "float32", "float32"))
     with pytest.raises(MlcBuildError, match=r"kernel main_kernel: no SPIR-V can be made of erff? of float32"):

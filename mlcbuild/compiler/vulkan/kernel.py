@@ -14,15 +14,12 @@ from typing import Any
 from mlcbuild.compiler.vulkan import arithmetic
 from mlcbuild.compiler.vulkan.expressions import Expressions, constant_of, type_of
 from mlcbuild.compiler.vulkan.opcodes import Op
-from mlcbuild.compiler.vulkan.spirv import UINT32, Type
+from mlcbuild.compiler.vulkan.spirv import Type
 from mlcbuild.errors import MlcBuildError
 
 _SLOTS = 16  # of eight bytes: the 128 bytes of push constants that every device has
 _UNIFORM_BUFFER = 1
 _WORKGROUP_ID, _LOCAL_ID = 26, 27
-_WORKGROUP = 2  # scope
-# Acquire and release, of what a block shares and of buffers.
-_BARRIER = 0x8 | 0x100 | 0x40
 _UNROLLED = 3  # TIR's kind of loop
 _AXES = "xyz"
 
@@ -153,8 +150,7 @@ class _Translation(Expressions):
         if name == "tirx.tvm_storage_sync":
             if call.args[0].value != "shared":
                 raise MlcBuildError(f"a barrier for {call.args[0].value} memory")
-            operands = (_WORKGROUP, _WORKGROUP, _BARRIER)
-            self.module.effect(Op.ControlBarrier, *(self.module.constant(UINT32, each).id for each in operands))
+            self.module.barrier()
         elif name:
             raise MlcBuildError(f"a call of {name}")
 

@@ -14,9 +14,11 @@ from mlcbuild.compiler.vulkan.opcodes import Op, Storage
 
 _MAGIC, _VERSION = 0x07230203, 0x00010000
 _SHADER, _FLOAT16, _INT64, _INT16, _INT8, _BUFFER16, _BUFFER8 = 1, 9, 11, 22, 39, 4433, 4448
-_BLOCK, _ARRAY_STRIDE, _BUILT_IN, _BINDING, _DESCRIPTOR_SET, _OFFSET = 2, 6, 11, 33, 34, 35
+_BLOCK, _ARRAY_STRIDE, _BUILT_IN, _COHERENT, _BINDING, _DESCRIPTOR_SET, _OFFSET = 2, 6, 11, 23, 33, 34, 35
 _LOCAL_SIZE, _GL_COMPUTE, _LOGICAL, _GLSL450 = 17, 5, 0, 1
 _NEEDS = {("int", 64): _INT64, ("int", 16): _INT16, ("int", 8): _INT8, ("float", 16): _FLOAT16}
+_WORKGROUP = 2  # scope
+_BARRIER = 0x8 | 0x100 | 0x40  # acquire and release, of what a block shares and of buffers
 _IN_BUFFERS = {8: (_BUFFER8, "SPV_KHR_8bit_storage"), 16: (_BUFFER16, "SPV_KHR_16bit_storage")}
 
 
@@ -78,6 +80,10 @@ class Module:
         self._known: dict[tuple[object, ...], int] = {}
         self._in_block: dict[tuple[int, ...], int] = {}
         self._inputs: dict[int, int] = {}
+        self._buffers: set[int] = set()
+        self._loaded: set[int] = set()
+        self._stored: set[int] = set()
+        self._barriers = False
         self._extended = self.new()
 
     def new(self) -> int:
@@ -146,6 +152,7 @@ class Module:
         self._decorate([struct_type, 0, _OFFSET, 0], Op.MemberDecorate)
         variable = self._variable(Storage.BUFFER, struct_type)
         self._bind(variable, binding)
+        self._buffers.add(variable)
         return Array(variable, stored, Storage.BUFFER, True)
 
     def array(self, element: Type, count: int, shared: bool, volatile: bool) -> Array:
@@ -185,10 +192,17 @@ class Module:
         return self.pure(Op.CompositeExtract, UINT32, self.pure(Op.Load, triple, self._inputs[built_in]).id, axis)
 
     def load(self, array: Array, index: Value) -> Value:
+        self._loaded.add(array.id)
         return self.result(Op.Load, array.element, self._at(array, index), *([1] if array.volatile else []))
 
     def store(self, array: Array, index: Value, value: Value) -> None:
+        self._stored.add(array.id)
         self._emit(Op.Store, self._at(array, index), value.id, *([1] if array.volatile else []))
+
+    def barrier(self) -> None:
+        """All threads of a block wait here, and see what each has written."""
+        self._barriers = True
+        self._emit(Op.ControlBarrier, *(self.constant(UINT32, n).id for n in (_WORKGROUP, _WORKGROUP, _BARRIER)))
 
     def _at(self, array: Array, index: Value) -> int:
         chain = [self.constant(UINT32, 0).id, index.id] if array.wrapped else [index.id]
@@ -251,6 +265,9 @@ class Module:
 
     def assemble(self, name: str, block: Sequence[int]) -> list[int]:
         """The module's words: `name` is what the host calls it, `block` the threads of a block along x, y, z."""
+        if self._barriers:  # a block's threads need not share a cache, so what they tell each other must pass it by
+            for variable in sorted(self._loaded & self._stored & self._buffers):
+                self._decorate([variable, _COHERENT])
         main, void = self.new(), self._global("void", Op.TypeVoid)
         function_type = self._global("function", Op.TypeFunction, void)
         head: list[list[int]] = [[Op.Capability, each] for each in self._capabilities]

@@ -177,6 +177,8 @@ class _Planner:
         kind = shape.fields.get("kind", DECODER)
         if kind != DECODER and targets.is_gpu(target):
             raise Unavailable(f"target {target.name}: models of kind `{kind}` are compiled for CPUs only")
+        if shape.fields.get("alibi_bias_max") is not None and targets.is_gpu(target):
+            raise Unavailable(f"target {target.name}: attention with linear biases (ALiBi) is compiled for CPUs only")
         steps = {"download": self._download(model), **self._merged(model), "convert": self._convert(model)}
         if quantization.rounding == "calibrated":
             steps["calibrate"] = self._calibrate(model)

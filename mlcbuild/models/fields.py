@@ -31,7 +31,9 @@ SIZES = (
 COUNTS = ("shared_expert_intermediate_size", "rescale_every", "time_mix_extra_dim", "time_decay_extra_dim")
 NUMBERS = ("norm_offset", "embedding_scale", "residual_scale", "logits_scale", "routed_scaling_factor")
 ABOVE = {  # what these are numbers above
-    **dict.fromkeys(("final_logit_softcapping", "attention_scale", "attn_logit_softcapping", "clip_qkv"), 0),
+    **dict.fromkeys(
+        ("final_logit_softcapping", "attention_scale", "attn_logit_softcapping", "clip_qkv", "alibi_bias_max"), 0
+    ),
     **dict.fromkeys(("rope_theta", "rope_local_theta"), 1),
 }
 CHOICES = {

@@ -76,6 +76,8 @@ class Structure:
     qk_norm           of queries and keys before they are turned: none; head: each head by the one weight; per_head: by
                       its own; all: all heads as one vector. Its kind is `norm`'s, with a bias where parameters play
                       these roles
+    alibi_bias_max    b: a score is lowered by the distance of query and key, times 2 ** (-b * h / heads) in the h-th
+                      head (where heads are no power of two: compiler/cpu/kernels/attention.c)
     clip_qkv          c: queries, keys and values become min(max(x, -c), c)
     final_logit_softcapping  c: logits become c * tanh(logits / c)
     max_position_embeddings  rows of a learned `position_embedding`
@@ -144,6 +146,7 @@ class Structure:
     layer_types: tuple[str, ...] | None = choice(None)
     qk_norm: str = choice("none")
     clip_qkv: float | None = choice(None)
+    alibi_bias_max: float | None = choice(None)
     kind: str = choice("decoder")
     embedding: Mapping[str, Any] | None = choice(None)
     rescale_every: int = choice(0)

@@ -65,6 +65,8 @@ WITHOUT: dict[str, tuple[str, dict[str, Any]]] = {
     "partial rotary": ("phi", {"rotary_dim": None}),
     "neighbours": ("gptj", {"rope_pairing": "halves"}),
     "rotary embedding": ("stablelm", {"rope": "none"}),
+    "linear biases": ("bloom-12-heads", {"alibi_bias_max": None}),
+    "how far linear biases reach": ("bloom-12-heads", {"alibi_bias_max": 4.0}),
     "clipping": ("olmo-clip", {"clip_qkv": None}),
     "norms of heads": ("qwen3-96-wide", {"qk_norm": "none", "roles": ("q_norm", "k_norm")}),
     "norms of each head": ("cohere-norms", {"qk_norm": "none", "roles": ("q_norm", "k_norm")}),

@@ -38,6 +38,16 @@ GPT2_SIZES: dict[str, Any] = {
 }
 
 
+BLOOM: dict[str, Any] = {
+    "model_type": "bloom", "vocab_size": 96, "hidden_size": 64, "n_layer": 3, "n_head": 4, "seq_length": 128,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+MPT: dict[str, Any] = {
+    "model_type": "mpt", "vocab_size": 96, "d_model": 64, "n_layers": 3, "n_heads": 4, "max_seq_len": 128,
+    "attn_config": {"clip_qkv": 0.7, "softmax_scale": 0.3, "alibi": True}, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
 def like_llama(model_type: str, **changes: Any) -> Case:
     """A case whose config.json has llama's keys."""
     return Case(model_type, _config(model_type, changes))
@@ -125,6 +135,18 @@ CASES: dict[str, Case] = {
         from_paper("baichuan", ref.baichuan_shapes, ref.baichuan, num_key_value_heads="absent", vocab_size=125696),
         quantizations=("q0f32",),
     ),
+    "baichuan-13b": from_paper(
+        "baichuan",
+        ref.baichuan_shapes,
+        ref.baichuan,
+        num_key_value_heads="absent",
+        max_position_embeddings="absent",
+        model_max_length=128,
+        num_attention_heads=4,
+    ),
+    "bloom": Case("bloom", BLOOM),
+    "bloom-12-heads": Case("bloom", {**BLOOM, "n_head": 12, "hidden_size": 96}),
+    "mpt": Case("mpt", MPT),
     "qwen": Case("qwen", QWEN, ref.qwen_shapes, ref.qwen),
     "mixtral": like_llama("mixtral", num_local_experts=4),
     "qwen2_moe": like_llama(

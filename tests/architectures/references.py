@@ -43,11 +43,20 @@ def rotated(x: Tensor, theta: float = 10000.0, width: int | None = None, neighbo
     return torch.cat([joined, x[..., width:]], -1)
 
 
-def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def slopes(heads: int) -> list[float]:
+    """Of linear biases (arXiv 2108.12409): a geometric sequence, and what it lacks from one twice as long."""
+    power = 2 ** int(math.log2(heads))
+    own = [2 ** (-8 * (head + 1) / power) for head in range(power)]
+    return own if power == heads else own + slopes(2 * power)[::2][: heads - power]
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, alibi: bool = False) -> Tensor:
     """Causal attention of q [n, heads, dim] on k, v [n, kv_heads, dim]: [n, heads * dim]."""
     n, heads, dim = q.shape
     k, v = (each.repeat_interleave(heads // each.shape[1], 1) for each in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(dim)
+    if alibi:
+        scores = scores + torch.tensor(slopes(heads))[:, None, None] * torch.arange(n)
     scores = scores.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), -torch.inf)
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).reshape(n, -1)
 
@@ -82,7 +91,8 @@ def kv_width(config: Config) -> int:
 
 
 def llama_like(config: Config, t: Tensors, ids: list[int], norm: Callable[[Tensor, str], Tensor] | None = None,
-               embedding: float = 1.0, residual: float = 1.0, head: float = 1.0) -> Tensor:  # fmt: skip
+               embedding: float = 1.0, residual: float = 1.0, head: float = 1.0,
+               alibi: bool = False) -> Tensor:  # fmt: skip
     """Logits of a decoder with llama's tensors; the scales are MiniCPM's (arXiv 2404.06395, table 7)."""
     dim = config["hidden_size"] // config["num_attention_heads"]
 
@@ -95,7 +105,8 @@ def llama_like(config: Config, t: Tensors, ids: list[int], norm: Callable[[Tenso
         layer = f"model.layers.{i}."
         normed = norm(x, f"{layer}input_layernorm")
         q, k, v = (linear(normed, t, f"{layer}self_attn.{name}_proj").unflatten(-1, (-1, dim)) for name in "qkv")
-        x = x + residual * linear(attended(rotated(q), rotated(k), v), t, f"{layer}self_attn.o_proj")
+        turned = (q, k) if alibi else (rotated(q), rotated(k))
+        x = x + residual * linear(attended(*turned, v, alibi), t, f"{layer}self_attn.o_proj")
         mlp = [f"{layer}mlp.{name}_proj" for name in ("gate", "up", "down")]
         x = x + residual * swiglu(norm(x, f"{layer}post_attention_layernorm"), t, *mlp)
     last = norm(x, "model.norm") * head
@@ -133,14 +144,17 @@ def baichuan_shapes(config: Config) -> Shapes:
 
 
 def baichuan(config: Config, t: Tensors, ids: list[int]) -> Tensor:
-    """Queries, keys and values in one matrix; version 2 (a vocabulary of 125,696) norms its head's rows."""
+    """Queries, keys and values in one matrix; version 2 (a vocabulary of 125,696) norms its head's rows.
+
+    The 13B models' configs have no `max_position_embeddings`, and they have linear biases.
+    """
     split = dict(t)
     for i in range(config["num_hidden_layers"]):
         parts = t[f"model.layers.{i}.self_attn.W_pack.weight"].chunk(3)
         split |= {f"model.layers.{i}.self_attn.{n}_proj.weight": part for n, part in zip("qkv", parts, strict=True)}
     if config["vocab_size"] == 125696:
         split["lm_head.weight"] = torch.nn.functional.normalize(t["lm_head.weight"])
-    return llama_like(config, split, ids)
+    return llama_like(config, split, ids, alibi="max_position_embeddings" not in config)
 
 
 def internlm2_shapes(config: Config) -> Shapes:

@@ -194,7 +194,7 @@ def test_attention_among_new_tokens(model: Model, dim: int, heads: int, kv_heads
     scale, (stored_q, stored_k, stored_v) = dim**-0.5, map(model.stored, (q, k, v))
     block = min(block, 48 // min(shared, 48))
     for task in range(-(-40 // block) * kv_heads):
-        shape = (40, heads, kv_heads, dim, block, task, 0, 0.0)
+        shape = (40, heads, kv_heads, dim, block, task, 0, 0.0, 0.0)
         model.call("mlcbuild_attention_ragged", stored_q, indptr, stored_k, stored_v, indptr, out, lse, *shape, scale)
     expected = np.zeros((40, heads, dim))
     for row in range(40):
@@ -216,7 +216,7 @@ def test_new_tokens_with_a_window_and_a_soft_cap(model: Model, window: int, cap:
     for scale in (0.9, -0.9):
         out, lse = model.empty(30, 1, dim), np.zeros((30, 1), np.float32)
         for task in range(3):
-            model.call("mlcbuild_attention_ragged", *given, out, lse, 30, 1, 1, dim, 12, task, window, cap, scale)
+            model.call("mlcbuild_attention_ragged", *given, out, lse, 30, 1, 1, dim, 12, task, window, cap, 0.0, scale)
         for row in range(30):
             seen = slice(max(0, row + 1 - window) if window and scale < 0 else 0, row + 1)
             expected, total = attention(q[row, 0], k[seen, 0], v[seen, 0], 0.9, cap)
@@ -239,7 +239,7 @@ def test_attention_over_pages(model: Model, window: int) -> None:
     for task in range(4 * kv_heads):
         model.call(
             "mlcbuild_attention_paged", stored_q, rows, stored_pages, indptr, values, last, starts, positions, out, lse,
-            20, heads, kv_heads, dim, page, block, task, window, 0.0, -0.3,
+            20, heads, kv_heads, dim, page, block, task, window, 0.0, 0.0, -0.3,
         )  # fmt: skip
     for row in range(20):
         b = int(row >= 14)
@@ -256,6 +256,36 @@ def test_attention_over_pages(model: Model, window: int) -> None:
             assert abs(lse[row, head] - total) < 1e-4
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 3), (12, 12), (56, 1)])
+def test_linear_biases(model: Model, heads: int, kv_heads: int) -> None:
+    """A score falls with the distance of its key, in each head by another slope: those of arXiv 2108.12409."""
+
+    def slopes(count: int) -> list[float]:
+        power = 2 ** int(np.log2(count))
+        own = [2 ** (-8 * (h + 1) / power) for h in range(power)]
+        return own if power == count else own + slopes(2 * power)[::2][: count - power]
+
+    dim, indptr, shared = 16, np.array([0, 30], np.int32), heads // kv_heads
+    q = model.normal(30, heads, dim)
+    k, v = (model.normal(30, kv_heads, dim, seed=seed) for seed in (1, 2))
+    out, lse = model.empty(30, heads, dim), np.zeros((30, heads), np.float32)
+    given = [model.stored(q), indptr, model.stored(k), model.stored(v), indptr]
+    block = max(1, 48 // shared)
+    for task in range(-(-30 // block) * kv_heads):
+        shape = (30, heads, kv_heads, dim, block, task, 0, 0.0, 8.0)
+        model.call("mlcbuild_attention_ragged", *given, out, lse, *shape, 0.25)
+    expected = np.zeros((30, heads, dim))
+    for row in range(30):
+        for head, slope in enumerate(slopes(heads)):
+            # A key that grows with its position and a query that is 1 there: the same by an addition to the product.
+            distance = (np.arange(row + 1) - row)[:, None]
+            biased = np.concatenate([k[: row + 1, head // shared], distance], 1)
+            query = np.concatenate([q[row, head], [slope / 0.25]])
+            expected[row, head], total = attention(query, biased, v[: row + 1, head // shared], 0.25)
+            assert abs(lse[row, head] - total) < 1e-4
+    model.close(out, expected)
+
+
 def test_one_row_per_sequence_sees_itself(model: Model) -> None:
     """Decoding: the row's own key is in the cache, at its position."""
     dim, page = 8, 16
@@ -265,7 +295,7 @@ def test_one_row_per_sequence_sees_itself(model: Model) -> None:
     out, lse = model.empty(2, 1, dim), np.zeros((2, 1), np.float32)
     given = [model.stored(q), None, model.stored(pages), indptr, values, last, starts, positions]
     for task in range(2):
-        model.call("mlcbuild_attention_paged", *given, out, lse, 2, 1, 1, dim, page, 1, task, 6, 0.0, -1.0)
+        model.call("mlcbuild_attention_paged", *given, out, lse, 2, 1, 1, dim, page, 1, task, 6, 0.0, 0.0, -1.0)
     k, v = (np.concatenate([pages[1, side, 0], pages[0, side, 0]])[14:20] for side in (0, 1))
     model.close(out[0, 0], attention(q[0, 0], k, v, 1.0)[0])
     model.close(out[1, 0], attention(q[1, 0], pages[2, 0, 0, 3:9], pages[2, 1, 0, 3:9], 1.0)[0])
@@ -299,6 +329,6 @@ def test_nan_is_never_lost_on_the_way(model: Model) -> None:
     q, k, v = (model.normal(1, 1, 8, seed=seed) for seed in range(3))
     k[0, 0, 5] = np.nan
     out, lse, (q, k, v) = model.empty(1, 1, 8), np.zeros((1, 1), np.float32), map(model.stored, (q, k, v))
-    shape = (1, 1, 1, 8, 48, 0, 0, 0.0)
+    shape = (1, 1, 1, 8, 48, 0, 0, 0.0, 0.0)
     model.call("mlcbuild_attention_ragged", q, indptr, k, v, indptr, out, lse, *shape, 1.0)
     assert np.isnan(model.read(out)).all()

@@ -193,6 +193,18 @@ def test_a_kind_of_model_that_a_target_has_no_kernels_for_is_unavailable(workspa
     assert found.unavailable == {"rwkv-opencl": "target opencl: models of kind `rwkv4` are compiled for CPUs only"}
 
 
+def test_linear_biases_are_for_cpus(workspace: Workspace) -> None:
+    config = {"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 2, "vocab_size": 300}
+    workspace.write("recipes/models/bloom.yaml", "source: {path: bloom}\ntemplate: LM\n")
+    workspace.write("recipes/models/bloom/config.json", json.dumps(config))
+    for target in ("cpu", "opencl"):
+        workspace.write(f"recipes/bloom-{target}.yaml", f"model: bloom\nquantization: q4f16_1\ntarget: {target}\n")
+    found = planned(workspace, "bloom-cpu", "bloom-opencl")
+    assert set(found.goals) == {"bloom-cpu"}
+    problem = "target opencl: attention with linear biases (ALiBi) is compiled for CPUs only"
+    assert found.unavailable == {"bloom-opencl": problem}
+
+
 def test_a_target_that_this_machine_lacks_is_unavailable(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     def resolve(target: object) -> dict[str, Any]:
         raise Unavailable("no such compiler: install it")

@@ -55,6 +55,30 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "residual_dropout": 0.1, "rope_theta": 100000, "scale_attention_softmax_in_fp32": True,
         "scale_attn_weights": True, "sliding_window": 4096, "use_bias": True, "vocab_size": 49152,
     },
+    "bloom-560m": {
+        "model_type": "bloom", "apply_residual_connection_post_layernorm": False, "attention_softmax_in_fp32": True,
+        "bias_dropout_fusion": True, "hidden_dropout": 0.0, "layer_norm_epsilon": 1e-05, "masked_softmax_fusion": True,
+        "n_embed": 1024, "n_inner": None, "num_hidden_layers": 24, "num_attention_heads": 16, "offset_alibi": 100,
+        "pretraining_tp": 1, "seq_length": 2048, "skip_bias_add": True, "skip_bias_add_qkv": False,
+        "slow_but_exact": False, "unk_token_id": 0, "vocab_size": 250880,
+    },
+    "mpt-7b-chat": {
+        "model_type": "mpt", "d_model": 4096, "emb_pdrop": 0, "embedding_fraction": 1.0, "expansion_ratio": 4,
+        "attn_config": {
+            "alibi": True, "alibi_bias_max": 8, "attn_impl": "torch", "attn_pdrop": 0, "clip_qkv": None,
+            "attn_type": "multihead_attention", "attn_uses_sequence_id": False, "prefix_lm": False, "qk_ln": False,
+            "softmax_scale": None,
+        },
+        "init_config": {"name": "kaiming_normal_"}, "init_device": "cpu", "learned_pos_emb": True, "logit_scale": None,
+        "max_seq_len": 2048, "n_heads": 32, "n_layers": 32, "no_bias": True, "norm_type": "low_precision_layernorm",
+        "resid_pdrop": 0, "tokenizer_name": "EleutherAI/gpt-neox-20b", "verbose": 0, "vocab_size": 50432,
+    },
+    "Baichuan2-13B-Chat": {
+        "model_type": "baichuan", "_from_model_config": True, "gradient_checkpointing": False, "hidden_act": "silu",
+        "hidden_size": 5120, "intermediate_size": 13696, "model_max_length": 4096, "num_attention_heads": 40,
+        "num_hidden_layers": 40, "rms_norm_eps": 1e-06, "tie_word_embeddings": False, "vocab_size": 125696,
+        "z_loss_weight": 0,
+    },
     "stablelm-2-12b-chat": {
         "model_type": "stablelm", "hidden_act": "silu", "hidden_dropout": 0.0, "hidden_size": 5120,
         "intermediate_size": 13824, "layer_norm_eps": 1e-05, "max_position_embeddings": 4096, "num_attention_heads": 32,
@@ -80,7 +104,9 @@ def resolved(config: dict[str, Any]) -> Structure:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_published_config_is_understood(name: str) -> None:
     structure = resolved(CONFIGS[name])
-    assert structure.num_hidden_layers == CONFIGS[name]["num_hidden_layers"]
+    assert structure.num_hidden_layers == CONFIGS[name].get("num_hidden_layers", CONFIGS[name].get("n_layers"))
+    biased = ("bloom-560m", "mpt-7b-chat", "Baichuan2-13B-Chat")
+    assert (structure.rope, structure.alibi_bias_max) == (("none", 8.0) if name in biased else ("full", None))
 
 
 @pytest.mark.parametrize(
@@ -97,6 +123,16 @@ def test_a_published_config_is_understood(name: str) -> None:
             "lm_head_bias is True, but this architecture computes only False",
         ),
         ("Phi-4-mini-instruct", {"full_attn_mod": 2}, "full_attn_mod is 2, but this architecture computes only 1"),
+        (
+            "mpt-7b-chat",
+            {"attn_config": {"alibi": False}},
+            "attn_config.alibi is False, but this architecture computes",
+        ),
+        (
+            "mpt-7b-chat",
+            {"attn_config": {"alibi": True, "rope": True}},
+            "attn_config.rope is True, but this architecture",
+        ),
         ("starcoder2-15b", {"scale_attn_weights": False}, "scale_attn_weights is False, but this architecture"),
         ("Qwen3-0.6B", {"attention_sinks": 4}, "architecture `qwen3` does not know the key `attention_sinks` (4)"),
     ],

@@ -27,7 +27,8 @@ _ROPE = {"rotary_mode": "int32", "rope_scale": "float32", "rope_theta": "float32
 @dataclass(frozen=True)
 class Shape:
     """What the attention of all layers has in common: `window` positions are seen by layers that slide, 0 where none
-    does; `cap` is the soft cap of scores, 0 where there is none. `dtype` is that of queries, keys and values."""
+    does; `cap` is the soft cap of scores, `alibi` the largest exponent of linear biases, 0 where there is none. `dtype`
+    is that of queries, keys and values."""
 
     heads: int
     kv_heads: int
@@ -35,6 +36,7 @@ class Shape:
     dtype: str
     window: int = 0
     cap: float = 0.0
+    alibi: float = 0.0
 
     def array(self, rows: str, heads: int) -> tuple[calls.Shape, str]:
         return (rows, heads, self.dim), self.dtype
@@ -53,7 +55,7 @@ class Shape:
         return max(1, QUERIES * self.kv_heads // self.heads)
 
     def limits(self, symbols: dict[str, Any]) -> tuple[Any, ...]:
-        return self.window, tirx.const(self.cap, "float32"), symbols["sm_scale"]
+        return self.window, tirx.const(self.cap, "float32"), tirx.const(self.alibi, "float32"), symbols["sm_scale"]
 
 
 @functools.cache

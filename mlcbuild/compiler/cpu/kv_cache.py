@@ -36,7 +36,8 @@ def emit_create(builder: relax.BlockBuilder, structure: Structure, dtype: str) -
         return relax.Tuple([ir.StringImm("tirx"), kernel(function, name)])
 
     none = relax.Tuple([])
-    shape = attention.Shape(heads, kv_heads, dim, dtype, s.sliding_window_size or 0, s.attn_logit_softcapping or 0.0)
+    limits = s.sliding_window_size or 0, s.attn_logit_softcapping or 0.0, s.alibi_bias_max or 0.0
+    shape = attention.Shape(heads, kv_heads, dim, dtype, *limits)
     rotary = rope.rotary(s) if rope.in_cache(s) else rope.NOTHING
     table = rope.inverse_frequencies(s) if rotary.dim else np.zeros(1, np.float32)
     with builder.function("create_tir_paged_kv_cache", params):

@@ -27,15 +27,18 @@ typedef struct {
     f32 keys[MAX_HEAD_DIM * ROWS];                                   // [dim][position]
     f32 values[ROWS * ROWS];                                         // [position][dim]
     f32 largest[QUERIES];
-    i64 first[QUERIES], end[QUERIES];                                // positions that a query sees
+    f32 slope[QUERIES];                                              // of linear biases, in powers of two
+    i64 first[QUERIES], end[QUERIES], own[QUERIES];                  // positions that a query sees, and its own
     i64 dim, count;
-    f32 cap;  // scores are capped to it, in powers of two; 0: they are not
+    f32 cap;     // scores are capped to it, in powers of two; 0: they are not
+    i32 biased;  // whether scores have linear biases
 } state;
 
 INLINE void begin(state *s, i64 dim, f32 cap) {
     s->dim = dim;
     s->count = 0;
     s->cap = cap * LOG2E;
+    s->biased = 0;
 }
 
 INLINE f32v tanh_v(f32v x) {
@@ -50,6 +53,18 @@ INLINE void add_query(state *s, i64 first, i64 end) {
     s->end[s->count] = end;
     s->largest[s->count] = LOWEST;
     s->count++;
+}
+
+// Linear biases (ALiBi; Press et al., arXiv 2108.12409): scores fall with distance from `own`. The slope of head h, from
+// 1, is 2 ** (-alibi * h / heads). Where heads are no power of two, the first of them, so many as the next lower power p
+// has, have those of p heads, and the others every second of 2 p heads (transformers, modeling_bloom.py).
+INLINE void set_bias(state *s, i64 at, i64 own, i64 head, i64 heads, f32 alibi) {
+    i64 power = 1;
+    while (2 * power <= heads) power *= 2;
+    f32 exponent = head < power ? (f32)(head + 1) / (f32)power : (f32)(2 * (head - power) + 1) / (f32)(2 * power);
+    s->slope[at] = exp2_v(splat(-alibi * exponent))[0] * LOG2E;
+    s->own[at] = own;
+    s->biased = 1;
 }
 
 INLINE void set_query(state *s, i64 at, const model *query, f32 scale) {
@@ -117,6 +132,10 @@ NOINLINE void add_keys(state *s, const model *const *key, const model *const *va
             i32v at = lane + v * LANES;
             score[v] = load_float32(row + v * LANES);
             if (s->cap != 0.0f) score[v] = splat(s->cap) * tanh_v(score[v] / splat(s->cap));
+            if (s->biased) {
+                f32v distance = __builtin_convertvector(at, f32v) + splat((f32)(position - s->own[q]));
+                score[v] += splat(s->slope[q]) * distance;
+            }
             score[v] = select_v((at >= from) & (at < to), score[v], splat(2 * LOWEST));
             largest_v = select_v(score[v] > largest_v, score[v], largest_v);
         }
@@ -181,7 +200,7 @@ typedef struct {
     model *out;
     f32 *lse;
     i64 heads, kv_heads, dim, window;
-    f32 cap, scale;
+    f32 cap, alibi, scale;
 } call;
 
 // Keys and values of one sequence: rows of one array, or slots of pages.
@@ -212,6 +231,8 @@ INLINE void attend(state *s, const call *c, const source *from, i64 row, i64 end
         for (i64 i = 0; i < s->count; i++)
             set_query(s, i, c->q + ((row + i / some) * c->heads + first_head + i % some) * c->dim,
                       c->scale < 0.0f ? -c->scale : c->scale);
+        for (i64 i = 0; c->alibi != 0.0f && i < s->count; i++)
+            set_bias(s, i, at + i / some, first_head + i % some, c->heads, c->alibi);
         clear(s);
         i64 seen = highest_end(s);
         for (i64 i = lowest_first(s); i < seen; i += ROWS) {
@@ -235,8 +256,8 @@ INLINE void attend(state *s, const call *c, const source *from, i64 row, i64 end
 // hold them; keys and values [rows, kv_heads, dim] are the same call's new tokens.
 EXPORT void mlcbuild_attention_ragged(const model *q, const i32 *q_indptr, const model *k, const model *v,
                                       const i32 *kv_indptr, model *out, f32 *lse, i64 rows, i64 heads, i64 kv_heads,
-                                      i64 dim, i64 block, i64 task, i64 window, f32 cap, f32 scale) {
-    const call c = {q, out, lse, heads, kv_heads, dim, window, cap, scale};
+                                      i64 dim, i64 block, i64 task, i64 window, f32 cap, f32 alibi, f32 scale) {
+    const call c = {q, out, lse, heads, kv_heads, dim, window, cap, alibi, scale};
     i64 row = task / kv_heads * block, last = min_i64(row + block, rows), kv_head = task % kv_heads, b = 0;
     state s;
     while (row < last) {
@@ -254,8 +275,9 @@ EXPORT void mlcbuild_attention_ragged(const model *q, const i32 *q_indptr, const
 EXPORT void mlcbuild_attention_paged(const model *q, const i32 *q_indptr, const model *pages, const i32 *page_indptr,
                                      const i32 *page_values, const i32 *last_page_len, const i32 *k_start,
                                      const i32 *q_position, model *out, f32 *lse, i64 rows, i64 heads, i64 kv_heads,
-                                     i64 dim, i64 page, i64 block, i64 task, i64 window, f32 cap, f32 scale) {
-    const call c = {q, out, lse, heads, kv_heads, dim, window, cap, scale};
+                                     i64 dim, i64 page, i64 block, i64 task, i64 window, f32 cap, f32 alibi,
+                                     f32 scale) {
+    const call c = {q, out, lse, heads, kv_heads, dim, window, cap, alibi, scale};
     i64 row = task / kv_heads * block, last = min_i64(row + block, rows), kv_head = task % kv_heads, b = 0;
     i64 half = kv_heads * page * dim;
     state s;

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -39,3 +40,16 @@ def share(path: Path) -> None:
 def is_shared(folder: Path) -> bool:
     """Whether the folder's group may write to it."""
     return bool(folder.stat().st_mode & stat.S_IWGRP)
+
+
+@contextlib.contextmanager
+def made_for(folder: Path) -> Iterator[None]:
+    """What this process makes in `folder` meanwhile is the group's as well, if the folder is; other threads' too."""
+    if not is_shared(folder):
+        yield
+        return
+    before = os.umask(0o002)
+    try:
+        yield
+    finally:
+        os.umask(before)

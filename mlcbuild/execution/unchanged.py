@@ -28,7 +28,6 @@ import mlcbuild
 from mlcbuild.cache.index import signature
 from mlcbuild.cache.materialise import BLOB_TIME
 from mlcbuild.compiler.targets import cpu_flags
-from mlcbuild.recipes.files import write_atomically
 from mlcbuild.recipes.select import Cell, cells, manual
 from mlcbuild.recipes.stock import stock
 
@@ -188,7 +187,7 @@ def remember(session: Session, began: float) -> None:
     }
     body = json.dumps(content, separators=(",", ":"))
     with contextlib.suppress(OSError):
-        write_atomically(_file(root, store.root), f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}")
+        store.write(_file(root, store.root), f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}".encode())
 
 
 def _step(session: Session, name: str, action: Action, began: float) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlcbuild.cache.runs import begin
+from mlcbuild.cache.share import made_for
 from mlcbuild.cache.store import Store, total_size
 from mlcbuild.errors import MlcBuildError, Unavailable
 from mlcbuild.execution.build import Builder
@@ -44,7 +45,8 @@ def test_run(root: Path, names: str, cache: Path | None, report: Report) -> dict
             only_config = replace(recipe.model, delta_of=None, lora=None)
             refused = look_up(root, store.root, [only_config], report, refuse=False)
             config = config_of(recipe.model, locker(root, refused))
-            results[recipe.name] = _try(store, *small(catalog, recipe, config, store.root / FOLDER), report)
+            with made_for(store.root):  # the next user who tries this recipe replaces what is made here
+                results[recipe.name] = _try(store, *small(catalog, recipe, config, store.root / FOLDER), report)
         except MlcBuildError as error:
             problems.append(f"{recipe.name}: {error}")
     if problems:

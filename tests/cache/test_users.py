@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 import traceback
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 from mlcbuild.cache.gc import collect, plan
 from mlcbuild.cache.inventory import inventory
 from mlcbuild.cache.locks import locked, sweep_dead, workplace
+from mlcbuild.cache.share import made_for
 from mlcbuild.cache.store import Action, Store
 from mlcbuild.cache.tree import Tree
 
@@ -105,6 +107,22 @@ def test_one_user_collects_what_another_left(shared: Path) -> None:
         folder.chmod(0o2775)
     assert run(BOB, clean, shared) == "0"
     assert not dead.exists()
+
+
+def test_one_user_replaces_what_another_tried(shared: Path) -> None:
+    """Test runs are not the store's: they are installed packages, in a folder of the cache."""
+    place = shared / "test-run" / "dist" / "tiny"
+
+    def make(text: str) -> str:
+        shutil.rmtree(place, ignore_errors=True)
+        with made_for(shared):
+            place.mkdir(parents=True)
+            (place / "quality.json").write_text(text)
+            (place / "quality.json").chmod(0o444)
+        return (place / "quality.json").read_text()
+
+    assert run(ALICE, make, "alice", umask=0o077) == "alice"
+    assert run(BOB, make, "bob", umask=0o077) == "bob"
 
 
 def test_a_folder_of_ones_own_stays_so(tmp_path: Path, shared: Path) -> None:

@@ -126,3 +126,19 @@ def test_verify(built: Workspace) -> None:
 )
 def test_mistakes(built: Workspace, arguments: list[str], text: str) -> None:
     assert text in mlcbuild(built, *arguments, status=1)
+
+
+def test_what_a_build_makes_in_a_groups_folder_is_the_groups(workspace: Workspace) -> None:
+    """Whatever the umask: the next user of this cache goes on with it (as other users: tests/cache/test_users.py)."""
+    workspace.cache.mkdir()
+    workspace.cache.chmod(0o2775)
+    before = os.umask(0o077)
+    try:
+        workspace.doit()
+        workspace.doit()
+    finally:
+        os.umask(before)
+    made = {path: path.stat().st_mode for path in workspace.cache.rglob("*") if path.name != "recipes.memo"}
+    assert {path.name for path in made} > {"ac", "cas", "locks", "logs", "pins", "tmp", "unchanged", "index.sqlite"}
+    assert not [path for path, mode in made.items() if not mode & 0o040]
+    assert not [path for path, mode in made.items() if path.is_dir() and mode & 0o2070 != 0o2070]

@@ -134,17 +134,26 @@ def turned_round(var_x: T.handle, var_result: T.handle):
 
 @pytest.mark.slow
 def test_threads_of_a_block_tell_each_other_something_in_a_buffer() -> None:
-    """The buffer is coherent; the one that is only read is not."""
+    """Its caches are passed by for the buffer, and not for the one that is only read."""
     (one,) = spirv.kernels(turned_round)
     x = np.arange(64, dtype=np.float32)
     got = one.run((1, 1, 1), {"x": x, "result": np.zeros(64, np.float32)}, {})
     assert (got["result"] == x[::-1]).all()
-    words = one.made.words
-    coherent = [words[i + 1] for i in range(len(words) - 2) if words[i] == 3 << 16 | 71 and words[i + 2] == 23]
-    bindings = {
-        words[i + 1]: words[i + 3] for i in range(len(words) - 3) if words[i] == 4 << 16 | 71 and words[i + 2] == 33
-    }
-    assert [bindings[each] for each in coherent] == [list(one.names).index("result")]
+    assert decorated(one.made, 23) == [one.names.index("result")]  # coherent
+    assert decorated(one.made, 24) == [one.names.index("x")]  # not written
+
+
+def decorated(made: kernel.Kernel, decoration: int) -> list[int]:
+    """The bindings of the buffers with a decoration that has no operand."""
+    words, found, bindings, at = made.words, [], {}, 5
+    while at < len(made.words):
+        size, op = words[at] >> 16, words[at] & 0xFFFF
+        if op == 71 and words[at + 2] == 33:
+            bindings[words[at + 1]] = words[at + 3]
+        if op == 71 and words[at + 2] == decoration:
+            found.append(words[at + 1])
+        at += size
+    return [bindings[each] for each in found]
 
 
 def test_what_spirv_lacks_is_named() -> None:

@@ -24,9 +24,9 @@ _BINARY: Mapping[str, _Ops] = {
     "Sub": {**_same(Op.ISub), "float": Op.FSub},
     "Mul": {**_same(Op.IMul), "float": Op.FMul},
     "Div": {"int": Op.SDiv, "uint": Op.UDiv, "float": Op.FDiv},
-    "Mod": {"int": Op.SRem, "uint": Op.UMod, "float": Op.FRem},
+    "Mod": {"uint": Op.UMod, "float": Op.FRem},
     "FloorDiv": {"uint": Op.UDiv},
-    "FloorMod": {"int": Op.SMod, "uint": Op.UMod, "float": Op.FMod},
+    "FloorMod": {"uint": Op.UMod, "float": Op.FMod},
     "BitwiseAnd": {**_same(Op.BitwiseAnd), "bool": Op.LogicalAnd},
     "BitwiseOr": {**_same(Op.BitwiseOr), "bool": Op.LogicalOr},
     "BitwiseXor": {**_same(Op.BitwiseXor), "bool": Op.LogicalNotEqual},
@@ -63,13 +63,26 @@ def binary(module: Module, operator: str, a: Value, b: Value) -> Value:
         return module.extended(_pick(_EXTREMES, operator, a.type), a.type, a.id, b.id)
     if operator in _COMPARISONS:
         return module.pure(_pick(_COMPARISONS, operator, a.type), BOOL.of(a.type.lanes), a.id, b.id)
-    if operator == "FloorDiv" and code == "int":
-        # (a - a floormod b) / b, which leaves no rest that could be rounded.
-        rest = module.pure(Op.SMod, a.type, a.id, b.id)
-        return module.pure(Op.SDiv, a.type, module.pure(Op.ISub, a.type, a.id, rest.id).id, b.id)
+    if operator in ("Mod", "FloorDiv", "FloorMod") and code == "int":
+        return _quotient_or_rest(module, operator, a, b)
     if operator == "FloorDiv" and code == "float":
         return call(module, "floor", [module.pure(Op.FDiv, a.type, a.id, b.id)])
     return module.pure(_pick(_BINARY, operator, a.type), a.type, a.id, b.id)
+
+
+def _quotient_or_rest(module: Module, operator: str, a: Value, b: Value) -> Value:
+    """Mod, FloorDiv or FloorMod of signed integers, by SDiv: SRem and SMod of negative ones are undefined in Vulkan."""
+    of = a.type
+    quotient = module.pure(Op.SDiv, of, a.id, b.id)
+    rest = module.pure(Op.ISub, of, a.id, module.pure(Op.IMul, of, quotient.id, b.id).id)
+    if operator == "Mod":
+        return rest
+    zero = module.constant(of, 0)
+    apart = binary(module, "LT", module.pure(Op.BitwiseXor, of, rest.id, b.id), zero)
+    down = binary(module, "And", binary(module, "NE", rest, zero), apart)
+    if operator == "FloorMod":
+        return select(module, down, binary(module, "Add", rest, b), rest)
+    return select(module, down, binary(module, "Sub", quotient, module.constant(of, 1)), quotient)
 
 
 def _pick(table: Mapping[str, Mapping[str, T]], operator: str, of: Type) -> T:

@@ -56,8 +56,6 @@ class Op(IntEnum):
     SDiv = 135
     FDiv = 136
     UMod = 137
-    SRem = 138
-    SMod = 139
     FRem = 140
     FMod = 141
     IsNan = 156

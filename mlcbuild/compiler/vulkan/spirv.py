@@ -14,7 +14,8 @@ from mlcbuild.compiler.vulkan.opcodes import Op, Storage
 
 _MAGIC, _VERSION = 0x07230203, 0x00010000
 _SHADER, _FLOAT16, _INT64, _INT16, _INT8, _BUFFER16, _BUFFER8 = 1, 9, 11, 22, 39, 4433, 4448
-_BLOCK, _ARRAY_STRIDE, _BUILT_IN, _COHERENT, _BINDING, _DESCRIPTOR_SET, _OFFSET = 2, 6, 11, 23, 33, 34, 35
+_BLOCK, _ARRAY_STRIDE, _BUILT_IN, _COHERENT, _NON_WRITABLE = 2, 6, 11, 23, 24
+_BINDING, _DESCRIPTOR_SET, _OFFSET = 33, 34, 35
 _LOCAL_SIZE, _GL_COMPUTE, _LOGICAL, _GLSL450 = 17, 5, 0, 1
 _NEEDS = {("int", 64): _INT64, ("int", 16): _INT16, ("int", 8): _INT8, ("float", 16): _FLOAT16}
 _WORKGROUP = 2  # scope
@@ -268,6 +269,8 @@ class Module:
         if self._barriers:  # a block's threads need not share a cache, so what they tell each other must pass it by
             for variable in sorted(self._loaded & self._stored & self._buffers):
                 self._decorate([variable, _COHERENT])
+        for variable in sorted(self._buffers - self._stored):
+            self._decorate([variable, _NON_WRITABLE])
         main, void = self.new(), self._global("void", Op.TypeVoid)
         function_type = self._global("function", Op.TypeFunction, void)
         head: list[list[int]] = [[Op.Capability, each] for each in self._capabilities]

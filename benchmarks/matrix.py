@@ -16,12 +16,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -31,20 +28,9 @@ from safetensors.numpy import save_file
 from mlcbuild.recipes.init import init
 from mlcbuild.recipes.stock import stock
 
-QUANTIZATIONS = (
-    "q4f16_1",
-    "q4f32_1",
-    "q3f16_1",
-    "q8f16_1",
-    "q0f16",
-    "q0f32",
-    "q4f16_0",
-    "q4bf16_1",
-    "q8f32_1",
-    "q0bf16",
-)
-TARGETS = ("cpu", "cpu-x86_64")
-PER_MODEL = len(QUANTIZATIONS) * len(TARGETS)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import many
+
 MODELS_PER_STRUCTURE = 5
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCABULARY = 64, 128, 4, 2, 2048
 TEXT = "One day a star fell into the garden.<|endoftext|>The cat looked at it and was not afraid."
@@ -69,16 +55,13 @@ def make_workspace(root: Path, count: int) -> None:
     models = root / "recipes" / "models"
     models.mkdir(exist_ok=True)
     (models / "text.txt").write_text(TEXT)
-    (root / "recipes" / "matrix").mkdir(exist_ok=True)
-    for number in range(-(-count // PER_MODEL)):
-        name, rest = f"m{number:03}", count - number * PER_MODEL
+    names = [f"m{number:03}" for number in range(many.models(count))]
+    for number, name in enumerate(names):
         write_checkpoint(models / name, layers=1 + number // MODELS_PER_STRUCTURE, seed=number)
         # Random numbers lose more to few bits than a trained model's.
         model = {"source": {"path": name}, "template": "chatml", "verify": {"gate": "report", "text": "text.txt"}}
         (models / f"{name}.yaml").write_text(json.dumps(model))
-        formats = QUANTIZATIONS[: max(1, min(PER_MODEL, rest) // len(TARGETS))]
-        axes = {"model": [name], "quantization": formats, "target": TARGETS}
-        (root / "recipes" / "matrix" / f"{name}.yaml").write_text(json.dumps({"matrix": axes}))
+    many.write_matrices(root, names, count)
 
 
 def write_checkpoint(folder: Path, layers: int, seed: int) -> None:
@@ -126,7 +109,7 @@ def write_checkpoint(folder: Path, layers: int, seed: int) -> None:
 def measure(root: Path, workers: int) -> None:
     """Build everything from nothing, then again, and print the figures."""
     log = root / "log.jsonl"
-    wall, cpu = run([f"cores={workers}", f"log_json={log}"], root)
+    first = build(root, f"cores={workers}", f"log_json={log}")
     events = [json.loads(line) for line in log.read_text().splitlines()]
     built = [event for event in events if event["event"] == "step_finished" and event["outcome"] == "built"]
     times = Counter(event["step"] for event in built)
@@ -140,25 +123,16 @@ def measure(root: Path, workers: int) -> None:
     print(
         f"each step ran {', '.join(f'{often} times' if often > 1 else 'once' for often in sorted(set(times.values())))}"
     )
-    print(f"wall {wall:,.0f} s, CPU {cpu:,.0f} s: {cpu / wall:.2f} cores busy; {wall / recipes:.2f} s a recipe")
-    wall, cpu = run([], root)
-    print(f"again: wall {wall:.2f} s, CPU {cpu:.2f} s")
+    print(f"wall {first.wall:,.0f} s, CPU {first.cpu:,.0f} s: {first.cpu / first.wall:.2f} cores busy", end="")
+    print(f"; {first.wall / recipes:.2f} s a recipe")
+    again = build(root)
+    print(f"again: wall {again.wall:.2f} s, CPU {again.cpu:.2f} s")
 
 
-def run(words: list[str], root: Path) -> tuple[float, float]:
-    """Seconds of wall time and of CPU time, of `doit build` and all that it starts. Raises RuntimeError."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLCBUILD_")}
-    environment["TVM_NUM_THREADS"] = "1"
-    started = time.perf_counter()
-    with (root / "output.txt").open("wb") as output:
-        command = [sys.executable, "-m", "doit", "build", *words]
-        process = subprocess.Popen(command, cwd=root, env=environment, stdout=output, stderr=output)
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        tail = "\n".join((root / "output.txt").read_text().splitlines()[-20:])
-        raise RuntimeError(f"doit build: exit status {process.returncode}\n{tail}")
-    return time.perf_counter() - started, usage.ru_utime + usage.ru_stime
+def build(root: Path, *words: str) -> many.Cost:
+    """What `doit build` costs. Raises RuntimeError."""
+    command = [sys.executable, "-m", "doit", "build", *words]
+    return many.run(command, root, {"TVM_NUM_THREADS": "1"}, root / "output.txt")
 
 
 def _options() -> argparse.Namespace:

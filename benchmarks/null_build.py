@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from mlcbuild.cache.store import Action
@@ -34,20 +33,10 @@ from mlcbuild.execution.session import Session, open_session
 from mlcbuild.graph import Step
 from mlcbuild.recipes.init import init
 
-QUANTIZATIONS = (
-    "q4f16_1",
-    "q4f32_1",
-    "q3f16_1",
-    "q8f16_1",
-    "q0f16",
-    "q0f32",
-    "q4f16_0",
-    "q4bf16_1",
-    "q8f32_1",
-    "q0bf16",
-)
-TARGETS = ("cpu", "cpu-x86_64")
-RECIPES_PER_MODEL = len(QUANTIZATIONS) * len(TARGETS)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import many
+from benchmarks.many import Cost
+
 CONFIG = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
           "num_key_value_heads": 2, "vocab_size": 128, "rms_norm_eps": 1e-5, "max_position_embeddings": 256,
           "hidden_act": "silu"}  # fmt: skip
@@ -61,12 +50,6 @@ FILES = {
     "verify": ("quality.json",),
 }
 CHECKPOINT = ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
-
-
-@dataclass(frozen=True)
-class Cost:
-    cpu: float
-    wall: float
 
 
 def main() -> None:
@@ -115,20 +98,12 @@ def measure(folder: Path, count: int, rounds: int) -> None:
 
 
 def run(command: Sequence[str], where: Path) -> Cost:
-    """The process's cost. Raises RuntimeError when it fails."""
-    started = time.perf_counter()
-    process = subprocess.Popen(command, cwd=where, stdout=subprocess.DEVNULL, env=_environment())
-    _, status, usage = os.wait4(process.pid, 0)
-    wall = time.perf_counter() - started
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(command)}: exit status {process.returncode}")
-    return Cost(usage.ru_utime + usage.ru_stime, wall)
+    return many.run(command, where, {}, where.parent / "output.txt")
 
 
 def check(command: Sequence[str], where: Path) -> None:
     """Raises RuntimeError unless the build says that it had nothing to do."""
-    done = subprocess.run(command, cwd=where, capture_output=True, text=True, env=_environment())
+    done = subprocess.run(command, cwd=where, capture_output=True, text=True, env=many.environment())
     if done.returncode or not done.stdout.splitlines()[-1].startswith("0 done, "):
         raise RuntimeError(f"{' '.join(command)}: not a null build: {done.stdout[-500:]}{done.stderr[-500:]}")
 
@@ -137,7 +112,7 @@ def make_workspace(root: Path, count: int) -> Session:
     """A workspace with `count` recipes, all of them built and installed."""
     init(root)
     (root / "recipes" / "stories-cpu.yaml").unlink()
-    names = [f"m{number:04}" for number in range(max(1, -(-count // RECIPES_PER_MODEL)))]
+    names = [f"m{number:04}" for number in range(many.models(count))]
     for number, name in enumerate(names):
         checkpoint = root / "recipes" / "models" / name
         checkpoint.mkdir(parents=True)
@@ -146,12 +121,7 @@ def make_workspace(root: Path, count: int) -> Session:
         for file in CHECKPOINT:
             (checkpoint / file).write_text(f"{name} {file}")
         (checkpoint.parent / f"{name}.yaml").write_text(f"source: {{path: {name}}}\ntemplate: chatml\n")
-    for number, name in enumerate(names):
-        quantizations = QUANTIZATIONS[: max(1, -(-min(count - number * RECIPES_PER_MODEL, RECIPES_PER_MODEL) // 2))]
-        axes = {"model": [name], "quantization": quantizations, "target": TARGETS}
-        matrix = root / "recipes" / "matrix" / f"{name}.yaml"
-        matrix.parent.mkdir(exist_ok=True)
-        matrix.write_text(json.dumps({"matrix": axes}))
+    many.write_matrices(root, names, count)
     sync, os.fsync = os.fsync, lambda descriptor: None  # a benchmark's cache need not survive a power cut
     try:
         session = open_session(root, lambda event: None)
@@ -221,10 +191,6 @@ def _sources(path: Path) -> Iterator[str]:
 
 def _path(name: str) -> str:
     return name.replace(":", "/")
-
-
-def _environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith("MLCBUILD_")}
 
 
 def _options() -> argparse.Namespace:

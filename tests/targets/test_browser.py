@@ -1,78 +1,90 @@
-"""A webgpu package in WebLLM in headless Chromium, against our CPU library."""
+"""A webgpu package in WebLLM in headless Chromium, against our CPU library; and its page, used by hand."""
 
 from __future__ import annotations
 
-import functools
-import http.server
+import itertools
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from queue import Empty, Queue
 from typing import Any
 
 import pytest
 
 from mlcbuild.compiler.web import emscripten
 from mlcbuild.runtime import load
+from tests.support.chromium import Page, browser, served
 from tests.support.tools import missing
 
 ROOT = Path(__file__).parents[2]
 WEBLLM = "MLCBUILD_TEST_WEBLLM"  # a node_modules folder with @mlc-ai/web-llm
 PROMPT, TOKENS = "Once upon a time", 16
-# What chat.html does without a person: its own address of the weights, greedy by a tiny top_p, which unlike
-# temperature 0 leaves the log-probabilities as the model gives them.
-PAGE = """<!doctype html><meta charset="utf-8"><script type="module">
-const report = (what) => fetch("/report", {method: "POST", body: JSON.stringify(what)});
-try {
-  const { CreateMLCEngine } = await import("./node_modules/@mlc-ai/web-llm/lib/index.js");
-  const here = location.href.replace(/[^/]*$/, "");
+# Greedy by a tiny top_p, which unlike temperature 0 leaves the log-probabilities as the model gives them.
+COMPLETE = """(async () => {
+  const { CreateMLCEngine } = await import("/node_modules/@mlc-ai/web-llm/lib/index.js");
+  const here = location.origin + "/";
   const record = {model_id: "m", model: here + "WEIGHTS/resolve/main/../../", model_lib: here + "LIBRARY"};
   const engine = await CreateMLCEngine("m", {appConfig: {model_list: [record]}});
-  await report(await engine.completions.create(
-    {prompt: "PROMPT", max_tokens: TOKENS, temperature: 1, top_p: 1e-6, logprobs: true, top_logprobs: 1}));
-} catch (error) { await report({error: `${error && error.stack || error}`}); }
-</script>"""
-FLAGS = (
-    *("--headless", "--no-sandbox", "--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"),
-    *("--disable-dev-shm-usage", "--disable-background-networking", "--no-first-run"),
-)
+  return await engine.completions.create(
+    {prompt: "PROMPT", max_tokens: TOKENS, temperature: 1, top_p: 1e-6, logprobs: true, top_logprobs: 1});
+})()"""
+READY = "!document.querySelector('input').disabled"
+# Everything that the first answer was on its way.
+WATCH = """(window.seen = [], new MutationObserver(() => seen.push(document.querySelector(".model")?.textContent ?? ""))
+  .observe(document.querySelector("#talk"), {subtree: true, childList: true, characterData: true}))"""
+
+
+def workspace(root: Path, formats: tuple[str, ...], targets: tuple[str, ...]) -> Path:
+    """The stock model for these formats and targets."""
+    (root / "recipes").mkdir(parents=True)
+    shutil.copyfile(ROOT / "dodo.py", root / "dodo.py")
+    for format_ in formats:
+        for target in targets:
+            text = f"model: stories\nquantization: {format_}\ntarget: {target}\n"
+            (root / "recipes" / f"{format_}-{target}.yaml").write_text(text)
+    return root
+
+
+def doit(root: Path, *arguments: str) -> None:
+    kept = {name: value for name, value in os.environ.items() if name != "MLCBUILD_CACHE"}
+    subprocess.run([sys.executable, "-m", "doit", *arguments], cwd=root, env=kept, check=True)
 
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The workspace's stories for webgpu and for a CPU, in both formats."""
-    for tool in ("chromium",):
-        if shutil.which(tool) is None:
-            missing(tool)
+    """Packages for webgpu and for a CPU, in two formats."""
+    if shutil.which("chromium") is None:
+        missing("chromium")
     if emscripten.find_emcc() is None:
         missing("emcc")
     if not Path(os.environ.get(WEBLLM) or "none", "@mlc-ai", "web-llm").is_dir():
         missing(f"a folder {WEBLLM} with @mlc-ai/web-llm from npm")
-    root = tmp_path_factory.mktemp("browser")
-    (root / "recipes").mkdir()
-    shutil.copyfile(ROOT / "dodo.py", root / "dodo.py")
-    for format_ in ("q0f32", "q4f32_1"):
-        for target in ("webgpu", "cpu-x86_64"):
-            text = f"model: stories\nquantization: {format_}\ntarget: {target}\n"
-            (root / "recipes" / f"{format_}-{target}.yaml").write_text(text)
-    subprocess.run([sys.executable, "-m", "doit", "build"], cwd=root, check=True)
+    root = workspace(tmp_path_factory.mktemp("browser"), ("q0f32", "q4f32_1"), ("webgpu", "cpu-x86_64"))
+    doit(root, "build")
     return root / "dist"
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Iterator[Page]:
+    with browser(tmp_path / "profile") as opened:
+        yield opened
+
+
+def site(package: Path, folder: Path) -> Path:
+    """`package` after `npm install @mlc-ai/web-llm` in it."""
+    shutil.copytree(package, folder)
+    (folder / "node_modules").symlink_to(os.environ[WEBLLM])
+    return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["q0f32", "q4f32_1"])
-def test_webllm_says_what_the_cpu_says(quantization: str, dist: Path, tmp_path: Path) -> None:
-    package = dist / f"{quantization}-webgpu"
-    assert "@mlc-ai/web-llm/lib/index.js" in (package / "chat.html").read_text()
-    said = in_browser(package, tmp_path)
-    assert "error" not in said, said["error"]
-    tokens = said["choices"][0]["logprobs"]["content"]
+def test_webllm_says_what_the_cpu_says(quantization: str, dist: Path, page: Page, tmp_path: Path) -> None:
+    tokens = completion(dist / f"{quantization}-webgpu", page, tmp_path)["choices"][0]["logprobs"]["content"]
     assert len(tokens) == TOKENS
 
     model = load(dist / f"{quantization}-cpu-x86_64")
@@ -88,47 +100,48 @@ def test_webllm_says_what_the_cpu_says(quantization: str, dist: Path, tmp_path: 
         ids.append(best)
 
 
-def in_browser(package: Path, folder: Path) -> Any:
-    """What the page reports, or {"error": ...}."""
-    site = folder / "site"
-    shutil.copytree(package, site)
-    (site / "node_modules").symlink_to(os.environ[WEBLLM])
-    weights = next(path.name for path in site.iterdir() if path.name.endswith("-MLC"))
-    library = next(path.name for path in site.iterdir() if path.suffix == ".wasm")
-    page = PAGE.replace("WEIGHTS", weights).replace("LIBRARY", library)
-    (site / "test.html").write_text(page.replace("PROMPT", PROMPT).replace("TOKENS", str(TOKENS)))
-    for port, reports in served(site):
-        chromium = subprocess.Popen(
-            ["chromium", *FLAGS, f"--user-data-dir={folder / 'profile'}", f"http://127.0.0.1:{port}/test.html"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            return reports.get(timeout=300)
-        except Empty:
-            return {"error": "the page did not report within five minutes"}
-        finally:
-            chromium.terminate()
-            chromium.wait(30)
-    raise AssertionError
+def completion(package: Path, page: Page, folder: Path) -> Any:
+    """What WebLLM completes PROMPT to."""
+    weights = next(path.name for path in package.iterdir() if path.name.endswith("-MLC"))
+    library = next(path.name for path in package.iterdir() if path.suffix == ".wasm")
+    script = COMPLETE.replace("WEIGHTS", weights).replace("LIBRARY", library)
+    with served(site(package, folder / "site")) as address:
+        page.open(address)
+        return page.evaluate(script.replace("PROMPT", PROMPT).replace("TOKENS", str(TOKENS)), 300)
 
 
-def served(site: Path) -> Iterator[tuple[int, Queue[Any]]]:
-    """A plain file server that also takes reports."""
-    reports: Queue[Any] = Queue()
+@pytest.mark.slow
+def test_a_talk_on_the_packaged_page(dist: Path, page: Page, tmp_path: Path) -> None:
+    """An answer comes piece by piece, and the next line can be typed after it; what goes wrong is said."""
+    folder = site(dist / "q4f32_1-webgpu", tmp_path / "site")
+    (config,) = folder.glob("*-MLC/mlc-chat-config.json")
+    text = json.loads(config.read_text())
+    config.unlink()
+    config.write_text(json.dumps({**text, "context_window_size": 84}))  # the answer ends where the context does
+    with served(folder) as address:
+        page.open(f"{address}/chat.html")
+        page.until(READY, 240)
+        page.evaluate(f"{WATCH}, 0")
+        page.type("Once upon a time there was a dog.")
+        assert not page.evaluate(READY)
+        page.until(READY, 240)
+        seen = page.evaluate("seen")
+        assert len(set(seen)) > 5
+        assert all(after.startswith(before) for before, after in itertools.pairwise(seen))
+        assert page.texts("#talk p") == ["Once upon a time there was a dog.", seen[-1]]
 
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def do_POST(self) -> None:
-            reports.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
-            self.end_headers()
+        page.type("And a cat?")
+        page.until("document.querySelectorAll('#talk p').length == 4", 30)
+        page.until(READY, 60)
+        assert "ContextWindowSizeExceeded" in page.texts("#status")[0]
+        assert page.texts("#talk p")[2:] == ["And a cat?", ""]
 
-        def log_message(self, *_: Any) -> None:
-            pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(site)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield server.server_port, reports
-    finally:
-        server.shutdown()
+@pytest.mark.slow
+def test_the_same_module_in_another_place(dist: Path, tmp_path: Path) -> None:
+    """Everything is compiled anew, TVM's runtime too."""
+    other = workspace(tmp_path / "some" / "where", ("q4f32_1",), ("webgpu",))
+    doit(other, "library")
+    (module,) = (dist / "q4f32_1-webgpu").glob("*.wasm")
+    same = [path for path in (other / "cache" / "cas").rglob("*") if path.stat().st_size == module.stat().st_size]
+    assert any(path.read_bytes() == module.read_bytes() for path in same)

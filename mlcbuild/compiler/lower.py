@@ -9,6 +9,7 @@ from typing import Any
 from tvm import IRModule, target
 
 from mlcbuild.compiler.assemble import Backend, assemble, declare
+from mlcbuild.compiler.blocks import assemble_blocks
 from mlcbuild.compiler.contract import logits
 from mlcbuild.compiler.cpu import encoder, formats, kv_cache, recurrent, sources
 from mlcbuild.compiler.cpu.operations import operations
@@ -29,12 +30,15 @@ def lower(
     device: Mapping[str, Any],
     dump: Path | None = None,
     activation_bits: int | None = None,
+    pieces: bool = False,
 ) -> IRModule:
     """The library of `structure` in `quantization` (called `name` in its metadata) for a CPU, the TVM target `device`.
 
-    Raises MlcBuildError for a structure that the device's kernels cannot run.
+    `pieces`: not a model's but that of its pieces, one layer of each kind. Raises MlcBuildError for a structure that
+    the device's kernels cannot run.
     """
-    check(structure)
+    _check(structure)
+    structure = structure.one_layer if pieces else structure
     declared = declare(structure, quantization)
     dtype = quantization.model_dtype
     backend = Backend(
@@ -45,8 +49,9 @@ def lower(
         attend=encoder.attend,
     )
     with target.Target(dict(device)):
-        module = assemble(structure, declared, name, dtype, backend, dump)
-    return sources.attach(module, kernels(declared, dtype, _files(structure), activation_bits))
+        make = assemble_blocks if pieces else assemble
+        module = make(structure, declared, name, dtype, backend, dump)
+    return sources.attach(module, _kernels(declared, dtype, _files(structure), activation_bits))
 
 
 def _files(structure: Structure) -> tuple[str, ...]:
@@ -54,11 +59,8 @@ def _files(structure: Structure) -> tuple[str, ...]:
     return ("recurrent", "rows") if structure.kind in RECURRENT else ("attention", "rows")
 
 
-def kernels(
-    declared: Sequence[Declared],
-    dtype: str,
-    files: Sequence[str] = ("attention", "rows"),
-    activation_bits: int | None = None,
+def _kernels(
+    declared: Sequence[Declared], dtype: str, files: Sequence[str], activation_bits: int | None
 ) -> tuple[Source, ...]:
     """The C sources of a library with these parameters, of model dtype `dtype`: those of their formats, and `files`."""
     needed = {formats.format_of(p.packing) for p in declared if len(p.shape) > 1}
@@ -66,7 +68,7 @@ def kernels(
     return formats.sources(needed, dtype, sorted((*files, *experts)), activation_bits)
 
 
-def check(structure: Structure) -> None:
+def _check(structure: Structure) -> None:
     if structure.kind not in RECURRENT and (structure.head_dim > _MAX_HEAD_DIM or structure.head_dim % 2):
         raise MlcBuildError(
             f"head_dim is {structure.head_dim}: the CPU kernels take even numbers up to {_MAX_HEAD_DIM}"

@@ -28,6 +28,7 @@ CODE = (
     "mlcbuild.compiler.cpu.recurrent",
     "mlcbuild.compiler.cpu.rows",
     "mlcbuild.compiler.cpu.sources",
+    "mlcbuild.compiler.emit",
     "mlcbuild.compiler.lower",
     "mlcbuild.compiler.pipeline",
     "mlcbuild.models",
@@ -39,15 +40,15 @@ TOOLS = ("apache-tvm", "apache-tvm-ffi")
 
 def run(job: Job) -> None:
     """Raises MlcBuildError for a structure that the device's kernels cannot run."""
-    from mlcbuild.compiler import assemble, blocks, lower
+    from mlcbuild.compiler import assemble, lower
 
-    make = blocks.lower if job.fields.get("blocks") else lower.lower
-    module = make(
+    module = lower.lower(
         structure.from_library_json(job.fields["structure"]),
         quantization_from_json(job.fields["quantization"]),
         job.fields["name"],
         job.fields["device"],
         job.debug_dump,
         job.fields.get("activation_bits"),
+        job.fields.get("blocks", False),
     )
     assemble.save(module, job.output / "module.json")

@@ -15,6 +15,7 @@ CODE = (
     "mlcbuild.compiler.assemble",
     "mlcbuild.compiler.canonical",
     "mlcbuild.compiler.contract",
+    "mlcbuild.compiler.emit",
     "mlcbuild.compiler.gpu",
     "mlcbuild.compiler.pipeline",
     "mlcbuild.models",

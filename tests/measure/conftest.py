@@ -50,11 +50,11 @@ class Case:
 
 
 def build_blocks(structure: Structure, quantization: str, folder: Path) -> Path:
-    from mlcbuild.compiler import blocks, library, targets
+    from mlcbuild.compiler import library, lower, targets
 
     folder.mkdir(parents=True)
     device = targets.resolve(llama.CPU)
-    module = blocks.lower(structure, llama.QUANTIZATIONS[quantization], quantization, device)
+    module = lower.lower(structure, llama.QUANTIZATIONS[quantization], quantization, device, pieces=True)
     library.build(module, device, llama.CPU.linker, folder / "model.so", folder)
     return folder / "model.so"
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from tvm import relax, tirx
 
+from mlcbuild.compiler import emit
 from mlcbuild.compiler.cpu import calls
 from mlcbuild.compiler.cpu.attention import QUERIES
 from mlcbuild.models.encoder import Attend
@@ -16,13 +17,12 @@ from mlcbuild.models.operations import Expr
 def attend(builder: relax.BlockBuilder, dtype: str) -> Attend:
     """What mlcbuild.models.encoder calls so, emitted into `builder`; `dtype` is the model dtype."""
 
-    def emit(qkv: Expr, mask: Expr, heads: int) -> Expr:
+    def masked(qkv: Expr, mask: Expr, heads: int) -> Expr:
         width = int(qkv.ty.shape[1]) // 3
-        kernel = builder.add_func(_masked(heads, width // heads, dtype), "attention")
-        out = relax.TensorType([qkv.ty.shape[0], width], dtype)
-        return builder.emit(relax.call_tir(kernel, [qkv, mask], out_ty=out))
+        function = _masked(heads, width // heads, dtype)
+        return emit.call(builder, function, "attention", [qkv, mask], [qkv.ty.shape[0], width], dtype)
 
-    return emit
+    return masked
 
 
 @functools.cache

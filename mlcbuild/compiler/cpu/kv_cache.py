@@ -1,78 +1,33 @@
-"""`create_tir_paged_kv_cache` of a CPU library: TVM's paged KV cache with our attention kernels in it."""
+"""`create_tir_paged_kv_cache` of a CPU library: our own attention kernels, made for the runtime's page size of 16."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-from tvm import ir, relax, tirx
+from tvm import relax, tirx
 from tvm.relax.frontend.nn.llm import kv_cache as tvm_kv_cache
 
+from mlcbuild.compiler.contract import kv_cache
+from mlcbuild.compiler.contract.kv_cache import Kernels
 from mlcbuild.compiler.cpu import attention, rows
-from mlcbuild.models import rope
+from mlcbuild.models.rope import Rotary
 from mlcbuild.models.structure import Structure
-
-_MHA, _ROPE_NORMAL = 0, 1
 
 
 def emit_create(builder: relax.BlockBuilder, structure: Structure, dtype: str) -> None:
-    """Add `create_tir_paged_kv_cache(max_batch, max_total_seq, prefill_chunk, page_size, support_sliding)`.
-
-    Each argument is a shape of one element. The runtime calls it with a page size of 16, for which the kernels are
-    made, and without `support_sliding`: the cache keeps all tokens, and layers with a window look back no further. (A
-    cache that forgets what a window has passed lets a chunk's first tokens see too much, and counts positions anew.)
-    The order of what the cache is made from is that of `vm.builtin.paged_attention_kv_cache_create`.
-    """
+    """Add the function, as contract/kv_cache.py describes it."""
     s = structure
     heads, kv_heads, dim = s.num_attention_heads, s.num_key_value_heads, s.head_dim
-    names = ("max_batch_size", "max_total_seq_len", "prefill_chunk_size", "page_size", "support_sliding_window")
-    sizes = [tirx.Var(name, "int64") for name in names]
-    params = [relax.Var(f"{name}_", relax.ShapeType([size])) for name, size in zip(names, sizes, strict=True)]
-
-    def kernel(function: Any, name: str) -> Any:
-        return builder.add_func(function, name)
-
-    def backend(function: Any, name: str) -> Any:
-        return relax.Tuple([ir.StringImm("tirx"), kernel(function, name)])
-
-    none = relax.Tuple([])
     limits = s.sliding_window_size or 0, s.attn_logit_softcapping or 0.0, s.alibi_bias_max or 0.0
     shape = attention.Shape(heads, kv_heads, dim, dtype, *limits)
-    rotary = rope.rotary(s) if rope.in_cache(s) else rope.NOTHING
-    table = rope.inverse_frequencies(s) if rotary.dim else np.zeros(1, np.float32)
-    with builder.function("create_tir_paged_kv_cache", params):
-        cache = relax.call_pure_packed(
-            "vm.builtin.paged_attention_kv_cache_create",
-            relax.ShapeExpr(sizes),
-            relax.ShapeExpr([0, s.num_hidden_layers]),
-            relax.prim_value(heads),
-            relax.prim_value(kv_heads),
-            relax.prim_value(dim),
-            relax.prim_value(dim),
-            relax.ShapeExpr([_MHA] * s.num_hidden_layers),
-            relax.prim_value(False),  # no KV transfer between machines
-            relax.prim_value(_ROPE_NORMAL),
-            relax.prim_value(1),  # rope scale and theta: only kernels that turn keys themselves read them
-            relax.prim_value(int(s.rope_theta)),
-            relax.const(table),
-            relax.op.zeros((), dtype),
-            kernel(tvm_kv_cache._kv_cache_transpose_append(kv_heads, dim, dtype), "kv_cache_transpose_append"),
-            relax.prim_value(0),  # no latent attention
-            backend(attention.ragged(shape), "attention_prefill_ragged"),
-            backend(attention.prefill(shape), "attention_prefill"),
-            backend(attention.decode(shape), "attention_decode"),
-            none,  # a cache that forgets what is before a window,
-            none,  # and decoding with it
-            none,  # attention over token trees, in the cache and
-            none,  # among new tokens: for speculative decoding with trees, which this library does not offer
-            none,  # latent attention
-            relax.Tuple([kernel(attention.merge(dtype), "attention_merge")]),
-            kernel(rows.split_rotary(rows.Heads(heads, kv_heads, dim, dtype), rotary), "split_rotary"),
-            kernel(tvm_kv_cache._copy_single_page_cpu(kv_heads, sizes[3], dim, dtype), "kv_cache_copy_single_page"),
-            kernel(
-                tvm_kv_cache._kv_cache_debug_get_kv(s.num_hidden_layers, kv_heads, dim, dtype), "kv_cache_debug_get_kv"
-            ),
-            kernel(tvm_kv_cache._compact_kv_copy_cpu(kv_heads, dim, dtype), "kv_cache_compact_kv_copy"),
-            ty_args=relax.AnyType(),
+
+    def kernels(page_size: tirx.Var, rotary: Rotary) -> Kernels:
+        return Kernels(
+            ragged=attention.ragged(shape),
+            prefill=attention.prefill(shape),
+            decode=attention.decode(shape),
+            merge=attention.merge(dtype),
+            split_rotary=rows.split_rotary(rows.Heads(heads, kv_heads, dim, dtype), rotary),
+            copy_single_page=tvm_kv_cache._copy_single_page_cpu(kv_heads, page_size, dim, dtype),
+            compact=tvm_kv_cache._compact_kv_copy_cpu(kv_heads, dim, dtype),
         )
-        builder.emit_func_output(builder.emit(cache))
+
+    kv_cache.emit_create(builder, structure, dtype, kernels)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
-from tvm import relax, sym, tirx
+from tvm import relax, sym
 
+from mlcbuild.compiler import emit
 from mlcbuild.compiler.cpu import experts, linear, rows
 from mlcbuild.compiler.cpu.formats import format_of
 from mlcbuild.models.operations import Expr, Operations
@@ -18,14 +19,12 @@ COMPUTE = "float32"  # every kernel computes in it, so rounding activations to f
 def operations(builder: relax.BlockBuilder, dtype: str) -> Operations:
     """Operations that emit into `builder`; `dtype` is the model dtype."""
 
-    def call(function: Any, name: str, arguments: list[Expr], shape: list[Expr], out_dtype: str) -> Expr:
-        kernel = builder.add_func(function, name)
-        return builder.emit(relax.call_tir(kernel, arguments, out_ty=relax.TensorType(shape, out_dtype)))
+    call = partial(emit.call, builder)
 
     def multiply(x: Expr, weight: Weight, out_dtype: str) -> Expr:
         n, in_features = x.ty.shape
         function = linear.linear(
-            *(format_of(weight.packing), _parts(weight), _size(weight.rows)),
+            *(format_of(weight.packing), _parts(weight), emit.size(weight.rows)),
             *(int(in_features), str(x.ty.dtype), out_dtype),
         )
         return call(function, "linear", [x, *weight.parts.values()], [n, weight.rows], out_dtype)
@@ -68,10 +67,10 @@ def operations(builder: relax.BlockBuilder, dtype: str) -> Operations:
 
     def choose_experts(logits: Expr, count: int, normalised: bool, scale: float) -> tuple[Expr, Expr]:
         n, number = logits.ty.shape
-        kernel = builder.add_func(experts.choose(int(number), count, normalised, scale), "choose_experts")
-        types = [relax.TensorType([n, count], each) for each in ("int32", "float32")]
-        both = builder.emit(relax.call_tir(kernel, [logits], out_ty=types))
-        return builder.emit(relax.TupleGetItem(both, 0)), builder.emit(relax.TupleGetItem(both, 1))
+        function = experts.choose(int(number), count, normalised, scale)
+        results = [([n, count], "int32"), ([n, count], "float32")]
+        chosen, share = emit.call_all(builder, function, "choose_experts", [logits], results)
+        return chosen, share
 
     def expert_linear(x: Expr, chosen: Expr, weight: Weight) -> Expr:
         (n, count), (rows_of_x, in_features) = chosen.ty.shape, x.ty.shape
@@ -93,8 +92,6 @@ def operations(builder: relax.BlockBuilder, dtype: str) -> Operations:
 
 
 def _parts(weight: Weight) -> tuple[linear.Part, ...]:
-    return tuple((tuple(_size(size) for size in part.ty.shape), str(part.ty.dtype)) for part in weight.parts.values())
-
-
-def _size(size: Expr) -> int | str:
-    return "rows" if isinstance(size, tirx.Var) else int(size)
+    return tuple(
+        (tuple(emit.size(each) for each in part.ty.shape), str(part.ty.dtype)) for part in weight.parts.values()
+    )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
-from tvm import relax, sym, tirx
+from tvm import relax, sym
 
+from mlcbuild.compiler import emit
 from mlcbuild.compiler.gpu import experts, products, rows, softmax
 from mlcbuild.compiler.gpu import rope as rotary_embedding
 from mlcbuild.compiler.gpu.device import Device
@@ -18,15 +19,13 @@ from mlcbuild.models.weights import Weight
 def operations(builder: relax.BlockBuilder, dtype: str, device: Device) -> Operations:
     """Operations that emit into `builder`; `dtype` is the model dtype."""
 
-    def call(function: Any, name: str, arguments: list[Expr], shape: list[Expr], out_dtype: str) -> Expr:
-        kernel = builder.add_func(function, name)
-        return builder.emit(relax.call_tir(kernel, arguments, out_ty=relax.TensorType(shape, out_dtype)))
+    call = partial(emit.call, builder)
 
     def multiply(x: Expr, weight: Weight, out_dtype: str) -> Expr:
         n, in_features = x.ty.shape
         wide = device.kind == "metal"
         function = products.linear(
-            *(_parts(weight), weight.packing, _size(weight.rows), int(in_features)),
+            *(_parts(weight), weight.packing, emit.size(weight.rows), int(in_features)),
             *(str(x.ty.dtype), out_dtype, wide),
         )
         return call(function, "linear", [x, *weight.parts.values()], [n, weight.rows], out_dtype)
@@ -64,10 +63,10 @@ def operations(builder: relax.BlockBuilder, dtype: str, device: Device) -> Opera
 
     def choose_experts(logits: Expr, count: int, normalised: bool, scale: float) -> tuple[Expr, Expr]:
         n, number = logits.ty.shape
-        kernel = builder.add_func(experts.choose(int(number), count, normalised, scale), "choose_experts")
-        types = [relax.TensorType([n, count], each) for each in ("int32", "float32")]
-        both = builder.emit(relax.call_tir(kernel, [logits], out_ty=types))
-        return builder.emit(relax.TupleGetItem(both, 0)), builder.emit(relax.TupleGetItem(both, 1))
+        function = experts.choose(int(number), count, normalised, scale)
+        results = [([n, count], "int32"), ([n, count], "float32")]
+        chosen, share = emit.call_all(builder, function, "choose_experts", [logits], results)
+        return chosen, share
 
     def expert_linear(x: Expr, chosen: Expr, weight: Weight) -> Expr:
         (n, count), (rows_of_x, in_features) = chosen.ty.shape, x.ty.shape
@@ -86,10 +85,8 @@ def operations(builder: relax.BlockBuilder, dtype: str, device: Device) -> Opera
         threads = min(256, device.threads)
         with quick():
             figures, probabilities = softmax.chunk_figures(threads), softmax.probabilities(threads)
-        chunks = relax.TensorType([b, (v + softmax.CHUNK - 1) // softmax.CHUNK], "float32")
-        kernel = builder.add_func(figures, "softmax_chunk_figures")
-        both = builder.emit(relax.call_tir(kernel, [logits, temperature], out_ty=[chunks, chunks]))
-        sums, maxima = (builder.emit(relax.TupleGetItem(both, i)) for i in (0, 1))
+        chunks = [([b, (v + softmax.CHUNK - 1) // softmax.CHUNK], "float32")] * 2
+        sums, maxima = emit.call_all(builder, figures, "softmax_chunk_figures", [logits, temperature], chunks)
         arguments = [logits, temperature, sums, maxima]
         return call(probabilities, "softmax_probabilities", arguments, [b, v], "float32")
 
@@ -112,9 +109,6 @@ def operations(builder: relax.BlockBuilder, dtype: str, device: Device) -> Opera
 
 def _parts(weight: Weight) -> tuple[products.Part, ...]:
     return tuple(
-        (name, tuple(_size(size) for size in part.ty.shape), str(part.ty.dtype)) for name, part in weight.parts.items()
+        (name, tuple(emit.size(each) for each in part.ty.shape), str(part.ty.dtype))
+        for name, part in weight.parts.items()
     )
-
-
-def _size(size: Expr) -> int | str:
-    return "rows" if isinstance(size, tirx.Var) else int(size)

@@ -473,10 +473,10 @@ def _checkpoint_files(folder: Path) -> tuple[str, ...]:
 
 def read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(path.read_text(encoding="utf-8"))  # as the steps read it, and transformers
     except FileNotFoundError:
         raise MlcBuildError(f"{path}: no such file: a checkpoint in Hugging Face format has one") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise MlcBuildError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(config, dict):
         raise MlcBuildError(f"{path}: expected a JSON object, got {type(config).__name__}")

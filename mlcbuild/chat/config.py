@@ -52,7 +52,7 @@ def chat_config(
     checkpoint's tokenizer says (None: it is not known); `checkpoint_configs` are generation_config.json and
     config.json, in the order in which the first to give a sampling default or a special token's id wins; `embedding`
     is `embedding_metadata` of a model of texts, None for one that writes. Raises MlcBuildError for a special token's id
-    that is none.
+    that is none, and for a sampling default that is no number.
     """
     vocab_size = model_config["vocab_size"]
     return {
@@ -69,7 +69,7 @@ def chat_config(
         "pipeline_parallel_stages": model_config.get("pipeline_parallel_stages", 1),
         # Rows of the embedding behind the tokenizer's last token are padding that must never be sampled.
         "active_vocab_size": vocab_size if tokenizer is None else min(vocab_size, tokenizer.rows),
-        **_first(_SAMPLING, checkpoint_configs),
+        **_sampling(checkpoint_configs),
         "tokenizer_files": [name for name in TOKENIZER_FILES if name in tokenizer_files],
         "tokenizer_info": dict(tokenizer.info) if tokenizer else tokenizer_info(None),
         "conv_template": conversation.to_json(),
@@ -82,6 +82,14 @@ def chat_config(
 def to_text(config: Mapping[str, Any]) -> str:
     """The file's text: the same for the same content."""
     return json.dumps(config, indent=2) + "\n"
+
+
+def _sampling(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    found = _first(_SAMPLING, configs)
+    for key, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise MlcBuildError(f"generation_config.json or config.json: {key} is {value!r}, expected a number")
+    return found
 
 
 def _token_ids(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

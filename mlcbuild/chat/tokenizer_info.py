@@ -87,19 +87,24 @@ def tokenizer_info(tokenizer: Mapping[str, Any] | None) -> dict[str, Any]:
 def vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int]:
     """Every token of tokenizer.json with its id, added tokens included.
 
-    Raises MlcBuildError where an added token is listed twice: Hugging Face's reader then gives ids that differ from
-    the model's.
+    Raises MlcBuildError for a vocabulary that is none, and where an added token is listed twice: Hugging Face's reader
+    then gives ids that differ from the model's.
     """
-    vocab = tokenizer.get("model", {}).get("vocab", {})
-    tokens = dict(vocab) if isinstance(vocab, Mapping) else {entry[0]: i for i, entry in enumerate(vocab)}
+    try:
+        vocab = tokenizer.get("model", {}).get("vocab", {})
+        tokens = dict(vocab) if isinstance(vocab, Mapping) else {entry[0]: i for i, entry in enumerate(vocab)}
+        listed = [(str(token["content"]), token["id"]) for token in tokenizer.get("added_tokens") or ()]
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise MlcBuildError(f"tokenizer.json: not a tokenizer's: {type(error).__name__}: {error}") from None
+    odd = [(text, i) for text, i in (*tokens.items(), *listed) if type(i) is not int or i < 0]
+    if odd:
+        raise MlcBuildError(f"tokenizer.json: the id of token {odd[0][0]!r} is {odd[0][1]!r}, expected a whole number")
     added: set[str] = set()
-    for token in tokenizer.get("added_tokens") or ():
-        if token["content"] in added:
-            raise MlcBuildError(
-                f"tokenizer.json: added token {token['content']!r} is listed twice; remove one of its entries"
-            )
-        added.add(token["content"])
-        tokens[token["content"]] = token["id"]
+    for text, i in listed:
+        if text in added:
+            raise MlcBuildError(f"tokenizer.json: added token {text!r} is listed twice; remove one of its entries")
+        added.add(text)
+        tokens[text] = i
     return tokens
 
 
@@ -141,7 +146,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a checkpoint. Raises MlcBuildError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise MlcBuildError(f"{path.name}: cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
         raise MlcBuildError(f"{path.name}: expected a JSON object, found {json.dumps(content)[:40]}")

@@ -34,9 +34,8 @@ def choose(
         return architectures[wanted]
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
-        raise MlcBuildError(
-            "config.json has no `model_type`: add it, or name the `architecture` in the model's YAML file"
-        )
+        said = "has no `model_type`" if model_type is None else f"has the model_type {model_type!r}, expected a text"
+        raise MlcBuildError(f"config.json {said}: add it, or name the `architecture` in the model's YAML file")
     fitting = [each for each in architectures.values() if model_type in each.match.get("model_type", ())]
     if len(fitting) > 1:
         raise MlcBuildError(

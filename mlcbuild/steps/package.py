@@ -61,6 +61,11 @@ def run(job: Job) -> None:
             f"the tokenizer has tokens up to {chat.tokenizer.rows - 1}, but the model has {rows} rows: a text with one "
             "of those beyond must not be given to it"
         )
+    beyond = [i for i in chat.end_ids if i >= rows]
+    if beyond:
+        job.note(
+            f"a text ends at token {beyond[0]}, say the configs, but the model has {rows} rows and never writes it"
+        )
     folder = job.output / weights
     folder.mkdir()
     for file in [*present, *(["chat_template.jinja"] if "chat_template.jinja" in checkpoint else [])]:

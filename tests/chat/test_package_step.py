@@ -153,6 +153,33 @@ def test_tokens_that_the_model_has_no_row_for(tmp_path: Path, monkeypatch: pytes
     assert [note[:62] for note in notes] == ["the tokenizer has tokens up to 320, but the model has 320 rows"]
 
 
+def test_an_end_of_text_that_the_model_has_no_row_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(Job, "note", lambda _, text: notes.append(text))
+    written(tmp_path, {"tokenizer.json": TOKENIZER, "config.json": {"eos_token_id": [2, 99999]}})
+    assert notes == ["a text ends at token 99999, say the configs, but the model has 320 rows and never writes it"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"added_tokens": [{"content": "x"}]}, "tokenizer.json: not a tokenizer's: KeyError: 'id'"),
+        ({"model": {"vocab": {"a": "0"}}}, "tokenizer.json: the id of token 'a' is '0', expected a whole number"),
+        ({"model": {"vocab": [[]]}}, "tokenizer.json: not a tokenizer's: IndexError: list index out of range"),
+        ({"model": []}, "tokenizer.json: not a tokenizer's: AttributeError: 'list' object has no attribute 'get'"),
+    ],
+)
+def test_a_tokenizer_that_is_none(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(MlcBuildError) as error:
+        written(tmp_path, {"tokenizer.json": {**TOKENIZER, **changes}})
+    assert str(error.value) == problem
+
+
+def test_a_sampling_default_that_is_no_number(tmp_path: Path) -> None:
+    with pytest.raises(MlcBuildError, match="temperature is 'hot', expected a number"):
+        written(tmp_path, {"tokenizer.json": TOKENIZER, "generation_config.json": {"temperature": "hot"}})
+
+
 @pytest.mark.parametrize("value", ["0", 1.5, True, [0, "1"], []])
 def test_an_end_of_text_that_is_no_token(tmp_path: Path, value: Any) -> None:
     with pytest.raises(MlcBuildError, match=r"config.json: eos_token_id is .*, expected the id of a token, or a list"):

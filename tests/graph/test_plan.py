@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from mlcbuild.errors import Unavailable
-from mlcbuild.graph import Graph, plan
+from mlcbuild.errors import MlcBuildError, Unavailable
+from mlcbuild.graph import Graph, plan, read_config
 from mlcbuild.recipes.load import load
 from mlcbuild.recipes.types import Locked, LockedFile, Model, Recipe
 from tests.execution.workspace import CONFIG, Workspace, make_workspace
@@ -249,3 +249,20 @@ def test_no_key_holds_a_name_of_a_recipe_or_a_place(workspace: Workspace) -> Non
         text = json.dumps(step.fields)
         assert str(workspace.root) not in text
         assert "tiny-q4f16_1-cpu" not in text
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"\xef\xbb\xbf{}", "config.json: cannot be read as JSON: Unexpected UTF-8 BOM"),  # an editor on Windows
+        (b"\xff{}", "config.json: cannot be read as JSON: 'utf-8' codec can't decode byte 0xff"),
+        (b'{"a":' * 100_000, "config.json: cannot be read as JSON: "),
+        (b"[]", "config.json: expected a JSON object, got list"),
+    ],
+)
+def test_what_is_no_config(tmp_path: Path, content: bytes, problem: str) -> None:
+    """Refused while planning, where the steps and transformers would refuse it."""
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(MlcBuildError) as error:
+        read_config(tmp_path / "config.json")
+    assert problem in str(error.value)

@@ -14,10 +14,12 @@ import pytest
 from tvm import tirx
 from tvm.script import tirx as T
 
+from mlcbuild.compiler import assemble
 from mlcbuild.compiler.gpu import lower
-from mlcbuild.compiler.vulkan import kernel, packing, validator
+from mlcbuild.compiler.vulkan import build, kernel, packing, validator
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.architecture import resolve
+from mlcbuild.recipes.types import Linker
 from tests.support import llama, spirv
 from tests.support.tools import missing
 
@@ -160,6 +162,18 @@ def test_what_spirv_lacks_is_named() -> None:
     (function,) = spirv.device_functions(elementwise(lambda a, b: tirx.erf(a), "float32", "float32"))
     with pytest.raises(MlcBuildError, match=r"kernel main_kernel: no SPIR-V can be made of erff? of float32"):
         kernel.translate(function, 0)
+
+
+@pytest.mark.slow
+def test_a_device_that_lacks_what_kernels_need(tmp_path: Path) -> None:
+    stories = dataclasses.replace(resolve(llama.architecture(), json.loads(CONFIG.read_text()), {}), vocab_size=1)
+    module = lower.lower(stories, llama.QUANTIZATIONS["q0f16"], "q0f16", spirv.TARGET)
+    assemble.save(module, tmp_path / "module.json")
+    linker = Linker("zig", "x86_64-linux-gnu.2.28", (), ())
+    host = {"kind": "llvm", "mtriple": "x86_64-linux-gnu"}
+    device = {key: value for key, value in spirv.TARGET.items() if key != "supports_float16"}
+    with pytest.raises(MlcBuildError, match=r"kernel \w+: needs float16, which the target's `supports` does not list"):
+        build.build(tmp_path / "module.json", device, host, linker, tmp_path / "model.so", tmp_path)
 
 
 def blob(*modules: tuple[str, bytes]) -> bytes:

@@ -10,6 +10,7 @@ from typing import Any
 from mlcbuild.compiler import binaries, generators
 from mlcbuild.compiler.linkers import zig_link
 from mlcbuild.compiler.vulkan import kernel, packing, validator
+from mlcbuild.errors import MlcBuildError
 from mlcbuild.recipes.types import Linker
 
 _SHARED_MEMORY = 16384  # bytes; what every Vulkan device has
@@ -28,8 +29,8 @@ def build(
     """Generate code for the module in `lowered` and link it into `output`; `dump` receives SPIR-V and LLVM IR.
 
     `device` and `host` are TVM targets. Raises MlcBuildError with the linker's message, with spirv-val's where that is
-    on the search path and does not accept a kernel, and where a kernel has what SPIR-V lacks; Unavailable where TVM has
-    no code generator for the host.
+    on the search path and does not accept a kernel, and where a kernel has what SPIR-V or the device lacks; Unavailable
+    where TVM has no code generator for the host.
     """
     import tvm_ffi
     from tvm import IRModule, get_global_func, ir, relax, target, transform
@@ -64,9 +65,19 @@ def build(
         executable = relax.build(module, target=both, relax_pipeline=None)
     if dump is not None:
         _dump(executable.mod, kernels, dump)
+    _check_features(kernels, device)
     validator.validate(kernels, scratch)
     executable.export_library(str(output), fcompile=link, fpack_imports=pack, workspace_dir=str(scratch))
     binaries.check(output, host["mtriple"], [scratch])
+
+
+def _check_features(kernels: Sequence[kernel.Kernel], device: Mapping[str, Any]) -> None:
+    for each in kernels:
+        lacking = sorted(name for name in each.features if not device.get(f"supports_{name}"))
+        if lacking:
+            raise MlcBuildError(
+                f"kernel {each.name}: needs {', '.join(lacking)}, which the target's `supports` does not list"
+            )
 
 
 def _dump(module: Any, kernels: Sequence[kernel.Kernel], dump: Path) -> None:

@@ -26,13 +26,17 @@ _AXES = "xyz"
 
 @dataclass(frozen=True)
 class Kernel:
-    """words: the SPIR-V module; flag: what the runtime is told of it; parameters: dtypes, `handle` for a buffer."""
+    """words: the SPIR-V module; flag: what the runtime is told of it; parameters: dtypes, `handle` for a buffer.
+
+    features: what a device must have for it, by the names of a target's `supports`.
+    """
 
     name: str
     words: Sequence[int]
     flag: int
     parameters: Sequence[str]
     launch: Sequence[str]
+    features: frozenset[str] = frozenset()
 
 
 def translate(function: Any, shared_memory: int) -> Kernel:
@@ -76,6 +80,7 @@ class _Translation(Expressions):
             _UNIFORM_BUFFER if in_buffer else 0,
             ["handle"] * len(handles) + [str(each.ty.dtype) for each in numbers],
             [str(each) for each in function.attrs.get("tirx.kernel_launch_params", ())],
+            frozenset(self.module.features),
         )
 
     def statement(self, node: Any) -> None:

@@ -20,6 +20,10 @@ _LOCAL_SIZE, _GL_COMPUTE, _LOGICAL, _GLSL450 = 17, 5, 0, 1
 _NEEDS = {("int", 64): _INT64, ("int", 16): _INT16, ("int", 8): _INT8, ("float", 16): _FLOAT16}
 _WORKGROUP = 2  # scope
 _BARRIER = 0x8 | 0x100 | 0x40  # acquire and release, of what a block shares and of buffers
+_FEATURES = {
+    _FLOAT16: "float16", _INT64: "int64", _INT16: "int16", _INT8: "int8", _BUFFER16: "16bit_buffer",
+    _BUFFER8: "8bit_buffer",
+}  # fmt: skip
 _IN_BUFFERS = {8: (_BUFFER8, "SPV_KHR_8bit_storage"), 16: (_BUFFER16, "SPV_KHR_16bit_storage")}
 
 
@@ -86,6 +90,11 @@ class Module:
         self._stored: set[int] = set()
         self._barriers = False
         self._extended = self.new()
+
+    @property
+    def features(self) -> set[str]:
+        """What a device must have besides what all have, by the names of a target's `supports`."""
+        return {"storage_buffer_storage_class", *(_FEATURES[n] for n in self._capabilities if n in _FEATURES)}
 
     def new(self) -> int:
         self._last += 1

@@ -76,6 +76,15 @@ class Remote:
 
         return self._within(read, Meter(self.patience))
 
+    def is_there(self) -> bool:
+        """Whether there is anything at this place. Raises what the file system raises, or TooSlow."""
+
+        def look() -> bool:
+            fs, root = self._open()
+            return bool(fs.exists(root))
+
+        return self._within(look, Meter(self.patience))
+
     def download(self, digest: str, destination: Path, meter: Meter) -> None:
         """Fetch a blob. What comes is not looked at. Raises what the file system raises, or TooSlow."""
 

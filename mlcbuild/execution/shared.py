@@ -36,6 +36,7 @@ class SharedCache:
         self._lock = threading.Lock()
         self._reading = True
         self._writing = write
+        self._looked = write  # whoever writes may be the first one
         self._damaged: set[str] = set()
 
     def fetch(self, ingredients: Ingredients, store: Store, say: Say) -> Action | None:
@@ -48,6 +49,7 @@ class SharedCache:
         try:
             content = self.remote.entry(ingredients.key)
             if content is None:
+                self._look(say)
                 return None
             files = _files(parse_entry(content), ingredients)
             try:
@@ -166,6 +168,13 @@ class SharedCache:
             except (Damaged, FileNotFoundError) as error:
                 raise Damaged(f"blob {entry.digest[:16]}: {error}") from None
         return entry.digest, found
+
+    def _look(self, say: Say) -> None:
+        """After a miss, once: a mistyped address has nothing either."""
+        with self._lock:
+            looked, self._looked = self._looked, True
+        if not looked and not self.remote.is_there():
+            say(f"{self.remote.shown}: there is nothing at all; is this the shared cache's address?")
 
     def _stop(self, error: Exception, what: str, say: Say) -> None:
         with self._lock:

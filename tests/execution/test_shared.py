@@ -200,6 +200,16 @@ def test_a_folder_that_cannot_be_written_is_said_once(workspace: Workspace, tmp_
     assert said(output, "the shared cache cannot be") == 1
 
 
+def test_a_place_with_nothing_is_said_once(workspace: Workspace, folder: Path) -> None:
+    """By readers: who writes may be the first."""
+    assert said(workspace.doit(f"remote={folder}"), f"{folder}: there is nothing at all; is this the") == 1
+    assert workspace.ran() == ALL
+    assert not folder.exists()
+    assert "nothing at all" not in workspace.doit("-a", f"remote={folder}", "remote_write=1")
+    workspace.write("recipes/more.yaml", "model: tiny\nquantization: q8f16_1\ntarget: cpu\n")
+    assert "nothing at all" not in workspace.doit(f"remote={folder}")
+
+
 @pytest.mark.slow
 def test_a_missing_driver_is_said_once(workspace: Workspace) -> None:
     output = workspace.doit("remote=nosuch://bucket", "remote_write=1")
@@ -335,6 +345,14 @@ def test_through_s3(workspace: Workspace, other: Workspace, server: Server, buck
     assert other.digests() == workspace.digests()
     texts = [output, *(path.read_text(errors="replace") for path in other.cache.rglob("*") if path.is_file())]
     assert not [text for text in texts if SECRET in text]
+
+
+@pytest.mark.slow
+def test_a_bucket_that_is_not_there_is_said_once(workspace: Workspace, server: Server) -> None:
+    output = workspace.doit("remote=s3://no-such-bucket/cache", **server.environment)
+    assert said(output, "s3://no-such-bucket/cache: there is nothing at all") == 1
+    output = workspace.doit("-a", "remote=s3://no-such-bucket/cache", "remote_write=1", **server.environment)
+    assert said(output, "the shared cache cannot be written") == 1, output
 
 
 @pytest.mark.slow

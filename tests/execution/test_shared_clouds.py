@@ -82,6 +82,13 @@ def test_a_damaged_blob_on_gs_is_never_taken_and_is_mended(
 
 
 @pytest.mark.slow
+def test_a_gs_bucket_with_nothing_is_said_once(workspace: Workspace, server: Server, bucket: str) -> None:
+    output = workspace.doit(f"remote={bucket}", **server.environment)
+    assert said(output, f"{bucket}: there is nothing at all") == 1
+    assert workspace.ran() == ALL
+
+
+@pytest.mark.slow
 def test_gs_that_is_down_is_said_once(workspace: Workspace) -> None:
     gone = gs_server.start()
     gone.stop()
@@ -166,6 +173,8 @@ def test_a_repository_that_is_not_there_is_said_once(workspace: Workspace, hub: 
     assert workspace.ran() == ALL
     assert said(output, "the shared cache cannot be") == 1
     assert "datasets/me/nothing" in output and "repository" in output.lower(), output
+    output = make_workspace(workspace.root.parent / "reader").doit("remote=hf://datasets/me/nothing", **with_hub(hub))
+    assert said(output, "hf://datasets/me/nothing: there is nothing at all") == 1
 
 
 @pytest.mark.slow

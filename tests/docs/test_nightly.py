@@ -42,3 +42,18 @@ def test_every_build_continues_and_every_variable_exists() -> None:
     for words in commands:
         assert words.index("--continue") < words.index("build"), "doit's option stands before the task"
         assert {word.partition("=")[0] for word in words if "=" in word} <= set(_NAMES)
+
+
+def test_the_cluster_page_is_made_of_what_there_is() -> None:
+    page = list(blocks((DOCS / "cluster.md").read_text()))
+    operator, ci = (yaml.safe_load(block.text) for block in page if block.language == "yml")
+    assert {"worker", "scheduler"} == set(operator["spec"])
+    stages = [
+        stage for stage in ("weights", "libraries", "packages") if f").{stage} }}" in yaml.dump(ci["jobs"][stage])
+    ]
+    assert stages == [name for name in ci["jobs"] if name != "plan"]
+    (script,) = [block.text for block in page if block.language == "python"]
+    compile(script, "cluster.md", "exec")
+    commands = re.findall(r"\bdoit [a-z$].*", "".join(block.text for block in page) + script)
+    for words in map(str.split, commands):
+        assert {word.partition("=")[0] for word in words if "=" in word} <= set(_NAMES)

@@ -7,8 +7,8 @@ from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.models import complete, unknown
 from mlcbuild.models import scaling as scalings
-from mlcbuild.models import unknown
 from mlcbuild.models.config import normalise
 from mlcbuild.models.expressions import evaluate, mentions
 from mlcbuild.models.fields import check, keys, lookup, read, value_of
@@ -77,7 +77,7 @@ def resolve(architecture: Architecture, config: Mapping[str, Any], overrides: Ma
     if problems:
         raise MlcBuildError("\n".join(problems))
     rules = tuple(each for rule in data["parameters"] for each in _rules(rule, values))
-    return Structure(
+    structure = Structure(
         architecture=architecture.name,
         model_type=architecture.model_type,
         rules=rules,
@@ -85,6 +85,10 @@ def resolve(architecture: Architecture, config: Mapping[str, Any], overrides: Ma
         optional_prefix=data.get("optional_prefix", ""),
         **_fields(architecture, values),
     )
+    problems = complete.problems(structure)
+    if problems:
+        raise MlcBuildError("\n".join(f"recipes/architectures/{architecture.name}.yaml: {line}" for line in problems))
+    return structure
 
 
 def model_config(architecture: Architecture, structure: Structure, config: Mapping[str, Any]) -> dict[str, Any]:

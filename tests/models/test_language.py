@@ -84,10 +84,10 @@ def test_a_head_of_its_own_or_the_embedding_again() -> None:
 
 
 def test_a_parameter_of_some_layers() -> None:
-    rules = [*llama.architecture().data["parameters"]]
-    rules[5] = {**rules[5], "when": "layer % 2 == 1"}
+    bias = {"role": "o_bias", "name": "model.layers.{i}.self_attn.o_proj.bias", "when": "layer % 2 == 1"}
+    rules = [*llama.architecture().data["parameters"], bias]
     structure = architecture.resolve(changed("llama", parameters=rules), {**CONFIG, "num_hidden_layers": 4}, {})
-    assert [each.layer for each in parameters(structure) if each.role == rules[5]["role"]] == [1, 3]
+    assert [each.layer for each in parameters(structure) if each.role == "o_bias"] == [1, 3]
     assert from_json(structure.to_json()) == structure
     assert from_library_json(structure.library_json()).digest == structure.digest
 

@@ -1,0 +1,83 @@
+"""Whether an architecture's parameters are what its decoder computes with: none missing, none of no use, none twice.
+
+A file that says `mlp: plain` and lists a `gate_up_proj` would else be computed in one of both ways, and compared with
+itself when the package is verified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import combinations
+
+from mlcbuild.models.kinds import DECODER
+from mlcbuild.models.structure import ParameterRule, Structure
+
+_ONE_BY_ONE = {"q_proj", "k_proj", "v_proj"}
+_SHARED = {"shared_gate_up_proj", "shared_down_proj"}
+
+
+def problems(structure: Structure) -> list[str]:
+    """A sentence for each parameter that is wrong. Of kinds other than decoders only those that are listed twice."""
+    found = list(_repeated(structure.rules))
+    if structure.kind != DECODER:
+        return found
+    outside = {rule.role for rule in structure.rules if not rule.per_layer}
+    found += _compared(outside, *_outside(structure), "outside the layers")
+    kinds = structure.kinds
+    for layer in (kinds.index(kind) for kind in sorted(set(kinds))):
+        mine = {r.role for r in structure.rules if r.per_layer and (r.layers is None or layer in r.layers)}
+        found += _compared(mine, *_layer(structure, mine), f"in layer {layer}")
+    return found
+
+
+def _repeated(rules: Iterable[ParameterRule]) -> Iterator[str]:
+    for one, other in combinations(rules, 2):
+        apart = one.layers is not None and other.layers is not None and not {*one.layers} & {*other.layers}
+        if one.name == other.name and not apart:
+            yield f"two parameters are called {one.name}"
+        elif one.role == other.role and one.per_layer == other.per_layer and not apart:
+            yield f"two parameters have the role `{one.role}`: {one.name} and {other.name}"
+
+
+def _compared(roles: set[str], needed: set[str], used: set[str], where: str) -> Iterator[str]:
+    for role in sorted(needed - roles):
+        yield f"no parameter has the role `{role}` {where}, and the decoder needs it; names with `{{i}}` are of layers"
+    for role in sorted(roles - needed - used):
+        yield f"a parameter has the role `{role}`, of which the decoder makes no use {where}"
+
+
+def _outside(s: Structure) -> tuple[set[str], set[str]]:
+    """The roles that are needed outside the layers, and those that may be there."""
+    needed = {"embedding"}
+    if s.embedding is None and not s.tie_word_embeddings:
+        needed.add("lm_head")
+    norms = {"final_norm"} if s.norm == "rms" else set()
+    biases = _biases(s, ("final_norm", "embedding_norm"))
+    return needed | norms, {"final_norm", "embedding_norm", "position_embedding", "lm_head", "lm_head_bias", *biases}
+
+
+def _layer(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
+    """The same for a layer, as far as its other parameters decide."""
+    needed = {"o_proj", *(_ONE_BY_ONE if roles & _ONE_BY_ONE else {"qkv_proj"})}
+    used = {f"{name}_bias" for name in ("qkv", "q", "k", "v", "o", "gate_up", "gate", "up", "down")}
+    if s.qk_norm != "none":
+        needed |= {"q_norm", "k_norm"}
+        used |= {"q_norm_bias", "k_norm_bias"}
+    if "router" in roles:
+        needed |= {"experts_gate_up_proj", "experts_down_proj", *(_SHARED if roles & _SHARED else ())}
+        used |= {"router", "shared_gate"}
+    elif s.mlp == "plain":
+        needed |= {"up_proj", "down_proj"}
+    else:
+        needed |= {"down_proj", *({"gate_proj", "up_proj"} if "gate_proj" in roles else {"gate_up_proj"})}
+    norms = {f"{block}_norm" for block in ("attention", "mlp") if s.norm_position != "post"}
+    norms |= {f"{block}_post_norm" for block in ("attention", "mlp") if s.norm_position != "pre"}
+    used |= norms | set(_biases(s, norms))
+    if s.norm == "rms":
+        needed |= norms - ({"mlp_norm"} if s.residual == "parallel" else set())
+    return needed, used
+
+
+def _biases(s: Structure, norms: Iterable[str]) -> Iterator[str]:
+    """Those of norms: rms norms have none."""
+    return (f"{norm}_bias" for norm in norms if s.norm == "layer" or s.norm_offset)

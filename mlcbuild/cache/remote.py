@@ -150,11 +150,12 @@ class Remote:
             operations = [CommitOperationAdd(names[name], content) for name, content in files.items()]
             commit_on_top(place.repo_id, place.repo_type, operations, "Built by mlcbuild", revision=place.revision)
 
-        # How much has gone is not told, so the time for all of it is allowed from the start.
+        # How much has gone is not told, so the time for all of it is allowed from the start; and the hub answers three
+        # times: which way files go, where to, and after the commit.
         allowed = sum(path.stat().st_size for path in blobs.values())
         if files:
             with self._committing:  # one at a time: the hub refuses the second of two
-                self._within(put, Meter(self.patience), allowed)
+                self._within(put, Meter(3 * self.patience), allowed)
 
     def meter(self) -> Meter:
         """For one transfer, or for several at once."""

@@ -156,7 +156,10 @@ def _memory(text: str) -> int | None:
         return None
     from mlcbuild.cache.gc import parse_size
 
-    size = parse_size(text)
+    try:
+        size = parse_size(text)
+    except MlcBuildError as error:
+        raise MlcBuildError(f"memory={text}: {error}") from None
     if not size:
         raise MlcBuildError(f"memory={text}: expected how much memory the steps may use together, like 24G")
     return size

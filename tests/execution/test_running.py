@@ -82,7 +82,7 @@ def test_the_budget_is_a_number_of_cores_and_a_size(tmp_path: Path, monkeypatch:
     assert budget(found.cores, found.memory).totals()["cores"] == 3
     with pytest.raises(MlcBuildError, match=r"cores=none: expected how many cores the steps may use together"):
         read_variables({"cores": "none"}, tmp_path)
-    with pytest.raises(MlcBuildError, match=r"'much' is not a size"):
+    with pytest.raises(MlcBuildError, match=r"memory=much: 'much' is not a size"):
         read_variables({"memory": "much"}, tmp_path)
     with pytest.raises(MlcBuildError, match=r"memory=0: expected how much memory"):
         read_variables({"memory": "0"}, tmp_path)

@@ -120,17 +120,19 @@ def layer_inputs(decoder: Decoder, number: int = 0) -> list[relax.Var]:
 
 
 def emit_layers(decoder: Decoder) -> tuple[relax.GlobalVar, ...]:
-    """Add `decoder_layer(layer_inputs...) -> [n, H]`, one for all layers of a type whose parameters are packed alike.
+    """Add `decoder_layer(layer_inputs...) -> [n, H]` for every kind of layer; the function of each layer."""
+    return one_per_kind(decoder, lambda number: _emit_layer(decoder, number))
 
-    The function of each layer.
-    """
+
+def one_per_kind(decoder: Decoder, emit: Callable[[int], relax.GlobalVar]) -> tuple[relax.GlobalVar, ...]:
+    """The function of each layer: `emit` adds one for all of a type whose parameters are packed alike."""
     kinds: dict[Any, relax.GlobalVar] = {}
     functions = []
     for number in range(decoder.structure.num_hidden_layers):
         packed = tuple((p.role, p.part, p.shape, p.dtype, p.packing) for p in decoder.declared if p.layer == number)
         kind = decoder.structure.layer_type(number), packed
         if kind not in kinds:
-            kinds[kind] = _emit_layer(decoder, number)
+            kinds[kind] = emit(number)
         functions.append(kinds[kind])
     return tuple(functions)
 

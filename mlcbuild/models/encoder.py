@@ -8,11 +8,10 @@ n = b * s.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from tvm import relax, te, tirx
 
-from mlcbuild.models.decoder import Decoder
+from mlcbuild.models.decoder import Decoder, one_per_kind
 from mlcbuild.models.operations import Expr
 from mlcbuild.models.weights import Given, Weights
 
@@ -25,7 +24,7 @@ Attend = Callable[[Expr, Expr, int], Expr]
 def emit_encoder(decoder: Decoder, attend: Attend) -> None:
     """Add the public function of an encoder to its builder."""
     d, hidden_size = decoder, decoder.structure.hidden_size
-    run = _emit_model(d, _emit_layers(d, attend))
+    run = _emit_model(d, one_per_kind(d, lambda number: _emit_layer(d, attend, number)))
     b, s = tirx.Var("batch_size", "int64"), tirx.Var("seq_len", "int64")
     ids, mask = d.tensor("inputs", [b, s], "int32"), d.tensor("attention_mask", [b, s], "int32")
     params = d.params()
@@ -55,18 +54,6 @@ def _embedded(d: Decoder, weight: Weights, flat: Expr, ids: Expr) -> Expr:
 def _positions(ids: te.Tensor) -> te.Tensor:
     tokens = ids.shape[1]
     return te.compute((ids.shape[0] * tokens,), lambda i: (i % tokens).astype("int32"), name="positions")
-
-
-def _emit_layers(d: Decoder, attend: Attend) -> list[relax.GlobalVar]:
-    """The function of each layer: one for all whose parameters are packed alike."""
-    kinds: dict[Any, relax.GlobalVar] = {}
-    functions = []
-    for number in range(d.structure.num_hidden_layers):
-        kind = tuple((p.role, p.part, p.shape, p.dtype, p.packing) for p in d.declared if p.layer == number)
-        if kind not in kinds:
-            kinds[kind] = _emit_layer(d, attend, number)
-        functions.append(kinds[kind])
-    return functions
 
 
 def _emit_layer(d: Decoder, attend: Attend, number: int) -> relax.GlobalVar:

@@ -6,11 +6,10 @@ Private functions work on [n, H], `n` tokens of `b` sequences of equal length, a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from tvm import ir, relax, tirx
 
-from mlcbuild.models.decoder import Decoder
+from mlcbuild.models.decoder import Decoder, one_per_kind
 from mlcbuild.models.entry_points import emit_entry_points
 from mlcbuild.models.operations import Expr
 from mlcbuild.models.recurrent.layers import Layer, layer, slots
@@ -22,7 +21,7 @@ from mlcbuild.models.weights import Given
 def emit_recurrent(decoder: Decoder, recurrence: Recurrence) -> None:
     """Add every public function of a recurrent model to its builder, but the one that creates its state."""
     d = decoder
-    run = _emit_model(d, _emit_layers(d, recurrence))
+    run = _emit_model(d, one_per_kind(d, lambda number: _emit_layer(d, recurrence, number)))
 
     def forward(x: Expr, batch: Expr, state: Expr, params: Expr) -> tuple[Expr, Expr]:
         """The hidden states after x [n, H], and the state."""
@@ -30,18 +29,6 @@ def emit_recurrent(decoder: Decoder, recurrence: Recurrence) -> None:
         return d.builder.emit(relax.TupleGetItem(both, 0)), d.builder.emit(relax.TupleGetItem(both, 1))
 
     emit_entry_points(d, forward, "rnn_state")
-
-
-def _emit_layers(d: Decoder, recurrence: Recurrence) -> list[relax.GlobalVar]:
-    """The function of each layer: one for all whose parameters are packed alike."""
-    kinds: dict[Any, relax.GlobalVar] = {}
-    functions = []
-    for number in range(d.structure.num_hidden_layers):
-        kind = tuple((p.role, p.part, p.shape, p.dtype, p.packing) for p in d.declared if p.layer == number)
-        if kind not in kinds:
-            kinds[kind] = _emit_layer(d, recurrence, number)
-        functions.append(kinds[kind])
-    return functions
 
 
 def _emit_layer(d: Decoder, recurrence: Recurrence, number: int) -> relax.GlobalVar:

@@ -40,7 +40,7 @@ class Page:
         self._numbers = itertools.count(1)
         self._read = b""
         self._session: dict[str, str] = {}
-        # A context of its own keeps what it stores in memory: a busy disk delays no page.
+        # A context of its own keeps what it stores in memory.
         context = self._call("Target.createBrowserContext", {})
         target = self._call("Target.createTarget", {"url": "about:blank", **context})["targetId"]
         attached = self._call("Target.attachToTarget", {"targetId": target, "flatten": True})

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from mlcbuild.compiler.web import emscripten
+from mlcbuild.compiler.web.try_out.page import chat_page
 from mlcbuild.runtime import load
 from tests.support.chromium import Page, browser, served
 from tests.support.tools import missing
@@ -108,6 +109,14 @@ def completion(package: Path, page: Page, folder: Path) -> Any:
     with served(site(package, folder / "site")) as address:
         page.open(address)
         return page.evaluate(script.replace("PROMPT", PROMPT).replace("TOKENS", str(TOKENS)), 300)
+
+
+def test_the_page_is_javascript_that_can_be_read(tmp_path: Path) -> None:
+    node = shutil.which("node") or missing("node")
+    script = chat_page("m", "m-MLC", "m.wasm").partition('<script type="module">')[2].partition("</script>")[0]
+    (tmp_path / "page.mjs").write_text(script)
+    done = subprocess.run([node, "--check", str(tmp_path / "page.mjs")], capture_output=True, text=True)
+    assert script and done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PROMPT, STEPS, LONG = 16, 16, 512
 LLAMA = ("Q4_0", "Q8_0", "F16")
+_LIKE = {"q0": "F16", "q8": "Q8_0"}  # which of them has as many bits; Q4_0 is what the others are held against
 TORCH = "torch bf16"
 Measure = dict[str, Callable[[], float]]
 
@@ -82,10 +83,11 @@ def compare(contestants: list[tuple[str, str, Path, int]], threads: int, rounds:
         print(f"{name:11} {decode:8.1f} {rate:6.1f} {share:8.0%} {prefill:8.1f} {load:5.1f}s {resident / 1e9:7.2f}GB")
     reads = [value for (_, what), values in figures.items() if what == "bandwidth" for value in values]
     print(f"read bandwidth {statistics.median(reads):.1f} GB/s ({min(reads):.1f} to {max(reads):.1f})")
-    for name, title in (("Q4_0", "llama.cpp Q4_0"), ("F16", "llama.cpp F16"), (TORCH, TORCH)):
-        for ours in (n for n in workers if n not in (*LLAMA, TORCH)):
-            if name in workers and (name == TORCH or (name == "F16") == ours.startswith("q0")):
+    for ours in (n for n in workers if n not in (*LLAMA, TORCH)):
+        for name in (_LIKE.get(ours[:2], "Q4_0"), TORCH):
+            if name in workers:
                 ratios = [_median_ratio(figures, ours, name, what) for what in ("decode", "prefill")]
+                title = name if name == TORCH else f"llama.cpp {name}"
                 print(f"{ours} / {title}: decode {ratios[0]:.2f}, prefill {ratios[1]:.2f}")
     for worker in workers.values():
         worker.close()

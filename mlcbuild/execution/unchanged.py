@@ -147,6 +147,7 @@ def remember(session: Session, began: float) -> None:
 
     Nothing is noted where something changed meanwhile, and nothing is said where the memory cannot be written.
     """
+    _wait_until_settled(session.dist)
     now = time.time()
     root, store = session.root, session.store
     world = {str(path): _signature(str(path)) for path in _world(root, session)}
@@ -296,6 +297,17 @@ def _is_settled(path: str, since: float) -> bool:
     except OSError:
         return True
     return max(status.st_mtime, status.st_ctime) < since - _SETTLED
+
+
+def _wait_until_settled(folder: Path) -> None:
+    """Wait a moment after the last package was put into `folder`: else all are looked at in full the next time."""
+    try:
+        status = _stat(folder)
+    except OSError:
+        return
+    left = max(status.st_mtime, status.st_ctime) + _SETTLED - time.time()
+    if 0 < left <= _SETTLED:
+        time.sleep(left)
 
 
 def _file(root: Path, store: Path) -> Path:

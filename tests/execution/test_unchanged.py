@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,12 @@ def test_a_build_with_nothing_to_do_is_remembered(settled: Workspace) -> None:
     assert known is not None
     assert len(known.step_names([F16, F32])) == 14
     assert known.recipes[F16] == ("tiny", "q4f16_1", "cpu")
+
+
+def test_packages_are_remembered_by_the_build_that_installs_them(settled: Workspace) -> None:
+    shutil.rmtree(settled.root / "dist")
+    settled.doit()
+    assert holds(settled, F16, F32)
 
 
 def test_the_output_is_the_same_with_and_without_the_memory(settled: Workspace) -> None:

@@ -373,6 +373,7 @@ def test_a_config_that_is_not_json(server: Hub) -> None:
     assert problem().startswith("hf:owner/name: config.json is not valid JSON: ")
 
 
+@pytest.mark.slow
 def test_offline(server: Hub, tmp_path: Path) -> None:
     """The environment variables reach the library in a process of its own, as a step is."""
     code = """

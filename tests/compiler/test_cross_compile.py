@@ -12,6 +12,7 @@ from tests.compiler.kernels import FILES, FOLDER
 from tests.support.llama import CPU, QUANTIZATIONS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cpu", ["generic+neon", "generic+neon+dotprod"])
 def test_every_kernel_compiles_for_aarch64(cpu: str, tmp_path: Path) -> None:
     needed = {s for q in QUANTIZATIONS.values() for s in sources([format_of(q.weights)], q.model_dtype, FILES)}

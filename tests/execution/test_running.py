@@ -120,6 +120,7 @@ def most_at_once(workspace: Workspace, *arguments: str) -> int:
     return most
 
 
+@pytest.mark.slow
 def test_steps_run_side_by_side_within_the_declared_cores(workspace: Workspace) -> None:
     workspace.trick("lower.sleep", "0.1")
     assert most_at_once(workspace, "lower", "cores=1") == 1

@@ -158,6 +158,7 @@ def test_uploads_go_on_where_they_stopped(filled: Workspace, folder: Path) -> No
     assert text == f"0 put there, {sum(ALL.values())} were there already\n"
 
 
+@pytest.mark.slow
 def test_a_remote_that_is_down_is_said_once(workspace: Workspace) -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused

@@ -126,6 +126,7 @@ def check_contents(hub: WritableHub) -> None:
     assert blobs and all(name.endswith(hashlib.sha256(content).hexdigest()) for name, content in blobs.items())
 
 
+@pytest.mark.slow
 def test_through_a_hub(workspace: Workspace, other: Workspace, hub: WritableHub) -> None:
     output = workspace.doit(PLACE, "remote_write=1", **with_hub(hub))
     assert "shared cache" not in output, output

@@ -141,6 +141,7 @@ def test_every_source_file_of_the_program_and_of_the_steps_is_watched(settled: W
     assert {str(file.parent) for file in files} <= known.world.keys()
 
 
+@pytest.mark.slow
 def test_an_edit_while_the_build_runs_is_not_taken_for_what_was_built(built: Workspace) -> None:
     built.trick("all.sleep", "0.2")
     with built.start("-a") as process:

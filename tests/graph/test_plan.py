@@ -182,27 +182,28 @@ def test_the_pieces_of_models_that_differ_in_layers_only_are_one_library(workspa
     assert len([name for name in found.steps if name.startswith("library:") and "-blocks-" in name]) == 2
 
 
-def test_a_kind_of_model_that_a_target_has_no_kernels_for_is_unavailable(workspace: Workspace) -> None:
-    config = {"model_type": "rwkv", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 300}
-    workspace.write("recipes/models/rwkv.yaml", "source: {path: rwkv}\ntemplate: rwkv\n")
-    workspace.write("recipes/models/rwkv/config.json", json.dumps(config))
-    for target in ("cpu", "opencl"):
-        workspace.write(f"recipes/rwkv-{target}.yaml", f"model: rwkv\nquantization: q8f16_0\ntarget: {target}\n")
-    found = planned(workspace, "rwkv-cpu", "rwkv-opencl")
-    assert set(found.goals) == {"rwkv-cpu"}
-    assert found.unavailable == {"rwkv-opencl": "target opencl: models of kind `rwkv4` are compiled for CPUs only"}
+RWKV = {"model_type": "rwkv", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 300}
+BLOOM = {"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 2, "vocab_size": 300}
 
 
-def test_linear_biases_are_for_cpus(workspace: Workspace) -> None:
-    config = {"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 2, "vocab_size": 300}
-    workspace.write("recipes/models/bloom.yaml", "source: {path: bloom}\ntemplate: LM\n")
-    workspace.write("recipes/models/bloom/config.json", json.dumps(config))
+@pytest.mark.parametrize(
+    ("config", "template", "quantization", "what"),
+    [
+        (RWKV, "rwkv", "q8f16_0", "models of kind `rwkv4` are"),
+        (BLOOM, "LM", "q4f16_1", "attention with linear biases (ALiBi) is"),
+    ],
+)
+def test_a_model_that_a_target_has_no_kernels_for_is_unavailable(
+    workspace: Workspace, config: dict[str, Any], template: str, quantization: str, what: str
+) -> None:
+    workspace.write("recipes/models/other.yaml", f"source: {{path: other}}\ntemplate: {template}\n")
+    workspace.write("recipes/models/other/config.json", json.dumps(config))
     for target in ("cpu", "opencl"):
-        workspace.write(f"recipes/bloom-{target}.yaml", f"model: bloom\nquantization: q4f16_1\ntarget: {target}\n")
-    found = planned(workspace, "bloom-cpu", "bloom-opencl")
-    assert set(found.goals) == {"bloom-cpu"}
-    problem = "target opencl: attention with linear biases (ALiBi) is compiled for CPUs only"
-    assert found.unavailable == {"bloom-opencl": problem}
+        text = f"model: other\nquantization: {quantization}\ntarget: {target}\n"
+        workspace.write(f"recipes/other-{target}.yaml", text)
+    found = planned(workspace, "other-cpu", "other-opencl")
+    assert set(found.goals) == {"other-cpu"}
+    assert found.unavailable == {"other-opencl": f"target opencl: {what} compiled for CPUs only"}
 
 
 def test_a_target_that_this_machine_lacks_is_unavailable(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,9 +29,9 @@ from pathlib import Path
 
 from mlcbuild.cache.store import Action
 from mlcbuild.cache.tree import Tree
-from mlcbuild.execution.session import Session, open_session
-from mlcbuild.graph import Step
+from mlcbuild.engine.graph import Step
 from mlcbuild.recipes.init import init
+from mlcbuild.workspace.session import Session, open_session
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import many

@@ -16,16 +16,16 @@ from doit import doit_cmd, loader
 from doit.exceptions import InvalidCommand
 from doit.task import Task
 
-from mlcbuild.doit_tasks.groups import groups
+from mlcbuild.doit_face.groups import groups
+from mlcbuild.doit_face.reporter import Console, reporter_class
+from mlcbuild.doit_face.signals import die_with_parent_after_fork, end_cleanly
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.execution.recording import completed, planned
-from mlcbuild.execution.signals import die_with_parent_after_fork, end_cleanly
-from mlcbuild.execution.unchanged import recall
-from mlcbuild.execution.variables import Variables, keeps_going, on_cluster, read_variables
 from mlcbuild.recipes.select import choose
-from mlcbuild.reporting.doit_reporter import Console, reporter_class
 from mlcbuild.reporting.events import Event, PackageInstalled, RecipeUnavailable, StepFinished
 from mlcbuild.reporting.jsonlog import json_log
+from mlcbuild.workspace.fastpath import recall
+from mlcbuild.workspace.recording import completed, planned
+from mlcbuild.workspace.variables import Variables, keeps_going, on_cluster, read_variables
 
 __all__ = ["DOIT_CONFIG", "task_steps"]
 
@@ -59,7 +59,7 @@ def task_steps() -> Iterator[Task]:
             tasks = groups({})
         else:
             # Loading this takes as long as all the rest of a build with nothing to do.
-            from mlcbuild.doit_tasks.run import open_run
+            from mlcbuild.doit_face.run import open_run
 
             tasks = open_run(variables, _console, _reasons, began)
         _console.at_end.append(lambda: _write_reports(variables))
@@ -114,9 +114,9 @@ def _write_reports(variables: Variables) -> None:
     """The pages of this run. Raises MlcBuildError where one cannot be written."""
     if not _console.collected:
         return
-    from mlcbuild.execution.pages import write_page, write_report
     from mlcbuild.reporting.history import read_logs, runs_of
     from mlcbuild.reporting.summary import markdown
+    from mlcbuild.workspace.pages import write_page, write_report
 
     runs = runs_of(_console.collected)
     if variables.report is not None:  # a log that other runs are in too gives the page its trends

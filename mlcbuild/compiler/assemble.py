@@ -10,7 +10,7 @@ from typing import Any
 from tvm import IRModule, relax
 
 from mlcbuild.compiler import canonical, pipeline
-from mlcbuild.compiler.contract import auxiliary, metadata, rnn_state
+from mlcbuild.compiler.abi import auxiliary, metadata, rnn_state
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.decoder import Decoder, emit_decoder, emit_layers
 from mlcbuild.models.encoder import Attend, emit_encoder

@@ -8,8 +8,8 @@ from pathlib import Path
 from tvm import IRModule, relax
 
 from mlcbuild.compiler import pipeline
+from mlcbuild.compiler.abi import metadata
 from mlcbuild.compiler.assemble import Backend
-from mlcbuild.compiler.contract import metadata
 from mlcbuild.models.blocks import emit_blocks
 from mlcbuild.models.decoder import Decoder
 from mlcbuild.models.structure import Structure

@@ -8,9 +8,9 @@ from typing import Any
 
 from tvm import IRModule, target
 
+from mlcbuild.compiler.abi import logits
 from mlcbuild.compiler.assemble import Backend, assemble, declare
 from mlcbuild.compiler.blocks import assemble_blocks
-from mlcbuild.compiler.contract import logits
 from mlcbuild.compiler.cpu import encoder, formats, kv_cache, recurrent, sources
 from mlcbuild.compiler.cpu.operations import operations
 from mlcbuild.compiler.cpu.sources import Source

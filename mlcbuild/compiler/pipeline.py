@@ -10,7 +10,7 @@ from typing import Any
 from tvm import IRModule, relax, transform
 
 from mlcbuild.compiler import canonical
-from mlcbuild.compiler.contract import metadata
+from mlcbuild.compiler.abi import metadata
 from mlcbuild.models.kinds import ENCODER
 from mlcbuild.models.structure import Structure
 

@@ -23,7 +23,7 @@ class Wanted:
     model: str | None = None
     quantization: str | None = None
     target: str | None = None
-    changed: str | None = None  # a git revision: only what changed since (mlcbuild.execution.changed)
+    changed: str | None = None  # a git revision: only what changed since (mlcbuild.recipes.changed)
 
     @property
     def asks(self) -> bool:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from safetensors.numpy import save_file
 
-from mlcbuild.measure.blocks import Blocks
-from mlcbuild.measure.importance import importance
-from mlcbuild.measure.unquantized import Unquantized
+from mlcbuild.engine.job import Job
 from mlcbuild.models import structure
-from mlcbuild.runtime import evaluate
 from mlcbuild.runtime.tokenizer import load_tokenizer
-from mlcbuild.steps.job import Job
+from mlcbuild.verify import evaluate
+from mlcbuild.verify.blocks import Blocks
+from mlcbuild.verify.importance import importance
+from mlcbuild.verify.unquantized import Unquantized
 
 VERSION = 1
 CODE = (
@@ -22,10 +22,10 @@ CODE = (
     "mlcbuild.chat.rwkv_vocabulary",
     "mlcbuild.checkpoints.header",
     "mlcbuild.checkpoints.mapped",
-    "mlcbuild.measure.blocks",
-    "mlcbuild.measure.importance",
-    "mlcbuild.measure.model",
-    "mlcbuild.measure.unquantized",
+    "mlcbuild.verify.blocks",
+    "mlcbuild.verify.importance",
+    "mlcbuild.verify.model",
+    "mlcbuild.verify.unquantized",
     "mlcbuild.models.kinds",
     "mlcbuild.models.parameters",
     "mlcbuild.models.structure",
@@ -35,7 +35,7 @@ CODE = (
     "mlcbuild.quantization.sources",
     "mlcbuild.recipes.types",
     "mlcbuild.runtime.embedding",
-    "mlcbuild.runtime.evaluate",
+    "mlcbuild.verify.evaluate",
     "mlcbuild.runtime.library",
     "mlcbuild.runtime.model",
     "mlcbuild.runtime.package",

@@ -18,13 +18,13 @@ from mlcbuild.checkpoints.header import TensorRef
 from mlcbuild.checkpoints.index import as_stored, entry, index, with_prefix
 from mlcbuild.checkpoints.made import Made
 from mlcbuild.checkpoints.table import read_table
+from mlcbuild.engine.job import Entry, Job
 from mlcbuild.errors import CheckpointError
 from mlcbuild.merging import delta, lora, prequantized
 from mlcbuild.merging.rearranged import rearranged
 from mlcbuild.models import structure
 from mlcbuild.models.parameters import Parameter, ignored, parameters
 from mlcbuild.models.structure import Structure
-from mlcbuild.steps.job import Entry, Job
 
 VERSION = 2
 CODE = (

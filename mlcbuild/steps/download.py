@@ -8,7 +8,7 @@ import shutil
 import time
 from pathlib import Path
 
-from mlcbuild.steps.job import Job
+from mlcbuild.engine.job import Job
 
 VERSION = 1
 CODE = ()

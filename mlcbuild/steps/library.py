@@ -5,8 +5,8 @@ Fields: device (a TVM target), host, linker, library (the kind of file). Input: 
 
 from __future__ import annotations
 
+from mlcbuild.engine.job import Job
 from mlcbuild.recipes.types import linker_from_json
-from mlcbuild.steps.job import Job
 
 VERSION = 1
 CODE = (

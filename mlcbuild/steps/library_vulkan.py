@@ -6,8 +6,8 @@ model.<kind>.
 
 from __future__ import annotations
 
+from mlcbuild.engine.job import Job
 from mlcbuild.recipes.types import linker_from_json
-from mlcbuild.steps.job import Job
 
 VERSION = 1
 CODE = (

@@ -7,16 +7,16 @@ Artifact: module.json.
 
 from __future__ import annotations
 
+from mlcbuild.engine.job import Job
 from mlcbuild.models import structure
 from mlcbuild.recipes.types import quantization_from_json
-from mlcbuild.steps.job import Job
 
 VERSION = 1
 CODE = (
     "mlcbuild.compiler.assemble",
     "mlcbuild.compiler.blocks",
     "mlcbuild.compiler.canonical",
-    "mlcbuild.compiler.contract",
+    "mlcbuild.compiler.abi",
     "mlcbuild.compiler.cpu.attention",
     "mlcbuild.compiler.cpu.calls",
     "mlcbuild.compiler.cpu.encoder",

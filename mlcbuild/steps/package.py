@@ -18,8 +18,8 @@ from mlcbuild.chat.conversation import Conversation, from_data
 from mlcbuild.chat.derive import AUTO, derive
 from mlcbuild.chat.pooling import embedding_metadata
 from mlcbuild.chat.tokenizer_info import read_json
+from mlcbuild.engine.job import Job, Tree
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.steps.job import Job, Tree
 
 VERSION = 1
 CODE = ("mlcbuild.chat",)

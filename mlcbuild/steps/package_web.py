@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from mlcbuild.compiler.web.try_out.page import chat_page
+from mlcbuild.engine.job import Job
 from mlcbuild.steps import package
-from mlcbuild.steps.job import Job
 
 VERSION = 1
 CODE = ("mlcbuild.chat", "mlcbuild.compiler.web.try_out", "mlcbuild.steps.package")

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from mlcbuild.checkpoints.header import read_header
 from mlcbuild.checkpoints.mapped import read
+from mlcbuild.engine.job import Job
 from mlcbuild.errors import CheckpointError
 from mlcbuild.models import structure
 from mlcbuild.models.parameters import parameters
 from mlcbuild.quantization.floats import Array
 from mlcbuild.quantization.stream import quantize
 from mlcbuild.recipes.types import quantization_from_json
-from mlcbuild.steps.job import Job
 
 VERSION = 2
 CODE = (

@@ -5,7 +5,7 @@ Fields: emscripten (its version), sources (a TVM tree of the user's; empty: the 
 
 from __future__ import annotations
 
-from mlcbuild.steps.job import Job
+from mlcbuild.engine.job import Job
 
 VERSION = 1
 CODE = ("mlcbuild.compiler.web.emscripten", "mlcbuild.compiler.web.headers")

@@ -10,20 +10,20 @@ from typing import Any
 
 from mlcbuild.chat.compare import Comparison as Checked
 from mlcbuild.chat.compare import check
+from mlcbuild.engine.job import Job
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.measure import embeddings, layers
-from mlcbuild.measure.blocks import Blocks
-from mlcbuild.measure.packed import Packed
-from mlcbuild.measure.unquantized import Unquantized
 from mlcbuild.models import structure
 from mlcbuild.models.parameters import parameters
 from mlcbuild.recipes.types import quantization_from_json
-from mlcbuild.runtime import evaluate, library_file, package, quality, weights
+from mlcbuild.runtime import library_file, package, weights
 from mlcbuild.runtime.embedding import pooling, text_limit, truncated
 from mlcbuild.runtime.model import Model, conversation, load_network
-from mlcbuild.runtime.reference import load_reference
 from mlcbuild.runtime.tokenizer import Tokenizer, load_tokenizer
-from mlcbuild.steps.job import Job
+from mlcbuild.verify import embeddings, evaluate, layers, quality
+from mlcbuild.verify.blocks import Blocks
+from mlcbuild.verify.packed import Packed
+from mlcbuild.verify.reference import load_reference
+from mlcbuild.verify.unquantized import Unquantized
 
 VERSION = 1
 CODE = (
@@ -37,25 +37,25 @@ CODE = (
     "mlcbuild.chat.tokenizer_info",
     "mlcbuild.checkpoints.header",
     "mlcbuild.checkpoints.mapped",
-    "mlcbuild.measure.blocks",
-    "mlcbuild.measure.embeddings",
-    "mlcbuild.measure.layers",
-    "mlcbuild.measure.model",
-    "mlcbuild.measure.packed",
-    "mlcbuild.measure.unquantized",
+    "mlcbuild.verify.blocks",
+    "mlcbuild.verify.embeddings",
+    "mlcbuild.verify.layers",
+    "mlcbuild.verify.model",
+    "mlcbuild.verify.packed",
+    "mlcbuild.verify.unquantized",
     "mlcbuild.models.kinds",
     "mlcbuild.models.parameters",
     "mlcbuild.models.structure",
     "mlcbuild.quantization",
     "mlcbuild.recipes.types",
     "mlcbuild.runtime.embedding",
-    "mlcbuild.runtime.evaluate",
+    "mlcbuild.verify.evaluate",
     "mlcbuild.runtime.library",
     "mlcbuild.runtime.library_file",
     "mlcbuild.runtime.model",
     "mlcbuild.runtime.package",
-    "mlcbuild.runtime.quality",
-    "mlcbuild.runtime.reference",
+    "mlcbuild.verify.quality",
+    "mlcbuild.verify.reference",
     "mlcbuild.runtime.sampling",
     "mlcbuild.runtime.session",
     "mlcbuild.runtime.text",

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import yaml
 
 from mlcbuild.checkpoints.table import read_table
+from mlcbuild.engine.job import local_job
 from mlcbuild.models.architecture import choose, resolve
 from mlcbuild.models.parameters import Parameter, parameters
 from mlcbuild.models.structure import Structure
@@ -28,7 +29,6 @@ from mlcbuild.runtime import weights
 from mlcbuild.runtime.library import Library, Network, match
 from mlcbuild.runtime.session import Session
 from mlcbuild.steps import convert, quantize
-from mlcbuild.steps.job import local_job
 from tests.support import llama
 
 Array = npt.NDArray[Any]

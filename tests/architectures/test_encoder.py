@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlcbuild.engine.job import local_job
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.architecture import resolve
 from mlcbuild.models.parameters import parameters
@@ -19,7 +20,6 @@ from mlcbuild.runtime.embedding import Pooling, pooled
 from mlcbuild.runtime.library import Library, Network
 from mlcbuild.runtime.model import Model
 from mlcbuild.steps import convert, quantize
-from mlcbuild.steps.job import local_job
 from tests.compiler.built import Built as BuiltLlama
 from tests.runtime.conftest import byte_level_tokenizer
 from tests.support import llama

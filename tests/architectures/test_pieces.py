@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 
-from mlcbuild.measure.blocks import Blocks
-from mlcbuild.measure.importance import importance
-from mlcbuild.measure.layers import compare
-from mlcbuild.measure.packed import Packed
-from mlcbuild.measure.unquantized import Unquantized
 from mlcbuild.models.parameters import parameters
 from mlcbuild.quantization.schemes import packed
 from mlcbuild.quantization.stream import quantize
-from mlcbuild.runtime import evaluate
+from mlcbuild.verify import evaluate
+from mlcbuild.verify.blocks import Blocks
+from mlcbuild.verify.importance import importance
+from mlcbuild.verify.layers import compare
+from mlcbuild.verify.packed import Packed
+from mlcbuild.verify.unquantized import Unquantized
 from tests.architectures.agreement import IDS, Agreement, Array
 from tests.architectures.cases import CASES
-from tests.measure.conftest import build_blocks
 from tests.support.llama import QUANTIZATIONS
+from tests.verify.conftest import build_blocks
 
 # Learned positions; a head's bias; norms without weights; norms of all heads; scales; windows, caps and norms after.
 NAMES = ("gpt2", "phi", "olmo", "cohere-norms", "minicpm-tied", "gemma2")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlcbuild.steps.job import Job
+from mlcbuild.engine.job import Job
 
 VERSION = 1
 CODE = ()

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mlcbuild.cache.code import declaration, normalised
 from mlcbuild.cache.index import Index
+from mlcbuild.engine.code import declaration, normalised
 from mlcbuild.errors import MlcBuildError
 
 STEP = '''\

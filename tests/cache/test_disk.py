@@ -20,10 +20,10 @@ from mlcbuild.cache.pins import holds
 from mlcbuild.cache.runs import running_since
 from mlcbuild.cache.store import Action, Store
 from mlcbuild.cache.tree import Tree
+from mlcbuild.engine.builder import Builder
+from mlcbuild.engine.graph import Graph, Input, Step
+from mlcbuild.engine.lookup import Lookup
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.execution.build import Builder
-from mlcbuild.execution.lookup import Lookup
-from mlcbuild.graph import Graph, Input, Step
 from mlcbuild.reporting.events import Event
 
 _SIZE = 2_000_000

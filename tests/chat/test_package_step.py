@@ -11,9 +11,9 @@ import pytest
 from mlcbuild.chat.config import chat_config
 from mlcbuild.chat.conversation import from_data
 from mlcbuild.chat.tokenizer_info import json_tokenizer
+from mlcbuild.engine.job import Job, local_job
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.steps import package
-from mlcbuild.steps.job import Job, local_job
 from tests.chat import chats
 from tests.chat.sentencepieces import sentencepiece_model
 

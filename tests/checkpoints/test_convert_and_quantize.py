@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pytest
 import yaml
 
+from mlcbuild.engine.job import Job, Tree, local_job
 from mlcbuild.errors import CheckpointError
 from mlcbuild.models.architecture import resolve
 from mlcbuild.models.parameters import parameters
@@ -22,7 +23,6 @@ from mlcbuild.quantization.tensor_cache_reader import read_tensors
 from mlcbuild.recipes.convert import architecture
 from mlcbuild.recipes.types import Quantization, Weights
 from mlcbuild.steps import convert, quantize
-from mlcbuild.steps.job import Job, Tree, local_job
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 NK = Weights(4, 32, "uint32", "NK", True)

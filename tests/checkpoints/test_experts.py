@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlcbuild.engine.job import Job, local_job
 from mlcbuild.errors import CheckpointError
 from mlcbuild.models.architecture import resolve
 from mlcbuild.models.structure import Structure
@@ -17,7 +18,6 @@ from mlcbuild.quantization.tensor_cache_reader import read_tensors
 from mlcbuild.recipes.load import load
 from mlcbuild.recipes.types import quantization_json
 from mlcbuild.steps import convert, quantize
-from mlcbuild.steps.job import Job, local_job
 from tests.checkpoints.files import write
 from tests.merging.test_prequantized import AWQ, codes
 from tests.quantization.formulas import pack_awq

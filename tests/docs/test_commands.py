@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from tests.docs.pages import DOCS, ROOT, blocks, code
-from tests.execution.test_care import mlcbuild
-from tests.execution.workspace import Workspace, make_workspace
+from tests.engine.test_care import mlcbuild
+from tests.engine.workspace import Workspace, make_workspace
 
 PAGES = (ROOT / "README.md", *(DOCS / f"{name}.md" for name in ("building", "nightly", "reports", "cache", "sharing")))
 # What a reader has in place of it.
@@ -30,7 +30,7 @@ PLACEHOLDERS = {
 }
 ELSEWHERE = {
     "generate": "needs a real package: test_tutorial.py",
-    "new": "needs a checkpoint: tests/survey",
+    "new": "needs a checkpoint: tests/inspect",
     "publish": "needs a hub: tests/publishing",
 }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mlcbuild.cli import main
+from mlcbuild.cli.main import main
 from mlcbuild.recipes.init import init
 from tests.docs.pages import PAGES, ROOT, blocks
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from mlcbuild.execution import variables
 from mlcbuild.recipes.check import check, render
 from mlcbuild.reporting import events
-from mlcbuild.runtime import quality
+from mlcbuild.verify import quality
+from mlcbuild.workspace import variables
 from tests.docs.pages import DOCS, PAGES, ROOT, Block, blocks, code, table
 
 SNIPPETS = {page.name: [b for b in blocks(page.read_text()) if b.language == "yaml"] for page in PAGES}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from mlcbuild.measure.embeddings import BOUNDS
 from mlcbuild.models.kinds import KINDS
+from mlcbuild.verify.embeddings import BOUNDS
 from tests.architectures.agreement import known_architectures
 from tests.docs.pages import DOCS, code, table
 

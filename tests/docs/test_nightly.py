@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from mlcbuild.execution.variables import _NAMES
+from mlcbuild.workspace.variables import _NAMES
 from tests.docs.pages import DOCS, blocks
 
 BLOCKS = list(blocks((DOCS / "nightly.md").read_text()))

@@ -24,7 +24,7 @@ import pytest
 from tests.checkpoints.hub_server import Fault, serving
 from tests.checkpoints.hub_writes import WritableHub
 from tests.end_to_end.workspace import BIN, Workspace, digests, make_workspace
-from tests.execution import s3_server
+from tests.engine import s3_server
 
 pytestmark = [
     pytest.mark.slow,

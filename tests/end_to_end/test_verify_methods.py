@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mlcbuild.testrun import checkpoint
+from mlcbuild.smoke import checkpoint
 from tests.end_to_end.workspace import Workspace, make_workspace
 from tests.support import llama
 
@@ -57,7 +57,7 @@ import json, re, sys
 from pathlib import Path
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.steps import verify
-from mlcbuild.steps.job import from_request
+from mlcbuild.engine.job import from_request
 
 request = json.loads(Path(sys.argv[1]).read_text())
 verify.run(from_request(request))
@@ -69,8 +69,8 @@ print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text(
 def peak_memory(workspace: Workspace, recipe: str, folder: Path) -> int:
     """Bytes that a verification of the built recipe has resident at most, in a process of its own."""
     from mlcbuild.cache.locks import Workplace
-    from mlcbuild.execution.attempt import _request
-    from mlcbuild.execution.session import open_session
+    from mlcbuild.engine.run_step import _request
+    from mlcbuild.workspace.session import open_session
 
     session = open_session(workspace.root, lambda event: None, recipe, workspace.cache)
     name = session.graph.goals[recipe].steps["verify"]

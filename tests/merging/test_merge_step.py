@@ -11,9 +11,9 @@ import pytest
 
 from mlcbuild.checkpoints.header import TensorRef
 from mlcbuild.checkpoints.mapped import read
+from mlcbuild.engine.job import Job, local_job
 from mlcbuild.errors import CheckpointError
 from mlcbuild.steps import convert, download
-from mlcbuild.steps.job import Job, local_job
 from tests.checkpoints.files import write
 from tests.checkpoints.test_convert_and_quantize import save, structure
 

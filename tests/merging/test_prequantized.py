@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pytest
 
 from mlcbuild.checkpoints import made
+from mlcbuild.engine.job import Job, local_job
 from mlcbuild.errors import CheckpointError, MlcBuildError
 from mlcbuild.merging import prequantized
 from mlcbuild.models.parameters import parameters
@@ -26,7 +27,6 @@ from mlcbuild.quantization.tensor_cache_reader import read_tensors
 from mlcbuild.recipes.load import load
 from mlcbuild.recipes.types import Quantization, quantization_json
 from mlcbuild.steps import convert, quantize
-from mlcbuild.steps.job import Job, local_job
 from tests.checkpoints.files import write
 from tests.checkpoints.test_convert_and_quantize import structure
 from tests.quantization.formulas import pack_awq

@@ -12,13 +12,13 @@ import pytest
 from safetensors.numpy import save_file
 
 from mlcbuild.checkpoints import made
+from mlcbuild.engine.job import local_job
 from mlcbuild.errors import CheckpointError
 from mlcbuild.merging.rearranged import ungrouped
 from mlcbuild.models.architecture import resolve
 from mlcbuild.models.parameters import parameters
 from mlcbuild.models.structure import Structure
 from mlcbuild.steps import convert
-from mlcbuild.steps.job import local_job
 from tests.architectures.agreement import config_of, save
 from tests.architectures.cases import CASES
 from tests.support import llama

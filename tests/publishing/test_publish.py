@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from mlcbuild.execution.install import BESIDE
 from mlcbuild.publishing.origin import front_matter
+from mlcbuild.workspace.install import BESIDE
 from tests.checkpoints.hub_server import Fault, serving
 from tests.checkpoints.hub_writes import WritableHub
 from tests.end_to_end.workspace import Workspace, digests, make_workspace, write_checkpoint

@@ -13,7 +13,6 @@ import pytest
 from mlcbuild.checkpoints.index import index
 from mlcbuild.checkpoints.table import read_table
 from mlcbuild.errors import CheckpointError, MlcBuildError
-from mlcbuild.measure.unquantized import Unquantized
 from mlcbuild.models.parameters import Parameter
 from mlcbuild.quantization import sources
 from mlcbuild.quantization.dequantize import dequantized
@@ -22,6 +21,7 @@ from mlcbuild.quantization.stream import quantize
 from mlcbuild.quantization.tensor_cache_reader import read_tensors
 from mlcbuild.recipes.load import load
 from mlcbuild.recipes.types import Quantization
+from mlcbuild.verify.unquantized import Unquantized
 from tests.checkpoints.files import write
 
 Arrays = dict[str, npt.NDArray[Any]]

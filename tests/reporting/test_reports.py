@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mlcbuild.cli import main
+from mlcbuild.cli.main import main
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.reporting.history import Run, read_logs, runs_of
 from mlcbuild.reporting.html import html

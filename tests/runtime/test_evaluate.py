@@ -11,8 +11,8 @@ import numpy.typing as npt
 import pytest
 
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.runtime import evaluate, quality
 from mlcbuild.runtime.tokenizer import JsonTokenizer
+from mlcbuild.verify import evaluate, quality
 
 VOCAB = 50
 TEXTS = [list(range(20)), [3, 1, 4, 1, 5, 9, 2, 6], [7, 8]]

@@ -10,7 +10,7 @@ import pytest
 
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.runtime import Model
-from mlcbuild.runtime.reference import load_reference, widen
+from mlcbuild.verify.reference import load_reference, widen
 from tests.runtime import tiny_llama
 from tests.runtime.test_session import IDS, assert_close, expected
 

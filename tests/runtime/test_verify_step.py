@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlcbuild.engine.job import Job, local_job
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.steps import verify
-from mlcbuild.steps.job import Job, local_job
 from tests.runtime import tiny_llama
 from tests.runtime.conftest import TEXT
 

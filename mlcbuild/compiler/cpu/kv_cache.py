@@ -5,8 +5,8 @@ from __future__ import annotations
 from tvm import relax, tirx
 from tvm.relax.frontend.nn.llm import kv_cache as tvm_kv_cache
 
-from mlcbuild.compiler.contract import kv_cache
-from mlcbuild.compiler.contract.kv_cache import Kernels
+from mlcbuild.compiler.abi import kv_cache
+from mlcbuild.compiler.abi.kv_cache import Kernels
 from mlcbuild.compiler.cpu import attention, rows
 from mlcbuild.models.rope import Rotary
 from mlcbuild.models.structure import Structure

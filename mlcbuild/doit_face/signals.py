@@ -1,0 +1,44 @@
+"""SIGTERM ends a build as Ctrl-C does, and forked workers end with their parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+
+_PATIENCE = 30  # seconds
+
+
+def end_cleanly() -> None:
+    """From now on SIGTERM and SIGINT end this process by SystemExit: with-blocks and finally clauses run.
+
+    What has not ended after half a minute (it waits for a lock of doit's that nobody opens any more; seen with
+    `-P process`) is ended by the kernel. The exit status is the shell's: 128 plus the signal's number. A second signal
+    ends it at once (children still die: `mlcbuild.engine.child`). Handlers that somebody else has set are left
+    alone, and so are ignored signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    ours = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        signal.alarm(_PATIENCE)  # no thread: the signal may have come while a lock of threading is held
+        if os.getpid() == ours:
+            sys.stderr.write("\ninterrupted: what is finished is kept, the next run goes on from there\n")
+        raise SystemExit(128 + number)
+
+    for number, default in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        if signal.getsignal(number) == default:
+            signal.signal(number, end)
+
+
+def die_with_parent_after_fork() -> None:
+    """Worker processes that doit forks (`-P process`) get a death signal, or a killed doit would leave them waiting."""
+    if sys.platform == "linux":
+        import ctypes
+
+        prctl = ctypes.CDLL(None).prctl
+        os.register_at_fork(after_in_child=lambda: prctl(1, signal.SIGKILL))  # 1: PR_SET_PDEATHSIG, linux/prctl.h

@@ -1,0 +1,95 @@
+"""doit's own verbs, led to the cache: `forget` removes action entries, `info` says why, `clean` removes packages."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from doit.task import Task
+
+from mlcbuild.doit_face.groups import GROUPS
+from mlcbuild.doit_face.reporter import needs
+from mlcbuild.engine.why import why
+from mlcbuild.workspace.install import uninstall
+from mlcbuild.workspace.session import Session
+
+
+def clean(session: Session, recipe: str, dryrun: bool) -> None:
+    if (session.dist / recipe).exists():
+        print(f"build:{recipe} - removing dist/{recipe}")
+        if not dryrun:
+            uninstall(session.dist, recipe)
+
+
+def lead_to_cache(manager: Any, session: Session, everything: Callable[[], Session]) -> None:
+    """Give doit's dependency manager of this run the cache's answers. `everything` opens all recipes."""
+    ask = manager.get_status
+    forced: set[str] | None = None
+
+    def get_status(task: Task, tasks: Mapping[str, Task], get_log: bool = False) -> Any:
+        nonlocal forced
+        status = ask(task, tasks, get_log)
+        if get_log:  # `doit info`: the reasons are ours, and our notes on the task are nobody's business
+            _explain(session, task)
+            status.reasons.clear()
+            task.meta, task.params = None, []
+        if forced is None:
+            forced = _forced(tasks)
+        if task.meta is not None:
+            # doit also runs a task that is up to date: `-a` before the task's name. Both ways mean the same.
+            task.meta["forced"] = status.status == "up-to-date"
+        if task.name in forced:
+            status.status = "run"
+        return status
+
+    def forget(name: str) -> None:
+        _forget(session, everything(), name)
+
+    def forget_all() -> None:
+        for name in session.graph.goals:
+            session.forget(session.graph.closure(session.graph.goals[name].steps.values()))
+
+    manager.get_status = get_status
+    manager.remove = forget
+    manager.remove_all = forget_all
+    manager.remove_success = lambda task: None  # a failure leaves nothing to forget
+
+
+def _forced(tasks: Mapping[str, Task]) -> set[str]:
+    """The tasks with `-a` after their name, and what they need."""
+    named = {name for name, task in tasks.items() if task.options and task.options.get("always")}
+    return named.union(*(needs(tasks, name) for name in named))
+
+
+def _explain(session: Session, task: Task) -> None:
+    steps = [task.name] if task.name in session.graph.steps else task.task_dep
+    goals = [name.partition(":")[2] for name in (task.name, *task.task_dep) if name.startswith("build:")]
+    steps = [step for step in steps if step in session.graph.steps]
+    unplanned = {**session.graph.unlocked, **session.graph.broken}
+    sys.stdout.write("".join(f"\n{goal}: {unplanned[goal]}\n" for goal in goals if goal in unplanned))
+    goals = [goal for goal in goals if goal in session.graph.goals]
+    steps += [step for goal in goals for step in session.graph.goals[goal].steps.values()]
+    sys.stdout.write("\n" + "".join(f"{answer}\n" for answer in why(session.lookup, steps)))
+    for goal in goals:
+        if session.is_installed(goal):
+            sys.stdout.write(f"hit   dist/{goal}\n")
+        else:
+            sys.stdout.write(f"miss  dist/{goal}\n        not installed, or not what its manifest says\n")
+
+
+def _forget(session: Session, everything: Session, name: str) -> None:
+    """Forget a step, or all steps of a goal, and say which of those other recipes use too."""
+    graph = session.graph
+    recipe = name.removeprefix("build:")
+    if name in GROUPS or (name.startswith("build:") and recipe not in graph.goals):
+        return
+    names = graph.closure(graph.goals[recipe].steps.values()) if name.startswith("build:") else [name]
+    for step in session.forget(names):
+        users = [
+            other
+            for other, goal in everything.graph.goals.items()
+            if other != recipe and step in everything.graph.closure(goal.steps.values())
+        ]
+        shared = f", which is shared with {', '.join(users)}" if users else ""
+        print(f"forgetting {step}{shared}")

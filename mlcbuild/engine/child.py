@@ -1,0 +1,135 @@
+"""`python -m mlcbuild.engine.child EVENTS LIFE`: one step in a process of its own, which never outlives its parent.
+
+Two processes come of this. The one that was started stays small and only watches: it holds the reading end of a pipe
+whose writing end exists in the parent alone, so that the end of that pipe is the end of the parent, however it came.
+It then kills the process group of the other one, the worker, compilers and linkers that the worker started included.
+The worker asks the kernel to die with the watcher, in case that is killed first.
+
+The request comes as JSON on stdin (see `mlcbuild.engine.process`); events go as JSON lines to the descriptor EVENTS.
+The last event is `done`, `failed` (the text is for the user), `broke` (a bug: the traceback is in the log) or `died`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import sys
+from types import FrameType
+from typing import Any, NoReturn
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_LAST_LINES = 3  # of a traceback, for the user; the log has all of it
+
+
+def main(events: int, life: int) -> NoReturn:
+    """Watch a forked worker until it ends or the parent does. Exits with the worker's status."""
+    wakeup, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake)
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # a handler, so that the wakeup descriptor is written to
+    watcher = os.getpid()
+    worker = os.fork()
+    if worker == 0:
+        signal.set_wakeup_fd(-1)
+        for descriptor in (life, wakeup, wake):
+            os.close(descriptor)
+        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        os.setpgid(0, 0)
+        _die_with(watcher)
+        _work(events)
+    # Both sides set the group: whoever is first, it exists before it can be needed.
+    with contextlib.suppress(OSError):
+        os.setpgid(worker, worker)
+
+    def end(number: int, frame: FrameType | None) -> None:
+        _kill(worker)
+        os._exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, end)
+    while True:
+        ready, _, _ = select.select([life, wakeup], [], [])
+        if life in ready:  # nothing is ever written there, so this is its end
+            _kill(worker)
+            os._exit(1)
+        os.read(wakeup, 64)
+        ended = os.waitid(os.P_PID, worker, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if ended is not None:
+            break
+    _kill(worker)  # before reaping, while the number is still the worker's: what it left running goes too
+    _, status = os.waitpid(worker, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        _send(events, {"event": "died", "signal": -code})
+    os._exit(code if code >= 0 else 1)
+
+
+def _kill(worker: int) -> None:
+    for kill in (os.killpg, os.kill):
+        with contextlib.suppress(OSError):
+            kill(worker, signal.SIGKILL)
+
+
+def _die_with(parent: int) -> None:
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)  # it was already gone, and the request to the kernel came too late
+
+
+def _work(events: int) -> NoReturn:
+    """Run the step that stdin describes. Ends the process at once, without the interpreter's farewells."""
+    import faulthandler
+    import json
+
+    faulthandler.enable()
+    last: dict[str, Any] = {"event": "broke", "text": ""}
+    try:
+        last = _run(json.load(sys.stdin), events)
+    except BaseException:
+        import traceback
+
+        text = traceback.format_exc()
+        sys.stderr.write(text)
+        last["text"] = "\n".join(text.strip().splitlines()[-_LAST_LINES:])
+    with contextlib.suppress(OSError, ValueError):  # a full disk may refuse the log's last words
+        sys.stdout.flush()
+        sys.stderr.flush()
+    _send(events, last)
+    os._exit(0 if last["event"] == "done" else 1)
+
+
+def _run(request: dict[str, Any], events: int) -> dict[str, Any]:
+    import importlib
+    from pathlib import Path
+
+    from mlcbuild.cache.disk import room_in
+    from mlcbuild.engine.job import from_request
+    from mlcbuild.errors import MlcBuildError
+
+    job = from_request(request, events)
+    try:
+        with room_in(Path(request["cache"])):
+            importlib.import_module(request["module"]).run(job)
+    except MlcBuildError as error:
+        return {"event": "failed", "text": str(error)}
+    reused = {name: entry.to_json() for name, entry in job.reused.items()}
+    return {"event": "done", "reused": reused}
+
+
+def _send(events: int, event: dict[str, Any]) -> None:
+    import json
+
+    data = b"\n" + json.dumps(event).encode() + b"\n"  # a killed worker may have left half a line
+    with contextlib.suppress(BrokenPipeError):
+        while data:
+            data = data[os.write(events, data) :]
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

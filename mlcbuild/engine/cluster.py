@@ -1,0 +1,151 @@
+"""Steps on the machines of a Dask cluster: each unique step is a task, files go through the shared cache.
+
+The scheduler moves a step to another worker when its own dies. What a step needs that not every machine has is asked
+for as a Dask resource (`mlcbuild.engine.resources.TAGS`, and `memory` where workers declare how much they have).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from mlcbuild.cache.tree import Entry
+from mlcbuild.engine.graph import Graph, Step
+from mlcbuild.engine.lookup import Ingredients
+from mlcbuild.engine.process import StepBroke
+from mlcbuild.engine.resources import TAGS, needs, tags
+from mlcbuild.engine.shared import SharedCache
+from mlcbuild.errors import MlcBuildError, StepFailed
+from mlcbuild.reporting.plain import amount
+
+_LIVES = 3  # workers that may die of one step before it is given up
+
+
+class Cluster:
+    """A scheduler with its workers, used by several threads."""
+
+    def __init__(self, address: str, shared: SharedCache, patience: float) -> None:
+        """`patience`: seconds for the scheduler to answer, and for its first worker to come.
+
+        Raises MlcBuildError where none does.
+        """
+        try:
+            from distributed import Client
+        except ImportError:
+            raise MlcBuildError("scheduler= needs one package more: pip install 'mlcbuild[dask]'") from None
+        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters is said by what fails
+        self._shared = shared
+        self._sent: set[str] = set()
+        self._lock = threading.Lock()
+        try:
+            self._client = Client(address, timeout=patience, name="mlcbuild", set_as_default=False)
+        except (OSError, ValueError) as error:
+            raise MlcBuildError(f"scheduler={address}: no Dask scheduler answers there: {error}") from None
+        try:
+            self._client.wait_for_workers(1, timeout=patience)
+        except TimeoutError:
+            self.close()
+            raise MlcBuildError(f"scheduler={address}: it has no worker, and none came in {patience:g} s") from None
+
+    def check(self, graph: Graph, names: Iterable[str]) -> None:
+        """Raises MlcBuildError where a step needs what no worker has: it would wait for ever."""
+        workers = [worker.get("resources") or {} for worker in self._workers().values()]
+        lacking: dict[str, list[str]] = {}
+        for name in names:
+            wanted = self._resources(graph, name)
+            if not any(all(worker.get(key, 0) >= value for key, value in wanted.items()) for worker in workers):
+                words = ", ".join(
+                    f"{amount(value)} of memory" if key == "memory" else key for key, value in wanted.items()
+                )
+                lacking.setdefault(words, []).append(name)
+        if lacking:
+            said = [
+                f"{', '.join(steps[:3])}{' …' if len(steps) > 3 else ''}: {what}" for what, steps in lacking.items()
+            ]
+            raise MlcBuildError(
+                f"no worker of the cluster has what these steps need, so nothing was started: {'; '.join(said)}. "
+                'Start a worker that has it: dask worker ADDRESS --resources "nvcc=1 memory=64e9"'
+            )
+
+    def run(
+        self,
+        step: Step,
+        graph: Graph,
+        ingredients: Ingredients,
+        materials: Iterable[Entry],
+        force: bool,
+        say: Callable[[str], None],
+    ) -> None:
+        """Run the step on a worker; its result is then in the shared cache. Raises StepFailed, StepBroke."""
+        given = [entry for tree in ingredients.inputs.values() for entry in tree.files.values()]
+        materials = list(materials)
+        self._send([*given, *materials], say)
+        request = {
+            "kind": step.kind,
+            "name": step.name,
+            "module": step.module,
+            "code": ingredients.code,
+            "fields": ingredients.fields,
+            "toolchain": dict(ingredients.toolchain),
+            "inputs": {
+                name: {file: [*entry.to_json(), str(entry.path)] for file, entry in tree.files.items()}
+                for name, tree in ingredients.inputs.items()
+            },
+            "materials": {entry.digest: [entry.size, str(entry.path)] for entry in materials},
+            "remote": self._shared.remote.url,
+            "patience": self._shared.remote.patience,
+            "force": force,
+        }
+        answer = self._result(step, graph, request)
+        if "failed" in answer:
+            log = f"\nThe last lines of its log, on {answer['worker']}:\n{answer['log']}" if answer["log"] else ""
+            raise (StepBroke if answer["broke"] else StepFailed)(f"{answer['failed']}{log}")
+
+    def close(self) -> None:
+        """Leave the cluster; steps that run there run to their end, and their results are kept."""
+        self._client.close()
+
+    def _result(self, step: Step, graph: Graph, request: Mapping[str, Any]) -> dict[str, Any]:
+        from distributed import KilledWorker
+
+        from mlcbuild.engine.worker import run_step
+
+        # A key of its own for each call: Dask would give the result of an earlier one, also of a failure.
+        future = self._client.submit(
+            run_step,
+            request,
+            key=f"{step.name}-{id(request)}",
+            resources=self._resources(graph, step.name),
+            pure=False,
+            retries=_LIVES,
+        )
+        try:
+            answer: dict[str, Any] = future.result()
+        except KilledWorker:
+            raise StepBroke(
+                "the workers that ran it died, one after the other; has one enough memory for it?"
+            ) from None
+        except Exception as error:  # whatever a worker or the connection comes up with
+            raise StepBroke(f"the cluster could not run it: {type(error).__name__}: {error}") from None
+        return answer
+
+    def _send(self, entries: Iterable[Entry], say: Callable[[str], None]) -> None:
+        """Put content into the shared cache that workers may not have; what this build has put there, once."""
+        with self._lock:
+            wanted = {entry.digest: entry for entry in entries if entry.digest not in self._sent}
+            if wanted and not self._shared.send(wanted.values(), say):
+                raise StepFailed("its inputs could not be put into the shared cache, so no worker can have them")
+            self._sent |= wanted.keys()
+
+    def _resources(self, graph: Graph, name: str) -> dict[str, float]:
+        wanted: dict[str, float] = dict.fromkeys(tags(graph.steps[name]), 1)
+        if any("memory" in (worker.get("resources") or {}) for worker in self._workers().values()):
+            wanted["memory"] = needs(graph, name, 1)["memory"]
+        assert set(wanted) <= {*TAGS, "memory"}
+        return wanted
+
+    def _workers(self) -> dict[str, Any]:
+        found: dict[str, Any] = self._client.scheduler_info(n_workers=-1)["workers"]
+        return found

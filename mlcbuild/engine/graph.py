@@ -1,0 +1,72 @@
+"""The graph of a build as data: steps, what goes into them, and what each recipe wants of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlcbuild.recipes.types import Recipe
+
+
+@dataclass(frozen=True)
+class Input:
+    """One declared input: the artifact of a step, or a file or folder outside the cache."""
+
+    name: str
+    step: str | None = None  # the producing task
+    path: Path | None = None  # a single file appears in the tree under the input's name
+    select: tuple[str, ...] = ()  # shell patterns: only these files count, and only these are seen
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node of the graph. `name` is the task's, and is in no key."""
+
+    kind: str
+    name: str
+    module: str
+    fields: Mapping[str, Any]
+    inputs: tuple[Input, ...] = ()
+    materials: tuple[str, ...] = ()  # tasks whose files an input refers to by digest
+
+    @property
+    def producers(self) -> tuple[str, ...]:
+        """The tasks that must be done before this one."""
+        names = [item.step for item in self.inputs if item.step is not None]
+        return tuple(dict.fromkeys([*names, *self.materials]))
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What one recipe wants: its steps by kind. `package` and `verify` are what gets installed."""
+
+    recipe: Recipe
+    steps: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Steps in an order in which they can run; goals by recipe.
+
+    By recipe too, and why: those that cannot be built on this machine (`unavailable`), those whose model has no entry
+    in recipes.lock yet (`unlocked`), those whose model cannot be planned (`broken`).
+    """
+
+    steps: Mapping[str, Step]
+    goals: Mapping[str, Goal] = field(default_factory=dict)
+    unavailable: Mapping[str, str] = field(default_factory=dict)
+    unlocked: Mapping[str, str] = field(default_factory=dict)
+    broken: Mapping[str, str] = field(default_factory=dict)
+
+    def closure(self, names: Iterable[str]) -> list[str]:
+        """`names` and everything that they need, in running order."""
+        wanted: set[str] = set()
+        waiting = list(names)
+        while waiting:
+            name = waiting.pop()
+            if name not in wanted:
+                wanted.add(name)
+                waiting += self.steps[name].producers
+        return [name for name in self.steps if name in wanted]

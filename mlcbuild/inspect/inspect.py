@@ -1,0 +1,159 @@
+"""`mlcbuild inspect`: everything that can be said of a checkpoint without building it, as data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlcbuild.chat.checkpoint import CheckpointChat, read_checkpoint_chat
+from mlcbuild.checkpoints.index import index, with_prefix
+from mlcbuild.checkpoints.table import read_table
+from mlcbuild.errors import MlcBuildError
+from mlcbuild.inspect import template as templates
+from mlcbuild.inspect.found import Found
+from mlcbuild.inspect.reuse import Reuse, reuse
+from mlcbuild.inspect.sizes import Size, sizes
+from mlcbuild.merging import prequantized
+from mlcbuild.models import architecture as architectures
+from mlcbuild.models import parameters
+from mlcbuild.models.structure import Structure
+from mlcbuild.recipes.types import Architecture, Catalog
+
+# Of no interest to a reader, or shown elsewhere.
+_HIDDEN = ("architecture", "rules", "ignored", "disaggregation", "tensor_parallel_shards", "pipeline_parallel_stages")
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Of a local checkpoint: how many, their dtypes, and whether they are what the architecture needs."""
+
+    count: int
+    dtypes: Mapping[str, int]
+    problem: str | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Of its tokenizer, as it was read."""
+
+    count: int
+    special: int
+    info: Mapping[str, Any]
+    ends: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Survey:
+    found: Found
+    architecture: Architecture
+    structure: Structure
+    parameters: int
+    tensors: Tensors | None
+    tokens: Tokens | None
+    chat: CheckpointChat | None
+    template: templates.Guess | None
+    sizes: Mapping[str, Size]
+    reuse: Reuse
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """The structure's dimensions and choices; what a model has not, or has as everybody, is left out."""
+        return {
+            key: value
+            for key, value in self.structure.to_json().items()
+            if key not in _HIDDEN and value is not None and value is not False and value != ()
+        }
+
+
+def survey(found: Found, catalog: Catalog, like: str) -> Survey:
+    """Everything about a checkpoint. `like` is what it is called.
+
+    Raises MlcBuildError for an architecture that is not supported, and for a tokenizer that cannot be read.
+    """
+    model = found.model
+    chosen = architectures.choose(catalog.architectures, found.config, model.architecture if model else None)
+    structure = architectures.resolve(chosen, found.config, model.overrides if model else {})
+    chat = read_checkpoint_chat(found.files)
+    guess = None if found.trouble else templates.guess(chat, catalog.templates, like)
+    return Survey(
+        found,
+        chosen,
+        structure,
+        parameters.count(structure),
+        _tensors(found, structure),
+        _tokens(chat),
+        chat,
+        guess,
+        sizes(structure, catalog.quantizations),
+        reuse(structure, catalog),
+    )
+
+
+def to_json(known: Survey) -> dict[str, Any]:
+    """The survey as JSON-able data."""
+    found, guess, tensors, tokens = known.found, known.template, known.tensors, known.tokens
+    return {
+        "source": {"path": str(found.source.path)} if found.source.path else {"hf": found.source.hf},
+        "model": found.model.name if found.model else None,
+        "commit": found.locked.commit if found.locked else None,
+        "locked": found.locked is not None and not found.fresh,
+        "files": dict(found.sizes),
+        "architecture": known.architecture.name,
+        "model_type": known.architecture.model_type,
+        "structure": known.structure.label,
+        "choices": known.choices,
+        "parameters": known.parameters,
+        "tensors": None
+        if tensors is None
+        else {"count": tensors.count, "dtypes": tensors.dtypes, "problem": tensors.problem, "notes": tensors.notes},
+        "tokenizer": None
+        if tokens is None
+        else {"tokens": tokens.count, "special": tokens.special, **tokens.info, "ends": tokens.ends},
+        "template": None if guess is None else {"name": guess.name, "exact": guess.exact, "remarks": guess.remarks},
+        "quantizations": {
+            name: {"problem": size.problem}
+            if size.problem
+            else {"weights": size.weights, "cache": size.cache, "tokens": size.tokens}
+            for name, size in known.sizes.items()
+        },
+        "libraries": known.reuse.same,
+        "libraries_with_other_limits": known.reuse.close,
+        "recipes_unknown_until_locked": known.reuse.unknown,
+        "trouble": found.trouble,
+    }
+
+
+def _tensors(found: Found, structure: Structure) -> Tensors | None:
+    """What the headers of a local checkpoint's files say; nothing is read of a repository's."""
+    if found.source.path is None:
+        return None
+    try:
+        wanted = parameters.parameters(structure)
+        ignored = parameters.ignored(structure)
+        names = [*(source for parameter in wanted for source in parameter.sources), *ignored]
+        table = with_prefix(read_table(found.files), structure.optional_prefix, names)
+    except MlcBuildError as error:
+        return Tensors(0, {}, str(error))
+    dtypes = Counter(ref.dtype for ref in table.values())
+    notes: list[str] = []
+    problem = None
+    try:
+        scheme = prequantized.scheme(found.config)
+        if scheme is not None:
+            notes.append(f"{scheme.method.upper()} quantized it to {scheme.bits} bits")
+        elif found.model is None or (found.model.delta_of is None and found.model.lora is None):
+            index(wanted, table, ignored, notes.append)
+    except MlcBuildError as error:
+        problem = str(error)
+    return Tensors(len(table), dict(dtypes), problem, tuple(notes))
+
+
+def _tokens(chat: CheckpointChat | None) -> Tokens | None:
+    if chat is None:
+        return None
+    tokenizer = chat.tokenizer
+    ends = tuple(text for i in chat.end_ids if (text := tokenizer.text(i)) is not None)
+    return Tokens(len(tokenizer.tokens), len(tokenizer.special), tokenizer.info, ends)

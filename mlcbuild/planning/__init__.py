@@ -1,0 +1,1 @@
+"""Recipes -> steps, each once."""

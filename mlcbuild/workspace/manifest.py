@@ -1,0 +1,72 @@
+"""manifest.json: what a package was made of and what is in it. No timestamps, no paths of a machine, sorted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlcbuild import __version__
+from mlcbuild.cache.store import Action
+from mlcbuild.cache.tree import Entry
+from mlcbuild.engine.graph import Goal
+from mlcbuild.recipes.types import Model, Recipe, Source
+
+NAME = "manifest.json"
+
+
+def manifest(goal: Goal, actions: Mapping[str, Action], files: Mapping[str, Entry], quality: Any, device: Any) -> bytes:
+    """The manifest's text: `actions` by kind, `files` as installed, `device` as resolved for this build."""
+    tools: dict[str, str] = {}
+    for action in actions.values():
+        tools.update(action.toolchain)
+    content = {
+        "version": 1,
+        "mlcbuild": __version__,
+        "recipe": {**_recipe(goal.recipe), "device": device},
+        **{
+            key: {name: entry.digest for name, entry in actions[kind].tree.files.items()}
+            for key, kind in (("checkpoint", "download"), ("delta_of", "base"), ("lora", "lora"))
+            if kind in actions
+        },
+        "steps": {
+            kind: {"key": action.key, "tree": action.tree.digest, "inputs": action.inputs}
+            for kind, action in actions.items()
+        },
+        "tools": tools,
+        "files": {name: {"sha256": entry.digest, "size": entry.size} for name, entry in files.items()},
+        "size": sum(entry.size for entry in files.values()),
+        "quality": quality,
+    }
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _recipe(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as resolved; a local path is only its last name, because what lies there is given by digest."""
+    fields = {
+        "name": recipe.name,
+        "model": {"name": recipe.model.name, **_sources(recipe.model)},
+        "quantization": dataclasses.asdict(recipe.quantization),
+        "target": dataclasses.asdict(recipe.target),
+        "template": {"name": recipe.template.name, **recipe.template.data},
+        "overrides": recipe.overrides,
+        "verify": {**dataclasses.asdict(recipe.verify), "text": _last(recipe.verify.text)},
+    }
+    return fields
+
+
+def _sources(model: Model) -> dict[str, Any]:
+    every = {"source": model.source, "delta_of": model.delta_of, "lora": model.lora}
+    return {key: _source(source) for key, source in every.items() if source is not None}
+
+
+def _source(source: Source) -> dict[str, Any]:
+    if source.path is not None:
+        return {"path": _last(source.path)}
+    return {"hf": source.hf, "revision": source.revision}
+
+
+def _last(path: Path | None) -> str | None:
+    return path.name if path is not None else None

@@ -1,0 +1,165 @@
+"""A workspace opened for building: its recipes, their graph, its cache, and what can be asked of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlcbuild.cache.disk import room_in
+from mlcbuild.cache.locks import sweep_dead
+from mlcbuild.cache.pins import hold_package
+from mlcbuild.cache.store import Action, Store, total_size
+from mlcbuild.cache.tree import Entry
+from mlcbuild.engine.builder import Builder
+from mlcbuild.engine.graph import Goal, Graph
+from mlcbuild.engine.lookup import Lookup
+from mlcbuild.engine.resources import Pool
+from mlcbuild.errors import MlcBuildError, StepFailed, Unavailable
+from mlcbuild.planning.planner import plan
+from mlcbuild.recipes.changed import changed_since
+from mlcbuild.recipes.load import load
+from mlcbuild.recipes.select import Wanted, cells, choose, manual
+from mlcbuild.recipes.types import Catalog
+from mlcbuild.reporting.events import PackageInstalled, RecipeUnavailable, Report
+from mlcbuild.workspace.install import install, is_installed
+from mlcbuild.workspace.locking import locker, look_up
+from mlcbuild.workspace.manifest import manifest
+from mlcbuild.workspace.scope import Scope
+
+if TYPE_CHECKING:
+    from mlcbuild.engine.cluster import Cluster
+    from mlcbuild.engine.shared import SharedCache
+
+QUALITY = "quality.json"
+
+
+@dataclass(frozen=True)
+class Session:
+    """One workspace, a selection of its recipes, one cache."""
+
+    root: Path
+    catalog: Catalog
+    graph: Graph
+    builder: Builder
+
+    @property
+    def store(self) -> Store:
+        return self.lookup.store
+
+    @property
+    def lookup(self) -> Lookup:
+        return self.builder.lookup
+
+    @property
+    def dist(self) -> Path:
+        return self.root / "dist"
+
+    def is_built(self, name: str) -> bool:
+        """Whether the step called `name` and everything before it is up to date."""
+        return self.lookup.find(name) is not None
+
+    def is_installed(self, recipe: str) -> bool:
+        """Whether every step of the recipe is up to date and dist/ holds what they made."""
+        package = self._package(self.graph.goals[recipe])
+        return package is not None and is_installed(self.dist, recipe, *package)
+
+    def install(self, recipe: str, force: bool = False) -> None:
+        """Bring the recipe's steps up to date and install the package. Raises MlcBuildError."""
+        goal = self.graph.goals[recipe]
+        self.builder.build(goal.steps["verify"])
+        package = self._package(goal)
+        if package is None:
+            raise StepFailed(f"build:{recipe}: a step's files vanished from the cache: build again")
+        installed = is_installed(self.dist, recipe, *package)
+        if force or not installed:
+            install(self.dist, recipe, *package, self.store)
+            size = total_size(package[0].values())
+            self.builder.report(PackageInstalled(recipe, f"dist/{recipe}", "installed", size))
+        hold_package(self.store, self.dist / recipe, self.keys(recipe) or ())
+
+    def keys(self, recipe: str) -> list[str] | None:
+        """The keys of the actions behind the recipe's package; None while a step is not up to date."""
+        names = self.graph.closure(self.graph.goals[recipe].steps.values())
+        actions = [self.lookup.find(name) for name in names]
+        return None if None in actions else [action.key for action in actions if action is not None]
+
+    def forget(self, names: list[str]) -> list[str]:
+        """Remove the action entries of these steps; the steps that had one."""
+        actions = [(name, self.lookup.find(name)) for name in names]
+        return [name for name, action in actions if action is not None and self.store.forget(action.key)]
+
+    def _package(self, goal: Goal) -> tuple[Mapping[str, Entry], bytes] | None:
+        """The files to install and the manifest's text; None while a step is not up to date."""
+        actions: dict[str, Action] = {}
+        for kind, name in goal.steps.items():
+            action = self.lookup.find(name)
+            if action is None:
+                return None
+            actions[kind] = action
+        quality = actions["verify"].tree
+        files = {**actions["package"].tree.files, QUALITY: quality.files[QUALITY]}
+        device = self.graph.steps[goal.steps["library"]].fields["device"]
+        return files, manifest(goal, actions, files, quality.read_json(QUALITY), device)
+
+
+def open_store(root: Path, cache: Path | None = None) -> Store:
+    """The cache of the workspace at `root`, or the folder `cache`. Raises MlcBuildError where it cannot be one."""
+    folder = cache or root / "cache"
+    try:
+        with room_in(folder):
+            store = Store(folder.absolute())
+            sweep_dead(store.root)
+    except OSError as error:
+        raise MlcBuildError(f"{folder}: cannot be used as a cache: {error.strerror}") from None
+    return store
+
+
+def open_session(
+    root: Path,
+    report: Report,
+    recipes: str | Wanted | None = None,
+    cache: Path | None = None,
+    debug_dump: Path | None = None,
+    strict: bool = False,
+    locked: bool = False,
+    shared: SharedCache | None = None,
+    scope: Scope | None = None,
+    keep_going: bool = False,
+    pool: Pool | None = None,
+    cluster: Cluster | None = None,
+) -> Session:
+    """Read the workspace at `root`, plan `recipes` (names and globs, with commas) and open the cache.
+
+    Without names, these are all recipes but the manual ones; with a `scope`, also those that it names, and all where
+    it shows tasks. A hub model that is not in recipes.lock is looked up and written there where `scope` says so (with
+    `locked` it is broken); elsewhere it stays unlocked, and no hub is asked.
+
+    Raises MlcBuildError (RecipeError with all problems of the files), without `keep_going` also with everything that
+    is wrong with the models; Unavailable for a recipe that was asked for by its own name, or with `strict`, and cannot
+    be built on this machine.
+    """
+    store = open_store(root, cache)
+    catalog = load(root, memo=store.root / "recipes.memo")
+    wanted = recipes if isinstance(recipes, Wanted) else Wanted(recipes)
+    known, scope = cells(catalog.recipes), scope or Scope(whole=True)
+    names = choose(known, wanted, manual(catalog.recipes) if scope.runs or scope.whole else ())
+    if not wanted.asks and wanted.changed is None:
+        named = [*catalog.recipes] if scope.others else scope.named(known)
+        names = list(dict.fromkeys([*names, *named]))
+    if wanted.changed is not None:
+        changed = changed_since(root, catalog, wanted.changed)
+        names = [name for name in names if name in changed]
+    chosen = [catalog.recipes[name].model for name in scope.to_look_up(names, known)]
+    refused = look_up(root, store.root, chosen, report, refuse=locked)
+    graph = plan(catalog, [catalog.recipes[name] for name in names], locker(root, refused))
+    if graph.broken and not keep_going:
+        raise MlcBuildError("\n".join(dict.fromkeys(graph.broken.values())))
+    demanded = set(graph.unavailable) if strict else {name.strip() for name in (wanted.recipe or "").split(",")}
+    missing = {name: text for name, text in graph.unavailable.items() if name in demanded}
+    if missing:
+        raise Unavailable("\n".join(f"{name}: unavailable: {text}" for name, text in missing.items()))
+    for name, text in graph.unavailable.items():
+        report(RecipeUnavailable(name, text))
+    return Session(root, catalog, graph, Builder(Lookup(store, graph), report, debug_dump, shared, pool, cluster))

@@ -1,0 +1,15 @@
+"""A stand-in for quantize."""
+
+from __future__ import annotations
+
+from mlcbuild.engine.job import Job
+from tests.engine.toysteps import common
+
+VERSION = 1
+CODE = ("tests.engine.toysteps.common",)
+TOOLS = ("numpy",)
+
+
+def run(job: Job) -> None:
+    # What the step is for.
+    common.run(job, "quantize")

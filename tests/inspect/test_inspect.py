@@ -1,0 +1,160 @@
+"""`mlcbuild inspect` and what it is made of: structure, sizes, tokens, template, libraries that could be used again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlcbuild.chat.checkpoint import CheckpointChat, read_checkpoint_chat
+from mlcbuild.chat.jinja import ChatTemplate
+from mlcbuild.cli.main import main
+from mlcbuild.inspect.template import differences, guess
+from mlcbuild.recipes.load import load
+from mlcbuild.recipes.stock import stock
+from tests.docs.pages import ROOT
+from tests.engine.workspace import CONFIG, Workspace, make_workspace
+
+STORIES = ROOT / "recipes" / "models" / "stories"
+TEMPLATES = load(ROOT).templates
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    made = make_workspace(tmp_path)
+    monkeypatch.chdir(made.root)
+    return made
+
+
+def inspected(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
+    assert main(["inspect", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_local_checkpoint(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    found = inspected(capsys, str(STORIES))
+    weights = stock().recipes / "models/stories/model.safetensors"
+    assert found["architecture"] == "llama" and found["choices"]["num_hidden_layers"] == 6
+    assert found["tensors"] == {"count": 56, "dtypes": {"BF16": 56}, "problem": None, "notes": []}
+    # Every number of the checkpoint is a parameter; in q0bf16 it takes two bytes, as it does there.
+    assert found["quantizations"]["q0bf16"]["weights"] == 2 * found["parameters"]
+    assert 0 < weights.stat().st_size - 2 * found["parameters"] < 10_000, "the header"
+    assert found["tokenizer"]["tokens"] == 2048 and "<|im_end|>" in found["tokenizer"]["ends"]
+    assert found["template"]["name"] == "chatml" and found["template"]["exact"]
+    assert found["libraries"] == {}
+    # Two of keys and values, 6 layers, 2 heads of 32 float16 numbers, 512 tokens.
+    assert found["quantizations"]["q4f16_1"]["cache"] == 2 * 6 * 2 * 32 * 2 * 512
+
+
+def test_sizes_are_those_of_the_built_weights(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    from mlcbuild.inspect.sizes import size
+    from mlcbuild.models import architecture as architectures
+
+    catalog = load(ROOT)
+    config = json.loads((STORIES / "config.json").read_text())
+    structure = architectures.resolve(architectures.choose(catalog.architectures, config), config, {})
+    found = inspected(capsys, str(STORIES))["quantizations"]["q4f16_1"]["weights"]
+    assert found == size(structure, catalog.quantizations["q4f16_1"]).weights
+    # 4 bits and a float16 scale for every 32, and norms: within a percent of 4.5 bits each.
+    assert found == pytest.approx(2_755_008 * 4.5 / 8, rel=0.01)
+
+
+def test_a_recurrent_model_keeps_no_keys_and_values(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {"model_type": "rwkv", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 100, "context_length": 64}
+    workspace.write(
+        "recurrent/config.json", json.dumps({**config, "intermediate_size": 128, "attention_hidden_size": 64})
+    )
+    found = inspected(capsys, "recurrent")
+    assert found["choices"]["kind"] == "rwkv4"
+    assert {size["cache"] for size in found["quantizations"].values() if "cache" in size} == {0}
+
+
+def test_which_libraries_it_would_use(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(workspace.root / "recipes/models/tiny", workspace.root / "twin")
+    config = {**CONFIG, "vocab_size": 64, "max_position_embeddings": 512}
+    (workspace.root / "twin/config.json").write_text(json.dumps(config))
+    (label,) = {name.split(":")[1] for name in inspected(capsys, "tiny")["libraries"] if name.endswith("q4f16_1-cpu")}
+    assert inspected(capsys, "tiny")["model"] == "tiny"
+    longer = inspected(capsys, "twin")
+    limits = {"context_window_size": 256, "prefill_chunk_size": 256}
+    assert longer["libraries"] == {} and longer["libraries_with_other_limits"][f"library:{label}"] == limits
+    (workspace.root / "twin/config.json").write_text(json.dumps({**config, "max_position_embeddings": 256}))
+    assert inspected(capsys, "twin")["libraries"][f"library:{label}"] == ["tiny-q4f16_1-cpu"]
+    assert main(["inspect", "twin"]) == 0
+    text = capsys.readouterr().out
+    assert f"{label}  tiny-q4f16_1-cpu" in text and "tensors       0" in text
+    assert "PROBLEM: model.safetensors" in text, "the weights of toy models are none"
+
+
+def test_outside_of_a_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert inspected(capsys, "stories")["architecture"] == "llama"
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["tinny"], "tinny: no folder and no model of this name; did you mean `tiny`? (hf:tinny means the repository)"),
+        (["./nowhere"], "./nowhere: no such folder; a checkpoint is a folder in Hugging Face's format, or owner/name"),
+        (["recipes"], "config.json: no such file: a checkpoint in Hugging Face format has one"),
+        (["strange"], "model_type `lama` is an unknown architecture (did you mean `llama`?)"),
+    ],
+)
+def test_mistakes(workspace: Workspace, capsys: pytest.CaptureFixture[str], words: list[str], text: str) -> None:
+    workspace.write("strange/config.json", json.dumps({**CONFIG, "model_type": "lama"}))
+    assert main(["inspect", *words]) == 1
+    assert text in capsys.readouterr().err
+
+
+@pytest.fixture
+def chat() -> CheckpointChat:
+    found = read_checkpoint_chat({path.name: path for path in STORIES.iterdir()})
+    assert found is not None
+    return found
+
+
+def with_jinja(chat: CheckpointChat, jinja: str) -> CheckpointChat:
+    return CheckpointChat(chat.tokenizer, ChatTemplate(jinja, "test"), chat.end_ids)
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_a_named_template_that_writes_the_same_is_found(chat: CheckpointChat) -> None:
+    found = guess(with_jinja(chat, CHATML), TEMPLATES, "my-chat")
+    assert found.exact and found.name == "chatml"
+
+
+def test_what_no_named_template_writes_is_the_checkpoints_own(chat: CheckpointChat) -> None:
+    found = guess(with_jinja(chat, CHATML.replace("im_start|>'", "im_start|>~ '")), TEMPLATES, "my-chat")
+    assert found.exact and found.name == "auto"
+    assert found.remarks[0].startswith("no named template writes the same; the nearest is ")
+
+
+def test_what_the_scheme_cannot_express_is_the_nearest_with_its_differences(chat: CheckpointChat) -> None:
+    counted = CHATML.replace("m.role + '", "m.role + loop.index|string + '")
+    found = guess(with_jinja(chat, counted), TEMPLATES, "my-chat")
+    assert not found.exact and found.name in TEMPLATES
+    assert any("it writes conversations otherwise:\n--- test: chat_template" in remark for remark in found.remarks)
+    assert any("cannot be written as an MLC template" in remark for remark in found.remarks)
+
+
+def test_without_a_chat_template_it_is_plain_text(chat: CheckpointChat) -> None:
+    found = guess(CheckpointChat(chat.tokenizer, None, chat.end_ids), TEMPLATES, "my-base")
+    assert (found.name, found.exact) == ("LM", False)
+    assert "the checkpoint has no chat_template: LM (text as it is) is right for a base model" in found.remarks[0]
+    assert guess(None, TEMPLATES, "my-base").remarks[0].startswith("the checkpoint has no tokenizer")
+
+
+def test_a_template_that_was_chosen_by_hand_is_compared(chat: CheckpointChat) -> None:
+    said = differences(TEMPLATES["llama-2"], with_jinja(chat, CHATML))
+    assert any("it writes conversations otherwise" in remark for remark in said)
+    by_default, stops = differences(TEMPLATES["chatml"], with_jinja(chat, CHATML))
+    assert by_default.startswith("without a system message it writes otherwise:")
+    assert stops == "it stops at ['<|im_end|>'], the checkpoint at ['<|im_end|>', '<|endoftext|>']"

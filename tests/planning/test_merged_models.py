@@ -1,0 +1,59 @@
+"""Models that are merged from two checkpoints become steps that fetch both."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from mlcbuild.engine.graph import Graph
+from mlcbuild.planning.planner import plan
+from mlcbuild.recipes.load import load
+from mlcbuild.recipes.lock import key
+from mlcbuild.recipes.types import Locked, LockedFile, Model
+from tests.engine.workspace import CONFIG, Workspace, make_workspace
+
+FILES = {"config.json": LockedFile("0" * 64, 10), "model.safetensors": LockedFile("1" * 64, 20)}
+
+
+def lock(model: Model) -> Locked:
+    return Locked((key(model.source)[-1] * 40), CONFIG, FILES)
+
+
+def planned(workspace: Workspace, text: str) -> Graph:
+    workspace.write("recipes/models/tiny.yaml", f"{text}\ntemplate: chatml\n")
+    catalog = load(workspace.root)
+    return plan(catalog, [catalog.recipes["tiny-q4f16_1-cpu"]], lock)
+
+
+def test_a_delta_and_its_base(tmp_path: Path) -> None:
+    found = planned(make_workspace(tmp_path), "source: {hf: owner/a}\ndelta_of: {hf: owner/b}")
+    assert list(found.goals["tiny-q4f16_1-cpu"].steps)[:3] == ["download", "base", "convert"]
+    assert found.steps["download:tiny"].fields["commit"] == "a" * 40
+    assert found.steps["download:tiny-base"].fields["commit"] == "b" * 40
+    convert = found.steps["convert:tiny"]
+    assert [(item.name, item.step) for item in convert.inputs] == [
+        ("checkpoint", "download:tiny"),
+        ("base", "download:tiny-base"),
+    ]
+    assert "tokenizer.json" not in convert.inputs[1].select
+
+
+def test_an_adapter_in_a_folder(tmp_path: Path) -> None:
+    workspace = make_workspace(tmp_path)
+    folder = workspace.write("recipes/models/adapter/adapter_config.json", "{}").parent
+    found = planned(workspace, "source: {hf: owner/a}\nlora: {path: adapter}")
+    (files,) = found.steps["download:tiny-lora"].inputs
+    assert files.path == folder
+    assert files.select == ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+    assert found.steps["convert:tiny"].inputs[1].name == "lora"
+
+
+def test_pickles_count_only_where_there_are_no_safetensors(tmp_path: Path) -> None:
+    workspace = make_workspace(tmp_path)
+    folder = workspace.write("recipes/models/other/config.json", json.dumps(CONFIG)).parent
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    (files,) = planned(workspace, "source: {path: other}").steps["download:tiny"].inputs
+    assert {"pytorch_model*.bin", "*.pth"} <= {*files.select}
+    (folder / "model.safetensors").write_bytes(b"")
+    (files,) = planned(workspace, "source: {path: other}").steps["download:tiny"].inputs
+    assert not {"pytorch_model*.bin", "*.pth"} & {*files.select}

@@ -1,0 +1,270 @@
+"""Recipes become steps, each once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlcbuild.engine.graph import Graph
+from mlcbuild.errors import MlcBuildError, Unavailable
+from mlcbuild.planning.planner import plan, read_config
+from mlcbuild.recipes.load import load
+from mlcbuild.recipes.types import Locked, LockedFile, Model, Recipe
+from tests.engine.workspace import CONFIG, Workspace, make_workspace
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return make_workspace(tmp_path)
+
+
+def no_hub(model: Model) -> Locked:
+    raise AssertionError(f"{model.name}: nothing here is on a hub")
+
+
+def planned(workspace: Workspace, *names: str, **changes: Any) -> Graph:
+    """The plan of these recipes (none: all), with fields of the recipes changed."""
+    catalog = load(workspace.root)
+    recipes = [recipe for recipe in catalog.recipes.values() if not names or recipe.name in names]
+    return plan(catalog, [dataclasses.replace(recipe, **changes) for recipe in recipes], no_hub)
+
+
+def kinds(found: Graph) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for step in found.steps.values():
+        counts[step.kind] = counts.get(step.kind, 0) + 1
+    return counts
+
+
+def test_the_steps_of_one_recipe(workspace: Workspace) -> None:
+    found = planned(workspace, "tiny-q4f16_1-cpu")
+    (label,) = {name.split(":")[1].removesuffix("-q4f16_1-cpu") for name in found.steps if "q4f16_1-cpu" in name} - {
+        "tiny"
+    }
+    assert label.startswith("llama-")
+    assert list(found.goals["tiny-q4f16_1-cpu"].steps.items()) == [
+        ("download", "download:tiny"),
+        ("convert", "convert:tiny"),
+        ("quantize", "quantize:tiny-q4f16_1"),
+        ("lower", f"lower:{label}-q4f16_1-cpu"),
+        ("library", f"library:{label}-q4f16_1-cpu"),
+        ("package", "package:tiny-q4f16_1-cpu"),
+        ("verify", "verify:tiny-q4f16_1-cpu"),
+    ]
+    assert set(found.steps) - set(found.goals["tiny-q4f16_1-cpu"].steps.values()) == {
+        f"lower:{label}-q0f32-cpu",
+        f"library:{label}-q0f32-cpu",
+    }
+
+
+def test_steps_come_in_an_order_in_which_they_can_run(workspace: Workspace) -> None:
+    found = planned(workspace)
+    seen: set[str] = set()
+    for name, step in found.steps.items():
+        assert set(step.producers) <= seen, name
+        seen.add(name)
+    assert found.closure(["package:tiny-q4f16_1-cpu"])[-1] == "package:tiny-q4f16_1-cpu"
+    assert "verify:tiny-q4f16_1-cpu" not in found.closure(["package:tiny-q4f16_1-cpu"])
+
+
+def test_a_variant_of_the_same_structure_shares_the_library(workspace: Workspace) -> None:
+    """Other weights and another vocabulary: convert, quantize and package again, and no library."""
+    workspace.write("recipes/models/variant.yaml", "source: {path: variant}\ntemplate: chatml\n")
+    workspace.write("recipes/models/variant/config.json", json.dumps({**CONFIG, "vocab_size": 300}))
+    workspace.write("recipes/variant.yaml", "model: variant\nquantization: q4f16_1\ntarget: cpu\n")
+    counts = kinds(planned(workspace, "tiny-q4f16_1-cpu", "variant"))
+    assert counts == {"download": 2, "convert": 2, "quantize": 2, "lower": 2, "library": 2, "package": 2, "verify": 2}
+
+
+def test_an_override_changes_the_library_and_not_the_weights(workspace: Workspace) -> None:
+    workspace.write(
+        "recipes/small.yaml",
+        "model: tiny\nquantization: q4f16_1\ntarget: cpu\noverrides: {context_window_size: 64}\n",
+    )
+    counts = kinds(planned(workspace, "tiny-q4f16_1-cpu", "small"))
+    assert counts == {"download": 1, "convert": 1, "quantize": 1, "lower": 4, "library": 4, "package": 2, "verify": 2}
+
+
+def test_recipes_that_mean_the_same_are_one(workspace: Workspace) -> None:
+    workspace.write("recipes/again.yaml", "model: tiny\nquantization: q4f16_1\ntarget: cpu\n")
+    found = planned(workspace, "tiny-q4f16_1-cpu", "again")
+    assert found.goals["again"].steps == found.goals["tiny-q4f16_1-cpu"].steps
+    assert set(kinds(found).values()) == {1, 2}
+
+
+def test_names_that_would_clash_are_told_apart(workspace: Workspace) -> None:
+    """Two targets of one kind of device give two modules for one structure and quantization."""
+    workspace.write("recipes/other.yaml", "model: tiny\nquantization: q4f16_1\ntarget: cpu-x86_64\n")
+    found = planned(workspace, "tiny-q4f16_1-cpu", "other")
+    modules = [name for name in found.steps if name.startswith("lower:") and "q4f16_1" in name]
+    assert len(modules) in (1, 2)  # one, on a machine that is exactly an x86-64-v3
+    assert len(set(modules)) == len(modules)
+
+
+def test_the_evaluation_text_and_the_bounds_reach_verify_only(workspace: Workspace) -> None:
+    def digests(**changes: Any) -> dict[str, Any]:
+        return {name: (step.fields, step.inputs) for name, step in planned(workspace, **changes).steps.items()}
+
+    text = workspace.write("text.txt", "Once upon a time")
+    recipe: Recipe = load(workspace.root).recipes["tiny-q4f16_1-cpu"]
+    verify = dataclasses.replace(recipe.verify, kl=0.5, text=text)
+    before, after = digests(), digests(verify=verify)
+    assert {name.partition(":")[0] for name in before if before[name] != after[name]} == {"verify"}
+
+
+def test_a_target_that_does_not_run_here_is_verified_by_another_library(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlcbuild.compiler.targets.runs_here", lambda target: False)
+    (verify,) = (step for step in planned(workspace, "tiny-q4f16_1-cpu").steps.values() if step.kind == "verify")
+    assert [item.name for item in verify.inputs][-1] == "cpu_library"
+
+
+def test_roundings_of_one_format_share_its_library(workspace: Workspace) -> None:
+    """How weights were rounded, and the class of their bounds, is nothing to the code that computes with them."""
+    names = ("q4f16_1", "q4f16_1-mse", "q4f16_1-calibrated", "mine")
+    workspace.write("recipes/quantizations/mine.yaml", "format: q4f16_1\nrounding: mse\n")
+    for name in names:
+        workspace.write(f"recipes/{name}.yaml", f"model: tiny\nquantization: {name}\ntarget: cpu\n")
+    found = planned(workspace, *names)
+    goals = [found.goals[name].steps for name in names]
+    assert len({goal["lower"] for goal in goals}) == len({goal["library"] for goal in goals}) == 1
+    assert len({goal["quantize"] for goal in goals}) == 3  # `mine` means what q4f16_1-mse means
+    fields = [found.steps[goal["package"]].fields for goal in goals]
+    assert [each["quantization"] for each in fields] == list(names)
+    assert {each["format"] for each in fields} == {"q4f16_1"}
+    assert "mse" not in json.dumps(found.steps[goals[1]["lower"]].fields)
+
+
+def test_calibration_is_a_step_of_the_recipes_that_need_it(workspace: Workspace) -> None:
+    for name in ("q4f16_1-mse", "q4f16_1-calibrated"):
+        workspace.write(f"recipes/{name}.yaml", f"model: tiny\nquantization: {name}\ntarget: cpu\n")
+    assert "calibrate" not in kinds(planned(workspace, "q4f16_1-mse"))
+    found = planned(workspace, "q4f16_1-calibrated")
+    assert found.goals["q4f16_1-calibrated"].steps["calibrate"] == "calibrate:tiny"
+    assert "calibrate:tiny" in found.steps["quantize:tiny-q4f16_1-calibrated"].producers
+    (text,) = (item.path for item in found.steps["calibrate:tiny"].inputs if item.name == "text")
+    assert text is not None and text.name == "calibration.txt"
+
+
+def test_models_calibration_text(workspace: Workspace) -> None:
+    mine = workspace.write("recipes/models/mine.txt", "My own text.")
+    workspace.write("recipes/models/own.yaml", "extends: tiny\nsource: {path: tiny}\ncalibration: {text: mine.txt}\n")
+    workspace.write("recipes/own.yaml", "model: own\nquantization: q4f16_1-calibrated\ntarget: cpu\n")
+    (text,) = (i.path for i in planned(workspace, "own").steps["calibrate:own"].inputs if i.name == "text")
+    assert text == mine
+
+
+def test_a_large_model_is_verified_layer_by_layer(workspace: Workspace) -> None:
+    """By a bound that the recipe declares, since quality.json shall not depend on the machine's memory."""
+    recipe: Recipe = load(workspace.root).recipes["tiny-q4f16_1-cpu"]
+    size = 4e-9 * 90_432  # GB that CONFIG takes as float32
+
+    def method(memory: float) -> tuple[Any, list[str]]:
+        verify = dataclasses.replace(recipe.verify, memory=memory)
+        (step,) = (s for s in planned(workspace, recipe.name, verify=verify).steps.values() if s.kind == "verify")
+        return step.fields["method"], [item.name for item in step.inputs]
+
+    assert method(2 * size) == ("whole", ["package", "convert", "text", "reference"])
+    assert method(size / 2) == ("layers", ["package", "convert", "text", "reference", "blocks"])
+
+
+def test_the_pieces_of_models_that_differ_in_layers_only_are_one_library(workspace: Workspace) -> None:
+    workspace.write("recipes/models/deep.yaml", "source: {path: deep}\ntemplate: chatml\n")
+    workspace.write("recipes/models/deep/config.json", json.dumps({**CONFIG, "num_hidden_layers": 7}))
+    for model in ("tiny", "deep"):
+        text = f"model: {model}\nquantization: q4f16_1\ntarget: cpu\nverify: {{memory: 0}}\n"
+        workspace.write(f"recipes/{model}.yaml", text)
+    found = planned(workspace, "tiny", "deep")
+    assert len([name for name in found.steps if name.startswith("library:") and "-blocks-" in name]) == 2
+
+
+RWKV = {"model_type": "rwkv", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 300}
+BLOOM = {"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 2, "vocab_size": 300}
+
+
+@pytest.mark.parametrize(
+    ("config", "template", "quantization", "what"),
+    [
+        (RWKV, "rwkv", "q8f16_0", "models of kind `rwkv4` are"),
+        (BLOOM, "LM", "q4f16_1", "attention with linear biases (ALiBi) is"),
+    ],
+)
+def test_a_model_that_a_target_has_no_kernels_for_is_unavailable(
+    workspace: Workspace, config: dict[str, Any], template: str, quantization: str, what: str
+) -> None:
+    workspace.write("recipes/models/other.yaml", f"source: {{path: other}}\ntemplate: {template}\n")
+    workspace.write("recipes/models/other/config.json", json.dumps(config))
+    for target in ("cpu", "opencl"):
+        text = f"model: other\nquantization: {quantization}\ntarget: {target}\n"
+        workspace.write(f"recipes/other-{target}.yaml", text)
+    found = planned(workspace, "other-cpu", "other-opencl")
+    assert set(found.goals) == {"other-cpu"}
+    assert found.unavailable == {"other-opencl": f"target opencl: {what} compiled for CPUs only"}
+
+
+def test_a_target_that_this_machine_lacks_is_unavailable(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def resolve(target: object) -> dict[str, Any]:
+        raise Unavailable("no such compiler: install it")
+
+    monkeypatch.setattr("mlcbuild.compiler.targets.resolve", resolve)
+    found = planned(workspace)
+    assert found.goals == {}
+    assert set(found.unavailable.values()) == {"no such compiler: install it"}
+
+
+def test_a_hub_model_is_planned_from_its_lock(workspace: Workspace) -> None:
+    workspace.write("recipes/models/tiny.yaml", "source: {hf: owner/tiny}\ntemplate: chatml\n")
+    files = {"config.json": LockedFile("0" * 64, 10), "model.safetensors": LockedFile("1" * 64, 20)}
+    catalog = load(workspace.root)
+    found = plan(catalog, catalog.recipes.values(), lambda model: Locked("c" * 40, CONFIG, files))
+    assert found.steps["download:tiny"].fields == {
+        "repo": "owner/tiny",
+        "commit": "c" * 40,
+        "files": {
+            "config.json": {"sha256": "0" * 64, "size": 10},
+            "model.safetensors": {"sha256": "1" * 64, "size": 20},
+        },
+    }
+
+
+def test_a_model_that_cannot_be_planned_breaks_its_own_recipes_only(workspace: Workspace) -> None:
+    for name, text in (("broken", "{"), ("list", "[]"), ("strange", '{"model_type": "lama"}')):
+        workspace.write(f"recipes/models/{name}.yaml", f"source: {{path: {name}}}\ntemplate: chatml\n")
+        workspace.write(f"recipes/models/{name}/config.json", text)
+        workspace.write(f"recipes/{name}.yaml", f"model: {name}\nquantization: q4f16_1\ntarget: cpu\n")
+    found = planned(workspace)
+    assert found.goals.keys() == {"tiny-q4f16_1-cpu", "tiny-q4f32_1-cpu"}
+    broken, listed, strange = found.broken.values()
+    assert broken.startswith("model broken: ")
+    assert "config.json: cannot be read as JSON" in broken
+    assert listed.endswith("config.json: expected a JSON object, got list")
+    assert "model strange: config.json: model_type `lama` is an unknown architecture (did you mean `llama`?)" in strange
+
+
+def test_no_key_holds_a_name_of_a_recipe_or_a_place(workspace: Workspace) -> None:
+    for step in planned(workspace).steps.values():
+        text = json.dumps(step.fields)
+        assert str(workspace.root) not in text
+        assert "tiny-q4f16_1-cpu" not in text
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"\xef\xbb\xbf{}", "config.json: cannot be read as JSON: Unexpected UTF-8 BOM"),  # an editor on Windows
+        (b"\xff{}", "config.json: cannot be read as JSON: 'utf-8' codec can't decode byte 0xff"),
+        (b'{"a":' * 100_000, "config.json: cannot be read as JSON: "),
+        (b"[]", "config.json: expected a JSON object, got list"),
+    ],
+)
+def test_what_is_no_config(tmp_path: Path, content: bytes, problem: str) -> None:
+    """Refused while planning, where the steps and transformers would refuse it."""
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(MlcBuildError) as error:
+        read_config(tmp_path / "config.json")
+    assert problem in str(error.value)

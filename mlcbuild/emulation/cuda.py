@@ -1,0 +1,125 @@
+"""The emulated CUDA device: its kernels compiled, its driver loaded, what it noted.
+
+TVM's own CUDA runtime, unchanged, runs on stand-ins for `libcuda` and `libcudart` (device/driver.cpp). So a whole
+library is run: the virtual machine, the paged KV cache, captured graphs, and every kernel thread by thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import platform
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlcbuild.compiler.codegen import cuda
+from mlcbuild.emulation.source import translated
+from mlcbuild.errors import MlcBuildError, Unavailable
+from mlcbuild.zig import run_zig
+
+_DEVICE = Path(__file__).parent / "device"
+_HEADER = b"mlcbuild kernels"  # device/driver.cpp
+_RUNTIME, _DRIVER = "libcudart.so.13", "libcuda.so.1"  # what TVM's runtime is linked against
+_MACHINES = {"x86_64": ("x86_64-linux-gnu.2.28", "x86_64_v3"), "aarch64": ("aarch64-linux-gnu.2.28", "baseline")}
+# A vector that is not aligned is a fault on a device; numbers that nobody set are not zero there.
+_KERNEL_FLAGS = ("-O1", "-fsanitize=alignment", "-fsanitize-trap=alignment", "-ftrivial-auto-var-init=pattern", "-w")
+
+
+@dataclass(frozen=True)
+class Report:
+    """`notes`: what is wrong, by kernel. `launches`: how often each kernel ran."""
+
+    notes: Mapping[str, str]
+    launches: Mapping[str, int]
+
+
+def compile_source(code: str, scratch: Path) -> bytes:
+    """The image of a module for the emulated device: CUDA source as TVM writes it, compiled for this CPU.
+
+    Raises MlcBuildError with the compiler's message.
+    """
+    source, image = scratch / "kernels.cpp", scratch / "kernels.so"
+    source.write_text(translated(code))
+    _link([_compile(source, scratch, *_KERNEL_FLAGS), _compile(_DEVICE / "threads.cpp", scratch, "-O2")], image, scratch)
+    content = image.read_bytes()
+    return _HEADER + struct.pack("<Q", len(content)) + content
+
+
+def load(scratch: Path) -> None:
+    """Make this process's CUDA device an emulated one. To be called before TVM's CUDA runtime is loaded.
+
+    Raises Unavailable where CUDA's headers are missing.
+    """
+    headers = cuda.toolkit().runtime.parents[1] / "include"
+    versions = scratch / "versions"
+    versions.write_text(f"{_RUNTIME} {{ cuda*; }};\n")
+    driver = _compile(_DEVICE / "driver.cpp", scratch, "-O2", "-isystem", str(headers))
+    _link([driver], scratch / _RUNTIME, scratch, f"-Wl,-soname,{_RUNTIME}", f"-Wl,--version-script,{versions}")
+    empty = scratch / "empty.cpp"
+    empty.write_text("")
+    _link([_compile(empty, scratch)], scratch / _DRIVER, scratch, f"-Wl,-soname,{_DRIVER}")
+    for name in (_RUNTIME, _DRIVER):
+        ctypes.CDLL(str(scratch / name), ctypes.RTLD_GLOBAL)
+    _stand_in(str(scratch / _RUNTIME))
+    _load_tvm()
+
+
+def check(on: bool = True) -> None:
+    """From now on, run every kernel in several orders of its threads and compare all of the device's memory."""
+    _stand_in().emulation_check(int(on))
+
+
+def report() -> Report:
+    """What was noted so far, and which kernels ran."""
+    ask = _stand_in().emulation_report
+    ask.restype = ctypes.c_size_t
+    buffer = ctypes.create_string_buffer(ask(None, ctypes.c_size_t(0)) + 1)
+    ask(buffer, ctypes.c_size_t(len(buffer)))
+    notes: dict[str, str] = {}
+    launches: dict[str, int] = {}
+    for line in buffer.value.decode().splitlines():
+        what, kernel, text = line.split(" ", 2)
+        if what == "note":
+            notes[kernel] = text
+        else:
+            launches[kernel] = launches.get(kernel, 0) + int(text)
+    return Report(notes, launches)
+
+
+@functools.cache
+def _stand_in(path: str = _RUNTIME) -> ctypes.CDLL:
+    return ctypes.CDLL(path)
+
+
+def _load_tvm() -> None:
+    import tvm_ffi  # noqa: F401  its library is what TVM's are linked against
+
+    spec = importlib.util.find_spec("tvm")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for name in ("libtvm_runtime.so", "libtvm_runtime_cuda.so"):
+            ctypes.CDLL(str(Path(folder) / "lib" / name), ctypes.RTLD_GLOBAL)
+
+
+def _machine() -> tuple[str, str]:
+    if platform.machine() not in _MACHINES:
+        raise Unavailable(f"the emulated device runs on {' and '.join(_MACHINES)}, not on {platform.machine()}")
+    return _MACHINES[platform.machine()]
+
+
+def _compile(source: Path, scratch: Path, *flags: str) -> Path:
+    triple, cpu = _machine()
+    output = scratch / f"{source.stem}.o"
+    common = ["-c", "-target", triple, f"-mcpu={cpu}", "-std=c++20", "-fPIC", "-fvisibility=hidden", f"-I{_DEVICE}"]
+    run_zig(["c++", *common, *flags, "-o", str(output), str(source)], scratch / "zig")
+    return output
+
+
+def _link(objects: list[Path], output: Path, scratch: Path, *flags: str) -> None:
+    """Without any library: what is missing is in the process that loads it."""
+    command = ["cc", "-shared", "-nostdlib", "-target", _machine()[0], *flags]
+    run_zig([*command, "-o", str(output), *map(str, objects)], scratch / "zig")
+    if not output.is_file():
+        raise MlcBuildError(f"zig did not write {output}")

@@ -1,0 +1,261 @@
+// CUDA C as TVM writes it, in C++ for this CPU: types, vectors, arithmetic, warp operations, tensor cores.
+#pragma once
+#include "threads.h"
+
+// The mathematical functions that kernels call, of the process that loads them: no header and no library of the host's.
+#define EMULATION_FUNCTION(NAME) \
+  extern "C" float NAME##f(float); \
+  extern "C" double NAME(double);
+EMULATION_FUNCTION(acos)
+EMULATION_FUNCTION(acosh)
+EMULATION_FUNCTION(asin)
+EMULATION_FUNCTION(asinh)
+EMULATION_FUNCTION(atan)
+EMULATION_FUNCTION(atanh)
+EMULATION_FUNCTION(cbrt)
+EMULATION_FUNCTION(ceil)
+EMULATION_FUNCTION(cos)
+EMULATION_FUNCTION(cosh)
+EMULATION_FUNCTION(erf)
+EMULATION_FUNCTION(exp)
+EMULATION_FUNCTION(exp2)
+EMULATION_FUNCTION(fabs)
+EMULATION_FUNCTION(floor)
+EMULATION_FUNCTION(log)
+EMULATION_FUNCTION(log1p)
+EMULATION_FUNCTION(log2)
+EMULATION_FUNCTION(log10)
+EMULATION_FUNCTION(nearbyint)
+EMULATION_FUNCTION(rint)
+EMULATION_FUNCTION(round)
+EMULATION_FUNCTION(sin)
+EMULATION_FUNCTION(sinh)
+EMULATION_FUNCTION(sqrt)
+EMULATION_FUNCTION(tan)
+EMULATION_FUNCTION(tanh)
+EMULATION_FUNCTION(trunc)
+extern "C" float powf(float, float);
+extern "C" double pow(double, double);
+extern "C" float fmodf(float, float);
+extern "C" float atan2f(float, float);
+
+#define __device__
+#define __host__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(bytes) alignas(bytes)
+
+#define threadIdx emulation::thread_index
+#define blockIdx emulation::block_index
+#define blockDim emulation::block_size
+#define gridDim emulation::grid_size
+
+typedef unsigned int uint;
+typedef unsigned char uchar;
+typedef unsigned short ushort;
+
+template <class T>
+concept Number = __is_arithmetic(T);
+
+// 16-bit floats: stored in 16 bits, computed in float32 and rounded after each operation, to nearest even, as GPUs do.
+struct half {
+  _Float16 value;
+  half() = default;
+  half(Number auto number) : value(static_cast<_Float16>(static_cast<float>(number))) {}
+  half(double number) : value(static_cast<_Float16>(number)) {}
+  operator float() const { return static_cast<float>(value); }
+};
+
+struct nv_bfloat16 {
+  uint16_t bits;
+  nv_bfloat16() = default;
+  nv_bfloat16(Number auto number) {
+    const float wide = static_cast<float>(number);
+    uint32_t raw;
+    memcpy(&raw, &wide, 4);
+    bits = wide != wide ? 0x7fff : (raw + 0x7fff + (raw >> 16 & 1)) >> 16;
+  }
+  operator float() const {
+    const uint32_t raw = static_cast<uint32_t>(bits) << 16;
+    float wide;
+    memcpy(&wide, &raw, 4);
+    return wide;
+  }
+};
+typedef half __half;
+typedef nv_bfloat16 __nv_bfloat16;
+
+#define EMULATION_ARITHMETIC(T)                                              \
+  static inline T operator+(T a, T b) { return T(float(a) + float(b)); }     \
+  static inline T operator-(T a, T b) { return T(float(a) - float(b)); }     \
+  static inline T operator*(T a, T b) { return T(float(a) * float(b)); }     \
+  static inline T operator/(T a, T b) { return T(float(a) / float(b)); }     \
+  static inline T operator-(T a) { return T(-float(a)); }                    \
+  static inline bool operator<(T a, T b) { return float(a) < float(b); }     \
+  static inline bool operator>(T a, T b) { return float(a) > float(b); }     \
+  static inline bool operator<=(T a, T b) { return float(a) <= float(b); }   \
+  static inline bool operator>=(T a, T b) { return float(a) >= float(b); }   \
+  static inline bool operator==(T a, T b) { return float(a) == float(b); }   \
+  static inline bool operator!=(T a, T b) { return float(a) != float(b); }   \
+  static inline T max(T a, T b) { return a > b ? a : b; }                    \
+  static inline T min(T a, T b) { return a < b ? a : b; }
+EMULATION_ARITHMETIC(half)
+EMULATION_ARITHMETIC(nv_bfloat16)
+
+static inline half __float2half_rn(float x) { return half(x); }
+static inline half __float2half(float x) { return half(x); }
+static inline float __half2float(half x) { return x; }
+static inline nv_bfloat16 __float2bfloat16_rn(float x) { return nv_bfloat16(x); }
+static inline nv_bfloat16 __float2bfloat16(float x) { return nv_bfloat16(x); }
+static inline float __bfloat162float(nv_bfloat16 x) { return x; }
+
+// Vectors are aligned as on the device (16 bytes at most): an access that is not is a fault there, and is one here.
+#define EMULATION_VECTOR(T, NAME)                                                       \
+  struct alignas(sizeof(T) * 2) NAME##2 { T x, y; };                                    \
+  struct NAME##3 { T x, y, z; };                                                        \
+  struct alignas(sizeof(T) * 4 > 16 ? 16 : sizeof(T) * 4) NAME##4 { T x, y, z, w; };    \
+  static inline NAME##2 make_##NAME##2(T x, T y) { return {x, y}; }                     \
+  static inline NAME##3 make_##NAME##3(T x, T y, T z) { return {x, y, z}; }             \
+  static inline NAME##4 make_##NAME##4(T x, T y, T z, T w) { return {x, y, z, w}; }
+EMULATION_VECTOR(float, float)
+EMULATION_VECTOR(double, double)
+EMULATION_VECTOR(int, int)
+EMULATION_VECTOR(uint, uint)
+EMULATION_VECTOR(char, char)
+EMULATION_VECTOR(uchar, uchar)
+EMULATION_VECTOR(short, short)
+EMULATION_VECTOR(ushort, ushort)
+EMULATION_VECTOR(long long, longlong)
+EMULATION_VECTOR(unsigned long long, ulonglong)
+EMULATION_VECTOR(half, half)
+EMULATION_VECTOR(nv_bfloat16, bfloat16)
+typedef bfloat162 nv_bfloat162;
+typedef bfloat164 nv_bfloat164;
+#define make_nv_bfloat162 make_bfloat162
+#define make_nv_bfloat164 make_bfloat164
+
+static inline uint __pack_half2(half low, half high) {
+  uint16_t a, b;
+  memcpy(&a, &low, 2), memcpy(&b, &high, 2);
+  return static_cast<uint>(b) << 16 | a;
+}
+
+static inline auto max(Number auto a, Number auto b) { return a > b ? a : b; }
+static inline auto min(Number auto a, Number auto b) { return a < b ? a : b; }
+template <class T>
+static inline T __ldg(const T* place) { return *place; }
+static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+static inline float __int_as_float(int raw) { float x; memcpy(&x, &raw, 4); return x; }
+static inline int __float_as_int(float x) { int raw; memcpy(&raw, &x, 4); return raw; }
+static inline float emulation_fast_exp(float x) { return expf(x); }
+static inline float emulation_fast_log(float x) { return logf(x); }
+#define __expf emulation_fast_exp
+#define __logf emulation_fast_log
+static inline int __popc(unsigned x) { return __builtin_popcount(x); }
+
+static inline void __syncthreads() { emulation::wait_for_block(); }
+static inline void __syncwarp(unsigned = ~0u) { emulation::wait_for_warp(); }
+static inline unsigned __activemask() { return ~0u; }
+
+template <class T>
+static inline T emulation_exchange(T value, int lane) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 2, "shuffles of 16 and 32 bits");
+  uint32_t raw = 0;
+  memcpy(&raw, &value, sizeof(T));
+  raw = emulation::exchange(raw, lane);
+  memcpy(&value, &raw, sizeof(T));
+  return value;
+}
+static inline int emulation_lane() { return emulation::thread % emulation::WARP; }
+// A lane that would reach beyond its group of `width` gets its own value back.
+template <class T>
+static inline T __shfl_down_sync(unsigned, T value, int by, int width = 32) {
+  const int lane = emulation_lane();
+  return emulation_exchange(value, lane % width + by < width ? lane + by : lane);
+}
+template <class T>
+static inline T __shfl_up_sync(unsigned, T value, int by, int width = 32) {
+  const int lane = emulation_lane();
+  return emulation_exchange(value, lane % width >= by ? lane - by : lane);
+}
+template <class T>
+static inline T __shfl_sync(unsigned, T value, int from, int width = 32) {
+  return emulation_exchange(value, emulation_lane() / width * width + from % width);
+}
+template <class T>
+static inline T __shfl_xor_sync(unsigned, T value, int mask, int width = 32) {
+  const int lane = emulation_lane(), from = lane ^ mask;
+  return emulation_exchange(value, from / width == lane / width ? from : lane);
+}
+
+// Tensor cores: 16 x 16 x 16. A fragment belongs to a warp; its first lane holds all of it and does all the work.
+namespace nvcuda {
+namespace wmma {
+struct matrix_a {};
+struct matrix_b {};
+struct accumulator {};
+struct row_major {};
+struct col_major {};
+enum layout_t { mem_row_major, mem_col_major };
+
+template <class Use, int M, int N, int K, class T, class Layout = row_major>
+struct fragment {
+  static_assert(M == 16 && N == 16 && K == 16, "fragments of 16 x 16 x 16");
+  T value[16][16];
+};
+
+static inline bool leads() { return emulation_lane() == 0; }
+
+template <class Fragment>
+void fill_fragment(Fragment& fragment, float number) {
+  if (!leads()) return;
+  for (auto& row : fragment.value)
+    for (auto& cell : row) cell = number;
+}
+template <class Use, class T, class Layout>
+void load_matrix_sync(fragment<Use, 16, 16, 16, T, Layout>& fragment, const T* from, unsigned stride) {
+  if (!leads()) return;
+  for (int i = 0; i < 16; i++)
+    for (int j = 0; j < 16; j++)
+      fragment.value[i][j] = __is_same(Layout, col_major) ? from[j * stride + i] : from[i * stride + j];
+}
+template <class Result, class A, class B, class C>
+void mma_sync(Result& result, const A& a, const B& b, const C& c) {
+  if (!leads()) return;
+  for (int i = 0; i < 16; i++)
+    for (int j = 0; j < 16; j++) {
+      float sum = float(c.value[i][j]);
+      for (int k = 0; k < 16; k++) sum += float(a.value[i][k]) * float(b.value[k][j]);
+      result.value[i][j] = sum;
+    }
+}
+template <class T, class Fragment>
+void store_matrix_sync(T* to, const Fragment& fragment, unsigned stride, layout_t layout) {
+  if (!leads()) return;
+  for (int i = 0; i < 16; i++)
+    for (int j = 0; j < 16; j++) to[layout == mem_row_major ? i * stride + j : j * stride + i] = fragment.value[i][j];
+}
+}  // namespace wmma
+}  // namespace nvcuda
+
+// The thunk of a kernel, and its row in the table.
+namespace emulation {
+template <class Function>
+struct Arguments;
+template <class... T>
+struct Arguments<void(T...)> {
+  static constexpr size_t count = sizeof...(T);
+  static constexpr size_t sizes[count + 1] = {sizeof(T)..., 0};
+  static void call(void (*kernel)(T...), void** values) {
+    // Braces give the order in which `values` is counted up.
+    struct Call {
+      Call(void (*kernel)(T...), T... given) { kernel(given...); }
+    };
+    Call{kernel, *static_cast<T*>(*values++)...};
+  }
+};
+}  // namespace emulation
+#define EMULATION_KERNEL(NAME)                                                                          \
+  {#NAME, [](void** values) { emulation::Arguments<decltype(NAME)>::call(NAME, values); },              \
+   emulation::Arguments<decltype(NAME)>::sizes, emulation::Arguments<decltype(NAME)>::count}

@@ -284,8 +284,7 @@ EXPORTED CUresult cuModuleLoadData(CUmodule* out, const void* image) {
   char path[64];
   snprintf(path, sizeof(path), "/proc/self/fd/%d", file);
   Module* module = static_cast<Module*>(calloc(1, sizeof(Module)));
-  module->handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-  close(file);
+  module->handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);  // the file stays open: another module would get its path
   if (!module->handle) return no_module(dlerror());
   module->kernels = static_cast<const emulation::Kernel*>(dlsym(module->handle, "emulation_kernels"));
   module->run = reinterpret_cast<decltype(module->run)>(dlsym(module->handle, "emulation_run"));

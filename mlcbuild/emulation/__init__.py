@@ -1,1 +1,1 @@
-"""A GPU on the CPU: kernels as the compiler emits them, run thread by thread, with every race and stray access found."""
+"""A GPU on the CPU: kernels as the compiler emits them, run thread by thread; races and stray accesses are found."""

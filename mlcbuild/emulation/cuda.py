@@ -43,7 +43,9 @@ def compile_source(code: str, scratch: Path) -> bytes:
     """
     source, image = scratch / "kernels.cpp", scratch / "kernels.so"
     source.write_text(translated(code))
-    _link([_compile(source, scratch, *_KERNEL_FLAGS), _compile(_DEVICE / "threads.cpp", scratch, "-O2")], image, scratch)
+    _link(
+        [_compile(source, scratch, *_KERNEL_FLAGS), _compile(_DEVICE / "threads.cpp", scratch, "-O2")], image, scratch
+    )
     content = image.read_bytes()
     return _HEADER + struct.pack("<Q", len(content)) + content
 

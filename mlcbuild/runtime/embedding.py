@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.runtime import threads, tvm_runtime
+from mlcbuild.runtime import threads
 from mlcbuild.runtime.library import Library, Network
 from mlcbuild.runtime.session import Session
 
@@ -83,8 +83,8 @@ def hidden_states(network: Network, ids: Sequence[int]) -> Vectors:
         raise MlcBuildError(f"token id {wrong[0]} is not in this model's vocabulary of {network.vocab_size}")
     threads.configure(network.threads)
     given = (tokens.astype(np.int32), np.ones(tokens.shape, np.int32))
-    out = library["prefill"](*map(tvm_runtime.tensor, given), network.parameters)
-    return tvm_runtime.array(out, (len(ids), -1))
+    out = library["prefill"](*map(library.device.tensor, given), network.parameters)
+    return library.device.array(out, (len(ids), -1))
 
 
 def truncated(ids: Sequence[int], limit: int) -> list[int]:

@@ -6,15 +6,18 @@ CONTRACT: a Relax VM module whose functions take the parameters as one tuple, la
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.runtime import tvm_runtime
+from mlcbuild.runtime.device import GPUS, Device
 
-_CPU, _POOLED_ALLOCATOR = 1, 2  # kDLCPU of DLPack; AllocatorType kPooled of TVM's memory manager
+_POOLED_ALLOCATOR = 2  # AllocatorType kPooled of TVM's memory manager
+_WANTED_RUNTIME = re.compile(r"created using \{(\w+)\}")  # TVM of a library whose device's runtime is not loaded
 
 
 class Described(Protocol):
@@ -57,21 +60,18 @@ class Metadata:
 class Library:
     """An opened library. Its functions are called by name: `library["decode"](...)`."""
 
-    def __init__(self, path: Path) -> None:
-        """Open `path`. Raises MlcBuildError where it is no library for this machine, or not a model's."""
-        import tvm_ffi
+    def __init__(self, path: Path, device: Device | None = None) -> None:
+        """Open `path` for `device` (default: the one that it was built for).
 
-        tvm_runtime.start()
+        Raises MlcBuildError where it is no library for this machine, or not a model's.
+        """
         self.path = path
-        try:
-            module = tvm_ffi.load_module(str(path.absolute()))
-            self._module = module["vm_load_executable"]()
-        except (RuntimeError, AttributeError, KeyError) as error:
-            raise MlcBuildError(
-                f"{path}: this machine cannot load it as a model library ({_last_line(error)}); "
-                "was it built for another target?"
-            ) from error
-        self._module["vm_initialization"](_CPU, 0, _POOLED_ALLOCATOR)
+        module = _open(path)
+        self.device = device or Device(next((kind for kind in _kinds(module) if kind in GPUS), "cpu"))
+        self.device.start()
+        self._module = module["vm_load_executable"]()
+        devices = dict.fromkeys([self.device.number, Device().number])
+        self._module["vm_initialization"](*(value for number in devices for value in (number, 0, _POOLED_ALLOCATOR)))
         if not self.has("_metadata"):
             raise MlcBuildError(f"{path}: no `_metadata` function, so this is not a library of a language model")
         self.metadata = parse_metadata(str(self["_metadata"]()), path)
@@ -92,6 +92,34 @@ class Network:
     parameters: Any  # a TVM array of tensors in `_metadata.params` order
     vocab_size: int
     threads: int
+
+
+def _open(path: Path) -> Any:
+    """The module in `path`, with the runtime of the device that it was built for."""
+    import tvm_ffi
+
+    tvm_runtime.start()
+    for started in (False, True):
+        try:
+            module = tvm_ffi.load_module(str(path.absolute()))
+            module["vm_load_executable"]  # what a model's library has
+            return module
+        except (RuntimeError, AttributeError, KeyError) as error:
+            wanted = _WANTED_RUNTIME.search(str(error))
+            if started or wanted is None or wanted[1] not in GPUS:
+                raise MlcBuildError(
+                    f"{path}: this machine cannot load it as a model library ({_last_line(error)}); "
+                    "was it built for another target?"
+                ) from error
+            Device(wanted[1]).start()
+    raise AssertionError("the second try either returns or raises")
+
+
+def _kinds(module: Any) -> Iterator[str]:
+    """The kinds of the modules that a library is made of, such as `cuda`."""
+    yield module.kind
+    for imported in module.imports:
+        yield from _kinds(imported)
 
 
 def parse_metadata(text: str, path: Path) -> Metadata:

@@ -12,6 +12,7 @@ import numpy as np
 from mlcbuild.chat import conversation as chat
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.runtime import embedding, package, sampling, threads, weights
+from mlcbuild.runtime.device import Device
 from mlcbuild.runtime.library import Library, Network, match
 from mlcbuild.runtime.session import Logits, Session
 from mlcbuild.runtime.text import TextStream
@@ -201,14 +202,17 @@ class Model:
         return [text for text in self._template_stops("stop_str") if self.tokenizer.token_to_id(text) is None]
 
 
-def load(folder: Path | str, library: Path | str | None = None, threads: int | None = None) -> Model:
+def load(
+    folder: Path | str, library: Path | str | None = None, threads: int | None = None, device: str | None = None
+) -> Model:
     """A package (`dist/<recipe>`), or any weights folder with a library of the same structure, ready to run.
 
-    `threads` defaults to TVM_NUM_THREADS, or the physical cores that this process may use. Raises MlcBuildError where
+    `threads` defaults to TVM_NUM_THREADS, or the physical cores that this process may use; `device` (cpu, cuda) to the
+    one that the library was built for. Raises MlcBuildError where
     files are missing, and where the weights are not the ones that the library was compiled for.
     """
     files = package.find(Path(folder), None if library is None else Path(library))
-    return Model(load_network(files, threads), files.config, files.weights)
+    return Model(load_network(files, threads, device), files.config, files.weights)
 
 
 def conversation(config: Mapping[str, Any]) -> chat.Conversation:
@@ -219,17 +223,18 @@ def conversation(config: Mapping[str, Any]) -> chat.Conversation:
     return chat.from_data(template.get("name") or "", template)
 
 
-def load_network(files: package.PackageFiles, thread_count: int | None = None) -> Network:
-    """The library of a package with its weights mapped, after checking that they fit."""
+def load_network(files: package.PackageFiles, thread_count: int | None = None, device: str | None = None) -> Network:
+    """The library of a package with its weights mapped (on a GPU copied there), after checking that they fit."""
     import tvm_ffi
 
     count = threads.configure(threads.choose(thread_count))
-    opened = Library(files.library)
+    opened = Library(files.library, Device(device) if device is not None else None)
     wanted = opened.metadata.parameters
     records = weights.read_index(files.weights)
     sizes = match(wanted, records, files.library, files.weights)
     by_name = {record.name: record for record in records}
-    tensors = list(weights.load([by_name[parameter.name] for parameter in wanted]))
+    loaded = weights.load([by_name[parameter.name] for parameter in wanted])
+    tensors = [opened.device.place(tensor) for tensor in loaded]
     vocab_size = sizes.get("vocab_size", files.config.get("vocab_size"))
     if not isinstance(vocab_size, int):
         raise MlcBuildError(

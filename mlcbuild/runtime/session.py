@@ -140,7 +140,7 @@ class Session:
             if verify:
                 logits = self._forward("batch_verify", [sequence], [len(piece)], embedded)
             else:
-                positions = _ids(range(len(piece)))
+                positions = self._ids(range(len(piece)))
                 logits = self._forward("batch_prefill", [sequence], [len(piece)], embedded, positions)
             if logits.shape[-2] != len(piece):  # upstream's recurrent libraries give the last position only
                 raise MlcBuildError(
@@ -165,7 +165,7 @@ class Session:
         lengths = [len(tokens) for tokens in ids]
         flat = [token for tokens in ids for token in tokens]
         embedded = self._embed(flat, (1, len(flat)))
-        positions = _ids(np.cumsum(lengths) - 1)
+        positions = self._ids(np.cumsum(lengths) - 1)
         return self._array(self._forward("batch_prefill", sequences, lengths, embedded, positions), len(ids), -1)
 
     def _embed(self, ids: Sequence[int], shape: tuple[int, int]) -> Any:
@@ -177,7 +177,7 @@ class Session:
         wrong = array[(array < 0) | (array >= self._network.vocab_size)]
         if len(wrong):
             raise MlcBuildError(f"token id {wrong[0]} is not in this model's vocabulary of {self._network.vocab_size}")
-        embedded = self._call("embed", _ids(array), self._network.parameters)
+        embedded = self._call("embed", self._ids(array), self._network.parameters)
         return tvm_runtime.view(embedded, (*shape, embedded.shape[-1]), str(embedded.dtype))
 
     def _forward(self, name: str, sequences: Sequence[int], lengths: Sequence[int], *arguments: Any) -> Any:
@@ -208,17 +208,15 @@ class Session:
     def _state(self, method: str, *arguments: Any) -> None:
         tvm_runtime.function(f"vm.builtin.kv_state_{method}")(self._cache, *arguments)
 
-    @staticmethod
-    def _array(logits: Any, *shape: int) -> Logits:
+    def _ids(self, ids: Any) -> Any:
+        """int32 [n], on the device"""
+        return self._library.device.tensor(np.asarray(list(ids), np.int32))
+
+    def _array(self, logits: Any, *shape: int) -> Logits:
         if logits is None:
             raise MlcBuildError("no tokens: a model needs at least one to say what follows")
-        return tvm_runtime.array(logits, shape)
+        return self._library.device.array(logits, shape)
 
 
 def _pieces(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     return (ids[start : start + size] for start in range(0, len(ids), size))
-
-
-def _ids(ids: Any) -> Any:
-    """int32 [n]"""
-    return tvm_runtime.tensor(np.asarray(list(ids), np.int32))

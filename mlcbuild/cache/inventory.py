@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlcbuild.cache import layout
 from mlcbuild.cache.canonical import digest_json
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
-LOOSE = ("test-run", "partial")  # folders of a cache: what `mlcbuild test-run` installed, what has arrived so far
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Inventory:
     blobs: Mapping[str, Blob]  # by digest
     borrowed: Mapping[str, Blob]  # by digest; `path` is the record's
     logs: tuple[Blob, ...]
-    junk: tuple[Blob, ...]  # in ac/ and cas/, but nothing that the cache would read
+    junk: tuple[Blob, ...]  # among entries and blobs, but nothing that the cache would read
     loose: tuple[Blob, ...] = ()  # test runs and unfinished downloads: worth keeping only where there is room
 
     @property
@@ -56,22 +56,26 @@ class Inventory:
 def inventory(root: Path) -> Inventory:
     """Everything in the cache folder `root`. What vanishes meanwhile is not in it."""
     records, blobs, borrowed, junk = [], {}, {}, []
-    for file in _files(root / "ac"):
+    for file in _files(root / layout.ACTIONS):
         record = read_record(file.path)
         if record is None:
             junk.append(file)
         else:
             records.append(record)
-    for file in _files(root / "cas"):
+    for file in _files(root / layout.BLOBS):
         digest, dot, ending = file.path.name.partition(".")
-        if not DIGEST.fullmatch(digest) or file.path.parent.name != digest[:2] or (dot and ending != "at"):
+        if (
+            not DIGEST.fullmatch(digest)
+            or file.path.parent.name != digest[:2]
+            or (dot and f".{ending}" != layout.BORROWED)
+        ):
             junk.append(file)
         elif dot:
             borrowed[digest] = file
         else:
             blobs[digest] = file
-    loose = tuple(file for folder in LOOSE for file in _files(root / folder))
-    return Inventory(tuple(records), blobs, borrowed, tuple(_files(root / "logs")), tuple(junk), loose)
+    loose = tuple(file for folder in layout.LOOSE for file in _files(root / folder))
+    return Inventory(tuple(records), blobs, borrowed, tuple(_files(root / layout.LOGS)), tuple(junk), loose)
 
 
 def read_record(path: Path) -> Record | None:

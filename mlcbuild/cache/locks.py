@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlcbuild.cache.layout import WORKPLACES, lock_path
 from mlcbuild.cache.share import make_folder, share
 
 
@@ -54,10 +55,10 @@ class Workplace:
 
 @contextlib.contextmanager
 def workplace(root: Path) -> Iterator[Workplace]:
-    """A fresh folder under `root/tmp`, removed afterwards; those of dead processes are removed first."""
-    folder = root / "tmp"
+    """A fresh folder of `root`, removed afterwards; those of dead processes are removed first."""
+    folder = root / WORKPLACES
     # Without this lock a sweep could meet a folder between its making and its locking.
-    with locked(root / "locks" / "tmp"):
+    with locked(lock_path(root, WORKPLACES)):
         make_folder(folder)
         sweep(folder)
         place = folder / secrets.token_hex(8)
@@ -72,10 +73,10 @@ def workplace(root: Path) -> Iterator[Workplace]:
 
 
 def sweep_dead(root: Path) -> None:
-    """Remove what killed processes left under `root/tmp`."""
-    folder = root / "tmp"
+    """Remove what killed processes left of `root`."""
+    folder = root / WORKPLACES
     if folder.is_dir() and any(folder.iterdir()):
-        with locked(root / "locks" / "tmp"):
+        with locked(lock_path(root, WORKPLACES)):
             sweep(folder)
 
 

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from mlcbuild.cache.layout import action_name, blob_name
+
 _T = TypeVar("_T")
 
 _SLOWEST = 500_000  # bytes a second, on average: what is slower than that is not worth waiting for
@@ -66,7 +68,7 @@ class Remote:
 
         def read() -> bytes | None:
             fs, root = self._open()
-            name = f"{root}/{entry_name(key)}"
+            name = f"{root}/{action_name(key)}"
             fs.invalidate_cache(name)  # another builder may have put it there since a listing was kept
             try:
                 content: bytes = fs.cat_file(name)
@@ -124,7 +126,7 @@ class Remote:
 
         def put() -> None:
             fs, root = self._open()
-            with self._name(fs, f"{root}/{entry_name(key)}") as name:
+            with self._name(fs, f"{root}/{action_name(key)}") as name:
                 fs.pipe_file(name, content)
 
         self._within(put, Meter(self.patience))
@@ -137,7 +139,7 @@ class Remote:
     def commit(self, blobs: Mapping[str, Path], entries: Mapping[str, bytes]) -> None:
         """Put blobs and entries into the repository, all at once. Raises what huggingface_hub raises, or TooSlow."""
         files: dict[str, Any] = {blob_name(digest): str(path) for digest, path in blobs.items()}
-        files |= {entry_name(key): content for key, content in entries.items()}
+        files |= {action_name(key): content for key, content in entries.items()}
 
         def put() -> None:
             from huggingface_hub import CommitOperationAdd
@@ -220,14 +222,6 @@ class Remote:
         if errors:
             raise errors[0]
         return result[0]
-
-
-def entry_name(key: str) -> str:
-    return f"ac/{key[:2]}/{key}.json"
-
-
-def blob_name(digest: str) -> str:
-    return f"cas/{digest[:2]}/{digest}"
 
 
 def shown(url: str) -> str:

@@ -1,6 +1,6 @@
 """Builds that are running, as far as garbage collection has to know: since when.
 
-Each holds a lock of its own, `locks/run-<random>`; the file's modification time is when the build began. A build
+Each holds a lock of its own; the file's modification time is when the build began. A build
 relies on what it has found in the cache, so whatever was used since then stays until the build is over.
 """
 
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from mlcbuild.cache.layout import run_marks, run_path
 from mlcbuild.cache.locks import locked
 
 
@@ -25,7 +26,7 @@ def begin(root: Path, at_end: Callable[[], None] = lambda: None) -> Callable[[],
     """
     stack, ours = contextlib.ExitStack(), os.getpid()
     with contextlib.suppress(OSError):  # a cache that can only be read, a full disk: nothing to hold it with
-        stack.enter_context(locked(root / "locks" / f"run-{secrets.token_hex(8)}"))
+        stack.enter_context(locked(run_path(root, secrets.token_hex(8))))
 
     def end() -> None:
         atexit.unregister(end)
@@ -43,7 +44,7 @@ def running_since(root: Path) -> float | None:
     What dead builds left is removed. A mark that cannot be opened counts as a build that runs.
     """
     began: list[float] = []
-    for mark in (root / "locks").glob("run-*"):
+    for mark in run_marks(root):
         try:
             when = mark.stat().st_mtime
             descriptor = os.open(mark, os.O_RDONLY)

@@ -1,13 +1,8 @@
 """Blobs by digest, and actions by key: what was built once and need not be built again.
 
-    ac/ab/<key>.json    action -> {tree, files: {name: [digest, size, mode]}, step, name, inputs, fields, toolchain,
-                        code, seconds}
-    cas/cd/<sha256>     a read-only blob
-    cas/cd/<sha256>.at  a borrowed blob: where a file with this content lies outside the store, and its stat
-    locks/ tmp/ logs/ pins/ index.sqlite
-
 An action entry is written last and by one rename, after the content of every blob is on the disk: what can be read is
 whole. An entry with a blob that is missing, of another size, or changed behind the store's back counts as absent.
+Where what lies is said by `mlcbuild.cache.layout`.
 """
 
 from __future__ import annotations
@@ -23,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlcbuild.cache import layout
 from mlcbuild.cache.canonical import canonical, digest_json
 from mlcbuild.cache.files import digest_of, hash_file
 from mlcbuild.cache.index import Index, signature
@@ -75,13 +71,13 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
         root.mkdir(parents=True, exist_ok=True)
-        self.index = Index(root / "index.sqlite")
+        self.index = Index(root / layout.INDEX)
         self._hits: dict[str, str] = {}  # key -> kind of step
 
     # Blobs
 
     def blob_path(self, digest: str) -> Path:
-        return self.root / "cas" / digest[:2] / digest
+        return self.root / layout.blob_name(digest)
 
     def find(self, digest: str, size: int) -> Path | None:
         """Where the content with this digest lies, or None when it is gone or no longer that content."""
@@ -138,10 +134,10 @@ class Store:
 
     def owns(self, path: Path) -> bool:
         """Whether `path` is a blob: other files that lie in the cache's folder may change or go."""
-        return path.is_relative_to(self.root / "cas")
+        return path.is_relative_to(self.root / layout.BLOBS)
 
     def _borrowed_path(self, digest: str) -> Path:
-        return self.blob_path(digest).with_name(f"{digest}.at")
+        return self.root / layout.borrowed_name(digest)
 
     def _find_borrowed(self, blob: Path, size: int) -> Path | None:
         for path, recorded in borrowed_places(self._borrowed_path(blob.name)):
@@ -175,7 +171,7 @@ class Store:
         """Make the action known. Its blobs must be in the store already."""
         for folder in {self.blob_path(entry.digest).parent for entry in action.tree.files.values()}:
             _sync_folder(folder)
-        _sync_folder(self.root / "cas")
+        _sync_folder(self.root / layout.BLOBS)
         self.write(self._action_path(action.key), json.dumps(action.to_json(), indent=1, sort_keys=True).encode())
 
     def forget(self, key: str) -> bool:
@@ -191,14 +187,13 @@ class Store:
 
         Each has its `key` added; whether its blobs are still here is not looked at.
         """
-        paths = list(self.root.glob("ac/*/*.json"))
-        for path in sorted(paths, key=_modified):
+        for path in sorted(layout.action_files(self.root), key=_modified):
             record = _read_json(path)
             if isinstance(record, dict) and record.get("step") == step:
                 yield {**record, "key": path.stem}
 
     def _action_path(self, key: str) -> Path:
-        return self.root / "ac" / key[:2] / f"{key}.json"
+        return self.root / layout.action_name(key)
 
     def _read(self, path: Path) -> Action | None:
         record = _read_json(path)
@@ -250,7 +245,7 @@ class Store:
 
 
 def borrowed_places(record: Path) -> list[tuple[str, str]]:
-    """Where a borrowed blob lies, by its record (`cas/cd/<sha256>.at`): paths, and the stat that each had."""
+    """Where a borrowed blob lies, by its record: paths, and the stat that each had."""
     try:
         return [(str(path), str(stat)) for path, stat in json.loads(record.read_bytes())["places"]]
     except (OSError, ValueError, KeyError, TypeError):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlcbuild.cache.disk import room_in
+from mlcbuild.cache.layout import lock_path
 from mlcbuild.cache.locks import locked
 from mlcbuild.cache.store import Action, total_size
 from mlcbuild.cache.tree import Entry
@@ -53,7 +54,7 @@ class Builder:
         store, key = self.lookup.store, ingredients.key
         with (
             room_in(store.root),
-            locked(store.root / "locks" / key, waiting=lambda: self.report(StepWaiting(name))),
+            locked(lock_path(store.root, key), waiting=lambda: self.report(StepWaiting(name))),
         ):
             action = None if force else store.action(key)  # another process may have built it just now
             if action is None and not force:

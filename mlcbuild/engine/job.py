@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlcbuild.cache.layout import PARTIAL
 from mlcbuild.cache.tree import Entry, Tree, check_name
 from mlcbuild.errors import MlcBuildError
 
@@ -46,7 +47,7 @@ class Job:
         self.output = output
         self.scratch = scratch
         self.debug_dump = debug_dump
-        self.partial = partial or scratch / "partial"
+        self.partial = partial or scratch / PARTIAL
         self.reused: dict[str, Entry] = {}
         self._events = events
         self._last_progress = 0.0
@@ -92,7 +93,7 @@ def from_request(request: Mapping[str, Any], events: int | None = None) -> Job:
         scratch=Path(request["scratch"]),
         debug_dump=Path(debug_dump) if debug_dump else None,
         events=events,
-        partial=Path(request["cache"]) / "partial",
+        partial=Path(request["cache"]) / PARTIAL,
     )
 
 

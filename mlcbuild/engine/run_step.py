@@ -12,6 +12,7 @@ from typing import Any
 
 from mlcbuild.cache.disk import full, room_in
 from mlcbuild.cache.files import entry_of
+from mlcbuild.cache.layout import LOGS
 from mlcbuild.cache.locks import Workplace, workplace
 from mlcbuild.cache.store import Action, Store
 from mlcbuild.cache.tree import Entry, Tree, check_name
@@ -74,7 +75,7 @@ def attempt(
 
 def log_of(store: Store, ingredients: Ingredients) -> Path:
     """Where the step's own output goes."""
-    return store.root / "logs" / f"{ingredients.kind}-{ingredients.key[:16]}.log"
+    return store.root / LOGS / f"{ingredients.kind}-{ingredients.key[:16]}.log"
 
 
 def tail(log: Path) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from mlcbuild.cache.disk import room_in
 from mlcbuild.cache.files import entry_of
+from mlcbuild.cache.layout import lock_path
 from mlcbuild.cache.locks import locked
 from mlcbuild.cache.store import Store
 from mlcbuild.cache.tree import Entry, Tree
@@ -38,7 +39,7 @@ def run_step(request: Mapping[str, Any]) -> dict[str, Any]:
         request["toolchain"],
     )
     try:
-        with room_in(store.root), locked(store.root / "locks" / ingredients.key):
+        with room_in(store.root), locked(lock_path(store.root, ingredients.key)):
             return {"seconds": _run(request, ingredients, store)}
     except MlcBuildError as error:
         return {

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mlcbuild.cache.layout import RECIPES_MEMO, TEST_RUN
 from mlcbuild.cache.runs import begin
 from mlcbuild.cache.share import made_for
 from mlcbuild.cache.store import Store, total_size
@@ -26,7 +27,6 @@ from mlcbuild.smoke import checkpoint
 from mlcbuild.workspace.locking import locker, look_up
 from mlcbuild.workspace.session import QUALITY, Session, open_store
 
-FOLDER = "test-run"  # in the cache
 _TEXT = Path(__file__).parent / "text.txt"
 
 
@@ -37,7 +37,7 @@ def test_run(root: Path, names: str, cache: Path | None, report: Report) -> dict
     """
     store = open_store(root, cache)
     begin(store.root)
-    catalog = load(root, memo=store.root / "recipes.memo")
+    catalog = load(root, memo=store.root / RECIPES_MEMO)
     results: dict[str, str] = {}
     problems = []
     for recipe in select(catalog, names):
@@ -46,7 +46,7 @@ def test_run(root: Path, names: str, cache: Path | None, report: Report) -> dict
             refused = look_up(root, store.root, [only_config], report, refuse=False)
             config = config_of(recipe.model, locker(root, refused))
             with made_for(store.root):  # the next user who tries this recipe replaces what is made here
-                results[recipe.name] = _try(store, *small(catalog, recipe, config, store.root / FOLDER), report)
+                results[recipe.name] = _try(store, *small(catalog, recipe, config, store.root / TEST_RUN), report)
         except MlcBuildError as error:
             problems.append(f"{recipe.name}: {error}")
     if problems:
@@ -87,7 +87,7 @@ def _try(store: Store, catalog: Catalog, recipe: Recipe, report: Report) -> str:
     graph = plan(catalog, [recipe], _no_hub)
     if graph.unavailable:
         raise Unavailable(f"unavailable: {graph.unavailable[recipe.name]}")
-    root = store.root / FOLDER
+    root = store.root / TEST_RUN
 
     def relay(event: Event) -> None:
         if not isinstance(event, PackageInstalled):  # not in the workspace's dist/, as that would say

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlcbuild.cache.canonical import canonical, digest_json
+from mlcbuild.cache.layout import action_files
 from mlcbuild.cache.store import Store, total_size
 from mlcbuild.cache.tree import matches
 from mlcbuild.engine.graph import Graph, Step
@@ -221,7 +222,7 @@ def _distance(past: _Past, quantization: Any, mass: int) -> tuple[bool, float]:
 
 def _past(store: Store, graph: Graph) -> dict[str, list[_Past]]:
     """The recorded actions by kind of step, each entry read once."""
-    records = [record for path in store.root.glob("ac/*/*.json") if (record := _read(path)) is not None]
+    records = [record for path in action_files(store.root) if (record := _read(path)) is not None]
     makers = {record["tree"]: record for record in records}
     # An input may be a part of what a step made: by the patterns that steps of today select with.
     parts = {item.select for step in graph.steps.values() for item in step.inputs if item.step and item.select}

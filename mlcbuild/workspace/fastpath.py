@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlcbuild
+from mlcbuild.cache import layout
 from mlcbuild.cache.index import signature
 from mlcbuild.cache.materialise import BLOB_TIME
 from mlcbuild.compiler.targets import cpu_flags
@@ -94,14 +95,13 @@ class Memory:
 
     def _is_whole(self, key: str, now: float) -> bool:
         step = self.steps[key]
-        blobs = f"{self.store}/cas/"
         try:
-            entry = f"{self.store}/ac/{key[:2]}/{key}.json"
+            entry = f"{self.store}/{layout.action_name(key)}"
             status = _stat(entry)
             if [status.st_size, status.st_ino] != step["entry"]:
                 return False
             for digest, size in step["blobs"].items():
-                found = _stat(f"{blobs}{digest[:2]}/{digest}")
+                found = _stat(f"{self.store}/{layout.blob_name(digest)}")
                 if found.st_size != size or found.st_mtime != BLOB_TIME:
                     return False
             for path, known in step["stats"].items():
@@ -201,13 +201,13 @@ def _step(session: Session, name: str, action: Action, began: float) -> dict[str
         if store.owns(entry.path):
             blobs[entry.digest] = entry.size
         else:
-            paths |= {str(entry.path), f"{store.blob_path(entry.digest)}.at"}
+            paths |= {str(entry.path), f"{store.root}/{layout.borrowed_name(entry.digest)}"}
     try:
-        status = _stat(store.root / "ac" / action.key[:2] / f"{action.key}.json")
+        status = _stat(store.root / layout.action_name(action.key))
         stats = {path: signature(_stat(path)) for path in sorted(paths)}
     except OSError:
         return None
-    if not all(_is_settled(path, began) or path.endswith(".at") for path in paths):
+    if not all(_is_settled(path, began) or path.endswith(layout.BORROWED) for path in paths):
         return None
     return {"name": name, "entry": [status.st_size, status.st_ino], "blobs": blobs, "stats": stats}
 
@@ -312,4 +312,4 @@ def _wait_until_settled(folder: Path) -> None:
 
 def _file(root: Path, store: Path) -> Path:
     name = hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
-    return store / "unchanged" / f"{name}.json"
+    return store / layout.UNCHANGED / f"{name}.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from mlcbuild.cache import layout
 from mlcbuild.cache.locks import locked as held
 from mlcbuild.errors import CheckpointError, MlcBuildError
 from mlcbuild.recipes.lock import entry, key, lock_path, read_lock, write_lock
@@ -80,7 +81,7 @@ def store_entry(root: Path, cache: Path, name: str, entry: Locked) -> dict[str, 
 
     Raises RecipeError for a broken lock file, MlcBuildError when it cannot be written.
     """
-    with held(cache / "locks" / "recipes.lock"):
+    with held(layout.lock_path(cache, "recipes.lock")):
         known = {**read_lock(root), name: entry}
         try:
             write_lock(root, known)

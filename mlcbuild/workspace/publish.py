@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from mlcbuild.cache.layout import lock_path
 from mlcbuild.cache.locks import locked
 from mlcbuild.engine.graph import Step
 from mlcbuild.errors import MlcBuildError, StepFailed
@@ -123,7 +124,7 @@ class Publisher:
         with self._lock:
             lock = self._locks.setdefault(repository, threading.Lock())
         # Two builds on this machine may publish at once; on two machines the hub refuses the slower one's commit.
-        with lock, locked(self.session.store.root / "locks" / f"hub-{repository.replace('/', '--')}"):
+        with lock, locked(lock_path(self.session.store.root, f"hub-{repository.replace('/', '--')}")):
             found = hub.changes(repository, files, owns, known)
             sizes = {name: amount(hub.size(content)) for name, content in files.items()}
             for line in hub.lines(found, sizes.__getitem__):

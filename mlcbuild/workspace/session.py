@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlcbuild.cache.disk import room_in
+from mlcbuild.cache.layout import RECIPES_MEMO
 from mlcbuild.cache.locks import sweep_dead
 from mlcbuild.cache.pins import hold_package
 from mlcbuild.cache.store import Action, Store, total_size
@@ -141,7 +142,7 @@ def open_session(
     be built on this machine.
     """
     store = open_store(root, cache)
-    catalog = load(root, memo=store.root / "recipes.memo")
+    catalog = load(root, memo=store.root / RECIPES_MEMO)
     wanted = recipes if isinstance(recipes, Wanted) else Wanted(recipes)
     known, scope = cells(catalog.recipes), scope or Scope(whole=True)
     names = choose(known, wanted, manual(catalog.recipes) if scope.runs or scope.whole else ())

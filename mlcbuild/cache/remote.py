@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import secrets
 import threading
 import time
@@ -20,6 +19,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from mlcbuild.cache.layout import action_name, blob_name
+from mlcbuild.redact import redact
 
 _T = TypeVar("_T")
 
@@ -28,7 +28,6 @@ _WINDOW = 100_000_000  # bytes: an upload of up to this much may come without a 
 _TICK = 0.05  # seconds
 # Here an object appears whole or not at all. Elsewhere it is written under another name and renamed.
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "hf", "memory"}
-_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
 
 
 class TooSlow(Exception):
@@ -167,10 +166,7 @@ class Remote:
         """The error in one line, for the user, without anything secret."""
         text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         userinfo = urlsplit(self.url).netloc.rpartition("@")[0]
-        secrets_ = [value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) > 3]
-        for secret in [self.url, *filter(None, (userinfo, *userinfo.split(":"))), *secrets_]:
-            text = text.replace(secret, self.shown if secret == self.url else "…")
-        return re.sub(r"(https?://[^\s?\"']+)\?[^\s\"']*", r"\1?…", text)[:300]
+        return redact(text.replace(self.url, self.shown), userinfo, *userinfo.split(":"))[:300]
 
     def _open(self) -> tuple[Any, str]:
         with self._lock:

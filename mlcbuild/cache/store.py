@@ -21,7 +21,7 @@ from typing import Any
 from mlcbuild.cache import layout
 from mlcbuild.cache.canonical import canonical, digest_json
 from mlcbuild.cache.files import digest_of, hash_file
-from mlcbuild.cache.index import Index, signature
+from mlcbuild.cache.index import Index, note_use, signature
 from mlcbuild.cache.locks import workplace
 from mlcbuild.cache.materialise import BLOB_MODE, BLOB_TIME
 from mlcbuild.cache.share import make_folder, share
@@ -29,7 +29,6 @@ from mlcbuild.cache.tree import Entry, Tree, check_name, mode_of
 from mlcbuild.errors import MlcBuildError
 
 _PLACES = 8  # that a borrowed blob is remembered at
-_USED = 3600.0  # seconds: last use is kept to the hour, so that an idle build writes nothing
 
 
 class Damaged(MlcBuildError):
@@ -224,11 +223,8 @@ class Store:
         return Entry(digest, size, mode, path) if path is not None else None
 
     def _touch(self, path: Path) -> None:
-        try:
-            if time.time() - path.stat().st_mtime > _USED:
-                os.utime(path)
-        except OSError:
-            pass  # a cache that is only read is fine
+        with contextlib.suppress(OSError):  # it has just gone
+            note_use(path, path.stat(), time.time())
 
     def write(self, path: Path, content: bytes) -> None:
         """Write a small file so that it is either absent (or the old one) or whole."""

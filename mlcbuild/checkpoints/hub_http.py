@@ -17,6 +17,7 @@ from typing import Any
 
 from mlcbuild import __version__
 from mlcbuild.errors import CheckpointError
+from mlcbuild.redact import redact
 
 ATTEMPTS = 6  # in a row without a byte of progress
 _FIRST_ATTEMPTS = 3  # of these at an address where no hub has been reached yet: it may be wrong
@@ -82,16 +83,8 @@ def get(
             limit = _FIRST_ATTEMPTS if error.unreached and not before else ATTEMPTS
             if failures >= limit or wait > _PATIENCE:
                 again = f", {failures} times in a row" if failures > 1 else ""
-                raise CheckpointError(f"{request}: {hidden(str(error))}{again}") from None
+                raise CheckpointError(f"{request}: {redact(str(error))}{again}") from None
             _sleep(wait)
-
-
-def hidden(text: str) -> str:
-    """`text` without the user's token."""
-    from huggingface_hub import get_token
-
-    token = get_token()
-    return text.replace(token, "(token)") if token else text
 
 
 @contextmanager

@@ -28,7 +28,7 @@ class Console:
     def __init__(self) -> None:
         self.log: Report | None = None
         self.collected: list[dict[str, Any]] | None = None  # for the reports of this run
-        self.complete: Callable[[Event], Event] = lambda event: event  # what logs and reports are told in addition
+        self.annotate: Callable[[Event], Event] = lambda event: event  # what logs and reports are told in addition
         self.hits: list[Event] = []  # what was found up to date before doit looked
         # Called with all tasks and the names of those that were asked for. Raises MlcBuildError to stop the build.
         self.at_start: list[Callable[[Mapping[str, Any], list[str]], None]] = []
@@ -51,7 +51,7 @@ class Console:
     def record(self, event: Event) -> None:
         """Tell the log and the reports, not the screen."""
         if self.records:
-            event = self.complete(event)
+            event = self.annotate(event)
         if self.log is not None:
             self.log(event)
         if self.collected is not None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Sequence
-from fnmatch import fnmatch
 from functools import partial
 from typing import Any
 
@@ -126,18 +124,3 @@ def _task(
         doc=doc,
         meta={"forced": False},
     )
-
-
-def check_names(arguments: Sequence[str], tasks: set[str], session: Session) -> None:
-    """doit passes over a pattern that matches nothing, and has no suggestions. Raises MlcBuildError."""
-    for argument in arguments:
-        kind, colon, name = argument.partition(":")
-        if not colon or kind not in GROUPS or "=" in argument:
-            continue
-        if argument in tasks or ("*" in argument and any(fnmatch(task, argument) for task in tasks)):
-            continue
-        if kind == "build" and name in session.graph.unavailable:
-            raise MlcBuildError(f"{name}: unavailable: {session.graph.unavailable[name]}")
-        close = difflib.get_close_matches(argument, sorted(task for task in tasks if ":" in task), n=1)
-        hint = f": did you mean {close[0]}?" if close else "; `doit list --all` shows the tasks"
-        raise MlcBuildError(f"no task is called {argument}{hint}")

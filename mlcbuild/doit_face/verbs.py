@@ -48,7 +48,7 @@ def lead_to_cache(manager: Any, session: Session, everything: Callable[[], Sessi
 
     def forget_all() -> None:
         for name in session.graph.goals:
-            session.forget(session.graph.closure(session.graph.goals[name].steps.values()))
+            session.forget(session.needed(name))
 
     manager.get_status = get_status
     manager.remove = forget
@@ -84,12 +84,8 @@ def _forget(session: Session, everything: Session, name: str) -> None:
     recipe = name.removeprefix("build:")
     if name in GROUPS or (name.startswith("build:") and recipe not in graph.goals):
         return
-    names = graph.closure(graph.goals[recipe].steps.values()) if name.startswith("build:") else [name]
+    names = session.needed(recipe) if name.startswith("build:") else [name]
     for step in session.forget(names):
-        users = [
-            other
-            for other, goal in everything.graph.goals.items()
-            if other != recipe and step in everything.graph.closure(goal.steps.values())
-        ]
+        users = [other for other in everything.graph.goals if other != recipe and step in everything.needed(other)]
         shared = f", which is shared with {', '.join(users)}" if users else ""
         print(f"forgetting {step}{shared}")

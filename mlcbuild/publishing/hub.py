@@ -15,6 +15,7 @@ from typing import Any
 
 from mlcbuild.cache.hub_commit import commit
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.redact import redact
 
 Content = Path | bytes
 
@@ -117,8 +118,6 @@ def _explained(repository: str) -> Iterator[None]:
     """Whatever huggingface_hub raises becomes a sentence without a token. Raises MlcBuildError."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    from mlcbuild.checkpoints.hub_http import hidden
-
     try:
         yield
     except (RepositoryNotFoundError, MlcBuildError):
@@ -131,5 +130,5 @@ def _explained(repository: str) -> Iterator[None]:
             403: "; the token may not write there",
             412: "; somebody else has committed meanwhile: run it again",
         }.get(status or 0, "; run it again: what has arrived is not sent again")
-        words = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
-        raise MlcBuildError(f"hf:{repository}: cannot be written: {hidden(words)}{hint}") from None
+        words = redact(" ".join(f"{type(cause).__name__}: {cause}".split()))[:300]
+        raise MlcBuildError(f"hf:{repository}: cannot be written: {words}{hint}") from None

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
+
+from mlcbuild.errors import MlcBuildError
 
 
 @dataclass(frozen=True)
@@ -113,3 +119,20 @@ def to_json(event: Event) -> dict[str, Any]:
     """`{"event": "step_finished", "step": ...}`."""
     name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
     return {"event": name, **dataclasses.asdict(event)}
+
+
+def json_log(path: Path) -> Report:
+    """A report that appends one line per event, with `time` (seconds since 1970) in front.
+
+    Each line is one write, so that several processes may share the file. Raises MlcBuildError when it cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    except OSError as error:
+        raise MlcBuildError(f"{path}: the log cannot be written: {error.strerror}") from None
+
+    def report(event: Event) -> None:
+        line = json.dumps({"time": round(time.time(), 3), **to_json(event)})
+        os.write(descriptor, line.encode() + b"\n")
+
+    return report

@@ -25,6 +25,7 @@ from mlcbuild.publishing.origin import Origin, of_folder, of_hub
 from mlcbuild.publishing.package import PUBLISHED, Package, installed, read_package
 from mlcbuild.publishing.provenance import MATERIALS, STATEMENT, bill_of_materials, statement
 from mlcbuild.recipes.files import write_atomically
+from mlcbuild.redact import redact
 from mlcbuild.reporting.events import StepFinished, StepNote, StepStarted
 from mlcbuild.reporting.plain import amount
 from mlcbuild.workspace.install import BESIDE
@@ -186,9 +187,7 @@ class Publisher:
         try:
             return of_hub(repositories)
         except Exception as error:
-            from mlcbuild.checkpoints.hub_http import hidden
-
-            words = hidden(" ".join(str(error).split())[:200])
+            words = redact(" ".join(str(error).split()))[:200]
             raise MlcBuildError(f"{model.source}: its card and licence cannot be read: {words}") from None
 
 

@@ -15,7 +15,7 @@ NAMES = {name for name, value in vars(layout).items() if name.isupper() and isin
 FOLDERS = "|".join(re.escape(getattr(layout, name)) for name in sorted(NAMES) if name != "BORROWED")
 SPELLED = re.compile(rf"(?:{FOLDERS})|(?:.*/)?(?:{FOLDERS})/.*|\.at|.*\.at\b|run-.*")
 # What is called the same and is something else: a command, its arguments, a word of a table.
-OTHERS = {"cli/main.py": {"test-run"}, "cli/reports.py": {"logs"}, "workspace/maintenance.py": {"pins"}}
+OTHERS = {"cli/models.py": {"test-run"}, "cli/workspace.py": {"logs"}, "workspace/maintenance.py": {"pins"}}
 
 
 def texts(path: Path) -> Iterator[str]:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
+from mlcbuild.doit_face import variables
 from mlcbuild.recipes.check import check, render
 from mlcbuild.reporting import events
 from mlcbuild.verify import quality
-from mlcbuild.workspace import variables
 from tests.docs.pages import DOCS, PAGES, ROOT, Block, blocks, code, table
 
 SNIPPETS = {page.name: [b for b in blocks(page.read_text()) if b.language == "yaml"] for page in PAGES}
@@ -82,7 +82,7 @@ def test_a_wrong_snippet_gives_the_text_that_follows_it(snippet: Block, after: B
 
 def test_every_variable_of_the_command_line_is_described() -> None:
     described = [code(row[0])[0].removesuffix("=") for row in table(page("building.md"), "variable", "meaning")]
-    assert described == list(variables._NAMES)
+    assert described == list(variables.VARIABLES)
 
 
 def test_every_variable_of_the_environment_is_described() -> None:

@@ -70,9 +70,10 @@ def peak_memory(workspace: Workspace, recipe: str, folder: Path) -> int:
     """Bytes that a verification of the built recipe has resident at most, in a process of its own."""
     from mlcbuild.cache.locks import Workplace
     from mlcbuild.engine.run_step import _request
-    from mlcbuild.workspace.session import open_session
+    from mlcbuild.recipes.select import Selection
+    from mlcbuild.workspace.session import Settings, open_session
 
-    session = open_session(workspace.root, lambda event: None, recipe, workspace.cache)
+    session = open_session(workspace.root, lambda event: None, Selection(recipe), Settings(workspace.cache))
     name = session.graph.goals[recipe].steps["verify"]
     step, ingredients = session.graph.steps[name], session.lookup.ingredients(name)
     assert ingredients is not None

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from mlcbuild.doit_face.argv import keeps_going
+from mlcbuild.doit_face.variables import read_variables
 from mlcbuild.engine.graph import Graph, Input, Step
 from mlcbuild.engine.resources import LIMITS, Pool, budget, needs, tags
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.workspace.variables import keeps_going, read_variables
 from tests.engine.test_processes import leftovers, wait_until
 from tests.engine.workspace import Workspace
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -342,28 +341,21 @@ def test_debug_dump_changes_no_key(built: Workspace) -> None:
     assert built.ran() == {}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="`script` of util-linux makes the terminal")
-def test_live_bars_on_a_terminal(workspace: Workspace) -> None:
-    import pty
-    import subprocess
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["build", "-n", "2"], "build has no option -n, only -a, --always-execute, --log-json. Options of doit stand "
+         "before the task: `doit -n 2 build`"),
+        (["build:tiny-q4f16_1-cpu", "--log-json", "x"], "build:tiny-q4f16_1-cpu has no option --log-json, only -a, "),
+        (["quantize", "--bogus"], "quantize has no option --bogus, only "),
+    ],
+)  # fmt: skip
+def test_an_option_that_a_task_does_not_have(workspace: Workspace, words: list[str], text: str) -> None:
+    output = workspace.doit(*words, status=3)
+    assert text in output and "CmdOption" not in output and "Traceback" not in output
 
-    main, end = pty.openpty()
-    command = [sys.executable, "-m", "doit"]
-    environment = {"PYTHONPATH": ".", "TERM": "xterm", "TOY_TRICKS": str(workspace.tricks)}
-    with subprocess.Popen(command, cwd=workspace.root, stdout=end, stderr=end, env=environment) as process:
-        import os
 
-        os.close(end)
-        shown = b""
-        while True:
-            try:
-                chunk = os.read(main, 65536)
-            except OSError:
-                break
-            shown += chunk
-    os.close(main)
-    text = shown.decode(errors="replace")
-    assert process.returncode == 0, text
-    assert "built, " in text
-    assert "ok verify:tiny-q4f16_1-cpu" in text
-    assert "16 done, 0 up to date" in text
+def test_the_help_of_a_task_names_the_variable_that_there_is(workspace: Workspace) -> None:
+    assert "MLCBUILD_LOG_JSON" in workspace.doit("help", "build")
+    workspace.doit("build:tiny-q4f16_1-cpu", MLCBUILD_LOG_JSON="log.jsonl")
+    assert (workspace.root / "log.jsonl").exists()

@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 
 from mlcbuild.cli.main import main
+from mlcbuild.doit_face.argv import named_tasks
 from mlcbuild.recipes.lock import read_lock
-from mlcbuild.workspace.scope import Scope, scope_of
+from mlcbuild.recipes.select import Selection
 from tests.checkpoints.hub_server import COMMIT, Fault, Hub, serving
 from tests.engine.workspace import CONFIG, Workspace
-
-KINDS = ("build", "download", "convert", "calibrate", "quantize", "lower", "library", "package", "verify")
 
 
 @pytest.fixture
@@ -41,21 +40,21 @@ def remote(workspace: Workspace) -> Workspace:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("", Scope(runs=True, whole=True)),
-        ("build recipe=a", Scope(runs=True, whole=True)),
-        ("-n 2 --continue run build", Scope(runs=True, whole=True)),
-        ("build:a 'build:b-*' verify:c", Scope(runs=True, recipes=("a", "b-*", "c"))),
-        ("quantize:m-q4f16_1", Scope(runs=True, models=("m-q4f16_1",))),
-        ("library:llama-*", Scope(runs=True, others=True)),
-        ("list --all", Scope()),
-        ("info build:a", Scope()),
-        ("forget build", Scope()),
+        ("", Selection(runs=True)),
+        ("build recipe=a", Selection(runs=True)),
+        ("-n 2 --continue run build", Selection(runs=True)),
+        ("build:a 'build:b-*' verify:c", Selection(runs=True, whole=False, recipes=("a", "b-*", "c"))),
+        ("quantize:m-q4f16_1", Selection(runs=True, whole=False, models=("m-q4f16_1",))),
+        ("library:llama-*", Selection(runs=True, whole=False, others=True)),
+        ("list --all", Selection(whole=False)),
+        ("info build:a", Selection(whole=False)),
+        ("forget build", Selection(whole=False)),
     ],
 )
-def test_what_a_command_line_is_about(line: str, expected: Scope) -> None:
+def test_what_a_command_line_is_about(line: str, expected: Selection) -> None:
     import shlex
 
-    found = scope_of(shlex.split(line), KINDS)
+    found = named_tasks(shlex.split(line))
     assert set(found.recipes) == set(expected.recipes)
     assert found.__dict__ | {"recipes": ()} == expected.__dict__ | {"recipes": ()}
 

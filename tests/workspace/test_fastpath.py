@@ -32,14 +32,14 @@ def memory(workspace: Workspace) -> Memory | None:
 
 def holds(workspace: Workspace, *names: str) -> bool:
     known = memory(workspace)
-    return known is not None and known.hold(names)
+    return known is not None and known.holds(names)
 
 
 def test_a_build_with_nothing_to_do_is_remembered(settled: Workspace) -> None:
     assert holds(settled, F16, F32)
     known = memory(settled)
     assert known is not None
-    assert len(known.step_names([F16, F32])) == 14
+    assert len({*known.tasks[F16], *known.tasks[F32]}) == 14
     assert known.recipes[F16] == ("tiny", "q4f16_1", "cpu")
 
 
@@ -128,6 +128,38 @@ def test_another_program_machine_or_tool_is_noticed(
         monkeypatch.setattr("importlib.metadata.version", lambda name: "0.0")
     if change == "program":
         monkeypatch.setattr("mlcbuild.__version__", "0.0")
+    assert memory(settled) is None
+
+
+def copy_of_the_program(folder: Path) -> Path:
+    for name in ("mlcbuild", "tests/engine", "tests/support"):
+        shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPOSITORY / "tests/__init__.py", folder / "tests")
+    for name in ("recipes", "schema"):
+        (folder / name).symlink_to(REPOSITORY / name)
+    return folder
+
+
+def test_an_edited_copy_of_the_same_version_elsewhere_is_noticed(settled: Workspace, tmp_path: Path) -> None:
+    """FAULTS A5: `PYTHONPATH=clone doit build` was told what the first program had found."""
+    clone = copy_of_the_program(tmp_path / "clone")
+    step = clone / "tests/engine/toysteps/quantize.py"
+    step.write_text(step.read_text().replace("VERSION = 1", "VERSION = 2"))
+    settled.doit("build", PYTHONPATH=str(clone))
+    assert settled.ran()["quantize"] == 2
+
+
+@pytest.mark.parametrize("change", ["program", "steps"])
+def test_the_memory_belongs_to_a_program_and_to_where_its_steps_lie(
+    settled: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """FAULTS A5."""
+    assert memory(settled) is not None
+    clone = copy_of_the_program(tmp_path / "clone")
+    if change == "program":
+        monkeypatch.setattr("mlcbuild.__file__", str(clone / "mlcbuild/__init__.py"))
+    else:
+        monkeypatch.setattr("mlcbuild.workspace.fastpath._folder_of", lambda module: clone / "tests/engine/toysteps")
     assert memory(settled) is None
 
 

@@ -19,7 +19,7 @@ from doit.task import Task
 from mlcbuild.doit_face.argv import keeps_going, named_tasks, on_cluster, only_builds
 from mlcbuild.doit_face.groups import groups
 from mlcbuild.doit_face.reporter import Console, reporter_class
-from mlcbuild.doit_face.signals import die_with_parent_after_fork, end_cleanly
+from mlcbuild.doit_face.signals import die_with_parent_after_fork, end_cleanly, end_with_reader
 from mlcbuild.doit_face.variables import Variables, read_variables
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.reporting.events import Event, PackageInstalled, RecipeUnavailable, StepFinished, json_log
@@ -53,6 +53,8 @@ def task_steps() -> Iterator[Task]:
         variables = read_variables(
             doit_cmd._CMDLINE_VARS or {}, Path(loader.initial_workdir or "."), named_tasks(words)
         )
+        if not variables.selection.runs:
+            end_with_reader()
         _record(variables)
         began = time.time()
         hits = _unchanged(variables) if only_builds(words) else None

@@ -10,6 +10,7 @@ from typing import Any
 from doit.exceptions import InvalidCommand, TaskFailed, UnmetDependency
 from doit.reporter import ConsoleReporter
 
+from mlcbuild.doit_face.signals import outlive_reader
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.reporting.events import (
     Event,
@@ -39,7 +40,8 @@ class Console:
     def report(self, event: Event) -> None:
         self.record(event)
         if self._screen is not None:
-            self._screen(event)
+            with outlive_reader():
+                self._screen(event)
         else:
             self._early.append(event)
 
@@ -99,6 +101,11 @@ def reporter_class(console: Console) -> type[ConsoleReporter]:
             for event in console.hits:
                 self.counts["hit"] += not isinstance(event, RecipeUnavailable)
                 console.report(event)
+
+        def write(self, text: str) -> None:
+            with outlive_reader():
+                super().write(text)
+                self.outstream.flush()
 
         def execute_task(self, task: Any) -> None:
             pass  # the step reports its own start

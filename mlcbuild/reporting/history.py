@@ -47,6 +47,11 @@ class Run:
     def count(self, status: str) -> int:
         return sum(cell.status == status for cell in self.cells)
 
+    @property
+    def counts(self) -> str:
+        """`1 failed, 3 built`."""
+        return ", ".join(f"{self.count(status)} {status}" for status in STATUSES if self.count(status))
+
 
 @dataclass
 class _Reading:

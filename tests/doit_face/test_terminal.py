@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -57,6 +60,32 @@ def test_a_build_that_fails_leaves_no_bars(workspace: Workspace, words: tuple[st
     assert status == 1, written
     check_end(after)
     assert "quantize:tiny-q4f16_1: quantize cannot: the toy was told to fail" in "\n".join(after.lines)
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (("doit", "info", "build:tiny-q4f16_1-cpu"), -signal.SIGPIPE),
+        (("doit", "list", "--all"), -signal.SIGPIPE),
+        (("doit", "build"), 0),
+        (("doit", "-a", "quantize"), 0),
+        (("doit", "-a", "quantize", "recipe=nothing"), 3),
+        (("mlcbuild.cli", "plan"), 1),
+    ],
+)
+def test_a_reader_that_goes_is_no_error(built: Workspace, words: tuple[str, ...], status: int) -> None:
+    """`doit info … | head`: nothing is said of it, and a build goes on."""
+    reader, end = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TOY_TRICKS": str(built.tricks)}
+    command = [sys.executable, "-m", *words]
+    with os.fdopen(end, "w") as output:
+        done = subprocess.run(
+            command, cwd=built.root, env=environment, stdout=output, stderr=subprocess.PIPE, timeout=60
+        )
+    assert done.returncode == status, done.stderr.decode()
+    assert b"Traceback" not in done.stderr and b"BrokenPipe" not in done.stderr
+    assert built.ran() == ({"convert": 1, "quantize": 2} if words == ("doit", "-a", "quantize") else {})
 
 
 class Terminal(io.StringIO):

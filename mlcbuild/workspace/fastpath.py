@@ -41,6 +41,7 @@ Stamp = str | int | list[int]
 
 _FORMAT = 4  # raise it when memories are written differently
 _SETTLED = 0.02  # seconds: more than a tick of a file system's clock
+_SEARCHING = ("PATH", "CUDA_HOME", "TVM_SOURCE_DIR")  # variables that say where compilers are looked for
 _stat = os.stat  # of strings: ten thousand Paths would take longer than all the questions that are asked of them
 
 
@@ -51,7 +52,8 @@ class Memory:
     world: Mapping[str, Stamp]  # the workspace's YAML files and the program
     recipes: Mapping[str, Cell]
     manual: Sequence[str]
-    unavailable: dict[str, str] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)  # recipe -> what this machine lacks for it
+    searched: Mapping[str, Stamp] = field(default_factory=dict)  # the folders where that would be
     tools: list[str] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)  # of steps that are not the program's own
     stamps: list[tuple[str, Stamp]] = field(default_factory=list)  # of paths, each pair once
@@ -65,7 +67,11 @@ class Memory:
         chosen = selection.chosen(self.recipes, self.manual)
         missing = [name for name in chosen if name in self.unavailable]
         names = [name for name in chosen if name not in self.unavailable]
-        return None if selection.demanded(missing) or not self.holds(names) else (names, missing)
+        if selection.demanded(missing) or not self.holds(names):
+            return None
+        if missing and any(_stamp(path) != known for path, known in self.searched.items()):
+            return None  # what was lacking may be there now
+        return names, missing
 
     def holds(self, names: Iterable[str]) -> bool:
         """Whether all these recipes are known to be up to date, and nothing that this rests on has changed."""
@@ -73,8 +79,7 @@ class Memory:
             needed = set().union(*(self.rests_on[name] for name in names))
         except KeyError:
             return False
-        now = time.time()
-        return all(_is(*self.stamps[number], now) for number in needed)
+        return all(_stamp(path, known) == known for path, known in (self.stamps[number] for number in needed))
 
 
 def recall(root: Path, store: Path) -> Memory | None:
@@ -111,13 +116,17 @@ def remember(session: Session, began: float) -> None:
     memory.modules = sorted({*memory.modules, *modules})
     tools = {tool for step in graph.steps.values() for tool in session.lookup.versions(step)}
     memory.tools = sorted({*memory.tools, *tools})
-    memory.unavailable |= graph.unavailable
+    if graph.unavailable:
+        searched = {folder: _stamp(folder) for folder in (*os.environ.get("PATH", "").split(os.pathsep), *sys.path)}
+        older = memory.unavailable if memory.searched == searched else {}
+        memory.unavailable, memory.searched = {**older, **graph.unavailable}, searched
     steps = {name: _step(session, name, began) for name in graph.steps}
     known: dict[str, list[tuple[str, Stamp]]] = {
         name: [memory.stamps[number] for number in places] for name, places in memory.rests_on.items()
     }
     for name in graph.goals:
         known.pop(name, None)
+        memory.unavailable.pop(name, None)
         tasks = session.needed(name)
         rests_on = [steps[task] for task in tasks]
         package = _package(session.dist, name, now) if all(rests_on) and session.is_installed(name) else None
@@ -190,32 +199,25 @@ def _package(dist: Path, recipe: str, now: float) -> dict[str, Stamp] | None:
     return stamps
 
 
-def _is(path: str, known: Stamp, now: float) -> bool:
-    """Whether the path still has this stamp."""
+def _stamp(path: str, like: Stamp = "") -> Stamp:
+    """The path's stamp of now, of the same kind as `like`; "" where nothing is there, or a blob was written to."""
     try:
         status = _stat(path)
     except OSError:
-        return known == ""
-    if isinstance(known, int):
-        return status.st_size == known and status.st_mtime == BLOB_TIME
-    if isinstance(known, list):
-        note_use(path, status, now)
-        return [status.st_size, status.st_ino] == known
-    return signature(status) == known
-
-
-def _stamp(path: str) -> str:
-    try:
-        return signature(_stat(path))
-    except OSError:
         return ""
+    if isinstance(like, int):
+        return status.st_size if status.st_mtime == BLOB_TIME else ""
+    if isinstance(like, list):
+        note_use(path, status, time.time())
+        return [status.st_size, status.st_ino]
+    return signature(status)
 
 
 def _head(root: Path, memory: Memory) -> list[Any]:
     """What "up to date" depends on besides files, as it is now. The program is known by its folder: another copy of
     the same version (`PYTHONPATH=clone`) may have been edited."""
     flags = hashlib.sha256(" ".join(sorted(cpu_flags())).encode()).hexdigest()
-    machine = [sys.version, platform.machine(), flags, os.environ.get("PATH", "")]
+    machine = [sys.version, platform.machine(), flags, *map(os.environ.get, _SEARCHING)]
     tools = {name: importlib.metadata.version(name) for name in memory.tools}
     modules = {module: str(_folder_of(module)) for module in memory.modules}
     return [_FORMAT, mlcbuild.__version__, str(_program()), str(root), *machine, tools, modules]

@@ -173,6 +173,38 @@ def test_every_source_file_of_the_program_and_of_the_steps_is_watched(settled: W
     assert {str(file.parent) for file in files} <= known.world.keys()
 
 
+LACKING = """
+import shutil
+from mlcbuild.compiler import targets
+from mlcbuild.errors import Unavailable
+
+real = targets.resolve
+
+def resolve(target):
+    if target.name != "cpu" and not shutil.which("foreign-cc"):
+        raise Unavailable("this machine lacks foreign-cc")
+    return real(target)
+
+targets.resolve = resolve
+"""
+
+
+def test_what_a_recipe_lacked_is_looked_for_again_when_something_was_installed(built: Workspace) -> None:
+    """The memory said that it was lacking still."""
+    programs = built.root / "bin"
+    programs.mkdir()
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    built.write("dodo.py", (built.root / "dodo.py").read_text() + LACKING)
+    built.write("recipes/foreign.yaml", "model: tiny\nquantization: q4f16_1\ntarget: cpu-x86_64\n")
+    time.sleep(0.03)
+    for _ in range(2):
+        assert "?? foreign: unavailable: this machine lacks foreign-cc" in built.doit("build", PATH=path)
+    assert built.ran() == {}
+    (programs / "foreign-cc").write_text("#!/bin/sh\n")
+    (programs / "foreign-cc").chmod(0o755)
+    assert "ok build:foreign" in built.doit("build", PATH=path)
+
+
 @pytest.mark.slow
 def test_an_edit_while_the_build_runs_is_not_taken_for_what_was_built(built: Workspace) -> None:
     built.trick("all.sleep", "0.2")

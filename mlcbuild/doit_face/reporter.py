@@ -19,7 +19,6 @@ from mlcbuild.reporting.events import (
     Report,
     RunFinished,
     StepFinished,
-    to_json,
 )
 
 
@@ -28,7 +27,7 @@ class Console:
 
     def __init__(self) -> None:
         self.log: Report | None = None
-        self.collected: list[dict[str, Any]] | None = None  # for the reports of this run
+        self.collected: list[tuple[float, Event]] | None = None  # for the reports of this run
         self.annotate: Callable[[Event], Event] = lambda event: event  # what logs and reports are told in addition
         self.hits: list[Event] = []  # what was found up to date before doit looked
         # Called with all tasks and the names of those that were asked for. Raises MlcBuildError to stop the build.
@@ -57,7 +56,7 @@ class Console:
         if self.log is not None:
             self.log(event)
         if self.collected is not None:
-            self.collected.append({"time": time.time(), **to_json(event)})
+            self.collected.append((time.time(), event))
 
     def show_on(self, screen: Report) -> None:
         """Show events on `screen` from now on, and what has happened so far."""

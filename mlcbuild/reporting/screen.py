@@ -13,17 +13,8 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TextIO
 
-from mlcbuild.reporting.events import (
-    Event,
-    PackageInstalled,
-    Report,
-    RunFinished,
-    StepFinished,
-    StepNote,
-    StepProgress,
-    StepStarted,
-    StepWaiting,
-)
+from mlcbuild.reporting import events
+from mlcbuild.reporting.events import Event, Report
 from mlcbuild.reporting.plain import amount, line, plain
 
 if TYPE_CHECKING:
@@ -31,7 +22,7 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 _STYLES = {"ok": "green", "--": "dim", "!!": "bold red", "??": "yellow"}
-_SHOWN_AS_BARS = StepStarted | StepProgress | StepNote | StepWaiting
+_SHOWN_AS_BARS = events.StepStarted | events.StepProgress | events.StepNote | events.StepWaiting
 
 
 @dataclass
@@ -109,22 +100,22 @@ def _start(board: _Board, stream: TextIO) -> Live:
 def update(board: _Board, event: Event) -> None:
     """Bring the board up to date."""
     match event:
-        case StepStarted(step):
+        case events.StepStarted(step):
             board.steps[step] = _Running(time.monotonic())
-        case StepWaiting(step):
+        case events.StepWaiting(step):
             board.steps[step] = _Running(time.monotonic(), note="another process is building it")
-        case StepProgress(step, done, total, unit) if step in board.steps:
+        case events.StepProgress(step, done, total, unit) if step in board.steps:
             running = board.steps[step]
             running.done, running.total, running.unit = done, total, unit
-        case StepNote(step, text) if step in board.steps:
+        case events.StepNote(step, text) if step in board.steps:
             board.steps[step].note = text
-        case StepFinished(step, _, outcome):
+        case events.StepFinished(step, _, outcome):
             board.steps.pop(step, None)
             board.built += outcome == "built"
             board.hits += outcome == "hit"
-        case PackageInstalled(_, _, "hit"):
+        case events.PackageInstalled(_, _, "hit"):
             board.hits += 1
-        case RunFinished():
+        case events.RunFinished():
             board.steps.clear()
             board.ended = True
 

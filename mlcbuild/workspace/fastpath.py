@@ -6,8 +6,8 @@ skipped is the work, not the question. Whatever differs is looked at in full.
 
 A stamp is what a stat must still be: a blob's size (its time is the store's), an action entry's size and inode (its
 time is that of its last use), any other file's or folder's `signature`; "" for what is not there. A file that was
-written to so lately that a further write could leave its stat alone is never relied on: what depends on it is not
-remembered (as git does with its index). Deleting the file of memories costs one slower build.
+written to so lately that a further write could leave its stat alone is never relied on (as git does with its index):
+its stamp is one that no file has. Deleting the file of memories costs one slower build.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ Stamp = str | int | list[int]
 
 _FORMAT = 4  # raise it when memories are written differently
 _SETTLED = 0.02  # seconds: more than a tick of a file system's clock
+_UNRELIABLE = "?"  # the stamp of what may have been written to again
 _SEARCHING = ("PATH", "CUDA_HOME", "TVM_SOURCE_DIR")  # variables that say where compilers are looked for
 _stat = os.stat  # of strings: ten thousand Paths would take longer than all the questions that are asked of them
 
@@ -107,9 +108,7 @@ def remember(session: Session, began: float) -> None:
     now = time.time()
     root, store, graph = session.root, session.store, session.graph
     modules = {step.module for step in graph.steps.values() if not step.module.startswith(f"{_program().name}.")}
-    world = {str(path): _stamp(str(path)) for path in _world(root, modules)}
-    if not all(_is_settled(path, began) for path in world):
-        return
+    world = {str(path): _settled(str(path), began) for path in _world(root, modules)}
     memory = recall(root, store.root)
     if memory is None or memory.world != world:
         memory = Memory(world, cells(session.catalog.recipes), manual(session.catalog.recipes))
@@ -129,10 +128,9 @@ def remember(session: Session, began: float) -> None:
         memory.unavailable.pop(name, None)
         tasks = session.needed(name)
         rests_on = [steps[task] for task in tasks]
-        package = _package(session.dist, name, now) if all(rests_on) and session.is_installed(name) else None
-        if package is not None:
+        if all(rests_on) and session.is_installed(name):
             memory.tasks[name] = tasks
-            known[name] = [pair for stamps in (*rests_on, package) for pair in (stamps or {}).items()]
+            known[name] = [pair for each in (*rests_on, _package(session.dist, name, now)) for pair in each.items()]
     _write(root, store, memory, known)
 
 
@@ -152,51 +150,37 @@ def _write(root: Path, store: Store, memory: Memory, known: Mapping[str, list[tu
         store.write(_file(root, store.root), hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
 
 
-def _step(session: Session, name: str, began: float) -> dict[str, Stamp] | None:
-    """The stamps that the step's being up to date rests on; None where it is not, or they are not to be relied on."""
+def _step(session: Session, name: str, began: float) -> dict[str, Stamp]:
+    """The stamps that the step's being up to date rests on; none where it is not."""
     store, action = session.store, session.lookup.known(name)
     if action is None:
-        return None
-    entry_path = f"{store.root}/{layout.action_name(action.key)}"
+        return {}
     outside = {str(path) for item in session.graph.steps[name].inputs if item.path for path in _inside(item.path)}
-    stamps: dict[str, Stamp] = {}
-    for entry in action.tree.files.values():
-        if store.owns(entry.path):
-            stamps[f"{store.root}/{layout.blob_name(entry.digest)}"] = entry.size
+    entry = f"{store.root}/{layout.action_name(action.key)}"
+    stamps = {entry: _stamp(entry, like=[])}
+    for file in action.tree.files.values():
+        if store.owns(file.path):
+            stamps[f"{store.root}/{layout.blob_name(file.digest)}"] = file.size
         else:
-            outside.add(str(entry.path))
-            record = f"{store.root}/{layout.borrowed_name(entry.digest)}"
+            outside.add(str(file.path))
+            record = f"{store.root}/{layout.borrowed_name(file.digest)}"
             stamps[record] = _stamp(record)
-    try:
-        status = _stat(entry_path)
-        stamps |= {path: signature(_stat(path)) for path in outside}
-    except OSError:
-        return None
-    stamps[entry_path] = [status.st_size, status.st_ino]
-    return stamps if all(_is_settled(path, began) for path in outside) else None
+    return stamps | {path: _settled(path, began) for path in outside}
 
 
-def _package(dist: Path, recipe: str, now: float) -> dict[str, Stamp] | None:
-    """The stamps of a package that was just found whole; None where they are not to be relied on.
-
-    A folder's is another where a file in it was replaced.
-    """
+def _package(dist: Path, recipe: str, now: float) -> dict[str, Stamp]:
+    """The stamps of a package that was just found whole. A folder's is another where a file in it was replaced; a file
+    that does not have the blobs' time was hashed, and has to be hashed again."""
     from mlcbuild.workspace.install import staging
     from mlcbuild.workspace.manifest import NAME
 
     stamps: dict[str, Stamp] = {str(staging(dist, recipe)): ""}
-    for parent, _, names in os.walk(dist / recipe):
-        for path in (parent, *(f"{parent}/{name}" for name in names)):
-            status = os.lstat(path)
-            if path == parent or path == f"{dist}/{recipe}/{NAME}":
-                if max(status.st_mtime, status.st_ctime) > now - _SETTLED:
-                    return None
-                stamps[path] = signature(status)
-            elif status.st_mtime == BLOB_TIME:
-                stamps[path] = status.st_size
-            else:
-                return None  # its content was hashed; the next time it has to be hashed again
-    return stamps
+    for folder, _, names in os.walk(dist / recipe):
+        stamps[folder] = _settled(folder, now)
+        for name in names:
+            stamps[f"{folder}/{name}"] = _stamp(f"{folder}/{name}", like=0)
+    manifest = f"{dist}/{recipe}/{NAME}"
+    return stamps | {manifest: _settled(manifest, now)}
 
 
 def _stamp(path: str, like: Stamp = "") -> Stamp:
@@ -211,6 +195,15 @@ def _stamp(path: str, like: Stamp = "") -> Stamp:
         note_use(path, status, time.time())
         return [status.st_size, status.st_ino]
     return signature(status)
+
+
+def _settled(path: str, since: float) -> Stamp:
+    """The path's stamp, if it was last written to long enough before `since`."""
+    with contextlib.suppress(OSError):
+        status = _stat(path)
+        if max(status.st_mtime, status.st_ctime) >= since - _SETTLED:
+            return _UNRELIABLE
+    return _stamp(path)
 
 
 def _head(root: Path, memory: Memory) -> list[Any]:
@@ -259,15 +252,6 @@ def _inside(path: Path) -> Sequence[Path]:
     if not path.is_dir():
         return [path]
     return [path, *sorted(entry for entry in path.iterdir() if not entry.name.startswith(".") and entry.is_file())]
-
-
-def _is_settled(path: str, since: float) -> bool:
-    """Whether the file was last written to long enough before `since`. A missing one is."""
-    try:
-        status = _stat(path)
-    except OSError:
-        return True
-    return max(status.st_mtime, status.st_ctime) < since - _SETTLED
 
 
 def _wait_until_settled(folder: Path) -> None:

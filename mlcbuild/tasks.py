@@ -29,14 +29,13 @@ from mlcbuild.workspace.reports import annotator, planned
 __all__ = ["DOIT_CONFIG", "task_steps"]
 
 _console = Console()
-_reasons: dict[str, str] = {}  # why steps of this run had to run
 
 DOIT_CONFIG = {
     "default_tasks": ["build"],
     "backend": "sqlite3",
     "dep_file": ":memory:",
     "par_type": "thread",  # steps are processes already
-    # So many threads wait for room on the machine (execution.resources), which is what decides how many steps run.
+    # So many threads wait for room on the machine (engine.resources), which is what decides how many steps run.
     "num_process": 512 if on_cluster(sys.argv[1:]) else 32,
     "continue": keeps_going(sys.argv[1:]),
     "reporter": reporter_class(_console),
@@ -65,7 +64,7 @@ def task_steps() -> Iterator[Task]:
             # Loading this takes as long as all the rest of a build with nothing to do.
             from mlcbuild.doit_face.run import open_run
 
-            tasks = open_run(variables, _console, _reasons, began)
+            tasks = open_run(variables, _console, began)
         _console.at_end.append(lambda: _write_reports(variables))
     except MlcBuildError as error:
         raise InvalidCommand(str(error)) from None
@@ -98,7 +97,7 @@ def _record(variables: Variables) -> None:
         _console.log = json_log(variables.log_json)
     if variables.report is not None or variables.summary is not None:
         _console.collected = []
-    _console.annotate = annotator(Path.cwd() / "dist", _reasons)
+    _console.annotate = annotator(Path.cwd() / "dist", _console.reasons)
 
 
 def _write_reports(variables: Variables) -> None:

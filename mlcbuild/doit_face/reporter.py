@@ -29,20 +29,17 @@ class Console:
         self.log: Report | None = None
         self.collected: list[tuple[float, Event]] | None = None  # for the reports of this run
         self.annotate: Callable[[Event], Event] = lambda event: event  # what logs and reports are told in addition
+        self.reasons: dict[str, str] = {}  # why steps of this run have to run
         self.hits: list[Event] = []  # what was found up to date before doit looked
         # Called with all tasks and the names of those that were asked for. Raises MlcBuildError to stop the build.
         self.at_start: list[Callable[[Mapping[str, Any], list[str]], None]] = []
         self.at_end: list[Callable[[], None]] = []  # each may raise MlcBuildError
-        self._screen: Report | None = None
         self._early: list[Event] = []
+        self._show: Report = self._early.append
 
     def report(self, event: Event) -> None:
         self.record(event)
-        if self._screen is not None:
-            with outlive_reader():
-                self._screen(event)
-        else:
-            self._early.append(event)
+        self._show(event)
 
     @property
     def records(self) -> bool:
@@ -60,10 +57,14 @@ class Console:
 
     def show_on(self, screen: Report) -> None:
         """Show events on `screen` from now on, and what has happened so far."""
-        self._screen = screen
+
+        def show(event: Event) -> None:
+            with outlive_reader():
+                screen(event)
+
+        self._show = show
         for event in self._early:
-            screen(event)
-        self._early.clear()
+            show(event)
 
 
 def reporter_class(console: Console) -> type[ConsoleReporter]:

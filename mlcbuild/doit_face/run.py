@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from mlcbuild.engine.shared import SharedCache
 
 
-def open_run(variables: Variables, console: Console, why_so: dict[str, str], began: float) -> list[Task]:
-    """All tasks of this run, after arranging what comes before and after them.
+def open_run(variables: Variables, console: Console, began: float) -> list[Task]:
+    """All tasks of this run, which `began` then, after arranging what comes before and after them.
 
-    `why_so` is filled with why steps of this run have to run; `began` is when. Raises MlcBuildError.
+    Raises MlcBuildError.
     """
     words, runs = sys.argv[1:], variables.selection.runs
     shared = _shared(variables)
@@ -53,7 +53,7 @@ def open_run(variables: Variables, console: Console, why_so: dict[str, str], beg
     if runs and session.graph.broken and not session.graph.goals:
         raise MlcBuildError("\n".join(dict.fromkeys(session.graph.broken.values())))
     begin(session.store.root, session.store.save_counts)
-    console.at_start.append(partial(_before, session, console, why_so))
+    console.at_start.append(partial(_before, session, console))
     console.at_end.append(lambda: remember(session, began))
     tasks = tasks_of(session, _publisher(session, variables, console) if publishes(words) else None)
     check_words(words, {task.name for task in tasks}, session.graph.unavailable)
@@ -83,11 +83,11 @@ def _cluster(variables: Variables, console: Console, shared: SharedCache | None)
     return cluster
 
 
-def _before(
-    session: Session, console: Console, why_so: dict[str, str], tasks: Mapping[str, Task], selected: Sequence[str]
-) -> None:
+def _before(session: Session, console: Console, tasks: Mapping[str, Task], selected: Sequence[str]) -> None:
     """What comes between planning and building. Raises MlcBuildError where the disk is too small for it."""
-    _log_where_asked(console, tasks)
+    for task in tasks.values():
+        if task.options and task.options.get("log_json"):  # `--log-json FILE` after the task's name
+            console.log = json_log(Path(loader.initial_workdir or ".", task.options["log_json"]).absolute())
     if console.records:
         for event in planned_in(session):
             console.record(event)
@@ -97,20 +97,13 @@ def _before(
         if not missing:
             return
         if console.records:
-            why_so.update(reasons(session, missing))
+            console.reasons.update(reasons(session, missing))
         coming = preview(session, missing)
     except MlcBuildError:
         return  # the step meets the same problem, and can report it
     check_room(coming, session.store.root)
     if session.builder.cluster is not None:
         session.builder.cluster.check(session.graph, missing)
-
-
-def _log_where_asked(console: Console, tasks: Mapping[str, Task]) -> None:
-    """`--log-json FILE` after a task's name."""
-    for task in tasks.values():
-        if task.options and task.options.get("log_json"):
-            console.log = json_log(Path(loader.initial_workdir or ".", task.options["log_json"]).absolute())
 
 
 def _publisher(session: Session, variables: Variables, console: Console) -> Publish:

@@ -123,8 +123,9 @@ def remember(session: Session, began: float) -> None:
     known: dict[str, list[tuple[str, Stamp]]] = {
         name: [memory.stamps[number] for number in places] for name, places in memory.rests_on.items()
     }
-    for name in graph.goals:
+    for name in (*graph.goals, *graph.unavailable):
         known.pop(name, None)
+    for name in graph.goals:
         memory.unavailable.pop(name, None)
         tasks = session.needed(name)
         rests_on = [steps[task] for task in tasks]

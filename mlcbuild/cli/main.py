@@ -161,10 +161,10 @@ def _test_run(options: argparse.Namespace) -> int:
 def _lock(options: argparse.Namespace) -> int:
     from mlcbuild.recipes.load import load
     from mlcbuild.recipes.workspace import find_root
-    from mlcbuild.workspace.lock_models import pin
+    from mlcbuild.workspace.hub_locks import lock_models
 
     root = find_root(Path.cwd())
-    pin(load(root), _cache(options) or root / "cache", options.models, options.update)
+    lock_models(load(root), _cache(options) or root / "cache", options.models, options.update)
     return 0
 
 

@@ -14,7 +14,7 @@ from mlcbuild.errors import CheckpointError, MlcBuildError
 from mlcbuild.planning.planner import read_config
 from mlcbuild.recipes.problems import did_you_mean
 from mlcbuild.recipes.types import Catalog, Locked, Model, Source
-from mlcbuild.workspace.locking import locker, resolve
+from mlcbuild.workspace.hub_locks import locker, resolve
 
 _TEXTS = (*TOKENIZER_FILES, "chat_template.jinja", "config.json", "generation_config.json")
 

@@ -19,7 +19,7 @@ from mlcbuild.runtime import library_file
 from mlcbuild.runtime.library import Metadata, match
 from mlcbuild.runtime.package import find_weights
 from mlcbuild.runtime.weights import read_index
-from mlcbuild.workspace.locking import locker
+from mlcbuild.workspace.hub_locks import locker
 
 SUFFIXES = (".so", ".dylib", ".dll", ".wasm", ".tar")
 _GZIP = b"\x1f\x8b"

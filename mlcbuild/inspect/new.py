@@ -15,11 +15,11 @@ from mlcbuild.inspect.found import Found, find, source_of
 from mlcbuild.inspect.inspect import Survey, survey
 from mlcbuild.inspect.sizes import CONVERSATION
 from mlcbuild.inspect.text import quantizations
-from mlcbuild.recipes.lock import key
+from mlcbuild.recipes.lockfile import key
 from mlcbuild.recipes.problems import did_you_mean
 from mlcbuild.recipes.types import AUTO_TEMPLATE, Catalog, Locked, Model, Source
 from mlcbuild.reporting.plain import amount
-from mlcbuild.workspace.locking import locker, resolve, store_entry
+from mlcbuild.workspace.hub_locks import locker, resolve, store_entry
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SCHEMA = "# yaml-language-server: $schema=../../schema/model.schema.json\n"

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.recipes.lock import key, lock_path
+from mlcbuild.recipes.lockfile import key, lock_path
 from mlcbuild.recipes.stock import stock
-from mlcbuild.recipes.types import Catalog, Model, Recipe, Source
+from mlcbuild.recipes.types import Catalog, Recipe
 from mlcbuild.recipes.workspace import FOLDERS
 
 
@@ -27,7 +27,7 @@ def changed_since(root: Path, catalog: Catalog, revision: str) -> set[str]:
     return {
         name
         for name, recipe in catalog.recipes.items()
-        if any(source.hf is not None and key(source) in locked for source in _sources(recipe.model))
+        if any(key(source) in locked for source in recipe.model.hub_sources)
         or any(path.resolve() in touched for path in _files(root, recipe))
     }
 
@@ -42,14 +42,10 @@ def _files(root: Path, recipe: Recipe) -> Iterator[Path]:
     for kind, name in parts:
         yield from _yaml(root, kind, name)
     yield from _ancestors(root, model.name)
-    for source in _sources(model):
+    for source in model.sources:
         if source.path is not None:
             yield source.path
     yield from (path for path in (recipe.verify.text, model.calibration) if path is not None)
-
-
-def _sources(model: Model) -> list[Source]:
-    return [source for source in (model.source, model.delta_of, model.lora) if source is not None]
 
 
 def _ancestors(root: Path, name: str) -> Iterator[Path]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlcbuild.recipes.load import read
-from mlcbuild.recipes.lock import examine
+from mlcbuild.recipes.lockfile import examine
 from mlcbuild.recipes.problems import Problem
 
 _COUNTED = ("recipe", "model", "architecture", "quantization", "target", "template")

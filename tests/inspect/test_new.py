@@ -12,7 +12,7 @@ import yaml
 from mlcbuild.cli.main import main
 from mlcbuild.recipes.check import check
 from mlcbuild.recipes.load import load
-from mlcbuild.recipes.lock import read_lock
+from mlcbuild.recipes.lockfile import read_lock
 from tests.checkpoints.hub_server import COMMIT, Fault, Hub, serving
 from tests.engine.workspace import Workspace, make_workspace
 from tests.inspect.test_inspect import STORIES

@@ -88,9 +88,8 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _catalog(required: bool) -> Catalog:
     """The workspace's; outside of one, and unless it is `required`, what comes with mlcbuild. Raises MlcBuildError."""
+    from mlcbuild.recipes.files import find_root, stock
     from mlcbuild.recipes.load import load
-    from mlcbuild.recipes.stock import stock
-    from mlcbuild.recipes.workspace import find_root
 
     try:
         root = find_root(Path.cwd())

@@ -14,11 +14,11 @@ from mlcbuild.models.parameters import parameters
 from mlcbuild.planning.planner import plan
 from mlcbuild.quantization.schemes import quantized_parameters
 from mlcbuild.recipes.types import Catalog
-from mlcbuild.reporting.plain import amount
 from mlcbuild.runtime import library_file
 from mlcbuild.runtime.library import Metadata, match
 from mlcbuild.runtime.package import find_weights
 from mlcbuild.runtime.weights import read_index
+from mlcbuild.text import amount
 from mlcbuild.workspace.hub_locks import locker
 
 SUFFIXES = (".so", ".dylib", ".dll", ".wasm", ".tar")

@@ -18,7 +18,7 @@ from mlcbuild.inspect.text import quantizations
 from mlcbuild.recipes.lockfile import key
 from mlcbuild.recipes.problems import did_you_mean
 from mlcbuild.recipes.types import AUTO_TEMPLATE, Catalog, Locked, Model, Source
-from mlcbuild.reporting.plain import amount
+from mlcbuild.text import amount
 from mlcbuild.workspace.hub_locks import locker, resolve, store_entry
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

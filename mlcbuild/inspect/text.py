@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from mlcbuild.inspect.inspect import Survey
 from mlcbuild.inspect.sizes import Size
-from mlcbuild.reporting.plain import amount
+from mlcbuild.text import amount
 
 
 def render(known: Survey) -> str:

@@ -19,10 +19,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlcbuild.errors import RecipeError
-from mlcbuild.recipes.files import write_atomically
+from mlcbuild.recipes.files import shown, write_atomically
 from mlcbuild.recipes.problems import Problem, show
 from mlcbuild.recipes.types import Locked, LockedFile, Source
-from mlcbuild.recipes.workspace import shown
 
 _VERSION = 1
 _ADVICE = "restore the file from version control, or delete it: the next build resolves every repository again"

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mlcbuild.recipes.document import Document
+from mlcbuild.recipes.files import FOLDERS
 from mlcbuild.recipes.problems import Problem, did_you_mean, one_of, show, where
-from mlcbuild.recipes.workspace import FOLDERS
 
 Place = tuple[str | int, ...]
 

@@ -21,8 +21,8 @@ from mlcbuild.recipes.load import load
 from mlcbuild.recipes.select import select
 from mlcbuild.recipes.types import Catalog, Locked, Model, Recipe, Source, Template
 from mlcbuild.reporting.events import Event, PackageInstalled, Report
-from mlcbuild.reporting.plain import amount
 from mlcbuild.smoke import checkpoint
+from mlcbuild.text import amount
 from mlcbuild.workspace.hub_locks import lock_missing, locker
 from mlcbuild.workspace.session import QUALITY, Session, open_store
 

@@ -16,7 +16,7 @@ from mlcbuild.recipes.lockfile import entry, key, lock_path, read_lock, write_lo
 from mlcbuild.recipes.problems import did_you_mean
 from mlcbuild.recipes.types import Catalog, Locked, Model, Source
 from mlcbuild.reporting.events import ModelLocked, Report
-from mlcbuild.reporting.plain import amount
+from mlcbuild.text import amount
 
 
 def locker(root: Path, refused: Mapping[str, str] | None = None) -> Callable[[Model], Locked | None]:

@@ -25,7 +25,7 @@ from mlcbuild.publishing.package import PUBLISHED, Package, installed, read_pack
 from mlcbuild.publishing.provenance import MATERIALS, STATEMENT, bill_of_materials, statement
 from mlcbuild.recipes.files import write_atomically
 from mlcbuild.reporting.events import StepFinished, StepNote, StepStarted
-from mlcbuild.reporting.plain import amount
+from mlcbuild.text import amount
 from mlcbuild.workspace.install import BESIDE
 from mlcbuild.workspace.session import Session
 

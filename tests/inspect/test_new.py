@@ -10,8 +10,7 @@ import pytest
 import yaml
 
 from mlcbuild.cli.main import main
-from mlcbuild.recipes.check import check
-from mlcbuild.recipes.load import load
+from mlcbuild.recipes.load import check, load
 from mlcbuild.recipes.lockfile import read_lock
 from tests.checkpoints.hub_server import COMMIT, Fault, Hub, serving
 from tests.engine.workspace import Workspace, make_workspace

@@ -11,7 +11,7 @@ import pytest
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.recipes.load import load
 from mlcbuild.recipes.lockfile import read_lock
-from mlcbuild.reporting.plain import amount
+from mlcbuild.text import amount
 from mlcbuild.workspace.hub_locks import lock_models
 from tests.checkpoints.hub_server import COMMIT, Fault, Hub, serving
 from tests.engine.workspace import CONFIG, Workspace, make_workspace

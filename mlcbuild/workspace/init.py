@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.recipes.stock import stock
+from mlcbuild.recipes.files import stock
 
 _DODO = '''\
 """The tasks of this workspace: `doit list`, `doit build`, `doit build recipe=NAME`."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlcbuild.recipes import syntax
-from mlcbuild.recipes.files import File, write_atomically
+from mlcbuild.recipes.files import File, read_regular, unreadable, write_atomically
 from mlcbuild.recipes.problems import Problem
 from mlcbuild.recipes.schemas import Schemas
 
@@ -93,9 +93,9 @@ class Memo:
 def read(file: File, schemas: Schemas, memo: Memo) -> tuple[Document | None, list[Problem]]:
     """The document, or everything that is wrong with the file as such. Names of other files are not looked up."""
     try:
-        raw = file.path.read_bytes()
+        raw = read_regular(file.path)
     except OSError as error:
-        return None, [Problem(file.shown, 1, 1, f"cannot be read: {error.strerror}")]
+        return None, [unreadable(file.shown, error)]
     data = memo.get(file.kind, raw)
     if data is not None:
         return Document(file, raw, data), []
@@ -104,9 +104,9 @@ def read(file: File, schemas: Schemas, memo: Memo) -> tuple[Document | None, lis
         text = syntax.decode(raw)
         lines = _lines(text)
         node = syntax.compose(text)
+        data, faults = syntax.construct(node)
     except syntax.Fault as fault:
         return None, [_problem(file, lines, fault.text, fault.span)]
-    data, faults = syntax.construct(node)
     problems = [_problem(file, lines, fault.text, fault.span) for fault in faults]
     for complaint in schemas.complaints(file.kind, data):
         span = syntax.locate(node, complaint.path, complaint.key)

@@ -8,7 +8,7 @@ from typing import Any
 
 from mlcbuild.recipes import references
 from mlcbuild.recipes.document import Document
-from mlcbuild.recipes.problems import Problem, did_you_mean, one_of, show, where
+from mlcbuild.recipes.problems import Hints, Problem, one_of, show, where
 from mlcbuild.recipes.select import AXES, Cell
 
 CHECKPOINTS = ("source", "delta_of", "lora")  # keys of a model that say where files are
@@ -50,9 +50,10 @@ def cells(document: Document, data: Mapping[str, Any]) -> tuple[dict[str, dict[s
     axes: list[list[str]] = [data["matrix"][axis] for axis in AXES]
     every: list[Cell] = [(m, q, t) for m, q, t in itertools.product(*axes)]
     problems: list[Problem] = []
+    hints = Hints()
     excluded: set[Cell] = set()
     for number, selection in enumerate(data.get("exclude", ())):
-        problems += _unknown(document, selection, ("exclude", number), axes)
+        problems += _unknown(document, selection, ("exclude", number), axes, hints)
         excluded.update(_selected(selection, every))
     kept = [cell for cell in every if cell not in excluded]
     if not kept:
@@ -61,7 +62,7 @@ def cells(document: Document, data: Mapping[str, Any]) -> tuple[dict[str, dict[s
     settings: dict[Cell, dict[str, Any]] = {cell: dict(common) for cell in kept}
     for number, item in enumerate(data.get("adjust", ())):
         path = ("adjust", number, "when")
-        unknown = _unknown(document, item["when"], path, axes)
+        unknown = _unknown(document, item["when"], path, axes, hints)
         problems += unknown
         selected = _selected(item["when"], kept)
         if kept and not selected and not unknown:
@@ -130,7 +131,11 @@ def _selected(selection: Mapping[str, Any], cells: Sequence[Cell]) -> list[Cell]
 
 
 def _unknown(
-    document: Document, selection: Mapping[str, Any], path: tuple[str | int, ...], axes: Sequence[Sequence[str]]
+    document: Document,
+    selection: Mapping[str, Any],
+    path: tuple[str | int, ...],
+    axes: Sequence[Sequence[str]],
+    hints: Hints,
 ) -> list[Problem]:
     """A problem for each value of `selection` that the matrix does not have."""
     problems = []
@@ -138,7 +143,7 @@ def _unknown(
         names = axes[AXES.index(axis)]
         for number, name in enumerate(_listed(choice)):
             if name not in names:
-                hint = did_you_mean(name, names) or f"; there is {one_of(names)}"
+                hint = hints(name, names) or f"; there is {one_of(names)}"
                 place = (*path, axis, number) if isinstance(choice, list) else (*path, axis)
                 text = (
                     f"`{where(place)}` is `{show(name)}`, which matches no cell: expected a {axis} of this matrix{hint}"

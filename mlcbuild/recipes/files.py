@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,9 +73,17 @@ def discover(recipes: Path, root: Path, kinds: Iterable[str]) -> tuple[list[File
     problems: list[Problem] = []
     for kind in kinds:
         taken: dict[str, File] = {}
-        for path in _yaml_files(recipes / FOLDERS[kind]):
+        try:
+            paths = _yaml_files(recipes / FOLDERS[kind])
+        except OSError as error:
+            problems.append(unreadable(shown(recipes / FOLDERS[kind], root), error))
+            continue
+        for path in paths:
             file = File(kind, path.stem, path, shown(path, root))
-            if not NAME.fullmatch(file.name):
+            if path.suffix not in _ENDINGS:
+                text = f"rename the file: its name ends in `{path.suffix.lower()}`, in small letters"
+                problems.append(Problem(file.shown, 1, 1, text))
+            elif not NAME.fullmatch(file.name):
                 problems.append(Problem(file.shown, 1, 1, f"rename the file: {NAME_RULE}"))
             elif file.name in taken:
                 text = f"the name `{file.name}` is taken by {taken[file.name].shown}; rename or remove one of the two"
@@ -90,9 +100,24 @@ def strays(recipes: Path, root: Path) -> Iterator[Problem]:
     for folder in sorted(entry for entry in recipes.iterdir() if entry.is_dir()):
         if folder.name in known or folder.name.startswith("."):
             continue
-        for path in _yaml_files(folder):
+        try:
+            paths = _yaml_files(folder)
+        except OSError:  # it is as if it were not there
+            continue
+        for path in paths:
             hint = did_you_mean(folder.name, known) or f"; the folders are {', '.join(f'{name}/' for name in known)}"
             yield Problem(shown(path, root), 1, 1, f"nothing reads the folder {shown(folder, root)}/{hint}")
+
+
+def unreadable(name: str, error: OSError) -> Problem:
+    return Problem(name, 1, 1, f"cannot be read: {error.strerror}")
+
+
+def read_regular(path: Path) -> bytes:
+    """Raises OSError, also for what is no regular file: a pipe would be waited for, a device may have no end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return path.read_bytes()
 
 
 def yaml_file(recipes: Path, kind: str, name: str) -> Path | None:
@@ -124,7 +149,14 @@ def write_atomically(path: Path, text: str) -> None:
 def _yaml_files(folder: Path) -> list[Path]:
     try:
         with os.scandir(folder) as entries:
-            names = [entry.name for entry in entries if entry.name.endswith(_ENDINGS) and not entry.is_dir()]
+            names = [each.name for each in entries if each.name.lower().endswith(_ENDINGS) and not _is_folder(each)]
     except FileNotFoundError:
         return []
     return [folder / name for name in sorted(names) if not name.startswith(".")]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself: reading it says so
+        return False

@@ -13,7 +13,7 @@ from mlcbuild.recipes import convert, document, expand, references
 from mlcbuild.recipes.document import Document, Memo
 from mlcbuild.recipes.files import FOLDERS, STOCK_KINDS, File, discover, stock, strays
 from mlcbuild.recipes.lockfile import examine
-from mlcbuild.recipes.problems import Problem
+from mlcbuild.recipes.problems import Hints, Problem
 from mlcbuild.recipes.schemas import Schemas
 from mlcbuild.recipes.types import AUTO_TEMPLATE, Catalog, Recipe
 from mlcbuild.text import plural
@@ -65,10 +65,11 @@ def read(root: Path, memo: Path | None = None) -> Reading:
     memory.save()
     # A file with a mistake in it is not also an unknown name.
     names = {kind: [file.name for file in files if file.kind == kind] for kind in FOLDERS}
-    known = {kind: dict.fromkeys(names[kind]) for kind in names}
-    known["template"][AUTO_TEMPLATE.name] = None
+    known = {kind: dict.fromkeys(sorted(names[kind])) for kind in names}
+    known["template"] = dict.fromkeys(sorted([*names["template"], AUTO_TEMPLATE.name]))
+    hints = Hints()
     for each in itertools.chain.from_iterable(by_name.values() for by_name in documents.values()):
-        problems += references.check(each, known)
+        problems += references.check(each, known, hints)
     catalog, wrong = _resolve(root, documents, warnings)
     problems += wrong
     counts = {kind: len(names[kind]) for kind in FOLDERS}

@@ -15,7 +15,7 @@ from mlcbuild.inspect.checkpoint import Checkpoint, open_checkpoint, source_of
 from mlcbuild.inspect.inspection import Inspection, inspect_checkpoint
 from mlcbuild.inspect.inspection_text import quantizations
 from mlcbuild.inspect.sizes import CONVERSATION
-from mlcbuild.recipes.files import NAME, NAME_RULE
+from mlcbuild.recipes.files import NAME, NAME_RULE, write_new
 from mlcbuild.recipes.lockfile import key
 from mlcbuild.recipes.problems import did_you_mean
 from mlcbuild.recipes.types import AUTO_TEMPLATE, Catalog, Locked, Model, Source
@@ -60,7 +60,7 @@ def write_model_file(
     if dry_run:
         say(text.rstrip())
     else:
-        _write(path, text)
+        write_new(path, text)
         say(f"wrote      {path.relative_to(catalog.root)}")
         for source, locked in locks.items():
             store_entry(catalog.root, cache, key(source), locked)
@@ -165,15 +165,6 @@ def _written(folder: Path, start: Path) -> str:
     target, origin = folder.resolve(), start.resolve()
     alike = Path(os.path.commonpath([target, origin]))
     return str(target) if alike == alike.parent else os.path.relpath(target, origin)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise MlcBuildError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def _unknown(inspection: Inspection, remarks: tuple[str, ...]) -> Iterator[str]:

@@ -146,6 +146,16 @@ def write_atomically(path: Path, text: str) -> None:
         part.unlink(missing_ok=True)
 
 
+def write_new(path: Path, text: str) -> None:
+    """Makes the file `path`, and the folders around it. Raises MlcBuildError, also where it is there already."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise MlcBuildError(f"{error.filename or path}: cannot be written: {error.strerror}") from None
+
+
 def _yaml_files(folder: Path) -> list[Path]:
     try:
         with os.scandir(folder) as entries:

@@ -42,7 +42,7 @@ RECIPES = arg("recipe", metavar="NAME", help="recipe names and globs, with comma
 
 def workspace() -> Path:
     """The folder of the workspace that the working directory is in. Raises MlcBuildError where it is in none."""
-    from mlcbuild.recipes.workspace import find_root
+    from mlcbuild.recipes.files import find_root
 
     return find_root(Path.cwd())
 

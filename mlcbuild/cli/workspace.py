@@ -18,7 +18,7 @@ _AXES = ("model", "quantization", "target")
 
 
 def _init(options: argparse.Namespace) -> int:
-    from mlcbuild.recipes.init import init
+    from mlcbuild.workspace.init import init
 
     for path in init(options.folder):
         print(path)
@@ -27,8 +27,8 @@ def _init(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from mlcbuild.recipes.check import check, render
-    from mlcbuild.recipes.workspace import find_root
+    from mlcbuild.recipes.files import find_root
+    from mlcbuild.recipes.load import check, render
 
     report = check(find_root(options.folder.absolute()))
     sys.stdout.write(render(report))
@@ -37,10 +37,10 @@ def _check(options: argparse.Namespace) -> int:
 
 def _lock(options: argparse.Namespace) -> int:
     from mlcbuild.recipes.load import load
-    from mlcbuild.workspace.lock_models import pin
+    from mlcbuild.workspace.hub_locks import lock_models
 
     root = workspace()
-    pin(load(root), cache_of(options, root), options.models, options.update)
+    lock_models(load(root), cache_of(options, root), options.models, options.update)
     return 0
 
 
@@ -70,13 +70,14 @@ def _why(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from mlcbuild.workspace.estimate import check_room, preview, render
+    from mlcbuild.workspace.estimate import check_room, estimate
+    from mlcbuild.workspace.estimate_text import render
 
     session = _selected(options)
-    plan = preview(session)
-    sys.stdout.write(render(plan))
+    coming = estimate(session)
+    sys.stdout.write(render(coming))
     sys.stdout.flush()
-    check_room(plan, session.store.root)
+    check_room(coming, session.store.root)
     return 0
 
 

@@ -23,7 +23,7 @@ from mlcbuild.engine.resources import Pool, budget
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.recipes.select import Selection
 from mlcbuild.reporting.events import json_log
-from mlcbuild.workspace.estimate import check_room, preview
+from mlcbuild.workspace.estimate import check_room, estimate
 from mlcbuild.workspace.fastpath import remember
 from mlcbuild.workspace.reports import planned_in, reasons
 from mlcbuild.workspace.session import Session, Settings, open_session
@@ -98,7 +98,7 @@ def _before(session: Session, console: Console, tasks: Mapping[str, Task], selec
             return
         if console.records:
             console.reasons.update(reasons(session, missing))
-        coming = preview(session, missing)
+        coming = estimate(session, missing)
     except MlcBuildError:
         return  # the step meets the same problem, and can report it
     check_room(coming, session.store.root)

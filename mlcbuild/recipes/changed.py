@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.recipes.lock import key, lock_path
-from mlcbuild.recipes.stock import stock
-from mlcbuild.recipes.types import Catalog, Model, Recipe, Source
-from mlcbuild.recipes.workspace import FOLDERS
+from mlcbuild.recipes.files import stock, yaml_file
+from mlcbuild.recipes.lockfile import key, lock_path
+from mlcbuild.recipes.types import Catalog, Recipe
 
 
 def changed_since(root: Path, catalog: Catalog, revision: str) -> set[str]:
@@ -27,7 +26,7 @@ def changed_since(root: Path, catalog: Catalog, revision: str) -> set[str]:
     return {
         name
         for name, recipe in catalog.recipes.items()
-        if any(source.hf is not None and key(source) in locked for source in _sources(recipe.model))
+        if any(key(source) in locked for source in recipe.model.hub_sources)
         or any(path.resolve() in touched for path in _files(root, recipe))
     }
 
@@ -39,37 +38,24 @@ def _files(root: Path, recipe: Recipe) -> Iterator[Path]:
     parts = [("quantization", recipe.quantization.name), ("target", recipe.target.name)]
     parts += [("quantization", recipe.quantization.format), ("template", recipe.template.name)]
     parts += [("architecture", model.architecture or "")]
-    for kind, name in parts:
-        yield from _yaml(root, kind, name)
+    yield from (path for kind, name in parts if (path := _yaml(root, kind, name)) is not None)
     yield from _ancestors(root, model.name)
-    for source in _sources(model):
-        if source.path is not None:
-            yield source.path
+    yield from (source.path for source in model.sources if source.path is not None)
     yield from (path for path in (recipe.verify.text, model.calibration) if path is not None)
-
-
-def _sources(model: Model) -> list[Source]:
-    return [source for source in (model.source, model.delta_of, model.lora) if source is not None]
 
 
 def _ancestors(root: Path, name: str) -> Iterator[Path]:
     """The model's file and those that it extends."""
     import yaml  # not on the way of a build that has nothing to do
 
-    while name:
-        found = list(_yaml(root, "model", name))
-        yield from found
-        data = yaml.safe_load(found[0].read_bytes()) if found else {}
+    while (path := _yaml(root, "model", name)) is not None:
+        yield path
+        data = yaml.safe_load(path.read_bytes())
         name = data.get("extends", "") if isinstance(data, dict) else ""
 
 
-def _yaml(root: Path, kind: str, name: str) -> Iterator[Path]:
-    for recipes in (root / "recipes", stock().recipes):
-        for ending in (".yaml", ".yml"):
-            path = recipes / FOLDERS[kind] / f"{name}{ending}"
-            if name and path.is_file():
-                yield path
-                return
+def _yaml(root: Path, kind: str, name: str) -> Path | None:
+    return yaml_file(root / "recipes", kind, name) or yaml_file(stock().recipes, kind, name)
 
 
 def _changed_files(root: Path, revision: str) -> set[Path]:

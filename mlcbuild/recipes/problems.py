@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 _SHOWN_NAMES = 12  # a longer list of what there is helps nobody
 _SHOWN_LENGTH = 60
+_MOST_COMPARED = 50_000  # names, about a second of comparing
 _NOT_TEXT = re.compile(r"~|null|true|false|[-+.]?[0-9][0-9.]*", re.IGNORECASE)  # what YAML would not read as text
 
 
@@ -62,9 +63,10 @@ def where(path: Sequence[str | int]) -> str:
 
 def one_of(names: Iterable[object]) -> str:
     """`a`, `b` or `c`."""
-    quoted = [f"`{show(name)}`" for name in names]
-    if len(quoted) > _SHOWN_NAMES:
-        return f"one of {', '.join(quoted[:_SHOWN_NAMES])} … ({len(quoted)} in all)"
+    every = list(names)
+    quoted = [f"`{show(name)}`" for name in every[:_SHOWN_NAMES]]
+    if len(every) > _SHOWN_NAMES:
+        return f"one of {', '.join(quoted)} … ({len(every)} in all)"
     return " or ".join([", ".join(quoted[:-1]), quoted[-1]]) if len(quoted) > 1 else "".join(quoted)
 
 
@@ -72,6 +74,20 @@ def did_you_mean(word: object, names: Iterable[object]) -> str:
     """`; did you mean `x`?` for the nearest of `names`, else nothing."""
     near = nearest(word, names)
     return f"; did you mean `{near}`?" if near is not None else ""
+
+
+class Hints:
+    """`did_you_mean` for any number of mistakes: a workspace in which thousands of names are wrong is told so at once,
+    the first ones with suggestions."""
+
+    def __init__(self) -> None:
+        self._left = _MOST_COMPARED
+
+    def __call__(self, word: object, names: Collection[object]) -> str:
+        if self._left <= 0:
+            return ""
+        self._left -= len(names)
+        return did_you_mean(word, names)
 
 
 def nearest(word: object, names: Iterable[object]) -> str | None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from mlcbuild.reporting.history import STATUSES, Cell, Run
-from mlcbuild.reporting.plain import amount
+from mlcbuild.text import amount
 
 _WIDTH, _HEIGHT, _MARGIN = 220, 56, 5  # of a plot
 # What is plotted over the runs, and how a value is shown; the worst KL is of all packages.

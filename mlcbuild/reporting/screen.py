@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, TextIO
 
 from mlcbuild.reporting import events
 from mlcbuild.reporting.events import Event, Report
-from mlcbuild.reporting.plain import amount, line, plain
+from mlcbuild.reporting.plain import line, plain
+from mlcbuild.text import amount
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

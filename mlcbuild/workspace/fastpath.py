@@ -30,8 +30,8 @@ from mlcbuild.cache import layout
 from mlcbuild.cache.index import note_use, signature
 from mlcbuild.cache.materialise import BLOB_TIME
 from mlcbuild.compiler.targets import cpu_flags
+from mlcbuild.recipes.files import stock
 from mlcbuild.recipes.select import Cell, Selection, cells, manual
-from mlcbuild.recipes.stock import stock
 
 if TYPE_CHECKING:  # loading these takes longer than recalling
     from mlcbuild.cache.store import Store

@@ -24,8 +24,8 @@ from mlcbuild.recipes.load import load
 from mlcbuild.recipes.select import Selection, cells, manual
 from mlcbuild.recipes.types import Catalog
 from mlcbuild.reporting.events import PackageInstalled, RecipeUnavailable, Report
+from mlcbuild.workspace.hub_locks import lock_missing, locker
 from mlcbuild.workspace.install import install, is_installed
-from mlcbuild.workspace.locking import locker, look_up
 from mlcbuild.workspace.manifest import manifest
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def open_session(
         changed = changed_since(root, catalog, selection.changed)
         names = [name for name in names if name in changed]
     models = [catalog.recipes[name].model for name in selection.to_look_up(names, known)]
-    refused = look_up(root, store.root, models, report, refuse=settings.locked)
+    refused = lock_missing(root, store.root, models, report, refuse=settings.locked)
     graph = plan(catalog, [catalog.recipes[name] for name in names], locker(root, refused))
     if graph.broken and not settings.keep_going:
         raise MlcBuildError("\n".join(dict.fromkeys(graph.broken.values())))

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from mlcbuild.doit_face import variables
-from mlcbuild.recipes.check import check, render
+from mlcbuild.recipes.load import check, render
 from mlcbuild.reporting import events
 from mlcbuild.verify import quality
 from tests.docs.pages import DOCS, PAGES, ROOT, Block, blocks, code, table

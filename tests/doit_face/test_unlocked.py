@@ -10,7 +10,7 @@ import pytest
 
 from mlcbuild.cli.main import main
 from mlcbuild.doit_face.argv import named_tasks
-from mlcbuild.recipes.lock import read_lock
+from mlcbuild.recipes.lockfile import read_lock
 from mlcbuild.recipes.select import Selection
 from tests.checkpoints.hub_server import COMMIT, Fault, Hub, serving
 from tests.engine.workspace import CONFIG, Workspace

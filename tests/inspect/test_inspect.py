@@ -13,8 +13,8 @@ from mlcbuild.chat.checkpoint import CheckpointChat, read_checkpoint_chat
 from mlcbuild.chat.jinja import ChatTemplate
 from mlcbuild.cli.main import main
 from mlcbuild.inspect.template import differences, guess
+from mlcbuild.recipes.files import stock
 from mlcbuild.recipes.load import load
-from mlcbuild.recipes.stock import stock
 from tests.docs.pages import ROOT
 from tests.engine.workspace import CONFIG, Workspace, make_workspace
 

@@ -11,7 +11,8 @@ import pytest
 from mlcbuild.cli.main import main
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.planning import planner as graph
-from mlcbuild.workspace.estimate import Preview, check_room, preview, render
+from mlcbuild.workspace.estimate import BuildEstimate, check_room, estimate
+from mlcbuild.workspace.estimate_text import render
 from mlcbuild.workspace.session import Session, open_session
 from tests.engine.workspace import Workspace
 
@@ -27,8 +28,8 @@ def opened(workspace: Workspace) -> Session:
     return open_session(workspace.root, lambda event: None)
 
 
-def plan(workspace: Workspace) -> Preview:
-    return preview(opened(workspace))
+def plan(workspace: Workspace) -> BuildEstimate:
+    return estimate(opened(workspace))
 
 
 def test_before_the_first_build_everything_is_to_run_and_nothing_is_known_of_times(workspace: Workspace) -> None:

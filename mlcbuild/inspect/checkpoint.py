@@ -16,7 +16,8 @@ from mlcbuild.recipes.problems import did_you_mean
 from mlcbuild.recipes.types import Catalog, Locked, Model, Source
 from mlcbuild.workspace.hub_locks import locker, resolve
 
-_TEXTS = (*TOKENIZER_FILES, "chat_template.jinja", "config.json", "generation_config.json")
+_POOLING = ("modules.json", "1_Pooling/config.json")  # of sentence-transformers
+_TEXTS = (*TOKENIZER_FILES, "chat_template.jinja", "config.json", "generation_config.json", *_POOLING)
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def open_checkpoint(
     source = model.source if model is not None else source_of(word, catalog, revision, names)
     if source.path is not None:
         found = {path.name: path for path in sorted(source.path.iterdir()) if path.is_file()}
+        found |= {name: path for name in _POOLING if (path := source.path / name).is_file()}
         sizes = {name: path.stat().st_size for name, path in found.items()}
         yield Checkpoint(source, read_config(source.path / "config.json"), sizes, found, model)
         return
@@ -65,7 +67,12 @@ def source_of(word: str, catalog: Catalog, revision: str | None = None, names: b
     path = Path(word)
     if path.is_dir() and revision is None:
         return Source(path=path.absolute())
-    if word.startswith(("/", "./", "../", "~")) or word.count("/") > 1 or path.is_file():
+    if path.is_file():
+        raise MlcBuildError(
+            f"{word}: a file; a checkpoint is a folder in Hugging Face's format (config.json and safetensors), or "
+            "owner/name"
+        )
+    if word.startswith(("/", "./", "../", "~")) or word.count("/") > 1:
         raise MlcBuildError(f"{word}: no such folder; a checkpoint is a folder in Hugging Face's format, or owner/name")
     if "/" not in word and names:
         hint = did_you_mean(word, catalog.models)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mlcbuild.chat.checkpoint import CheckpointChat, read_checkpoint_chat
+from mlcbuild.chat.pooling import embedding_metadata
 from mlcbuild.checkpoints.index import index, with_prefix
 from mlcbuild.checkpoints.table import read_table
 from mlcbuild.errors import MlcBuildError
@@ -59,14 +60,17 @@ class Inspection:
     template: templates.Guess | None
     sizes: Mapping[str, Size]
     reuse: Reuse
+    embedding: Mapping[str, Any] | None  # of a model of texts: how its vectors are made
 
     @property
     def choices(self) -> dict[str, Any]:
         """The structure's dimensions and choices; what a model has not, or has as everybody, is left out."""
+        hidden = {*_HIDDEN, "rope_theta"} if self.structure.rope == "none" else _HIDDEN
+        fields = {**self.structure.to_json(), "embedding": self.embedding}
         return {
             key: value
-            for key, value in self.structure.to_json().items()
-            if key not in _HIDDEN and value is not None and value is not False and value != ()
+            for key, value in fields.items()
+            if key not in hidden and value is not None and value is not False and value != ()
         }
 
 
@@ -80,6 +84,13 @@ def inspect_checkpoint(checkpoint: Checkpoint, catalog: Catalog, like: str) -> I
     structure = architectures.resolve(chosen, checkpoint.config, model.overrides if model else {})
     chat = read_checkpoint_chat(checkpoint.files)
     guess = None if checkpoint.trouble else templates.guess(chat, catalog.templates, like)
+    embedding = structure.embedding
+    if embedding is not None:
+        guess = guess and replace(guess, remarks=())  # nobody talks to it
+        try:
+            embedding = embedding_metadata(checkpoint.files, embedding)
+        except MlcBuildError as error:
+            embedding = {"problem": str(error)}
     return Inspection(
         checkpoint,
         chosen,
@@ -91,6 +102,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, catalog: Catalog, like: str) -> I
         guess,
         sizes(structure, catalog.quantizations),
         reuse(structure, catalog),
+        embedding,
     )
 
 

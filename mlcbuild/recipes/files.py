@@ -27,6 +27,7 @@ STOCK_KINDS = ("model", "architecture", "quantization", "target", "template")
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 NAME_RULE = "a name is letters, digits, `.`, `_` and `-`, starting with a letter or a digit"
+LONGEST_NAME = 200  # characters: a file system takes 255 bytes, and steps' names have words and endings around these
 _ENDINGS = (".yaml", ".yml")
 
 
@@ -82,14 +83,16 @@ def discover(recipes: Path, root: Path, kinds: Iterable[str]) -> tuple[list[File
             file = File(kind, path.stem, path, shown(path, root))
             if path.suffix not in _ENDINGS:
                 text = f"rename the file: its name ends in `{path.suffix.lower()}`, in small letters"
-                problems.append(Problem(file.shown, 1, 1, text))
             elif not NAME.fullmatch(file.name):
-                problems.append(Problem(file.shown, 1, 1, f"rename the file: {NAME_RULE}"))
+                text = f"rename the file: {NAME_RULE}"
+            elif len(file.name) > LONGEST_NAME:
+                text = f"rename the file: a name has at most {LONGEST_NAME} characters"
             elif file.name in taken:
                 text = f"the name `{file.name}` is taken by {taken[file.name].shown}; rename or remove one of the two"
-                problems.append(Problem(file.shown, 1, 1, text))
             else:
                 taken[file.name] = file
+                continue
+            problems.append(Problem(file.shown, 1, 1, text))
         files += taken.values()
     return files, problems
 

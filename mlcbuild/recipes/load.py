@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 from mlcbuild.errors import RecipeError
 from mlcbuild.recipes import convert, document, expand, references
 from mlcbuild.recipes.document import Document, Memo
-from mlcbuild.recipes.files import FOLDERS, STOCK_KINDS, File, discover, stock, strays
+from mlcbuild.recipes.files import FOLDERS, LONGEST_NAME, STOCK_KINDS, File, discover, stock, strays
 from mlcbuild.recipes.lockfile import examine
-from mlcbuild.recipes.problems import Hints, Problem
+from mlcbuild.recipes.problems import Hints, Problem, show
 from mlcbuild.recipes.schemas import Schemas
+from mlcbuild.recipes.select import AXES
 from mlcbuild.recipes.types import AUTO_TEMPLATE, Catalog, Recipe
 from mlcbuild.text import plural
 
@@ -152,6 +153,11 @@ def _resolve(root: Path, documents: Documents, warnings: Sequence[Problem]) -> t
                 problems.append(each.problem(text, ("matrix",), key=True))
             else:
                 wanted[name] = (each, data)
+    for each, data in wanted.values():
+        cell = "-".join(data[axis] for axis in AXES)  # steps are named so, whatever the recipe is called
+        if len(cell) > LONGEST_NAME:
+            text = f"the names `{show(cell)}` have {len(cell)} characters together, at most {LONGEST_NAME} are possible"
+            problems.append(each.problem(text))
     recipes = {name: _recipe(name, *wanted[name], catalog) for name in sorted(wanted)}
     return replace(catalog, recipes={name: recipe for name, recipe in recipes.items() if recipe is not None}), problems
 

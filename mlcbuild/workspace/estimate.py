@@ -122,9 +122,7 @@ def _estimated(
     action = session.lookup.known(step.name)
     if action is not None:
         return StepEstimate(step.name, step.kind, True, total_size(action.tree.files.values()), 0, action.seconds)
-    needed = [name for name in session.graph.closure([step.name]) if name != step.name]
-    outside = sum(_outside_bytes(step) for step in map(session.graph.steps.__getitem__, [*needed, step.name]))
-    mass = sum(sizes[name] for name in needed)
+    mass = sum(sizes[name] for name in session.graph.closure([step.name]) if name != step.name)
     format_ = json.loads(canonical(step.fields.get("quantization")))  # as it is recorded: tuples are lists there
     nearest = min(past.get(step.kind, ()), key=lambda each: _distance(each, format_, mass), default=None)
     size, seconds = _first_guess(step, mass), None
@@ -132,11 +130,11 @@ def _estimated(
         # Work and results grow with what goes in; where nothing does (lower), they stay what they were.
         factor = mass / nearest.mass if nearest.mass and mass else 1.0
         size, seconds = round(nearest.size * factor), nearest.seconds * factor
-    if step.kind == "download":
-        size = _download_bytes(step, outside)
     new = size
-    if any(item.path is not None for item in step.inputs) and step.kind == "download":
-        new = 0  # borrowed where it lies
+    if step.kind == "download":
+        size = new = _download_bytes(step)
+        if any(item.path is not None for item in step.inputs):
+            new = 0  # borrowed where it lies
     elif step.kind == "package" and size is not None:  # weights and library are passed on, not copied
         new = max(0, size - sum(sizes[name] for name in step.producers if not name.startswith("download:")))
     return StepEstimate(step.name, step.kind, False, size, new, seconds)
@@ -151,16 +149,11 @@ def _first_guess(step: Step, mass: int) -> int | None:
     return round(mass * ((weights["bits"] + 1) if weights else dense) / 16)
 
 
-def _download_bytes(step: Step, outside: int) -> int:
-    files = step.fields.get("files", {})
-    return sum(file["size"] for file in files.values()) if files else outside
-
-
-def _outside_bytes(step: Step) -> int:
-    """Of a local checkpoint."""
-    total = 0
+def _download_bytes(step: Step) -> int:
+    """Of a repository's files, as they are locked, or of a local checkpoint's."""
+    total: int = sum(file["size"] for file in step.fields.get("files", {}).values())
     for item in step.inputs:
-        if item.path is not None and step.kind == "download" and item.path.is_dir():
+        if item.path is not None and item.path.is_dir():
             files = (path for path in item.path.iterdir() if path.is_file())
             total += sum(path.stat().st_size for path in files if not item.select or matches(path.name, item.select))
     return total

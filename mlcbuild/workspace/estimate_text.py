@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from mlcbuild.text import amount, count, duration, table
 from mlcbuild.workspace.estimate import BuildEstimate
@@ -37,11 +37,7 @@ def render(coming: BuildEstimate) -> str:
     for kind in dict.fromkeys(step.kind for step in coming.steps):
         each = [step for step in coming.steps if step.kind == kind]
         todo = [step for step in each if not step.cached]
-        facts = (
-            (amount(sum(step.new or 0 for step in todo)), duration(sum(step.seconds or 0.0 for step in todo)))
-            if todo
-            else ("", "")
-        )
+        facts = (_sum([step.new for step in todo], amount), _sum([step.seconds for step in todo], duration))
         rows.append((kind, str(len(each)), str(len(each) - len(todo)), str(len(todo)), *facts))
     lines += ["", *table(rows)]
     if run:
@@ -50,6 +46,12 @@ def render(coming: BuildEstimate) -> str:
         if len(run) > _SHOWN:
             lines.append(f"… and {len(run) - _SHOWN} more")
     return "\n".join(lines) + "\n"
+
+
+def _sum(values: Sequence[float | None], show: Callable[[float], str]) -> str:
+    """What is known of them together; nothing of none."""
+    known = [value for value in values if value is not None]
+    return _about(sum(known) if known else None, show) if values else ""
 
 
 def _about(value: float | None, show: Callable[[float], str]) -> str:

@@ -33,6 +33,16 @@ def test_fault_C_ending_in_capitals(workspace: Workspace, name: str, ending: str
     assert workspace.problem(name, RECIPE) == f"1:1: rename the file: its name ends in `{ending}`, in small letters"
 
 
+def test_fault_C_long_names(workspace: Workspace) -> None:
+    """The steps of such a recipe ended as "a bug in the step": their names are names of files."""
+    name = "n" * 201
+    assert workspace.problem(f"models/{name}.yaml", MODEL) == "1:1: rename the file: a name has at most 200 characters"
+    (workspace.root / f"recipes/models/{name}.yaml").unlink()
+    workspace.write(f"models/{name[1:]}.yaml", MODEL)
+    problem = workspace.problem("r.yaml", RECIPE.replace("tiny", name[1:]))
+    assert problem.endswith("have 212 characters together, at most 200 are possible")
+
+
 @pytest.mark.parametrize(
     ("text", "place"),
     [

@@ -43,6 +43,8 @@ def test_before_the_first_build_everything_is_to_run_and_nothing_is_known_of_tim
     assert by_name["download:tiny"].new == 0, "a local checkpoint is borrowed where it lies"
     assert by_name["quantize:tiny-q4f16_1"].size == round(checkpoint * 5 / 16), "judged by the bits of a weight"
     assert not workspace.dist.exists() and not workspace.ran()
+    (row,) = [line.split() for line in render(found).splitlines() if line.startswith("verify ")]
+    assert row == ["verify", "2", "0", "2", "unknown", "unknown"], "fault C: not 0 B and 0.0 s, as it said"
 
 
 def test_after_a_build_nothing_is_to_run(built: Workspace) -> None:

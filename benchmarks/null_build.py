@@ -27,7 +27,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from mlcbuild.cache.store import Action
+from mlcbuild.cache.action import Action
 from mlcbuild.cache.tree import Tree
 from mlcbuild.engine.graph import Step
 from mlcbuild.recipes.init import init

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import re
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlcbuild.cache import layout
-from mlcbuild.cache.canonical import digest_json
-
-DIGEST = re.compile(r"[0-9a-f]{64}")
+from mlcbuild.cache.action import DIGEST, Action, Damaged
 
 
 @dataclass(frozen=True)
@@ -82,14 +78,13 @@ def read_record(path: Path) -> Record | None:
     """The entry at `path`; None when it is damaged or gone."""
     try:
         status = path.stat()
-        content = json.loads(path.read_bytes())
-        if digest_json(content["files"]) != content["tree"] or not DIGEST.fullmatch(path.stem):
-            return None
-        blobs = {str(digest): int(size) for digest, size, _ in content["files"].values()}
-        step, name = str(content["step"]), str(content["name"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        action = Action.from_json(path.stem, path.read_bytes())
+    except (OSError, Damaged):
         return None
-    return Record(path.stem, path, step, name, status.st_mtime, status.st_size, blobs)
+    if not DIGEST.fullmatch(action.key):
+        return None
+    blobs = {entry.digest: entry.size for entry in action.tree.files.values()}
+    return Record(action.key, path, action.step, action.name, status.st_mtime, status.st_size, blobs)
 
 
 def _files(folder: Path) -> Iterator[Blob]:

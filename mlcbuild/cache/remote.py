@@ -8,7 +8,6 @@ the first call.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import secrets
@@ -228,14 +227,6 @@ def shown(url: str) -> str:
     """The URL without what could be secret: user, password, query."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}" if parts.scheme else url
-
-
-def parse_entry(content: bytes) -> Any:
-    """The entry as JSON; None when it is not that."""
-    try:
-        return json.loads(content)
-    except ValueError:
-        return None
 
 
 def _callback(meter: Meter) -> Any:

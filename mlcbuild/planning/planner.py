@@ -6,23 +6,20 @@ Planning reads a model's `config.json` (from its folder, or from recipes.lock) a
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mlcbuild.cache.canonical import digest_json
+from mlcbuild.cache.tree import digest_json
 from mlcbuild.chat.config import TOKENIZER_FILES
 from mlcbuild.compiler import targets, tools
 from mlcbuild.compiler.web import emscripten
 from mlcbuild.engine.graph import Goal, Graph, Input, Step
 from mlcbuild.errors import MlcBuildError, NotLocked, Unavailable
-from mlcbuild.models import architecture as architectures
-from mlcbuild.models import parameters
-from mlcbuild.models.kinds import DECODER, by_layer
-from mlcbuild.models.structure import Structure
+from mlcbuild.models.kinds import DECODER
+from mlcbuild.planning.backends import COSTS, PAGES, backend
+from mlcbuild.planning.shapes import Form, Shape, config_of, shape_of
 from mlcbuild.recipes.types import (
     Catalog,
     Locked,
@@ -75,27 +72,6 @@ def plan(catalog: Catalog, recipes: Iterable[Recipe], lock: Callable[[Model], Lo
     return Graph(planner.steps, goals, unavailable, unlocked, broken)
 
 
-@dataclass(frozen=True)
-class _Form:
-    """What a library is compiled from; with `blocks`, a library of the decoder's pieces (mlcbuild.models.blocks)."""
-
-    digest: str
-    label: str
-    fields: Mapping[str, Any]
-    blocks: bool = False
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """A model's structure under a recipe's overrides, with what is made from it worked out once."""
-
-    fields: Mapping[str, Any]
-    parameters: int  # how many numbers they are
-    model_config: Mapping[str, Any]  # of mlc-chat-config.json
-    whole: _Form
-    blocks: _Form | None  # None for a kind of model that is not run one layer at a time
-
-
 class _Planner:
     """Adds steps, each once. What several recipes share is worked out once."""
 
@@ -139,7 +115,7 @@ class _Planner:
             locked = self._locked(model, source)
             contents = {name: {"sha256": file.sha256, "size": file.size} for name, file in locked.files.items()}
             fields = {"repo": source.hf, "commit": locked.commit, "files": contents}
-            return self._add("download", label, fields)
+            return self._add("download", label, fields, brings=sum(file.size for file in locked.files.values()))
 
         return self._once(("download", model.name, label), add)
 
@@ -201,7 +177,7 @@ class _Planner:
 
         return self._once(("quantize", model.name, quantization.name), add)
 
-    def _lower(self, form: _Form, quantization: Quantization, target: Target) -> str:
+    def _lower(self, form: Form, quantization: Quantization, target: Target) -> str:
         name = _format(quantization)
 
         def add() -> str:
@@ -213,11 +189,11 @@ class _Planner:
                 **({"blocks": True} if form.blocks else {}),
                 **({"activation_bits": target.activation_bits} if target.activation_bits else {}),
             }
-            return self._add("lower", f"{form.label}-{name}-{target.name}", fields, variant=_variant(target))
+            return self._add("lower", f"{form.label}-{name}-{target.name}", fields, entry=backend(target).lower)
 
         return self._once(("lower", form.digest, form.blocks, name, target.name), add)
 
-    def _library(self, form: _Form, quantization: Quantization, target: Target) -> str:
+    def _library(self, form: Form, quantization: Quantization, target: Target) -> str:
         name = _format(quantization)
 
         def add() -> str:
@@ -227,16 +203,18 @@ class _Planner:
                 "linker": dataclasses.asdict(target.linker),
                 "library": target.library,
             }
-            variant = _vulkan(target) or _variant(target)
-            if variant == "_gpu":
-                fields["architectures"] = list(target.architectures)
-                fields["prefix"] = _prefix(form, name) if target.library == "tar" else ""
+            options = {
+                "architectures": list(target.architectures),
+                "prefix": _prefix(form, name) if target.library == "tar" else "",
+            }
+            chosen = backend(target)
+            fields |= {name: options[name] for name in chosen.options}
             lower = self._lower(form, quantization, target)
             label = f"{form.label}-{name}-{target.name}"
             inputs = [Input("lower", step=lower)]
             if target.linker.kind == "wasm":
                 inputs.append(Input("runtime", step=self._runtime()))
-            return self._add("library", label, fields, tuple(inputs), variant=variant)
+            return self._add("library", label, fields, tuple(inputs), entry=chosen.build, takes=chosen.takes)
 
         return self._once(("library", form.digest, form.blocks, name, target.name), add)
 
@@ -247,7 +225,7 @@ class _Planner:
 
         return self._once(("runtime",), add)
 
-    def _package(self, recipe: Recipe, shape: _Shape, steps: Mapping[str, str]) -> str:
+    def _package(self, recipe: Recipe, shape: Shape, steps: Mapping[str, str]) -> str:
         fields = {
             "model": recipe.model.name,
             "quantization": recipe.quantization.name,
@@ -264,10 +242,10 @@ class _Planner:
             Input("library", step=steps["library"]),
             Input("checkpoint", step=steps["download"], select=_TEXT_FILES),
         )
-        variant = "_web" if recipe.target.linker.kind == "wasm" else ""
-        return self._add("package", recipe.name, fields, inputs, variant=variant)
+        page = PAGES.get(recipe.target.linker.kind, "")
+        return self._add("package", recipe.name, fields, inputs, entry=page)
 
-    def _verify(self, recipe: Recipe, shape: _Shape, steps: Mapping[str, str]) -> str:
+    def _verify(self, recipe: Recipe, shape: Shape, steps: Mapping[str, str]) -> str:
         quantization, verify = recipe.quantization, recipe.verify
         here, unquantized = self.catalog.targets[_HERE], self.catalog.quantizations[_UNQUANTIZED]
         vectors = shape.fields.get("embedding") is not None
@@ -295,20 +273,12 @@ class _Planner:
             inputs.append(Input("cpu_library", step=self._library(shape.whole, quantization, here)))
         return self._add("verify", recipe.name, fields, tuple(inputs), (steps["download"], steps["convert"]))
 
-    def _shape(self, model: Model, overrides: Mapping[str, int]) -> _Shape:
-        def resolve() -> _Shape:
+    def _shape(self, model: Model, overrides: Mapping[str, int]) -> Shape:
+        def resolve() -> Shape:
             config = self._once(
                 ("config", model.name), lambda: config_of(model, lambda model: self._locked(model, model.source))
             )
-            chosen = architectures.choose(self.catalog.architectures, config, model.architecture)
-            structure = architectures.resolve(chosen, config, overrides)
-            return _Shape(
-                structure.to_json(),
-                parameters.count(structure),
-                architectures.model_config(chosen, structure, config),
-                _form(structure),
-                _form(structure.one_layer, blocks=True) if by_layer(structure) else None,
-            )
+            return shape_of(self.catalog, model, config, overrides)
 
         return self._once(("shape", model.name, *sorted(overrides.items())), resolve)
 
@@ -339,21 +309,24 @@ class _Planner:
         fields: Mapping[str, Any],
         inputs: tuple[Input, ...] = (),
         materials: tuple[str, ...] = (),
-        variant: str = "",
+        entry: str = "",
+        takes: tuple[str, ...] = (),
+        brings: int = 0,
     ) -> str:
         """The name of the step with this meaning; a new one is called `kind:label` unless another meaning is.
 
-        `variant` is what the module with the step's code is called behind the step's kind.
+        `entry` is the function of a backend that the step calls; `takes` is added to what its kind takes.
         """
         wanted = [[item.name, item.step, str(item.path), item.select] for item in inputs]
-        identity = digest_json([kind, fields, wanted, materials])
+        identity = digest_json([kind, fields, wanted, materials, entry])
         name = self._names.get(identity)
         if name is None:
             name = f"{kind}:{label}"
             if name in self.steps:
                 name = f"{name}-{identity[:8]}"
             self._names[identity] = name
-            self.steps[name] = Step(kind, name, f"{STEPS}.{kind}{variant}", fields, inputs, materials)
+            cost = dataclasses.replace(COSTS[kind], takes=(*COSTS[kind].takes, *takes))
+            self.steps[name] = Step(kind, name, f"{STEPS}.{kind}", fields, inputs, materials, entry, cost, brings)
         return name
 
     def _once(self, key: tuple[Any, ...], make: Callable[[], _T]) -> _T:
@@ -363,32 +336,7 @@ class _Planner:
         return known
 
 
-def config_of(model: Model, lock: Callable[[Model], Locked | None]) -> Mapping[str, Any]:
-    """The model's config.json, from its folder or from recipes.lock. Raises MlcBuildError where it cannot be read."""
-    if model.source.path is not None:
-        return read_config(model.source.path / "config.json")
-    found = lock(model)
-    if found is None:
-        raise NotLocked(f"{model.source} is not in recipes.lock: `mlcbuild lock {model.name}` asks the hub")
-    return found.config
-
-
-def _form(structure: Structure, blocks: bool = False) -> _Form:
-    label = f"{structure.label}-blocks" if blocks else structure.label
-    return _Form(structure.digest, label, structure.library_json(), blocks)
-
-
-def _variant(target: Target) -> str:
-    """GPUs have modules of their own, so that a change of one kind of library rebuilds none of the other kind."""
-    return "_gpu" if targets.is_gpu(target) else ""
-
-
-def _vulkan(target: Target) -> str:
-    """Its code generator is ours, and no other library is made anew when that changes."""
-    return "_vulkan" if target.device["kind"] == "vulkan" else ""
-
-
-def _prefix(form: _Form, quantization: str) -> str:
+def _prefix(form: Form, quantization: str) -> str:
     """What the symbols of a static library begin with: an app may hold several, and variants share one."""
     model, _, digest = form.label.rpartition("-")
     return re.sub(r"[^A-Za-z0-9_]", "_", f"{model}_{quantization}_{digest}_")
@@ -399,7 +347,7 @@ def _format(quantization: Quantization) -> str:
     return quantization.format or quantization.name
 
 
-def _too_large(shape: _Shape, verify: Verify) -> bool:
+def _too_large(shape: Shape, verify: Verify) -> bool:
     """By a declared bound and not by this machine's memory: `quality.json` shall be the same everywhere."""
     return 4 * shape.parameters > verify.memory * 1e9
 
@@ -408,15 +356,3 @@ def _checkpoint_files(folder: Path) -> tuple[str, ...]:
     """Patterns of a local folder's files: the same weights as pickles beside safetensors are not even hashed."""
     named = any(folder.glob("*.safetensors")) or not folder.is_dir()
     return CHECKPOINT_FILES if named else (*CHECKPOINT_FILES, *_TORCH_FILES)
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))  # as the steps read it, and transformers
-    except FileNotFoundError:
-        raise MlcBuildError(f"{path}: no such file: a checkpoint in Hugging Face format has one") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise MlcBuildError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise MlcBuildError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    return config

@@ -17,7 +17,8 @@ from mlcbuild.engine.builder import Builder
 from mlcbuild.engine.lookup import Lookup
 from mlcbuild.errors import MlcBuildError, Unavailable
 from mlcbuild.models import architecture as architectures
-from mlcbuild.planning.planner import config_of, plan
+from mlcbuild.planning.planner import plan
+from mlcbuild.planning.shapes import config_of
 from mlcbuild.recipes.load import load
 from mlcbuild.recipes.select import select
 from mlcbuild.recipes.types import Catalog, Locked, Model, Recipe, Source, Template

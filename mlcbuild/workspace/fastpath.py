@@ -33,7 +33,7 @@ from mlcbuild.recipes.select import Cell, cells, manual
 from mlcbuild.recipes.stock import stock
 
 if TYPE_CHECKING:  # loading these takes longer than recalling
-    from mlcbuild.cache.store import Action
+    from mlcbuild.cache.action import Action
     from mlcbuild.workspace.session import Session
 
 _FORMAT = 3  # raise it when memories are written differently

@@ -9,7 +9,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from mlcbuild.cache.tree import digest_json
 from mlcbuild.chat.config import TOKENIZER_FILES
@@ -33,6 +33,7 @@ from mlcbuild.recipes.types import (
     quantization_json,
 )
 
+_P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*_Pooling/config.json")
@@ -72,6 +73,23 @@ def plan(catalog: Catalog, recipes: Iterable[Recipe], lock: Callable[[Model], Lo
     return Graph(planner.steps, goals, unavailable, unlocked, broken)
 
 
+def _once(method: Callable[Concatenate[_Planner, _P], _T]) -> Callable[Concatenate[_Planner, _P], _T]:
+    """The method, which works out once what it gives for things of the same names."""
+
+    def known(planner: _Planner, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        key = (method.__name__, *map(_name, args))
+        if key not in planner.known:
+            planner.known[key] = method(planner, *args, **kwargs)
+        found: _T = planner.known[key]
+        return found
+
+    return known
+
+
+def _name(value: Any) -> Any:
+    return tuple(sorted(value.items())) if isinstance(value, Mapping) else getattr(value, "name", value)
+
+
 class _Planner:
     """Adds steps, each once. What several recipes share is worked out once."""
 
@@ -80,7 +98,7 @@ class _Planner:
         self.lock = lock
         self.steps: dict[str, Step] = {}
         self._names: dict[str, str] = {}  # identity -> task name
-        self._known: dict[tuple[Any, ...], Any] = {}
+        self.known: dict[tuple[Any, ...], Any] = {}  # what `_once` knows
 
     def goal(self, recipe: Recipe) -> Goal:
         model, quantization, target = recipe.model, recipe.quantization, recipe.target
@@ -107,29 +125,25 @@ class _Planner:
     def _download(self, model: Model) -> str:
         return self._fetched(model, model.source, model.name)
 
+    @_once
     def _fetched(self, model: Model, source: Source, label: str, files: tuple[str, ...] | None = None) -> str:
-        def add() -> str:
-            if source.path is not None:
-                patterns = files if files is not None else _checkpoint_files(source.path)
-                return self._add("download", label, {}, (Input("files", path=source.path, select=patterns),))
-            locked = self._locked(model, source)
-            contents = {name: {"sha256": file.sha256, "size": file.size} for name, file in locked.files.items()}
-            fields = {"repo": source.hf, "commit": locked.commit, "files": contents}
-            return self._add("download", label, fields, brings=sum(file.size for file in locked.files.values()))
+        if source.path is not None:
+            patterns = files if files is not None else _checkpoint_files(source.path)
+            return self._add("download", label, {}, (Input("files", path=source.path, select=patterns),))
+        locked = self._locked(model, source)
+        contents = {name: {"sha256": file.sha256, "size": file.size} for name, file in locked.files.items()}
+        fields = {"repo": source.hf, "commit": locked.commit, "files": contents}
+        return self._add("download", label, fields, brings=sum(file.size for file in locked.files.values()))
 
-        return self._once(("download", model.name, label), add)
-
+    @_once
     def _convert(self, model: Model) -> str:
         # The recipe's overrides are limits of the library; what the weights are does not depend on them.
-        def add() -> str:
-            download = self._download(model)
-            inputs = [Input("checkpoint", step=download, select=_TENSOR_FILES)]
-            for name, step in self._merged(model).items():
-                inputs.append(Input(name, step=step, select=_TENSOR_FILES if name == "base" else _ADAPTER_FILES))
-            fields = {"structure": self._shape(model, {}).fields}
-            return self._add("convert", model.name, fields, tuple(inputs), (download,))
-
-        return self._once(("convert", model.name), add)
+        download = self._download(model)
+        inputs = [Input("checkpoint", step=download, select=_TENSOR_FILES)]
+        for name, step in self._merged(model).items():
+            inputs.append(Input(name, step=step, select=_TENSOR_FILES if name == "base" else _ADAPTER_FILES))
+        fields = {"structure": self._shape(model, {}).fields}
+        return self._add("convert", model.name, fields, tuple(inputs), (download,))
 
     def _merged(self, model: Model) -> dict[str, str]:
         """What is merged with the checkpoint: the steps that fetch it, by the name of convert's input."""
@@ -140,90 +154,78 @@ class _Planner:
             steps["lora"] = self._fetched(model, model.lora, f"{model.name}-lora", _ADAPTER_FILES)
         return steps
 
+    @_once
     def _calibrate(self, model: Model) -> str:
-        def add() -> str:
-            everywhere = self.catalog.targets[_EVERYWHERE]
-            target = everywhere if targets.runs_here(everywhere) else self.catalog.targets[_HERE]
-            shape = self._shape(model, {})
-            if shape.blocks is None:
-                raise MlcBuildError(
-                    "rounding `calibrated` measures a decoder layer by layer, and "
-                    f"{shape.fields['architecture']} is none: choose the same quantization without it, or with "
-                    "`rounding: mse`"
-                )
-            download, convert = self._download(model), self._convert(model)
-            inputs = (
-                Input("convert", step=convert),
-                Input("blocks", step=self._library(shape.blocks, self.catalog.quantizations[_UNQUANTIZED], target)),
-                Input("checkpoint", step=download, select=TOKENIZER_FILES),
-                Input("text", path=model.calibration or _CALIBRATION_TEXT),
+        everywhere = self.catalog.targets[_EVERYWHERE]
+        target = everywhere if targets.runs_here(everywhere) else self.catalog.targets[_HERE]
+        shape = self._shape(model, {})
+        if shape.blocks is None:
+            raise MlcBuildError(
+                "rounding `calibrated` measures a decoder layer by layer, and "
+                f"{shape.fields['architecture']} is none: choose the same quantization without it, or with "
+                "`rounding: mse`"
             )
-            return self._add("calibrate", model.name, {"structure": shape.fields}, inputs, (download, convert))
+        download, convert = self._download(model), self._convert(model)
+        inputs = (
+            Input("convert", step=convert),
+            Input("blocks", step=self._library(shape.blocks, self.catalog.quantizations[_UNQUANTIZED], target)),
+            Input("checkpoint", step=download, select=TOKENIZER_FILES),
+            Input("text", path=model.calibration or _CALIBRATION_TEXT),
+        )
+        return self._add("calibrate", model.name, {"structure": shape.fields}, inputs, (download, convert))
 
-        return self._once(("calibrate", model.name), add)
-
+    @_once
     def _quantize(self, model: Model, quantization: Quantization) -> str:
-        def add() -> str:
-            convert = self._convert(model)
-            fields = {
-                "structure": self._shape(model, {}).fields,
-                "quantization": quantization_json(quantization),
-            }
-            inputs = [Input("convert", step=convert)]
-            if quantization.rounding == "calibrated":
-                inputs.append(Input("calibration", step=self._calibrate(model)))
-            materials = (self._download(model), convert)
-            return self._add("quantize", f"{model.name}-{quantization.name}", fields, tuple(inputs), materials)
+        convert = self._convert(model)
+        fields = {
+            "structure": self._shape(model, {}).fields,
+            "quantization": quantization_json(quantization),
+        }
+        inputs = [Input("convert", step=convert)]
+        if quantization.rounding == "calibrated":
+            inputs.append(Input("calibration", step=self._calibrate(model)))
+        materials = (self._download(model), convert)
+        return self._add("quantize", f"{model.name}-{quantization.name}", fields, tuple(inputs), materials)
 
-        return self._once(("quantize", model.name, quantization.name), add)
-
+    @_once
     def _lower(self, form: Form, quantization: Quantization, target: Target) -> str:
         name = _format(quantization)
+        fields = {
+            "structure": form.fields,
+            "quantization": format_json(quantization),
+            "name": name,  # the library's metadata tells it to the runtime
+            "device": self._device(target),
+            **({"blocks": True} if form.blocks else {}),
+            **({"activation_bits": target.activation_bits} if target.activation_bits else {}),
+        }
+        return self._add("lower", f"{form.label}-{name}-{target.name}", fields, entry=backend(target).lower)
 
-        def add() -> str:
-            fields = {
-                "structure": form.fields,
-                "quantization": format_json(quantization),
-                "name": name,  # the library's metadata tells it to the runtime
-                "device": self._device(target),
-                **({"blocks": True} if form.blocks else {}),
-                **({"activation_bits": target.activation_bits} if target.activation_bits else {}),
-            }
-            return self._add("lower", f"{form.label}-{name}-{target.name}", fields, entry=backend(target).lower)
-
-        return self._once(("lower", form.digest, form.blocks, name, target.name), add)
-
+    @_once
     def _library(self, form: Form, quantization: Quantization, target: Target) -> str:
         name = _format(quantization)
+        fields: dict[str, Any] = {
+            "device": self._device(target),
+            "host": dict(target.host),
+            "linker": dataclasses.asdict(target.linker),
+            "library": target.library,
+        }
+        options = {
+            "architectures": list(target.architectures),
+            "prefix": _prefix(form, name) if target.library == "tar" else "",
+        }
+        chosen = backend(target)
+        fields |= {name: options[name] for name in chosen.options}
+        lower = self._lower(form, quantization, target)
+        label = f"{form.label}-{name}-{target.name}"
+        inputs = [Input("lower", step=lower)]
+        if target.linker.kind == "wasm":
+            inputs.append(Input("runtime", step=self._runtime()))
+        return self._add("library", label, fields, tuple(inputs), entry=chosen.build, takes=chosen.takes)
 
-        def add() -> str:
-            fields: dict[str, Any] = {
-                "device": self._device(target),
-                "host": dict(target.host),
-                "linker": dataclasses.asdict(target.linker),
-                "library": target.library,
-            }
-            options = {
-                "architectures": list(target.architectures),
-                "prefix": _prefix(form, name) if target.library == "tar" else "",
-            }
-            chosen = backend(target)
-            fields |= {name: options[name] for name in chosen.options}
-            lower = self._lower(form, quantization, target)
-            label = f"{form.label}-{name}-{target.name}"
-            inputs = [Input("lower", step=lower)]
-            if target.linker.kind == "wasm":
-                inputs.append(Input("runtime", step=self._runtime()))
-            return self._add("library", label, fields, tuple(inputs), entry=chosen.build, takes=chosen.takes)
-
-        return self._once(("library", form.digest, form.blocks, name, target.name), add)
-
+    @_once
     def _runtime(self) -> str:
-        def add() -> str:
-            fields = {"emscripten": emscripten.version(), "sources": emscripten.source_tree()}
-            return self._add("runtime", "webgpu", fields)
-
-        return self._once(("runtime",), add)
+        fields = {"emscripten": emscripten.version(), "sources": emscripten.source_tree()}
+        return self._add("runtime", "webgpu", fields)
 
     def _package(self, recipe: Recipe, shape: Shape, steps: Mapping[str, str]) -> str:
         fields = {
@@ -273,34 +275,35 @@ class _Planner:
             inputs.append(Input("cpu_library", step=self._library(shape.whole, quantization, here)))
         return self._add("verify", recipe.name, fields, tuple(inputs), (steps["download"], steps["convert"]))
 
-    def _shape(self, model: Model, overrides: Mapping[str, int]) -> Shape:
-        def resolve() -> Shape:
-            config = self._once(
-                ("config", model.name), lambda: config_of(model, lambda model: self._locked(model, model.source))
-            )
-            return shape_of(self.catalog, model, config, overrides)
+    # What is asked again and again
 
-        return self._once(("shape", model.name, *sorted(overrides.items())), resolve)
+    @_once
+    def _shape(self, model: Model, overrides: Mapping[str, int]) -> Shape:
+        return shape_of(self.catalog, model, self._config(model), overrides)
+
+    @_once
+    def _config(self, model: Model) -> Mapping[str, Any]:
+        return config_of(model, lambda model: self._locked(model, model.source))
+
+    @_once
+    def _lock(self, model: Model, source: Source) -> Locked | None:
+        return self.lock(dataclasses.replace(model, source=source))
 
     def _locked(self, model: Model, source: Source) -> Locked:
-        found: Locked | None = self._once(
-            ("locked", source), lambda: self.lock(dataclasses.replace(model, source=source))
-        )
+        found = self._lock(model, source)
         if found is None:
             raise NotLocked(f"{source} is not in recipes.lock: `mlcbuild lock {model.name}` asks the hub")
         return found
 
+    @_once
     def _device(self, target: Target) -> dict[str, Any]:
-        def resolve() -> dict[str, Any]:
-            reason = tools.wrong(target)
-            if reason:
-                raise MlcBuildError(f"target {target.name}: {reason}")
-            reason = tools.missing(target)
-            if reason:
-                raise Unavailable(f"target {target.name}: {reason}")
-            return targets.resolve(target)
-
-        return self._once(("device", target.name), resolve)
+        reason = tools.wrong(target)
+        if reason:
+            raise MlcBuildError(f"target {target.name}: {reason}")
+        reason = tools.missing(target)
+        if reason:
+            raise Unavailable(f"target {target.name}: {reason}")
+        return targets.resolve(target)
 
     def _add(
         self,
@@ -328,12 +331,6 @@ class _Planner:
             cost = dataclasses.replace(COSTS[kind], takes=(*COSTS[kind].takes, *takes))
             self.steps[name] = Step(kind, name, f"{STEPS}.{kind}", fields, inputs, materials, entry, cost, brings)
         return name
-
-    def _once(self, key: tuple[Any, ...], make: Callable[[], _T]) -> _T:
-        if key not in self._known:
-            self._known[key] = make()
-        known: _T = self._known[key]
-        return known
 
 
 def _prefix(form: Form, quantization: str) -> str:

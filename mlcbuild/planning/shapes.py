@@ -20,7 +20,7 @@ from mlcbuild.recipes.types import Catalog, Locked, Model
 class Form:
     """What a library is compiled from; with `blocks`, a library of the decoder's pieces (mlcbuild.models.blocks)."""
 
-    digest: str
+    name: str  # tells it from all others
     label: str
     fields: Mapping[str, Any]
     blocks: bool = False
@@ -73,5 +73,5 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _form(structure: Structure, blocks: bool = False) -> Form:
-    label = f"{structure.label}-blocks" if blocks else structure.label
-    return Form(structure.digest, label, structure.library_json(), blocks)
+    ending = "-blocks" if blocks else ""
+    return Form(f"{structure.digest}{ending}", f"{structure.label}{ending}", structure.library_json(), blocks)

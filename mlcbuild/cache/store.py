@@ -20,11 +20,11 @@ from typing import Any
 
 from mlcbuild.cache import layout
 from mlcbuild.cache.action import Action, Damaged
+from mlcbuild.cache.disk import make_folder, share
 from mlcbuild.cache.files import digest_of, hash_file
 from mlcbuild.cache.index import Index, signature
 from mlcbuild.cache.locks import workplace
 from mlcbuild.cache.materialise import BLOB_MODE, BLOB_TIME
-from mlcbuild.cache.share import make_folder, share
 from mlcbuild.cache.tree import Entry, canonical, mode_of
 from mlcbuild.errors import MlcBuildError
 

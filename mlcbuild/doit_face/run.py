@@ -12,7 +12,7 @@ from doit import loader
 from doit.globals import Globals
 from doit.task import Task
 
-from mlcbuild.cache.runs import begin
+from mlcbuild.cache.locks import begin
 from mlcbuild.doit_face.groups import GROUPS
 from mlcbuild.doit_face.reporter import Console, needs
 from mlcbuild.doit_face.session_tasks import Publish, check_names, tasks_of

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import mlcbuild
+from mlcbuild.cache.disk import is_shared, make_folder
 from mlcbuild.cache.locks import Workplace
-from mlcbuild.cache.share import is_shared, make_folder
 from mlcbuild.engine.job import Places, Request
 from mlcbuild.errors import StepFailed
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mlcbuild.cache.disk import made_for
 from mlcbuild.cache.layout import RECIPES_MEMO, TEST_RUN
-from mlcbuild.cache.runs import begin
-from mlcbuild.cache.share import made_for
+from mlcbuild.cache.locks import begin
 from mlcbuild.cache.store import Store, total_size
 from mlcbuild.engine.builder import Builder
 from mlcbuild.engine.lookup import Lookup

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from mlcbuild.cache.share import share
+from mlcbuild.cache.disk import share
 
 _T = TypeVar("_T")
 

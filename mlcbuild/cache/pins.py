@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlcbuild.cache.canonical import canonical
 from mlcbuild.cache.layout import package_path, pin_path
 from mlcbuild.cache.store import Store
+from mlcbuild.cache.tree import canonical
 from mlcbuild.errors import MlcBuildError
 
 MANIFEST = "manifest.json"

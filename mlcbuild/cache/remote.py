@@ -8,7 +8,6 @@ the first call.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import threading
@@ -65,8 +64,7 @@ class Remote:
     def entry(self, key: str) -> bytes | None:
         """The entry's text; None when there is none. Raises what the file system raises, or TooSlow."""
 
-        def read() -> bytes | None:
-            fs, root = self._open()
+        def read(fs: Any, root: str) -> bytes | None:
             name = f"{root}/{action_name(key)}"
             fs.invalidate_cache(name)  # another builder may have put it there since a listing was kept
             try:
@@ -75,22 +73,16 @@ class Remote:
                 return None
             return content
 
-        return self._within(read, Meter(self.patience))
+        return self._within(read)
 
     def is_there(self) -> bool:
         """Whether there is anything at this place. Raises what the file system raises, or TooSlow."""
-
-        def look() -> bool:
-            fs, root = self._open()
-            return bool(fs.exists(root))
-
-        return self._within(look, Meter(self.patience))
+        return self._within(lambda fs, root: bool(fs.exists(root)))
 
     def download(self, digest: str, destination: Path, meter: Meter) -> None:
         """Fetch a blob. What comes is not looked at. Raises what the file system raises, or TooSlow."""
 
-        def get() -> None:
-            fs, root = self._open()
+        def get(fs: Any, root: str) -> None:
             fs.get_file(f"{root}/{blob_name(digest)}", str(destination), callback=_callback(meter))
 
         self._within(get, meter)
@@ -98,8 +90,7 @@ class Remote:
     def has(self, digest: str, size: int) -> bool:
         """Whether a blob of this size is there. Raises what the file system raises, or TooSlow."""
 
-        def look() -> bool:
-            fs, root = self._open()
+        def look(fs: Any, root: str) -> bool:
             name = f"{root}/{blob_name(digest)}"
             fs.invalidate_cache(name)
             try:
@@ -107,14 +98,13 @@ class Remote:
             except FileNotFoundError:
                 return False
 
-        return self._within(look, Meter(self.patience))
+        return self._within(look)
 
     def upload(self, digest: str, source: Path, meter: Meter) -> None:
         """Put a blob there, whole or not at all. Raises what the file system raises, or TooSlow."""
         size = source.stat().st_size
 
-        def put() -> None:
-            fs, root = self._open()
+        def put(fs: Any, root: str) -> None:
             with self._name(fs, f"{root}/{blob_name(digest)}") as name:
                 fs.put_file(str(source), name, callback=_callback(meter))
 
@@ -123,12 +113,11 @@ class Remote:
     def put_entry(self, key: str, content: bytes) -> None:
         """Put an entry there. Raises what the file system raises, or TooSlow."""
 
-        def put() -> None:
-            fs, root = self._open()
+        def put(fs: Any, root: str) -> None:
             with self._name(fs, f"{root}/{action_name(key)}") as name:
                 fs.pipe_file(name, content)
 
-        self._within(put, Meter(self.patience))
+        self._within(put)
 
     @property
     def commits(self) -> bool:
@@ -140,12 +129,11 @@ class Remote:
         files: dict[str, Any] = {blob_name(digest): str(path) for digest, path in blobs.items()}
         files |= {action_name(key): content for key, content in entries.items()}
 
-        def put() -> None:
+        def put(fs: Any, root: str) -> None:
             from huggingface_hub import CommitOperationAdd
 
             from mlcbuild.cache.hub_commit import commit_on_top
 
-            fs, root = self._open()
             place = fs.resolve_path(root)
             names = {name: f"{place.path_in_repo}/{name}".lstrip("/") for name in files}
             operations = [CommitOperationAdd(names[name], content) for name, content in files.items()]
@@ -198,15 +186,16 @@ class Remote:
                 fs.rm_file(part)
             raise
 
-    def _within(self, work: Callable[[], _T], meter: Meter, window: int = 0) -> _T:
-        """What `work` returns or raises, unless that takes too long."""
+    def _within(self, work: Callable[[Any, str], _T], meter: Meter | None = None, window: int = 0) -> _T:
+        """What `work` returns or raises, given the file system and the path in it, unless that takes too long."""
+        meter = meter or self.meter()
         result: list[_T] = []
         errors: list[BaseException] = []
         ended = threading.Event()
 
         def run() -> None:
             try:
-                result.append(work())
+                result.append(work(*self._open()))
             except BaseException as error:
                 errors.append(error)
             ended.set()
@@ -224,14 +213,6 @@ def shown(url: str) -> str:
     """The URL without what could be secret: user, password, query."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}" if parts.scheme else url
-
-
-def parse_entry(content: bytes) -> Any:
-    """The entry as JSON; None when it is not that."""
-    try:
-        return json.loads(content)
-    except ValueError:
-        return None
 
 
 def _callback(meter: Meter) -> Any:

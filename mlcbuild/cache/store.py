@@ -8,60 +8,27 @@ Where what lies is said by `mlcbuild.cache.layout`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from mlcbuild.cache import layout
-from mlcbuild.cache.canonical import canonical, digest_json
+from mlcbuild.cache.action import Action, Damaged
+from mlcbuild.cache.disk import make_folder, share
 from mlcbuild.cache.files import digest_of, hash_file
 from mlcbuild.cache.index import Index, note_use, signature
 from mlcbuild.cache.locks import workplace
 from mlcbuild.cache.materialise import BLOB_MODE, BLOB_TIME
-from mlcbuild.cache.share import make_folder, share
-from mlcbuild.cache.tree import Entry, Tree, check_name, mode_of
+from mlcbuild.cache.tree import Entry, canonical, mode_of
 from mlcbuild.errors import MlcBuildError
 
 _PLACES = 8  # that a borrowed blob is remembered at
-
-
-class Damaged(MlcBuildError):
-    """Content is not what its digest says."""
-
-
-@dataclass(frozen=True)
-class Action:
-    """What went into one run of a step, and the artifact that came out."""
-
-    key: str
-    step: str  # the kind: convert, quantize ...
-    name: str  # the task's name when it ran; in no key
-    code: str
-    fields: Mapping[str, Any]
-    inputs: Mapping[str, str]  # input name -> tree digest
-    toolchain: Mapping[str, str]
-    seconds: float
-    tree: Tree
-
-    def to_json(self) -> dict[str, Any]:
-        files = {name: entry.to_json() for name, entry in self.tree.files.items()}
-        return {
-            "tree": self.tree.digest,
-            "files": files,
-            "step": self.step,
-            "name": self.name,
-            "code": self.code,
-            "fields": self.fields,
-            "inputs": self.inputs,
-            "toolchain": self.toolchain,
-            "seconds": self.seconds,
-        }
 
 
 class Store:
@@ -171,7 +138,7 @@ class Store:
         for folder in {self.blob_path(entry.digest).parent for entry in action.tree.files.values()}:
             _sync_folder(folder)
         _sync_folder(self.root / layout.BLOBS)
-        self.write(self._action_path(action.key), json.dumps(action.to_json(), indent=1, sort_keys=True).encode())
+        self.write(self._action_path(action.key), action.to_json())
 
     def forget(self, key: str) -> bool:
         """Remove the action's entry; whether there was one. Its blobs stay, for whoever else refers to them."""
@@ -195,32 +162,12 @@ class Store:
         return self.root / layout.action_name(key)
 
     def _read(self, path: Path) -> Action | None:
-        record = _read_json(path)
         try:
-            files = {check_name(name): tuple(entry) for name, entry in record["files"].items()}
-            # An entry that was damaged on the disk is an entry that is not there.
-            if digest_json(record["files"]) != record["tree"]:
-                return None
-            entries = {name: self._entry(*entry) for name, entry in files.items()}
-            if not all(entries.values()):
-                return None
-            return Action(
-                key=path.stem,
-                step=record["step"],
-                name=record["name"],
-                code=record["code"],
-                fields=record["fields"],
-                inputs=record["inputs"],
-                toolchain=record["toolchain"],
-                seconds=record["seconds"],
-                tree=Tree({name: entry for name, entry in entries.items() if entry is not None}),
-            )
-        except (TypeError, KeyError, ValueError, AttributeError, MlcBuildError):
-            return None
-
-    def _entry(self, digest: str, size: int, mode: int) -> Entry | None:
-        path = self.find(digest, size)
-        return Entry(digest, size, mode, path) if path is not None else None
+            action = Action.from_json(path.stem, path.read_bytes())
+        except (OSError, Damaged):
+            return None  # an entry that was damaged on the disk is an entry that is not there
+        tree = action.tree.at(self.find)
+        return dataclasses.replace(action, tree=tree) if tree is not None else None
 
     def _touch(self, path: Path) -> None:
         with contextlib.suppress(OSError):  # it has just gone

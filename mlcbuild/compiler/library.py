@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tvm import IRModule, relax, target, transform
+from tvm import IRModule, ir, relax, target, transform
 
 from mlcbuild.compiler import binaries, generators
 from mlcbuild.compiler.cpu import sources
@@ -21,6 +21,19 @@ from mlcbuild.recipes.types import Linker
 
 _KERNELS = Path(__file__).parent / "cpu" / "kernels"
 _HOSTS = {"x86_64-linux-gnu": "x86_64-linux-gnu.2.28", "aarch64-linux-gnu": "aarch64-linux-gnu.2.28"}
+
+
+def build_lowered(
+    lowered: Path,
+    device: Mapping[str, Any],
+    host: Mapping[str, Any],
+    linker: Linker,
+    output: Path,
+    scratch: Path,
+    dump: Path | None = None,
+) -> None:
+    """`build` the module in the file `lowered`."""
+    build(ir.load_json(lowered.read_text(encoding="utf-8")), device, linker, output, scratch, dump)
 
 
 def build(

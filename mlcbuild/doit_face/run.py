@@ -13,7 +13,7 @@ from doit import loader
 from doit.globals import Globals
 from doit.task import Task
 
-from mlcbuild.cache.runs import begin
+from mlcbuild.cache.locks import begin
 from mlcbuild.doit_face.argv import check_words, keeps_going, publishes
 from mlcbuild.doit_face.reporter import Console, needs
 from mlcbuild.doit_face.session_tasks import Publish, tasks_of

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlcbuild.chat.config import TOKENIZER_FILES
 from mlcbuild.errors import CheckpointError, MlcBuildError
-from mlcbuild.planning.planner import read_config
+from mlcbuild.planning.shapes import read_config
 from mlcbuild.recipes.problems import did_you_mean
 from mlcbuild.recipes.types import Catalog, Locked, Model, Source
 from mlcbuild.workspace.hub_locks import locker, resolve

@@ -11,7 +11,7 @@ import uuid
 from datetime import UTC, datetime
 from typing import Any
 
-from mlcbuild.cache.canonical import canonical, digest_json
+from mlcbuild.cache.tree import canonical, digest_json
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.publishing.origin import Origin
 from mlcbuild.publishing.package import Package

@@ -9,15 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mlcbuild.cache.disk import made_for
 from mlcbuild.cache.layout import RECIPES_MEMO, TEST_RUN
-from mlcbuild.cache.runs import begin
-from mlcbuild.cache.share import made_for
+from mlcbuild.cache.locks import begin
 from mlcbuild.cache.store import Store, total_size
 from mlcbuild.engine.builder import Builder
 from mlcbuild.engine.lookup import Lookup
 from mlcbuild.errors import MlcBuildError, Unavailable
 from mlcbuild.models import architecture as architectures
-from mlcbuild.planning.planner import config_of, plan
+from mlcbuild.planning.planner import plan
+from mlcbuild.planning.shapes import config_of
 from mlcbuild.recipes.load import load
 from mlcbuild.recipes.select import select
 from mlcbuild.recipes.types import Catalog, Locked, Model, Recipe, Source, Template

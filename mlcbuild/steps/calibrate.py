@@ -17,36 +17,6 @@ from mlcbuild.verify.importance import importance
 from mlcbuild.verify.unquantized import Unquantized
 
 VERSION = 1
-CODE = (
-    "mlcbuild.chat.conversation",
-    "mlcbuild.chat.rwkv_vocabulary",
-    "mlcbuild.checkpoints.header",
-    "mlcbuild.checkpoints.mapped",
-    "mlcbuild.verify.blocks",
-    "mlcbuild.verify.importance",
-    "mlcbuild.verify.model",
-    "mlcbuild.verify.unquantized",
-    "mlcbuild.models.kinds",
-    "mlcbuild.models.parameters",
-    "mlcbuild.models.structure",
-    "mlcbuild.quantization.blocks",
-    "mlcbuild.quantization.floats",
-    "mlcbuild.quantization.schemes",
-    "mlcbuild.quantization.sources",
-    "mlcbuild.recipes.types",
-    "mlcbuild.runtime.embedding",
-    "mlcbuild.verify.evaluate",
-    "mlcbuild.runtime.library",
-    "mlcbuild.runtime.model",
-    "mlcbuild.runtime.package",
-    "mlcbuild.runtime.sampling",
-    "mlcbuild.runtime.session",
-    "mlcbuild.runtime.text",
-    "mlcbuild.runtime.threads",
-    "mlcbuild.runtime.tokenizer",
-    "mlcbuild.runtime.tvm_runtime",
-    "mlcbuild.runtime.weights",
-)
 TOOLS = ("apache-tvm", "apache-tvm-ffi", "numpy", "safetensors", "sentencepiece", "tokenizers")
 
 _TOKENS = 16384  # of a text; more would hardly move a mean square

@@ -27,24 +27,6 @@ from mlcbuild.models.parameters import Parameter, ignored, parameters
 from mlcbuild.models.structure import Structure
 
 VERSION = 2
-CODE = (
-    "mlcbuild.checkpoints.header",
-    "mlcbuild.checkpoints.index",
-    "mlcbuild.checkpoints.made",
-    "mlcbuild.checkpoints.mapped",
-    "mlcbuild.checkpoints.table",
-    "mlcbuild.checkpoints.torch_files",
-    "mlcbuild.merging.delta",
-    "mlcbuild.merging.lora",
-    "mlcbuild.merging.prequantized",
-    "mlcbuild.merging.rearranged",
-    "mlcbuild.models.kinds",
-    "mlcbuild.models.numbers",
-    "mlcbuild.models.parameters",
-    "mlcbuild.models.structure",
-    "mlcbuild.quantization.awq",
-    "mlcbuild.quantization.floats",
-)
 TOOLS = ("numpy",)
 
 

@@ -2,6 +2,7 @@
 
 <model>-<quantization>-MLC/         shards and index (nothing copied), tokenizer files, mlc-chat-config.json
 <model>-<quantization>-<target>.<so|dylib|dll|tar|wasm>
+chat.html                           for browsers
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from mlcbuild.engine.job import Job, Tree
 from mlcbuild.errors import MlcBuildError
 
 VERSION = 1
-CODE = ("mlcbuild.chat",)
 TOOLS = ("jinja2", "sentencepiece")
 
 _INDEX, _OLDER_INDEX = "tensor-cache.json", "ndarray-cache.json"
@@ -34,6 +34,7 @@ def run(job: Job) -> None:
     quantization's, told to runtimes: how weights were rounded into it is nothing to them); for a model of texts also
     embedding: the architecture's embedding_metadata.
 
+    Entry, for browsers: what makes the page of a model, from its name and those of its weights and its library.
     Inputs: `quantize` (params_shard_N.bin, tensor-cache.json), `library` (model.<suffix>), `checkpoint` (tokenizer
     files, chat_template.jinja, config.json, generation_config.json). Raises MlcBuildError where the checkpoint has no
     tokenizer, and where the template `auto` cannot be derived from it.
@@ -45,7 +46,8 @@ def run(job: Job) -> None:
         job.reuse(entry, f"{weights}/{name}")
     job.reuse(job.inputs["quantize"].files[_INDEX], f"{weights}/{_OLDER_INDEX}")
     name, entry = library_file(job.inputs["library"])
-    job.reuse(entry, f"{stem}-{fields['target']}{name.removeprefix('model')}")
+    library = f"{stem}-{fields['target']}{name.removeprefix('model')}"
+    job.reuse(entry, library)
 
     checkpoint = job.inputs["checkpoint"]
     present = [file for file in TOKENIZER_FILES if file in checkpoint]
@@ -83,6 +85,8 @@ def run(job: Job) -> None:
         _embedding(job),
     )
     (folder / "mlc-chat-config.json").write_text(to_text(config), encoding="utf-8")
+    if job.has_entry:
+        (job.output / "chat.html").write_text(job.entry(stem, weights, library), encoding="utf-8")
 
 
 def _rwkv_tokenizer(job: Job, folder: Path) -> list[str]:

@@ -26,44 +26,6 @@ from mlcbuild.verify.reference import load_reference
 from mlcbuild.verify.unquantized import Unquantized
 
 VERSION = 1
-CODE = (
-    "mlcbuild.chat.checkpoint",
-    "mlcbuild.chat.compare",
-    "mlcbuild.chat.conversation",
-    "mlcbuild.chat.derive",
-    "mlcbuild.chat.difference",
-    "mlcbuild.chat.jinja",
-    "mlcbuild.chat.rwkv_vocabulary",
-    "mlcbuild.chat.tokenizer_info",
-    "mlcbuild.checkpoints.header",
-    "mlcbuild.checkpoints.mapped",
-    "mlcbuild.verify.blocks",
-    "mlcbuild.verify.embeddings",
-    "mlcbuild.verify.layers",
-    "mlcbuild.verify.model",
-    "mlcbuild.verify.packed",
-    "mlcbuild.verify.unquantized",
-    "mlcbuild.models.kinds",
-    "mlcbuild.models.parameters",
-    "mlcbuild.models.structure",
-    "mlcbuild.quantization",
-    "mlcbuild.recipes.types",
-    "mlcbuild.runtime.embedding",
-    "mlcbuild.verify.evaluate",
-    "mlcbuild.runtime.library",
-    "mlcbuild.runtime.library_file",
-    "mlcbuild.runtime.model",
-    "mlcbuild.runtime.package",
-    "mlcbuild.verify.quality",
-    "mlcbuild.verify.reference",
-    "mlcbuild.runtime.sampling",
-    "mlcbuild.runtime.session",
-    "mlcbuild.runtime.text",
-    "mlcbuild.runtime.threads",
-    "mlcbuild.runtime.tokenizer",
-    "mlcbuild.runtime.tvm_runtime",
-    "mlcbuild.runtime.weights",
-)
 TOOLS = ("apache-tvm", "apache-tvm-ffi", "jinja2", "numpy", "tokenizers", "sentencepiece")
 
 

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlcbuild.cache.canonical import canonical, digest_json
 from mlcbuild.cache.layout import action_files
 from mlcbuild.cache.store import Store, total_size
-from mlcbuild.cache.tree import matches
+from mlcbuild.cache.tree import canonical, digest_json, matches
 from mlcbuild.engine.graph import Graph, Step
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.text import amount

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlcbuild import __version__
-from mlcbuild.cache.store import Action
+from mlcbuild.cache.action import Action
 from mlcbuild.cache.tree import Entry
 from mlcbuild.engine.graph import Goal
 from mlcbuild.recipes.types import Model, Recipe, Source

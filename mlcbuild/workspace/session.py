@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlcbuild.cache.action import Action
 from mlcbuild.cache.disk import room_in
 from mlcbuild.cache.layout import RECIPES_MEMO
 from mlcbuild.cache.locks import sweep_dead
 from mlcbuild.cache.pins import hold_package
-from mlcbuild.cache.store import Action, Store, total_size
+from mlcbuild.cache.store import Store, total_size
 from mlcbuild.cache.tree import Entry
 from mlcbuild.engine.builder import Builder
 from mlcbuild.engine.graph import Goal, Graph

@@ -132,7 +132,7 @@ def test_a_damaged_entry_is_never_taken(filled: Workspace, other: Workspace, fol
 
 @pytest.mark.slow
 def test_an_entry_cannot_write_elsewhere(filled: Workspace, other: Workspace, folder: Path) -> None:
-    from mlcbuild.cache.canonical import digest_json
+    from mlcbuild.cache.tree import digest_json
 
     for path in folder.glob("ac/*/*.json"):
         record = json.loads(path.read_text())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,23 @@ class Wanted:
     architectures: tuple[str, ...]
     prefix: str = ""
     runtime: tuple[Path, ...] = ()  # wasm: object files that are linked in, the runtime
+
+
+def build_lowered(
+    lowered: Path,
+    device: Mapping[str, Any],
+    host: Mapping[str, Any],
+    linker: Linker,
+    output: Path,
+    scratch: Path,
+    dump: Path | None = None,
+    architectures: Sequence[str] = (),
+    prefix: str = "",
+    runtime: Sequence[Path] = (),
+) -> None:
+    """`build` for a device and a host."""
+    wanted = Wanted(device, host, linker, tuple(architectures), prefix, tuple(runtime))
+    build(lowered, wanted, output, scratch, dump)
 
 
 def build(lowered: Path, wanted: Wanted, output: Path, scratch: Path, dump: Path | None = None) -> None:

@@ -29,11 +29,15 @@ def lower(
     name: str,
     target_of: Mapping[str, Any],
     dump: Path | None = None,
+    activation_bits: int | None = None,
+    pieces: bool = False,
 ) -> IRModule:
     """The library of `structure` in `quantization` (called `name` in its metadata) for a GPU's TVM target.
 
-    Raises MlcBuildError for a structure or a format that GPU kernels do not have.
+    `activation_bits` is for CPUs, and so are libraries of `pieces`. Raises MlcBuildError for a structure or a format
+    that GPU kernels do not have.
     """
+    assert not pieces, "nothing asks a GPU for them"
     device = device_of(target_of)
     if structure.kind == DECODER:
         kv_cache.check(structure)

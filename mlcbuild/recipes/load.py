@@ -13,7 +13,7 @@ from mlcbuild.recipes import convert, document, expand, references
 from mlcbuild.recipes.document import Document, Memo
 from mlcbuild.recipes.files import FOLDERS, LONGEST_NAME, STOCK_KINDS, File, discover, stock, strays
 from mlcbuild.recipes.lockfile import examine
-from mlcbuild.recipes.problems import Hints, Problem, show
+from mlcbuild.recipes.problems import Hints, Problem, listed, show
 from mlcbuild.recipes.schemas import Schemas
 from mlcbuild.recipes.select import AXES
 from mlcbuild.recipes.types import AUTO_TEMPLATE, Catalog, Recipe
@@ -44,7 +44,7 @@ def load(root: Path, memo: Path | None = None) -> Catalog:
     """
     reading = read(root, memo)
     if reading.catalog is None:
-        raise RecipeError([str(problem) for problem in reading.problems])
+        raise RecipeError(listed(reading.problems, str))
     return reading.catalog
 
 
@@ -88,7 +88,7 @@ def check(root: Path) -> Reading:
 
 def render(reading: Reading) -> str:
     """A reading as text: each problem with its line of YAML, then one line that sums up."""
-    parts = [problem.with_source() for problem in reading.problems]
+    parts = listed(reading.problems, Problem.with_source)
     parts += [f"{warning.file}: warning: {warning.text}" for warning in reading.warnings]
     every = sum(reading.counts.values())
     if reading.problems:

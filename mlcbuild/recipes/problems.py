@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 _SHOWN_NAMES = 12  # a longer list of what there is helps nobody
 _SHOWN_LENGTH = 60
+_LONGEST_TEXT = 2_000  # characters
+_LONGEST_LINE = 500
+_MOST_SHOWN = 1_000  # problems: a file that is no recipe at all can have millions
 _MOST_COMPARED = 50_000  # names, about a second of comparing
 _NOT_TEXT = re.compile(r"~|null|true|false|[-+.]?[0-9][0-9.]*", re.IGNORECASE)  # what YAML would not read as text
 
@@ -25,7 +28,8 @@ class Problem:
     length: int = 1  # characters that the problem is about
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}:{self.column}: {self.text}"
+        text = self.text if len(self.text) <= _LONGEST_TEXT else f"{self.text[:_LONGEST_TEXT]}…"
+        return f"{self.file}:{self.line}:{self.column}: {text}"
 
     def with_source(self) -> str:
         """The same, with the line of YAML and carets under the part that it is about."""
@@ -33,8 +37,18 @@ class Problem:
             return str(self)
         number = str(self.line)
         margin = " " * len(number)
-        before = "".join("\t" if character == "\t" else " " for character in self.source[: self.column - 1])
-        return f"{self}\n {margin} |\n {number} | {self.source}\n {margin} | {before}{'^' * max(1, self.length)}"
+        # Of a line that no screen holds, what is around the problem.
+        first = max(0, self.column - _LONGEST_LINE // 2) if len(self.source) > _LONGEST_LINE else 0
+        source = self.source[first : first + _LONGEST_LINE]
+        before = "".join("\t" if character == "\t" else " " for character in source[: self.column - 1 - first])
+        carets = "^" * max(1, min(self.length, _LONGEST_LINE))
+        return f"{self}\n {margin} |\n {number} | {source}\n {margin} | {before}{carets}"
+
+
+def listed(problems: Sequence[Problem], line: Callable[[Problem], str]) -> list[str]:
+    """The first problems, and how many more there are."""
+    more = [f"… and {len(problems) - _MOST_SHOWN:,} more problems"] if len(problems) > _MOST_SHOWN else []
+    return [line(problem) for problem in problems[:_MOST_SHOWN]] + more
 
 
 def show(value: object) -> str:

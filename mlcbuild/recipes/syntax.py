@@ -89,9 +89,8 @@ def locate(root: yaml.Node, path: Sequence[str | int], key: bool = False) -> Spa
         if node.id == "sequence" and isinstance(part, int) and part < len(node.value):
             found = node.value[part]
         elif node.id == "mapping":
-            for name, value in node.value:
-                if name.value == part:
-                    found = name if key and depth == len(path) - 1 else value
+            name, value = _entries(node).get(part, (None, None))
+            found = name if key and depth == len(path) - 1 else value
         if found is None:
             break
         node = found
@@ -152,6 +151,11 @@ def _plain(text: str) -> str | int | float | bool | None:
         if math.isfinite(number):  # a number beyond that stays text, which no schema takes for a number
             return int(text) if text.lstrip("+-").isdecimal() else number
     return text
+
+
+@functools.lru_cache(maxsize=8)  # of thousands of problems in one mapping, each asks for the same one
+def _entries(node: yaml.MappingNode) -> dict[Any, tuple[Any, Any]]:
+    return {name.value: (name, value) for name, value in node.value if name.id == "scalar"}
 
 
 def _span(node: Any) -> Span:

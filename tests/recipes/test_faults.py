@@ -7,10 +7,11 @@ import time
 
 import pytest
 
+from mlcbuild.errors import RecipeError
 from mlcbuild.recipes import expand
 from mlcbuild.recipes.document import Document
 from mlcbuild.recipes.files import File
-from mlcbuild.recipes.load import check
+from mlcbuild.recipes.load import check, render
 from mlcbuild.recipes.problems import Hints
 from tests.recipes.conftest import RECIPE, Workspace
 
@@ -102,6 +103,21 @@ def test_aliases_are_still_values(workspace: Workspace) -> None:
     workspace.write("r.yaml", "model: m\nquantization: &q q4f16_1\ntarget: cpu\n")
     workspace.write("matrix/m.yaml", "matrix: &m {model: &n [tiny], quantization: [q0f32], target: [cpu]}\n")
     assert workspace.problems() == []
+
+
+def test_fault_D_texts_have_bounds(workspace: Workspace) -> None:
+    """A file that is no recipe made 192 MB of errors, or quoted megabytes of itself."""
+    workspace.write("r.yaml", f"model: {'x' * 100_000}: y\n{'k' * 100_000}: 1\n")
+    workspace.write(
+        "models/m.yaml", MODEL + "verify: {" + ", ".join(f"k{number}: 1" for number in range(9_000)) + "}\n"
+    )
+    reading = check(workspace.root)
+    assert len(reading.problems) == 9_001
+    text = render(reading)
+    assert "… and 8,001 more problems" in text and "9001 problems in 2 files" in text and len(text) < 1_500_000
+    assert all(len(line) < 2_200 for line in text.splitlines())
+    with pytest.raises(RecipeError, match="… and 8,001 more problems"):
+        workspace.load()
 
 
 def test_fault_E_a_long_chain_of_extends(workspace: Workspace) -> None:

@@ -10,13 +10,11 @@ from mlcbuild.recipes.types import linker_from_json
 
 VERSION = 1
 CODE = (
-    "mlcbuild.compiler.binaries",
+    "mlcbuild.compiler.cpu.build",
     "mlcbuild.compiler.cpu.kernels",
     "mlcbuild.compiler.cpu.sources",
     "mlcbuild.compiler.generators",
-    "mlcbuild.compiler.library",
-    "mlcbuild.compiler.linkers",
-    "mlcbuild.compiler.symbols",
+    "mlcbuild.compiler.link",
     "mlcbuild.compiler.targets",
     "mlcbuild.recipes.types",
     "mlcbuild.zig",
@@ -26,13 +24,12 @@ TOOLS = ("apache-tvm", "apache-tvm-ffi", "ziglang")
 
 def run(job: Job) -> None:
     """Raises MlcBuildError with the compiler's or linker's own message when it fails."""
-    from tvm import ir
+    from mlcbuild.compiler.cpu.build import build
 
-    from mlcbuild.compiler import library
-
-    library.build(
-        ir.load_json(job.inputs["lower"].path("module.json").read_text(encoding="utf-8")),
+    build(
+        job.inputs["lower"].path("module.json"),
         job.fields["device"],
+        job.fields["host"],
         linker_from_json(job.fields["linker"]),
         job.output / f"model.{job.fields['library']}",
         job.scratch,

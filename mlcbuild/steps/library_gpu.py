@@ -11,11 +11,11 @@ from mlcbuild.recipes.types import linker_from_json
 
 VERSION = 1
 CODE = (
-    "mlcbuild.compiler.binaries",
-    "mlcbuild.compiler.codegen",
     "mlcbuild.compiler.generators",
-    "mlcbuild.compiler.linkers",
-    "mlcbuild.compiler.symbols",
+    "mlcbuild.compiler.gpu.build",
+    "mlcbuild.compiler.gpu.cuda",
+    "mlcbuild.compiler.gpu.rocm",
+    "mlcbuild.compiler.link",
     "mlcbuild.compiler.web.emscripten",
     "mlcbuild.recipes.types",
     "mlcbuild.zig",
@@ -25,20 +25,18 @@ TOOLS = ("apache-tvm", "apache-tvm-ffi", "ziglang")
 
 def run(job: Job) -> None:
     """Raises MlcBuildError with the compiler's or linker's own message when it fails."""
-    from mlcbuild.compiler.codegen.build import Wanted, build
+    from mlcbuild.compiler.gpu.build import build
 
     fields = job.fields
     build(
         job.inputs["lower"].path("module.json"),
-        Wanted(
-            device=fields["device"],
-            host=fields["host"],
-            linker=linker_from_json(fields["linker"]),
-            architectures=tuple(fields["architectures"]),
-            prefix=fields["prefix"],
-            runtime=tuple(e.path for e in job.inputs["runtime"].files.values()) if "runtime" in job.inputs else (),
-        ),
+        fields["device"],
+        fields["host"],
+        linker_from_json(fields["linker"]),
         job.output / f"model.{fields['library']}",
         job.scratch,
         job.debug_dump,
+        fields["architectures"],
+        fields["prefix"],
+        [entry.path for entry in job.inputs["runtime"].files.values()] if "runtime" in job.inputs else (),
     )

@@ -11,10 +11,8 @@ from mlcbuild.recipes.types import linker_from_json
 
 VERSION = 1
 CODE = (
-    "mlcbuild.compiler.binaries",
     "mlcbuild.compiler.generators",
-    "mlcbuild.compiler.linkers",
-    "mlcbuild.compiler.symbols",
+    "mlcbuild.compiler.link",
     "mlcbuild.compiler.vulkan",
     "mlcbuild.recipes.types",
     "mlcbuild.zig",

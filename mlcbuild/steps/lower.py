@@ -14,7 +14,6 @@ from mlcbuild.recipes.types import quantization_from_json
 VERSION = 1
 CODE = (
     "mlcbuild.compiler.assemble",
-    "mlcbuild.compiler.blocks",
     "mlcbuild.compiler.canonical",
     "mlcbuild.compiler.abi",
     "mlcbuild.compiler.cpu.attention",
@@ -22,15 +21,15 @@ CODE = (
     "mlcbuild.compiler.cpu.encoder",
     "mlcbuild.compiler.cpu.experts",
     "mlcbuild.compiler.cpu.formats",
-    "mlcbuild.compiler.cpu.kv_cache",
     "mlcbuild.compiler.cpu.linear",
+    "mlcbuild.compiler.cpu.lower",
     "mlcbuild.compiler.cpu.operations",
     "mlcbuild.compiler.cpu.recurrent",
     "mlcbuild.compiler.cpu.rows",
     "mlcbuild.compiler.cpu.sources",
-    "mlcbuild.compiler.emit",
-    "mlcbuild.compiler.lower",
+    "mlcbuild.compiler.operations",
     "mlcbuild.compiler.pipeline",
+    "mlcbuild.compiler.script",
     "mlcbuild.models",
     "mlcbuild.quantization.schemes",
     "mlcbuild.recipes.types",
@@ -40,9 +39,10 @@ TOOLS = ("apache-tvm", "apache-tvm-ffi")
 
 def run(job: Job) -> None:
     """Raises MlcBuildError for a structure that the device's kernels cannot run."""
-    from mlcbuild.compiler import assemble, lower
+    from mlcbuild.compiler import assemble
+    from mlcbuild.compiler.cpu.lower import lower
 
-    module = lower.lower(
+    module = lower(
         structure.from_library_json(job.fields["structure"]),
         quantization_from_json(job.fields["quantization"]),
         job.fields["name"],

@@ -15,9 +15,10 @@ CODE = (
     "mlcbuild.compiler.assemble",
     "mlcbuild.compiler.canonical",
     "mlcbuild.compiler.abi",
-    "mlcbuild.compiler.emit",
     "mlcbuild.compiler.gpu",
+    "mlcbuild.compiler.operations",
     "mlcbuild.compiler.pipeline",
+    "mlcbuild.compiler.script",
     "mlcbuild.models",
     "mlcbuild.quantization.schemes",
     "mlcbuild.recipes.types",
@@ -28,9 +29,9 @@ TOOLS = ("apache-tvm", "apache-tvm-ffi")
 def run(job: Job) -> None:
     """Raises MlcBuildError for a structure that GPU kernels cannot run."""
     from mlcbuild.compiler import assemble
-    from mlcbuild.compiler.gpu import lower
+    from mlcbuild.compiler.gpu.lower import lower
 
-    module = lower.lower(
+    module = lower(
         structure.from_library_json(job.fields["structure"]),
         quantization_from_json(job.fields["quantization"]),
         job.fields["name"],

@@ -15,9 +15,28 @@ import tvm_ffi
 from tvm import ir, target, tirx
 from tvm.relax.frontend.nn.llm import kv_cache as tvm_kv_cache
 
+from mlcbuild.compiler.abi.kv_cache import Kernels
+from mlcbuild.compiler.gpu.rope import split_rotary
+from mlcbuild.models.rope import Rotary
 from mlcbuild.models.structure import Structure
 
 _NO_SCALING: Mapping[str, Any] = {}  # the kernels' own rotary embedding is not used
+
+
+def cache_kernels(structure: Structure, dtype: str, page_size: tirx.Var, rotary: Rotary) -> Kernels:
+    """What the KV cache of a GPU library calls, for the current target."""
+    s, device = structure, target.Target.current()
+    heads, kv_heads, dim = s.num_attention_heads, s.num_key_value_heads, s.head_dim
+    ragged, prefill, decode = kernels(s, dtype, device)
+    return Kernels(
+        ragged=ragged,
+        prefill=prefill,
+        decode=decode,
+        merge=tvm_kv_cache._merge_state_inplace(heads, dim, dtype, device),
+        split_rotary=split_rotary(heads, kv_heads, dim, rotary, dtype),
+        copy_single_page=tvm_kv_cache._copy_single_page(kv_heads, page_size, dim, dtype, device),
+        compact=tvm_kv_cache._compact_kv_copy(kv_heads, dim, dtype, device),
+    )
 
 
 def kernels(structure: Structure, dtype: str, device: target.Target) -> tuple[Any, Any, Any]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+import tvm_ffi
 from tvm import IRModule, ir, relax, tirx
 
 
@@ -20,21 +20,11 @@ def with_prefix(module: IRModule, prefix: str) -> IRModule:
     functions: dict[Any, Any] = {
         renamed[name]: function.with_attr("global_symbol", prefix + name) for name, function in machine.items()
     }
-    rename = _Rename(renamed)
+    rename = [(ir.GlobalVar, lambda variable: renamed.get(variable.name_hint, variable))]
     for gv, function in module.functions_items():
         if isinstance(function, relax.Function):
-            functions[gv] = rename.visit_expr(function)
+            functions[gv] = tvm_ffi.structural_map(function, rename)
     result = IRModule(functions)
     for key, value in (module.attrs or {}).items():
         result = result.with_attr(key, value)
     return result.with_attr("system_lib_prefix", prefix)
-
-
-@relax.expr_functor.mutator
-class _Rename(relax.PyExprMutator):  # type: ignore[misc]
-    def __init__(self, names: Mapping[str, ir.GlobalVar]) -> None:
-        super().__init__()
-        self.names = names
-
-    def visit_global_var_(self, variable: ir.GlobalVar) -> ir.GlobalVar:
-        return self.names.get(variable.name_hint, variable)

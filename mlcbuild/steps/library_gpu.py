@@ -14,7 +14,6 @@ CODE = (
     "mlcbuild.compiler.generators",
     "mlcbuild.compiler.gpu.build",
     "mlcbuild.compiler.gpu.cuda",
-    "mlcbuild.compiler.gpu.rocm",
     "mlcbuild.compiler.link",
     "mlcbuild.compiler.web.emscripten",
     "mlcbuild.recipes.types",

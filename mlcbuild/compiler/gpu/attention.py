@@ -8,18 +8,21 @@ window is measured in the positions that the KV cache gives to its kernels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import tvm
 import tvm_ffi
 from tvm import ir, target, tirx
 from tvm.relax.frontend.nn.llm import kv_cache as tvm_kv_cache
 
 from mlcbuild.compiler.abi.kv_cache import Kernels
 from mlcbuild.compiler.gpu.rope import split_rotary
+from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.rope import Rotary
 from mlcbuild.models.structure import Structure
 
+_KNOWN = "0.27"  # the version of apache-tvm whose kernels are changed here, by the names of their buffers
 _NO_SCALING: Mapping[str, Any] = {}  # the kernels' own rotary embedding is not used
 
 
@@ -72,7 +75,7 @@ def _capped(function: Any, cap: float) -> Any:
 
     changes: list[Any] = []
     body = _mapped(function.body, tirx.BufferStore, store)
-    assert len(changes) == 1, "TVM's attention kernels are not what they were"
+    _expect(changes, 1, "a score is stored in S_smem or S_local")
     return function.with_body(body)
 
 
@@ -131,8 +134,18 @@ def _sliding(function: Any, window: int) -> Any:
     body = _mapped(body, tirx.IfThenElse, condition)
     loops: list[Any] = []
     body = body if "causal" in given else _mapped(body, tirx.For, loop)
-    assert (len(changes), len(loops)) in ((2, 0), (1, 1)), "TVM's attention kernels are not what they were"
+    _expect(changes, 2 if "causal" in given else 1, "an `if` says which keys a row sees")
+    _expect(loops, 0 if "causal" in given else 1, "a loop goes over tiles of kv_chunk_len keys")
     return function.with_body(body)
+
+
+def _expect(places: Sequence[Any], count: int, what: str) -> None:
+    """Raise MlcBuildError unless there are `count` of the places that a kernel of TVM's is changed at."""
+    if len(places) != count:
+        raise MlcBuildError(
+            f"the attention kernels of TVM {tvm.__version__} are not those of {_KNOWN}, which mlcbuild changes: "
+            f"{what} in {len(places)} places and not in {count}; install apache-tvm {_KNOWN}"
+        )
 
 
 def _causal_limit(condition: Any) -> tuple[Any, Any] | None:
@@ -144,14 +157,17 @@ def _causal_limit(condition: Any) -> tuple[Any, Any] | None:
 
 def _row(limit: Any) -> Any:
     """The row's number in its sequence, which a causal limit depends on."""
-    (row,) = {str(var.name): var for var in _nodes(limit, ir.Var) if str(var.name).startswith("row")}.values()
-    return row
+    rows = {str(var.name): var for var in _nodes(limit, ir.Var) if str(var.name).startswith("row")}
+    _expect([*rows], 1, "the last key that a row sees depends on `row`")
+    return next(iter(rows.values()))
 
 
 def _index(node: Any, buffer: str) -> Any:
     """The variable that alone indexes the buffer of this name."""
     loads = [load.indices[0] for load in _nodes(node, ir.TensorLoad) if load.source.name == buffer]
-    return next(index for index in loads if isinstance(index, ir.Var))
+    found = [index for index in loads if isinstance(index, ir.Var)][:1]
+    _expect(found, 1, f"{buffer} is read at the number of a sequence")
+    return found[0]
 
 
 def _is_length(load: Any) -> bool:

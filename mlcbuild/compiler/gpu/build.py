@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from mlcbuild.compiler import generators
-from mlcbuild.compiler.gpu import cuda, rocm
-from mlcbuild.compiler.link import export
-from mlcbuild.compiler.link.archive import write_tar
+from mlcbuild.compiler.gpu import cuda
+from mlcbuild.compiler.link import export, static
 from mlcbuild.compiler.link.linkers import zig_link
 from mlcbuild.compiler.web import emscripten
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.recipes.types import Linker
+from mlcbuild.zig import run_zig
 
 
 def build(
@@ -40,8 +40,6 @@ def build(
         cuda.load_runtime(tools, scratch)  # before TVM is imported, which looks for it then
     from tvm import ir
 
-    from mlcbuild.compiler.link.prefix import with_prefix
-
     generators.require(device, host)
     compiled: list[bytes] = []
     if tools is not None:
@@ -52,14 +50,14 @@ def build(
         )
     if kind == "rocm":
         _answer("tvm_callback_rocm_bitcode_path", lambda *_: [], [])  # no libraries for the device
-        _answer("tvm_callback_rocm_link", lambda code, *_: rocm.link(bytes(code), scratch), compiled)
+        _answer("tvm_callback_rocm_link", lambda code, *_: _link_rocm(bytes(code), scratch), compiled)
     module = ir.load_json(lowered.read_text(encoding="utf-8"))
     if prefix:
-        module = with_prefix(module, prefix)
+        module = static.with_prefix(module, prefix)
 
     def link(objects: list[Path], path: Path) -> None:
         if linker.kind == "tar":
-            write_tar(objects, path, prefix)
+            static.write_tar(objects, path, prefix)
         elif linker.kind == "wasm":
             emscripten.link(objects, runtime, path, scratch)
         else:
@@ -74,6 +72,14 @@ def build(
             f"TVM did not compile the {kind} kernels: its library for {kind} does not load here, "
             "and the result would hold source instead of machine code"
         )
+
+
+def _link_rocm(object_code: bytes, scratch: Path) -> bytes:
+    """An HSA code object of what LLVM made for an AMD GPU, by zig's lld, without ROCm."""
+    source, output = scratch / "kernels.o", scratch / "kernels.hsaco"
+    source.write_bytes(object_code)
+    run_zig(["ld.lld", "-shared", "--no-undefined", "-o", str(output), str(source)], scratch / "zig")
+    return output.read_bytes()
 
 
 def _answer(name: str, function: Callable[..., Any], answers: list[Any]) -> None:

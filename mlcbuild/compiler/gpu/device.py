@@ -36,11 +36,10 @@ _SHAPES = {
     "vulkan": (32, 4, 2, 8, 2),
     "webgpu": (32, 4, 2, 8, 2),
 }
-KINDS = tuple(_SHAPES)
 
 
 def device_of(target: Mapping[str, Any]) -> Device:
-    """The device of a resolved TVM target with a kind of `KINDS`."""
+    """The device of a resolved TVM target for a GPU."""
     kind = target["kind"]
     threads = int(target.get("max_threads_per_block", target.get("max_num_threads", 256)))
     return Device(kind, threads, int(target.get("max_shared_memory_per_block", 16384)), *_SHAPES[kind])

@@ -11,7 +11,7 @@ from typing import Any
 
 from tvm import s_tir, tirx
 
-from mlcbuild.compiler.gpu.blocks import inline_consumers, inline_producers
+from mlcbuild.compiler.gpu.inlining import inline_consumers, inline_producers
 from mlcbuild.compiler.gpu.products import PRODUCT
 
 _TILE = 8

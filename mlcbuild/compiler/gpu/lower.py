@@ -53,12 +53,11 @@ def lower(
             f"quantization {name}: {narrow.name} is {narrow.dtype}, which WGSL does not have; "
             "use a format with storage_dtype uint32 for this target"
         )
-    threads = min(gpu.threads, 256)
     backend = Backend(
         factories=partial(factories, device=gpu),
         cache_kernels=attention.cache_kernels,
-        threads=threads,
-        emit_more=partial(sampling.emit, threads=threads, drafts_too=gpu.kind != "webgpu"),
+        threads=gpu.threads,
+        emit_more=partial(sampling.emit, threads=gpu.threads, drafts_too=gpu.kind != "webgpu"),
         passes=_passes(gpu, blocks),
     )
     return assemble(structure, declared, name, quantization.model_dtype, device, backend, debug_dump, blocks)

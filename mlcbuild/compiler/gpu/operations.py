@@ -38,7 +38,7 @@ def factories(dtype: str, device: Device) -> Factories:
         choose_experts=experts.choose,
         expert_linear=expert_linear,
         weighted_sum=partial(experts.weighted_sum, dtype=dtype),
-        softmax=partial(_softmax, threads=min(256, device.threads)),
+        softmax=partial(_softmax, threads=device.threads),
     )
 
 

@@ -55,7 +55,7 @@ def lower(
         )
     backend = Backend(
         factories=partial(factories, device=gpu),
-        cache_kernels=attention.cache_kernels,
+        cache_kernels=partial(attention.cache_kernels, threads=gpu.threads),
         threads=gpu.threads,
         emit_more=partial(sampling.emit, threads=gpu.threads, drafts_too=gpu.kind != "webgpu"),
         passes=_passes(gpu, blocks),

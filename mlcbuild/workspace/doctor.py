@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mlcbuild.compiler import generators, targets, tools
-from mlcbuild.compiler.codegen import cuda
 from mlcbuild.compiler.generators import Generators
+from mlcbuild.compiler.gpu import cuda
 from mlcbuild.compiler.web import emscripten
 from mlcbuild.errors import Unavailable
 from mlcbuild.recipes.types import Target

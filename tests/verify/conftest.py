@@ -50,13 +50,7 @@ class Case:
 
 
 def build_blocks(structure: Structure, quantization: str, folder: Path) -> Path:
-    from mlcbuild.compiler import library, lower, targets
-
-    folder.mkdir(parents=True)
-    device = targets.resolve(llama.CPU)
-    module = lower.lower(structure, llama.QUANTIZATIONS[quantization], quantization, device, pieces=True)
-    library.build(module, device, llama.CPU.linker, folder / "model.so", folder)
-    return folder / "model.so"
+    return llama.build_library(structure, quantization, folder, blocks=True)
 
 
 def make_case(folder: Path, **changes: Any) -> Case:

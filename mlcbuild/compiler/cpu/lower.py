@@ -1,4 +1,4 @@
-"""Structure and quantization in, a scheduled module for a CPU out: what the step `lower` does."""
+"""Structure and quantization in, a scheduled module for a CPU out: what the step `lower` does for CPUs."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tvm import IRModule, target
+from tvm import IRModule
 
-from mlcbuild.compiler.abi import logits
 from mlcbuild.compiler.assemble import Backend, assemble, declare
-from mlcbuild.compiler.blocks import assemble_blocks
-from mlcbuild.compiler.cpu import encoder, formats, kv_cache, recurrent, sources
-from mlcbuild.compiler.cpu.operations import operations
+from mlcbuild.compiler.cpu import attention, encoder, formats, recurrent, sources
+from mlcbuild.compiler.cpu.operations import factories
 from mlcbuild.compiler.cpu.sources import Source
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.kinds import RECURRENT
@@ -21,6 +19,7 @@ from mlcbuild.models.weights import Declared
 from mlcbuild.recipes.types import Quantization
 
 _MAX_HEAD_DIM = 512  # MAX_HEAD_DIM and MAX_ROTARY in the CPU kernels
+_BACKEND = Backend(factories, attention.cache_kernels, recurrent.recurrence, encoder.attend)
 
 
 def lower(
@@ -28,29 +27,19 @@ def lower(
     quantization: Quantization,
     name: str,
     device: Mapping[str, Any],
-    dump: Path | None = None,
+    debug_dump: Path | None = None,
     activation_bits: int | None = None,
-    pieces: bool = False,
+    blocks: bool = False,
 ) -> IRModule:
     """The library of `structure` in `quantization` (called `name` in its metadata) for a CPU, the TVM target `device`.
 
-    `pieces`: not a model's but that of its pieces, one layer of each kind. Raises MlcBuildError for a structure that
-    the device's kernels cannot run.
+    `activation_bits` is how precise products with quantized weights take activations. `blocks`: not a model's library
+    but that of its pieces, one layer of each kind. Raises MlcBuildError for a structure that the kernels cannot run.
     """
     _check(structure)
-    structure = structure.one_layer if pieces else structure
-    declared = declare(structure, quantization)
-    dtype = quantization.model_dtype
-    backend = Backend(
-        operations,
-        kv_cache.emit_create,
-        logits.functions,
-        recurrence=recurrent.recurrence,
-        attend=encoder.attend,
-    )
-    with target.Target(dict(device)):
-        make = assemble_blocks if pieces else assemble
-        module = make(structure, declared, name, dtype, backend, dump)
+    structure = structure.one_layer if blocks else structure
+    declared, dtype = declare(structure, quantization), quantization.model_dtype
+    module = assemble(structure, declared, name, dtype, device, _BACKEND, debug_dump, blocks)
     return sources.attach(module, _kernels(declared, dtype, _files(structure), activation_bits))
 
 

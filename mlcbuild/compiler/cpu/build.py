@@ -1,4 +1,4 @@
-"""A lowered module and a target in, a shared library out: what the step `library` does."""
+"""A module lowered for a CPU in, a library with its C kernels out: what the step `library` does for CPUs."""
 
 from __future__ import annotations
 
@@ -9,59 +9,50 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tvm import IRModule, ir, relax, target, transform
-
-from mlcbuild.compiler import binaries, generators
-from mlcbuild.compiler.cpu import sources
-from mlcbuild.compiler.cpu.sources import Source
-from mlcbuild.compiler.linkers import zig_compile, zig_link
+from mlcbuild.compiler import generators
+from mlcbuild.compiler.cpu.sources import Source, attached
+from mlcbuild.compiler.link import export
+from mlcbuild.compiler.link.linkers import zig_compile, zig_link
 from mlcbuild.compiler.targets import zig_cpu
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.recipes.types import Linker
 
-_KERNELS = Path(__file__).parent / "cpu" / "kernels"
+_KERNELS = Path(__file__).parent / "kernels"
 _HOSTS = {"x86_64-linux-gnu": "x86_64-linux-gnu.2.28", "aarch64-linux-gnu": "aarch64-linux-gnu.2.28"}
 
 
-def build_lowered(
+def build(
     lowered: Path,
     device: Mapping[str, Any],
     host: Mapping[str, Any],
     linker: Linker,
     output: Path,
     scratch: Path,
-    dump: Path | None = None,
+    debug_dump: Path | None = None,
 ) -> None:
-    """`build` the module in the file `lowered`."""
-    build(ir.load_json(lowered.read_text(encoding="utf-8")), device, linker, output, scratch, dump)
+    """Generate code for the module in `lowered`, compile the C kernels for the same CPU, and link both into `output`.
 
-
-def build(
-    module: IRModule, device: Mapping[str, Any], linker: Linker, output: Path, scratch: Path, dump: Path | None = None
-) -> None:
-    """Generate code for `module`, compile the C kernels for the same CPU, and link both into `output`.
-
-    `device` is the resolved TVM target. `dump` receives the LLVM IR, the kernels' sources and the commands.
-    Raises MlcBuildError with the linker's own message when it fails, Unavailable where TVM has no such generator.
+    `device` is the resolved TVM target; it is its own `host`. `debug_dump` receives the LLVM IR, the kernels' sources
+    and the commands. Raises MlcBuildError with the linker's own message when it fails, Unavailable where TVM has no
+    such generator.
     """
     generators.require(device, device)
+    from tvm import ir
+
+    module = ir.load_json(lowered.read_text(encoding="utf-8"))
     triple = link_target(linker, device)
-    needed = sources.attached(module)
+    needed = attached(module)
     kernels, commands = _compile_kernels(needed, triple, zig_cpu(device), scratch)
 
-    def link(path: str, objects: list[str], options: object = None, **_: object) -> None:
-        commands.append(zig_link([*map(Path, objects), *kernels], Path(path), triple, linker, scratch))
+    def link(objects: list[Path], path: Path) -> None:
+        commands.append(zig_link([*objects, *kernels], path, triple, linker, scratch))
 
-    # Common subexpressions across TIR leave dangling variables in host code (docs/tvm.md).
-    with target.Target(dict(device)), transform.PassContext(opt_level=3, config={"tirx.disable_cse_tir": True}):
-        executable = relax.build(module, target=target.Target(dict(device)), relax_pipeline=None)
-    if dump is not None:
-        dump.mkdir(parents=True, exist_ok=True)
-        (dump / "library.ll").write_text(executable.mod.imports[0].inspect_source("ll"))
-    executable.export_library(str(output), fcompile=link, workspace_dir=str(scratch))
-    binaries.check(output, triple, [scratch])
-    if dump is not None:
-        _dump_kernels(needed, commands, dump)
+    executable = export.generate(module, device, host={})
+    if debug_dump is not None:
+        export.dump_sources(executable.mod, debug_dump)
+    export.export(executable, link, output, scratch, triple)
+    if debug_dump is not None:
+        _dump_kernels(needed, commands, debug_dump)
 
 
 def link_target(linker: Linker, device: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Linkers by kind: object files in, one library out."""
+"""zig as the C compiler and the linker of libraries: one object file of a C file, one library of object files."""
 
 from __future__ import annotations
 

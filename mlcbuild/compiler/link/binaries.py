@@ -8,11 +8,11 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlcbuild.compiler import symbols
+from mlcbuild.compiler.link import symbols
 from mlcbuild.errors import MlcBuildError
 
 ENTRY = "__tvm_ffi__library_bin"  # where tvm_ffi.load_module finds the module's functions; static ones have a prefix
-_PACKAGE = Path(__file__).parents[1]
+_PACKAGE = Path(__file__).parents[2]
 
 # What TVM's JavaScript calls in a module, and what it defines for one (web-llm, class Environment). emcc lets any other
 # name be undefined, which no browser would.

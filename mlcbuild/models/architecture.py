@@ -10,7 +10,7 @@ from mlcbuild.errors import MlcBuildError
 from mlcbuild.models import complete, unknown
 from mlcbuild.models import scaling as scalings
 from mlcbuild.models.config import normalise
-from mlcbuild.models.expressions import evaluate, mentions
+from mlcbuild.models.expressions import evaluate, names_in
 from mlcbuild.models.fields import check, keys, lookup, read, value_of
 from mlcbuild.models.kinds import DECODER, ENCODER, RECURRENT, filled
 from mlcbuild.models.structure import ParameterRule, Structure
@@ -127,7 +127,7 @@ def _fields(architecture: Architecture, values: Mapping[str, Any]) -> dict[str, 
 def _rules(rule: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[ParameterRule]:
     """The parameter of a line of the file and its bias, as far as the model has them."""
     when, layers = rule.get("when", True), None
-    if mentions(when, "layer"):
+    if "layer" in names_in(when):
         every = range(values["num_hidden_layers"])
         layers = tuple(layer for layer in every if evaluate(when, {**values, "layer": layer}))
         if not layers:

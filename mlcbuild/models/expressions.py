@@ -51,11 +51,13 @@ def evaluate(expression: object, names: Mapping[str, Any]) -> Any:
         ) from None
 
 
-def mentions(expression: object, name: str) -> bool:
-    """Whether the expression depends on this name."""
-    return isinstance(expression, str) and any(
-        isinstance(node, ast.Name) and node.id == name for node in ast.walk(ast.parse(expression, mode="eval"))
-    )
+def names_in(expression: object) -> list[str]:
+    """The names that an expression depends on, in its order; none where it is no expression."""
+    try:
+        tree = ast.parse(expression if isinstance(expression, str) else "", mode="eval")
+    except SyntaxError:  # told by `evaluate`
+        return []
+    return [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
 
 
 def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:

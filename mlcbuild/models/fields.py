@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.models.expressions import evaluate
+from mlcbuild.models.expressions import evaluate, names_in
 from mlcbuild.models.numbers import is_above, is_number
 
 Values = Mapping[str, Any]
@@ -50,18 +50,27 @@ CHOICES = {
 
 
 def read(rules: Mapping[str, Any], config: Values, given: Values) -> tuple[dict[str, Any], list[str]]:
-    """`given` and what the rules make of `config`, in their order, and what is wrong with it.
+    """`given` and what the rules make of `config`, and what is wrong with it.
 
-    A rule's `default` and `value` are expressions over what stands above it. Names with `_` in front are for such
-    expressions only.
+    A rule's `default` and `value` are expressions over `given` and the other rules' fields, wherever these stand. Names
+    with `_` in front are for such expressions only.
     """
     values: dict[str, Any] = dict(given)
     problems = []
-    for field, rule in rules.items():
+    waiting = dict(rules)
+
+    def add(field: str) -> None:
+        rule = waiting.pop(field)
+        for name in names_in(rule.get("value", rule.get("default"))):
+            if name in waiting:
+                add(name)
         try:
             values[field] = value_of(rule, config, values)
         except MlcBuildError as error:
             problems.append(f"config.json: {error}")
+
+    while waiting:
+        add(next(iter(waiting)))
     return values, problems
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mlcbuild.errors import MlcBuildError
@@ -18,8 +18,8 @@ def changed_since(root: Path, catalog: Catalog, revision: str) -> set[str]:
     """The names of the recipes one of whose files differs from git's `revision`, uncommitted and new files included.
 
     Those are the recipe's own file or matrix, those of its model (with what it extends), quantization, target,
-    template and named architecture, a local checkpoint, texts, and the model's entry in recipes.lock. Raises
-    MlcBuildError where git cannot say.
+    template and named architecture (with what that extends), a local checkpoint, texts, and the model's entry in
+    recipes.lock. Raises MlcBuildError where git cannot say.
     """
     files = _changed_files(root, revision)
     locked = _changed_entries(root, revision) if lock_path(root).resolve() in files else set()
@@ -38,10 +38,10 @@ def _files(root: Path, recipe: Recipe) -> Iterator[Path]:
     model = recipe.model
     parts = [("quantization", recipe.quantization.name), ("target", recipe.target.name)]
     parts += [("quantization", recipe.quantization.format), ("template", recipe.template.name)]
-    parts += [("architecture", model.architecture or "")]
     for kind, name in parts:
         yield from _yaml(root, kind, name)
-    yield from _ancestors(root, model.name)
+    yield from _ancestors(root, "model", model.name)
+    yield from _ancestors(root, "architecture", model.architecture or "")
     for source in _sources(model):
         if source.path is not None:
             yield source.path
@@ -52,19 +52,22 @@ def _sources(model: Model) -> list[Source]:
     return [source for source in (model.source, model.delta_of, model.lora) if source is not None]
 
 
-def _ancestors(root: Path, name: str) -> Iterator[Path]:
-    """The model's file and those that it extends."""
+def _ancestors(root: Path, kind: str, name: str) -> Iterator[Path]:
+    """The file of a model or an architecture and those that it extends."""
     import yaml  # not on the way of a build that has nothing to do
 
+    folders: Sequence[Path] = ()
     while name:
-        found = list(_yaml(root, "model", name))
+        found = list(_yaml(root, kind, name, folders))
         yield from found
         data = yaml.safe_load(found[0].read_bytes()) if found else {}
         name = data.get("extends", "") if isinstance(data, dict) else ""
+        if kind == "architecture" and found and found[0].is_relative_to(stock().recipes):
+            folders = (stock().recipes,)  # a stock file extends a stock file
 
 
-def _yaml(root: Path, kind: str, name: str) -> Iterator[Path]:
-    for recipes in (root / "recipes", stock().recipes):
+def _yaml(root: Path, kind: str, name: str, folders: Sequence[Path] = ()) -> Iterator[Path]:
+    for recipes in folders or (root / "recipes", stock().recipes):
         for ending in (".yaml", ".yml"):
             path = recipes / FOLDERS[kind] / f"{name}{ending}"
             if name and path.is_file():

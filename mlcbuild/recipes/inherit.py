@@ -1,11 +1,11 @@
-"""`extends`: what a model takes from another one."""
+"""`extends`: what a model or an architecture takes from another one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from mlcbuild.recipes import references
+from mlcbuild.recipes import architectures, references
 from mlcbuild.recipes.document import Document
 from mlcbuild.recipes.problems import Problem
 
@@ -21,41 +21,66 @@ def merge(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def inherit(models: Mapping[str, Document]) -> tuple[dict[str, dict[str, Any]], list[Problem]]:
-    """Every model's content with what it inherits, and what makes that impossible.
+Data = Mapping[str, Any]
 
-    A model that extends one that is itself not valid is left out without another problem.
+
+def inherit_models(documents: Mapping[str, Document]) -> tuple[dict[str, dict[str, Any]], list[Problem]]:
+    """Every model's content with what it inherits, and what makes that impossible."""
+    return _inherit(documents, {}, _laid_over, _incomplete)
+
+
+def inherit_architectures(
+    documents: Mapping[str, Document], shadowed: Mapping[str, Document]
+) -> tuple[dict[str, dict[str, Any]], list[Problem]]:
+    """The same of architectures. `shadowed` are the stock files whose place the workspace's own files have taken.
+
+    A stock file extends the stock one even so: a workspace's `llama` changes no other architecture.
     """
+    return _inherit(documents, shadowed, architectures.laid_over, architectures.problems)
+
+
+def _inherit(
+    documents: Mapping[str, Document],
+    shadowed: Mapping[str, Document],
+    laid_over: Callable[[Data, Data], dict[str, Any]],
+    wrong: Callable[[Document, Data, Data], Iterable[Problem]],
+) -> tuple[dict[str, dict[str, Any]], list[Problem]]:
+    """A file that extends one that is itself not valid is left out without another problem."""
     whole: dict[str, dict[str, Any]] = {}
     problems: list[Problem] = []
-    for name in models:
-        chain = _chain(name, models)
+    for name, document in documents.items():
+        chain = _chain(document, documents, shadowed)
         if chain is None:
             continue
         if chain[-1] in chain[:-1]:
-            circle = chain[chain.index(chain[-1]) :]
-            if name == min(circle):  # once, not for each member and for each model that leads into the circle
+            circle = [each.file.name for each in chain[chain.index(chain[-1]) :]]
+            if name == min(circle):  # once, not for each member and for each file that leads into the circle
                 text = f"`extends` goes in a circle: {' → '.join([name, *_after(circle, name), name])}"
-                problems.append(models[name].problem(text, ("extends",)))
+                problems.append(document.problem(text, ("extends",)))
             continue
-        data: dict[str, Any] = {}
-        for ancestor in reversed(chain):
-            data = _laid_over(data, references.absolute(models[ancestor]))
-        found = _incomplete(models[name], data)
+        base: dict[str, Any] = {}
+        for ancestor in reversed(chain[1:]):
+            base = laid_over(base, references.absolute(ancestor))
+        data = laid_over(base, references.absolute(document))
+        found = list(wrong(document, base, data))
         problems += found
         if not found:
             whole[name] = data
     return whole, problems
 
 
-def _chain(name: str, models: Mapping[str, Document]) -> list[str] | None:
-    """`name`, what it extends, and so on; ends with a name that is in it twice, if there is a circle."""
-    chain = [name]
-    while (base := models[chain[-1]].data.get("extends")) is not None:
-        chain.append(base)
-        if base not in models:
+def _chain(
+    document: Document, documents: Mapping[str, Document], shadowed: Mapping[str, Document]
+) -> list[Document] | None:
+    """`document`, what it extends, and so on; ends with one that is in it twice, if there is a circle."""
+    chain = [document]
+    while (base := chain[-1].data.get("extends")) is not None:
+        found = shadowed.get(base) if chain[-1].file.stock else None
+        found = found or documents.get(base)
+        if found is None:
             return None
-        if base in chain[:-1]:
+        chain.append(found)
+        if found in chain[:-1]:
             break
     return chain
 
@@ -73,7 +98,7 @@ def _laid_over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any
     return merge({key: value for key, value in base.items() if key not in replaced}, own)
 
 
-def _incomplete(document: Document, data: Mapping[str, Any]) -> list[Problem]:
+def _incomplete(document: Document, _: Data, data: Data) -> list[Problem]:
     problems = []
     for key in CHECKPOINTS:
         source = data.get(key)

@@ -33,6 +33,7 @@ class File:
     name: str
     path: Path
     shown: str  # the path as problems give it
+    stock: bool = False  # it came with mlcbuild
 
 
 def find_root(start: Path) -> Path:

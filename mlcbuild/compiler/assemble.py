@@ -5,26 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tvm import IRModule, relax
 
 from mlcbuild.compiler import canonical, pipeline
 from mlcbuild.compiler.abi import auxiliary, metadata, rnn_state
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.models.decoder import Decoder, emit_decoder, emit_layers
-from mlcbuild.models.encoder import Attend, emit_encoder
-from mlcbuild.models.entry_points import calls, emit_entry_points
+from mlcbuild.models.decoder import Decoder
 from mlcbuild.models.kinds import DECODER, ENCODER, RECURRENT
 from mlcbuild.models.operations import Operations
 from mlcbuild.models.parameters import parameters
-from mlcbuild.models.recurrent.layers import slots
-from mlcbuild.models.recurrent.model import emit_recurrent
-from mlcbuild.models.recurrent.operations import Recurrence
 from mlcbuild.models.structure import Structure
 from mlcbuild.models.weights import Declared
 from mlcbuild.quantization.schemes import quantized_parameters
 from mlcbuild.recipes.types import Quantization
+
+if TYPE_CHECKING:
+    from mlcbuild.models.encoder import Attend
+    from mlcbuild.models.recurrent.operations import Recurrence
 
 
 @dataclass(frozen=True)
@@ -78,14 +77,24 @@ def assemble(
 
 
 def _emit_model(d: Decoder, backend: Backend) -> None:
-    """Add the model's own functions, and the one that creates its state where it has any."""
+    """Add the model's own functions, and the one that creates its state where it has any.
+
+    A kind of model is imported where it is compiled.
+    """
     kind = d.structure.kind
     if kind == DECODER:
-        emit_entry_points(d, calls(d, emit_decoder(d, emit_layers(d))))
+        from mlcbuild.models.entry_points import emit_decoder
+
+        emit_decoder(d)
         backend.emit_kv_cache(d.builder, d.structure, d.dtype)
     elif kind == ENCODER and backend.attend is not None:
+        from mlcbuild.models.encoder import emit_encoder
+
         emit_encoder(d, backend.attend(d.builder, d.dtype))
     elif kind in RECURRENT and backend.recurrence is not None:
+        from mlcbuild.models.recurrent.layers import slots
+        from mlcbuild.models.recurrent.model import emit_recurrent
+
         emit_recurrent(d, backend.recurrence(d.builder, d.dtype))
         rnn_state.emit_create(d.builder, d.structure.num_hidden_layers, slots(d.structure))
     else:

@@ -1,4 +1,4 @@
-"""A module of a decoder's pieces put together (mlcbuild.models.blocks)."""
+"""A module of a decoder's pieces put together (mlcbuild.models.layer_pieces)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from tvm import IRModule, relax
 from mlcbuild.compiler import pipeline
 from mlcbuild.compiler.abi import metadata
 from mlcbuild.compiler.assemble import Backend
-from mlcbuild.models.blocks import emit_blocks
 from mlcbuild.models.decoder import Decoder
+from mlcbuild.models.layer_pieces import emit_layer_pieces
 from mlcbuild.models.structure import Structure
 from mlcbuild.models.weights import Declared
 
@@ -26,7 +26,7 @@ def assemble_blocks(
 ) -> IRModule:
     """The same as assemble.assemble, of the pieces of a decoder with one layer of each kind."""
     builder = relax.BlockBuilder()
-    emit_blocks(Decoder(builder, structure, declared, backend.operations(builder, dtype), dtype))
+    emit_layer_pieces(Decoder(builder, structure, declared, backend.operations(builder, dtype), dtype))
     backend.emit_kv_cache(builder, structure, dtype)
     facts = metadata.describe(structure, name, declared)
     return pipeline.optimise(builder.finalize(), structure, facts, dump, backend.passes)

@@ -23,7 +23,7 @@ def problems(structure: Structure) -> list[str]:
         return found
     outside = {rule.role for rule in structure.rules if not rule.per_layer}
     found += _compared(outside, *_outside(structure), "outside the layers")
-    kinds = structure.kinds
+    kinds = structure.layer_kinds
     for layer in (kinds.index(kind) for kind in sorted(set(kinds))):
         mine = {r.role for r in structure.rules if r.per_layer and (r.layers is None or layer in r.layers)}
         found += _compared(mine, *_layer(structure, mine), f"in layer {layer}")

@@ -13,7 +13,7 @@ from tvm import relax, te, tirx
 
 from mlcbuild.models.decoder import Decoder, one_per_kind
 from mlcbuild.models.operations import Expr
-from mlcbuild.models.weights import Given, Weights
+from mlcbuild.models.weights import Weights
 
 # attend(qkv [n, 3 * heads * D] of the model dtype, mask int32 [b, s], heads) -> [n, heads * D] of that dtype:
 # softmax(q kᵀ / sqrt(D)) v of each head, among the tokens of its sequence whose mask is not 0. As relax operations:
@@ -58,11 +58,9 @@ def _positions(ids: te.Tensor) -> te.Tensor:
 
 def _emit_layer(d: Decoder, attend: Attend, number: int) -> relax.GlobalVar:
     """Add `encoder_layer(x [n, H], mask [b, s], the layer's parameters...) -> [n, H]`."""
-    mine = [p for p in d.declared if p.layer == number]
     x, mask = _inputs(d)
-    given = [d.tensor(p.name, p.shape, p.dtype) for p in mine]
-
-    weight = Given(mine, given)
+    given = d.layer_parameters(number)
+    weight = d.given(number, given)
     name = "encoder_layer" if number == 0 else f"encoder_layer_{number}"
     with d.builder.function(name, [x, mask, *given], private=True):
         with d.builder.dataflow():

@@ -1,15 +1,18 @@
-"""The functions that a runtime calls, around the model: embed, prefill, decode, batch_* and their hidden-state forms.
+"""The functions that a runtime calls: embed, prefill, decode, batch_* and their hidden-state forms (docs/contract.md).
 
-Names, argument order and shapes are MLC's (docs/contract.md).
+Names, argument order and shapes are MLC's. All of a decoder's run the same private `decoder`, which calls the same
+private `decoder_layer` for each layer, so that what a compiler pass costs does not grow with the number of layers.
+Private functions work on [n, hidden_size]: `n` tokens of all sequences of a batch, one after the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tvm import relax, te, tirx
 
-from mlcbuild.models.decoder import Decoder, kv_cache
+from mlcbuild.models.decoder import Decoder, kv_cache, one_per_kind
+from mlcbuild.models.layer import layer, layer_inputs, query_positions
 from mlcbuild.models.operations import Expr
 
 # (name, batch, tokens per sequence, which rows get logits)
@@ -26,9 +29,35 @@ _FORWARD = (
 Run = Callable[[Expr, Expr, Expr, Expr], tuple[Expr, Expr]]
 
 
-def calls(d: Decoder, run: relax.GlobalVar) -> Run:
-    """How the private `decoder` is called; its KV cache stays the object that it was."""
-    return lambda x, batch, cache, params: (d.builder.emit(relax.Call(run, [x, cache, params])), cache)
+def emit_decoder(d: Decoder) -> None:
+    """Add every public function of a decoder to its builder, but the one that creates its KV cache."""
+    run = _emit_layers(d, one_per_kind(d, lambda number: _emit_layer(d, number)))
+    # The KV cache stays the object that it was.
+    emit_entry_points(d, lambda x, _, cache, params: (d.builder.emit(relax.Call(run, [x, cache, params])), cache))
+
+
+def _emit_layer(d: Decoder, number: int) -> relax.GlobalVar:
+    """Add `decoder_layer(layer_inputs...) -> [n, H]`."""
+    inputs = layer_inputs(d, number)
+    with d.builder.function("decoder_layer" if number == 0 else f"decoder_layer_{number}", inputs, private=True):
+        with d.builder.dataflow():
+            out = d.builder.emit_output(layer(d, *inputs, number=number))
+        return d.builder.emit_func_output(out)
+
+
+def _emit_layers(d: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalVar:
+    """Add `decoder(x [n, H], cache, params) -> [n, H]`: all layers and the final norm, in the compute dtype."""
+    x = d.tensor("x", [tirx.Var("seq_len", "int64"), d.structure.hidden_size], d.operations.compute)
+    cache, params = kv_cache(), d.params()
+    with d.builder.function("decoder", [x, cache, params], private=True):
+        with d.builder.dataflow():
+            weights = d.weights(params)
+            hidden: Expr = d.beginning(x, lambda: query_positions(d, cache, x.ty.shape[0]), weights)
+            for i, function in enumerate(layers):
+                given = [var for _, var in weights.layer(i)]
+                hidden = d.builder.emit(relax.Call(function, [hidden, cache, relax.prim_value(i), *given]))
+            out = d.builder.emit_output(d.norm(hidden, weights, "final_norm"))
+        return d.builder.emit_func_output(out)
 
 
 def emit_entry_points(decoder: Decoder, run: Run, state: str = "paged_kv_cache") -> None:

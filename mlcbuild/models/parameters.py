@@ -48,7 +48,7 @@ class Parameter:
 
 
 TABLES = ("embedding", "position_embedding", "token_type_embedding")  # roles that are looked up by row
-# Roles outside the layers, by the pieces of a decoder that use them (mlcbuild.models.blocks).
+# Roles outside the layers, by the pieces of a decoder that use them (mlcbuild.models.layer_pieces).
 EMBED = ("embedding",)
 BEGINNING = ("position_embedding", "embedding_norm", "embedding_norm_bias")
 FINAL_NORM = ("final_norm", "final_norm_bias")

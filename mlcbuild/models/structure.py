@@ -180,23 +180,23 @@ class Structure:
         return "full" if self.sliding_window_size is None else "sliding"
 
     @property
-    def kinds(self) -> tuple[int, ...]:
+    def layer_kinds(self) -> tuple[int, ...]:
         """For each layer the number of its kind, counted in the order in which kinds first occur: 0, 1, 1, 0 ..."""
         seen: dict[Any, int] = {}
-        return tuple(seen.setdefault(self._kind(layer), len(seen)) for layer in range(self.num_hidden_layers))
+        return tuple(seen.setdefault(self._layer_kind(layer), len(seen)) for layer in range(self.num_hidden_layers))
 
-    def _kind(self, layer: int) -> Any:
+    def _layer_kind(self, layer: int) -> Any:
         """What layers that compute differently differ in."""
         return self.layer_type(layer), *(rule.layers is None or layer in rule.layers for rule in self.rules)
 
     @property
     def one_layer(self) -> Structure:
-        """The structure of a library that computes one layer at a time, over texts (mlcbuild.models.blocks).
+        """The structure of a library that computes one layer at a time, over texts (mlcbuild.models.layer_pieces).
 
         It has a single layer of each kind and limits that suit whoever goes through a text, so that models which differ
         in these only share it.
         """
-        firsts = [self.kinds.index(kind) for kind in sorted(set(self.kinds))]
+        firsts = [self.layer_kinds.index(kind) for kind in sorted(set(self.layer_kinds))]
         # Frequencies that depend on the longest text (mlcbuild.models.rope) stay what they are.
         scaling = self.rope_scaling
         if scaling is not None and scaling["rope_type"] in ("dynamic", "longrope"):

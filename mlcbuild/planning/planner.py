@@ -77,7 +77,7 @@ def plan(catalog: Catalog, recipes: Iterable[Recipe], lock: Callable[[Model], Lo
 
 @dataclass(frozen=True)
 class _Form:
-    """What a library is compiled from; with `blocks`, a library of the decoder's pieces (mlcbuild.models.blocks)."""
+    """What a library is compiled from; with `blocks`, a library of its pieces (mlcbuild.models.layer_pieces)."""
 
     digest: str
     label: str

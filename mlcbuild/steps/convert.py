@@ -39,7 +39,7 @@ CODE = (
     "mlcbuild.merging.prequantized",
     "mlcbuild.merging.rearranged",
     "mlcbuild.models.kinds",
-    "mlcbuild.models.numbers",
+    "mlcbuild.models.config",
     "mlcbuild.models.parameters",
     "mlcbuild.models.structure",
     "mlcbuild.quantization.awq",

@@ -1,7 +1,7 @@
 """Attention on GPUs: TVM's kernels, and what they lack: sliding windows that are exact, and soft caps of scores.
 
 TVM's kernels are functions already scheduled; they are changed where they say which keys a row sees, and where they
-store its scores. Windows are as on the CPU (mlcbuild.models.attention): a layer with a negative scale slides, and the
+store its scores. Windows are as on the CPU (mlcbuild.models.layer): a layer with a negative scale slides, and the
 window is measured in the positions that the KV cache gives to its kernels.
 """
 

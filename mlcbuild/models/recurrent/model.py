@@ -13,9 +13,7 @@ from mlcbuild.models.decoder import Decoder, one_per_kind
 from mlcbuild.models.entry_points import emit_entry_points
 from mlcbuild.models.operations import Expr
 from mlcbuild.models.recurrent.layers import Layer, layer, slots
-from mlcbuild.models.recurrent.operations import Recurrence
-from mlcbuild.models.recurrent.state import State
-from mlcbuild.models.weights import Given
+from mlcbuild.models.recurrent.operations import Recurrence, State
 
 
 def emit_recurrent(decoder: Decoder, recurrence: Recurrence) -> None:
@@ -33,17 +31,15 @@ def emit_recurrent(decoder: Decoder, recurrence: Recurrence) -> None:
 
 def _emit_layer(d: Decoder, recurrence: Recurrence, number: int) -> relax.GlobalVar:
     """Add `recurrent_layer(x [n, H], batch shape, state, layer_id, the layer's parameters...) -> ([n, H], state)`."""
-    mine = [p for p in d.declared if p.layer == number]
     batch = tirx.Var("batch_size", "int64")
     x, state, layer_id = _hidden(d), _state(), relax.Var("layer_id", ir.PrimType("int64"))
-    given = [d.tensor(p.name, p.shape, p.dtype) for p in mine]
-
+    given = d.layer_parameters(number)
     inputs = [x, relax.Var("batch", relax.ShapeType([batch])), state, layer_id, *given]
     name = "recurrent_layer" if number == 0 else f"recurrent_layer_{number}"
     with d.builder.function(name, inputs, private=True):
         with d.builder.dataflow():
             held = State(d.builder, state, layer_id, batch, slots(d.structure))
-            hidden = layer(Layer(d, recurrence, held, Given(mine, given)), x)
+            hidden = layer(Layer(d, recurrence, held, d.given(number, given)), x)
             out = d.builder.emit_output(relax.Tuple([hidden, held.expression]))
         return d.builder.emit_func_output(out)
 

@@ -9,7 +9,7 @@ compute dtype. The parameters of a piece are those of its roles, in the order of
     decoder_layer(x [n, H], cache, layer_id, the layer's...) -> [n, H]
     decoder_layer_inputs(the same) -> ([n, H], and what each matrix of the layer is multiplied with: [n, K], in order;
         of experts x [n, K] or [n * choices, K], and then which experts the tokens chose: int32 [n, choices])
-    decoder_layer_1, decoder_layer_inputs_1, ...: the same for layers of other kinds (Structure.kinds)
+    decoder_layer_1, decoder_layer_inputs_1, ...: the same for layers of other kinds (Structure.layer_kinds)
     final_norm(x [n, H], final_norm...) -> [n, H]
     head(normed [n, H], lm_head..., or the tied embedding..., lm_head_bias) -> float32 [n, V]
 
@@ -23,14 +23,14 @@ from dataclasses import replace
 
 from tvm import relax, tirx
 
-from mlcbuild.models.decoder import Decoder, layer_inputs
-from mlcbuild.models.layer import layer
+from mlcbuild.models.decoder import Decoder
+from mlcbuild.models.layer import layer, layer_inputs
 from mlcbuild.models.operations import Expr
 from mlcbuild.models.parameters import BEGINNING, EMBED, FINAL_NORM
 from mlcbuild.models.weights import Given, Weight, head_role
 
 
-def emit_blocks(decoder: Decoder) -> None:
+def emit_layer_pieces(decoder: Decoder) -> None:
     """Add every piece of a decoder that has one layer of each kind to its builder."""
     d, width = decoder, decoder.structure.hidden_size
     compute = d.operations.compute

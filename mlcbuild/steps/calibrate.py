@@ -29,7 +29,7 @@ CODE = (
     "mlcbuild.models.kinds",
     "mlcbuild.models.parameters",
     "mlcbuild.models.structure",
-    "mlcbuild.quantization.blocks",
+    "mlcbuild.quantization.packing",
     "mlcbuild.quantization.floats",
     "mlcbuild.quantization.schemes",
     "mlcbuild.quantization.sources",

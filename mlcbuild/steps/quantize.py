@@ -25,7 +25,7 @@ CODE = (
     "mlcbuild.models.parameters",
     "mlcbuild.models.structure",
     "mlcbuild.quantization.asymmetric",
-    "mlcbuild.quantization.blocks",
+    "mlcbuild.quantization.packing",
     "mlcbuild.quantization.compiled",
     "mlcbuild.quantization.floats",
     "mlcbuild.quantization.group",

@@ -17,8 +17,8 @@ from mlcbuild.models.architecture import resolve
 from mlcbuild.models.parameters import parameters
 from mlcbuild.models.structure import Structure
 from mlcbuild.quantization import group
-from mlcbuild.quantization.blocks import Packed
-from mlcbuild.quantization.tensor_cache_reader import read_tensors
+from mlcbuild.quantization.packing import Packed
+from mlcbuild.quantization.tensor_cache import read_tensors
 from mlcbuild.recipes.types import Quantization, Weights
 from mlcbuild.steps import convert, quantize
 from tests.support.architectures import architecture

@@ -32,6 +32,15 @@ class Decoder:
     def cast(self, x: Expr, dtype: str) -> Expr:
         return x if str(x.ty.dtype) == dtype else self.builder.emit(relax.op.astype(x, dtype))
 
+    def function(
+        self, name: str, inputs: Sequence[relax.Var], body: Callable[[], Expr], private: bool = False
+    ) -> relax.GlobalVar:
+        """Add a function whose result is the body's."""
+        with self.builder.function(name, list(inputs), private=private):
+            with self.builder.dataflow():
+                out = self.builder.emit_output(body())
+            return self.builder.emit_func_output(out)
+
     def params(self) -> relax.Var:
         return relax.Var("packed_params", relax.AnyType())
 
@@ -110,6 +119,11 @@ class Decoder:
 
 def kv_cache(name: str = "paged_kv_cache") -> relax.Var:
     return relax.Var(name, relax.AnyType())
+
+
+def numbered(name: str, number: int) -> str:
+    """The name of the function for the kind of layer that first occurs as the layer `number`."""
+    return name if number == 0 else f"{name}_{number}"
 
 
 def one_per_kind(decoder: Decoder, emit: Callable[[int], relax.GlobalVar]) -> tuple[relax.GlobalVar, ...]:

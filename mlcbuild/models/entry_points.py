@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from tvm import relax, te, tirx
 
-from mlcbuild.models.decoder import Decoder, kv_cache, one_per_kind
+from mlcbuild.models.decoder import Decoder, kv_cache, numbered, one_per_kind
 from mlcbuild.models.layer import layer, layer_inputs, query_positions
 from mlcbuild.models.operations import Expr
 
@@ -39,25 +39,24 @@ def emit_decoder(d: Decoder) -> None:
 def _emit_layer(d: Decoder, number: int) -> relax.GlobalVar:
     """Add `decoder_layer(layer_inputs...) -> [n, H]`."""
     inputs = layer_inputs(d, number)
-    with d.builder.function("decoder_layer" if number == 0 else f"decoder_layer_{number}", inputs, private=True):
-        with d.builder.dataflow():
-            out = d.builder.emit_output(layer(d, *inputs, number=number))
-        return d.builder.emit_func_output(out)
+    name = numbered("decoder_layer", number)
+    return d.function(name, inputs, lambda: layer(d, *inputs, number=number), private=True)
 
 
 def _emit_layers(d: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalVar:
     """Add `decoder(x [n, H], cache, params) -> [n, H]`: all layers and the final norm, in the compute dtype."""
     x = d.tensor("x", [tirx.Var("seq_len", "int64"), d.structure.hidden_size], d.operations.compute)
     cache, params = kv_cache(), d.params()
-    with d.builder.function("decoder", [x, cache, params], private=True):
-        with d.builder.dataflow():
-            weights = d.weights(params)
-            hidden: Expr = d.beginning(x, lambda: query_positions(d, cache, x.ty.shape[0]), weights)
-            for i, function in enumerate(layers):
-                given = [var for _, var in weights.layer(i)]
-                hidden = d.builder.emit(relax.Call(function, [hidden, cache, relax.prim_value(i), *given]))
-            out = d.builder.emit_output(d.norm(hidden, weights, "final_norm"))
-        return d.builder.emit_func_output(out)
+
+    def body() -> Expr:
+        weights = d.weights(params)
+        hidden: Expr = d.beginning(x, lambda: query_positions(d, cache, x.ty.shape[0]), weights)
+        for i, function in enumerate(layers):
+            given = [var for _, var in weights.layer(i)]
+            hidden = d.builder.emit(relax.Call(function, [hidden, cache, relax.prim_value(i), *given]))
+        return d.norm(hidden, weights, "final_norm")
+
+    return d.function("decoder", [x, cache, params], body, private=True)
 
 
 def emit_entry_points(decoder: Decoder, run: Run, state: str = "paged_kv_cache") -> None:
@@ -76,34 +75,22 @@ def emit_entry_points(decoder: Decoder, run: Run, state: str = "paged_kv_cache")
         _emit_forward(decoder, run, f"{name}_to_last_hidden_states", batch, tokens, None, state)
 
 
-def _function(d: Decoder, name: str, inputs: list[relax.Var], body: Callable[[], Expr]) -> None:
-    """A public function whose result is the body's."""
-    with d.builder.function(name, inputs):
-        with d.builder.dataflow():
-            out = d.builder.emit_output(body())
-        d.builder.emit_func_output(out)
-
-
 def _emit_embed(d: Decoder) -> None:
     ids, params = d.tensor("input_ids", [tirx.Var("seq_len", "int64")], "int32"), d.params()
-    _function(
-        d,
-        "embed",
-        [ids, params],
-        lambda: d.operations.embedding(ids, d.weights(params)("embedding"), d.structure.hidden_size),
-    )
+    width = d.structure.hidden_size
+    d.function("embed", [ids, params], lambda: d.operations.embedding(ids, d.weights(params)("embedding"), width))
 
 
 def _emit_get_logits(d: Decoder) -> None:
     hidden = d.tensor("hidden_states", [tirx.Var("seq_len", "int64"), d.structure.hidden_size])
     params = d.params()
-    _function(d, "get_logits", [hidden, params], lambda: d.logits(hidden, d.weights(params)))
+    d.function("get_logits", [hidden, params], lambda: d.logits(hidden, d.weights(params)))
 
 
 def _emit_select(d: Decoder) -> None:
     hidden = d.tensor("hidden_states", [tirx.Var("seq_len", "int64"), d.structure.hidden_size])
     positions = d.tensor("logit_positions", [tirx.Var("batch_size", "int64")], "int32")
-    _function(d, "batch_select_last_hidden_states", [hidden, positions], lambda: _take_rows(d, hidden, positions))
+    d.function("batch_select_last_hidden_states", [hidden, positions], lambda: _take_rows(d, hidden, positions))
 
 
 def _emit_forward(
@@ -131,7 +118,7 @@ def _emit_forward(
         first = [1, positions.ty.shape[0]] if rows == "positions" else [1, 1] if rows == "last" else [b, t]
         return d.builder.emit(relax.op.reshape(logits, [*first, logits.ty.shape[1]])), after
 
-    _function(d, name, inputs, lambda: relax.Tuple(list(body())))
+    d.function(name, inputs, lambda: relax.Tuple(list(body())))
 
 
 def _take_rows(d: Decoder, hidden: Expr, positions: Expr) -> Expr:

@@ -9,6 +9,7 @@ import ast
 import json
 import operator
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from mlcbuild.errors import MlcBuildError
@@ -57,11 +58,13 @@ SIZES = (
 )
 COUNTS = ("shared_expert_intermediate_size", "rescale_every", "time_mix_extra_dim", "time_decay_extra_dim")
 NUMBERS = ("norm_offset", "embedding_scale", "residual_scale", "logits_scale", "routed_scaling_factor")
-ABOVE = {  # what these are numbers above
-    **dict.fromkeys(
-        ("final_logit_softcapping", "attention_scale", "attn_logit_softcapping", "clip_qkv", "alibi_bias_max"), 0
-    ),
-    **dict.fromkeys(("rope_theta", "rope_local_theta"), 1),
+_POSITIVE = ("final_logit_softcapping", "attention_scale", "attn_logit_softcapping", "clip_qkv", "alibi_bias_max")
+_EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(SIZES, ("a whole number of at least 1", lambda value: type(value) is int and value > 0)),
+    **dict.fromkeys(COUNTS, ("a whole number", lambda value: type(value) is int and value >= 0)),
+    **dict.fromkeys(NUMBERS, ("a number", is_number)),
+    **dict.fromkeys(_POSITIVE, ("a number above 0", partial(is_above, 0))),
+    **dict.fromkeys(("rope_theta", "rope_local_theta"), ("a number above 1", partial(is_above, 1))),
 }
 CHOICES = {
     "norm": ("rms", "layer"),
@@ -148,23 +151,11 @@ def _mapped(value: Any, key: str, names: Mapping[str, Any]) -> Any:
 def check(values: Values) -> list[str]:
     """What is wrong with the types and ranges of fields."""
     problems = []
-    for name in SIZES:
+    for name, (expected, fits) in _EXPECTED.items():
         value = values.get(name)
         endless = (name, value) == ("context_window_size", -1)
-        if name in values and value is not None and not endless and (type(value) is not int or value < 1):
-            problems.append(f"config.json: {name} is {value!r}, expected a whole number of at least 1")
-    for name in COUNTS:
-        value = values.get(name, 0)
-        if value is not None and (type(value) is not int or value < 0):
-            problems.append(f"config.json: {name} is {value!r}, expected a whole number")
-    for name in NUMBERS:
-        value = values.get(name)
-        if value is not None and not is_number(value):
-            problems.append(f"config.json: {name} is {value!r}, expected a number")
-    for name, bound in ABOVE.items():
-        value = values.get(name)
-        if value is not None and not is_above(bound, value):
-            problems.append(f"config.json: {name} is {value!r}, expected a number above {bound}")
+        if value is not None and not endless and not fits(value):
+            problems.append(f"config.json: {name} is {value!r}, expected {expected}")
     for name, words in (("norm_eps", "norm epsilon"), ("group_norm_eps", "epsilon of the norm over heads")):
         value = values.get(name, 0)
         if not is_number(value) or value < 0:

@@ -23,7 +23,7 @@ from dataclasses import replace
 
 from tvm import relax, tirx
 
-from mlcbuild.models.decoder import Decoder
+from mlcbuild.models.decoder import Decoder, numbered
 from mlcbuild.models.layer import layer, layer_inputs
 from mlcbuild.models.operations import Expr
 from mlcbuild.models.parameters import BEGINNING, EMBED, FINAL_NORM
@@ -56,10 +56,7 @@ def _emit(d: Decoder, name: str, inputs: list[relax.Var], roles: Sequence[str], 
     declared = [p for p in d.declared if p.role in roles]
     rows = tirx.Var("vocab_size", "int64")
     given = [d.tensor(p.name, p.shape_for(rows), p.dtype) for p in declared]
-    with d.builder.function(name, [*inputs, *given]):
-        with d.builder.dataflow():
-            out = d.builder.emit_output(body(Given(declared, given)))
-        d.builder.emit_func_output(out)
+    d.function(name, [*inputs, *given], lambda: body(Given(declared, given)))
 
 
 def _emit_layer(d: Decoder, kind: int, with_inputs: bool) -> None:
@@ -81,10 +78,10 @@ def _emit_layer(d: Decoder, kind: int, with_inputs: bool) -> None:
 
     operations = replace(d.operations, linear=watched, expert_linear=watched_experts)
     watching = Decoder(d.builder, d.structure, d.declared, operations, d.dtype)
-    name = "decoder_layer_inputs" if with_inputs else "decoder_layer"
-    with d.builder.function(name if kind == 0 else f"{name}_{kind}", inputs):
-        with d.builder.dataflow():
-            out = d.builder.emit(layer(watching, *inputs, number=kind))
-            xs = [x for p in d.declared for x in seen.get(p.name, ())]
-            out = d.builder.emit_output(relax.Tuple([out, *xs]) if with_inputs else out)
-        d.builder.emit_func_output(out)
+
+    def body() -> Expr:
+        out = d.builder.emit(layer(watching, *inputs, number=kind))
+        xs = [x for p in d.declared for x in seen.get(p.name, ())]
+        return relax.Tuple([out, *xs]) if with_inputs else out
+
+    d.function(numbered("decoder_layer_inputs" if with_inputs else "decoder_layer", kind), inputs, body)

@@ -91,7 +91,7 @@ def read(rules: Mapping[str, Any], config: Values, given: Values) -> tuple[dict[
 
     def add(field: str) -> None:
         rule = waiting.pop(field)
-        for name in names_in(rule.get("value", rule.get("default"))):
+        for name in (name for part in ("value", "default", "if_null") for name in names_in(rule.get(part))):
             if name in waiting:
                 add(name)
         try:
@@ -105,9 +105,10 @@ def read(rules: Mapping[str, Any], config: Values, given: Values) -> tuple[dict[
 
 
 def value_of(rule: Mapping[str, Any], config: Values, values: Values) -> Any:
-    """What `{key, default, map}` or `{value}` makes of a config.
+    """What `{key, default, if_null, map}` or `{value}` makes of a config.
 
-    Raises MlcBuildError where there is nothing to use, and for what is no truth value where the default is one.
+    null is as if there were no such key, unless `if_null` says otherwise. Raises MlcBuildError where there is
+    nothing to use, and for what is no truth value where the default is one.
     """
     if "value" in rule:
         return evaluate(rule["value"], values)
@@ -120,6 +121,8 @@ def value_of(rule: Mapping[str, Any], config: Values, values: Values) -> Any:
             if isinstance(rule.get("default"), bool) and not isinstance(found, bool):
                 raise MlcBuildError(f"{name} is {found!r}, expected true or false")
             return found
+    if "if_null" in rule and any(name in config for name in names):
+        return evaluate(rule["if_null"], values)
     if "default" in rule:
         return evaluate(rule["default"], values)
     raise MlcBuildError(f"`{'` or `'.join(names)}` is missing")

@@ -19,7 +19,8 @@ from tests.support import llama
 
 LLAMA: dict[str, Any] = {**CONFIG, "num_attention_heads": 4, "head_dim": 16, "max_position_embeddings": 128}
 MOE: dict[str, Any] = {
-    **LLAMA, "model_type": "qwen2_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    **LLAMA, "model_type": "qwen2_moe", "num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 64, "norm_topk_prob": True, "decoder_sparse_step": 1, "hidden_act": "silu",
 }  # fmt: skip
 GEMMA3: dict[str, Any] = {

@@ -35,13 +35,20 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
 
     `rope_scaling` comes out as None or as a mapping with the key `rope_type`; the kind "default" is None. Where
     `rope_parameters` has one set for each type of layer, they are those of full attention, and the other theta is
-    `rope_local_base_freq`, as in transformers 4. Raises MlcBuildError where one of them is no mapping.
+    `rope_local_base_freq`, as in transformers 4. Raises MlcBuildError where one of them is no mapping, and for a
+    scaling of layers with a window.
     """
     flat = dict(config)
     parameters = _mapping(flat.pop("rope_parameters", None), "rope_parameters")
     if "full_attention" in parameters:
         local = _mapping(parameters.get("sliding_attention"), "rope_parameters.sliding_attention")
         flat.setdefault("rope_local_base_freq", local.get("rope_theta"))
+        scaling = _scaling(local, flat)
+        if scaling is not None:
+            raise MlcBuildError(
+                f"config.json: rope_parameters.sliding_attention has the rope_type {scaling['rope_type']!r}, but only "
+                "layers of full attention are computed with a rope scaling"
+            )
         parameters = _mapping(parameters["full_attention"], "rope_parameters.full_attention")
     if parameters:
         flat.setdefault("rope_theta", parameters.get("rope_theta"))

@@ -30,7 +30,7 @@ from pathlib import Path
 from mlcbuild.cache.store import Action
 from mlcbuild.cache.tree import Tree
 from mlcbuild.engine.graph import Step
-from mlcbuild.recipes.init import init
+from mlcbuild.workspace.init import init
 from mlcbuild.workspace.session import Session, open_session
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import os
 import re
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -146,13 +145,3 @@ def _needed(root: Path) -> set[str]:
     """Digests that entries refer to, those that came since the plan included."""
     records = (read_record(path) for path in (root / "ac").glob("*/*.json"))
     return {digest for record in records if record is not None for digest in record.blobs}
-
-
-def ago(then: float) -> str:
-    """`3 days ago`, for a list that people read."""
-    seconds = max(0.0, time.time() - then)
-    for unit, length in (("day", 86400), ("hour", 3600)):
-        if seconds >= length:
-            count = int(seconds // length)
-            return f"{count} {unit}{'s' if count > 1 else ''} ago"
-    return "within the hour"

@@ -52,7 +52,7 @@ def _gc(options: argparse.Namespace) -> int:
 
 
 def _pin(options: argparse.Namespace) -> int:
-    from mlcbuild.recipes.workspace import find_root
+    from mlcbuild.recipes.files import find_root
     from mlcbuild.workspace.maintenance import pin_recipes
     from mlcbuild.workspace.session import open_session
 
@@ -93,7 +93,7 @@ def _stats(options: argparse.Namespace) -> int:
 def _push(options: argparse.Namespace) -> int:
     from mlcbuild.engine.shared import open_shared
     from mlcbuild.errors import MlcBuildError
-    from mlcbuild.recipes.workspace import find_root
+    from mlcbuild.recipes.files import find_root
     from mlcbuild.workspace.maintenance import push
     from mlcbuild.workspace.session import open_session
     from mlcbuild.workspace.variables import read_patience, read_remote
@@ -115,7 +115,7 @@ def _place(options: argparse.Namespace) -> tuple[Path, Store]:
     """The workspace (or the working directory, when a cache folder is named) and its cache. Raises MlcBuildError."""
     from mlcbuild.cache.store import Store
     from mlcbuild.errors import MlcBuildError
-    from mlcbuild.recipes.workspace import find_root
+    from mlcbuild.recipes.files import find_root
 
     named = _folder(options)
     try:

@@ -100,8 +100,8 @@ def _add(
 
 
 def _check(options: argparse.Namespace) -> int:
-    from mlcbuild.recipes.check import check, render
-    from mlcbuild.recipes.workspace import find_root
+    from mlcbuild.recipes.files import find_root
+    from mlcbuild.recipes.load import check, render
 
     report = check(find_root(options.folder.absolute()))
     sys.stdout.write(render(report))
@@ -111,8 +111,8 @@ def _check(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     import json
 
+    from mlcbuild.recipes.files import find_root
     from mlcbuild.recipes.load import load
-    from mlcbuild.recipes.workspace import find_root
     from mlcbuild.workspace.doctor import diagnose, render
 
     root = find_root(Path.cwd())
@@ -122,7 +122,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _init(options: argparse.Namespace) -> int:
-    from mlcbuild.recipes.init import init
+    from mlcbuild.workspace.init import init
 
     for path in init(options.folder):
         print(path)
@@ -132,7 +132,7 @@ def _init(options: argparse.Namespace) -> int:
 
 def _why(options: argparse.Namespace) -> int:
     from mlcbuild.engine.why import why
-    from mlcbuild.recipes.workspace import find_root
+    from mlcbuild.recipes.files import find_root
     from mlcbuild.workspace.session import open_session
 
     session = open_session(find_root(Path.cwd()), lambda _: None, options.recipe, _cache(options))
@@ -149,7 +149,7 @@ def _why(options: argparse.Namespace) -> int:
 
 
 def _test_run(options: argparse.Namespace) -> int:
-    from mlcbuild.recipes.workspace import find_root
+    from mlcbuild.recipes.files import find_root
     from mlcbuild.reporting.screen import screen
     from mlcbuild.smoke.run import test_run
 
@@ -159,12 +159,12 @@ def _test_run(options: argparse.Namespace) -> int:
 
 
 def _lock(options: argparse.Namespace) -> int:
+    from mlcbuild.recipes.files import find_root
     from mlcbuild.recipes.load import load
-    from mlcbuild.recipes.workspace import find_root
-    from mlcbuild.workspace.lock_models import pin
+    from mlcbuild.workspace.hub_locks import lock_models
 
     root = find_root(Path.cwd())
-    pin(load(root), _cache(options) or root / "cache", options.models, options.update)
+    lock_models(load(root), _cache(options) or root / "cache", options.models, options.update)
     return 0
 
 

@@ -45,7 +45,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser], 
 
 def _new(options: argparse.Namespace) -> int:
     from mlcbuild.cache.gc import parse_size
-    from mlcbuild.inspect.new import Wish, new
+    from mlcbuild.inspect.model_file import Wish, write_model_file
 
     catalog = _catalog(required=True)
     named = os.environ.get("MLCBUILD_CACHE")
@@ -59,38 +59,38 @@ def _new(options: argparse.Namespace) -> int:
         options.lora,
         parse_size(options.memory),
     )
-    new(wish, catalog, cache, dry_run=options.dry_run)
+    write_model_file(wish, catalog, cache, dry_run=options.dry_run)
     return 0
 
 
 def _inspect(options: argparse.Namespace) -> int:
     from mlcbuild.inspect import library
-    from mlcbuild.inspect.found import find
-    from mlcbuild.inspect.inspect import survey, to_json
-    from mlcbuild.inspect.text import render
+    from mlcbuild.inspect.checkpoint import open_checkpoint
+    from mlcbuild.inspect.inspection import inspect_checkpoint, to_json
+    from mlcbuild.inspect.inspection_text import render
 
     catalog = _catalog(required=False)
     path = Path(options.checkpoint)
     if path.suffix in library.SUFFIXES and path.is_file():
-        seen = library.look(path, catalog, options.weights)
+        seen = library.inspect_library(path, catalog, options.weights)
         print(json.dumps(library.to_json(seen), indent=1)) if options.json else sys.stdout.write(library.render(seen))
         return 0
     if options.weights is not None:
         raise MlcBuildError(f"--weights is for a library ({', '.join(library.SUFFIXES)}), and {path} is none")
-    with find(options.checkpoint, catalog, options.revision) as found:
-        known = survey(found, catalog, found.model.name if found.model else options.checkpoint)
+    with open_checkpoint(options.checkpoint, catalog, options.revision) as checkpoint:
+        name = checkpoint.model.name if checkpoint.model else options.checkpoint
+        inspection = inspect_checkpoint(checkpoint, catalog, name)
     if options.json:
-        print(json.dumps(to_json(known), indent=1, ensure_ascii=False))
+        print(json.dumps(to_json(inspection), indent=1, ensure_ascii=False))
     else:
-        sys.stdout.write(render(known))
+        sys.stdout.write(render(inspection))
     return 0
 
 
 def _catalog(required: bool) -> Catalog:
     """The workspace's; outside of one, and unless it is `required`, what comes with mlcbuild. Raises MlcBuildError."""
+    from mlcbuild.recipes.files import find_root, stock
     from mlcbuild.recipes.load import load
-    from mlcbuild.recipes.stock import stock
-    from mlcbuild.recipes.workspace import find_root
 
     try:
         root = find_root(Path.cwd())

@@ -51,13 +51,14 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser], 
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from mlcbuild.workspace.estimate import check_room, preview, render
+    from mlcbuild.workspace.estimate import check_room, estimate
+    from mlcbuild.workspace.estimate_text import render
 
     session = _session(options)
-    plan = preview(session)
-    sys.stdout.write(render(plan))
+    coming = estimate(session)
+    sys.stdout.write(render(coming))
     sys.stdout.flush()
-    check_room(plan, session.store.root)
+    check_room(coming, session.store.root)
     return 0
 
 
@@ -74,7 +75,7 @@ def _session(options: argparse.Namespace, everything: bool = False) -> Session:
 
     Raises MlcBuildError.
     """
-    from mlcbuild.recipes.workspace import find_root
+    from mlcbuild.recipes.files import find_root
     from mlcbuild.workspace.scope import Scope
     from mlcbuild.workspace.session import open_session
     from mlcbuild.workspace.variables import read_variables

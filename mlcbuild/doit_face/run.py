@@ -21,7 +21,7 @@ from mlcbuild.engine.resources import Pool, budget
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.recipes.select import Wanted
 from mlcbuild.reporting.jsonlog import json_log
-from mlcbuild.workspace.estimate import check_room, preview
+from mlcbuild.workspace.estimate import check_room, estimate
 from mlcbuild.workspace.fastpath import remember
 from mlcbuild.workspace.recording import planned_in, reasons
 from mlcbuild.workspace.scope import Scope, scope_of
@@ -103,7 +103,7 @@ def _before(
             return
         if console.records:
             why_so.update(reasons(session, missing))
-        coming = preview(session, missing)
+        coming = estimate(session, missing)
     except MlcBuildError:
         return  # the step meets the same problem, and can report it
     check_room(coming, session.store.root)

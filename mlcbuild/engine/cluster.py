@@ -18,7 +18,7 @@ from mlcbuild.engine.process import StepBroke
 from mlcbuild.engine.resources import TAGS, needs, tags
 from mlcbuild.engine.shared import SharedCache
 from mlcbuild.errors import MlcBuildError, StepFailed
-from mlcbuild.reporting.plain import amount
+from mlcbuild.text import amount
 
 _LIVES = 3  # workers that may die of one step before it is given up
 

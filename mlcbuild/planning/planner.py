@@ -109,9 +109,8 @@ class _Planner:
     def goal(self, recipe: Recipe) -> Goal:
         model, quantization, target = recipe.model, recipe.quantization, recipe.target
         self._device(target)  # whether it can be built here at all
-        for source in (model.source, model.delta_of, model.lora):
-            if source is not None and source.hf is not None:
-                self._locked(model, source)
+        for source in model.hub_sources:
+            self._locked(model, source)
         shape = self._shape(model, recipe.overrides)
         kind = shape.fields.get("kind", DECODER)
         if kind != DECODER and targets.is_gpu(target):

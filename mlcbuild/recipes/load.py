@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mlcbuild.errors import RecipeError
-from mlcbuild.recipes import convert, document, matrix, quantizations, references
-from mlcbuild.recipes.document import Document
-from mlcbuild.recipes.inherit import inherit_architectures, inherit_models
-from mlcbuild.recipes.memo import Memo
-from mlcbuild.recipes.problems import Problem
+from mlcbuild.recipes import convert, document, expand, references
+from mlcbuild.recipes.document import Document, Memo
+from mlcbuild.recipes.files import FOLDERS, LONGEST_NAME, STOCK_KINDS, File, discover, stock, strays
+from mlcbuild.recipes.lockfile import examine
+from mlcbuild.recipes.problems import Hints, Problem, listed, show
 from mlcbuild.recipes.schemas import Schemas
-from mlcbuild.recipes.stock import stock
+from mlcbuild.recipes.select import AXES
 from mlcbuild.recipes.types import AUTO_TEMPLATE, Catalog, Recipe
-from mlcbuild.recipes.workspace import FOLDERS, STOCK_KINDS, File, discover, strays
+from mlcbuild.text import plural
 
 T = TypeVar("T")
 Documents = dict[str, dict[str, Document]]  # kind -> name -> file
@@ -32,6 +32,10 @@ class Reading:
     warnings: tuple[Problem, ...]
     counts: Mapping[str, int]  # kind -> files of it, stock files included
 
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
 
 def load(root: Path, memo: Path | None = None) -> Catalog:
     """The recipes of the workspace `root` and everything that they can name. Raises RecipeError with all problems.
@@ -40,7 +44,7 @@ def load(root: Path, memo: Path | None = None) -> Catalog:
     """
     reading = read(root, memo)
     if reading.catalog is None:
-        raise RecipeError([str(problem) for problem in reading.problems])
+        raise RecipeError(listed(reading.problems, str))
     return reading.catalog
 
 
@@ -63,15 +67,41 @@ def read(root: Path, memo: Path | None = None) -> Reading:
     memory.save()
     # A file with a mistake in it is not also an unknown name.
     names = {kind: [file.name for file in files if file.kind == kind] for kind in FOLDERS}
-    known = {kind: dict.fromkeys(names[kind]) for kind in names}
-    known["template"][AUTO_TEMPLATE.name] = None
+    known = {kind: dict.fromkeys(sorted(names[kind])) for kind in names}
+    known["template"] = dict.fromkeys(sorted([*names["template"], AUTO_TEMPLATE.name]))
+    hints = Hints()
     for each in itertools.chain.from_iterable(by_name.values() for by_name in documents.values()):
-        problems += references.check(each, known)
+        problems += references.check(each, known, hints)
     shadows = {name: each for name, each in extended.items() if each is not None}
     catalog, wrong = _resolve(root, documents, shadows, warnings)
     problems += wrong
     counts = {kind: len(names[kind]) for kind in FOLDERS}
     return Reading(None if problems else catalog, tuple(sorted(set(problems))), tuple(warnings), counts)
+
+
+def check(root: Path) -> Reading:
+    """Everything that is wrong with a workspace's files, recipes.lock included: `mlcbuild check`.
+
+    Raises RecipeError only where `root` is no workspace.
+    """
+    reading = read(root)
+    return replace(reading, problems=tuple(sorted({*reading.problems, *examine(root.absolute())[1]})))
+
+
+def render(reading: Reading) -> str:
+    """A reading as text: each problem with its line of YAML, then one line that sums up."""
+    parts = listed(reading.problems, Problem.with_source)
+    parts += [f"{warning.file}: warning: {warning.text}" for warning in reading.warnings]
+    every = sum(reading.counts.values())
+    if reading.problems:
+        files = len({problem.file for problem in reading.problems})
+        parts.append(f"{_number(len(reading.problems), 'problem')} in {_number(files, 'file')} of {every}")
+    else:
+        recipes = len(reading.catalog.recipes) if reading.catalog else 0
+        numbers = {"recipe": recipes, **{kind: reading.counts[kind] for kind in STOCK_KINDS}}
+        counted = ", ".join(_number(number, kind) for kind, number in numbers.items())
+        parts.append(f"{_number(every, 'file')} valid: {counted}")
+    return "\n".join(parts) + "\n"
 
 
 def _files(root: Path) -> tuple[list[File], list[File], list[Problem], list[Problem]]:
@@ -102,10 +132,10 @@ def _resolve(
     root: Path, documents: Documents, shadowed: Mapping[str, Document], warnings: Sequence[Problem]
 ) -> tuple[Catalog, list[Problem]]:
     """The catalog of what can be resolved, and why the rest cannot, unknown names aside."""
-    models, problems = inherit_models(documents["model"])
-    architectures, wrong = inherit_architectures(documents["architecture"], shadowed)
+    models, problems = expand.inherit(documents["model"])
+    architectures, wrong = expand.inherit_architectures(documents["architecture"], shadowed)
     problems += wrong
-    formats, wrong = quantizations.resolve(documents["quantization"])
+    formats, wrong = convert.quantizations(documents["quantization"])
     problems += wrong
     catalog = Catalog(
         root=root,
@@ -121,7 +151,7 @@ def _resolve(
         name: (each, references.absolute(each)) for name, each in documents["recipe"].items()
     }
     for each in documents["matrix"].values():
-        cells, wrong = matrix.expand(each, references.absolute(each))
+        cells, wrong = expand.cells(each, references.absolute(each))
         problems += wrong
         for name, data in cells.items():
             if name in wanted:
@@ -130,6 +160,11 @@ def _resolve(
                 problems.append(each.problem(text, ("matrix",), key=True))
             else:
                 wanted[name] = (each, data)
+    for each, data in wanted.values():
+        cell = "-".join(data[axis] for axis in AXES)  # steps are named so, whatever the recipe is called
+        if len(cell) > LONGEST_NAME:
+            text = f"the names `{show(cell)}` have {len(cell)} characters together, at most {LONGEST_NAME} are possible"
+            problems.append(each.problem(text))
     recipes = {name: _recipe(name, *wanted[name], catalog) for name in sorted(wanted)}
     return replace(catalog, recipes={name: recipe for name, recipe in recipes.items() if recipe is not None}), problems
 
@@ -163,3 +198,7 @@ def _converted(documents: Mapping[str, Document], convert: Callable[[str, Mappin
 
 def _sorted(contents: Mapping[str, Mapping[str, Any]], convert: Callable[[str, Mapping[str, Any]], T]) -> dict[str, T]:
     return {name: convert(name, contents[name]) for name in sorted(contents)}
+
+
+def _number(number: int, noun: str) -> str:
+    return f"{number} {plural(number, noun)}"

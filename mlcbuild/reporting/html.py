@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 from mlcbuild.reporting.history import STATUSES, Cell, Run
-from mlcbuild.reporting.plain import amount
+from mlcbuild.text import amount
 
 _STYLE = """
 :root { color-scheme: light dark; --ok: #1a7f37; --hit: #57606a; --bad: #cf222e; --mild: #9a6700; --line: #8884; }

@@ -25,7 +25,8 @@ from mlcbuild.reporting.events import (
     StepStarted,
     StepWaiting,
 )
-from mlcbuild.reporting.plain import amount, line, plain
+from mlcbuild.reporting.plain import line, plain
+from mlcbuild.text import amount
 
 _STYLES = {"ok": "green", "--": "dim", "!!": "bold red", "??": "yellow"}
 

@@ -18,6 +18,7 @@ from mlcbuild.reporting.events import (
     StepStarted,
     StepWaiting,
 )
+from mlcbuild.text import amount
 
 _PROGRESS_EVERY = 10.0  # seconds: a log needs signs of life, not a film
 
@@ -71,14 +72,3 @@ def line(event: Event) -> str:
             wrong = f", {failed} failed, {skipped} not tried" if failed else ""
             return f"{built} done, {hit} up to date{wrong}; {seconds:.1f} s"
     return ""
-
-
-def amount(count: float, unit: str = "bytes") -> str:
-    """`12.3 MB`, `17 tensors`."""
-    if unit != "bytes":
-        return f"{count:.0f} {unit}"
-    for name in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {name}" if name == "B" else f"{count:.1f} {name}"
-        count /= 1000
-    return f"{count:.1f} GB"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mlcbuild.reporting.history import STATUSES, Cell, Run
-from mlcbuild.reporting.plain import amount
+from mlcbuild.text import amount
 
 _MARKS = {"failed": "❌", "not tried": "⏭️", "unavailable": "➖", "built": "✅", "hit": "☑️"}
 _SHOWN = 200  # rows: GitHub cuts summaries at 1 MiB

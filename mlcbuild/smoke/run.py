@@ -21,9 +21,9 @@ from mlcbuild.recipes.load import load
 from mlcbuild.recipes.select import select
 from mlcbuild.recipes.types import Catalog, Locked, Model, Recipe, Source, Template
 from mlcbuild.reporting.events import Event, PackageInstalled, Report
-from mlcbuild.reporting.plain import amount
 from mlcbuild.smoke import checkpoint
-from mlcbuild.workspace.locking import locker, look_up
+from mlcbuild.text import amount
+from mlcbuild.workspace.hub_locks import lock_missing, locker
 from mlcbuild.workspace.session import QUALITY, Session, open_store
 
 FOLDER = "test-run"  # in the cache
@@ -43,7 +43,7 @@ def test_run(root: Path, names: str, cache: Path | None, report: Report) -> dict
     for recipe in select(catalog, names):
         try:
             only_config = replace(recipe.model, delta_of=None, lora=None)
-            refused = look_up(root, store.root, [only_config], report, refuse=False)
+            refused = lock_missing(root, store.root, [only_config], report, refuse=False)
             config = config_of(recipe.model, locker(root, refused))
             with made_for(store.root):  # the next user who tries this recipe replaces what is made here
                 results[recipe.name] = _try(store, *small(catalog, recipe, config, store.root / FOLDER), report)

@@ -28,8 +28,8 @@ import mlcbuild
 from mlcbuild.cache.index import signature
 from mlcbuild.cache.materialise import BLOB_TIME
 from mlcbuild.compiler.targets import cpu_flags
+from mlcbuild.recipes.files import stock
 from mlcbuild.recipes.select import Cell, cells, manual
-from mlcbuild.recipes.stock import stock
 
 if TYPE_CHECKING:  # loading these takes longer than recalling
     from mlcbuild.cache.store import Action

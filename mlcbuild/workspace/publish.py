@@ -25,7 +25,7 @@ from mlcbuild.publishing.package import PUBLISHED, Package, installed, read_pack
 from mlcbuild.publishing.provenance import MATERIALS, STATEMENT, bill_of_materials, statement
 from mlcbuild.recipes.files import write_atomically
 from mlcbuild.reporting.events import StepFinished, StepNote, StepStarted
-from mlcbuild.reporting.plain import amount
+from mlcbuild.text import amount
 from mlcbuild.workspace.install import BESIDE
 from mlcbuild.workspace.session import Session
 
@@ -125,15 +125,14 @@ class Publisher:
         # Two builds on this machine may publish at once; on two machines the hub refuses the slower one's commit.
         with lock, locked(self.session.store.root / "locks" / f"hub-{repository.replace('/', '--')}"):
             found = hub.changes(repository, files, owns, known)
-            sizes = {name: amount(hub.size(content)) for name, content in files.items()}
-            for line in hub.lines(found, sizes.__getitem__):
+            for line in hub.lines(found, amount):
                 self._say(recipe, line)
             if not found:
                 return 0
             if not self.place.upload:
                 self._say(recipe, f"{repository}: {amount(found.size)} would be uploaded; upload=1 does it")
                 return 0
-            commit = hub.upload(found, files, f"{recipe}, built by mlcbuild", self.place.private)
+            commit = hub.upload(found, f"{recipe}, built by mlcbuild", self.place.private)
             self._say(recipe, f"{repository}: {amount(found.size)} uploaded, commit {commit[:12]}")
             return found.size
 

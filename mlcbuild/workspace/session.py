@@ -23,8 +23,8 @@ from mlcbuild.recipes.load import load
 from mlcbuild.recipes.select import Wanted, cells, choose, manual
 from mlcbuild.recipes.types import Catalog
 from mlcbuild.reporting.events import PackageInstalled, RecipeUnavailable, Report
+from mlcbuild.workspace.hub_locks import lock_missing, locker
 from mlcbuild.workspace.install import install, is_installed
-from mlcbuild.workspace.locking import locker, look_up
 from mlcbuild.workspace.manifest import manifest
 from mlcbuild.workspace.scope import Scope
 
@@ -152,7 +152,7 @@ def open_session(
         changed = changed_since(root, catalog, wanted.changed)
         names = [name for name in names if name in changed]
     chosen = [catalog.recipes[name].model for name in scope.to_look_up(names, known)]
-    refused = look_up(root, store.root, chosen, report, refuse=locked)
+    refused = lock_missing(root, store.root, chosen, report, refuse=locked)
     graph = plan(catalog, [catalog.recipes[name] for name in names], locker(root, refused))
     if graph.broken and not keep_going:
         raise MlcBuildError("\n".join(dict.fromkeys(graph.broken.values())))

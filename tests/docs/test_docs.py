@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mlcbuild.recipes.check import check, render
+from mlcbuild.recipes.load import check, render
 from mlcbuild.reporting import events
 from mlcbuild.verify import quality
 from mlcbuild.workspace import variables

@@ -21,9 +21,9 @@ from mlcbuild.errors import MlcBuildError
 from mlcbuild.workspace import variables
 from tests.engine import s3_server
 from tests.engine.s3_server import KEY, SECRET, Server
-from tests.engine.test_care import mlcbuild
 from tests.engine.test_doit import ALL, REPORT_IMPORTS
 from tests.engine.workspace import Workspace, make_workspace
+from tests.workspace.test_maintenance import mlcbuild
 
 HERE = {"download"}  # steps that only refer to this machine's files
 

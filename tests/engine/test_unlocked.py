@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlcbuild.cli.main import main
-from mlcbuild.recipes.lock import read_lock
+from mlcbuild.recipes.lockfile import read_lock
 from mlcbuild.workspace.scope import Scope, scope_of
 from tests.checkpoints.hub_server import COMMIT, Fault, Hub, serving
 from tests.engine.workspace import CONFIG, Workspace

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlcbuild.recipes.stock import stock
+from mlcbuild.recipes.files import stock
 from tests.recipes.conftest import Workspace
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mlcbuild.errors import RecipeError
-from mlcbuild.recipes.lock import entry, lock_path, read_lock, write_lock
+from mlcbuild.recipes.lockfile import entry, lock_path, read_lock, write_lock
 from mlcbuild.recipes.types import Locked, LockedFile, Source
 
 ADVICE = "; restore the file from version control, or delete it: the next build resolves every repository again"

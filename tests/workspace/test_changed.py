@@ -10,8 +10,8 @@ import pytest
 
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.recipes.changed import changed_since
+from mlcbuild.recipes.files import stock
 from mlcbuild.recipes.load import load
-from mlcbuild.recipes.stock import stock
 from tests.engine.workspace import Workspace
 
 F16, F32, OTHER = "tiny-q4f16_1-cpu", "tiny-q4f32_1-cpu", "other"

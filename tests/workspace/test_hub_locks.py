@@ -10,9 +10,9 @@ import pytest
 
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.recipes.load import load
-from mlcbuild.recipes.lock import read_lock
-from mlcbuild.reporting.plain import amount
-from mlcbuild.workspace.lock_models import pin
+from mlcbuild.recipes.lockfile import read_lock
+from mlcbuild.text import amount
+from mlcbuild.workspace.hub_locks import lock_models
 from tests.checkpoints.hub_server import COMMIT, Fault, Hub, serving
 from tests.engine.workspace import CONFIG, Workspace, make_workspace
 
@@ -42,7 +42,7 @@ def workspace(tmp_path: Path) -> Workspace:
 
 def run(workspace: Workspace, *names: str, update: bool = False) -> list[str]:
     said: list[str] = []
-    pin(load(workspace.root), workspace.root / "cache", names, update, said.append)
+    lock_models(load(workspace.root), workspace.root / "cache", names, update, said.append)
     return said
 
 

@@ -11,17 +11,17 @@ from pathlib import Path
 
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.inspect import template as templates
-from mlcbuild.inspect.found import Found, find, source_of
-from mlcbuild.inspect.inspect import Survey, survey
+from mlcbuild.inspect.checkpoint import Checkpoint, open_checkpoint, source_of
+from mlcbuild.inspect.inspection import Inspection, inspect_checkpoint
+from mlcbuild.inspect.inspection_text import quantizations
 from mlcbuild.inspect.sizes import CONVERSATION
-from mlcbuild.inspect.text import quantizations
-from mlcbuild.recipes.lock import key
+from mlcbuild.recipes.files import NAME, NAME_RULE, write_new
+from mlcbuild.recipes.lockfile import key
 from mlcbuild.recipes.problems import did_you_mean
 from mlcbuild.recipes.types import AUTO_TEMPLATE, Catalog, Locked, Model, Source
-from mlcbuild.reporting.plain import amount
-from mlcbuild.workspace.locking import locker, resolve, store_entry
+from mlcbuild.text import amount
+from mlcbuild.workspace.hub_locks import locker, resolve, store_entry
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SCHEMA = "# yaml-language-server: $schema=../../schema/model.schema.json\n"
 
 
@@ -38,11 +38,13 @@ class Wish:
     memory: int = 8_000_000_000
 
 
-def new(wish: Wish, catalog: Catalog, cache: Path, say: Callable[[str], None] = print, dry_run: bool = False) -> None:
+def write_model_file(
+    wish: Wish, catalog: Catalog, cache: Path, say: Callable[[str], None] = print, dry_run: bool = False
+) -> None:
     """Write recipes/models/NAME.yaml, lock a repository that is not locked, and say what is not known and comes next.
 
     With `dry_run` the file's text is said and nothing is written. Raises MlcBuildError, with nothing written, for a
-    name that is taken, for a template that there is not, and as `find` and `survey` do.
+    name that is taken, for a template that there is not, and as `open_checkpoint` and `inspect_checkpoint` do.
     """
     name = wish.name or suggested(wish.word)
     path = _free(catalog, name)
@@ -50,23 +52,23 @@ def new(wish: Wish, catalog: Catalog, cache: Path, say: Callable[[str], None] = 
         hint = did_you_mean(wish.template, catalog.templates) or "; `recipes/templates/` has them"
         raise MlcBuildError(f"no template is named `{wish.template}`{hint}")
     others = {key: source_of(word, catalog) for key, word in _others(wish).items()}
-    with find(wish.word, catalog, wish.revision, names=False) as found:
-        known = survey(replace(found, model=_merged(found, others)), catalog, name)
-    chosen, remarks = _template(wish, known, catalog)
-    locks = _to_lock(known.found, others, catalog)
-    text = _text(known, chosen, wish, path, others)
+    with open_checkpoint(wish.word, catalog, wish.revision, names=False) as checkpoint:
+        inspection = inspect_checkpoint(replace(checkpoint, model=_merged(checkpoint, others)), catalog, name)
+    chosen, remarks = _template(wish, inspection, catalog)
+    locks = _to_lock(inspection.checkpoint, others, catalog)
+    text = "".join(f"{line}\n" for line in _lines(inspection, chosen, wish, path, others))
     if dry_run:
         say(text.rstrip())
     else:
-        _write(path, text)
+        write_new(path, text)
         say(f"wrote      {path.relative_to(catalog.root)}")
         for source, locked in locks.items():
             store_entry(catalog.root, cache, key(source), locked)
             size = amount(sum(file.size for file in locked.files.values()))
             say(f"locked     {source} at {locked.commit[:12]}, {len(locked.files)} files, {size}")
-    for line in _unknown(known, remarks):
+    for line in _unknown(inspection, remarks):
         say("note       " + line.replace("\n", "\n           "))
-    for line in _next(known, name, wish):
+    for line in _next(inspection, name, wish):
         say(f"next       {line}")
 
 
@@ -81,9 +83,8 @@ def suggested(word: str) -> str:
 
 def _free(catalog: Catalog, name: str) -> Path:
     """Where the file goes. Raises MlcBuildError where that is taken, or the name is none."""
-    if not _NAME.fullmatch(name):
-        words = "letters, digits, `.`, `_` and `-`, starting with a letter or a digit"
-        raise MlcBuildError(f"--name {name}: a name is {words}")
+    if not NAME.fullmatch(name):
+        raise MlcBuildError(f"--name {name}: {NAME_RULE}")
     folder = catalog.root / "recipes" / "models"
     for taken in (folder / f"{name}.yaml", folder / f"{name}.yml"):
         if taken.exists() or taken.is_symlink():
@@ -105,43 +106,44 @@ def _others(wish: Wish) -> dict[str, str]:
     return {key: word for key, word in given.items() if word is not None}
 
 
-def _merged(found: Found, others: Mapping[str, Source]) -> Model | None:
+def _merged(checkpoint: Checkpoint, others: Mapping[str, Source]) -> Model | None:
     """The model to be, where its checkpoint alone is not all of it."""
-    return Model("", found.source, "", delta_of=others.get("delta_of"), lora=others.get("lora")) if others else None
+    return (
+        Model("", checkpoint.source, "", delta_of=others.get("delta_of"), lora=others.get("lora")) if others else None
+    )
 
 
-def _to_lock(found: Found, others: Mapping[str, Source], catalog: Catalog) -> dict[Source, Locked]:
+def _to_lock(checkpoint: Checkpoint, others: Mapping[str, Source], catalog: Catalog) -> dict[Source, Locked]:
     """Entries for repositories that have none yet. Raises CheckpointError where a hub does not give one out."""
-    locks = {found.source: found.locked} if found.fresh and found.locked is not None else {}
+    locks = {checkpoint.source: checkpoint.locked} if checkpoint.fresh and checkpoint.locked is not None else {}
     for source in others.values():
         if source.hf is not None and locker(catalog.root)(Model("", source, "")) is None:
             locks[source] = resolve(source)
     return locks
 
 
-def _template(wish: Wish, known: Survey, catalog: Catalog) -> tuple[str, tuple[str, ...]]:
+def _template(wish: Wish, inspection: Inspection, catalog: Catalog) -> tuple[str, tuple[str, ...]]:
     """The template to write, and remarks on it."""
     if wish.template is not None:
         if wish.template == AUTO_TEMPLATE.name:
             return wish.template, ()
-        return wish.template, templates.differences(catalog.templates[wish.template], known.chat)
-    if known.template is None:
+        return wish.template, templates.differences(catalog.templates[wish.template], inspection.chat)
+    if inspection.template is None:
         return AUTO_TEMPLATE.name, ("the tokenizer's files could not be had, so the template is the checkpoint's own",)
-    return known.template.name, known.template.remarks
+    return inspection.template.name, inspection.template.remarks
 
 
-def _text(known: Survey, template: str, wish: Wish, path: Path, others: Mapping[str, Source]) -> str:
-    return "".join(f"{line}\n" for line in _file(known, template, wish, path, others))
-
-
-def _file(known: Survey, template: str, wish: Wish, path: Path, others: Mapping[str, Source]) -> Iterator[str]:
-    structure = known.structure
+def _lines(
+    inspection: Inspection, template: str, wish: Wish, path: Path, others: Mapping[str, Source]
+) -> Iterator[str]:
+    """Those of the model file, which is to lie at `path`."""
+    structure = inspection.structure
     yield _SCHEMA.rstrip()
     yield (
-        f"# {known.architecture.name}, {known.parameters:,} parameters, {structure.num_hidden_layers} layers, "
-        f"{_context(structure.context_window_size)} ({structure.label})."
+        f"# {inspection.architecture.name}, {inspection.parameters:,} parameters, "
+        f"{structure.num_hidden_layers} layers, {_context(structure.context_window_size)} ({structure.label})."
     )
-    for name, source in {"source": known.found.source, **others}.items():
+    for name, source in {"source": inspection.checkpoint.source, **others}.items():
         if source.path is not None:
             yield f"{name}: {{path: {json.dumps(_written(source.path, path.parent), ensure_ascii=False)}}}"
         else:
@@ -149,7 +151,7 @@ def _file(known: Survey, template: str, wish: Wish, path: Path, others: Mapping[
             yield f"{name}: {{hf: {source.hf}{revision}}}"
     yield f"template: {template}"
     yield f"# Weights by quantization, with keys and values of so many tokens, that fit into {amount(wish.memory)}:"
-    yield from (f"#   {line}" for line in quantizations(known, wish.memory))
+    yield from (f"#   {line}" for line in quantizations(inspection, wish.memory))
     if structure.context_window_size > CONVERSATION:
         yield f"# overrides: {{context_window_size: {CONVERSATION}}}    # a shorter context takes less memory"
 
@@ -165,36 +167,28 @@ def _written(folder: Path, start: Path) -> str:
     return str(target) if alike == alike.parent else os.path.relpath(target, origin)
 
 
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise MlcBuildError(f"{path}: cannot be written: {error.strerror}") from None
-
-
-def _unknown(known: Survey, remarks: tuple[str, ...]) -> Iterator[str]:
+def _unknown(inspection: Inspection, remarks: tuple[str, ...]) -> Iterator[str]:
     """What the file may have wrong."""
-    found: Found = known.found
+    checkpoint = inspection.checkpoint
     for remark in remarks:
         yield f"template: {remark}"
-    if found.trouble is not None:
-        yield f"the tokenizer was not looked at: {found.trouble}"
-    elif known.tokens is None:
+    if checkpoint.trouble is not None:
+        yield f"the tokenizer was not looked at: {checkpoint.trouble}"
+    elif inspection.tokens is None:
         yield "there is no tokenizer.json and no tokenizer.model: a package needs one"
-    elif known.tokens.count > known.structure.vocab_size:
-        yield f"the tokenizer has {known.tokens.count:,} tokens, the model only {known.structure.vocab_size:,} rows"
-    if known.tensors is None:
+    elif inspection.tokens.count > inspection.structure.vocab_size:
+        rows = inspection.structure.vocab_size
+        yield f"the tokenizer has {inspection.tokens.count:,} tokens, the model only {rows:,} rows"
+    if inspection.tensors is None:
         yield "the weights were not looked at: the first build finds tensors that are missing or left over"
-    elif known.tensors.problem is not None:
-        yield f"the weights do not fit: {known.tensors.problem}"
-    if known.tensors is not None:
-        yield from known.tensors.notes
+    elif inspection.tensors.problem is not None:
+        yield f"the weights do not fit: {inspection.tensors.problem}"
+    if inspection.tensors is not None:
+        yield from inspection.tensors.notes
 
 
-def _next(known: Survey, name: str, wish: Wish) -> Iterator[str]:
-    fitting = [each for each, size in known.sizes.items() if size.problem is None and size.total <= wish.memory]
+def _next(inspection: Inspection, name: str, wish: Wish) -> Iterator[str]:
+    fitting = [each for each, size in inspection.sizes.items() if size.problem is None and size.total <= wish.memory]
     format_ = "q4f16_1" if "q4f16_1" in fitting or not fitting else min(fitting)
     yield f"write recipes/{name}-cpu.yaml: {{model: {name}, quantization: {format_}, target: cpu}}"
     yield f"mlcbuild test-run {name}-cpu    # every step, on a small random model of this structure"

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.recipes.init import init
+from mlcbuild.recipes.files import find_root, stock
 from mlcbuild.recipes.load import read
-from mlcbuild.recipes.stock import stock
-from mlcbuild.recipes.workspace import find_root
+from mlcbuild.workspace.init import init
 
 
 def test_a_new_workspace(tmp_path: Path) -> None:

@@ -14,13 +14,14 @@ from mlcbuild.errors import CheckpointError, MlcBuildError
 from mlcbuild.planning.planner import read_config
 from mlcbuild.recipes.problems import did_you_mean
 from mlcbuild.recipes.types import Catalog, Locked, Model, Source
-from mlcbuild.workspace.locking import locker, resolve
+from mlcbuild.workspace.hub_locks import locker, resolve
 
-_TEXTS = (*TOKENIZER_FILES, "chat_template.jinja", "config.json", "generation_config.json")
+_POOLING = ("modules.json", "1_Pooling/config.json")  # of sentence-transformers
+_TEXTS = (*TOKENIZER_FILES, "chat_template.jinja", "config.json", "generation_config.json", *_POOLING)
 
 
 @dataclass(frozen=True)
-class Found:
+class Checkpoint:
     """A checkpoint. `model` is the workspace's model that it was named by, `locked` what is known of a repository,
     which was asked just now where `fresh`. `files` are its tokenizer and configs here; `trouble` says why there are
     none. `sizes` are bytes of all files that a build needs."""
@@ -36,7 +37,9 @@ class Found:
 
 
 @contextmanager
-def find(word: str, catalog: Catalog, revision: str | None = None, names: bool = True) -> Iterator[Found]:
+def open_checkpoint(
+    word: str, catalog: Catalog, revision: str | None = None, names: bool = True
+) -> Iterator[Checkpoint]:
     """The checkpoint that `word` means; `files` are there inside the `with` only.
 
     A folder that exists wins over a repository; with `names`, a model of the catalog over both. Raises MlcBuildError
@@ -46,8 +49,9 @@ def find(word: str, catalog: Catalog, revision: str | None = None, names: bool =
     source = model.source if model is not None else source_of(word, catalog, revision, names)
     if source.path is not None:
         found = {path.name: path for path in sorted(source.path.iterdir()) if path.is_file()}
+        found |= {name: path for name in _POOLING if (path := source.path / name).is_file()}
         sizes = {name: path.stat().st_size for name, path in found.items()}
-        yield Found(source, read_config(source.path / "config.json"), sizes, found, model)
+        yield Checkpoint(source, read_config(source.path / "config.json"), sizes, found, model)
         return
     stand_in = model or Model(word, source, "")
     known = locker(catalog.root)(stand_in) if revision is None or model is not None else None
@@ -55,7 +59,7 @@ def find(word: str, catalog: Catalog, revision: str | None = None, names: bool =
     sizes = {name: file.size for name, file in locked.files.items()}
     with tempfile.TemporaryDirectory() as folder:
         files, trouble = _fetched(source, locked, Path(folder))
-        yield Found(source, locked.config, sizes, files, model, locked, known is None, trouble)
+        yield Checkpoint(source, locked.config, sizes, files, model, locked, known is None, trouble)
 
 
 def source_of(word: str, catalog: Catalog, revision: str | None = None, names: bool = False) -> Source:
@@ -63,7 +67,12 @@ def source_of(word: str, catalog: Catalog, revision: str | None = None, names: b
     path = Path(word)
     if path.is_dir() and revision is None:
         return Source(path=path.absolute())
-    if word.startswith(("/", "./", "../", "~")) or word.count("/") > 1 or path.is_file():
+    if path.is_file():
+        raise MlcBuildError(
+            f"{word}: a file; a checkpoint is a folder in Hugging Face's format (config.json and safetensors), or "
+            "owner/name"
+        )
+    if word.startswith(("/", "./", "../", "~")) or word.count("/") > 1:
         raise MlcBuildError(f"{word}: no such folder; a checkpoint is a folder in Hugging Face's format, or owner/name")
     if "/" not in word and names:
         hint = did_you_mean(word, catalog.models)

@@ -11,7 +11,8 @@ import pytest
 from mlcbuild.cli.main import main
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.planning import planner as graph
-from mlcbuild.workspace.estimate import Preview, check_room, preview, render
+from mlcbuild.workspace.estimate import BuildEstimate, check_room, estimate
+from mlcbuild.workspace.estimate_text import render
 from mlcbuild.workspace.session import Session, open_session
 from tests.engine.workspace import Workspace
 
@@ -27,8 +28,8 @@ def opened(workspace: Workspace) -> Session:
     return open_session(workspace.root, lambda event: None)
 
 
-def plan(workspace: Workspace) -> Preview:
-    return preview(opened(workspace))
+def plan(workspace: Workspace) -> BuildEstimate:
+    return estimate(opened(workspace))
 
 
 def test_before_the_first_build_everything_is_to_run_and_nothing_is_known_of_times(workspace: Workspace) -> None:
@@ -42,6 +43,8 @@ def test_before_the_first_build_everything_is_to_run_and_nothing_is_known_of_tim
     assert by_name["download:tiny"].new == 0, "a local checkpoint is borrowed where it lies"
     assert by_name["quantize:tiny-q4f16_1"].size == round(checkpoint * 5 / 16), "judged by the bits of a weight"
     assert not workspace.dist.exists() and not workspace.ran()
+    (row,) = [line.split() for line in render(found).splitlines() if line.startswith("verify ")]
+    assert row == ["verify", "2", "0", "2", "unknown", "unknown"], "fault C: not 0 B and 0.0 s, as it said"
 
 
 def test_after_a_build_nothing_is_to_run(built: Workspace) -> None:

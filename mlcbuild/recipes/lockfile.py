@@ -19,10 +19,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlcbuild.errors import RecipeError
-from mlcbuild.recipes.files import write_atomically
+from mlcbuild.recipes.files import read_regular, shown, unreadable, write_atomically
 from mlcbuild.recipes.problems import Problem, show
 from mlcbuild.recipes.types import Locked, LockedFile, Source
-from mlcbuild.recipes.workspace import shown
 
 _VERSION = 1
 _ADVICE = "restore the file from version control, or delete it: the next build resolves every repository again"
@@ -65,11 +64,11 @@ def examine(root: Path) -> tuple[dict[str, Locked], list[Problem]]:
     path = lock_path(root)
     name = shown(path, root)
     try:
-        data = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_unrepeated)
+        data = json.loads(read_regular(path).decode("utf-8"), object_pairs_hook=_unrepeated)
     except FileNotFoundError:
         return {}, []
     except OSError as error:
-        return {}, [Problem(name, 1, 1, f"cannot be read: {error.strerror}")]
+        return {}, [unreadable(name, error)]
     except json.JSONDecodeError as error:
         return {}, [Problem(name, error.lineno, error.colno, f"not valid JSON: {error.msg}; {_ADVICE}")]
     except ValueError as error:  # not UTF-8, or a repeated key

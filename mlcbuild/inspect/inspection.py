@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mlcbuild.chat.checkpoint import CheckpointChat, read_checkpoint_chat
+from mlcbuild.chat.pooling import embedding_metadata
 from mlcbuild.checkpoints.index import index, with_prefix
 from mlcbuild.checkpoints.table import read_table
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.inspect import template as templates
-from mlcbuild.inspect.found import Found
+from mlcbuild.inspect.checkpoint import Checkpoint
 from mlcbuild.inspect.reuse import Reuse, reuse
 from mlcbuild.inspect.sizes import Size, sizes
 from mlcbuild.merging import prequantized
@@ -46,8 +47,10 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Survey:
-    found: Found
+class Inspection:
+    """What there is to say; None: there is no such thing, or it could not be looked at."""
+
+    checkpoint: Checkpoint
     architecture: Architecture
     structure: Structure
     parameters: int
@@ -57,94 +60,103 @@ class Survey:
     template: templates.Guess | None
     sizes: Mapping[str, Size]
     reuse: Reuse
+    embedding: Mapping[str, Any] | None  # of a model of texts: how its vectors are made
 
     @property
     def choices(self) -> dict[str, Any]:
         """The structure's dimensions and choices; what a model has not, or has as everybody, is left out."""
+        hidden = {*_HIDDEN, "rope_theta"} if self.structure.rope == "none" else _HIDDEN
+        fields = {**self.structure.to_json(), "embedding": self.embedding}
         return {
             key: value
-            for key, value in self.structure.to_json().items()
-            if key not in _HIDDEN and value is not None and value is not False and value != ()
+            for key, value in fields.items()
+            if key not in hidden and value is not None and value is not False and value != ()
         }
 
 
-def survey(found: Found, catalog: Catalog, like: str) -> Survey:
+def inspect_checkpoint(checkpoint: Checkpoint, catalog: Catalog, like: str) -> Inspection:
     """Everything about a checkpoint. `like` is what it is called.
 
     Raises MlcBuildError for an architecture that is not supported, and for a tokenizer that cannot be read.
     """
-    model = found.model
-    chosen = architectures.choose(catalog.architectures, found.config, model.architecture if model else None)
-    structure = architectures.resolve(chosen, found.config, model.overrides if model else {})
-    chat = read_checkpoint_chat(found.files)
-    guess = None if found.trouble else templates.guess(chat, catalog.templates, like)
-    return Survey(
-        found,
+    model = checkpoint.model
+    chosen = architectures.choose(catalog.architectures, checkpoint.config, model.architecture if model else None)
+    structure = architectures.resolve(chosen, checkpoint.config, model.overrides if model else {})
+    chat = read_checkpoint_chat(checkpoint.files)
+    guess = None if checkpoint.trouble else templates.guess(chat, catalog.templates, like)
+    embedding = structure.embedding
+    if embedding is not None:
+        guess = guess and replace(guess, remarks=())  # nobody talks to it
+        try:
+            embedding = embedding_metadata(checkpoint.files, embedding)
+        except MlcBuildError as error:
+            embedding = {"problem": str(error)}
+    return Inspection(
+        checkpoint,
         chosen,
         structure,
         parameters.count(structure),
-        _tensors(found, structure),
+        _tensors(checkpoint, structure),
         _tokens(chat),
         chat,
         guess,
         sizes(structure, catalog.quantizations),
         reuse(structure, catalog),
+        embedding,
     )
 
 
-def to_json(known: Survey) -> dict[str, Any]:
-    """The survey as JSON-able data."""
-    found, guess, tensors, tokens = known.found, known.template, known.tensors, known.tokens
+def to_json(inspection: Inspection) -> dict[str, Any]:
+    """The inspection as JSON-able data."""
+    checkpoint, tokens = inspection.checkpoint, inspection.tokens
     return {
-        "source": {"path": str(found.source.path)} if found.source.path else {"hf": found.source.hf},
-        "model": found.model.name if found.model else None,
-        "commit": found.locked.commit if found.locked else None,
-        "locked": found.locked is not None and not found.fresh,
-        "files": dict(found.sizes),
-        "architecture": known.architecture.name,
-        "model_type": known.architecture.model_type,
-        "structure": known.structure.label,
-        "choices": known.choices,
-        "parameters": known.parameters,
-        "tensors": None
-        if tensors is None
-        else {"count": tensors.count, "dtypes": tensors.dtypes, "problem": tensors.problem, "notes": tensors.notes},
+        "source": {"path": str(checkpoint.source.path)} if checkpoint.source.path else {"hf": checkpoint.source.hf},
+        "model": checkpoint.model.name if checkpoint.model else None,
+        "commit": checkpoint.locked.commit if checkpoint.locked else None,
+        "locked": checkpoint.locked is not None and not checkpoint.fresh,
+        "files": dict(checkpoint.sizes),
+        "architecture": inspection.architecture.name,
+        "model_type": inspection.architecture.model_type,
+        "structure": inspection.structure.label,
+        "choices": inspection.choices,
+        "parameters": inspection.parameters,
+        "tensors": inspection.tensors and asdict(inspection.tensors),
         "tokenizer": None
         if tokens is None
         else {"tokens": tokens.count, "special": tokens.special, **tokens.info, "ends": tokens.ends},
-        "template": None if guess is None else {"name": guess.name, "exact": guess.exact, "remarks": guess.remarks},
+        "template": inspection.template and asdict(inspection.template),
         "quantizations": {
             name: {"problem": size.problem}
             if size.problem
             else {"weights": size.weights, "cache": size.cache, "tokens": size.tokens}
-            for name, size in known.sizes.items()
+            for name, size in inspection.sizes.items()
         },
-        "libraries": known.reuse.same,
-        "libraries_with_other_limits": known.reuse.close,
-        "recipes_unknown_until_locked": known.reuse.unknown,
-        "trouble": found.trouble,
+        "libraries": inspection.reuse.same,
+        "libraries_with_other_limits": inspection.reuse.close,
+        "recipes_unknown_until_locked": inspection.reuse.unknown,
+        "trouble": checkpoint.trouble,
     }
 
 
-def _tensors(found: Found, structure: Structure) -> Tensors | None:
+def _tensors(checkpoint: Checkpoint, structure: Structure) -> Tensors | None:
     """What the headers of a local checkpoint's files say; nothing is read of a repository's."""
-    if found.source.path is None:
+    if checkpoint.source.path is None:
         return None
     try:
         wanted = parameters.parameters(structure)
         ignored = parameters.ignored(structure)
         names = [*(source for parameter in wanted for source in parameter.sources), *ignored]
-        table = with_prefix(read_table(found.files), structure.optional_prefix, names)
+        table = with_prefix(read_table(checkpoint.files), structure.optional_prefix, names)
     except MlcBuildError as error:
         return Tensors(0, {}, str(error))
     dtypes = Counter(ref.dtype for ref in table.values())
     notes: list[str] = []
     problem = None
     try:
-        scheme = prequantized.scheme(found.config)
+        scheme = prequantized.scheme(checkpoint.config)
         if scheme is not None:
             notes.append(f"{scheme.method.upper()} quantized it to {scheme.bits} bits")
-        elif found.model is None or (found.model.delta_of is None and found.model.lora is None):
+        elif checkpoint.model is None or (checkpoint.model.delta_of is None and checkpoint.model.lora is None):
             index(wanted, table, ignored, notes.append)
     except MlcBuildError as error:
         problem = str(error)

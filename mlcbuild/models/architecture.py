@@ -54,7 +54,7 @@ def resolve(architecture: Architecture, config: Mapping[str, Any], overrides: Ma
     """The structure that `config` describes under `architecture`, with the recipe's `overrides` on top.
 
     Raises MlcBuildError for a key that is missing, of the wrong type or out of range, and for a choice that the
-    architecture's blocks cannot express. All such problems are in the one error.
+    decoder cannot express. All such problems are in the one error.
     """
     flat = normalise(config)
     data = architecture.data

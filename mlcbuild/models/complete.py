@@ -70,8 +70,8 @@ def _layer(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
         needed |= {"up_proj", "down_proj"}
     else:
         needed |= {"down_proj", *({"gate_proj", "up_proj"} if "gate_proj" in roles else {"gate_up_proj"})}
-    norms = {f"{block}_norm" for block in ("attention", "mlp") if s.norm_position != "post"}
-    norms |= {f"{block}_post_norm" for block in ("attention", "mlp") if s.norm_position != "pre"}
+    norms = {f"{part}_norm" for part in ("attention", "mlp") if s.norm_position != "post"}
+    norms |= {f"{part}_post_norm" for part in ("attention", "mlp") if s.norm_position != "pre"}
     used |= norms | set(_biases(s, norms))
     if s.norm == "rms":
         needed |= norms - ({"mlp_norm"} if s.residual == "parallel" else set())

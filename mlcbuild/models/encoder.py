@@ -83,8 +83,7 @@ def _emit_model(d: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalVa
         weights = d.weights(params)
         hidden: Expr = x
         for number, function in enumerate(layers):
-            given = [var for _, var in weights.layer(number)]
-            hidden = d.builder.emit(relax.Call(function, [hidden, mask, *given]))
+            hidden = d.builder.emit(relax.Call(function, [hidden, mask, *weights.layer(number)]))
         return hidden
 
     return d.function("encoder", [x, mask, params], body, private=True)

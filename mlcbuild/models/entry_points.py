@@ -52,8 +52,7 @@ def _emit_layers(d: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalV
         weights = d.weights(params)
         hidden: Expr = d.beginning(x, lambda: query_positions(d, cache, x.ty.shape[0]), weights)
         for i, function in enumerate(layers):
-            given = [var for _, var in weights.layer(i)]
-            hidden = d.builder.emit(relax.Call(function, [hidden, cache, relax.prim_value(i), *given]))
+            hidden = d.builder.emit(relax.Call(function, [hidden, cache, relax.prim_value(i), *weights.layer(i)]))
         return d.norm(hidden, weights, "final_norm")
 
     return d.function("decoder", [x, cache, params], body, private=True)

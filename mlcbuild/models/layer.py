@@ -24,7 +24,7 @@ def layer(decoder: Decoder, x: Expr, cache: Expr, layer_id: Expr, *given: Expr, 
     pre, post = s.norm_position != "post", s.norm_position != "pre"
 
     def returned(y: Expr, role: str) -> Expr:
-        """What a block returns, as it is added."""
+        """What attention or the MLP returns, as it is added."""
         y = d.norm(y, weight, role) if post else y
         return d.scaled(y, s.residual_scale)
 

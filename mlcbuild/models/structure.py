@@ -58,14 +58,14 @@ class Structure:
 
     kind              decoder; others (mlcbuild.models.kinds) leave most of what follows as it is
     norm              rms, layer (with a bias and a weight where parameters play these roles)
-    norm_position     pre: of what a block is given; post: of what it returns; both
+    norm_position     pre: of what attention and MLP are given; post: of what they return; both
     norm_offset       what is added to a norm's weight
     residual          sequential: attention, then the MLP; parallel: both of the same x, normed once where there is no
                       `mlp_norm`
     mlp               gated: down(activation(gate(x)) * up(x)); plain: down(activation(up(x)))
     gate              which half of gate_up_proj is the gate: first, second
-    embedding_scale   what hidden states are multiplied with before the first layer, residual_scale what each block
-                      returns, logits_scale what the head is given
+    embedding_scale   what hidden states are multiplied with before the first layer, residual_scale what attention
+                      and MLP return, logits_scale what the head is given
     rope              full: rotary positions; none: of another kind, or none. rotary_dim: how many dimensions of a head
                       are turned (None: all); rope_pairing: halves, a dimension with that half of them further, or
                       neighbours
@@ -170,7 +170,7 @@ class Structure:
         return fields
 
     def roles(self) -> frozenset[str]:
-        """What the parameters are used as: a block that is not there has none."""
+        """What the parameters are used as: what a model does not have has none."""
         return frozenset(rule.role for rule in self.rules)
 
     def layer_type(self, number: int) -> str:

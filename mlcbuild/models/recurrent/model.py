@@ -54,8 +54,8 @@ def _emit_model(d: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalVa
         weights = d.weights(params)
         hidden, after = d.norm(x, weights, "first_norm"), state
         for number, function in enumerate(layers):
-            given = [var for _, var in weights.layer(number)]
-            both = d.builder.emit(relax.Call(function, [hidden, shape, after, relax.prim_value(number), *given]))
+            inputs = [hidden, shape, after, relax.prim_value(number), *weights.layer(number)]
+            both = d.builder.emit(relax.Call(function, inputs))
             hidden, after = (d.builder.emit(relax.TupleGetItem(both, i)) for i in (0, 1))
             # Convert halves the matrices that write to the residual stream likewise, so that it stays small
             # enough for float16.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tvm import IRModule, relax, target, tirx
 
@@ -14,20 +14,18 @@ from mlcbuild.compiler.abi import auxiliary, kv_cache, logits, metadata, rnn_sta
 from mlcbuild.compiler.operations import Factories, operations
 from mlcbuild.compiler.script import quick
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.models.blocks import emit_blocks
-from mlcbuild.models.decoder import Decoder, emit_decoder, emit_layers
-from mlcbuild.models.encoder import Attend, emit_encoder
-from mlcbuild.models.entry_points import calls, emit_entry_points
+from mlcbuild.models.decoder import Decoder
 from mlcbuild.models.kinds import DECODER, ENCODER, RECURRENT
 from mlcbuild.models.parameters import parameters
-from mlcbuild.models.recurrent.layers import slots
-from mlcbuild.models.recurrent.model import emit_recurrent
-from mlcbuild.models.recurrent.operations import Recurrence
 from mlcbuild.models.rope import Rotary
 from mlcbuild.models.structure import Structure
 from mlcbuild.models.weights import Declared
 from mlcbuild.quantization.schemes import quantized_parameters
 from mlcbuild.recipes.types import Quantization
+
+if TYPE_CHECKING:
+    from mlcbuild.models.encoder import Attend
+    from mlcbuild.models.recurrent.operations import Recurrence
 
 
 @dataclass(frozen=True)
@@ -65,13 +63,16 @@ def assemble(
     """The scheduled module of `structure` with the parameters `declared`, called `name` in its metadata.
 
     `dtype` is the model dtype, `device` a TVM target. `blocks`: the module of a decoder's pieces, with one layer of
-    each kind (mlcbuild.models.blocks). Raises MlcBuildError for a kind of model that the device has no operations for.
+    each kind (mlcbuild.models.layer_pieces). Raises MlcBuildError for a kind of model that the device has no operations
+    for.
     """
     with quick(), target.Target(dict(device)):
         builder = relax.BlockBuilder()
         d = Decoder(builder, structure, declared, operations(builder, dtype, backend.factories(dtype)), dtype)
         if blocks:
-            emit_blocks(d)
+            from mlcbuild.models.layer_pieces import emit_layer_pieces
+
+            emit_layer_pieces(d)
             kv_cache.emit_create(builder, structure, dtype, backend.cache_kernels)
         else:
             _emit_model(d, backend)
@@ -81,14 +82,24 @@ def assemble(
 
 
 def _emit_model(d: Decoder, backend: Backend) -> None:
-    """Add the model's own functions, and the one that creates its state where it has any."""
+    """Add the model's own functions, and the one that creates its state where it has any.
+
+    A kind of model is imported where it is compiled.
+    """
     kind = d.structure.kind
     if kind == DECODER:
-        emit_entry_points(d, calls(d, emit_decoder(d, emit_layers(d))))
+        from mlcbuild.models.entry_points import emit_decoder
+
+        emit_decoder(d)
         kv_cache.emit_create(d.builder, d.structure, d.dtype, backend.cache_kernels)
     elif kind == ENCODER and backend.attend is not None:
+        from mlcbuild.models.encoder import emit_encoder
+
         emit_encoder(d, backend.attend(d.builder, d.dtype))
     elif kind in RECURRENT and backend.recurrence is not None:
+        from mlcbuild.models.recurrent.layers import slots
+        from mlcbuild.models.recurrent.model import emit_recurrent
+
         emit_recurrent(d, backend.recurrence(d.builder, d.dtype))
         rnn_state.emit_create(d.builder, d.structure.num_hidden_layers, slots(d.structure))
     else:

@@ -29,7 +29,7 @@ from mlcbuild.checkpoints.made import Made, row_pieces, view
 from mlcbuild.checkpoints.mapped import FLOATS
 from mlcbuild.checkpoints.torch_files import read_torch
 from mlcbuild.errors import CheckpointError
-from mlcbuild.models.numbers import is_above
+from mlcbuild.models.config import is_above
 from mlcbuild.quantization import floats
 
 CONFIG = "adapter_config.json"

@@ -37,8 +37,8 @@ class Backend:
     takes: tuple[str, ...] = ()
 
 
-_CPU = Backend("mlcbuild.compiler.lower:lower", "mlcbuild.compiler.library:build_lowered")
-_LOWER_GPU, _BUILD_GPU = "mlcbuild.compiler.gpu.lower:lower", "mlcbuild.compiler.codegen.build:build_lowered"
+_CPU = Backend("mlcbuild.compiler.cpu.lower:lower", "mlcbuild.compiler.cpu.build:build")
+_LOWER_GPU, _BUILD_GPU = "mlcbuild.compiler.gpu.lower:lower", "mlcbuild.compiler.gpu.build:build"
 _GPU = Backend(_LOWER_GPU, _BUILD_GPU, ("architectures", "prefix"))
 # By the kind of a target's device; another kind is built as any GPU is.
 _BACKENDS = {

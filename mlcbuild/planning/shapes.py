@@ -18,7 +18,7 @@ from mlcbuild.recipes.types import Catalog, Locked, Model
 
 @dataclass(frozen=True)
 class Form:
-    """What a library is compiled from; with `blocks`, a library of the decoder's pieces (mlcbuild.models.blocks)."""
+    """What a library is compiled from; with `blocks`, a library of its pieces (mlcbuild.models.layer_pieces)."""
 
     name: str  # tells it from all others
     label: str

@@ -17,8 +17,8 @@ def changed_since(root: Path, catalog: Catalog, revision: str) -> set[str]:
     """The names of the recipes one of whose files differs from git's `revision`, uncommitted and new files included.
 
     Those are the recipe's own file or matrix, those of its model (with what it extends), quantization, target,
-    template and named architecture, a local checkpoint, texts, and the model's entry in recipes.lock. Raises
-    MlcBuildError where git cannot say.
+    template and named architecture (with what that extends), a local checkpoint, texts, and the model's entry in
+    recipes.lock. Raises MlcBuildError where git cannot say.
     """
     files = _changed_files(root, revision)
     locked = _changed_entries(root, revision) if lock_path(root).resolve() in files else set()
@@ -37,21 +37,24 @@ def _files(root: Path, recipe: Recipe) -> Iterator[Path]:
     model = recipe.model
     parts = [("quantization", recipe.quantization.name), ("target", recipe.target.name)]
     parts += [("quantization", recipe.quantization.format), ("template", recipe.template.name)]
-    parts += [("architecture", model.architecture or "")]
     yield from (path for kind, name in parts if (path := _yaml(root, kind, name)) is not None)
-    yield from _ancestors(root, model.name)
+    yield from _ancestors(root, "model", model.name)
+    yield from _ancestors(root, "architecture", model.architecture or "")
     yield from (source.path for source in model.sources if source.path is not None)
     yield from (path for path in (recipe.verify.text, model.calibration) if path is not None)
 
 
-def _ancestors(root: Path, name: str) -> Iterator[Path]:
-    """The model's file and those that it extends."""
+def _ancestors(root: Path, kind: str, name: str) -> Iterator[Path]:
+    """The file of a model or an architecture and those that it extends."""
     import yaml  # not on the way of a build that has nothing to do
 
-    while (path := _yaml(root, "model", name)) is not None:
+    stocks_own = False
+    while (path := yaml_file(stock().recipes, kind, name) if stocks_own else _yaml(root, kind, name)) is not None:
         yield path
         data = yaml.safe_load(path.read_bytes())
         name = data.get("extends", "") if isinstance(data, dict) else ""
+        # A stock architecture extends a stock one.
+        stocks_own = kind == "architecture" and path.is_relative_to(stock().recipes)
 
 
 def _yaml(root: Path, kind: str, name: str) -> Path | None:

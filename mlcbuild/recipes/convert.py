@@ -64,8 +64,9 @@ def template(name: str, data: Data) -> Template:
 
 
 def architecture(name: str, data: Data) -> Architecture:
-    match = {key: tuple(values) for key, values in data["match"].items()}
-    return Architecture(name, model_type=data["model_type"], match=match, data=data)
+    """`data` with everything inherited (mlcbuild.recipes.architectures)."""
+    match = {key: tuple(values) for key, values in data.get("match", {"model_type": [name]}).items()}
+    return Architecture(name, model_type=data.get("model_type", name), match=match, data=data)
 
 
 def model(name: str, data: Data) -> Model:

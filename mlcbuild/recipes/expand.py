@@ -1,12 +1,12 @@
-"""Files that stand for more than they say: a model that `extends` another one, a matrix of many recipes."""
+"""Files that stand for more than they say: a model or an architecture that `extends` another, a matrix of recipes."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from mlcbuild.recipes import references
+from mlcbuild.recipes import architectures, references
 from mlcbuild.recipes.document import Document
 from mlcbuild.recipes.problems import Hints, Problem, one_of, show, where
 from mlcbuild.recipes.select import AXES, Cell
@@ -14,30 +14,58 @@ from mlcbuild.recipes.select import AXES, Cell
 CHECKPOINTS = ("source", "delta_of", "lora")  # keys of a model that say where files are
 
 
-def inherit(models: Mapping[str, Document]) -> tuple[dict[str, dict[str, Any]], list[Problem]]:
-    """Every model's content with what it inherits, and what makes that impossible.
+Data = Mapping[str, Any]
+Key = tuple[str, bool]  # a file's name, and whether it is a stock file whose place another one has taken
 
-    A model that extends one that is itself not valid is left out without another problem.
+
+def inherit(documents: Mapping[str, Document]) -> tuple[dict[str, dict[str, Any]], list[Problem]]:
+    """Every model's content with what it inherits, and what makes that impossible."""
+    return _inherit(documents, {}, _laid_over, _incomplete)
+
+
+def inherit_architectures(
+    documents: Mapping[str, Document], shadowed: Mapping[str, Document]
+) -> tuple[dict[str, dict[str, Any]], list[Problem]]:
+    """The same of architectures. `shadowed` are the stock files whose place the workspace's own files have taken.
+
+    A stock file extends the stock one even so: a workspace's `llama` changes no other architecture.
     """
-    merged: dict[str, dict[str, Any] | None] = {}  # None: it leads to a file that is not valid, or into a circle
+    return _inherit(documents, shadowed, architectures.laid_over, architectures.problems)
+
+
+def _inherit(
+    documents: Mapping[str, Document],
+    shadowed: Mapping[str, Document],
+    laid_over: Callable[[Data, Data], dict[str, Any]],
+    wrong: Callable[[Document, Data, Data], Iterable[Problem]],
+) -> tuple[dict[str, dict[str, Any]], list[Problem]]:
+    """A file that extends one that is itself not valid is left out without another problem."""
+    files: dict[Key, Document] = {(name, False): each for name, each in documents.items()}
+    files |= {(name, True): each for name, each in shadowed.items()}
+    merged: dict[Key, dict[str, Any] | None] = {}  # None: it leads to a file that is not valid, or into a circle
+    bases: dict[Key, dict[str, Any]] = {}
     problems: list[Problem] = []
-    for name in models:
-        chain: dict[str, None] = {}
-        base = name  # ends as what is not in the chain: known, not valid, or nothing (the empty name)
-        while base in models and base not in merged and base not in chain:
-            chain[base] = None
-            base = models[base].data.get("extends", "")
-        if base in chain:
-            problems.append(_circle(models, [*chain][[*chain].index(base) :]))
-        data = merged.get(base) if base else {}
+    for key in files:
+        chain: dict[Key, None] = {}
+        at = key  # ends as what is not in the chain: known, not valid, or nothing (the empty name)
+        while at in files and at not in merged and at not in chain:
+            chain[at] = None
+            base = files[at].data.get("extends", "")
+            at = (base, files[at].file.stock and base in shadowed)
+        if at in chain:
+            problems.append(_circle([files[each] for each in [*chain][[*chain].index(at) :]]))
+        data = merged.get(at) if at[0] else {}
         for each in reversed(chain):
-            data = None if data is None else _laid_over(data, references.absolute(models[each]))
+            bases[each] = data or {}
+            data = None if data is None else laid_over(data, references.absolute(files[each]))
             merged[each] = data
     whole: dict[str, dict[str, Any]] = {}
-    for name, data in merged.items():
-        found = [] if data is None else _incomplete(models[name], data)
+    for (name, hidden), data in merged.items():
+        if data is None or hidden:
+            continue
+        found = list(wrong(documents[name], bases[name, hidden], data))
         problems += found
-        if data is not None and not found:
+        if not found:
             whole[name] = data
     return whole, problems
 
@@ -88,12 +116,13 @@ def _merge(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _circle(models: Mapping[str, Document], members: Sequence[str]) -> Problem:
-    """One problem, not one for each member and for each model that leads into the circle."""
-    name = min(members)
-    start = members.index(name)
-    text = f"`extends` goes in a circle: {' → '.join([*members[start:], *members[:start], name])}"
-    return models[name].problem(text, ("extends",))
+def _circle(members: Sequence[Document]) -> Problem:
+    """One problem, not one for each member and for each file that leads into the circle."""
+    names = [each.file.name for each in members]
+    name = min(names)
+    start = names.index(name)
+    text = f"`extends` goes in a circle: {' → '.join([*names[start:], *names[:start], name])}"
+    return members[start].problem(text, ("extends",))
 
 
 def _laid_over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,7 +132,7 @@ def _laid_over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any
     return _merge({key: value for key, value in base.items() if key not in replaced}, own)
 
 
-def _incomplete(document: Document, data: Mapping[str, Any]) -> list[Problem]:
+def _incomplete(document: Document, _: Data, data: Data) -> list[Problem]:
     problems = []
     for key in CHECKPOINTS:
         source = data.get(key)

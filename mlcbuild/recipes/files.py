@@ -37,6 +37,7 @@ class File:
     name: str
     path: Path
     shown: str  # the path as problems give it
+    stock: bool = False  # it came with mlcbuild
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def read(root: Path, memo: Path | None = None) -> Reading:
     if not (root / "recipes").is_dir():
         text = f"{root}: no folder `recipes` here, so this is not a workspace; `mlcbuild init DIR` makes one"
         raise RecipeError([text])
-    files, problems, warnings = _files(root)
+    files, shadowed, problems, warnings = _files(root)
     schemas = Schemas(stock().schema)
     memory = Memo(memo, schemas.digest)
     documents: Documents = {kind: {} for kind in FOLDERS}
@@ -63,6 +63,7 @@ def read(root: Path, memo: Path | None = None) -> Reading:
         problems += wrong
         if found is not None:
             documents[file.kind][file.name] = found
+    extended = {file.name: document.read(file, schemas, memory)[0] for file in shadowed if file.kind == "architecture"}
     memory.save()
     # A file with a mistake in it is not also an unknown name.
     names = {kind: [file.name for file in files if file.kind == kind] for kind in FOLDERS}
@@ -71,7 +72,8 @@ def read(root: Path, memo: Path | None = None) -> Reading:
     hints = Hints()
     for each in itertools.chain.from_iterable(by_name.values() for by_name in documents.values()):
         problems += references.check(each, known, hints)
-    catalog, wrong = _resolve(root, documents, warnings)
+    shadows = {name: each for name, each in extended.items() if each is not None}
+    catalog, wrong = _resolve(root, documents, shadows, warnings)
     problems += wrong
     counts = {kind: len(names[kind]) for kind in FOLDERS}
     return Reading(None if problems else catalog, tuple(sorted(set(problems))), tuple(warnings), counts)
@@ -102,8 +104,8 @@ def render(reading: Reading) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _files(root: Path) -> tuple[list[File], list[Problem], list[Problem]]:
-    """The workspace's files and the stock files that none of them shadows; problems; warnings."""
+def _files(root: Path) -> tuple[list[File], list[File], list[Problem], list[Problem]]:
+    """The workspace's files and the stock files that none of them shadows; those that one does; problems; warnings."""
     own, problems = discover(root / "recipes", root, FOLDERS)
     problems += strays(root / "recipes", root)
     problems += [
@@ -112,8 +114,9 @@ def _files(root: Path) -> tuple[list[File], list[Problem], list[Problem]]:
         if (file.kind, file.name) == ("template", AUTO_TEMPLATE.name)
     ]
     if stock().recipes.samefile(root / "recipes"):
-        return own, problems, []
+        return own, [], problems, []
     spare, damaged = discover(stock().recipes, root, STOCK_KINDS)
+    spare = [replace(file, stock=True) for file in spare]
     spare_names = {(file.kind, file.name) for file in spare}
     own_names = {(file.kind, file.name) for file in own}
     warnings = [
@@ -121,20 +124,24 @@ def _files(root: Path) -> tuple[list[File], list[Problem], list[Problem]]:
         for file in own
         if (file.kind, file.name) in spare_names
     ]
-    files = own + [file for file in spare if (file.kind, file.name) not in own_names]
-    return files, problems + damaged, warnings
+    shadowed = [file for file in spare if (file.kind, file.name) in own_names]
+    return own + [file for file in spare if file not in shadowed], shadowed, problems + damaged, warnings
 
 
-def _resolve(root: Path, documents: Documents, warnings: Sequence[Problem]) -> tuple[Catalog, list[Problem]]:
+def _resolve(
+    root: Path, documents: Documents, shadowed: Mapping[str, Document], warnings: Sequence[Problem]
+) -> tuple[Catalog, list[Problem]]:
     """The catalog of what can be resolved, and why the rest cannot, unknown names aside."""
     models, problems = expand.inherit(documents["model"])
+    architectures, wrong = expand.inherit_architectures(documents["architecture"], shadowed)
+    problems += wrong
     formats, wrong = convert.quantizations(documents["quantization"])
     problems += wrong
     catalog = Catalog(
         root=root,
         recipes={},
         models=_sorted(models, convert.model),
-        architectures=_converted(documents["architecture"], convert.architecture),
+        architectures=_sorted(architectures, convert.architecture),
         quantizations=formats,
         targets=_converted(documents["target"], convert.target),
         templates=_converted(documents["template"], convert.template),

@@ -29,6 +29,7 @@ _NAMES: dict[str, dict[Place, str]] = {
         ("adjust", "*", "template"): "template",
     },
     "model": {("extends",): "model", ("template",): "template", ("architecture",): "architecture"},
+    "architecture": {("extends",): "architecture"},
     "quantization": {("format",): "quantization", ("overrides", "*"): "quantization"},
 }
 # And where it names a file or a folder by its path, relative to itself.

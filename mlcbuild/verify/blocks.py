@@ -1,4 +1,4 @@
-"""A library of a decoder's pieces (mlcbuild.models.blocks), and texts that go through it piece by piece.
+"""A library of a decoder's pieces (mlcbuild.models.layer_pieces), and texts that go through it piece by piece.
 
 Hidden states are float32 [tokens, hidden_size] of one window of a text. Weights are given with each call, as tensors in
 the library's order, so that those of one layer at a time are in memory.
@@ -53,7 +53,7 @@ class Blocks:
         return np.concatenate([self._call("beginning", x, [tvm_runtime.tensor(at), *weights]) for x, at in pieces])
 
     def layer(self, hidden: Float32, weights: Tensors, kind: int = 0) -> Float32:
-        """The output of a layer of this kind (Structure.kinds) for a window, as a sequence of its own."""
+        """The output of a layer of this kind (Structure.layer_kinds) for a window, as a sequence of its own."""
         return np.concatenate([out for out, *_ in self._layer("decoder_layer", hidden, weights, kind)])
 
     def layer_with_inputs(self, hidden: Float32, weights: Tensors, kind: int = 0) -> Iterator[list[Float32]]:

@@ -56,7 +56,7 @@ class Model:
 
 
 def model_of(structure: Structure) -> Model:
-    return Model(parameters(structure), structure.kinds)
+    return Model(parameters(structure), structure.layer_kinds)
 
 
 def widened(wanted: Sequence[Parameter], checkpoint: Unquantized) -> list[Any]:

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 
 from mlcbuild.checkpoints.table import read_table
 from mlcbuild.engine.job import local_job
@@ -23,18 +22,17 @@ from mlcbuild.models.architecture import choose, resolve
 from mlcbuild.models.parameters import Parameter, parameters
 from mlcbuild.models.structure import Structure
 from mlcbuild.quantization.dequantize import dequantized
-from mlcbuild.recipes.convert import architecture
 from mlcbuild.recipes.types import Architecture
 from mlcbuild.runtime import weights
 from mlcbuild.runtime.library import Library, Network, match
 from mlcbuild.runtime.session import Session
 from mlcbuild.steps import convert, quantize
-from tests.support import llama
+from tests.support import architectures, llama
 
 Array = npt.NDArray[Any]
 Config = Mapping[str, Any]
 
-ARCHITECTURES = Path(__file__).parents[2] / "recipes" / "architectures"
+ARCHITECTURES = architectures.STOCK
 CHUNK, CONTEXT = 24, 96  # a prompt of 40 takes two chunks
 IDS = [int(i) for i in np.random.default_rng(1).integers(3, 90, 40)]
 
@@ -56,8 +54,7 @@ class Case:
 
 
 def known_architectures() -> dict[str, Architecture]:
-    files = sorted(ARCHITECTURES.glob("*.yaml"))
-    return {path.stem: architecture(path.stem, yaml.safe_load(path.read_text())) for path in files}
+    return architectures.known(ARCHITECTURES)
 
 
 def structure_of(case: Case, folder: Path, **changes: Any) -> Structure:

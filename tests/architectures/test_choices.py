@@ -61,4 +61,4 @@ def test_starcoder2_has_a_head_of_its_own_where_it_is_untied(tmp_path: Path) -> 
 def test_one_function_for_all_layers_of_a_kind(tmp_path: Path) -> None:
     """What a compiler pass costs does not grow with layers, whatever they alternate in."""
     save(CASES["gemma3_text"], tmp_path)
-    assert set(structure_of(CASES["gemma3_text"], tmp_path).kinds) == {0, 1}
+    assert set(structure_of(CASES["gemma3_text"], tmp_path).layer_kinds) == {0, 1}

@@ -23,7 +23,7 @@ from mlcbuild.models.parameters import parameters
 from mlcbuild.models.structure import Structure
 from mlcbuild.quantization import group
 from mlcbuild.quantization.dequantize import dequantized
-from mlcbuild.quantization.tensor_cache_reader import read_tensors
+from mlcbuild.quantization.tensor_cache import read_tensors
 from mlcbuild.recipes.load import load
 from mlcbuild.recipes.types import Quantization, quantization_json
 from mlcbuild.steps import convert, quantize

@@ -80,7 +80,7 @@ def test_the_files_that_a_download_gives_are_given_by_their_digests() -> None:
 
 def test_a_change_for_one_kind_of_device_rebuilds_no_library_of_another() -> None:
     chosen = {kind: backend(target) for kind, target in targets().items()}
-    others = {"llvm": ("gpu", "codegen", "vulkan", "web"), "cuda": ("cpu", "vulkan"), "vulkan": ("cpu", "web")}
+    others = {"llvm": ("gpu", "vulkan", "web"), "cuda": ("cpu", "vulkan"), "vulkan": ("cpu", "web")}
     for kind, folders in others.items():
         found = modules("lower", chosen[kind].lower) | modules("library", chosen[kind].build)
         assert not {name for name in found if name.startswith(tuple(f"mlcbuild.compiler.{each}." for each in folders))}
@@ -103,7 +103,7 @@ def test_files_beside_a_module_are_named_in_a_way_that_is_seen() -> None:
     reached = {name for run in runs() for name in modules(*run) if "/" not in name}
     asking = {name for name in reached if "__file__" in (source(name) or Path()).read_text()}
     named = {name.partition("/")[0] for run in runs() for name in modules(*run) if "/" in name}
-    assert asking - named == {"mlcbuild.compiler.binaries"}  # which looks for paths that a binary must not hold
+    assert asking - named == {"mlcbuild.compiler.link.binaries"}  # which looks for paths that a binary must not hold
 
 
 @pytest.mark.parametrize("kind", STEPS)

@@ -15,6 +15,7 @@ from mlcbuild.models.parameters import parameters
 from mlcbuild.models.structure import Structure
 from mlcbuild.recipes.convert import quantization
 from mlcbuild.recipes.types import Architecture, Linker, Quantization, Target
+from tests.support import architectures
 
 Array = npt.NDArray[Any]
 
@@ -55,9 +56,7 @@ def transformers_llama(**changes: Any) -> Any:
 
 
 def architecture(name: str = "llama") -> Architecture:
-    data = yaml.safe_load((_ROOT / "recipes" / "architectures" / f"{name}.yaml").read_text())
-    match = {key: tuple(values) for key, values in data["match"].items()}
-    return Architecture(name, data["model_type"], match, data)
+    return architectures.architecture(name)
 
 
 def structure_of(model: Any, **overrides: int) -> Structure:

@@ -32,9 +32,9 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 def test_a_library_has_a_layer_of_each_kind(case: Case) -> None:
-    assert case.structure.kinds == (0, 1, 1)
+    assert case.structure.layer_kinds == (0, 1, 1)
     one = case.structure.one_layer
-    assert one.kinds == (0, 1) and one.one_layer == one
+    assert one.layer_kinds == (0, 1) and one.one_layer == one
     assert {p.role for p in parameters(one) if p.layer == 1} == {
         p.role for p in parameters(case.structure) if p.layer == 2
     }

@@ -20,7 +20,9 @@ F16, F32, OTHER = "tiny-q4f16_1-cpu", "tiny-q4f32_1-cpu", "other"
 @pytest.fixture
 def repository(workspace: Workspace) -> Workspace:
     """A committed workspace with a second model that extends the first, and a quantization of its own."""
-    workspace.write("recipes/models/base.yaml", "source: {hf: owner/name}\ntemplate: llama-2\n")
+    workspace.write("recipes/models/base.yaml", "source: {hf: owner/name}\ntemplate: llama-2\narchitecture: mine\n")
+    workspace.write("recipes/architectures/mine.yaml", "extends: between\n")
+    workspace.write("recipes/architectures/between.yaml", "extends: mistral\n")
     workspace.write("recipes/models/heir.yaml", "extends: base\n")
     workspace.write("recipes/quantizations/own.yaml", "class: q0\nmodel_dtype: float32\n")
     workspace.write("recipes/other.yaml", "model: heir\nquantization: own\ntarget: cpu\n")
@@ -48,6 +50,12 @@ CHANGES: dict[str, tuple[Callable[[Workspace], object], set[str]]] = {
     "a recipe": (append("recipes/other.yaml"), {OTHER}),
     "a model": (append("recipes/models/tiny.yaml"), {F16, F32}),
     "what a model extends": (append("recipes/models/base.yaml"), {OTHER}),
+    "an architecture": (append("recipes/architectures/mine.yaml"), {OTHER}),
+    "what an architecture extends": (append("recipes/architectures/between.yaml"), {OTHER}),
+    "a file in place of one that a stock architecture extends": (
+        lambda w: w.write("recipes/architectures/llama.yaml", "extends: mistral\n"),
+        set(),
+    ),
     "a quantization": (append("recipes/quantizations/own.yaml"), {OTHER}),
     "a checkpoint's file": (append("recipes/models/tiny/config.json"), {F16, F32}),
     "a new file of a checkpoint": (lambda w: w.write("recipes/models/tiny/vocab.txt", ""), {F16, F32}),

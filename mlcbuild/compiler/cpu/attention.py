@@ -3,7 +3,7 @@
 Argument lists are those of the KV cache in apache-tvm (src/runtime/vm/attn_backend.h). Rotary embedding is applied
 before the cache (RopeMode.NORMAL), so the rope arguments are not used here; neither is `causal`: a row sees what is not
 after its own position. The cache tells kernels nothing about layers, so layers with a sliding window say so by the sign
-of their scale (mlcbuild.models.attention), and the window is measured in the positions that the cache gives to kernels.
+of their scale (mlcbuild.models.layer), and the window is measured in the positions that the cache gives to kernels.
 """
 
 from __future__ import annotations

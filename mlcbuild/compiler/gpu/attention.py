@@ -2,7 +2,7 @@
 kernel that merges two attentions is our own.
 
 TVM's kernels are functions already scheduled; they are changed where they say which keys a row sees, and where they
-store its scores. Windows are as on the CPU (mlcbuild.models.attention): a layer with a negative scale slides, and the
+store its scores. Windows are as on the CPU (mlcbuild.models.layer): a layer with a negative scale slides, and the
 window is measured in the positions that the KV cache gives to its kernels.
 """
 

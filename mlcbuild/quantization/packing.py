@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
@@ -17,15 +18,6 @@ from mlcbuild.quantization.schemes import elements_per_word
 from mlcbuild.recipes.types import Weights
 
 TO_INTEGER = np.float32(1.5 * 2**23)  # x + this rounds x to an integer, half to even, kept in the low bits
-
-
-class BadValue(Exception):
-    """A source value is NaN or Inf, or too large for `dtype`. `index` is its flat index in the given rows."""
-
-    def __init__(self, index: int, dtype: str) -> None:
-        super().__init__(index, dtype)
-        self.index = index
-        self.dtype = dtype
 
 
 @dataclass(frozen=True)
@@ -44,28 +36,38 @@ def in_blocks(
     weights: Weights,
     scales_dtype: np.dtype[np.generic],
     elements: int,
-    encode: Callable[[Array, int], tuple[Array, Array]],
+    encode: Callable[[Array, Float32, Float32], tuple[Array, Array]],
 ) -> Packed:
     """Pack `rows` `[r, K]`, about `elements` of them at a time.
 
-    `encode` is given a block `[groups, size]`, the last group of each row filled up with zeros, and the number of its
-    first row; it returns the block's words `[groups, words of a group]` and scales `[groups]`. The tail of a partial
-    last group is 0 in the words.
+    `encode` is given a block `[groups, size]`, the last group of each row filled up with zeros, and two buffers
+    `[position in word, word of the group, group]`; it returns the block's words `[groups, words of a group]` and scales
+    `[groups]`. The tail of a partial last group is 0 in the words.
     """
-    count, k = rows.shape
-    size = weights.group_size
-    groups = -(-k // size)
-    words_per_group = size // elements_per_word(weights)
-    words = np.empty((count, groups * words_per_group), weights.storage_dtype)
-    scales = np.empty((count, groups), scales_dtype)
+    k, size = rows.shape[1], weights.group_size
+    packed = empty(rows, weights, scales_dtype)
     step = _rows_of_a_block(k, weights, elements)
-    for start in range(0, count, step):
-        packed, scale = encode(_groups(rows[start : start + step], size), start)
-        words[start : start + step] = packed.reshape(-1, groups * words_per_group)
-        scales[start : start + step] = scale.reshape(-1, groups)
+    # Made once for all blocks: fresh pages cost more than the arithmetic.
+    shape = _shape(groups_of_a_block(rows, weights, elements), weights)
+    values, spare = np.empty(shape, np.float32), np.empty(shape, np.float32)
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        block = _groups(rows[part], size)
+        shape = _shape(len(block), weights)
+        words, scales = encode(block, head(values, shape), head(spare, shape))
+        packed.words[part] = words.reshape(-1, packed.words.shape[1])
+        packed.scales[part] = scales.reshape(-1, packed.scales.shape[1])
     if k % size:
-        words[:, -words_per_group:] &= _tail_mask(k % size, weights)
-    return Packed(words, scales)
+        mask = _tail_mask(k % size, weights)
+        packed.words[:, -len(mask) :] &= mask
+    return packed
+
+
+def empty(rows: Array, weights: Weights, scales_dtype: np.dtype[np.generic]) -> Packed:
+    """Room for `rows` `[r, K]` packed."""
+    groups = -(-rows.shape[1] // weights.group_size)
+    words = groups * (weights.group_size // elements_per_word(weights))
+    return Packed(np.empty((len(rows), words), weights.storage_dtype), np.empty((len(rows), groups), scales_dtype))
 
 
 def groups_of_a_block(rows: Array, weights: Weights, elements: int) -> int:
@@ -74,24 +76,19 @@ def groups_of_a_block(rows: Array, weights: Weights, elements: int) -> int:
     return min(_rows_of_a_block(k, weights, elements), len(rows)) * -(-k // weights.group_size)
 
 
+def head(buffer: Float32, shape: tuple[int, ...]) -> Float32:
+    """The first elements of a buffer, in this shape."""
+    return buffer.reshape(-1)[: prod(shape)].reshape(shape)
+
+
 def _rows_of_a_block(k: int, weights: Weights, elements: int) -> int:
     return max(1, elements // (-(-k // weights.group_size) * weights.group_size))
 
 
-class Work:
-    """Buffers for a block, made once for many blocks: fresh pages cost more than the arithmetic."""
-
-    def __init__(self, groups: int, weights: Weights) -> None:
-        per_word = elements_per_word(weights)
-        self.shape = (per_word, weights.group_size // per_word, groups)
-        self.values = np.empty(self.shape, np.float32)
-        self.spare = np.empty(self.shape, np.float32)
-
-    def views(self, groups: int) -> tuple[Float32, Float32]:
-        """Both buffers as `[position in word, word of the group, group]` for that many groups."""
-        shape = (*self.shape[:2], groups)
-        size = shape[0] * shape[1] * groups
-        return self.values.reshape(-1)[:size].reshape(shape), self.spare.reshape(-1)[:size].reshape(shape)
+def _shape(groups: int, weights: Weights) -> tuple[int, int, int]:
+    """[position in word, word of the group, group]"""
+    per_word = elements_per_word(weights)
+    return per_word, weights.group_size // per_word, groups
 
 
 def _groups(rows: Array, size: int) -> Array:

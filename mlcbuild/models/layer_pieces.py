@@ -9,7 +9,7 @@ compute dtype. The parameters of a piece are those of its roles, in the order of
     decoder_layer(x [n, H], cache, layer_id, the layer's...) -> [n, H]
     decoder_layer_inputs(the same) -> ([n, H], and what each matrix of the layer is multiplied with: [n, K], in order;
         of experts x [n, K] or [n * choices, K], and then which experts the tokens chose: int32 [n, choices])
-    decoder_layer_1, decoder_layer_inputs_1, ...: the same for layers of other kinds (Structure.kinds)
+    decoder_layer_1, decoder_layer_inputs_1, ...: the same for layers of other kinds (Structure.layer_kinds)
     final_norm(x [n, H], final_norm...) -> [n, H]
     head(normed [n, H], lm_head..., or the tied embedding..., lm_head_bias) -> float32 [n, V]
 
@@ -23,14 +23,14 @@ from dataclasses import replace
 
 from tvm import relax, tirx
 
-from mlcbuild.models.decoder import Decoder, layer_inputs
-from mlcbuild.models.layer import layer
+from mlcbuild.models.decoder import Decoder, numbered
+from mlcbuild.models.layer import layer, layer_inputs
 from mlcbuild.models.operations import Expr
 from mlcbuild.models.parameters import BEGINNING, EMBED, FINAL_NORM
 from mlcbuild.models.weights import Given, Weight, head_role
 
 
-def emit_blocks(decoder: Decoder) -> None:
+def emit_layer_pieces(decoder: Decoder) -> None:
     """Add every piece of a decoder that has one layer of each kind to its builder."""
     d, width = decoder, decoder.structure.hidden_size
     compute = d.operations.compute
@@ -56,10 +56,7 @@ def _emit(d: Decoder, name: str, inputs: list[relax.Var], roles: Sequence[str], 
     declared = [p for p in d.declared if p.role in roles]
     rows = tirx.Var("vocab_size", "int64")
     given = [d.tensor(p.name, p.shape_for(rows), p.dtype) for p in declared]
-    with d.builder.function(name, [*inputs, *given]):
-        with d.builder.dataflow():
-            out = d.builder.emit_output(body(Given(declared, given)))
-        d.builder.emit_func_output(out)
+    d.function(name, [*inputs, *given], lambda: body(Given(declared, given)))
 
 
 def _emit_layer(d: Decoder, kind: int, with_inputs: bool) -> None:
@@ -81,10 +78,10 @@ def _emit_layer(d: Decoder, kind: int, with_inputs: bool) -> None:
 
     operations = replace(d.operations, linear=watched, expert_linear=watched_experts)
     watching = Decoder(d.builder, d.structure, d.declared, operations, d.dtype)
-    name = "decoder_layer_inputs" if with_inputs else "decoder_layer"
-    with d.builder.function(name if kind == 0 else f"{name}_{kind}", inputs):
-        with d.builder.dataflow():
-            out = d.builder.emit(layer(watching, *inputs, number=kind))
-            xs = [x for p in d.declared for x in seen.get(p.name, ())]
-            out = d.builder.emit_output(relax.Tuple([out, *xs]) if with_inputs else out)
-        d.builder.emit_func_output(out)
+
+    def body() -> Expr:
+        out = d.builder.emit(layer(watching, *inputs, number=kind))
+        xs = [x for p in d.declared for x in seen.get(p.name, ())]
+        return relax.Tuple([out, *xs]) if with_inputs else out
+
+    d.function(numbered("decoder_layer_inputs" if with_inputs else "decoder_layer", kind), inputs, body)

@@ -1,23 +1,25 @@
 """Checkpoints on a Hugging Face hub: what a revision holds, and its files, each checked against its sha256.
 
-Where the hub is and with which token it is asked: mlcbuild.checkpoints.hub_http. Files that huggingface_hub's own cache
-already has (HF_HOME) are copied from there.
+How the hub is asked: mlcbuild.checkpoints.hub_http. Files that huggingface_hub's own cache has (HF_HOME) are copied
+from there, the others are downloaded side by side.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 import shutil
+import threading
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from mlcbuild.checkpoints.header import climbs
-from mlcbuild.checkpoints.hub_download import download
-from mlcbuild.checkpoints.hub_http import Request, get
+from mlcbuild.checkpoints.hub_http import Request, receive
 from mlcbuild.checkpoints.table import SAFETENSORS, TORCH, weight_files
 from mlcbuild.errors import CheckpointError
 from mlcbuild.recipes.types import Locked, LockedFile
@@ -39,6 +41,7 @@ _SMALL = (
     "modules.json",  # of sentence-transformers: how the vector of a text is made
     "1_Pooling/config.json",
 )
+_AT_ONCE = 8  # files, as in huggingface_hub
 _RWKV_VOCABULARY = re.compile(r"rwkv_vocab_v\d{8}\.txt")
 
 
@@ -114,34 +117,80 @@ def fetch(
             raise CheckpointError(f"hf:{repo}: file name {name!r} is refused: it would climb out of its folder")
     partial = partial or folder / ".partial"
     partial.mkdir(parents=True, exist_ok=True)
-    total = sum(info.size for info in files.values())
-    places = {name: partial / info.sha256 for name, info in files.items()}
-    _check_room(repo, partial, total - sum(place.stat().st_size for place in {*places.values()} if place.exists()))
+    names = {partial / info.sha256: name for name, info in files.items()}  # two names may have one content
+    needed = sum(info.size for info in files.values())
+    _check_room(repo, partial, needed - sum(place.stat().st_size for place in names if place.exists()))
+    total = sum(files[name].size for name in names.values())
+    stop, arrived = threading.Event(), _summed(lambda done: progress(done, total))
 
-    def partly(before: int) -> Callable[[int], None]:
-        return lambda arrived: progress(before + arrived, total)
+    def bring(place: Path, name: str) -> None:
+        def counted(size: int) -> None:
+            if stop.is_set():
+                raise InterruptedError
+            arrived(name, min(size, files[name].size))
 
-    done = 0
+        if not _from_cache(repo, commit, name, files[name], place):
+            _download(Request(repo, commit[:12], name), _file_url(repo, commit, name), files[name], place, counted)
+        counted(files[name].size)
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        try:
+            for finished in as_completed([pool.submit(bring, place, name) for place, name in names.items()]):
+                finished.result()
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     for name, info in files.items():
-        if not _from_cache(repo, commit, name, info, places[name]):
-            download(
-                Request(repo, commit[:12], name),
-                _file_url(repo, commit, name),
-                info,
-                places[name],
-                partly(done),
-            )
-        done += info.size
-        progress(done, total)
-    for name in files:
-        target = folder / name
+        target, place = folder / name, partial / info.sha256
         target.parent.mkdir(parents=True, exist_ok=True)
-        later = list(files)[list(files).index(name) + 1 :]
-        if any(places[other] == places[name] for other in later):
-            shutil.copyfile(places[name], target)  # two names for one content
+        if names[place] == name:
+            place.replace(target)
         else:
-            places[name].replace(target)
+            shutil.copyfile(place, target)
     shutil.rmtree(partial, ignore_errors=True)
+
+
+def _summed(progress: Callable[[int], None]) -> Callable[[str, int], None]:
+    """Tells `progress` the sum of what has arrived of several files, whichever thread brings them."""
+    lock, sizes = threading.Lock(), dict[str, int]()
+
+    def arrived(name: str, size: int) -> None:
+        with lock:
+            sizes[name] = size
+            progress(sum(sizes.values()))
+
+    return arrived
+
+
+def _download(request: Request, url: str, info: LockedFile, place: Path, arrived: Callable[[int], None]) -> None:
+    """Bring the file to `place`; what is there already is its beginning.
+
+    Raises CheckpointError as `receive` does, with what has arrived left in place, and for content of another size or
+    sha256 than `info` says, which is removed. Content that was begun earlier gets a second chance from the start.
+    """
+    begun = place.exists() and place.stat().st_size > 0
+    for _ in range(2 if begun else 1):
+        with place.open("ab") as file:
+            if file.tell() < info.size:
+                receive(request, url, file, info.size, arrived)
+        problem = _difference(place, info)
+        if problem is None:
+            return
+        place.unlink()
+    raise CheckpointError(
+        f"{request}: {problem}; build again, and if it stays so, `mlcbuild lock --update` shows what moved"
+    )
+
+
+def _difference(path: Path, info: LockedFile) -> str | None:
+    """What of the file's content is not as locked."""
+    size = path.stat().st_size
+    if size != info.size:
+        return f"{size} bytes{' or more' if size > info.size else ''}, recipes.lock says {info.size}"
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return None if digest == info.sha256 else f"its sha256 is {digest}, recipes.lock says {info.sha256}"
 
 
 def _from_cache(repo: str, commit: str, name: str, info: LockedFile, place: Path) -> bool:
@@ -149,14 +198,10 @@ def _from_cache(repo: str, commit: str, name: str, info: LockedFile, place: Path
     import huggingface_hub
 
     cached = huggingface_hub.try_to_load_from_cache(repo, name, revision=commit)
-    if not isinstance(cached, str) or Path(cached).stat().st_size != info.size:
+    if not isinstance(cached, str) or _difference(Path(cached), info) is not None:
         return False
     shutil.copyfile(cached, place)
-    with place.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() == info.sha256:
-            return True
-    place.unlink()
-    return False
+    return True
 
 
 def _check_room(repo: str, folder: Path, needed: int) -> None:
@@ -180,9 +225,9 @@ def _read_json(request: Request, url: str) -> dict[str, Any]:
 
 def _read(request: Request, url: str) -> bytes:
     """A small answer, whole."""
-    found: list[bytes] = []
-    get(request, url, lambda response: found.append(response.read()))
-    return found[-1]
+    content = io.BytesIO()
+    receive(request, url, content)
+    return content.getvalue()
 
 
 def _address(repo: str) -> str:

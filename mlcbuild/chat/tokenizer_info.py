@@ -144,13 +144,18 @@ def unknown_stops(
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a checkpoint. Raises MlcBuildError."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise MlcBuildError(f"{path.name}: cannot be read as JSON: {error}") from None
+    content = parse_json(path, path.name)
     if not isinstance(content, dict):
         raise MlcBuildError(f"{path.name}: expected a JSON object, found {json.dumps(content)[:40]}")
     return content
+
+
+def parse_json(path: Path, name: str) -> Any:
+    """A JSON file of a checkpoint, whose name is for the message. Raises MlcBuildError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise MlcBuildError(f"{name}: cannot be read as JSON: {error}") from None
 
 
 def _sentencepiece(path: Path, added: Mapping[str, int]) -> TokenizerFacts:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from mlcbuild.chat import rwkv_vocabulary
-from mlcbuild.chat.checkpoint import CheckpointChat, read_checkpoint_chat
+from mlcbuild.chat.checkpoint import CheckpointChat, embedding_metadata, read_checkpoint_chat
 from mlcbuild.chat.config import TOKENIZER_FILES, chat_config, to_text
 from mlcbuild.chat.conversation import Conversation, from_data
 from mlcbuild.chat.derive import AUTO, derive
-from mlcbuild.chat.pooling import embedding_metadata
 from mlcbuild.chat.tokenizer_info import read_json
 from mlcbuild.engine.job import Job, Tree
 from mlcbuild.errors import MlcBuildError

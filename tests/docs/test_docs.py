@@ -13,7 +13,7 @@ import yaml
 
 from mlcbuild.recipes.check import check, render
 from mlcbuild.reporting import events
-from mlcbuild.verify import quality
+from mlcbuild.verify import evaluate
 from mlcbuild.workspace import variables
 from tests.docs.pages import DOCS, PAGES, ROOT, Block, blocks, code, table
 
@@ -107,7 +107,7 @@ def test_the_bounds_of_verification() -> None:
     described = {code(row[0])[0]: tuple(row[1:]) for row in rows}
     real = {
         name: (f"{b.warn_kl:g}", f"{b.fail_kl:g}", f"{b.fail_perplexity_increase:.1%}")
-        for name, b in quality.BOUNDS.items()
+        for name, b in evaluate.BOUNDS.items()
     }
     assert described == real
 

@@ -89,11 +89,12 @@ def entry(parameter: Parameter, refs: Sequence[TensorRef]) -> dict[str, Any]:
         "name": parameter.name,
         "shape": list(parameter.shape),
         "dtype": FLOATS[refs[0].dtype][0] if refs and refs[0].dtype in FLOATS else None,
-        "parts": [_part(ref) for ref in refs],
+        "parts": [part(ref) for ref in refs],
     }
 
 
-def _part(ref: TensorRef) -> dict[str, Any]:
+def part(ref: TensorRef) -> dict[str, Any]:
+    """A tensor of a file as a parameter of parameters.json refers to it."""
     return {
         "blob": ref.blob,
         "file": ref.file,

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlcbuild.checkpoints import made
+from mlcbuild.checkpoints import computed
+from mlcbuild.checkpoints.computed import Computed
 from mlcbuild.checkpoints.header import TensorRef
 from mlcbuild.checkpoints.index import as_stored, entry, index, with_prefix
-from mlcbuild.checkpoints.made import Made
 from mlcbuild.checkpoints.table import read_table
 from mlcbuild.engine.job import Entry, Job
 from mlcbuild.errors import CheckpointError
@@ -30,7 +30,7 @@ VERSION = 2
 CODE = (
     "mlcbuild.checkpoints.header",
     "mlcbuild.checkpoints.index",
-    "mlcbuild.checkpoints.made",
+    "mlcbuild.checkpoints.computed",
     "mlcbuild.checkpoints.mapped",
     "mlcbuild.checkpoints.table",
     "mlcbuild.checkpoints.torch_files",
@@ -74,7 +74,7 @@ def _indexed(job: Job, model: Structure, table: Mapping[str, TensorRef]) -> dict
     wanted = as_stored(parameters(model), table)
     document = index(wanted, table, ignored(model), job.note)
     needed = {source for parameter in wanted for source in parameter.sources}
-    changed = made.strided(table, needed)
+    changed = computed.strided(table, needed)
     if "base" in job.inputs:
         files = job.inputs["base"].files
         scheme = prequantized.scheme(_config(files))
@@ -99,7 +99,7 @@ def _write(
     document: Mapping[str, Any],
     wanted: Sequence[Parameter],
     table: Mapping[str, TensorRef],
-    changed: Sequence[Made],
+    changed: Sequence[Computed],
 ) -> None:
     """Make what is `changed`, and the parameters that are not the checkpoint's tensors as they are; refer to both.
 
@@ -107,10 +107,10 @@ def _write(
     """
     direct = {table[source].name for each in wanted if not each.convert for source in each.sources}
     apart = [each for each in changed if each.target.name not in direct]
-    between = made.write(made.place(apart), job.scratch, job.progress)
+    between = computed.write(computed.place(apart), job.scratch, job.progress)
     forms = rearranged(wanted, {name: between.get(ref.name, ref) for name, ref in table.items()})
     kept = [each for each in changed if each.target.name in direct]
-    written = made.write(made.place([*kept, *forms]), job.output, job.progress)
+    written = computed.write(computed.place([*kept, *forms]), job.output, job.progress)
     _point(document, written)
     for number, parameter in enumerate(wanted):
         if parameter.convert:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -64,26 +64,26 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What a method found: `status` (passed, warned, failed) and why, figures, what else quality.json is to say, the
-    bounds, and for a failure the figures beside the bounds and what to do.
-    """
+class Measured:
+    """What a method found: rounded figures, and what else quality.json is to say."""
 
-    status: str
-    problems: list[str]
     figures: Mapping[str, float | int]
-    details: Mapping[str, Any]
-    thresholds: Mapping[str, float]
-    explanation: str
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Method:
-    """`executes`: it runs the package's own library, where that is for this machine; `converses`: there is a template
-    of conversations to be looked at.
+    """A way of judging.
+
+    criteria    the module whose `bounds`, `judge` and `advice` are for such figures
+    own         fields that have a model's own bounds
+    executes    it runs the package's own library, where that is for this machine
+    converses   there is a template of conversations to be looked at
     """
 
-    judge: Callable[[Case], Verdict]
+    measure: Callable[[Case], Measured]
+    criteria: Any
+    own: tuple[str, ...]
     executes: bool = True
     converses: bool = True
 
@@ -93,27 +93,31 @@ def judge(case: Case, note: Callable[[str], None]) -> dict[str, Any]:
 
     Raises MlcBuildError for logits or hidden states that are not finite, and with `gate: fail` for a miss.
     """
-    method, gate = METHODS[case.fields["method"]], case.fields["gate"]
+    fields = case.fields
+    method, gate = METHODS[fields["method"]], fields["gate"]
     name = case.weights.name.removesuffix("-MLC")
     executed = method.executes and "cpu_library" not in case.libraries
     static_checks = [] if executed else _static_checks(case)
-    verdict = method.judge(case)
+    measured = method.measure(case)
+    limits = method.criteria.bounds(fields["class"], fields["model_dtype"], *(fields[name] for name in method.own))
+    status, problems = method.criteria.judge(measured.figures, limits)
     template, stops = TemplateReport({"checked": False, "reason": "a model of texts"}), list[str]()
     if method.converses:
         template, stops = check(conversation(case.config), case.weights)
-    status, problems = "failed" if stops else verdict.status, [*stops, *verdict.problems]
+    status, problems = "failed" if stops else status, [*stops, *problems]
     if status == "failed" and gate == "fail":
-        raise MlcBuildError(f"{name} does not pass verification: {'; '.join(problems)}.\n{verdict.explanation}")
+        advice = method.criteria.advice(measured.figures, limits)
+        raise MlcBuildError(f"{name} does not pass verification: {'; '.join(problems)}.\n{advice}")
     for text in (*problems, *(f"warning: {warning}" for warning in template.warnings)):
         note(f"{name}: {text}")
     notes = case.convert.get("notes", [])
     return {
         "status": status,
         "gate": gate,
-        "method": case.fields["method"],
-        **verdict.figures,
-        **verdict.details,
-        "thresholds": verdict.thresholds,
+        "method": fields["method"],
+        **measured.figures,
+        **measured.details,
+        "thresholds": dataclasses.asdict(limits),
         "problems": problems,
         **({"notes": notes} if notes else {}),  # what is true of the weights before this build touched them
         "library_executed": executed,
@@ -122,15 +126,15 @@ def judge(case: Case, note: Callable[[str], None]) -> dict[str, Any]:
     }
 
 
-def _whole(case: Case) -> Verdict:
+def _whole(case: Case) -> Measured:
     """Both models in memory, one window of the text after the other."""
     model, reference = _models(case)
     texts = _windows(case, model.context_window_size, reference.context_window_size)
-    figures = evaluate.compare(model.logits_in_pieces, reference.logits_in_pieces, texts, case.count("tokens"))
-    return _of_logits(case, figures, {})
+    found = evaluate.compare(model.logits_in_pieces, reference.logits_in_pieces, texts, case.count("tokens"))
+    return Measured(evaluate.rounded(found))
 
 
-def _layers(case: Case) -> Verdict:
+def _layers(case: Case) -> Measured:
     """The text through one layer of both models after the other."""
     model = structure.from_json(case.fields["structure"])
     ours, theirs = (Pieces(case.libraries[name]) for name in ("blocks", "reference"))
@@ -144,45 +148,24 @@ def _layers(case: Case) -> Verdict:
     )
     errors = {"tensors": found.tensors, "blocks": found.blocks}
     rounded = {kind: {name: float(f"{e:.1e}") for name, e in each.items()} for kind, each in errors.items()}
-    return _of_logits(case, found.figures, {"relative_error": rounded})
+    return Measured(evaluate.rounded(found.figures), {"relative_error": rounded})
 
 
-def _embeddings(case: Case) -> Verdict:
+def _embeddings(case: Case) -> Measured:
     """Both models in memory, the vectors of one document after the other."""
     model, reference = _models(case)
     how = pooling(case.config, model.network.library)
     limit = text_limit(model.network.library)
     texts = [truncated(ids, limit) for ids in evaluate.documents(case.text, case.tokenizer)]
     found = embeddings.compare(model.hidden_states, reference.hidden_states, how, texts, case.count("tokens"))
-    figures, fields = embeddings.rounded(found), case.fields
-    limits = embeddings.bounds(fields["class"], fields["model_dtype"], fields["cosine"])
-    return Verdict(
-        *embeddings.judge(figures, limits),
-        figures,
-        {"pooling": dataclasses.asdict(how)},
-        dataclasses.asdict(limits),
-        embeddings.advice(figures, limits),
-    )
+    return Measured(embeddings.rounded(found), {"pooling": dataclasses.asdict(how)})
 
 
 METHODS = {
-    "whole": Method(_whole),
-    "layers": Method(_layers, executes=False),
-    "embeddings": Method(_embeddings, converses=False),
+    "whole": Method(_whole, evaluate, ("kl", "perplexity_increase")),
+    "layers": Method(_layers, evaluate, ("kl", "perplexity_increase"), executes=False),
+    "embeddings": Method(_embeddings, embeddings, ("cosine",), converses=False),
 }
-
-
-def _of_logits(case: Case, found: evaluate.Figures, details: Mapping[str, Any]) -> Verdict:
-    """What the logits of a model that writes come to."""
-    figures, fields = evaluate.rounded(found), case.fields
-    limits = evaluate.bounds(fields["class"], fields["model_dtype"], fields["kl"], fields["perplexity_increase"])
-    return Verdict(
-        *evaluate.judge(figures, limits),
-        figures,
-        details,
-        dataclasses.asdict(limits),
-        evaluate.advice(figures, limits),
-    )
 
 
 def _models(case: Case) -> tuple[Model, Model]:

@@ -14,37 +14,19 @@ from typing import Any
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.quantization import floats
 from mlcbuild.quantization.sources import PIECE, Piece, Sources
-from mlcbuild.runtime import threads, weights
-from mlcbuild.runtime.library import Library, Network, match
-from mlcbuild.runtime.model import Model
+from mlcbuild.runtime import weights
+from mlcbuild.runtime.model import Model, network
 from mlcbuild.runtime.tvm_runtime import ALIGNMENT
 
 
-def load_reference(
-    library: Path,
-    index: Mapping[str, Any],
-    materials: Mapping[str, Path],
-    scratch: Path,
-    config: Mapping[str, Any] | None = None,
-    thread_count: int | None = None,
-) -> Model:
+def load_reference(library: Path, index: Mapping[str, Any], materials: Mapping[str, Path], scratch: Path) -> Model:
     """The model of `index` (convert's parameters.json) on an unquantized float32 library.
 
     `materials`: sha256 -> checkpoint file. `scratch` is a folder for the widened parameters; it must outlive the model.
     Raises MlcBuildError where the library wants other parameters.
     """
-    import tvm_ffi
-
-    count = threads.configure(threads.choose(thread_count))
-    opened = Library(library)
     records = widen(index, materials, scratch / "reference.bin")
-    sizes = match(opened.metadata.parameters, records, library, "the converted checkpoint")
-    by_name = {record.name: record for record in records}
-    tensors = list(weights.load([by_name[parameter.name] for parameter in opened.metadata.parameters]))
-    vocab_size = sizes.get("vocab_size", (config or {}).get("vocab_size"))
-    if not isinstance(vocab_size, int):
-        raise MlcBuildError(f"{library}: its parameters do not tell the vocabulary's size")
-    return Model(Network(opened, tvm_ffi.convert(tensors), vocab_size, count), config or {})
+    return Model(network(library, records, "the converted checkpoint"), {})
 
 
 def widen(index: Mapping[str, Any], materials: Mapping[str, Path], path: Path) -> list[weights.Record]:

@@ -17,6 +17,7 @@ from mlcbuild.verify.importance import importance
 from mlcbuild.verify.layers import compare
 from mlcbuild.verify.packed import Packed
 from mlcbuild.verify.pieces import Pieces
+from mlcbuild.verify.tensors import Unquantized
 from tests.architectures.agreement import IDS, Agreement, Array
 from tests.architectures.cases import CASES
 from tests.support.llama import QUANTIZATIONS

@@ -16,7 +16,6 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from mlcbuild.checkpoints.header import climbs
 from mlcbuild.checkpoints.hub_http import Request, receive
@@ -74,8 +73,11 @@ def resolve(repo: str, revision: str | None = None) -> Locked:
     The hub knows the sha256 of large files; the small ones are downloaded here to compute theirs. Raises
     CheckpointError when the hub cannot be reached or does not give it out, and as `needed_files` does.
     """
-    at = f"/revision/{quote(revision, safe='')}" if revision else ""
-    info = _read_json(Request(repo, revision), f"{_address(repo)}{at}?blobs=true")
+    _check_name(repo)
+    asked = Request(repo, revision)
+    info = _parsed(_read(asked))
+    if not isinstance(info, dict):
+        raise CheckpointError(f"{asked}: the hub's answer is not JSON: is HF_ENDPOINT the address of a hub?")
     commit, siblings = info.get("sha"), {each["rfilename"]: each for each in info.get("siblings", ())}
     if not isinstance(commit, str):
         raise CheckpointError(f"hf:{repo}: the hub's answer names no commit")
@@ -86,15 +88,13 @@ def resolve(repo: str, revision: str | None = None) -> Locked:
         if large is not None and name not in (CONFIG, ADAPTER_CONFIG):
             files[name] = LockedFile(large["sha256"], large["size"])
             continue
-        content = _read(Request(repo, commit[:12], name), _file_url(repo, commit, name))
+        content = _read(Request(repo, commit, name))
         files[name] = LockedFile(hashlib.sha256(content).hexdigest(), len(content))
         if name in (CONFIG, ADAPTER_CONFIG):
-            try:
-                config = json.loads(content)
-            except ValueError as error:
-                raise CheckpointError(f"hf:{repo}: {name} is not valid JSON: {error}") from None
+            config = _parsed(content)
             if not isinstance(config, dict):
-                raise CheckpointError(f"hf:{repo}: {name} is not a JSON object")
+                wrong = f"valid JSON: {config}" if isinstance(config, ValueError) else "a JSON object"
+                raise CheckpointError(f"hf:{repo}: {name} is not {wrong}")
     return Locked(commit, config, files)
 
 
@@ -121,16 +121,18 @@ def fetch(
     needed = sum(info.size for info in files.values())
     _check_room(repo, partial, needed - sum(place.stat().st_size for place in names if place.exists()))
     total = sum(files[name].size for name in names.values())
-    stop, arrived = threading.Event(), _summed(lambda done: progress(done, total))
+    stop, lock, sizes = threading.Event(), threading.Lock(), dict[str, int]()
 
     def bring(place: Path, name: str) -> None:
         def counted(size: int) -> None:
             if stop.is_set():
                 raise InterruptedError
-            arrived(name, min(size, files[name].size))
+            with lock:
+                sizes[name] = min(size, files[name].size)
+                progress(sum(sizes.values()), total)
 
         if not _from_cache(repo, commit, name, files[name], place):
-            _download(Request(repo, commit[:12], name), _file_url(repo, commit, name), files[name], place, counted)
+            _download(Request(repo, commit, name), files[name], place, counted)
         counted(files[name].size)
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -151,19 +153,7 @@ def fetch(
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def _summed(progress: Callable[[int], None]) -> Callable[[str, int], None]:
-    """Tells `progress` the sum of what has arrived of several files, whichever thread brings them."""
-    lock, sizes = threading.Lock(), dict[str, int]()
-
-    def arrived(name: str, size: int) -> None:
-        with lock:
-            sizes[name] = size
-            progress(sum(sizes.values()))
-
-    return arrived
-
-
-def _download(request: Request, url: str, info: LockedFile, place: Path, arrived: Callable[[int], None]) -> None:
+def _download(request: Request, info: LockedFile, place: Path, arrived: Callable[[int], None]) -> None:
     """Bring the file to `place`; what is there already is its beginning.
 
     Raises CheckpointError as `receive` does, with what has arrived left in place, and for content of another size or
@@ -173,7 +163,7 @@ def _download(request: Request, url: str, info: LockedFile, place: Path, arrived
     for _ in range(2 if begun else 1):
         with place.open("ab") as file:
             if file.tell() < info.size:
-                receive(request, url, file, info.size, arrived)
+                receive(request, file, info.size, arrived)
         problem = _difference(place, info)
         if problem is None:
             return
@@ -213,36 +203,27 @@ def _check_room(repo: str, folder: Path, needed: int) -> None:
         )
 
 
-def _read_json(request: Request, url: str) -> dict[str, Any]:
-    try:
-        content = json.loads(_read(request, url))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{request}: the hub's answer is not JSON: is HF_ENDPOINT the address of a hub?")
-    return content
-
-
-def _read(request: Request, url: str) -> bytes:
-    """A small answer, whole."""
-    content = io.BytesIO()
-    receive(request, url, content)
-    return content.getvalue()
-
-
-def _address(repo: str) -> str:
-    """Of the hub's facts about the repository. Raises CheckpointError for what cannot be its name."""
-    from huggingface_hub import constants, errors
+def _check_name(repo: str) -> None:
+    """Raises CheckpointError for what cannot be the name of a repository."""
+    from huggingface_hub import errors
     from huggingface_hub.utils import validate_repo_id
 
     try:
         validate_repo_id(repo)
     except errors.HFValidationError as error:
         raise CheckpointError(f"hf:{repo}: not a repository name: {error}") from None
-    return f"{constants.ENDPOINT}/api/models/{repo}"
 
 
-def _file_url(repo: str, commit: str, name: str) -> str:
-    from huggingface_hub import constants
+def _read(request: Request) -> bytes:
+    """A small answer, whole."""
+    content = io.BytesIO()
+    receive(request, content)
+    return content.getvalue()
 
-    return f"{constants.ENDPOINT}/{repo}/resolve/{commit}/{quote(name)}"
+
+def _parsed(content: bytes) -> Any:
+    """What JSON says, or the error."""
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        return error

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
+from urllib.parse import quote
 
 from mlcbuild import __version__
 from mlcbuild.errors import CheckpointError
@@ -53,45 +54,53 @@ _REFUSALS = {
 
 @dataclass(frozen=True)
 class Request:
-    """One thing to be had: a repository, at a revision, or a file of it; for addresses and for messages."""
+    """One thing to be had: the facts about a repository, at a revision, or a file of it."""
 
     repo: str
     revision: str | None = None
     file: str | None = None
 
     def __str__(self) -> str:
-        revision = f"@{self.revision}" if self.revision else ""
+        """For messages; of a commit, the beginning."""
+        commit = self.revision is not None and len(self.revision) == 40
+        revision = f"@{self.revision[:12] if commit else self.revision}" if self.revision else ""
         return f"hf:{self.repo}{revision}" + (f": {self.file}" if self.file else "")
 
+    @property
+    def url(self) -> str:
+        from huggingface_hub import constants
 
+        revision = quote(self.revision or "", safe="")
+        if self.file:
+            return f"{constants.ENDPOINT}/{self.repo}/resolve/{revision}/{quote(self.file)}"
+        return f"{constants.ENDPOINT}/api/models/{self.repo}{f'/revision/{revision}' if revision else ''}?blobs=true"
+
+
+@dataclass
 class Later(Exception):
-    """A failure that may pass, as a sentence.
+    """A failure that may pass: a sentence, the seconds that the hub asks to wait, and whether there was no answer."""
 
-    `wait` are the seconds that the hub asks for; `unreached` says that there was no answer, or only part of one.
-    """
-
-    def __init__(self, text: str, wait: float | None = None, unreached: bool = False) -> None:
-        super().__init__(text)
-        self.wait = wait
-        self.unreached = unreached
+    text: str
+    wait: float | None = None
+    unreached: bool = False
 
 
 def receive(
     request: Request,
-    url: str,
     file: BinaryIO,
     size: int | None = None,
     arrived: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Bring to the end of `file` what it lacks of `url`, `size` bytes in all; again, when the hub fails for a while.
+    """Bring to the end of `file` what it lacks of the answer, `size` bytes in all.
 
-    A server that ignores the range begins anew. `arrived` is told the bytes that are there; it ends when they are more
-    than `size`. Raises CheckpointError for a refusal, for a hub that does not recover, and when HF_HUB_OFFLINE is set.
+    Again, when the hub fails for a while; anew, when it ignores the range. `arrived` is told the bytes that are there;
+    it ends when they are more than `size`. Raises CheckpointError for a refusal, for a hub that does not recover, and
+    when HF_HUB_OFFLINE is set.
     """
     failures, before = 0, file.tell()
     while True:
         try:
-            for chunk in _missing(request, url, file, size, by_xet=not failures):
+            for chunk in _missing(request, file, size, by_xet=not failures):
                 file.write(chunk)
                 arrived(file.tell())
                 if size is not None and file.tell() > size:
@@ -105,7 +114,7 @@ def receive(
             limit = _FIRST_ATTEMPTS if error.unreached and not before else _ATTEMPTS
             if failures >= limit or wait > _PATIENCE:
                 again = f", {failures} times in a row" if failures > 1 else ""
-                raise CheckpointError(f"{request}: {hidden(str(error))}{again}") from None
+                raise CheckpointError(f"{request}: {hidden(error.text)}{again}") from None
             arrived(file.tell())  # which raises where another file of the same download is refused
             _sleep(wait)
 
@@ -118,10 +127,10 @@ def hidden(text: str) -> str:
     return text.replace(token, "(token)") if token else text
 
 
-def _missing(request: Request, url: str, file: BinaryIO, size: int | None, by_xet: bool) -> Iterator[bytes]:
+def _missing(request: Request, file: BinaryIO, size: int | None, by_xet: bool) -> Iterator[bytes]:
     """What the file lacks, in pieces as they arrive: a buffer would be lost with the connection. Raises Later."""
     headers, begin = _headers(request), file.tell()
-    with _answer(request, url, headers | ({"range": f"bytes={begin}-"} if begin else {})) as response:
+    with _answer(request, headers | ({"range": f"bytes={begin}-"} if begin else {})) as response:
         stored = _in_xet((*response.history, response)) if by_xet and size else None
         if stored is not None:
             yield from _of_xet(stored, size, begin, headers)
@@ -168,14 +177,14 @@ def _of_xet(stored: Any, size: int | None, begin: int, headers: dict[str, str]) 
 
 
 @contextmanager
-def _answer(request: Request, url: str, headers: Mapping[str, str]) -> Iterator[Any]:
+def _answer(request: Request, headers: Mapping[str, str]) -> Iterator[Any]:
     """The answer, if it is one of success. Raises Later, CheckpointError."""
     from huggingface_hub import constants, errors
     from huggingface_hub.utils import get_session
 
     try:
         with get_session().stream(
-            "GET", url, headers=headers, follow_redirects=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+            "GET", request.url, headers=headers, follow_redirects=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
         ) as response:
             if response.status_code >= 400:
                 raise _refused(request, response, "authorization" in headers)

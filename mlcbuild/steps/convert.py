@@ -52,7 +52,7 @@ def run(job: Job) -> None:
     """Raises CheckpointError when the checkpoint does not hold the parameters that its structure has."""
     model = structure.from_json(job.fields["structure"])
     files = job.inputs["checkpoint"].files
-    table = _table(files, model)
+    table = _table(job, files, model)
     scheme = prequantized.scheme(_config(files))
     if scheme is None:
         prequantized.check_absent(table)
@@ -64,9 +64,10 @@ def run(job: Job) -> None:
     (job.output / "parameters.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _table(files: Mapping[str, Entry], model: Structure) -> dict[str, TensorRef]:
+def _table(job: Job, files: Mapping[str, Entry], model: Structure) -> dict[str, TensorRef]:
     wanted = [name for parameter in parameters(model) for name in (*parameter.sources, *parameter.alternative)]
-    return with_prefix(read_table(*_paths_and_digests(files)), model.optional_prefix, [*wanted, *ignored(model)])
+    found = read_table(*_paths_and_digests(files))
+    return with_prefix(found, model.optional_prefix, [*wanted, *ignored(model)], job.note)
 
 
 def _indexed(job: Job, model: Structure, table: Mapping[str, TensorRef]) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def _indexed(job: Job, model: Structure, table: Mapping[str, TensorRef]) -> dict
         if scheme is not None:
             raise CheckpointError(f"delta_of: the base is quantized by {scheme.method}: name the unquantized one")
         try:
-            base = _table(files, model)
+            base = _table(job, files, model)
         except CheckpointError as error:
             raise CheckpointError("\n".join(f"delta_of: {line}" for line in str(error).splitlines())) from None
         changed = delta.merged(wanted, table, base, ignored(model))

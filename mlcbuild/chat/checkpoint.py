@@ -11,12 +11,12 @@ read becomes MLC's `embedding_metadata`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mlcbuild.chat.jinja import ChatTemplate, read_chat_template
-from mlcbuild.chat.tokenizer_info import TokenizerFacts, parse_json, read_json, read_tokenizer
+from mlcbuild.chat.tokenizer_info import TokenizerFacts, parse_json, read_json, read_tokenizer, special_tokens
 from mlcbuild.errors import MlcBuildError
 
 _CONFIGS = ("generation_config.json", "config.json", "mlc-chat-config.json")
@@ -30,9 +30,12 @@ _MODES = {"cls": "cls", "mean": "mean", "lasttoken": "last"}  # of `pooling_mode
 
 @dataclass(frozen=True)
 class CheckpointChat:
+    """`end_ids` end a text; `special` are the ids of the tokenizer's `bos_token` and the like."""
+
     tokenizer: TokenizerFacts
     template: ChatTemplate | None
     end_ids: tuple[int, ...]
+    special: Mapping[str, int] = field(default_factory=dict)
 
 
 def read_checkpoint_chat(files: Mapping[str, Path]) -> CheckpointChat | None:
@@ -40,8 +43,9 @@ def read_checkpoint_chat(files: Mapping[str, Path]) -> CheckpointChat | None:
     tokenizer = read_tokenizer(files)
     if tokenizer is None:
         return None
-    template = read_chat_template(files)
-    return CheckpointChat(tokenizer, template, _end_ids(files, tokenizer))
+    known = tokenizer.tokens
+    special = {name: known[text] for name, text in special_tokens(files).items() if text in known}
+    return CheckpointChat(tokenizer, read_chat_template(files), _end_ids(files, special), special)
 
 
 def embedding_metadata(files: Mapping[str, Path], default: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,17 +72,14 @@ def embedding_metadata(files: Mapping[str, Path], default: Mapping[str, Any]) ->
     return found
 
 
-def _end_ids(files: Mapping[str, Path], tokenizer: TokenizerFacts) -> tuple[int, ...]:
+def _end_ids(files: Mapping[str, Path], special: Mapping[str, int]) -> tuple[int, ...]:
     """`eos_token_id` of the first config that has one, and the tokenizer's `eos_token`."""
     ids: list[int] = []
     for name in _CONFIGS:
         if not ids and name in files:
             said = read_json(files[name]).get("eos_token_id")
             ids = [i for i in (said if isinstance(said, list) else [said]) if isinstance(i, int)]
-    if "tokenizer_config.json" in files:
-        eos = read_json(files["tokenizer_config.json"]).get("eos_token")
-        text = eos.get("content") if isinstance(eos, Mapping) else eos
-        ids += [tokenizer.tokens[text]] if isinstance(text, str) and text in tokenizer.tokens else []
+    ids += [special["eos_token"]] if "eos_token" in special else []
     return tuple(dict.fromkeys(ids))
 
 

@@ -16,7 +16,7 @@ from mlcbuild.recipes.problems import did_you_mean
 from mlcbuild.recipes.types import Catalog, Locked, Model, Source
 from mlcbuild.workspace.locking import locker, resolve
 
-_TEXTS = (*TOKENIZER_FILES, "chat_template.jinja", "config.json", "generation_config.json")
+_TEXTS = (*TOKENIZER_FILES, "chat_template.jinja", "special_tokens_map.json", "config.json", "generation_config.json")
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ class Model:
         """
         ids = self.tokenizer.encode(text)
         eos = self.config.get("eos_token_id")
-        eos = eos[0] if isinstance(eos, list) else eos
+        eos = (*eos, None)[0] if isinstance(eos, list) else eos
         how = embedding.pooling(self.config, self.network.library)
         if how.strategy == "last" and isinstance(eos, int) and self.tokenizer.encode("") == []:
             return [*ids, eos]

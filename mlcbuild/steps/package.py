@@ -16,7 +16,8 @@ from mlcbuild.chat.checkpoint import CheckpointChat, embedding_metadata, read_ch
 from mlcbuild.chat.config import TOKENIZER_FILES, chat_config, to_text
 from mlcbuild.chat.conversation import Conversation, from_data
 from mlcbuild.chat.derive import AUTO, derive
-from mlcbuild.chat.tokenizer_info import read_json
+from mlcbuild.chat.jinja import CHAT_TEMPLATE
+from mlcbuild.chat.tokenizer_info import SPECIAL_MAP, read_json
 from mlcbuild.engine.job import Job, Tree
 from mlcbuild.errors import MlcBuildError
 
@@ -67,7 +68,7 @@ def run(job: Job) -> None:
         )
     folder = job.output / weights
     folder.mkdir()
-    for file in [*present, *(["chat_template.jinja"] if "chat_template.jinja" in checkpoint else [])]:
+    for file in [*present, *(name for name in (CHAT_TEMPLATE, SPECIAL_MAP) if name in checkpoint)]:
         # Copied: a local checkpoint's files belong to the user and may change after the package is made.
         shutil.copyfile(checkpoint.path(file), folder / file)
     present += _rwkv_tokenizer(job, folder)
@@ -80,6 +81,7 @@ def run(job: Job) -> None:
         present,
         [read_json(checkpoint.path(name)) for name in _CONFIGS if name in checkpoint],
         _embedding(job),
+        chat.special,
     )
     (folder / "mlc-chat-config.json").write_text(to_text(config), encoding="utf-8")
 

@@ -11,12 +11,21 @@ read becomes MLC's `embedding_metadata`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mlcbuild.chat.conversation import Conversation
 from mlcbuild.chat.jinja import ChatTemplate, read_chat_template
-from mlcbuild.chat.tokenizer_info import TokenizerFacts, parse_json, read_json, read_tokenizer, special_tokens
+from mlcbuild.chat.tokenizer_info import (
+    CONFIG,
+    TokenizerFacts,
+    first_tokens,
+    parse_json,
+    read_json,
+    read_tokenizer,
+    special_tokens,
+)
 from mlcbuild.errors import MlcBuildError
 
 _CONFIGS = ("generation_config.json", "config.json", "mlc-chat-config.json")
@@ -30,12 +39,14 @@ _MODES = {"cls": "cls", "mean": "mean", "lasttoken": "last"}  # of `pooling_mode
 
 @dataclass(frozen=True)
 class CheckpointChat:
-    """`end_ids` end a text; `special` are the ids of the tokenizer's `bos_token` and the like."""
+    """`end_ids` end a text, `begin_ids` are what the tokenizer itself puts before one; `special` are the ids of its
+    `bos_token` and the like."""
 
     tokenizer: TokenizerFacts
     template: ChatTemplate | None
     end_ids: tuple[int, ...]
     special: Mapping[str, int] = field(default_factory=dict)
+    begin_ids: tuple[int, ...] = ()
 
 
 def read_checkpoint_chat(files: Mapping[str, Path]) -> CheckpointChat | None:
@@ -45,7 +56,16 @@ def read_checkpoint_chat(files: Mapping[str, Path]) -> CheckpointChat | None:
         return None
     known = tokenizer.tokens
     special = {name: known[text] for name, text in special_tokens(files).items() if text in known}
-    return CheckpointChat(tokenizer, read_chat_template(files), _end_ids(files, special), special)
+    ends, begins = _end_ids(files, special), _begin_ids(files, special)
+    return CheckpointChat(tokenizer, read_chat_template(files), ends, special, begins)
+
+
+def with_ends(conversation: Conversation, checkpoint: CheckpointChat) -> Conversation:
+    """A template that writes text as it is begins and ends it as the checkpoint does, whose ids no template knows."""
+    if any(conversation.roles.values()) or any(conversation.seps):
+        return conversation
+    begins, ends = checkpoint.begin_ids, checkpoint.end_ids
+    return replace(conversation, system_prefix_token_ids=list(begins) or None, stop_token_ids=list(ends))
 
 
 def embedding_metadata(files: Mapping[str, Path], default: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,6 +101,17 @@ def _end_ids(files: Mapping[str, Path], special: Mapping[str, int]) -> tuple[int
             ids = [i for i in (said if isinstance(said, list) else [said]) if isinstance(i, int)]
     ids += [special["eos_token"]] if "eos_token" in special else []
     return tuple(dict.fromkeys(ids))
+
+
+def _begin_ids(files: Mapping[str, Path], special: Mapping[str, int]) -> tuple[int, ...]:
+    """`bos_token`, where tokenizer_config.json, or else the tokenizer, says that a text begins with it."""
+    config = read_json(files[CONFIG]) if CONFIG in files else {}
+    adds = config.get("add_bos_token")
+    if adds is None and "tokenizer.json" in files:
+        adds = special_tokens(files).get("bos_token") in first_tokens(read_json(files["tokenizer.json"]))
+    elif adds is None:
+        adds = "tokenizer.model" in files  # as sentencepiece's tokenizers do
+    return (special["bos_token"],) if adds and "bos_token" in special else ()
 
 
 def _strategy(config: Mapping[str, Any], name: str) -> str:

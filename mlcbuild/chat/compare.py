@@ -75,7 +75,10 @@ def compare(conversation: Conversation, checkpoint: CheckpointChat) -> TemplateR
 
 
 def stop_problems(conversation: Conversation, tokenizer: TokenizerFacts) -> list[str]:
-    """Stop tokens that this tokenizer has not, or has as something else: replies would not end, or end too soon."""
+    """Stop tokens that this tokenizer has not, or has as something else: replies would not end, or end too soon.
+
+    And tokens before a conversation that are no special ones.
+    """
     found = unknown_stops(
         conversation.stop_token_ids,
         conversation.stop_str,
@@ -83,6 +86,11 @@ def stop_problems(conversation: Conversation, tokenizer: TokenizerFacts) -> list
         tokenizer.special,
         conversation.seps,
     )
+    for i in conversation.system_prefix_token_ids or ():
+        if i not in tokenizer.special:
+            text = tokenizer.text(i)
+            known = "not in the tokenizer" if text is None else f"{text!r} in this tokenizer"
+            found.append(f"a conversation begins with token id {i}, which is {known}")
     return [
         f"template {conversation.name}: {each}: choose the template that the model was trained with" for each in found
     ]

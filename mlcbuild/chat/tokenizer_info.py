@@ -113,6 +113,12 @@ def vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int]:
     return tokens
 
 
+def first_tokens(tokenizer: Mapping[str, Any]) -> set[str]:
+    """The special tokens that tokenizer.json puts before a text."""
+    singles = [step.get("single") or [{}] for step in _steps(tokenizer, "post_processor", "processors")]
+    return {single[0].get("SpecialToken", {}).get("id") for single in singles} - {None}
+
+
 def special_tokens(files: Mapping[str, Path]) -> dict[str, str]:
     """The texts of `bos_token` and the like: those of tokenizer_config.json.
 

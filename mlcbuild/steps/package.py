@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlcbuild.chat import rwkv_vocabulary
-from mlcbuild.chat.checkpoint import CheckpointChat, embedding_metadata, read_checkpoint_chat
+from mlcbuild.chat.checkpoint import CheckpointChat, embedding_metadata, read_checkpoint_chat, with_ends
 from mlcbuild.chat.config import TOKENIZER_FILES, chat_config, to_text
 from mlcbuild.chat.conversation import Conversation, from_data
 from mlcbuild.chat.derive import AUTO, derive
@@ -126,7 +126,7 @@ def library_file(tree: Tree) -> tuple[str, Any]:
 def _conversation(job: Job, chat: CheckpointChat) -> Conversation:
     template: Mapping[str, Any] = job.fields["template"]
     if template["name"] != AUTO:
-        return from_data(template["name"], template)
+        return with_ends(from_data(template["name"], template), chat)
     derived = derive(chat)
     for note in derived.notes:
         job.note(f"template {AUTO}: {note}")

@@ -14,6 +14,7 @@ from mlcbuild.chat.conversation import from_data
 from mlcbuild.chat.tokenizer_info import json_tokenizer
 from mlcbuild.engine.job import Job, local_job
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.recipes.load import load
 from mlcbuild.steps import package
 from tests.chat import chats
 from tests.chat.sentencepieces import sentencepiece_model
@@ -31,6 +32,7 @@ TOKENIZER = {
     "added_tokens": [{"id": 2, "content": "<end>"}],
     "decoder": {"type": "ByteLevel"},
 }
+TEMPLATES = load(Path(__file__).parents[2]).templates
 FIELDS = {
     "model": "tiny",
     "quantization": "q4f16_1",
@@ -241,6 +243,35 @@ def test_ends_of_text_that_only_the_tokenizer_names(tmp_path: Path, config: dict
     }
     found = written(tmp_path, checkpoint)
     assert (found["bos_token_id"], found["eos_token_id"]) == ids
+
+
+_BOS_FIRST = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<bos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+}
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "config", "begin", "end"),
+    [
+        ({"post_processor": _BOS_FIRST}, {}, [2], [1]),
+        ({"post_processor": {"type": "Sequence", "processors": [{"type": "ByteLevel"}, _BOS_FIRST]}}, {}, [2], [1]),
+        ({"post_processor": _BOS_FIRST}, {"add_bos_token": False}, None, [1]),
+        ({}, {"add_bos_token": True}, [2], [1]),
+        ({}, {"eos_token": None}, None, []),
+    ],
+)
+def test_text_as_it_is_begins_and_ends_as_the_checkpoint_says(
+    tmp_path: Path, tokenizer: dict[str, Any], config: dict[str, Any], begin: list[int] | None, end: list[int]
+) -> None:
+    """FAULTS A9: MLC's LM has llama's ids, which are a Gemma's the other way round."""
+    tokens = [{"id": i, "content": text, "special": True} for i, text in enumerate(("<pad>", "<eos>", "<bos>"))]
+    files = {
+        "tokenizer.json": {"model": {"vocab": {}}, "added_tokens": tokens, **tokenizer},
+        "tokenizer_config.json": {"bos_token": "<bos>", "eos_token": "<eos>", **config},
+    }
+    template = written(tmp_path, files, template={"name": "LM", **TEMPLATES["LM"].data})["conv_template"]
+    assert (template["system_prefix_token_ids"], template["stop_token_ids"]) == (begin, end)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from mlcbuild.recipes.types import Catalog, Locked, Model, Source
 from mlcbuild.workspace.hub_locks import locker, resolve
 
 _POOLING = ("modules.json", "1_Pooling/config.json")  # of sentence-transformers
-_TEXTS = (*TOKENIZER_FILES, "chat_template.jinja", "config.json", "generation_config.json", *_POOLING)
+_CHAT = ("chat_template.jinja", "special_tokens_map.json", "config.json", "generation_config.json")
+_TEXTS = (*TOKENIZER_FILES, *_CHAT, *_POOLING)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from mlcbuild.chat.checkpoint import CheckpointChat, read_checkpoint_chat
-from mlcbuild.chat.pooling import embedding_metadata
+from mlcbuild.chat.checkpoint import CheckpointChat, embedding_metadata, read_checkpoint_chat
 from mlcbuild.checkpoints.index import index, with_prefix
 from mlcbuild.checkpoints.table import read_table
 from mlcbuild.errors import MlcBuildError

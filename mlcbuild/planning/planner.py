@@ -43,7 +43,7 @@ _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_m
 STEPS = "mlcbuild.steps"  # the package with one module per kind of step
 _TEXT_FILES = (
     *TOKENIZER_FILES,
-    *("chat_template.jinja", "config.json", "generation_config.json"),
+    *("chat_template.jinja", "special_tokens_map.json", "config.json", "generation_config.json"),
     *("rwkv_vocab_v*.txt", "modules.json", "*_Pooling/config.json"),
 )
 # The reference that every package is compared with: unquantized, on a machine that everybody has.

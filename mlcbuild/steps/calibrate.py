@@ -12,9 +12,9 @@ from mlcbuild.engine.job import Job
 from mlcbuild.models import structure
 from mlcbuild.runtime.tokenizer import load_tokenizer
 from mlcbuild.verify import evaluate
-from mlcbuild.verify.blocks import Blocks
 from mlcbuild.verify.importance import importance
-from mlcbuild.verify.unquantized import Unquantized
+from mlcbuild.verify.pieces import Pieces
+from mlcbuild.verify.tensors import Unquantized
 
 VERSION = 1
 TOOLS = ("apache-tvm", "apache-tvm-ffi", "numpy", "safetensors", "sentencepiece", "tokenizers")
@@ -26,12 +26,12 @@ def run(job: Job) -> None:
     """Raises MlcBuildError for a text with nothing in it, and for a model that computes NaN or Inf."""
     model = structure.from_json(job.fields["structure"])
     (library,) = job.folder(job.inputs["blocks"], job.scratch / "blocks").glob("model.*")
-    blocks = Blocks(library)
+    pieces = Pieces(library)
     (text,) = job.inputs["text"].files.values()
     tokenizer = load_tokenizer(job.folder(job.inputs["checkpoint"], job.scratch / "checkpoint"))
     documents = evaluate.documents(text.path.read_text(encoding="utf-8"), tokenizer)
     windows, tokens = [], 0
-    for window in evaluate.windows(documents, min(blocks.window, model.context_window_size)):
+    for window in evaluate.windows(documents, min(pieces.window, model.context_window_size)):
         if tokens + len(window) > _TOKENS:
             job.note(f"the calibration text is long: its first {tokens} tokens are enough")
             break
@@ -39,7 +39,7 @@ def run(job: Job) -> None:
         tokens += len(window)
     found = importance(
         model,
-        blocks,
+        pieces,
         Unquantized(job.inputs["convert"].read_json("parameters.json"), job.materials),
         windows,
         lambda done, total: job.progress(done, total, "layers"),

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from mlcbuild.chat import rwkv_vocabulary
-from mlcbuild.chat.checkpoint import CheckpointChat, read_checkpoint_chat
+from mlcbuild.chat.checkpoint import CheckpointChat, embedding_metadata, read_checkpoint_chat, with_ends
 from mlcbuild.chat.config import TOKENIZER_FILES, chat_config, to_text
 from mlcbuild.chat.conversation import Conversation, from_data
 from mlcbuild.chat.derive import AUTO, derive
-from mlcbuild.chat.pooling import embedding_metadata
-from mlcbuild.chat.tokenizer_info import read_json
+from mlcbuild.chat.jinja import CHAT_TEMPLATE
+from mlcbuild.chat.tokenizer_info import SPECIAL_MAP, read_json
 from mlcbuild.engine.job import Job, Tree
 from mlcbuild.errors import MlcBuildError
 
@@ -70,7 +70,7 @@ def run(job: Job) -> None:
         )
     folder = job.output / weights
     folder.mkdir()
-    for file in [*present, *(["chat_template.jinja"] if "chat_template.jinja" in checkpoint else [])]:
+    for file in [*present, *(name for name in (CHAT_TEMPLATE, SPECIAL_MAP) if name in checkpoint)]:
         # Copied: a local checkpoint's files belong to the user and may change after the package is made.
         shutil.copyfile(checkpoint.path(file), folder / file)
     present += _rwkv_tokenizer(job, folder)
@@ -83,6 +83,7 @@ def run(job: Job) -> None:
         present,
         [read_json(checkpoint.path(name)) for name in _CONFIGS if name in checkpoint],
         _embedding(job),
+        chat.special,
     )
     (folder / "mlc-chat-config.json").write_text(to_text(config), encoding="utf-8")
     if job.has_entry:
@@ -129,7 +130,7 @@ def library_file(tree: Tree) -> tuple[str, Any]:
 def _conversation(job: Job, chat: CheckpointChat) -> Conversation:
     template: Mapping[str, Any] = job.fields["template"]
     if template["name"] != AUTO:
-        return from_data(template["name"], template)
+        return with_ends(from_data(template["name"], template), chat)
     derived = derive(chat)
     for note in derived.notes:
         job.note(f"template {AUTO}: {note}")

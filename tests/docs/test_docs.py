@@ -14,7 +14,7 @@ import yaml
 from mlcbuild.doit_face import variables
 from mlcbuild.recipes.load import check, render
 from mlcbuild.reporting import events
-from mlcbuild.verify import quality
+from mlcbuild.verify import evaluate
 from tests.docs.pages import DOCS, PAGES, ROOT, Block, blocks, code, table
 
 SNIPPETS = {page.name: [b for b in blocks(page.read_text()) if b.language == "yaml"] for page in PAGES}
@@ -107,7 +107,7 @@ def test_the_bounds_of_verification() -> None:
     described = {code(row[0])[0]: tuple(row[1:]) for row in rows}
     real = {
         name: (f"{b.warn_kl:g}", f"{b.fail_kl:g}", f"{b.fail_perplexity_increase:.1%}")
-        for name, b in quality.BOUNDS.items()
+        for name, b in evaluate.BOUNDS.items()
     }
     assert described == real
 

@@ -21,7 +21,7 @@ from mlcbuild.quantization.stream import quantize
 from mlcbuild.quantization.tensor_cache import read_tensors
 from mlcbuild.recipes.load import load
 from mlcbuild.recipes.types import Quantization
-from mlcbuild.verify.unquantized import Unquantized
+from mlcbuild.verify.tensors import Unquantized
 from tests.checkpoints.files import write
 
 Arrays = dict[str, npt.NDArray[Any]]

@@ -1,4 +1,4 @@
-"""Tensors that no file has as they are needed, and that are made: merged, or laid out row by row.
+"""Tensors that no file has as they are needed, and that are computed: merged, or laid out row by row.
 
 They are placed one after the other in files `tensors-N.bin` of the convert step, and written piece by piece, so that
 memory does not grow with the model.
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlcbuild.checkpoints.header import TensorRef
-from mlcbuild.checkpoints.mapped import FLOATS, MappedFile
+from mlcbuild.checkpoints.mapped import FLOATS, view
 
 FILE_BYTES = 4 << 30  # a file is closed once it has this many bytes
 PIECE = 1 << 18  # elements that are worked on at once: their float32 values fit in a core's cache
@@ -26,8 +26,8 @@ _ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
-class Made:
-    """A tensor and how it is made: its rows in order, in pieces, of `target`'s dtype (bfloat16 as uint16)."""
+class Computed:
+    """A tensor and how it is computed: its rows in order, in pieces, of `target`'s dtype (bfloat16 as uint16)."""
 
     target: TensorRef
     pieces: Callable[[], Iterator[npt.NDArray[Any]]]
@@ -41,31 +41,20 @@ def row_pieces(shape: tuple[int, ...]) -> Iterator[slice]:
         yield slice(start, min(rows, start + step))
 
 
-def strided(table: Mapping[str, TensorRef], needed: Collection[str]) -> list[Made]:
+def strided(table: Mapping[str, TensorRef], needed: Collection[str]) -> list[Computed]:
     """The needed tensors that lie in their file in another order than row by row."""
     return [
-        Made(ref, partial(_rows, ref))
+        Computed(ref, partial(_rows, ref))
         for name, ref in table.items()
         if ref.strides is not None and name in needed and ref.dtype in FLOATS
     ]
 
 
-def view(ref: TensorRef) -> npt.NDArray[Any]:
-    """The tensor as a mapped array of its shape, whatever its order; bfloat16 as uint16. Its dtype is of FLOATS."""
-    dtype, storage = FLOATS[ref.dtype]
-    if ref.strides is None or not ref.nbytes:
-        return MappedFile(ref.path).view(ref.offset, ref.nbytes // storage.itemsize, dtype).reshape(ref.shape)
-    last = sum((size - 1) * stride for size, stride in zip(ref.shape, ref.strides, strict=True))
-    flat = MappedFile(ref.path).view(ref.offset, last + 1, dtype)
-    strides = [stride * storage.itemsize for stride in ref.strides]
-    return np.lib.stride_tricks.as_strided(flat, ref.shape, strides, writeable=False)
-
-
-def place(made: Iterable[Made]) -> list[Made]:
+def place(computed: Iterable[Computed]) -> list[Computed]:
     """The same with `target` saying where in which file of the convert step they will be."""
-    placed: list[Made] = []
+    placed: list[Computed] = []
     number, end = 0, 0
-    for each in made:
+    for each in computed:
         if end >= FILE_BYTES:
             number, end = number + 1, 0
         offset = -(-end // _ALIGNMENT) * _ALIGNMENT
@@ -77,11 +66,11 @@ def place(made: Iterable[Made]) -> list[Made]:
 
 
 def write(
-    made: Iterable[Made], folder: Path, progress: Callable[[int, int], None] = lambda done, total: None
+    computed: Iterable[Computed], folder: Path, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, TensorRef]:
-    """Make the placed tensors; what they then are, by name, with the sha256 of their files as `blob`."""
-    by_file: dict[str, list[Made]] = {}
-    for each in made:
+    """Compute the placed tensors; what they then are, by name, with the sha256 of their files as `blob`."""
+    by_file: dict[str, list[Computed]] = {}
+    for each in computed:
         by_file.setdefault(each.target.file, []).append(each)
     total = sum(each.target.nbytes for group in by_file.values() for each in group)
     done = 0

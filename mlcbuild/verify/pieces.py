@@ -25,7 +25,7 @@ _PAGE_SIZE = 16
 _SEQUENCE = 0  # the number of the only one
 
 
-class Blocks:
+class Pieces:
     """An opened library of pieces with a KV cache for one sequence, in which each kind of layer has a place."""
 
     def __init__(self, path: Path) -> None:

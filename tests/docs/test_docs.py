@@ -17,12 +17,16 @@ from mlcbuild.verify import quality
 from mlcbuild.workspace import variables
 from tests.docs.pages import DOCS, PAGES, ROOT, Block, blocks, code, table
 
-SNIPPETS = {page.name: [b for b in blocks(page.read_text()) if b.language == "yaml"] for page in PAGES}
+# What a visitor of the repository reads before the pages of docs/.
+DOORS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")]
+SNIPPETS = {
+    page.name: [b for b in blocks(page.read_text()) if b.language == "yaml"] for page in (*PAGES, ROOT / "README.md")
+}
 WITH_SNIPPETS = sorted(name for name, found in SNIPPETS.items() if found)
 
 
 def page(name: str) -> str:
-    return (DOCS / name).read_text()
+    return ((ROOT if name == "README.md" else DOCS) / name).read_text()
 
 
 def write(root: Path, snippet: Block) -> None:
@@ -118,7 +122,7 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*PAGES, *DOORS], ids=lambda path: path.name)
 def test_links_lead_somewhere(path: Path) -> None:
     missing = []
     for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):

@@ -119,8 +119,8 @@ def test_the_bounds_of_verification() -> None:
 def test_the_figures_of_the_readme_are_those_that_were_measured() -> None:
     heads = ("", "decode, 1 thread", "2 threads", "prefill, 1 thread", "2 threads")
     shown = {row[0]: [cell.strip("*") for cell in row[1:]] for row in table(page("README.md"), *heads)}
-    heads = ("", "decode, 1 thread", "of read", "prefill, 1", "decode, 2", "prefill, 2", "load", "resident")
-    measured = {row[0]: [row[1], row[4], row[3], row[5]] for row in table(page("performance.md"), *heads)}
+    of_all = ("", "decode, 1 thread", "of read", "prefill, 1", "decode, 2", "prefill, 2", "load", "resident")
+    measured = {row[0]: [row[1], row[4], row[3], row[5]] for row in table(page("performance.md"), *of_all)}
     assert shown == {
         "mlcbuild `q4f16_1`": measured["q4f16_1"],
         "llama.cpp `Q4_0`": measured["llama.cpp Q4_0"],

@@ -17,10 +17,9 @@ from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 from rich.text import Text
 
-from mlcbuild.reporting.live import STYLES
-
 PICTURE = Path(__file__).parents[1] / "docs" / "first-build.svg"
 WIDTH = 92
+STYLES = {"ok": "green", "--": "dim"}  # as on a terminal
 COMMANDS = (
     "doit build",
     'mlcbuild generate dist/stories-cpu --prompt "Once upon a time" --max-tokens 70',

@@ -21,23 +21,21 @@ _NAMES_HELP = "recipe names and globs, with commas"
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser], add: Add) -> None:
     """Put the commands among the others."""
-    gc = add(commands, "gc", _gc, "shrink the cache to a size: what was used least recently goes first")
-    gc.add_argument(
-        "--max-size", required=True, metavar="SIZE", help="how large the cache may be, like 20G, 500M or 1.5TiB"
-    )
-    gc.add_argument("--dry-run", action="store_true", help="remove nothing, say what would go")
+    gc = add(commands, "gc", _gc, "remove what was used least recently from the cache, down to a size")
+    gc.add_argument("--max-size", required=True, metavar="SIZE", help="what may stay, like 20G, 500M or 1.5TiB")
+    gc.add_argument("--dry-run", action="store_true", help="only say what would go")
 
-    pin = add(commands, "pin", _pin, "keep what recipes are built from now: gc does not remove it")
+    pin = add(commands, "pin", _pin, "keep what recipes are built from, as it is now, out of gc's reach")
     pin.add_argument("recipe", metavar="NAME", help=_NAMES_HELP)
 
-    unpin = add(commands, "unpin", _unpin, "undo a pin: gc may remove it again")
+    unpin = add(commands, "unpin", _unpin, "let gc have again what was pinned")
     unpin.add_argument("recipe", metavar="NAME", help=_NAMES_HELP)
 
-    cache = add(commands, "cache", _stats, "check the cache, show what is in it, or upload from it")
+    cache = add(commands, "cache", _stats, "check the cache, or say what is in it")
     verbs = cache.add_subparsers(dest="verb", required=True, metavar="VERB")
-    verify = add(verbs, "verify", _verify, "read every file in the cache, and remove the damaged ones")
-    figures = add(verbs, "stats", _stats, "show sizes and counts by kind of step, hits, and what gc must keep")
-    push = add(verbs, "push", _push, "upload what recipes are built from to the shared cache")
+    verify = add(verbs, "verify", _verify, "read every blob, and remove those that are not what their name says")
+    figures = add(verbs, "stats", _stats, "sizes and counts by kind of step, hits, and what is held")
+    push = add(verbs, "push", _push, "put what recipes are built from into the shared cache, where it is not there")
     push.add_argument("recipe", metavar="NAME", help=_NAMES_HELP)
     push.add_argument("--remote", metavar="URL", help="the shared cache (default: MLCBUILD_REMOTE)")
     for parser in (push, gc, pin, unpin, verify, figures):

@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mlcbuild {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    check = _add(commands, "check", _check, "report every problem in the workspace's YAML files")
+    check = _add(commands, "check", _check, "say everything that is wrong with the workspace's YAML files")
     check.add_argument("folder", nargs="?", type=Path, default=Path(), help="a folder in the workspace (default: here)")
 
     doctor = _add(commands, "doctor", _doctor, "say which targets this machine can build for, and what the others need")
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     init = _add(commands, "init", _init, "make a new workspace")
     init.add_argument("folder", type=Path, metavar="DIR")
 
-    why = _add(commands, "why", _why, "say for each step of a recipe whether it would run, and what has changed")
+    why = _add(commands, "why", _why, "say for each step of a recipe whether it would run, and what changed if so")
     why.add_argument("recipe", metavar="NAME", help="recipe names and globs, with commas")
     why.add_argument("--cache", type=Path, help=_CACHE_HELP)
 
@@ -62,16 +62,14 @@ def _parser() -> argparse.ArgumentParser:
     add_commands(commands, _add)
     cli_report.add_commands(commands, _add)
 
-    lock = _add(commands, "lock", _lock, "write which commits of hub repositories are built to recipes/recipes.lock")
+    lock = _add(commands, "lock", _lock, "pin the hub repositories of models in recipes/recipes.lock")
     lock.add_argument("models", nargs="*", metavar="MODEL", help="names and globs (default: every recipe's model)")
-    lock.add_argument(
-        "--update", action="store_true", help="also move locked models to the newest commit of their branch"
-    )
+    lock.add_argument("--update", action="store_true", help="move locked ones to where their branch is now")
     lock.add_argument("--cache", type=Path, help=_CACHE_HELP)
 
     generate = _add(commands, "generate", _generate, "run a package: print what it writes after a prompt")
     generate.add_argument("folder", type=Path, help="a package (dist/NAME), or a folder of weights with --library")
-    generate.add_argument("--prompt", required=True, help="the text to continue, or with --chat the user's message")
+    generate.add_argument("--prompt", required=True, help="the text to go on from, or with --chat the user's message")
     generate.add_argument("--chat", action="store_true", help="apply the package's conversation template")
     generate.add_argument("--library", type=Path, help="the compiled library, where it is not in the folder")
     generate.add_argument("--max-tokens", type=int, default=256, metavar="N", help="stop after N tokens (default 256)")
@@ -81,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest P (default 1)"
     )
-    generate.add_argument("--seed", type=int, help="seed of the sampling: the same seed gives the same text")
+    generate.add_argument("--seed", type=int, help="of the sampling, for the same text again")
     generate.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: physical cores)")
 
     compare = _add(commands, "compare", _compare, "print two packages' figures side by side")

@@ -21,10 +21,10 @@ Add = Callable[["argparse._SubParsersAction[argparse.ArgumentParser]", str, Run,
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser], add: Add) -> None:
     """Put the commands among the others."""
-    new = add(commands, "new", _new, "write the model file of a checkpoint, and say what is left for you to decide")
+    new = add(commands, "new", _new, "write the model file of a checkpoint, and say what it does not know")
     new.add_argument("checkpoint", metavar="HF_ID_OR_PATH", help="owner/name on the hub, or a folder")
     new.add_argument("--name", help="the model's name (default: the repository's or the folder's, in lower case)")
-    new.add_argument("--delta-of", metavar="BASE", help="the checkpoint holds only the difference to this one")
+    new.add_argument("--delta-of", metavar="BASE", help="the checkpoint is the difference to this one")
     new.add_argument("--lora", metavar="ADAPTER", help="merge the checkpoint with this adapter: owner/name or a folder")
     new.add_argument("--template", metavar="NAME", help="a conversation template (default: guessed from the tokenizer)")
     new.add_argument(
@@ -32,14 +32,12 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser], 
     )
     new.add_argument("--dry-run", action="store_true", help="print the file and write nothing")
 
-    inspect = add(
-        commands, "inspect", _inspect, "show what a checkpoint or a library is, and which libraries it could share"
-    )
+    inspect = add(commands, "inspect", _inspect, "show what a checkpoint or a library is, and what it could share")
     inspect.add_argument(
         "checkpoint", metavar="HF_ID_OR_PATH", help="owner/name on the hub, a folder, a model's name, a library"
     )
-    inspect.add_argument("--weights", type=Path, metavar="FOLDER", help="check that the library fits these weights")
-    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.add_argument("--weights", type=Path, metavar="FOLDER", help="of a library: check that it takes these")
+    inspect.add_argument("--json", action="store_true", help="as JSON")
 
     for parser in (new, inspect):
         parser.add_argument("--revision", metavar="REV", help="a branch, tag or commit (default: the main branch)")

@@ -32,20 +32,18 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser], 
         )
         for axis in _AXES:
             command.add_argument(
-                f"--{axis}", metavar="NAME", help=f"only recipes with this {axis}: names and globs, with commas"
+                f"--{axis}", metavar="NAME", help=f"only recipes with such a {axis}: names and globs, with commas"
             )
         command.add_argument("--changed", metavar="REV", help="only recipes whose files differ from this git revision")
         command.add_argument(
             "--cache", type=Path, help="the cache folder (default: MLCBUILD_CACHE, or the workspace's cache/)"
         )
-    matrix.add_argument("--json", action="store_true", help="print JSON")
-    matrix.add_argument(
-        "--emit", choices=["github"], help="print the steps, each once, as matrices of jobs for this CI system"
-    )
+    matrix.add_argument("--json", action="store_true", help="as JSON")
+    matrix.add_argument("--emit", choices=["github"], help="the unique steps, as matrices of a CI system's jobs")
 
     report = add(commands, "report", _report, "make an HTML page or a Markdown summary of builds' JSON logs")
     report.add_argument(
-        "logs", nargs="+", type=Path, metavar="LOG.jsonl", help="files that log_json= wrote, the oldest first"
+        "logs", nargs="+", type=Path, metavar="LOG.jsonl", help="what log_json= wrote, the oldest first"
     )
     report.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="FILE.html or FILE.md (default: Markdown to the screen)"

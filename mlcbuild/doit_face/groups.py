@@ -32,7 +32,7 @@ LOG_JSON = {
     "long": "log-json",
     "type": str,
     "default": "",
-    "help": "append one JSON object per event to this file (also: log_json=FILE, or MLCBUILD_LOG_JSON)",
+    "help": "append one JSON object per event to this file (also: log_json=FILE, or MLCBUILDLOG_JSON)",
 }
 
 

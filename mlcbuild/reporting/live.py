@@ -27,7 +27,7 @@ from mlcbuild.reporting.events import (
 )
 from mlcbuild.reporting.plain import amount, line, plain
 
-STYLES = {"ok": "green", "--": "dim", "!!": "bold red", "??": "yellow"}
+_STYLES = {"ok": "green", "--": "dim", "!!": "bold red", "??": "yellow"}
 
 
 @dataclass
@@ -73,7 +73,7 @@ def live(stream: TextIO) -> Report:
             if isinstance(event, RunFinished):
                 display.stop()
             if text:
-                console.print(Text(text, STYLES.get(text[:2], "")))
+                console.print(Text(text, _STYLES.get(text[:2], "")))
 
     return report
 

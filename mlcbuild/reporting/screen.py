@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from typing import TextIO
 
 from mlcbuild.reporting.events import Event, Report, StepStarted, StepWaiting
@@ -15,16 +14,13 @@ def screen(stream: TextIO) -> Report:
     if not stream.isatty() or os.environ.get("TERM") == "dumb":
         return plain(stream)
     current, drawing = plain(stream), False
-    lock = threading.Lock()  # steps that start together must not open a display each
 
     def report(event: Event) -> None:
         nonlocal current, drawing
         if not drawing and isinstance(event, StepStarted | StepWaiting):
-            with lock:
-                if not drawing:
-                    from mlcbuild.reporting.live import live  # a tenth of a second: a build with nothing to do saves it
+            from mlcbuild.reporting.live import live  # a tenth of a second that a build with nothing to do saves
 
-                    current, drawing = live(stream), True
+            current, drawing = live(stream), True
         current(event)
 
     return report

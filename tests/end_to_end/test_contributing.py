@@ -33,7 +33,11 @@ def apply(patch: str, copy: Path) -> list[str]:
 @pytest.mark.slow
 def test_a_kind_of_step_is_a_file_and_a_place_in_the_planner(copy: Path, tmp_path: Path, shared_cache: Path) -> None:
     (patch,) = [patch for patch in PATCHES if "mlcbuild/steps/sums.py" in patch]
-    assert apply(patch, copy) == ["mlcbuild/steps/sums.py", "mlcbuild/planning/planner.py"]
+    assert apply(patch, copy) == [
+        "mlcbuild/steps/sums.py",
+        "mlcbuild/planning/planner.py",
+        "mlcbuild/planning/backends.py",
+    ]
     environment = {"PYTHONPATH": str(copy)}
     Workspace(tmp_path, shared_cache).run("mlcbuild", "init", "mine", environment=environment)
     workspace = Workspace(tmp_path / "mine", shared_cache)
@@ -47,6 +51,35 @@ def test_a_kind_of_step_is_a_file_and_a_place_in_the_planner(copy: Path, tmp_pat
         ["sha256sum", "--check", "--quiet"], input=sums[0], text=True, cwd=workspace.root / "dist" / "stories-cpu"
     )
     assert checked.returncode == 0
+
+
+@pytest.mark.slow
+def test_a_backend_is_a_folder_a_line_and_a_target(copy: Path, tmp_path: Path, shared_cache: Path) -> None:
+    (patch,) = [patch for patch in PATCHES if "mlcbuild/compiler/opencl" in patch]
+    touched = apply(patch, copy)
+    assert [name for name in touched if not name.startswith("mlcbuild/compiler/opencl/")] == [
+        "recipes/targets/opencl-small.yaml",
+        "mlcbuild/planning/backends.py",
+    ]
+    environment = {"PYTHONPATH": str(copy)}
+    Workspace(tmp_path, shared_cache).run("mlcbuild", "init", "mine", environment=environment)
+    workspace = Workspace(tmp_path / "mine", shared_cache)
+    workspace.write("recipes/small.yaml", "model: stories\nquantization: q4f16_1\ntarget: opencl-small\n")
+    workspace.doit("library", "recipe=small", environment=environment)
+    assert _lowered(workspace, environment) == "hit"
+    # Without the line the device has the backend of all GPUs, whose code is another.
+    table = copy / "mlcbuild" / "planning" / "backends.py"
+    lines = [line for line in table.read_text().splitlines(keepends=True) if not line.startswith('    "opencl"')]
+    table.write_text("".join(lines))
+    assert _lowered(workspace, environment) == "miss"
+
+
+def _lowered(workspace: Workspace, environment: dict[str, str]) -> str:
+    """Whether the recipe's module is in the cache."""
+    said = workspace.run("mlcbuild", "why", "small", environment=environment).stdout
+    answers = [line.split() for line in said.splitlines() if line.startswith(("hit", "miss"))]
+    (answer,) = [answer for answer, task in answers if task.startswith("lower:") and task.endswith("-opencl-small")]
+    return answer
 
 
 def _is_sums(path: Path) -> bool:

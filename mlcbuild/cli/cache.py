@@ -100,18 +100,18 @@ def _place(options: argparse.Namespace) -> tuple[Path, Store]:
         raise MlcBuildError(f"{folder}: cannot be used as a cache: {error.strerror}") from None
 
 
-_SIZE = arg("--max-size", required=True, metavar="SIZE", help="what may stay, like 20G, 500M or 1.5TiB")
-_DRY_RUN = arg("--dry-run", action="store_true", help="only say what would go")
+_SIZE = arg("--max-size", required=True, metavar="SIZE", help="how large the cache may be, like 20G, 500M or 1.5TiB")
+_DRY_RUN = arg("--dry-run", action="store_true", help="remove nothing, say what would go")
 _REMOTE = arg("--remote", metavar="URL", help="the shared cache (default: MLCBUILD_REMOTE)")
-_PUSH = "put what recipes are built from into the shared cache, where it is not there"
+_PUSH = "upload what recipes are built from to the shared cache"
 _COMMANDS = (
-    command("gc", _gc, "remove what was used least recently from the cache, down to a size", _SIZE, _DRY_RUN, CACHE),
-    command("pin", _pin, "keep what recipes are built from, as it is now, out of gc's reach", RECIPES, CACHE),
-    command("unpin", _unpin, "let gc remove again what was pinned", RECIPES, CACHE),
-    command("cache", _stats, "check the cache, or say what is in it"),
+    command("gc", _gc, "shrink the cache to a size: what was used least recently goes first", _SIZE, _DRY_RUN, CACHE),
+    command("pin", _pin, "keep what recipes are built from now: gc does not remove it", RECIPES, CACHE),
+    command("unpin", _unpin, "undo a pin: gc may remove it again", RECIPES, CACHE),
+    command("cache", _stats, "check the cache, show what is in it, or upload from it"),
 )
 _VERBS = (
-    command("verify", _verify, "read every blob, and remove those that are not what their name says", CACHE),
-    command("stats", _stats, "sizes and counts by kind of step, hits, and what is held", CACHE),
+    command("verify", _verify, "read every file in the cache, and remove the damaged ones", CACHE),
+    command("stats", _stats, "show sizes and counts by kind of step, hits, and what gc must keep", CACHE),
     command("push", _push, _PUSH, RECIPES, _REMOTE, CACHE),
 )

@@ -36,7 +36,7 @@ def add(parsers: Any, commands: Iterable[Command]) -> None:
 
 
 CACHE = arg("--cache", type=Path, help="the cache folder (default: MLCBUILD_CACHE, or the workspace's cache/)")
-JSON = arg("--json", action="store_true", help="as JSON")
+JSON = arg("--json", action="store_true", help="print JSON")
 RECIPES = arg("recipe", metavar="NAME", help="recipe names and globs, with commas")
 
 

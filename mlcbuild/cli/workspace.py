@@ -135,7 +135,7 @@ _SELECTING = (
         help="recipe names and globs, or model=…, quantization=…, target=…, changed=REV",
     ),
     *(
-        arg(f"--{axis}", metavar="NAME", help=f"only recipes with such a {axis}: names and globs, with commas")
+        arg(f"--{axis}", metavar="NAME", help=f"only recipes with this {axis}: names and globs, with commas")
         for axis in _AXES
     ),
     arg("--changed", metavar="REV", help="only recipes whose files differ from this git revision"),
@@ -146,15 +146,15 @@ COMMANDS = (
     command(
         "check",
         _check,
-        "say everything that is wrong with the workspace's YAML files",
+        "report every problem in the workspace's YAML files",
         arg("folder", nargs="?", type=Path, default=Path(), help="a folder in the workspace (default: here)"),
     ),
     command(
         "lock",
         _lock,
-        "pin the hub repositories of models in recipes/recipes.lock",
+        "write which commits of hub repositories are built to recipes/recipes.lock",
         arg("models", nargs="*", metavar="MODEL", help="names and globs (default: every recipe's model)"),
-        arg("--update", action="store_true", help="move locked ones to where their branch is now"),
+        arg("--update", action="store_true", help="also move locked models to the newest commit of their branch"),
         CACHE,
     ),
     command("doctor", _doctor, "say which targets this machine can build for, and what the others need", JSON, CACHE),
@@ -165,14 +165,14 @@ COMMANDS = (
         "show which recipes share which libraries and weights",
         *_SELECTING,
         JSON,
-        arg("--emit", choices=["github"], help="the unique steps, as matrices of a CI system's jobs"),
+        arg("--emit", choices=["github"], help="print the steps, each once, as matrices of jobs for this CI system"),
     ),
-    command("why", _why, "say for each step of a recipe whether it would run, and what changed if so", RECIPES, CACHE),
+    command("why", _why, "say for each step of a recipe whether it would run, and what has changed", RECIPES, CACHE),
     command(
         "report",
         _report,
         "make an HTML page or a Markdown summary of builds' JSON logs",
-        arg("logs", nargs="+", type=Path, metavar="LOG.jsonl", help="what log_json= wrote, the oldest first"),
+        arg("logs", nargs="+", type=Path, metavar="LOG.jsonl", help="files that log_json= wrote, the oldest first"),
         arg("-o", "--output", type=Path, metavar="FILE", help="FILE.html or FILE.md (default: Markdown to the screen)"),
     ),
 )

@@ -52,17 +52,20 @@ def measure(quantization: str, shape: str) -> dict[str, Any]:
     begin = time.perf_counter()
     sys.path.insert(0, str(ROOT))
     from benchmarks import shape_1b
-    from mlcbuild.compiler import library, lower, targets
+    from mlcbuild.compiler import assemble, targets
+    from mlcbuild.compiler.cpu.build import build
+    from mlcbuild.compiler.cpu.lower import lower
 
     config, layers = SHAPES[shape]
     structure = shape_1b.structure(getattr(shape_1b, config), num_hidden_layers=layers)
     device = targets.resolve(shape_1b.CPU)
     started = time.perf_counter()
-    module = lower.lower(structure, shape_1b.quantization(quantization), quantization, device)
+    module = lower(structure, shape_1b.quantization(quantization), quantization, device)
     lowered = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "model.so"
-        library.build(module, device, shape_1b.CPU.linker, output, Path(folder))
+        output, file = Path(folder) / "model.so", Path(folder) / "module.json"
+        assemble.save(module, file)
+        build(file, device, {}, shape_1b.CPU.linker, output, Path(folder))
         built = time.perf_counter()
         size = output.stat().st_size
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -93,14 +93,14 @@ def _library(shape: Any, target_name: str, architectures: Sequence[str], output:
     if target.device["kind"] == "llvm":
         return shape_1b.build(QUANTIZATION, output, scratch, shape)
     from mlcbuild.compiler import assemble
-    from mlcbuild.compiler.codegen.build import Wanted, build
-    from mlcbuild.compiler.gpu import lower
+    from mlcbuild.compiler.gpu.build import build
+    from mlcbuild.compiler.gpu.lower import lower
 
     quantization = shape_1b.quantization(QUANTIZATION)
-    module = lower.lower(replace(shape, vocab_size=1), quantization, QUANTIZATION, target.device)
+    module = lower(replace(shape, vocab_size=1), quantization, QUANTIZATION, target.device)
     assemble.save(module, scratch / "module.json")
-    wanted = Wanted(target.device, target.host, target.linker, tuple(architectures), "", ())
-    build(scratch / "module.json", wanted, output, scratch)
+    given = (scratch / "module.json", target.device, target.host, target.linker)
+    build(*given, output, scratch, architectures=architectures)
 
 
 def _runtime(folder: Path, python: str) -> None:

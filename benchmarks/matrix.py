@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from mlcbuild.recipes.init import init
-from mlcbuild.recipes.stock import stock
+from mlcbuild.recipes.files import stock
+from mlcbuild.workspace.init import init
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import many

@@ -27,10 +27,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from mlcbuild.cache.store import Action
+from mlcbuild.cache.action import Action
 from mlcbuild.cache.tree import Tree
 from mlcbuild.engine.graph import Step
-from mlcbuild.recipes.init import init
+from mlcbuild.workspace.init import init
 from mlcbuild.workspace.session import Session, open_session
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -155,9 +155,7 @@ def _pretend(session: Session, step: Step) -> None:
         scratch.write_text(json.dumps({"key": ingredients.key, "file": name, "kl": 0.01, "status": "passed"}))
         files[name.format(**step.fields)] = store.ingest(scratch)
     tree = Tree(dict(sorted(files.items())))
-    digests = {name: each.digest for name, each in given.items()}
-    fields, tools = ingredients.fields, ingredients.toolchain
-    action = Action(ingredients.key, step.kind, step.name, ingredients.code, fields, digests, tools, 1.0, tree)
+    action = Action.of(ingredients, step.name, 1.0, tree)
     store.commit(action)
     lookup.learn(step.name, action)
 

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from mlcbuild.compiler import library, lower, targets
+from mlcbuild.compiler import assemble, targets
+from mlcbuild.compiler.cpu.build import build as build_library
+from mlcbuild.compiler.cpu.lower import lower
 from mlcbuild.models.architecture import resolve
 from mlcbuild.models.parameters import parameters
 from mlcbuild.models.structure import Structure
@@ -60,8 +62,9 @@ def build(name: str, output: Path, scratch: Path, shape: Structure) -> None:
     """The library of `shape` in quantization `name` for this machine."""
     scratch.mkdir(parents=True, exist_ok=True)
     device = targets.resolve(CPU)
-    module = lower.lower(replace(shape, vocab_size=1), quantization(name), name, device)
-    library.build(module, device, CPU.linker, output, scratch)
+    lowered = scratch / "module.json"
+    assemble.save(lower(replace(shape, vocab_size=1), quantization(name), name, device), lowered)
+    build_library(lowered, device, {}, CPU.linker, output, scratch)
 
 
 def write_weights(name: str, folder: Path, shape: Structure) -> int:

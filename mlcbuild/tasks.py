@@ -9,35 +9,33 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from doit import doit_cmd, loader
 from doit.exceptions import InvalidCommand
 from doit.task import Task
 
+from mlcbuild.doit_face.argv import keeps_going, named_tasks, on_cluster, only_builds
 from mlcbuild.doit_face.groups import groups
 from mlcbuild.doit_face.reporter import Console, reporter_class
-from mlcbuild.doit_face.signals import die_with_parent_after_fork, end_cleanly
+from mlcbuild.doit_face.signals import die_with_parent_after_fork, end_cleanly, end_with_reader
+from mlcbuild.doit_face.variables import Variables, read_variables
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.recipes.select import choose
-from mlcbuild.reporting.events import Event, PackageInstalled, RecipeUnavailable, StepFinished
-from mlcbuild.reporting.jsonlog import json_log
+from mlcbuild.reporting.events import Event, PackageInstalled, RecipeUnavailable, StepFinished, json_log
 from mlcbuild.workspace.fastpath import recall
-from mlcbuild.workspace.recording import completed, planned
-from mlcbuild.workspace.variables import Variables, keeps_going, on_cluster, read_variables
+from mlcbuild.workspace.reports import annotator, planned
 
 __all__ = ["DOIT_CONFIG", "task_steps"]
 
 _console = Console()
-_reasons: dict[str, str] = {}  # why steps of this run had to run
 
 DOIT_CONFIG = {
     "default_tasks": ["build"],
     "backend": "sqlite3",
     "dep_file": ":memory:",
     "par_type": "thread",  # steps are processes already
-    # So many threads wait for room on the machine (execution.resources), which is what decides how many steps run.
+    # So many threads wait for room on the machine (engine.resources), which is what decides how many steps run.
     "num_process": 512 if on_cluster(sys.argv[1:]) else 32,
     "continue": keeps_going(sys.argv[1:]),
     "reporter": reporter_class(_console),
@@ -50,10 +48,15 @@ def task_steps() -> Iterator[Task]:
     end_cleanly()
     die_with_parent_after_fork()
     try:
-        variables = read_variables(doit_cmd._CMDLINE_VARS or {}, Path(loader.initial_workdir or "."))
+        words = sys.argv[1:]
+        variables = read_variables(
+            doit_cmd._CMDLINE_VARS or {}, Path(loader.initial_workdir or "."), named_tasks(words)
+        )
+        if not variables.selection.runs:
+            end_with_reader()
         _record(variables)
         began = time.time()
-        hits = _unchanged(variables) if _only_builds(sys.argv[1:]) else None
+        hits = _unchanged(variables) if only_builds(words) else None
         if hits is not None:
             _console.hits = hits
             tasks = groups({})
@@ -61,42 +64,29 @@ def task_steps() -> Iterator[Task]:
             # Loading this takes as long as all the rest of a build with nothing to do.
             from mlcbuild.doit_face.run import open_run
 
-            tasks = open_run(variables, _console, _reasons, began)
+            tasks = open_run(variables, _console, began)
         _console.at_end.append(lambda: _write_reports(variables))
     except MlcBuildError as error:
         raise InvalidCommand(str(error)) from None
     return (task for task in tasks)
 
 
-def _only_builds(arguments: Sequence[str]) -> bool:
-    """Whether doit was asked for nothing but to build packages, as far as they need it."""
-    words = [word for word in arguments if "=" not in word or word.startswith("-")]
-    return all(word in ("run", "build", "--continue", "-c") for word in words)
-
-
 def _unchanged(variables: Variables) -> list[Event] | None:
-    """What there is to say where all that is wanted is known to be up to date; None where it has to be looked at."""
-    if variables.wanted.changed is not None:
-        return None
+    """What there is to say where all that is selected is known to be up to date; None where it has to be looked at."""
     root = Path.cwd()
     memory = recall(root, variables.cache or root / "cache")
-    if memory is None:
+    found = memory.up_to_date(variables.selection) if memory else None
+    if memory is None or found is None:
         return None
-    names = choose(memory.recipes, variables.wanted, memory.manual)
-    missing = [name for name in names if name in memory.unavailable]
-    demanded = (variables.wanted.recipe or "").split(",")
-    if missing and (variables.strict or any(name.strip() in missing for name in demanded)):
-        return None
-    names = [name for name in names if name not in memory.unavailable]
-    if not memory.hold(names):
-        return None
+    names, missing = found
     if _console.records:
         cells = {name: memory.recipes[name] for name in (*names, *missing)}
-        for event in planned(cells, lambda name: memory.step_names([name]) if name in names else ()):
+        for event in planned(cells, lambda name: memory.tasks.get(name, ())):
             _console.record(event)
+    steps = dict.fromkeys(step for name in names for step in memory.tasks[name])
     return [
         *(RecipeUnavailable(name, memory.unavailable[name]) for name in missing),
-        *(StepFinished(step, step.partition(":")[0], "hit", 0.0, 0) for step in memory.step_names(names)),
+        *(StepFinished(step, step.partition(":")[0], "hit", 0.0, 0) for step in steps),
         *(PackageInstalled(name, f"dist/{name}", "hit", 0) for name in names),
     ]
 
@@ -107,7 +97,7 @@ def _record(variables: Variables) -> None:
         _console.log = json_log(variables.log_json)
     if variables.report is not None or variables.summary is not None:
         _console.collected = []
-    _console.complete = completed(Path.cwd() / "dist", _reasons)
+    _console.annotate = annotator(Path.cwd() / "dist", _console.reasons)
 
 
 def _write_reports(variables: Variables) -> None:
@@ -116,7 +106,7 @@ def _write_reports(variables: Variables) -> None:
         return
     from mlcbuild.reporting.history import read_logs, runs_of
     from mlcbuild.reporting.summary import markdown
-    from mlcbuild.workspace.pages import write_page, write_report
+    from mlcbuild.workspace.reports import write_page, write_report
 
     runs = runs_of(_console.collected)
     if variables.report is not None:  # a log that other runs are in too gives the page its trends

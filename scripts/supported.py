@@ -1,4 +1,4 @@
-"""What mlcbuild supports, as tables in README.md, docs/supported.md and docs/architectures.md, made from recipes/.
+"""What mlcbuild supports, made from recipes/: counts in README.md, tables in docs/.
 
 python scripts/supported.py            # write the tables
 python scripts/supported.py --check    # exit with 1 where they are not what the files say
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -67,20 +67,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def short(catalog: Catalog) -> str:
-    """One row per kind: names only."""
-    kinds: dict[str, Iterable[str]] = {
-        "architectures": catalog.architectures,
-        "quantizations": catalog.quantizations,
-        "targets": catalog.targets,
-        "templates": catalog.templates,
-        "models that come along": catalog.models,
+    """How many there are of each kind, and the page that lists them."""
+    kinds: dict[str, tuple[Sized, str]] = {
+        "architectures": (catalog.architectures, "docs/architectures.md#what-there-is"),
+        "quantizations": (catalog.quantizations, "docs/supported.md#quantizations"),
+        "targets": (catalog.targets, "docs/supported.md#targets"),
+        "conversation templates": (catalog.templates, "docs/supported.md#templates"),
+        "models that come along": (catalog.models, "docs/supported.md#models-that-come-along"),
     }
-    return _table(("", "supported"), [(kind, ", ".join(map(_code, names))) for kind, names in kinds.items()])
+    return " · ".join(f"[{len(names)} {kind}]({page})" for kind, (names, page) in kinds.items())
 
 
 def long(catalog: Catalog) -> str:
     """A section for each kind, a row for each file."""
     sections: list[tuple[str, Callable[[Catalog], str]]] = [
+        ("Architectures", _names_of_architectures),
         ("Quantizations", _quantizations),
         ("Targets", _targets),
         ("Templates", _templates),
@@ -99,6 +100,11 @@ def architectures(catalog: Catalog) -> str:
         rows.append((_code(name), types, _choices(data), _TESTED[data.get("tested_against")], _packed_in(data)))
     heads = ("architecture", "`model_type` in config.json", "choices", "tested against", "quantizations")
     return _table(heads, rows)
+
+
+def _names_of_architectures(catalog: Catalog) -> str:
+    names = ", ".join(map(_code, catalog.architectures))
+    return f"{names}.\n\n[architectures.md](architectures.md#what-there-is) has a row for each."
 
 
 def _choices(data: Mapping[str, Any]) -> str:

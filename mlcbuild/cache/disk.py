@@ -1,10 +1,16 @@
-"""A full disk, said in words."""
+"""What folders of a cache need of the disk: room, said in words where there is none, and rights for several users.
+
+One cache folder may serve several users: what is made in a folder that its group may write to, the group may write to.
+Like a git repository with `core.sharedRepository=group`, but the folder itself says so: `chmod g+ws cache`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,3 +39,46 @@ def full(folder: Path, needed: int | None = None) -> str:
         f"{folder}: the disk is full: {want}{shutil.disk_usage(folder).free:,} bytes are free. "
         "Free some space, or put the cache elsewhere (cache=DIR); what is already built is kept"
     )
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder and its parents. Each new one takes the group and the group's rights of the one it is in."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir()
+        share(path)
+
+
+def share(path: Path) -> None:
+    """Give a file or folder of one's own to the group, if the folder that it lies in is the group's."""
+    folder = path.parent.stat()
+    if not folder.st_mode & stat.S_IWGRP:
+        return
+    with contextlib.suppress(OSError):  # not ours: its owner has done it, or is about to
+        own = path.stat()
+        if own.st_gid != folder.st_gid:
+            os.chown(path, -1, folder.st_gid)
+        rights = stat.S_IRGRP | stat.S_IWGRP
+        if stat.S_ISDIR(own.st_mode):
+            rights |= stat.S_IXGRP | (folder.st_mode & stat.S_ISGID)
+        path.chmod(stat.S_IMODE(own.st_mode) | rights)
+
+
+def is_shared(folder: Path) -> bool:
+    """Whether the folder's group may write to it."""
+    return bool(folder.stat().st_mode & stat.S_IWGRP)
+
+
+@contextlib.contextmanager
+def made_for(folder: Path) -> Iterator[None]:
+    """What this process makes in `folder` meanwhile is the group's as well, if the folder is; other threads' too."""
+    if not is_shared(folder):
+        yield
+        return
+    before = os.umask(0o002)
+    try:
+        yield
+    finally:
+        os.umask(before)

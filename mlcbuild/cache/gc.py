@@ -11,13 +11,13 @@ import contextlib
 import fcntl
 import os
 import re
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlcbuild.cache.inventory import LOOSE, Blob, Inventory, Record, read_record
+from mlcbuild.cache import layout
+from mlcbuild.cache.inventory import Blob, Inventory, Record, read_record
 from mlcbuild.cache.pins import Hold
 from mlcbuild.errors import MlcBuildError
 
@@ -108,7 +108,7 @@ def collect(root: Path, todo: Plan) -> int:
                 file.path.unlink()
                 freed += file.size
     emptied = {parent for file in todo.files for parent in file.path.parents}
-    tops = [root / name for name in LOOSE]
+    tops = [root / name for name in layout.LOOSE]
     for folder in sorted((each for each in emptied if {*each.parents} & {*tops}), reverse=True):
         with contextlib.suppress(OSError):  # not empty
             folder.rmdir()
@@ -144,15 +144,5 @@ def parse_size(text: str) -> int:
 
 def _needed(root: Path) -> set[str]:
     """Digests that entries refer to, those that came since the plan included."""
-    records = (read_record(path) for path in (root / "ac").glob("*/*.json"))
+    records = (read_record(path) for path in layout.action_files(root))
     return {digest for record in records if record is not None for digest in record.blobs}
-
-
-def ago(then: float) -> str:
-    """`3 days ago`, for a list that people read."""
-    seconds = max(0.0, time.time() - then)
-    for unit, length in (("day", 86400), ("hour", 3600)):
-        if seconds >= length:
-            count = int(seconds // length)
-            return f"{count} {unit}{'s' if count > 1 else ''} ago"
-    return "within the hour"

@@ -7,6 +7,7 @@ failure. (Last use, which garbage collection needs, is the modification time of 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import sqlite3
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from mlcbuild.cache.share import share
+from mlcbuild.cache.disk import share
 
 _T = TypeVar("_T")
 
@@ -29,12 +30,20 @@ _COUNTS = (
 )
 _ADD = "insert into counts values (?, ?, ?) on conflict do update set number = number + excluded.number"
 _SELECT = "select stat, value, seal from memo where kind = ? and path = ?"
+_USED = 3600.0  # seconds
 _PATIENCE = 2.0  # seconds to wait for another process's transaction
 
 
 def signature(stat: os.stat_result) -> str:
     """What changes when a file's content does. ctime catches edits that put the old mtime back."""
     return f"{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}"
+
+
+def note_use(entry: str | Path, status: os.stat_result, now: float) -> None:
+    """An action's entry was used: its modification time says so, to the hour, so that an idle build writes nothing."""
+    if now - status.st_mtime > _USED:
+        with contextlib.suppress(OSError):  # a cache that is only read is fine
+            os.utime(entry)
 
 
 class Index:

@@ -1,20 +1,17 @@
-"""What lies in a cache folder, by one walk through it."""
+"""What lies in a cache folder, by one walk through it, and figures of it by kind of step."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlcbuild.cache.canonical import digest_json
-
-DIGEST = re.compile(r"[0-9a-f]{64}")
-LOOSE = ("test-run", "partial")  # folders of a cache: what `mlcbuild test-run` installed, what has arrived so far
+from mlcbuild.cache import layout
+from mlcbuild.cache.action import DIGEST, Action, Damaged
+from mlcbuild.cache.pins import Hold
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class Inventory:
     blobs: Mapping[str, Blob]  # by digest
     borrowed: Mapping[str, Blob]  # by digest; `path` is the record's
     logs: tuple[Blob, ...]
-    junk: tuple[Blob, ...]  # in ac/ and cas/, but nothing that the cache would read
+    junk: tuple[Blob, ...]  # among entries and blobs, but nothing that the cache would read
     loose: tuple[Blob, ...] = ()  # test runs and unfinished downloads: worth keeping only where there is room
 
     @property
@@ -53,39 +50,98 @@ class Inventory:
         return sum(file.size for file in files) + sum(record.size for record in self.records)
 
 
+@dataclass(frozen=True)
+class Row:
+    kind: str
+    actions: int
+    size: int  # bytes of the blobs that this kind's actions refer to, each once; kinds may share blobs
+    counts: Mapping[str, int]  # built, fetched, hits: since the index was made
+
+
+@dataclass(frozen=True)
+class Stats:
+    rows: tuple[Row, ...]
+    actions: int
+    blobs: int
+    size: int  # bytes of all blobs, each once
+    total: int  # bytes of the whole cache
+    unused: int  # bytes of blobs that no action refers to
+    borrowed: tuple[int, int]  # files that lie outside, and their bytes
+    held: Mapping[str, tuple[int, int]]  # reason (dist, pin) -> how many holds, bytes of their blobs
+    pins: tuple[str, ...]
+
+
 def inventory(root: Path) -> Inventory:
     """Everything in the cache folder `root`. What vanishes meanwhile is not in it."""
     records, blobs, borrowed, junk = [], {}, {}, []
-    for file in _files(root / "ac"):
+    for file in _files(root / layout.ACTIONS):
         record = read_record(file.path)
         if record is None:
             junk.append(file)
         else:
             records.append(record)
-    for file in _files(root / "cas"):
-        digest, dot, ending = file.path.name.partition(".")
-        if not DIGEST.fullmatch(digest) or file.path.parent.name != digest[:2] or (dot and ending != "at"):
+    for file in _files(root / layout.BLOBS):
+        digest = file.path.name.removesuffix(layout.BORROWED)
+        if not DIGEST.fullmatch(digest) or file.path.parent.name != digest[:2]:
             junk.append(file)
-        elif dot:
+        elif digest != file.path.name:
             borrowed[digest] = file
         else:
             blobs[digest] = file
-    loose = tuple(file for folder in LOOSE for file in _files(root / folder))
-    return Inventory(tuple(records), blobs, borrowed, tuple(_files(root / "logs")), tuple(junk), loose)
+    loose = tuple(file for folder in layout.LOOSE for file in _files(root / folder))
+    return Inventory(tuple(records), blobs, borrowed, tuple(_files(root / layout.LOGS)), tuple(junk), loose)
 
 
 def read_record(path: Path) -> Record | None:
     """The entry at `path`; None when it is damaged or gone."""
     try:
         status = path.stat()
-        content = json.loads(path.read_bytes())
-        if digest_json(content["files"]) != content["tree"] or not DIGEST.fullmatch(path.stem):
-            return None
-        blobs = {str(digest): int(size) for digest, size, _ in content["files"].values()}
-        step, name = str(content["step"]), str(content["name"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        action = Action.from_json(path.stem, path.read_bytes())
+    except (OSError, Damaged):
         return None
-    return Record(path.stem, path, step, name, status.st_mtime, status.st_size, blobs)
+    if not DIGEST.fullmatch(action.key):
+        return None
+    blobs = {entry.digest: entry.size for entry in action.tree.files.values()}
+    return Record(action.key, path, action.step, action.name, status.st_mtime, status.st_size, blobs)
+
+
+def stats(found: Inventory, holds: Iterable[Hold], counts: Mapping[tuple[str, str], int]) -> Stats:
+    """The figures of one cache."""
+    kinds = sorted({record.step for record in found.records} | {kind for kind, _ in counts})
+    sizes: dict[str, int] = {}
+    for record in found.records:
+        sizes.update(record.blobs)
+    by_key = {record.key: record for record in found.records}
+    held: dict[str, tuple[set[str], set[str]]] = {}
+    pins = []
+    for hold in holds:
+        names, digests = held.setdefault(hold.reason, (set(), set()))
+        names.add(hold.name)
+        digests |= hold.blobs
+        digests.update(digest for key in hold.keys if key in by_key for digest in by_key[key].blobs)
+        if hold.reason == "pin":
+            pins.append(hold.name)
+
+    def here(digests: Iterable[str]) -> int:
+        return sum(found.blobs[digest].size for digest in set(digests) if digest in found.blobs)
+
+    def row(kind: str) -> Row:
+        records = [record for record in found.records if record.step == kind]
+        size = here(digest for record in records for digest in record.blobs)
+        return Row(kind, len(records), size, {what: number for (of, what), number in counts.items() if of == kind})
+
+    outside = [digest for digest in found.borrowed if digest not in found.blobs]
+    return Stats(
+        rows=tuple(row(kind) for kind in kinds),
+        actions=len(found.records),
+        blobs=len(found.blobs),
+        size=here(found.blobs),
+        total=found.size,
+        unused=here(digest for digest in found.blobs if digest not in sizes),
+        borrowed=(len(outside), sum(sizes.get(digest, 0) for digest in outside)),
+        held={reason: (len(names), here(digests)) for reason, (names, digests) in held.items()},
+        pins=tuple(sorted(pins)),
+    )
 
 
 def _files(folder: Path) -> Iterator[Blob]:

@@ -1,20 +1,25 @@
-"""Locks that die with their holder, and temporary folders that the next run can sweep.
+"""Locks that die with their holder, temporary folders that the next run can sweep, and builds that are running.
 
 flock is released by the kernel when the last process holding the file open is gone, however it went.
+A build holds a lock of its own; the file's modification time is when it began. It relies on what it has found in the
+cache, so garbage collection leaves whatever was used since then.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlcbuild.cache.share import make_folder, share
+from mlcbuild.cache.disk import make_folder, share
+from mlcbuild.cache.layout import WORKPLACES, lock_path, run_marks, run_path
 
 
 @contextlib.contextmanager
@@ -54,10 +59,10 @@ class Workplace:
 
 @contextlib.contextmanager
 def workplace(root: Path) -> Iterator[Workplace]:
-    """A fresh folder under `root/tmp`, removed afterwards; those of dead processes are removed first."""
-    folder = root / "tmp"
+    """A fresh folder of `root`, removed afterwards; those of dead processes are removed first."""
+    folder = root / WORKPLACES
     # Without this lock a sweep could meet a folder between its making and its locking.
-    with locked(root / "locks" / "tmp"):
+    with locked(lock_path(root, WORKPLACES)):
         make_folder(folder)
         sweep(folder)
         place = folder / secrets.token_hex(8)
@@ -72,10 +77,10 @@ def workplace(root: Path) -> Iterator[Workplace]:
 
 
 def sweep_dead(root: Path) -> None:
-    """Remove what killed processes left under `root/tmp`."""
-    folder = root / "tmp"
+    """Remove what killed processes left of `root`."""
+    folder = root / WORKPLACES
     if folder.is_dir() and any(folder.iterdir()):
-        with locked(root / "locks" / "tmp"):
+        with locked(lock_path(root, WORKPLACES)):
             sweep(folder)
 
 
@@ -94,6 +99,53 @@ def sweep(folder: Path) -> None:
                 shutil.rmtree(place, ignore_errors=True)
         finally:
             os.close(lock)
+
+
+def begin(root: Path, at_end: Callable[[], None] = lambda: None) -> Callable[[], None]:
+    """This process builds from now on, until it ends or the returned function is called; then `at_end` is called too.
+
+    A forked child ends without ending its parent's run.
+    """
+    stack, ours = contextlib.ExitStack(), os.getpid()
+    with contextlib.suppress(OSError):  # a cache that can only be read, a full disk: nothing to hold it with
+        stack.enter_context(locked(run_path(root, secrets.token_hex(8))))
+
+    def end() -> None:
+        atexit.unregister(end)
+        if os.getpid() == ours:
+            with stack:
+                at_end()
+
+    atexit.register(end)
+    return end
+
+
+def running_since(root: Path) -> float | None:
+    """When the oldest build that still runs began (seconds since 1970); None when none runs.
+
+    What dead builds left is removed. A mark that cannot be opened counts as a build that runs.
+    """
+    began: list[float] = []
+    for mark in run_marks(root):
+        try:
+            when = mark.stat().st_mtime
+            descriptor = os.open(mark, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        except OSError:
+            began.append(when)
+            continue
+        try:
+            # Made a moment ago and not yet locked? Its maker notices that the file is gone, and makes it again.
+            if _try_lock(descriptor) and time.time() - when > 1:
+                mark.unlink(missing_ok=True)
+            else:
+                began.append(when)
+        except OSError:
+            began.append(when)
+        finally:
+            os.close(descriptor)
+    return min(began, default=None)
 
 
 def _open(path: Path) -> int:

@@ -1,10 +1,8 @@
 """What garbage collection must not take: pinned actions, and those behind installed packages.
 
-    pins/<recipe>@<workspace>.json        `mlcbuild pin`: the recipe's actions as they were then
-    pins/dist/<digest of the folder>.json an installed package: its folder, the digest of its manifest, its actions
-
-The record of a package counts while the folder holds that very manifest, so that every workspace that shares the cache
-is heard, and a removed package lets go by itself.
+A pin (`mlcbuild pin`) has the recipe's actions as they were then. The record of an installed package has its folder,
+the digest of its manifest and its actions. It counts while the folder holds that very manifest, so that every
+workspace that shares the cache is heard, and a removed package lets go by itself.
 """
 
 from __future__ import annotations
@@ -17,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlcbuild.cache.canonical import canonical
+from mlcbuild.cache.layout import package_path, pin_path
 from mlcbuild.cache.store import Store
+from mlcbuild.cache.tree import canonical
 from mlcbuild.errors import MlcBuildError
 
 MANIFEST = "manifest.json"
@@ -51,13 +50,14 @@ def unpin(store: Store, workspace: Path, recipe: str) -> None:
 
 def pinned(root: Path, workspace: Path) -> dict[str, Hold]:
     """The pins of one workspace, by recipe."""
-    paths = (root / "pins").glob(f"*@{_short(workspace)}.json")
-    return {hold.name: hold for hold in map(_pin, paths) if hold is not None}
+    return {
+        hold.name: hold for hold in map(_pin, _matching(pin_path(root, "*", _short(workspace)))) if hold is not None
+    }
 
 
 def hold_package(store: Store, folder: Path, keys: Iterable[str]) -> None:
     """Note that these actions are behind the package that is installed in `folder`."""
-    path = store.root / "pins" / "dist" / f"{_short(folder)}.json"
+    path = package_path(store.root, _short(folder))
     record = {"folder": str(folder), "manifest": _digest(folder / MANIFEST), "keys": sorted(keys)}
     content = canonical(record)
     with contextlib.suppress(OSError):
@@ -68,8 +68,8 @@ def hold_package(store: Store, folder: Path, keys: Iterable[str]) -> None:
 
 def holds(root: Path) -> list[Hold]:
     """All pins, and the packages that are still installed. Records of folders that are gone are removed."""
-    found = [hold for hold in map(_pin, sorted((root / "pins").glob("*.json"))) if hold is not None]
-    for path in sorted((root / "pins" / "dist").glob("*.json")):
+    found = [hold for hold in map(_pin, _matching(pin_path(root, "*", "*"))) if hold is not None]
+    for path in _matching(package_path(root, "*")):
         record = _read(path)
         try:
             folder, manifest, keys = Path(record["folder"]), record["manifest"], frozenset(map(str, record["keys"]))
@@ -106,7 +106,11 @@ def _pin(path: Path) -> Hold | None:
 
 
 def _pin_path(root: Path, workspace: Path, recipe: str) -> Path:
-    return root / "pins" / f"{recipe}@{_short(workspace)}.json"
+    return pin_path(root, recipe, _short(workspace))
+
+
+def _matching(pattern: Path) -> list[Path]:
+    return sorted(pattern.parent.glob(pattern.name))
 
 
 def _short(path: Path) -> str:

@@ -8,9 +8,7 @@ the first call.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import re
 import secrets
 import threading
 import time
@@ -19,6 +17,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from mlcbuild.cache.layout import action_name, blob_name
+from mlcbuild.redact import redact
+
 _T = TypeVar("_T")
 
 _SLOWEST = 500_000  # bytes a second, on average: what is slower than that is not worth waiting for
@@ -26,7 +27,6 @@ _WINDOW = 100_000_000  # bytes: an upload of up to this much may come without a 
 _TICK = 0.05  # seconds
 # Here an object appears whole or not at all. Elsewhere it is written under another name and renamed.
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "hf", "memory"}
-_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
 
 
 class TooSlow(Exception):
@@ -64,9 +64,8 @@ class Remote:
     def entry(self, key: str) -> bytes | None:
         """The entry's text; None when there is none. Raises what the file system raises, or TooSlow."""
 
-        def read() -> bytes | None:
-            fs, root = self._open()
-            name = f"{root}/{entry_name(key)}"
+        def read(fs: Any, root: str) -> bytes | None:
+            name = f"{root}/{action_name(key)}"
             fs.invalidate_cache(name)  # another builder may have put it there since a listing was kept
             try:
                 content: bytes = fs.cat_file(name)
@@ -74,22 +73,16 @@ class Remote:
                 return None
             return content
 
-        return self._within(read, Meter(self.patience))
+        return self._within(read)
 
     def is_there(self) -> bool:
         """Whether there is anything at this place. Raises what the file system raises, or TooSlow."""
-
-        def look() -> bool:
-            fs, root = self._open()
-            return bool(fs.exists(root))
-
-        return self._within(look, Meter(self.patience))
+        return self._within(lambda fs, root: bool(fs.exists(root)))
 
     def download(self, digest: str, destination: Path, meter: Meter) -> None:
         """Fetch a blob. What comes is not looked at. Raises what the file system raises, or TooSlow."""
 
-        def get() -> None:
-            fs, root = self._open()
+        def get(fs: Any, root: str) -> None:
             fs.get_file(f"{root}/{blob_name(digest)}", str(destination), callback=_callback(meter))
 
         self._within(get, meter)
@@ -97,8 +90,7 @@ class Remote:
     def has(self, digest: str, size: int) -> bool:
         """Whether a blob of this size is there. Raises what the file system raises, or TooSlow."""
 
-        def look() -> bool:
-            fs, root = self._open()
+        def look(fs: Any, root: str) -> bool:
             name = f"{root}/{blob_name(digest)}"
             fs.invalidate_cache(name)
             try:
@@ -106,14 +98,13 @@ class Remote:
             except FileNotFoundError:
                 return False
 
-        return self._within(look, Meter(self.patience))
+        return self._within(look)
 
     def upload(self, digest: str, source: Path, meter: Meter) -> None:
         """Put a blob there, whole or not at all. Raises what the file system raises, or TooSlow."""
         size = source.stat().st_size
 
-        def put() -> None:
-            fs, root = self._open()
+        def put(fs: Any, root: str) -> None:
             with self._name(fs, f"{root}/{blob_name(digest)}") as name:
                 fs.put_file(str(source), name, callback=_callback(meter))
 
@@ -122,12 +113,11 @@ class Remote:
     def put_entry(self, key: str, content: bytes) -> None:
         """Put an entry there. Raises what the file system raises, or TooSlow."""
 
-        def put() -> None:
-            fs, root = self._open()
-            with self._name(fs, f"{root}/{entry_name(key)}") as name:
+        def put(fs: Any, root: str) -> None:
+            with self._name(fs, f"{root}/{action_name(key)}") as name:
                 fs.pipe_file(name, content)
 
-        self._within(put, Meter(self.patience))
+        self._within(put)
 
     @property
     def commits(self) -> bool:
@@ -137,14 +127,13 @@ class Remote:
     def commit(self, blobs: Mapping[str, Path], entries: Mapping[str, bytes]) -> None:
         """Put blobs and entries into the repository, all at once. Raises what huggingface_hub raises, or TooSlow."""
         files: dict[str, Any] = {blob_name(digest): str(path) for digest, path in blobs.items()}
-        files |= {entry_name(key): content for key, content in entries.items()}
+        files |= {action_name(key): content for key, content in entries.items()}
 
-        def put() -> None:
+        def put(fs: Any, root: str) -> None:
             from huggingface_hub import CommitOperationAdd
 
             from mlcbuild.cache.hub_commit import commit_on_top
 
-            fs, root = self._open()
             place = fs.resolve_path(root)
             names = {name: f"{place.path_in_repo}/{name}".lstrip("/") for name in files}
             operations = [CommitOperationAdd(names[name], content) for name, content in files.items()]
@@ -165,10 +154,7 @@ class Remote:
         """The error in one line, for the user, without anything secret."""
         text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         userinfo = urlsplit(self.url).netloc.rpartition("@")[0]
-        secrets_ = [value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) > 3]
-        for secret in [self.url, *filter(None, (userinfo, *userinfo.split(":"))), *secrets_]:
-            text = text.replace(secret, self.shown if secret == self.url else "…")
-        return re.sub(r"(https?://[^\s?\"']+)\?[^\s\"']*", r"\1?…", text)[:300]
+        return redact(text.replace(self.url, self.shown), userinfo, *userinfo.split(":"))[:300]
 
     def _open(self) -> tuple[Any, str]:
         with self._lock:
@@ -200,15 +186,16 @@ class Remote:
                 fs.rm_file(part)
             raise
 
-    def _within(self, work: Callable[[], _T], meter: Meter, window: int = 0) -> _T:
-        """What `work` returns or raises, unless that takes too long."""
+    def _within(self, work: Callable[[Any, str], _T], meter: Meter | None = None, window: int = 0) -> _T:
+        """What `work` returns or raises, given the file system and the path in it, unless that takes too long."""
+        meter = meter or self.meter()
         result: list[_T] = []
         errors: list[BaseException] = []
         ended = threading.Event()
 
         def run() -> None:
             try:
-                result.append(work())
+                result.append(work(*self._open()))
             except BaseException as error:
                 errors.append(error)
             ended.set()
@@ -222,26 +209,10 @@ class Remote:
         return result[0]
 
 
-def entry_name(key: str) -> str:
-    return f"ac/{key[:2]}/{key}.json"
-
-
-def blob_name(digest: str) -> str:
-    return f"cas/{digest[:2]}/{digest}"
-
-
 def shown(url: str) -> str:
     """The URL without what could be secret: user, password, query."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}" if parts.scheme else url
-
-
-def parse_entry(content: bytes) -> Any:
-    """The entry as JSON; None when it is not that."""
-    try:
-        return json.loads(content)
-    except ValueError:
-        return None
 
 
 def _callback(meter: Meter) -> Any:

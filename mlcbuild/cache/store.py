@@ -1,72 +1,34 @@
 """Blobs by digest, and actions by key: what was built once and need not be built again.
 
-    ac/ab/<key>.json    action -> {tree, files: {name: [digest, size, mode]}, step, name, inputs, fields, toolchain,
-                        code, seconds}
-    cas/cd/<sha256>     a read-only blob
-    cas/cd/<sha256>.at  a borrowed blob: where a file with this content lies outside the store, and its stat
-    locks/ tmp/ logs/ pins/ index.sqlite
-
 An action entry is written last and by one rename, after the content of every blob is on the disk: what can be read is
 whole. An entry with a blob that is missing, of another size, or changed behind the store's back counts as absent.
+Where what lies is said by `mlcbuild.cache.layout`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mlcbuild.cache.canonical import canonical, digest_json
+from mlcbuild.cache import layout
+from mlcbuild.cache.action import Action, Damaged
+from mlcbuild.cache.disk import make_folder, share
 from mlcbuild.cache.files import digest_of, hash_file
-from mlcbuild.cache.index import Index, signature
+from mlcbuild.cache.index import Index, note_use, signature
 from mlcbuild.cache.locks import workplace
 from mlcbuild.cache.materialise import BLOB_MODE, BLOB_TIME
-from mlcbuild.cache.share import make_folder, share
-from mlcbuild.cache.tree import Entry, Tree, check_name, mode_of
+from mlcbuild.cache.tree import Entry, canonical, mode_of
 from mlcbuild.errors import MlcBuildError
 
 _PLACES = 8  # that a borrowed blob is remembered at
-_USED = 3600.0  # seconds: last use is kept to the hour, so that an idle build writes nothing
-
-
-class Damaged(MlcBuildError):
-    """Content is not what its digest says."""
-
-
-@dataclass(frozen=True)
-class Action:
-    """What went into one run of a step, and the artifact that came out."""
-
-    key: str
-    step: str  # the kind: convert, quantize ...
-    name: str  # the task's name when it ran; in no key
-    code: str
-    fields: Mapping[str, Any]
-    inputs: Mapping[str, str]  # input name -> tree digest
-    toolchain: Mapping[str, str]
-    seconds: float
-    tree: Tree
-
-    def to_json(self) -> dict[str, Any]:
-        files = {name: entry.to_json() for name, entry in self.tree.files.items()}
-        return {
-            "tree": self.tree.digest,
-            "files": files,
-            "step": self.step,
-            "name": self.name,
-            "code": self.code,
-            "fields": self.fields,
-            "inputs": self.inputs,
-            "toolchain": self.toolchain,
-            "seconds": self.seconds,
-        }
 
 
 class Store:
@@ -75,13 +37,13 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
         root.mkdir(parents=True, exist_ok=True)
-        self.index = Index(root / "index.sqlite")
+        self.index = Index(root / layout.INDEX)
         self._hits: dict[str, str] = {}  # key -> kind of step
 
     # Blobs
 
     def blob_path(self, digest: str) -> Path:
-        return self.root / "cas" / digest[:2] / digest
+        return self.root / layout.blob_name(digest)
 
     def find(self, digest: str, size: int) -> Path | None:
         """Where the content with this digest lies, or None when it is gone or no longer that content."""
@@ -138,10 +100,10 @@ class Store:
 
     def owns(self, path: Path) -> bool:
         """Whether `path` is a blob: other files that lie in the cache's folder may change or go."""
-        return path.is_relative_to(self.root / "cas")
+        return path.is_relative_to(self.root / layout.BLOBS)
 
     def _borrowed_path(self, digest: str) -> Path:
-        return self.blob_path(digest).with_name(f"{digest}.at")
+        return self.root / layout.borrowed_name(digest)
 
     def _find_borrowed(self, blob: Path, size: int) -> Path | None:
         for path, recorded in borrowed_places(self._borrowed_path(blob.name)):
@@ -175,8 +137,8 @@ class Store:
         """Make the action known. Its blobs must be in the store already."""
         for folder in {self.blob_path(entry.digest).parent for entry in action.tree.files.values()}:
             _sync_folder(folder)
-        _sync_folder(self.root / "cas")
-        self.write(self._action_path(action.key), json.dumps(action.to_json(), indent=1, sort_keys=True).encode())
+        _sync_folder(self.root / layout.BLOBS)
+        self.write(self._action_path(action.key), action.to_json())
 
     def forget(self, key: str) -> bool:
         """Remove the action's entry; whether there was one. Its blobs stay, for whoever else refers to them."""
@@ -191,49 +153,25 @@ class Store:
 
         Each has its `key` added; whether its blobs are still here is not looked at.
         """
-        paths = list(self.root.glob("ac/*/*.json"))
-        for path in sorted(paths, key=_modified):
+        for path in sorted(layout.action_files(self.root), key=_modified):
             record = _read_json(path)
             if isinstance(record, dict) and record.get("step") == step:
                 yield {**record, "key": path.stem}
 
     def _action_path(self, key: str) -> Path:
-        return self.root / "ac" / key[:2] / f"{key}.json"
+        return self.root / layout.action_name(key)
 
     def _read(self, path: Path) -> Action | None:
-        record = _read_json(path)
         try:
-            files = {check_name(name): tuple(entry) for name, entry in record["files"].items()}
-            # An entry that was damaged on the disk is an entry that is not there.
-            if digest_json(record["files"]) != record["tree"]:
-                return None
-            entries = {name: self._entry(*entry) for name, entry in files.items()}
-            if not all(entries.values()):
-                return None
-            return Action(
-                key=path.stem,
-                step=record["step"],
-                name=record["name"],
-                code=record["code"],
-                fields=record["fields"],
-                inputs=record["inputs"],
-                toolchain=record["toolchain"],
-                seconds=record["seconds"],
-                tree=Tree({name: entry for name, entry in entries.items() if entry is not None}),
-            )
-        except (TypeError, KeyError, ValueError, AttributeError, MlcBuildError):
-            return None
-
-    def _entry(self, digest: str, size: int, mode: int) -> Entry | None:
-        path = self.find(digest, size)
-        return Entry(digest, size, mode, path) if path is not None else None
+            action = Action.from_json(path.stem, path.read_bytes())
+        except (OSError, Damaged):
+            return None  # an entry that was damaged on the disk is an entry that is not there
+        tree = action.tree.at(self.find)
+        return dataclasses.replace(action, tree=tree) if tree is not None else None
 
     def _touch(self, path: Path) -> None:
-        try:
-            if time.time() - path.stat().st_mtime > _USED:
-                os.utime(path)
-        except OSError:
-            pass  # a cache that is only read is fine
+        with contextlib.suppress(OSError):  # it has just gone
+            note_use(path, path.stat(), time.time())
 
     def write(self, path: Path, content: bytes) -> None:
         """Write a small file so that it is either absent (or the old one) or whole."""
@@ -250,7 +188,7 @@ class Store:
 
 
 def borrowed_places(record: Path) -> list[tuple[str, str]]:
-    """Where a borrowed blob lies, by its record (`cas/cd/<sha256>.at`): paths, and the stat that each had."""
+    """Where a borrowed blob lies, by its record: paths, and the stat that each had."""
     try:
         return [(str(path), str(stat)) for path, stat in json.loads(record.read_bytes())["places"]]
     except (OSError, ValueError, KeyError, TypeError):

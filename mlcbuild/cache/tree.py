@@ -1,16 +1,16 @@
-"""Trees of files named by their content: what a step takes and what it makes."""
+"""Trees of files named by their content: what a step takes and what it makes; and JSON that can be digested."""
 
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mlcbuild.cache.canonical import digest_json
 from mlcbuild.errors import MlcBuildError
 
 
@@ -55,11 +55,34 @@ class Tree:
         """sha256 (hex) of names, contents and permission bits; where the files lie is not part of it."""
         return digest_json({name: entry.to_json() for name, entry in self.files.items()})
 
+    def at(self, place: Callable[[str, int], Path | None]) -> Tree | None:
+        """The same files where `place` finds them, by digest and size; None where it does not find one of them."""
+        found = {}
+        for name, entry in self.files.items():
+            path = place(entry.digest, entry.size)
+            if path is None:
+                return None
+            found[name] = Entry(entry.digest, entry.size, entry.mode, path)
+        return Tree(found)
+
     def select(self, patterns: Sequence[str]) -> Tree:
         """The files whose name matches one of the shell patterns; all of them when there are no patterns."""
         if not patterns:
             return self
         return Tree({name: entry for name, entry in self.files.items() if matches(name, patterns)})
+
+
+def canonical(value: Any) -> bytes:
+    """JSON with exactly one spelling per value: sorted keys, no spaces, ASCII.
+
+    Raises ValueError for NaN and infinities, TypeError for what JSON cannot hold.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+
+
+def digest_json(value: Any) -> str:
+    """sha256 (hex) of the canonical JSON of `value`, the same on every machine."""
+    return hashlib.sha256(canonical(value)).hexdigest()
 
 
 def mode_of(stat: os.stat_result) -> int:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlcbuild.chat.checkpoint import CheckpointChat, read_checkpoint_chat
-from mlcbuild.chat.conversation import Conversation, render
-from mlcbuild.chat.derive import end_of_turn
-from mlcbuild.chat.difference import difference, full_text
+from mlcbuild.chat.conversation import Conversation, Prompt, render
 from mlcbuild.chat.tokenizer_info import TokenizerFacts, unknown_stops
 from mlcbuild.errors import MlcBuildError
 
@@ -23,22 +22,22 @@ _TURNS = (
 
 
 @dataclass(frozen=True)
-class Comparison:
+class TemplateReport:
     """`report` is what quality.json says under `template`; `warnings` are its differences in a sentence each."""
 
     report: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
 
 
-def check(conversation: Conversation, folder: Path) -> tuple[Comparison, list[str]]:
+def check(conversation: Conversation, folder: Path) -> tuple[TemplateReport, list[str]]:
     """A package's template beside what the files in its weights folder say; and what is wrong with its stop tokens."""
     checkpoint = read_checkpoint_chat({path.name: path for path in folder.iterdir()})
     if checkpoint is None:
-        return Comparison({"checked": False, "reason": "there is no tokenizer"}), []
+        return TemplateReport({"checked": False, "reason": "there is no tokenizer"}), []
     return compare(conversation, checkpoint), stop_problems(conversation, checkpoint.tokenizer)
 
 
-def compare(conversation: Conversation, checkpoint: CheckpointChat) -> Comparison:
+def compare(conversation: Conversation, checkpoint: CheckpointChat) -> TemplateReport:
     """The template against the checkpoint's Jinja.
 
     `report`: `checked` (with a `reason` where it is not), `differs` (a diff of system message, two turns and the
@@ -47,13 +46,13 @@ def compare(conversation: Conversation, checkpoint: CheckpointChat) -> Compariso
     """
     template, tokenizer = checkpoint.template, checkpoint.tokenizer
     if template is None:
-        return Comparison({"checked": False, "reason": "the checkpoint has no chat_template"})
+        return TemplateReport({"checked": False, "reason": "the checkpoint has no chat_template"})
     report: dict[str, Any] = {"checked": True}
     warnings = []
     try:
         by_default = template.render(_TURNS)
     except MlcBuildError as error:
-        return Comparison({"checked": False, "reason": str(error)})
+        return TemplateReport({"checked": False, "reason": str(error)})
     try:
         texts = template.render([_SYSTEM, *_TURNS])
         messages: Sequence[Mapping[str, str]] = [_SYSTEM, *_TURNS]
@@ -72,11 +71,14 @@ def compare(conversation: Conversation, checkpoint: CheckpointChat) -> Compariso
         report["stop_tokens"] = stops
     if problem:
         warnings.append(problem)
-    return Comparison(report, tuple(f"template {conversation.name}: {warning}" for warning in warnings))
+    return TemplateReport(report, tuple(f"template {conversation.name}: {warning}" for warning in warnings))
 
 
 def stop_problems(conversation: Conversation, tokenizer: TokenizerFacts) -> list[str]:
-    """Stop tokens that this tokenizer has not, or has as something else: replies would not end, or end too soon."""
+    """Stop tokens that this tokenizer has not, or has as something else: replies would not end, or end too soon.
+
+    And tokens before a conversation that are no special ones.
+    """
     found = unknown_stops(
         conversation.stop_token_ids,
         conversation.stop_str,
@@ -84,9 +86,32 @@ def stop_problems(conversation: Conversation, tokenizer: TokenizerFacts) -> list
         tokenizer.special,
         conversation.seps,
     )
+    for i in conversation.system_prefix_token_ids or ():
+        if i not in tokenizer.special:
+            text = tokenizer.text(i)
+            known = "not in the tokenizer" if text is None else f"{text!r} in this tokenizer"
+            found.append(f"a conversation begins with token id {i}, which is {known}")
     return [
         f"template {conversation.name}: {each}: choose the template that the model was trained with" for each in found
     ]
+
+
+def full_text(prompt: Prompt, tokenizer: TokenizerFacts) -> str:
+    """A prompt as a Jinja template would write it: tokens that are given by id as their texts."""
+    return "".join(tokenizer.text(i) or f"<token {i}>" for i in prompt.prefix_token_ids) + prompt.text
+
+
+def difference(first: str, second: str, first_name: str, second_name: str) -> str:
+    """A unified diff, in which the blanks at the end of a line are `·`."""
+    lines = difflib.unified_diff(_lines(first), _lines(second), first_name, second_name, n=2, lineterm="")
+    return "\n".join(lines)
+
+
+def end_of_turn(after_reply: str, tokenizer: TokenizerFacts) -> str | None:
+    """The special token with which the text after a reply begins."""
+    text = after_reply.lstrip()
+    found = [token for token, i in tokenizer.tokens.items() if i in tokenizer.special and text.startswith(token)]
+    return max(found, key=len, default=None)
 
 
 def _compare_stops(
@@ -108,3 +133,8 @@ def _compare_stops(
         else ""
     )
     return {"checkpoint": theirs, "template": ours}, problem
+
+
+def _lines(text: str) -> list[str]:
+    lines = [(line, len(line) - len(line.rstrip(" "))) for line in text.split("\n")]
+    return [line.rstrip(" ") + "·" * blanks for line, blanks in lines]

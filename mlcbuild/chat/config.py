@@ -33,7 +33,8 @@ _SAMPLING = {
     "repetition_penalty": 1.0,
     "top_p": 1.0,
 }
-_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+# Of the tokens that neither a config nor the tokenizer names. MLC's own default ends a text at token 2.
+_TOKENS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": []}
 
 
 def chat_config(
@@ -45,14 +46,16 @@ def chat_config(
     tokenizer_files: Sequence[str],
     checkpoint_configs: Sequence[Mapping[str, Any]] = (),
     embedding: Mapping[str, Any] | None = None,
+    special: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """The content of mlc-chat-config.json.
 
     `model_config` is the architecture's own part (CONTRACT: hidden_size ... disaggregation); `tokenizer` is what the
     checkpoint's tokenizer says (None: it is not known); `checkpoint_configs` are generation_config.json and
     config.json, in the order in which the first to give a sampling default or a special token's id wins; `embedding`
-    is `embedding_metadata` of a model of texts, None for one that writes. Raises MlcBuildError for a special token's id
-    that is none, and for a sampling default that is no number.
+    is `embedding_metadata` of a model of texts, None for one that writes; `special` are the ids of the tokenizer's
+    `bos_token` and the like, for those that no config says. Raises MlcBuildError for a special token's id that is none,
+    and for a sampling default that is no number.
     """
     vocab_size = model_config["vocab_size"]
     return {
@@ -73,7 +76,7 @@ def chat_config(
         "tokenizer_files": [name for name in TOKENIZER_FILES if name in tokenizer_files],
         "tokenizer_info": dict(tokenizer.info) if tokenizer else tokenizer_info(None),
         "conv_template": conversation.to_json(),
-        **_token_ids(checkpoint_configs),
+        **_token_ids([*checkpoint_configs, {f"{name}_id": i for name, i in (special or {}).items()}]),
         "model_task": "chat" if embedding is None else "embedding",
         "embedding_metadata": None if embedding is None else dict(embedding),
     }
@@ -96,7 +99,7 @@ def _token_ids(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     found = _first(_TOKENS, configs)
     for key, value in found.items():
         ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
-        if not ids or not all(type(each) is int for each in ids):
+        if value is not _TOKENS[key] and not (ids and all(type(each) is int for each in ids)):
             expected = "the id of a token, or a list of ids" if key == "eos_token_id" else "the id of a token"
             raise MlcBuildError(f"generation_config.json or config.json: {key} is {value!r}, expected {expected}")
     return found

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlcbuild.chat.checkpoint import CheckpointChat
+from mlcbuild.chat.compare import difference, end_of_turn, full_text
 from mlcbuild.chat.conversation import Conversation, from_data, render
-from mlcbuild.chat.difference import difference, full_text
 from mlcbuild.chat.jinja import DAY, ChatTemplate
 from mlcbuild.chat.tokenizer_info import TokenizerFacts
 from mlcbuild.errors import MlcBuildError
@@ -185,13 +185,6 @@ def _stops(again: str, tokenizer: TokenizerFacts, end_ids: Sequence[int]) -> dic
     ids = [*([tokenizer.tokens[turn_end]] if turn_end else []), *end_ids]
     text = turn_end or again.rstrip()
     return {"stop_token_ids": list(dict.fromkeys(ids)), "stop_str": [text] if text else []}
-
-
-def end_of_turn(after_reply: str, tokenizer: TokenizerFacts) -> str | None:
-    """The special token with which the text after a reply begins."""
-    text = after_reply.lstrip()
-    found = [token for token, i in tokenizer.tokens.items() if i in tokenizer.special and text.startswith(token)]
-    return max(found, key=len, default=None)
 
 
 def _probes(has_system: bool, strips_reasoning: bool) -> Iterator[Messages]:

@@ -18,8 +18,10 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from mlcbuild.chat.tokenizer_info import read_json
+from mlcbuild.chat.tokenizer_info import CONFIG, read_json, special_tokens
 from mlcbuild.errors import MlcBuildError
+
+CHAT_TEMPLATE = "chat_template.jinja"
 
 # A package is the same whenever it is built, so a template that asks for the day always gets this one: the day that
 # Llama 3.1's template itself falls back to.
@@ -59,15 +61,13 @@ def read_chat_template(files: Mapping[str, Path]) -> ChatTemplate | None:
 
     None where the checkpoint has none (base models, and models from before 2023). Raises MlcBuildError.
     """
-    config = read_json(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
-    special = {key: text for key, value in config.items() if key.endswith("_token") and (text := _text(value))}
-    if "chat_template.jinja" in files:
-        source = files["chat_template.jinja"].read_text(encoding="utf-8")
-        return ChatTemplate(source, "chat_template.jinja", special)
+    config, special = read_json(files[CONFIG]) if CONFIG in files else {}, special_tokens(files)
+    if CHAT_TEMPLATE in files:
+        return ChatTemplate(files[CHAT_TEMPLATE].read_text(encoding="utf-8"), CHAT_TEMPLATE, special)
     found = config.get("chat_template")
     if isinstance(found, list):  # several by name, such as `default` and `tool_use`
         found = next((item["template"] for item in found if item.get("name") == "default"), None)
-    return ChatTemplate(found, "tokenizer_config.json", special) if isinstance(found, str) and found else None
+    return ChatTemplate(found, CONFIG, special) if isinstance(found, str) and found else None
 
 
 class _Generation(Extension):
@@ -101,9 +101,3 @@ def _to_json(
 
 def _refuse(message: str) -> str:
     raise jinja2.TemplateError(message)
-
-
-def _text(value: Any) -> str | None:
-    """A special token is written as its text, or as an object with flags."""
-    text = value.get("content") if isinstance(value, Mapping) else value
-    return text if isinstance(text, str) else None

@@ -16,6 +16,9 @@ from typing import Any
 from mlcbuild.chat import rwkv_vocabulary
 from mlcbuild.errors import MlcBuildError
 
+CONFIG = "tokenizer_config.json"
+SPECIAL_MAP = "special_tokens_map.json"  # older tokenizers' own file of what the config says now
+
 _METHODS = {"ByteLevel": "byte_level", "ByteFallback": "byte_fallback"}
 _WORD_START = "▁"  # SentencePiece's mark of a space
 _SPECIAL = re.compile(r"<\|?[^\s<>|]+\|?>")  # <|im_end|>, </s>, <end_of_turn>
@@ -43,10 +46,12 @@ class TokenizerFacts:
 def read_tokenizer(files: Mapping[str, Path]) -> TokenizerFacts | None:
     """The facts of a checkpoint's or a package's files (name -> path); None where there is no tokenizer.
 
-    Raises MlcBuildError for a file that cannot be read.
+    Raises MlcBuildError for a file that cannot be read, and for added tokens that tokenizer.json does not have so.
     """
     if "tokenizer.json" in files:
-        return json_tokenizer(read_json(files["tokenizer.json"]))
+        facts = json_tokenizer(read_json(files["tokenizer.json"]))
+        _check_added(files, facts.tokens)
+        return facts
     if "tokenizer.model" in files:
         added = read_json(files["added_tokens.json"]) if "added_tokens.json" in files else {}
         return _sentencepiece(files["tokenizer.model"], added)
@@ -108,6 +113,25 @@ def vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int]:
     return tokens
 
 
+def first_tokens(tokenizer: Mapping[str, Any]) -> set[str]:
+    """The special tokens that tokenizer.json puts before a text."""
+    singles = [step.get("single") or [{}] for step in _steps(tokenizer, "post_processor", "processors")]
+    return {single[0].get("SpecialToken", {}).get("id") for single in singles} - {None}
+
+
+def special_tokens(files: Mapping[str, Path]) -> dict[str, str]:
+    """The texts of `bos_token` and the like: those of tokenizer_config.json.
+
+    As in transformers, those of special_tokens_map.json win, where the config has no `added_tokens_decoder`.
+    """
+    config = read_json(files[CONFIG]) if CONFIG in files else {}
+    older = SPECIAL_MAP in files and "added_tokens_decoder" not in config
+    named = {**config, **read_json(files[SPECIAL_MAP])} if older else config
+    # A special token is written as its text, or as an object with flags.
+    texts = {key: value.get("content") if isinstance(value, Mapping) else value for key, value in named.items()}
+    return {key: text for key, text in texts.items() if key.endswith("_token") and isinstance(text, str) and text}
+
+
 def unknown_stops(
     stop_token_ids: Sequence[int],
     stop_str: Sequence[str],
@@ -144,13 +168,35 @@ def unknown_stops(
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a checkpoint. Raises MlcBuildError."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise MlcBuildError(f"{path.name}: cannot be read as JSON: {error}") from None
+    content = parse_json(path, path.name)
     if not isinstance(content, dict):
         raise MlcBuildError(f"{path.name}: expected a JSON object, found {json.dumps(content)[:40]}")
     return content
+
+
+def parse_json(path: Path, name: str) -> Any:
+    """A JSON file of a checkpoint, whose name is for the message. Raises MlcBuildError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise MlcBuildError(f"{name}: cannot be read as JSON: {error}") from None
+
+
+def _check_added(files: Mapping[str, Path], tokens: Mapping[str, int]) -> None:
+    """transformers would add what other files name; MLC's runtimes read tokenizer.json alone."""
+    added = read_json(files["added_tokens.json"]) if "added_tokens.json" in files else {}
+    named = [("added_tokens.json", str(i), text) for text, i in added.items()]
+    decoder = (read_json(files[CONFIG]) if CONFIG in files else {}).get("added_tokens_decoder")
+    if isinstance(decoder, Mapping):
+        texts = [(i, token.get("content")) for i, token in decoder.items() if isinstance(token, Mapping)]
+        named += [(f"{CONFIG}: added_tokens_decoder", i, text) for i, text in texts if isinstance(text, str)]
+    for where, i, text in named:
+        if str(tokens.get(text)) != i:
+            has = f"has as {tokens[text]}" if text in tokens else "lacks, and would cut into pieces"
+            raise MlcBuildError(
+                f"{where}: token {text!r} is {i}, which tokenizer.json {has}: save the tokenizer again, with "
+                "transformers' AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            )
 
 
 def _sentencepiece(path: Path, added: Mapping[str, int]) -> TokenizerFacts:

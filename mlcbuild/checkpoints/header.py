@@ -34,7 +34,7 @@ class TensorRef:
     `file` is the name in the checkpoint, `blob` the sha256 of that file's content ("" when it is not known), `path`
     where the content lies; `offset` counts from the start of the file; `dtype` is the format's name, such as BF16.
     `strides` (in elements) are given where the tensor is not row-major, as PyTorch's own files may have it: such a
-    tensor is made anew before it is used (mlcbuild.checkpoints.made).
+    tensor is made anew before it is used (mlcbuild.checkpoints.computed).
     """
 
     name: str

@@ -1,23 +1,24 @@
 """Checkpoints on a Hugging Face hub: what a revision holds, and its files, each checked against its sha256.
 
-Where the hub is and with which token it is asked: mlcbuild.checkpoints.hub_http. Files that huggingface_hub's own cache
-already has (HF_HOME) are copied from there.
+How the hub is asked: mlcbuild.checkpoints.hub_http. Files that huggingface_hub's own cache has (HF_HOME) are copied
+from there, the others are downloaded side by side.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 import shutil
+import threading
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from mlcbuild.checkpoints.header import climbs
-from mlcbuild.checkpoints.hub_download import download
-from mlcbuild.checkpoints.hub_http import Request, get
+from mlcbuild.checkpoints.hub_http import Request, receive
 from mlcbuild.checkpoints.table import SAFETENSORS, TORCH, weight_files
 from mlcbuild.errors import CheckpointError
 from mlcbuild.recipes.types import Locked, LockedFile
@@ -39,6 +40,7 @@ _SMALL = (
     "modules.json",  # of sentence-transformers: how the vector of a text is made
     "1_Pooling/config.json",
 )
+_AT_ONCE = 8  # files, as in huggingface_hub
 _RWKV_VOCABULARY = re.compile(r"rwkv_vocab_v\d{8}\.txt")
 
 
@@ -71,8 +73,11 @@ def resolve(repo: str, revision: str | None = None) -> Locked:
     The hub knows the sha256 of large files; the small ones are downloaded here to compute theirs. Raises
     CheckpointError when the hub cannot be reached or does not give it out, and as `needed_files` does.
     """
-    at = f"/revision/{quote(revision, safe='')}" if revision else ""
-    info = _read_json(Request(repo, revision), f"{_address(repo)}{at}?blobs=true")
+    _check_name(repo)
+    asked = Request(repo, revision)
+    info = _parsed(_read(asked))
+    if not isinstance(info, dict):
+        raise CheckpointError(f"{asked}: the hub's answer is not JSON: is HF_ENDPOINT the address of a hub?")
     commit, siblings = info.get("sha"), {each["rfilename"]: each for each in info.get("siblings", ())}
     if not isinstance(commit, str):
         raise CheckpointError(f"hf:{repo}: the hub's answer names no commit")
@@ -83,15 +88,13 @@ def resolve(repo: str, revision: str | None = None) -> Locked:
         if large is not None and name not in (CONFIG, ADAPTER_CONFIG):
             files[name] = LockedFile(large["sha256"], large["size"])
             continue
-        content = _read(Request(repo, commit[:12], name), _file_url(repo, commit, name))
+        content = _read(Request(repo, commit, name))
         files[name] = LockedFile(hashlib.sha256(content).hexdigest(), len(content))
         if name in (CONFIG, ADAPTER_CONFIG):
-            try:
-                config = json.loads(content)
-            except ValueError as error:
-                raise CheckpointError(f"hf:{repo}: {name} is not valid JSON: {error}") from None
+            config = _parsed(content)
             if not isinstance(config, dict):
-                raise CheckpointError(f"hf:{repo}: {name} is not a JSON object")
+                wrong = f"valid JSON: {config}" if isinstance(config, ValueError) else "a JSON object"
+                raise CheckpointError(f"hf:{repo}: {name} is not {wrong}")
     return Locked(commit, config, files)
 
 
@@ -114,34 +117,70 @@ def fetch(
             raise CheckpointError(f"hf:{repo}: file name {name!r} is refused: it would climb out of its folder")
     partial = partial or folder / ".partial"
     partial.mkdir(parents=True, exist_ok=True)
-    total = sum(info.size for info in files.values())
-    places = {name: partial / info.sha256 for name, info in files.items()}
-    _check_room(repo, partial, total - sum(place.stat().st_size for place in {*places.values()} if place.exists()))
+    names = {partial / info.sha256: name for name, info in files.items()}  # two names may have one content
+    needed = sum(info.size for info in files.values())
+    _check_room(repo, partial, needed - sum(place.stat().st_size for place in names if place.exists()))
+    total = sum(files[name].size for name in names.values())
+    stop, lock, sizes = threading.Event(), threading.Lock(), dict[str, int]()
 
-    def partly(before: int) -> Callable[[int], None]:
-        return lambda arrived: progress(before + arrived, total)
+    def bring(place: Path, name: str) -> None:
+        def counted(size: int) -> None:
+            if stop.is_set():
+                raise InterruptedError
+            with lock:
+                sizes[name] = min(size, files[name].size)
+                progress(sum(sizes.values()), total)
 
-    done = 0
+        if not _from_cache(repo, commit, name, files[name], place):
+            _download(Request(repo, commit, name), files[name], place, counted)
+        counted(files[name].size)
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        try:
+            for finished in as_completed([pool.submit(bring, place, name) for place, name in names.items()]):
+                finished.result()
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     for name, info in files.items():
-        if not _from_cache(repo, commit, name, info, places[name]):
-            download(
-                Request(repo, commit[:12], name),
-                _file_url(repo, commit, name),
-                info,
-                places[name],
-                partly(done),
-            )
-        done += info.size
-        progress(done, total)
-    for name in files:
-        target = folder / name
+        target, place = folder / name, partial / info.sha256
         target.parent.mkdir(parents=True, exist_ok=True)
-        later = list(files)[list(files).index(name) + 1 :]
-        if any(places[other] == places[name] for other in later):
-            shutil.copyfile(places[name], target)  # two names for one content
+        if names[place] == name:
+            place.replace(target)
         else:
-            places[name].replace(target)
+            shutil.copyfile(place, target)
     shutil.rmtree(partial, ignore_errors=True)
+
+
+def _download(request: Request, info: LockedFile, place: Path, arrived: Callable[[int], None]) -> None:
+    """Bring the file to `place`; what is there already is its beginning.
+
+    Raises CheckpointError as `receive` does, with what has arrived left in place, and for content of another size or
+    sha256 than `info` says, which is removed. Content that was begun earlier gets a second chance from the start.
+    """
+    begun = place.exists() and place.stat().st_size > 0
+    for _ in range(2 if begun else 1):
+        with place.open("ab") as file:
+            if file.tell() < info.size:
+                receive(request, file, info.size, arrived)
+        problem = _difference(place, info)
+        if problem is None:
+            return
+        place.unlink()
+    raise CheckpointError(
+        f"{request}: {problem}; build again, and if it stays so, `mlcbuild lock --update` shows what moved"
+    )
+
+
+def _difference(path: Path, info: LockedFile) -> str | None:
+    """What of the file's content is not as locked."""
+    size = path.stat().st_size
+    if size != info.size:
+        return f"{size} bytes{' or more' if size > info.size else ''}, recipes.lock says {info.size}"
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return None if digest == info.sha256 else f"its sha256 is {digest}, recipes.lock says {info.sha256}"
 
 
 def _from_cache(repo: str, commit: str, name: str, info: LockedFile, place: Path) -> bool:
@@ -149,14 +188,10 @@ def _from_cache(repo: str, commit: str, name: str, info: LockedFile, place: Path
     import huggingface_hub
 
     cached = huggingface_hub.try_to_load_from_cache(repo, name, revision=commit)
-    if not isinstance(cached, str) or Path(cached).stat().st_size != info.size:
+    if not isinstance(cached, str) or _difference(Path(cached), info) is not None:
         return False
     shutil.copyfile(cached, place)
-    with place.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() == info.sha256:
-            return True
-    place.unlink()
-    return False
+    return True
 
 
 def _check_room(repo: str, folder: Path, needed: int) -> None:
@@ -168,36 +203,27 @@ def _check_room(repo: str, folder: Path, needed: int) -> None:
         )
 
 
-def _read_json(request: Request, url: str) -> dict[str, Any]:
-    try:
-        content = json.loads(_read(request, url))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{request}: the hub's answer is not JSON: is HF_ENDPOINT the address of a hub?")
-    return content
-
-
-def _read(request: Request, url: str) -> bytes:
-    """A small answer, whole."""
-    found: list[bytes] = []
-    get(request, url, lambda response: found.append(response.read()))
-    return found[-1]
-
-
-def _address(repo: str) -> str:
-    """Of the hub's facts about the repository. Raises CheckpointError for what cannot be its name."""
-    from huggingface_hub import constants, errors
+def _check_name(repo: str) -> None:
+    """Raises CheckpointError for what cannot be the name of a repository."""
+    from huggingface_hub import errors
     from huggingface_hub.utils import validate_repo_id
 
     try:
         validate_repo_id(repo)
     except errors.HFValidationError as error:
         raise CheckpointError(f"hf:{repo}: not a repository name: {error}") from None
-    return f"{constants.ENDPOINT}/api/models/{repo}"
 
 
-def _file_url(repo: str, commit: str, name: str) -> str:
-    from huggingface_hub import constants
+def _read(request: Request) -> bytes:
+    """A small answer, whole."""
+    content = io.BytesIO()
+    receive(request, content)
+    return content.getvalue()
 
-    return f"{constants.ENDPOINT}/{repo}/resolve/{commit}/{quote(name)}"
+
+def _parsed(content: bytes) -> Any:
+    """What JSON says, or the error."""
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        return error

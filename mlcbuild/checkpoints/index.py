@@ -36,14 +36,46 @@ class Names:
         return {int(match[1]) for match in map(_LAYER.search, names) if match}
 
 
-def with_prefix(table: Mapping[str, TensorRef], prefix: str, wanted: Collection[str]) -> dict[str, TensorRef]:
-    """The table by the names that are wanted, where the checkpoint leaves their common prefix out, or alone has one."""
+def with_prefix(
+    table: Mapping[str, TensorRef],
+    prefix: str,
+    wanted: Collection[str],
+    note: Callable[[str], None] = lambda text: None,
+) -> dict[str, TensorRef]:
+    """The table by the names that are wanted, where the checkpoint leaves their common prefix out, or alone has one.
+
+    `prefix` is one that the architecture's files may lack. Any other is one for all tensors, where not a single name is
+    known without it: a wrapper's (`_orig_mod.`, `module.`), or `model.` where AutoModel saved the file; `note` says so.
+    """
     if prefix and not any(name.startswith(prefix) for name in wanted):
-        return {name.removeprefix(prefix): ref for name, ref in table.items()}
-    if not prefix or any(name.startswith(prefix) for name in table):
+        table = {name.removeprefix(prefix): ref for name, ref in table.items()}
+    elif prefix and not any(name.startswith(prefix) for name in table):
+        stems = {name.rpartition(".")[0] for name in wanted}
+        return {prefix + name if (prefix + name).rpartition(".")[0] in stems else name: r for name, r in table.items()}
+    known = set(wanted)
+    if not table or not known.isdisjoint(table):
         return dict(table)
-    stems = {name.rpartition(".")[0] for name in wanted}
-    return {prefix + name if (prefix + name).rpartition(".")[0] in stems else name: ref for name, ref in table.items()}
+    stripped = _without_wrapper(table, known)
+    if stripped:
+        note(f"all tensors begin with `{stripped}`, which is left out")
+        return {name.removeprefix(stripped): ref for name, ref in table.items()}
+    for added in sorted({f"{name.partition('.')[0]}." for name in known}):
+        if all(added + name in known for name in table):
+            note(f"the tensors lack `{added}` before their names, as AutoModel saves them; it is put there")
+            return {added + name: ref for name, ref in table.items()}
+    return dict(table)
+
+
+def _without_wrapper(table: Mapping[str, TensorRef], known: Collection[str]) -> str:
+    """The shortest beginning of all names behind which one is known; empty where there is none."""
+    parts = next(iter(table)).split(".")
+    for count in range(1, len(parts)):
+        start = "".join(f"{part}." for part in parts[:count])
+        if not all(name.startswith(start) for name in table):
+            return ""
+        if any(name.removeprefix(start) in known for name in table):
+            return start
+    return ""
 
 
 def as_stored(parameters: Sequence[Parameter], table: Mapping[str, TensorRef]) -> tuple[Parameter, ...]:
@@ -89,11 +121,12 @@ def entry(parameter: Parameter, refs: Sequence[TensorRef]) -> dict[str, Any]:
         "name": parameter.name,
         "shape": list(parameter.shape),
         "dtype": FLOATS[refs[0].dtype][0] if refs and refs[0].dtype in FLOATS else None,
-        "parts": [_part(ref) for ref in refs],
+        "parts": [part(ref) for ref in refs],
     }
 
 
-def _part(ref: TensorRef) -> dict[str, Any]:
+def part(ref: TensorRef) -> dict[str, Any]:
+    """A tensor of a file as a parameter of parameters.json refers to it."""
     return {
         "blob": ref.blob,
         "file": ref.file,

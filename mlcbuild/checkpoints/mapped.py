@@ -53,11 +53,21 @@ class MappedFile:
 
 
 def read(ref: TensorRef) -> npt.NDArray[Any]:
-    """The tensor as a mapped array: float16, bfloat16 as uint16, or float32. Raises CheckpointError for others."""
+    """The tensor as `view` gives it. Raises CheckpointError for a dtype that no parameter may have."""
     if ref.dtype not in FLOATS:
         raise CheckpointError(f"{ref.file}: tensor {ref.name}: dtype {ref.dtype}, expected {' '.join(FLOATS)}")
+    return view(ref)
+
+
+def view(ref: TensorRef) -> npt.NDArray[Any]:
+    """The tensor as a mapped array of its shape, whatever its order; bfloat16 as uint16. Its dtype is of FLOATS."""
     dtype, storage = FLOATS[ref.dtype]
-    return MappedFile(ref.path).view(ref.offset, ref.nbytes // storage.itemsize, dtype).reshape(ref.shape)
+    if ref.strides is None or not ref.nbytes:
+        return MappedFile(ref.path).view(ref.offset, ref.nbytes // storage.itemsize, dtype).reshape(ref.shape)
+    last = sum((size - 1) * stride for size, stride in zip(ref.shape, ref.strides, strict=True))
+    flat = MappedFile(ref.path).view(ref.offset, last + 1, dtype)
+    strides = [stride * storage.itemsize for stride in ref.strides]
+    return np.lib.stride_tricks.as_strided(flat, ref.shape, strides, writeable=False)
 
 
 def same_bytes(one: TensorRef, other: TensorRef) -> bool:

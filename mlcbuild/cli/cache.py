@@ -3,43 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from mlcbuild.cli.options import CACHE, RECIPES, add, arg, cache_of, command, named_cache, session_of, workspace
+from mlcbuild.errors import MlcBuildError
 
 if TYPE_CHECKING:
     from mlcbuild.cache.store import Store
 
-Run = Callable[[argparse.Namespace], int]
-Add = Callable[["argparse._SubParsersAction[argparse.ArgumentParser]", str, Run, str], argparse.ArgumentParser]
 
-_CACHE_HELP = "the cache folder (default: MLCBUILD_CACHE, or the workspace's cache/)"
-_NAMES_HELP = "recipe names and globs, with commas"
-
-
-def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser], add: Add) -> None:
-    """Put the commands among the others."""
-    gc = add(commands, "gc", _gc, "remove what was used least recently from the cache, down to a size")
-    gc.add_argument("--max-size", required=True, metavar="SIZE", help="what may stay, like 20G, 500M or 1.5TiB")
-    gc.add_argument("--dry-run", action="store_true", help="only say what would go")
-
-    pin = add(commands, "pin", _pin, "keep what recipes are built from, as it is now, out of gc's reach")
-    pin.add_argument("recipe", metavar="NAME", help=_NAMES_HELP)
-
-    unpin = add(commands, "unpin", _unpin, "let gc have again what was pinned")
-    unpin.add_argument("recipe", metavar="NAME", help=_NAMES_HELP)
-
-    cache = add(commands, "cache", _stats, "check the cache, or say what is in it")
-    verbs = cache.add_subparsers(dest="verb", required=True, metavar="VERB")
-    verify = add(verbs, "verify", _verify, "read every blob, and remove those that are not what their name says")
-    figures = add(verbs, "stats", _stats, "sizes and counts by kind of step, hits, and what is held")
-    push = add(verbs, "push", _push, "put what recipes are built from into the shared cache, where it is not there")
-    push.add_argument("recipe", metavar="NAME", help=_NAMES_HELP)
-    push.add_argument("--remote", metavar="URL", help="the shared cache (default: MLCBUILD_REMOTE)")
-    for parser in (push, gc, pin, unpin, verify, figures):
-        parser.add_argument("--cache", type=Path, help=_CACHE_HELP)
+def add_commands(parsers: Any) -> None:
+    """Put the commands among the others; `cache` has commands of its own."""
+    add(parsers, _COMMANDS)
+    verbs = parsers.choices["cache"].add_subparsers(dest="verb", required=True, metavar="VERB")
+    add(verbs, _VERBS)
 
 
 def _gc(options: argparse.Namespace) -> int:
@@ -52,12 +31,9 @@ def _gc(options: argparse.Namespace) -> int:
 
 
 def _pin(options: argparse.Namespace) -> int:
-    from mlcbuild.recipes.workspace import find_root
     from mlcbuild.workspace.maintenance import pin_recipes
-    from mlcbuild.workspace.session import open_session
 
-    session = open_session(find_root(Path.cwd()), lambda _: None, options.recipe, _folder(options))
-    for name in pin_recipes(session):
+    for name in pin_recipes(session_of(options)):
         print(f"pinned {name}")
     return 0
 
@@ -91,20 +67,14 @@ def _stats(options: argparse.Namespace) -> int:
 
 
 def _push(options: argparse.Namespace) -> int:
+    from mlcbuild.doit_face.variables import read_patience, read_variables
     from mlcbuild.engine.shared import open_shared
-    from mlcbuild.errors import MlcBuildError
-    from mlcbuild.recipes.workspace import find_root
     from mlcbuild.workspace.maintenance import push
-    from mlcbuild.workspace.session import open_session
-    from mlcbuild.workspace.variables import read_patience, read_remote
 
-    url, _ = read_remote(options.remote, Path.cwd())
+    url = read_variables({"remote": options.remote} if options.remote is not None else {}, Path.cwd()).remote
     if url is None:
         raise MlcBuildError("which shared cache? Give --remote URL, or set MLCBUILD_REMOTE")
-    shared = open_shared(url, True, read_patience())
-    root = find_root(Path.cwd())
-    session = open_session(root, lambda _: None, options.recipe, _folder(options), shared=shared)
-    put, had, problems = push(session)
+    put, had, problems = push(session_of(options, shared=open_shared(url, True, read_patience())))
     for problem in problems:
         print(problem, file=sys.stderr)
     print(f"{put} put there, {had} were there already")
@@ -114,17 +84,14 @@ def _push(options: argparse.Namespace) -> int:
 def _place(options: argparse.Namespace) -> tuple[Path, Store]:
     """The workspace (or the working directory, when a cache folder is named) and its cache. Raises MlcBuildError."""
     from mlcbuild.cache.store import Store
-    from mlcbuild.errors import MlcBuildError
-    from mlcbuild.recipes.workspace import find_root
 
-    named = _folder(options)
     try:
-        root = find_root(Path.cwd())
+        root = workspace()
     except MlcBuildError:
-        if named is None:
+        if named_cache(options) is None:
             raise
         root = Path.cwd()
-    folder = named or root / "cache"
+    folder = cache_of(options, root)
     if not folder.is_dir():
         raise MlcBuildError(f"{folder}: no cache here: --cache DIR names another")
     try:
@@ -133,6 +100,18 @@ def _place(options: argparse.Namespace) -> tuple[Path, Store]:
         raise MlcBuildError(f"{folder}: cannot be used as a cache: {error.strerror}") from None
 
 
-def _folder(options: argparse.Namespace) -> Path | None:
-    named = options.cache or (Path(os.environ["MLCBUILD_CACHE"]) if os.environ.get("MLCBUILD_CACHE") else None)
-    return named.absolute() if named else None
+_SIZE = arg("--max-size", required=True, metavar="SIZE", help="how large the cache may be, like 20G, 500M or 1.5TiB")
+_DRY_RUN = arg("--dry-run", action="store_true", help="remove nothing, say what would go")
+_REMOTE = arg("--remote", metavar="URL", help="the shared cache (default: MLCBUILD_REMOTE)")
+_PUSH = "upload what recipes are built from to the shared cache"
+_COMMANDS = (
+    command("gc", _gc, "shrink the cache to a size: what was used least recently goes first", _SIZE, _DRY_RUN, CACHE),
+    command("pin", _pin, "keep what recipes are built from now: gc does not remove it", RECIPES, CACHE),
+    command("unpin", _unpin, "undo a pin: gc may remove it again", RECIPES, CACHE),
+    command("cache", _stats, "check the cache, show what is in it, or upload from it"),
+)
+_VERBS = (
+    command("verify", _verify, "read every file in the cache, and remove the damaged ones", CACHE),
+    command("stats", _stats, "show sizes and counts by kind of step, hits, and what gc must keep", CACHE),
+    command("push", _push, _PUSH, RECIPES, _REMOTE, CACHE),
+)

@@ -1,101 +1,144 @@
-"""The commands that look at a checkpoint: `new` and `inspect`."""
+"""The commands about a model and what it becomes: `new`, `inspect`, `test-run`, `generate` and `compare`."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlcbuild.cli.options import CACHE, JSON, RECIPES, arg, cache_of, command, named_cache, workspace
 from mlcbuild.errors import MlcBuildError
 
 if TYPE_CHECKING:
     from mlcbuild.recipes.types import Catalog
 
-Run = Callable[[argparse.Namespace], int]
-Add = Callable[["argparse._SubParsersAction[argparse.ArgumentParser]", str, Run, str], argparse.ArgumentParser]
-
-
-def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser], add: Add) -> None:
-    """Put the commands among the others."""
-    new = add(commands, "new", _new, "write the model file of a checkpoint, and say what it does not know")
-    new.add_argument("checkpoint", metavar="HF_ID_OR_PATH", help="owner/name on the hub, or a folder")
-    new.add_argument("--name", help="the model's name (default: the repository's or the folder's, in lower case)")
-    new.add_argument("--delta-of", metavar="BASE", help="the checkpoint is the difference to this one")
-    new.add_argument("--lora", metavar="ADAPTER", help="merge the checkpoint with this adapter: owner/name or a folder")
-    new.add_argument("--template", metavar="NAME", help="a conversation template (default: guessed from the tokenizer)")
-    new.add_argument(
-        "--memory", default="8G", metavar="SIZE", help="suggest quantizations that fit into this (default 8G)"
-    )
-    new.add_argument("--dry-run", action="store_true", help="print the file and write nothing")
-
-    inspect = add(commands, "inspect", _inspect, "show what a checkpoint or a library is, and what it could share")
-    inspect.add_argument(
-        "checkpoint", metavar="HF_ID_OR_PATH", help="owner/name on the hub, a folder, a model's name, a library"
-    )
-    inspect.add_argument("--weights", type=Path, metavar="FOLDER", help="of a library: check that it takes these")
-    inspect.add_argument("--json", action="store_true", help="as JSON")
-
-    for parser in (new, inspect):
-        parser.add_argument("--revision", metavar="REV", help="a branch, tag or commit (default: the main branch)")
-
 
 def _new(options: argparse.Namespace) -> int:
     from mlcbuild.cache.gc import parse_size
-    from mlcbuild.inspect.new import Wish, new
+    from mlcbuild.inspect.model_file import Wish, write_model_file
 
     catalog = _catalog(required=True)
-    named = os.environ.get("MLCBUILD_CACHE")
-    cache = Path(named).absolute() if named else catalog.root / "cache"
-    wish = Wish(
-        options.checkpoint,
-        options.name,
-        options.revision,
-        options.template,
-        options.delta_of,
-        options.lora,
-        parse_size(options.memory),
-    )
-    new(wish, catalog, cache, dry_run=options.dry_run)
+    memory = parse_size(options.memory)
+    given = (options.name, options.revision, options.template, options.delta_of, options.lora)
+    wish = Wish(options.checkpoint, *given, memory)
+    write_model_file(wish, catalog, cache_of(options, catalog.root), dry_run=options.dry_run)
     return 0
 
 
 def _inspect(options: argparse.Namespace) -> int:
     from mlcbuild.inspect import library
-    from mlcbuild.inspect.found import find
-    from mlcbuild.inspect.inspect import survey, to_json
-    from mlcbuild.inspect.text import render
+    from mlcbuild.inspect.checkpoint import open_checkpoint
+    from mlcbuild.inspect.inspection import inspect_checkpoint, to_json
+    from mlcbuild.inspect.inspection_text import render
 
     catalog = _catalog(required=False)
     path = Path(options.checkpoint)
     if path.suffix in library.SUFFIXES and path.is_file():
-        seen = library.look(path, catalog, options.weights)
+        seen = library.inspect_library(path, catalog, options.weights)
         print(json.dumps(library.to_json(seen), indent=1)) if options.json else sys.stdout.write(library.render(seen))
         return 0
     if options.weights is not None:
         raise MlcBuildError(f"--weights is for a library ({', '.join(library.SUFFIXES)}), and {path} is none")
-    with find(options.checkpoint, catalog, options.revision) as found:
-        known = survey(found, catalog, found.model.name if found.model else options.checkpoint)
+    with open_checkpoint(options.checkpoint, catalog, options.revision) as checkpoint:
+        name = checkpoint.model.name if checkpoint.model else options.checkpoint
+        inspection = inspect_checkpoint(checkpoint, catalog, name)
     if options.json:
-        print(json.dumps(to_json(known), indent=1, ensure_ascii=False))
+        print(json.dumps(to_json(inspection), indent=1, ensure_ascii=False))
     else:
-        sys.stdout.write(render(known))
+        sys.stdout.write(render(inspection))
     return 0
 
 
 def _catalog(required: bool) -> Catalog:
     """The workspace's; outside of one, and unless it is `required`, what comes with mlcbuild. Raises MlcBuildError."""
+    from mlcbuild.recipes.files import stock
     from mlcbuild.recipes.load import load
-    from mlcbuild.recipes.stock import stock
-    from mlcbuild.recipes.workspace import find_root
 
     try:
-        root = find_root(Path.cwd())
+        root = workspace()
     except MlcBuildError:
         if required:
             raise
         root = stock().recipes.parent
     return load(root)
+
+
+def _test_run(options: argparse.Namespace) -> int:
+    from mlcbuild.reporting.screen import screen
+    from mlcbuild.smoke.run import test_run
+
+    for text in test_run(workspace(), options.recipe, named_cache(options), screen(sys.stdout)).values():
+        print(text)
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from mlcbuild.runtime.commands import generate
+
+    given = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
+    generate(given.pop("folder"), given.pop("prompt"), **given)
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from mlcbuild.reporting.compare import compare
+
+    sys.stdout.write(compare(options.one, options.other))
+    return 0
+
+
+_REVISION = arg("--revision", metavar="REV", help="a branch, tag or commit (default: the main branch)")
+COMMANDS = (
+    command(
+        "new",
+        _new,
+        "write the model file of a checkpoint, and say what is left for you to decide",
+        arg("checkpoint", metavar="HF_ID_OR_PATH", help="owner/name on the hub, or a folder"),
+        arg("--name", help="the model's name (default: the repository's or the folder's, in lower case)"),
+        arg("--delta-of", metavar="BASE", help="the checkpoint holds only the difference to this one"),
+        arg("--lora", metavar="ADAPTER", help="merge the checkpoint with this adapter: owner/name or a folder"),
+        arg("--template", metavar="NAME", help="a conversation template (default: guessed from the tokenizer)"),
+        arg("--memory", default="8G", metavar="SIZE", help="suggest quantizations that fit into this (default 8G)"),
+        arg("--dry-run", action="store_true", help="print the file and write nothing"),
+        _REVISION,
+    ),
+    command(
+        "inspect",
+        _inspect,
+        "show what a checkpoint or a library is, and which libraries it could share",
+        arg("checkpoint", metavar="HF_ID_OR_PATH", help="owner/name on the hub, a folder, a model's name, a library"),
+        arg("--weights", type=Path, metavar="FOLDER", help="check that the library fits these weights"),
+        JSON,
+        _REVISION,
+    ),
+    command("test-run", _test_run, "try every step of a recipe on a small random model", RECIPES, CACHE),
+    command(
+        "generate",
+        _generate,
+        "run a package: print what it writes after a prompt",
+        arg("folder", type=Path, help="a package (dist/NAME), or a folder of weights with --library"),
+        arg("--prompt", required=True, help="the text to continue, or with --chat the user's message"),
+        arg("--chat", action="store_true", help="apply the package's conversation template"),
+        arg("--library", type=Path, help="the compiled library, where it is not in the folder"),
+        arg("--max-tokens", type=int, default=256, metavar="N", help="stop after N tokens (default 256)"),
+        arg(
+            "--temperature",
+            type=float,
+            default=0.0,
+            metavar="T",
+            help="0 (default) takes the likeliest token each time",
+        ),
+        arg("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest P (default 1)"),
+        arg("--seed", type=int, help="seed of the sampling: the same seed gives the same text"),
+        arg("--threads", type=int, metavar="N", help="CPU threads (default: physical cores)"),
+    ),
+    command(
+        "compare",
+        _compare,
+        "print two packages' figures side by side",
+        arg("one", type=Path, metavar="A", help="a package (dist/NAME)"),
+        arg("other", type=Path, metavar="B", help="another package"),
+    ),
+)

@@ -5,50 +5,49 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tvm import IRModule, relax
+from tvm import IRModule, relax, target, tirx
 
 from mlcbuild.compiler import canonical, pipeline
-from mlcbuild.compiler.abi import auxiliary, metadata, rnn_state
+from mlcbuild.compiler.abi import auxiliary, kv_cache, logits, metadata, rnn_state
+from mlcbuild.compiler.operations import Factories, operations
+from mlcbuild.compiler.script import quick
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.models.decoder import Decoder, emit_decoder, emit_layers
-from mlcbuild.models.encoder import Attend, emit_encoder
-from mlcbuild.models.entry_points import calls, emit_entry_points
+from mlcbuild.models.decoder import Decoder
 from mlcbuild.models.kinds import DECODER, ENCODER, RECURRENT
-from mlcbuild.models.operations import Operations
 from mlcbuild.models.parameters import parameters
-from mlcbuild.models.recurrent.layers import slots
-from mlcbuild.models.recurrent.model import emit_recurrent
-from mlcbuild.models.recurrent.operations import Recurrence
+from mlcbuild.models.rope import Rotary
 from mlcbuild.models.structure import Structure
 from mlcbuild.models.weights import Declared
 from mlcbuild.quantization.schemes import quantized_parameters
 from mlcbuild.recipes.types import Quantization
+
+if TYPE_CHECKING:
+    from mlcbuild.models.encoder import Attend
+    from mlcbuild.models.recurrent.operations import Recurrence
 
 
 @dataclass(frozen=True)
 class Backend:
     """What differs between kinds of devices.
 
-    operations      the decoder's operations, emitting into a builder
-    emit_kv_cache   adds `create_tir_paged_kv_cache`
-    logits          the functions that change logits in place, by their names
+    factories       what makes the kernels of the decoder's operations, for a model dtype
+    cache_kernels   those that the KV cache calls, for a structure, a model dtype, a page size and what is turned in it
     recurrence      the operations of recurrent models, None where there are none yet
     attend          the attention of encoders, likewise
+    threads         of a block, for the kernels of the contract; None: they run as they are written
     emit_more       adds what only this kind of device has: samplers on GPUs
     passes          the compiler passes of this kind of device
-    as_written      whether kernels of the contract run as they are written, or are scheduled by `passes`
     """
 
-    operations: Callable[[relax.BlockBuilder, str], Operations]
-    emit_kv_cache: Callable[[relax.BlockBuilder, Structure, str], None]
-    logits: Callable[[], Mapping[str, Any]]
+    factories: Callable[[str], Factories]
+    cache_kernels: Callable[[Structure, str, tirx.Var, Rotary], kv_cache.Kernels]
     recurrence: Callable[[relax.BlockBuilder, str], Recurrence] | None = None
     attend: Callable[[relax.BlockBuilder, str], Attend] | None = None
+    threads: int | None = None
     emit_more: Callable[[relax.BlockBuilder], None] = lambda builder: None
     passes: pipeline.Passes = field(default_factory=pipeline.Passes)
-    as_written: bool = True
 
 
 def assemble(
@@ -56,36 +55,51 @@ def assemble(
     declared: Sequence[Declared],
     name: str,
     dtype: str,
+    device: Mapping[str, Any],
     backend: Backend,
-    dump: Path | None = None,
+    debug_dump: Path | None = None,
+    blocks: bool = False,
 ) -> IRModule:
     """The scheduled module of `structure` with the parameters `declared`, called `name` in its metadata.
 
-    `dtype` is the model dtype. The current TVM target is the device. Raises MlcBuildError for a kind of model that the
-    device has no operations for.
+    `dtype` is the model dtype, `device` a TVM target. `blocks`: the module of a decoder's pieces, with one layer of
+    each kind (mlcbuild.models.layer_pieces). Raises MlcBuildError for a kind of model that the device has no operations
+    for.
     """
-    builder = relax.BlockBuilder()
-    ops = backend.operations(builder, dtype)
-    decoder = Decoder(builder, structure, declared, ops, dtype)
-    _emit_model(decoder, backend)
-    if structure.kind != ENCODER:  # whose caller has nothing to sample
-        auxiliary.emit(builder, ops, structure.prefill_chunk_size, structure.hidden_size, dtype, backend.as_written)
-        for symbol, function in backend.logits().items():
-            builder.add_func(function.with_attr("global_symbol", symbol), symbol)
-        backend.emit_more(builder)
-    facts = metadata.describe(structure, name, declared)
-    return pipeline.optimise(builder.finalize(), structure, facts, dump, backend.passes)
+    with quick(), target.Target(dict(device)):
+        builder = relax.BlockBuilder()
+        d = Decoder(builder, structure, declared, operations(builder, dtype, backend.factories(dtype)), dtype)
+        if blocks:
+            from mlcbuild.models.layer_pieces import emit_layer_pieces
+
+            emit_layer_pieces(d)
+            kv_cache.emit_create(builder, structure, dtype, backend.cache_kernels)
+        else:
+            _emit_model(d, backend)
+            _emit_around(d, backend)
+        facts = metadata.describe(structure, name, declared)
+        return pipeline.optimise(builder.finalize(), structure, facts, debug_dump, backend.passes)
 
 
 def _emit_model(d: Decoder, backend: Backend) -> None:
-    """Add the model's own functions, and the one that creates its state where it has any."""
+    """Add the model's own functions, and the one that creates its state where it has any.
+
+    A kind of model is imported where it is compiled.
+    """
     kind = d.structure.kind
     if kind == DECODER:
-        emit_entry_points(d, calls(d, emit_decoder(d, emit_layers(d))))
-        backend.emit_kv_cache(d.builder, d.structure, d.dtype)
+        from mlcbuild.models.entry_points import emit_decoder
+
+        emit_decoder(d)
+        kv_cache.emit_create(d.builder, d.structure, d.dtype, backend.cache_kernels)
     elif kind == ENCODER and backend.attend is not None:
+        from mlcbuild.models.encoder import emit_encoder
+
         emit_encoder(d, backend.attend(d.builder, d.dtype))
     elif kind in RECURRENT and backend.recurrence is not None:
+        from mlcbuild.models.recurrent.layers import slots
+        from mlcbuild.models.recurrent.model import emit_recurrent
+
         emit_recurrent(d, backend.recurrence(d.builder, d.dtype))
         rnn_state.emit_create(d.builder, d.structure.num_hidden_layers, slots(d.structure))
     else:
@@ -93,6 +107,18 @@ def _emit_model(d: Decoder, backend: Backend) -> None:
             f"architecture {d.structure.model_type}: models of kind `{kind}` are compiled for CPUs only; "
             "choose a target such as cpu"
         )
+
+
+def _emit_around(d: Decoder, backend: Backend) -> None:
+    """Add what engines call beside the model: on logits, and to sample. The caller of an encoder samples nothing."""
+    s = d.structure
+    if s.kind == ENCODER:
+        return
+    as_written = backend.threads is None
+    auxiliary.emit(d.builder, d.operations, s.prefill_chunk_size, s.hidden_size, d.dtype, as_written)
+    for symbol, function in logits.functions(backend.threads).items():
+        d.builder.add_func(function.with_attr("global_symbol", symbol), symbol)
+    backend.emit_more(d.builder)
 
 
 def declare(structure: Structure, quantization: Quantization) -> tuple[Declared, ...]:

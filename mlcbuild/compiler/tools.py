@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 
-from mlcbuild.compiler.codegen import cuda
+from mlcbuild.compiler.gpu import cuda
 from mlcbuild.compiler.web import emscripten
 from mlcbuild.recipes.types import Target
 

@@ -32,7 +32,7 @@ LOG_JSON = {
     "long": "log-json",
     "type": str,
     "default": "",
-    "help": "append one JSON object per event to this file (also: log_json=FILE, or MLCBUILDLOG_JSON)",
+    "help": "append one JSON object per event to this file (also: log_json=FILE, or MLCBUILD_LOG_JSON)",
 }
 
 
@@ -42,3 +42,9 @@ def groups(members: Mapping[str, Sequence[str]]) -> list[Task]:
         Task(kind, None, task_dep=list(members.get(kind, ())), has_subtask=True, doc=doc, params=[ALWAYS, LOG_JSON])
         for kind, doc in GROUPS.items()
     ]
+
+
+def option_names(task: str) -> list[str]:
+    """The options that the task, or group of tasks, called `task` has."""
+    options = [ALWAYS] if ":" in task else [ALWAYS, LOG_JSON]
+    return [f"-{option['short']}" for option in options if "short" in option] + [f"--{o['long']}" for o in options]

@@ -10,6 +10,7 @@ from typing import Any
 from doit.exceptions import InvalidCommand, TaskFailed, UnmetDependency
 from doit.reporter import ConsoleReporter
 
+from mlcbuild.doit_face.signals import outlive_reader
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.reporting.events import (
     Event,
@@ -18,7 +19,6 @@ from mlcbuild.reporting.events import (
     Report,
     RunFinished,
     StepFinished,
-    to_json,
 )
 
 
@@ -27,21 +27,19 @@ class Console:
 
     def __init__(self) -> None:
         self.log: Report | None = None
-        self.collected: list[dict[str, Any]] | None = None  # for the reports of this run
-        self.complete: Callable[[Event], Event] = lambda event: event  # what logs and reports are told in addition
+        self.collected: list[tuple[float, Event]] | None = None  # for the reports of this run
+        self.annotate: Callable[[Event], Event] = lambda event: event  # what logs and reports are told in addition
+        self.reasons: dict[str, str] = {}  # why steps of this run have to run
         self.hits: list[Event] = []  # what was found up to date before doit looked
         # Called with all tasks and the names of those that were asked for. Raises MlcBuildError to stop the build.
         self.at_start: list[Callable[[Mapping[str, Any], list[str]], None]] = []
         self.at_end: list[Callable[[], None]] = []  # each may raise MlcBuildError
-        self._screen: Report | None = None
         self._early: list[Event] = []
+        self._show: Report = self._early.append
 
     def report(self, event: Event) -> None:
         self.record(event)
-        if self._screen is not None:
-            self._screen(event)
-        else:
-            self._early.append(event)
+        self._show(event)
 
     @property
     def records(self) -> bool:
@@ -51,18 +49,22 @@ class Console:
     def record(self, event: Event) -> None:
         """Tell the log and the reports, not the screen."""
         if self.records:
-            event = self.complete(event)
+            event = self.annotate(event)
         if self.log is not None:
             self.log(event)
         if self.collected is not None:
-            self.collected.append({"time": time.time(), **to_json(event)})
+            self.collected.append((time.time(), event))
 
     def show_on(self, screen: Report) -> None:
         """Show events on `screen` from now on, and what has happened so far."""
-        self._screen = screen
+
+        def show(event: Event) -> None:
+            with outlive_reader():
+                screen(event)
+
+        self._show = show
         for event in self._early:
-            screen(event)
-        self._early.clear()
+            show(event)
 
 
 def reporter_class(console: Console) -> type[ConsoleReporter]:
@@ -99,6 +101,11 @@ def reporter_class(console: Console) -> type[ConsoleReporter]:
             for event in console.hits:
                 self.counts["hit"] += not isinstance(event, RecipeUnavailable)
                 console.report(event)
+
+        def write(self, text: str) -> None:
+            with outlive_reader():
+                super().write(text)
+                self.outstream.flush()
 
         def execute_task(self, task: Any) -> None:
             pass  # the step reports its own start

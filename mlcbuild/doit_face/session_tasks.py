@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterator, Sequence
-from fnmatch import fnmatch
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,58 +21,41 @@ Publish = Callable[[str, bool], None]
 
 def tasks_of(session: Session, publish: Publish | None) -> list[Task]:
     """`publish` brings a recipe to a hub; None where nobody asked for that. It always looks at what is there."""
-    publishing = [
+    graph, docs = session.graph, GROUPS
+    steps = [
         _task(
-            f"publish:{name}", GROUPS["publish"], [f"build:{name}"], lambda: False, partial(publish or _not_asked, name)
+            name,
+            docs.get(step.kind, step.kind),
+            step.producers,
+            partial(session.builder.build, name),
+            partial(session.is_built, name),
         )
-        for name in session.graph.goals
+        for name, step in graph.steps.items()
     ]
-    return [*_goals(session), *_unplanned(session), *_steps(session), *publishing, *_groups(session)]
+    publishing = [
+        _task(f"publish:{name}", docs["publish"], [f"build:{name}"], partial(publish or _not_asked, name))
+        for name in graph.goals
+    ]
+    goals = [_goal(session, name) for name in (*graph.goals, *graph.unlocked, *graph.broken)]
+    return [*goals, *steps, *publishing, *_groups(session)]
 
 
-def _goals(session: Session) -> Iterator[Task]:
-    for name, goal in session.graph.goals.items():
-        recipe = goal.recipe
-        doc = f"{recipe.model.name} in {recipe.quantization.name} for {recipe.target.name} ({recipe.origin})"
-        yield _task(
-            f"build:{name}",
-            doc,
-            list(goal.steps.values()),
-            partial(session.is_installed, name),
-            partial(session.install, name),
-            clean=[(clean, [session, name])],
-        )
-
-
-def _unplanned(session: Session) -> Iterator[Task]:
-    """Goals without steps: recipes whose model is not locked yet, or cannot be planned."""
-    for name, text in {**session.graph.unlocked, **session.graph.broken}.items():
-        recipe = session.catalog.recipes[name]
-        state = "unknown until locked" if name in session.graph.unlocked else "broken"
-        yield _task(
-            f"build:{name}",
-            f"{recipe.model.name} in {recipe.quantization.name} for {recipe.target.name} ({recipe.origin}; {state})",
-            [],
-            lambda: False,
-            partial(_refuse, session, name, text),
-            clean=[(clean, [session, name])],
-        )
+def _goal(session: Session, name: str) -> Task:
+    """A recipe's package. A recipe whose model is not locked yet, or cannot be planned, has no steps and fails."""
+    graph, recipe = session.graph, session.catalog.recipes[name]
+    what = f"{recipe.model.name} in {recipe.quantization.name} for {recipe.target.name} ({recipe.origin}"
+    task = partial(_task, f"build:{name}", clean=[(clean, [session, name])])
+    if name in graph.goals:
+        steps = graph.goals[name].steps.values()
+        return task(f"{what})", steps, partial(session.install, name), partial(session.is_installed, name))
+    state = "unknown until locked" if name in graph.unlocked else "broken"
+    text = {**graph.unlocked, **graph.broken}[name]
+    return task(f"{what}; {state})", [], partial(_refuse, session, name, text))
 
 
 def _refuse(session: Session, recipe: str, text: str, forced: bool) -> None:
     session.builder.report(StepFinished(f"build:{recipe}", "build", "failed", 0.0, 0, text))
     raise StepFailed(text)
-
-
-def _steps(session: Session) -> Iterator[Task]:
-    for name, step in session.graph.steps.items():
-        yield _task(
-            name,
-            GROUPS.get(step.kind, step.kind),
-            list(step.producers),
-            partial(session.is_built, name),
-            partial(session.builder.build, name),
-        )
 
 
 def _not_asked(recipe: str, forced: bool) -> None:
@@ -96,11 +77,13 @@ def _groups(session: Session) -> list[Task]:
 def _task(
     name: str,
     doc: str,
-    task_dep: Sequence[str],
-    is_done: Callable[[], bool],
+    needs: Iterable[str],
     do: Callable[[bool], Any],
+    is_done: Callable[[], bool] = lambda: False,
     clean: Sequence[Any] = (),
 ) -> Task:
+    """`do` is told whether it was forced; what it raises is for the user."""
+
     def uptodate() -> bool:
         try:
             return is_done()
@@ -117,7 +100,7 @@ def _task(
     return Task(
         name,
         [act],
-        task_dep=task_dep,
+        task_dep=list(needs),
         uptodate=[uptodate],
         clean=clean,
         subtask_of=name.partition(":")[0],
@@ -126,18 +109,3 @@ def _task(
         doc=doc,
         meta={"forced": False},
     )
-
-
-def check_names(arguments: Sequence[str], tasks: set[str], session: Session) -> None:
-    """doit passes over a pattern that matches nothing, and has no suggestions. Raises MlcBuildError."""
-    for argument in arguments:
-        kind, colon, name = argument.partition(":")
-        if not colon or kind not in GROUPS or "=" in argument:
-            continue
-        if argument in tasks or ("*" in argument and any(fnmatch(task, argument) for task in tasks)):
-            continue
-        if kind == "build" and name in session.graph.unavailable:
-            raise MlcBuildError(f"{name}: unavailable: {session.graph.unavailable[name]}")
-        close = difflib.get_close_matches(argument, sorted(task for task in tasks if ":" in task), n=1)
-        hint = f": did you mean {close[0]}?" if close else "; `doit list --all` shows the tasks"
-        raise MlcBuildError(f"no task is called {argument}{hint}")

@@ -1,11 +1,13 @@
-"""SIGTERM ends a build as Ctrl-C does, and forked workers end with their parent."""
+"""SIGTERM ends a build as Ctrl-C does, forked workers end with their parent, and `| head` is no error."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from types import FrameType
 
 _PATIENCE = 30  # seconds
@@ -42,3 +44,20 @@ def die_with_parent_after_fork() -> None:
 
         prctl = ctypes.CDLL(None).prctl
         os.register_at_fork(after_in_child=lambda: prctl(1, signal.SIGKILL))  # 1: PR_SET_PDEATHSIG, linux/prctl.h
+
+
+def end_with_reader() -> None:
+    """From now on this process ends without a word when nobody reads any more what it prints, as `ls | head` does.
+
+    For what only shows something: a build would lose what it has begun, and connections end processes likewise.
+    """
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def outlive_reader() -> Iterator[None]:
+    """When nobody reads any more what is printed here, print into the void and go on."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -48,7 +48,7 @@ def lead_to_cache(manager: Any, session: Session, everything: Callable[[], Sessi
 
     def forget_all() -> None:
         for name in session.graph.goals:
-            session.forget(session.graph.closure(session.graph.goals[name].steps.values()))
+            session.forget(session.needed(name))
 
     manager.get_status = get_status
     manager.remove = forget
@@ -63,19 +63,18 @@ def _forced(tasks: Mapping[str, Task]) -> set[str]:
 
 
 def _explain(session: Session, task: Task) -> None:
-    steps = [task.name] if task.name in session.graph.steps else task.task_dep
-    goals = [name.partition(":")[2] for name in (task.name, *task.task_dep) if name.startswith("build:")]
-    steps = [step for step in steps if step in session.graph.steps]
-    unplanned = {**session.graph.unlocked, **session.graph.broken}
-    sys.stdout.write("".join(f"\n{goal}: {unplanned[goal]}\n" for goal in goals if goal in unplanned))
-    goals = [goal for goal in goals if goal in session.graph.goals]
-    steps += [step for goal in goals for step in session.graph.goals[goal].steps.values()]
+    """Why the task, or each task of a group, would run."""
+    graph, names = session.graph, [task.name, *task.task_dep]
+    recipes = [name.partition(":")[2] for name in names if name.startswith("build:")]
+    unplanned = {**graph.unlocked, **graph.broken}
+    sys.stdout.write("".join(f"\n{name}: {unplanned[name]}\n" for name in recipes if name in unplanned))
+    goals = [name for name in recipes if name in graph.goals]
+    steps = [task.name] if task.name in graph.steps else [step for step in task.task_dep if step in graph.steps]
+    steps += [step for goal in goals for step in graph.goals[goal].steps.values()]
     sys.stdout.write("\n" + "".join(f"{answer}\n" for answer in why(session.lookup, steps)))
     for goal in goals:
-        if session.is_installed(goal):
-            sys.stdout.write(f"hit   dist/{goal}\n")
-        else:
-            sys.stdout.write(f"miss  dist/{goal}\n        not installed, or not what its manifest says\n")
+        missing = "miss  dist/{}\n        not installed, or not what its manifest says\n"
+        sys.stdout.write(("hit   dist/{}\n" if session.is_installed(goal) else missing).format(goal))
 
 
 def _forget(session: Session, everything: Session, name: str) -> None:
@@ -84,12 +83,8 @@ def _forget(session: Session, everything: Session, name: str) -> None:
     recipe = name.removeprefix("build:")
     if name in GROUPS or (name.startswith("build:") and recipe not in graph.goals):
         return
-    names = graph.closure(graph.goals[recipe].steps.values()) if name.startswith("build:") else [name]
+    names = session.needed(recipe) if name.startswith("build:") else [name]
     for step in session.forget(names):
-        users = [
-            other
-            for other, goal in everything.graph.goals.items()
-            if other != recipe and step in everything.graph.closure(goal.steps.values())
-        ]
+        users = [other for other in everything.graph.goals if other != recipe and step in everything.needed(other)]
         shared = f", which is shared with {', '.join(users)}" if users else ""
         print(f"forgetting {step}{shared}")

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlcbuild.compiler.codegen import cuda
+from mlcbuild.compiler.gpu import cuda
 from mlcbuild.emulation.source import translated
 from mlcbuild.errors import MlcBuildError, Unavailable
 from mlcbuild.zig import run_zig

@@ -5,8 +5,9 @@ whose writing end exists in the parent alone, so that the end of that pipe is th
 It then kills the process group of the other one, the worker, compilers and linkers that the worker started included.
 The worker asks the kernel to die with the watcher, in case that is killed first.
 
-The request comes as JSON on stdin (see `mlcbuild.engine.process`); events go as JSON lines to the descriptor EVENTS.
-The last event is `done`, `failed` (the text is for the user), `broke` (a bug: the traceback is in the log) or `died`.
+The request comes as JSON on stdin, with the places for it (`mlcbuild.engine.job`); events go as JSON lines to the
+descriptor EVENTS. The last event is `done`, `failed` (the text is for the user), `broke` (a bug: the traceback is in
+the log) or `died`.
 """
 
 from __future__ import annotations
@@ -104,18 +105,18 @@ def _work(events: int) -> NoReturn:
     os._exit(0 if last["event"] == "done" else 1)
 
 
-def _run(request: dict[str, Any], events: int) -> dict[str, Any]:
+def _run(document: dict[str, Any], events: int) -> dict[str, Any]:
     import importlib
-    from pathlib import Path
 
     from mlcbuild.cache.disk import room_in
-    from mlcbuild.engine.job import from_request
+    from mlcbuild.engine.job import Job, Places, Request
     from mlcbuild.errors import MlcBuildError
 
-    job = from_request(request, events)
+    request, places = Request.from_json(document["request"]), Places.from_json(document["places"])
+    job = Job(request, places, events)
     try:
-        with room_in(Path(request["cache"])):
-            importlib.import_module(request["module"]).run(job)
+        with room_in(places.cache):
+            importlib.import_module(request.module).run(job)
     except MlcBuildError as error:
         return {"event": "failed", "text": str(error)}
     reused = {name: entry.to_json() for name, entry in job.reused.items()}

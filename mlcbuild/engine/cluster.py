@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from mlcbuild.cache.tree import Entry
-from mlcbuild.engine.graph import Graph, Step
-from mlcbuild.engine.lookup import Ingredients
+from mlcbuild.engine.graph import Graph
+from mlcbuild.engine.job import Request
 from mlcbuild.engine.process import StepBroke
-from mlcbuild.engine.resources import TAGS, needs, tags
+from mlcbuild.engine.resources import TAGS, needs
 from mlcbuild.engine.shared import SharedCache
 from mlcbuild.errors import MlcBuildError, StepFailed
-from mlcbuild.reporting.plain import amount
+from mlcbuild.text import amount
 
 _LIVES = 3  # workers that may die of one step before it is given up
 
@@ -69,36 +69,10 @@ class Cluster:
                 'Start a worker that has it: dask worker ADDRESS --resources "nvcc=1 memory=64e9"'
             )
 
-    def run(
-        self,
-        step: Step,
-        graph: Graph,
-        ingredients: Ingredients,
-        materials: Iterable[Entry],
-        force: bool,
-        say: Callable[[str], None],
-    ) -> None:
+    def run(self, request: Request, graph: Graph, force: bool, say: Callable[[str], None]) -> None:
         """Run the step on a worker; its result is then in the shared cache. Raises StepFailed, StepBroke."""
-        given = [entry for tree in ingredients.inputs.values() for entry in tree.files.values()]
-        materials = list(materials)
-        self._send([*given, *materials], say)
-        request = {
-            "kind": step.kind,
-            "name": step.name,
-            "module": step.module,
-            "code": ingredients.code,
-            "fields": ingredients.fields,
-            "toolchain": dict(ingredients.toolchain),
-            "inputs": {
-                name: {file: [*entry.to_json(), str(entry.path)] for file, entry in tree.files.items()}
-                for name, tree in ingredients.inputs.items()
-            },
-            "materials": {entry.digest: [entry.size, str(entry.path)] for entry in materials},
-            "remote": self._shared.remote.url,
-            "patience": self._shared.remote.patience,
-            "force": force,
-        }
-        answer = self._result(step, graph, request)
+        self._send(request.given, say)
+        answer = self._result(request, graph, force)
         if "failed" in answer:
             log = f"\nThe last lines of its log, on {answer['worker']}:\n{answer['log']}" if answer["log"] else ""
             raise (StepBroke if answer["broke"] else StepFailed)(f"{answer['failed']}{log}")
@@ -107,17 +81,21 @@ class Cluster:
         """Leave the cluster; steps that run there run to their end, and their results are kept."""
         self._client.close()
 
-    def _result(self, step: Step, graph: Graph, request: Mapping[str, Any]) -> dict[str, Any]:
+    def _result(self, request: Request, graph: Graph, force: bool) -> dict[str, Any]:
         from distributed import KilledWorker
 
-        from mlcbuild.engine.worker import run_step
+        from mlcbuild.engine.worker import work
 
+        remote = self._shared.remote
         # A key of its own for each call: Dask would give the result of an earlier one, also of a failure.
         future = self._client.submit(
-            run_step,
-            request,
-            key=f"{step.name}-{id(request)}",
-            resources=self._resources(graph, step.name),
+            work,
+            request.to_json(),
+            remote.url,
+            remote.patience,
+            force,
+            key=f"{request.name}-{id(request)}",
+            resources=self._resources(graph, request.name),
             pure=False,
             retries=_LIVES,
         )
@@ -140,11 +118,9 @@ class Cluster:
             self._sent |= wanted.keys()
 
     def _resources(self, graph: Graph, name: str) -> dict[str, float]:
-        wanted: dict[str, float] = dict.fromkeys(tags(graph.steps[name]), 1)
-        if any("memory" in (worker.get("resources") or {}) for worker in self._workers().values()):
-            wanted["memory"] = needs(graph, name, 1)["memory"]
-        assert set(wanted) <= {*TAGS, "memory"}
-        return wanted
+        told = any("memory" in (worker.get("resources") or {}) for worker in self._workers().values())
+        asked_for = {*TAGS, "memory"} if told else {*TAGS}
+        return {what: number for what, number in needs(graph, name, 1).items() if what in asked_for}
 
     def _workers(self) -> dict[str, Any]:
         found: dict[str, Any] = self._client.scheduler_info(n_workers=-1)["workers"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,23 @@ class Input:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What a step takes of a machine while it runs; it is no part of its result.
+
+    `threads`: all cores for a model that is not small. Memory: `base` + `factor` * checkpoint, at most `most` bytes.
+    `takes`: one each of what a machine has few of (`mlcbuild.engine.resources.LIMITS`).
+    """
+
+    threads: bool = False
+    base: float = 0.5e9  # bytes
+    factor: float = 0.0
+    most: float = float("inf")
+    takes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Step:
-    """One node of the graph. `name` is the task's, and is in no key."""
+    """One node of the graph. `name` is the task's, and is in no key; nor are `cost` and `brings`."""
 
     kind: str
     name: str
@@ -30,6 +46,9 @@ class Step:
     fields: Mapping[str, Any]
     inputs: tuple[Input, ...] = ()
     materials: tuple[str, ...] = ()  # tasks whose files an input refers to by digest
+    entry: str = ""  # `module:function` that the step's module calls, a backend's; its code is in the key as well
+    cost: Cost = Cost()
+    brings: int = 0  # bytes that it fetches from elsewhere
 
     @property
     def producers(self) -> tuple[str, ...]:
@@ -69,4 +88,8 @@ class Graph:
             if name not in wanted:
                 wanted.add(name)
                 waiting += self.steps[name].producers
-        return [name for name in self.steps if name in wanted]
+        return sorted(wanted, key=self._positions.__getitem__)
+
+    @cached_property
+    def _positions(self) -> Mapping[str, int]:
+        return {name: position for position, name in enumerate(self.steps)}

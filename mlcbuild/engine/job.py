@@ -1,20 +1,85 @@
-"""What a step is given, and where it puts what it makes."""
+"""One run of a step: the request for it, and what the step is given and where it puts what it makes."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlcbuild.cache.action import Ingredients
+from mlcbuild.cache.layout import PARTIAL
 from mlcbuild.cache.tree import Entry, Tree, check_name
 from mlcbuild.errors import MlcBuildError
 
-__all__ = ["Entry", "Job", "Tree", "from_request", "local_job"]
+__all__ = ["Entry", "Job", "Places", "Request", "Tree", "local_job"]
 
 _PROGRESS_INTERVAL = 0.1  # seconds between two progress events: enough for a bar, too little to cost anything
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be run, on whatever machine. `materials` is content that the inputs refer to by digest."""
+
+    name: str  # the task's
+    module: str
+    entry: str
+    ingredients: Ingredients
+    materials: tuple[Entry, ...] = ()
+
+    @property
+    def given(self) -> list[Entry]:
+        """All files that the step is given."""
+        inputs = self.ingredients.inputs.values()
+        return [*self.materials, *(entry for tree in inputs for entry in tree.files.values())]
+
+    def to_json(self) -> dict[str, Any]:
+        """Each file is a list: digest, size, mode, and its place on this machine."""
+        inputs = self.ingredients.inputs
+        return {
+            **vars(self),
+            "ingredients": {
+                **{name: getattr(self.ingredients, name) for name in ("kind", "code", "fields")},
+                "toolchain": dict(self.ingredients.toolchain),
+                "inputs": {
+                    name: {file: _file(entry) for file, entry in tree.files.items()} for name, tree in inputs.items()
+                },
+            },
+            "materials": [_file(entry) for entry in self.materials],
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Request:
+        made_of = record["ingredients"]
+        inputs = {
+            name: Tree({file: _entry(*each) for file, each in files.items()})
+            for name, files in made_of["inputs"].items()
+        }
+        materials = tuple(_entry(*each) for each in record["materials"])
+        ingredients = Ingredients(**{**made_of, "inputs": inputs})
+        return cls(**{**record, "ingredients": ingredients, "materials": materials})
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a run happens on this machine; all absolute."""
+
+    output: Path
+    scratch: Path
+    cache: Path
+    debug_dump: Path | None = None
+
+    def to_json(self) -> dict[str, str | None]:
+        return {name: None if path is None else str(path) for name, path in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Places:
+        output, scratch, cache = (Path(record[name]) for name in ("output", "scratch", "cache"))
+        return cls(output, scratch, cache, Path(record["debug_dump"]) if record["debug_dump"] else None)
 
 
 class Job:
@@ -27,29 +92,29 @@ class Job:
     scratch     a temporary folder, removed afterwards; also the working directory
     partial     where what has arrived of a long download is kept if the step fails; not there unless the step makes it
     debug_dump  where to write intermediate forms, when the user asked for them; never part of the artifact
+    has_entry   whether the planner chose a function of a backend for this step
     """
 
-    def __init__(
-        self,
-        fields: Mapping[str, Any],
-        inputs: Mapping[str, Tree],
-        materials: Mapping[str, Path],
-        output: Path,
-        scratch: Path,
-        debug_dump: Path | None = None,
-        events: int | None = None,
-        partial: Path | None = None,
-    ) -> None:
-        self.fields = fields
-        self.inputs = inputs
-        self.materials = materials
-        self.output = output
-        self.scratch = scratch
-        self.debug_dump = debug_dump
-        self.partial = partial or scratch / "partial"
+    def __init__(self, request: Request, places: Places, events: int | None = None) -> None:
+        self.fields = request.ingredients.fields
+        self.inputs = request.ingredients.inputs
+        self.materials = {entry.digest: entry.path for entry in request.materials}
+        self.output = places.output
+        self.scratch = places.scratch
+        self.debug_dump = places.debug_dump
+        self.partial = places.cache / PARTIAL
         self.reused: dict[str, Entry] = {}
+        self.has_entry = bool(request.entry)
+        self._entry = request.entry
         self._events = events
         self._last_progress = 0.0
+
+    @property
+    def entry(self) -> Callable[..., Any]:
+        """The function that the planner chose; its module is imported here."""
+        module, _, name = self._entry.partition(":")
+        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        return function
 
     def progress(self, done: int, total: int, unit: str = "bytes") -> None:
         """Tell the user how far the step is. Cheap enough to call for every tensor."""
@@ -81,27 +146,12 @@ class Job:
             os.write(self._events, json.dumps(event).encode() + b"\n")
 
 
-def from_request(request: Mapping[str, Any], events: int | None = None) -> Job:
-    """The job that a request (see `mlcbuild.engine.process`) describes."""
-    debug_dump = request["debug_dump"]
-    return Job(
-        fields=request["fields"],
-        inputs={name: _tree(files) for name, files in request["inputs"].items()},
-        materials={digest: Path(path) for digest, path in request["materials"].items()},
-        output=Path(request["output"]),
-        scratch=Path(request["scratch"]),
-        debug_dump=Path(debug_dump) if debug_dump else None,
-        events=events,
-        partial=Path(request["cache"]) / "partial",
-    )
-
-
-def _tree(files: Mapping[str, Any]) -> Tree:
-    return Tree({name: Entry(digest, size, mode, Path(path)) for name, (digest, size, mode, path) in files.items()})
-
-
 def local_job(
-    inputs: Mapping[str, Path | Tree], fields: Mapping[str, Any], folder: Path, debug_dump: Path | None = None
+    inputs: Mapping[str, Path | Tree],
+    fields: Mapping[str, Any],
+    folder: Path,
+    debug_dump: Path | None = None,
+    entry: str = "",
 ) -> Job:
     """A job outside the cache, for trying a step by hand and for tests: inputs may be folders.
 
@@ -115,8 +165,16 @@ def local_job(
         if isinstance(value, Path) and not value.is_dir():
             raise MlcBuildError(f"{value}: no such folder")
         trees[name] = tree_of_folder(value) if isinstance(value, Path) else value
-    materials = {entry.digest: entry.path for tree in trees.values() for entry in tree.files.values()}
-    output, scratch = folder / "output", folder / "scratch"
-    output.mkdir(parents=True)
-    scratch.mkdir(parents=True)
-    return Job(fields, trees, materials, output, scratch, debug_dump)
+    materials = tuple(entry for tree in trees.values() for entry in tree.files.values())
+    places = Places(folder / "output", folder / "scratch", folder / "scratch", debug_dump)
+    places.output.mkdir(parents=True)
+    places.scratch.mkdir(parents=True)
+    return Job(Request("", "", entry, Ingredients("", "", fields, trees, {}), materials), places)
+
+
+def _file(entry: Entry) -> list[Any]:
+    return [*entry.to_json(), str(entry.path)]
+
+
+def _entry(digest: str, size: int, mode: int, path: str) -> Entry:
+    return Entry(digest, size, mode, Path(path))

@@ -3,41 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
-from mlcbuild.cache.canonical import digest_json
+from mlcbuild.cache.action import Action, Ingredients
 from mlcbuild.cache.files import entry_of, tree_of_folder
-from mlcbuild.cache.store import Action, Store
+from mlcbuild.cache.store import Store
 from mlcbuild.cache.tree import Tree
-from mlcbuild.engine.code import Declaration, declaration
+from mlcbuild.engine.code import Declaration, Sources, toolchain
 from mlcbuild.engine.graph import Graph, Input, Step
-from mlcbuild.engine.toolchain import toolchain
 from mlcbuild.errors import MlcBuildError
-
-
-@dataclass(frozen=True)
-class Ingredients:
-    """Everything that a step's result depends on."""
-
-    kind: str
-    code: str
-    fields: Mapping[str, Any]
-    inputs: Mapping[str, Tree]
-    toolchain: Mapping[str, str]
-
-    @cached_property
-    def key(self) -> str:
-        return digest_json(
-            {
-                "step": self.kind,
-                "code": self.code,
-                "fields": self.fields,
-                "inputs": [[name, tree.digest] for name, tree in sorted(self.inputs.items())],
-                "toolchain": self.toolchain,
-            }
-        )
 
 
 class Lookup:
@@ -47,7 +20,8 @@ class Lookup:
         self.store = store
         self.graph = graph
         self._found: dict[str, Action] = {}
-        self._declarations: dict[str, Declaration] = {}
+        self._sources = Sources(store.index)
+        self._declarations: dict[tuple[str, str], Declaration] = {}
         self._versions: dict[tuple[str, ...], Mapping[str, str]] = {}
 
     def find(self, name: str) -> Action | None:
@@ -88,9 +62,10 @@ class Lookup:
 
     def declared(self, step: Step) -> Declaration:
         """What the step's module declares."""
-        if step.module not in self._declarations:
-            self._declarations[step.module] = declaration(step.module, self.store.index)
-        return self._declarations[step.module]
+        code = (step.module, step.entry)
+        if code not in self._declarations:
+            self._declarations[code] = self._sources.declaration(*code)
+        return self._declarations[code]
 
     def versions(self, step: Step) -> Mapping[str, str]:
         """The versions of the tools that the step declares. Raises MlcBuildError for one that is not installed."""

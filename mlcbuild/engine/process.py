@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import mlcbuild
+from mlcbuild.cache.disk import is_shared, make_folder
 from mlcbuild.cache.locks import Workplace
-from mlcbuild.cache.share import is_shared, make_folder
+from mlcbuild.engine.job import Places, Request
 from mlcbuild.errors import StepFailed
 
 _PATIENCE = 10.0  # seconds for a killed step to be gone; it takes milliseconds
@@ -25,17 +26,16 @@ class StepBroke(StepFailed):
 
 
 def run(
-    request: Mapping[str, Any], place: Workplace, log: Path, on_event: Callable[[Mapping[str, Any]], None]
+    request: Request, places: Places, place: Workplace, log: Path, on_event: Callable[[Mapping[str, Any]], None]
 ) -> dict[str, Any]:
     """Run one step and return its `done` event. `on_event` is called with each `progress` and `note`.
 
-    `request` has `module`, `fields`, `inputs` (name -> file -> [digest, size, mode, path]), `materials` (digest ->
-    path), `output`, `scratch`, `cache` and `debug_dump`; paths are absolute. stdout and stderr go to `log`.
+    stdout and stderr go to `log`.
     Whatever ends this call (an exception, a signal, the death of this process) also ends the step and all of its
     children. Raises StepFailed with the step's own text, StepBroke with the reason and the log's place.
     """
     asked = place.path / "request.json"
-    asked.write_text(json.dumps(request), encoding="utf-8")
+    asked.write_text(json.dumps({"request": request.to_json(), "places": places.to_json()}), encoding="utf-8")
     make_folder(log.parent)
     log.unlink(missing_ok=True)  # it may be another user's
     events, events_end = os.pipe()
@@ -51,7 +51,7 @@ def run(
                 # The lock of the workplace goes along: it is swept only when the step's processes are gone as well.
                 pass_fds=(events_end, life, place.lock),
                 start_new_session=True,
-                cwd=request["scratch"],
+                cwd=places.scratch,
                 env=_environment(),
                 umask=0o002 if is_shared(place.path) else -1,  # another user may have to sweep what a killed step left
             )

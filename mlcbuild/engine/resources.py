@@ -1,9 +1,8 @@
 """What a step needs of a machine while it runs, and who may run beside whom.
 
-A step declares nothing of this itself: it is no part of its result. What each kind takes stands in one table here, and
-grows with the bytes of the checkpoint behind the step. A machine has cores, memory and some things of which one is
-enough (`LIMITS`). Steps are started in the order in which they became ready; one that has to wait for a resource is
-not overtaken by others that want the same.
+A step says what it takes (`mlcbuild.engine.graph.Cost`), which grows with the bytes of the checkpoint behind it. A
+machine has cores, memory and some things of which it has few (`LIMITS`). Steps are started in the order in which they
+became ready; one that has to wait for a resource is not overtaken by others that want the same.
 """
 
 from __future__ import annotations
@@ -16,38 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlcbuild.cache.tree import matches
-from mlcbuild.engine.graph import Graph, Step
+from mlcbuild.engine.graph import Graph
 
 # Of these a machine has a number that does not depend on its size. A download waits for the network, not for a core.
 LIMITS = {"network": 4, "nvcc": 1}
 TAGS = ("nvcc",)  # what not every machine has: Dask resources of workers
 _SMALL = 200_000_000  # bytes of a checkpoint: below, a step's time is its start, and that uses one core
 _RESERVE = 0.9  # of the free memory
-
-
-@dataclass(frozen=True)
-class _Cost:
-    """`threads`: all cores for a model that is not small. Memory: base + factor * checkpoint, at most `most` bytes."""
-
-    threads: bool
-    base: float  # bytes
-    factor: float = 0.0
-    most: float = float("inf")
-
-
-# Streaming steps hold pieces of the largest tensor; verification holds the model twice, once as float32.
-_COSTS = {
-    "download": _Cost(False, 0.2e9),
-    "convert": _Cost(False, 0.2e9, 1.0, 3e9),
-    "calibrate": _Cost(True, 0.5e9, 0.5, 8e9),
-    "quantize": _Cost(True, 0.3e9, 1.0, 3e9),
-    "lower": _Cost(False, 1.0e9),
-    "runtime": _Cost(False, 1.0e9),
-    "library": _Cost(False, 0.7e9),
-    "package": _Cost(False, 0.2e9),
-    "verify": _Cost(True, 0.5e9, 3.0, 12e9),
-}
-_OTHER = _Cost(False, 0.5e9)
 
 
 @dataclass(frozen=True)
@@ -81,35 +55,18 @@ def free_memory() -> int:
 
 def needs(graph: Graph, name: str, cores: int) -> dict[str, int]:
     """What the step called `name` takes on a machine with so many cores, by resource."""
-    step = graph.steps[name]
-    cost = _COSTS.get(step.kind, _OTHER)
-    size = checkpoint_bytes(graph, name)
-    found = {
-        "cores": cores if cost.threads and size >= _SMALL else 1,
-        "memory": int(min(cost.most, cost.base + cost.factor * size)),
-    }
-    if step.kind == "download":
-        found = {"network": 1, "memory": found["memory"]}
-    return {**found, **dict.fromkeys(tags(step), 1)}
-
-
-def tags(step: Step) -> tuple[str, ...]:
-    """What the step needs that not every machine has."""
-    device = step.fields.get("device", {}).get("kind")
-    return ("nvcc",) if step.kind == "library" and device == "cuda" else ()
+    cost, size = graph.steps[name].cost, checkpoint_bytes(graph, name)
+    found = {"memory": int(min(cost.most, cost.base + cost.factor * size)), **dict.fromkeys(cost.takes, 1)}
+    if "network" not in found:
+        found["cores"] = cores if cost.threads and size >= _SMALL else 1
+    return found
 
 
 def checkpoint_bytes(graph: Graph, name: str) -> int:
     """Bytes of the checkpoints that the step is made from, as far as they are known before they are here."""
-    total, seen, waiting = 0, {name}, [name]
-    while waiting:
-        step = graph.steps[waiting.pop()]
-        if step.kind == "download":
-            total += sum(file["size"] for file in step.fields.get("files", {}).values())
-            total += sum(_folder_bytes(item.path, item.select) for item in step.inputs if item.path is not None)
-        waiting += [producer for producer in step.producers if producer not in seen]
-        seen |= set(step.producers)
-    return total
+    steps = [graph.steps[each] for each in graph.closure([name])]
+    folders = [(item.path, item.select) for step in steps for item in step.inputs if item.path is not None]
+    return sum(step.brings for step in steps) + sum(_folder_bytes(*folder) for folder in folders)
 
 
 def _folder_bytes(folder: Path, select: tuple[str, ...]) -> int:

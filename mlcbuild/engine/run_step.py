@@ -10,14 +10,16 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mlcbuild.cache.action import Action, Ingredients
 from mlcbuild.cache.disk import full, room_in
 from mlcbuild.cache.files import entry_of
-from mlcbuild.cache.locks import Workplace, workplace
-from mlcbuild.cache.store import Action, Store
+from mlcbuild.cache.layout import LOGS
+from mlcbuild.cache.locks import workplace
+from mlcbuild.cache.store import Store
 from mlcbuild.cache.tree import Entry, Tree, check_name
 from mlcbuild.engine import process
 from mlcbuild.engine.code import declaration
-from mlcbuild.engine.lookup import Ingredients
+from mlcbuild.engine.job import Places, Request
 from mlcbuild.engine.process import StepBroke
 from mlcbuild.errors import StepFailed
 from mlcbuild.reporting.events import Report, StepNote, StepProgress
@@ -26,55 +28,43 @@ _EXCERPT = 40  # lines of a failed step's log that reports show
 _NEARLY_FULL = 1 << 20  # bytes: a tool that fails on a disk with less free than this failed because of the disk
 
 
-def attempt(
-    name: str,
-    module: str,
-    ingredients: Ingredients,
-    materials: Iterable[Entry],
-    store: Store,
-    report: Report,
-    debug_dump: Path | None = None,
-) -> Action:
-    """Run the step called `name` and commit what it made.
-
-    `materials` is content that the inputs refer to by digest. Raises StepFailed (StepBroke for a bug or a crash).
-    """
-    started, materials = time.monotonic(), list(materials)
+def run_step(request: Request, store: Store, report: Report, debug_dump: Path | None = None) -> Action:
+    """Run the step and commit what it made. Raises StepFailed (StepBroke for a bug or a crash)."""
+    started, ingredients, name = time.monotonic(), request.ingredients, request.name
     old = store.action(ingredients.key)
     with workplace(store.root) as place, room_in(store.root):
-        request = _request(name, module, ingredients, materials, place, store, debug_dump)
+        places = make_places(place.path, store, debug_dump / name.replace(":", "/") if debug_dump else None)
         try:
-            done = process.run(request, place, log_of(store, ingredients), _relay(name, report))
+            done = process.run(request, places, place, log_of(store, ingredients), _relay(name, report))
         except StepBroke as error:
             if shutil.disk_usage(store.root).free < _NEARLY_FULL:
                 raise StepFailed(full(store.root)) from error
             raise
-        given = [*materials, *(entry for tree in ingredients.inputs.values() for entry in tree.files.values())]
-        _check_unchanged(given, store)
+        _check_unchanged(request.given, store)
         # The process imported the code after the key was made; an edit in between must not go under that key.
-        if declaration(module, store.index).digest != ingredients.code:
+        if declaration(request.module, store.index, request.entry).digest != ingredients.code:
             raise StepFailed("the code of the step was edited while it ran: build again")
-        tree = _collect(Path(request["output"]), done["reused"], given, store)
-        action = Action(
-            key=ingredients.key,
-            step=ingredients.kind,
-            name=name,
-            code=ingredients.code,
-            fields=ingredients.fields,
-            inputs={name: tree.digest for name, tree in ingredients.inputs.items()},
-            toolchain=ingredients.toolchain,
-            seconds=round(time.monotonic() - started, 3),
-            tree=tree,
-        )
+        tree = _collect(places.output, done["reused"], request.given, store)
+        action = Action.of(ingredients, name, round(time.monotonic() - started, 3), tree)
         store.commit(action)
     if old is not None and old.tree.digest != tree.digest:
         report(StepNote(name, "gave other bytes than the last time with the same inputs"))
     return action
 
 
+def make_places(folder: Path, store: Store, debug_dump: Path | None = None) -> Places:
+    """Fresh folders for a run under `folder`."""
+    places = Places(folder / "output", folder / "scratch", store.root, debug_dump)
+    places.output.mkdir()
+    places.scratch.mkdir()
+    if debug_dump is not None:
+        debug_dump.mkdir(parents=True, exist_ok=True)
+    return places
+
+
 def log_of(store: Store, ingredients: Ingredients) -> Path:
     """Where the step's own output goes."""
-    return store.root / "logs" / f"{ingredients.kind}-{ingredients.key[:16]}.log"
+    return store.root / LOGS / f"{ingredients.kind}-{ingredients.key[:16]}.log"
 
 
 def tail(log: Path) -> str:
@@ -84,36 +74,6 @@ def tail(log: Path) -> str:
     except OSError:
         return ""
     return "\n".join(lines[-_EXCERPT:])
-
-
-def _request(
-    name: str,
-    module: str,
-    ingredients: Ingredients,
-    materials: Iterable[Entry],
-    place: Workplace,
-    store: Store,
-    dumps: Path | None,
-) -> dict[str, Any]:
-    output, scratch = place.path / "output", place.path / "scratch"
-    output.mkdir()
-    scratch.mkdir()
-    debug_dump = dumps / name.replace(":", "/") if dumps else None
-    if debug_dump is not None:
-        debug_dump.mkdir(parents=True, exist_ok=True)
-    return {
-        "module": module,
-        "fields": ingredients.fields,
-        "inputs": {
-            name: {file: [*entry.to_json(), str(entry.path)] for file, entry in tree.files.items()}
-            for name, tree in ingredients.inputs.items()
-        },
-        "materials": {entry.digest: str(entry.path) for entry in materials},
-        "output": str(output),
-        "scratch": str(scratch),
-        "cache": str(store.root),
-        "debug_dump": str(debug_dump) if debug_dump else None,
-    }
 
 
 def _relay(name: str, report: Report) -> Callable[[Mapping[str, Any]], None]:

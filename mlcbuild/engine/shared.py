@@ -7,21 +7,18 @@ after a failed write (or read). A damaged entry or blob is no trouble of that ki
 from __future__ import annotations
 
 import errno
-import json
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from mlcbuild.cache.canonical import digest_json
-from mlcbuild.cache.inventory import DIGEST
+from mlcbuild.cache.action import Action, Damaged, Ingredients
 from mlcbuild.cache.locks import workplace
-from mlcbuild.cache.remote import Meter, Remote, parse_entry
-from mlcbuild.cache.store import Action, Damaged, Store
-from mlcbuild.cache.tree import Entry, Tree, check_name
-from mlcbuild.engine.lookup import Ingredients
-from mlcbuild.errors import MlcBuildError, StepFailed
+from mlcbuild.cache.remote import Meter, Remote
+from mlcbuild.cache.store import Store
+from mlcbuild.cache.tree import Entry, Tree
+from mlcbuild.errors import StepFailed
 
 _AT_ONCE = 8  # transfers
 _LOCAL = (errno.ENOSPC, errno.EDQUOT)
@@ -51,12 +48,14 @@ class SharedCache:
             if content is None:
                 self._look(say)
                 return None
-            files = _files(parse_entry(content), ingredients)
+            action = Action.from_json(ingredients.key, content)
+            if not action.is_under_its_key():
+                raise Damaged("its entry is of something else")
             try:
-                return self._take(files, parse_entry(content), ingredients, store)
+                return self._take(action, ingredients, store)
             except (Damaged, FileNotFoundError):
                 # The other blobs may not have been looked at any more: all are put there anew.
-                self._damaged.update(entry.digest for entry in files.values())
+                self._damaged.update(entry.digest for entry in action.tree.files.values())
                 raise
         except (Damaged, FileNotFoundError) as error:
             say(f"{self.remote.shown}: what it has of this is damaged ({self.remote.words(error)}): building it here")
@@ -77,8 +76,7 @@ class SharedCache:
 
     def put(self, action: Action, store: Store, say: Say) -> bool:
         """`give`, also of what lies outside the store."""
-        content = json.dumps(action.to_json(), indent=1, sort_keys=True).encode()
-        return self._send(action.tree.files.values(), {action.key: content}, say)
+        return self._send(action.tree.files.values(), {action.key: action.to_json()}, say)
 
     def send(self, entries: Iterable[Entry], say: Say) -> bool:
         """Put blobs there without an entry; whether they are there now."""
@@ -119,7 +117,10 @@ class SharedCache:
     def has(self, key: str, say: Say) -> bool:
         """Whether there is an entry for the key that can be read."""
         try:
-            return self._reading and isinstance(parse_entry(self.remote.entry(key) or b""), dict)
+            content = self.remote.entry(key) if self._reading else None
+            return content is not None and bool(Action.from_json(key, content))
+        except Damaged:
+            return False
         except Exception as error:
             self._stop(error, "read", say)
             return False
@@ -137,26 +138,16 @@ class SharedCache:
             raise InterruptedError("given up")
         self.remote.upload(entry.digest, entry.path, meter)
 
-    def _take(self, files: Mapping[str, Entry], record: Any, ingredients: Ingredients, store: Store) -> Action:
+    def _take(self, action: Action, ingredients: Ingredients, store: Store) -> Action:
         with workplace(store.root) as place:
             meter = self.remote.meter()
-            wanted = {entry.digest: entry for entry in files.values()}
+            wanted = {entry.digest: entry for entry in action.tree.files.values()}
             with ThreadPoolExecutor(_AT_ONCE) as pool:
                 here = dict(pool.map(lambda entry: self._get(entry, place.path, store, meter), wanted.values()))
-            tree = Tree({name: Entry(e.digest, e.size, e.mode, here[e.digest]) for name, e in sorted(files.items())})
-            action = Action(
-                key=ingredients.key,
-                step=ingredients.kind,
-                name=str(record["name"]),
-                code=ingredients.code,
-                fields=ingredients.fields,
-                inputs={name: tree.digest for name, tree in ingredients.inputs.items()},
-                toolchain=ingredients.toolchain,
-                seconds=float(record["seconds"]),
-                tree=tree,
-            )
-            store.commit(action)
-        return action
+            files = {name: replace(entry, path=here[entry.digest]) for name, entry in action.tree.files.items()}
+            taken = Action.of(ingredients, action.name, action.seconds, Tree(dict(sorted(files.items()))))
+            store.commit(taken)
+        return taken
 
     def _get(self, entry: Entry, folder: Path, store: Store, meter: Meter) -> tuple[str, Path]:
         found = store.find(entry.digest, entry.size)
@@ -194,27 +185,6 @@ class SharedCache:
 def open_shared(url: str, write: bool, patience: float) -> SharedCache:
     """The shared cache at `url`. Nothing is asked of it yet."""
     return SharedCache(Remote(url, patience), write)
-
-
-def _files(record: Any, ingredients: Ingredients) -> dict[str, Entry]:
-    """The entry's files. Raises Damaged for an entry that is not whole, or not of these ingredients."""
-    try:
-        inputs = {name: tree.digest for name, tree in ingredients.inputs.items()}
-        own = digest_json([ingredients.kind, ingredients.code, ingredients.fields, inputs, ingredients.toolchain])
-        its = digest_json([record[name] for name in ("step", "code", "fields", "inputs", "toolchain")])
-        if own != its or digest_json(record["files"]) != record["tree"]:
-            raise Damaged("its entry is of something else")
-        files = {}
-        for name, (digest, size, mode) in record["files"].items():
-            if not DIGEST.fullmatch(digest) or not isinstance(size, int) or mode not in (0o644, 0o755):
-                raise Damaged(f"its entry has a file {name!r} that cannot be")
-            files[check_name(name)] = Entry(digest, size, mode, Path())
-        float(record["seconds"]), str(record["name"])
-    except Damaged:
-        raise
-    except (TypeError, KeyError, ValueError, AttributeError, MlcBuildError):
-        raise Damaged("its entry cannot be read") from None
-    return files
 
 
 def _hint(error: Exception) -> str:

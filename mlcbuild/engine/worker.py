@@ -10,77 +10,67 @@ import os
 import socket
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mlcbuild.cache.disk import room_in
 from mlcbuild.cache.files import entry_of
+from mlcbuild.cache.layout import lock_path
 from mlcbuild.cache.locks import locked
 from mlcbuild.cache.store import Store
 from mlcbuild.cache.tree import Entry, Tree
-from mlcbuild.engine.code import declaration
-from mlcbuild.engine.lookup import Ingredients
+from mlcbuild.engine.code import declaration, toolchain
+from mlcbuild.engine.job import Request
 from mlcbuild.engine.process import StepBroke
-from mlcbuild.engine.run_step import attempt, log_of, tail
-from mlcbuild.engine.shared import open_shared
-from mlcbuild.engine.toolchain import toolchain
+from mlcbuild.engine.run_step import log_of, run_step, tail
+from mlcbuild.engine.shared import SharedCache, open_shared
 from mlcbuild.errors import MlcBuildError, StepFailed
 
 
-def run_step(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Run what `mlcbuild.engine.cluster` asks for: {"seconds"}, or {"failed", "broke", "log", "worker"}."""
-    store = Store(_cache())
-    ingredients = Ingredients(
-        request["kind"],
-        request["code"],
-        request["fields"],
-        {name: _tree(files) for name, files in request["inputs"].items()},
-        request["toolchain"],
-    )
+def work(asked: Mapping[str, Any], remote: str, patience: float, force: bool) -> dict[str, Any]:
+    """Run the request `asked` with the shared cache `remote`: {"seconds"}, or {"failed", "broke", "log", "worker"}."""
+    store, request = Store(_cache()), Request.from_json(asked)
     try:
-        with room_in(store.root), locked(store.root / "locks" / ingredients.key):
-            return {"seconds": _run(request, ingredients, store)}
+        with room_in(store.root), locked(lock_path(store.root, request.ingredients.key)):
+            return {"seconds": _run(request, open_shared(remote, True, patience), store, force)}
     except MlcBuildError as error:
         return {
             "failed": str(error),
             "broke": isinstance(error, StepBroke),
-            "log": tail(log_of(store, ingredients)),
+            "log": tail(log_of(store, request.ingredients)),
             "worker": socket.gethostname(),
         }
 
 
-def _run(request: Mapping[str, Any], wanted: Ingredients, store: Store) -> float:
+def _run(request: Request, shared: SharedCache, store: Store, force: bool) -> float:
     said: list[str] = []
-    shared = open_shared(request["remote"], True, request["patience"])
-    _check_same(request, wanted, store)
-    action = None if request["force"] else store.action(wanted.key)
+    _check_same(request, store)
+    action = None if force else store.action(request.ingredients.key)
     if action is None:
         inputs = {
             name: Tree({file: _here(entry, store, shared) for file, entry in tree.files.items()})
-            for name, tree in wanted.inputs.items()
+            for name, tree in request.ingredients.inputs.items()
         }
-        materials = [
-            _here(Entry(digest, size, 0o644, Path(path)), store, shared)
-            for digest, (size, path) in request["materials"].items()
-        ]
-        ingredients = Ingredients(wanted.kind, wanted.code, wanted.fields, inputs, wanted.toolchain)
-        action = attempt(request["name"], request["module"], ingredients, materials, store, lambda event: None)
+        ingredients = replace(request.ingredients, inputs=inputs)
+        materials = tuple(_here(entry, store, shared) for entry in request.materials)
+        action = run_step(replace(request, ingredients=ingredients, materials=materials), store, lambda event: None)
     if not shared.put(action, store, said.append):
         raise StepFailed("; ".join(said) or "the result could not be put into the shared cache")
     return action.seconds
 
 
-def _check_same(request: Mapping[str, Any], wanted: Ingredients, store: Store) -> None:
-    declared = declaration(request["module"], store.index)
-    if declared.digest != wanted.code:
+def _check_same(request: Request, store: Store) -> None:
+    declared = declaration(request.module, store.index, request.entry)
+    if declared.digest != request.ingredients.code:
         raise StepFailed("the worker has another version of mlcbuild: install the same one everywhere")
     tools = toolchain(declared.tools)
-    for name, version in wanted.toolchain.items():
+    for name, version in request.ingredients.toolchain.items():
         if tools.get(name) != version:
             raise StepFailed(f"the worker has {name} {tools.get(name)}, not {version}: install the same one everywhere")
 
 
-def _here(entry: Entry, store: Store, shared: Any) -> Entry:
+def _here(entry: Entry, store: Store, shared: SharedCache) -> Entry:
     """The content, in this machine's store, at its place if that is reached from here, or fetched."""
     found = store.find(entry.digest, entry.size)
     if found is not None:
@@ -91,10 +81,6 @@ def _here(entry: Entry, store: Store, shared: Any) -> Entry:
     except (OSError, MlcBuildError):
         pass
     return Entry(entry.digest, entry.size, entry.mode, shared.bring(entry, store))
-
-
-def _tree(files: Mapping[str, Any]) -> Tree:
-    return Tree({name: Entry(digest, size, mode, Path(path)) for name, (digest, size, mode, path) in files.items()})
 
 
 def _cache() -> Path:

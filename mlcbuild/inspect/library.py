@@ -14,19 +14,19 @@ from mlcbuild.models.parameters import parameters
 from mlcbuild.planning.planner import plan
 from mlcbuild.quantization.schemes import quantized_parameters
 from mlcbuild.recipes.types import Catalog
-from mlcbuild.reporting.plain import amount
 from mlcbuild.runtime import library_file
 from mlcbuild.runtime.library import Metadata, match
 from mlcbuild.runtime.package import find_weights
 from mlcbuild.runtime.weights import read_index
-from mlcbuild.workspace.locking import locker
+from mlcbuild.text import amount
+from mlcbuild.workspace.hub_locks import locker
 
 SUFFIXES = (".so", ".dylib", ".dll", ".wasm", ".tar")
 _GZIP = b"\x1f\x8b"
 
 
 @dataclass(frozen=True)
-class Known:
+class LibraryInspection:
     """`takes` are weights of the workspace's recipes, by their step's name, with the recipes; `weights` is a folder
     that was named, which the library takes."""
 
@@ -38,7 +38,7 @@ class Known:
     weights: Path | None
 
 
-def look(path: Path, catalog: Catalog, weights: Path | None = None) -> Known:
+def inspect_library(path: Path, catalog: Catalog, weights: Path | None = None) -> LibraryInspection:
     """Raises MlcBuildError where it is no model's library, and, naming the first difference, where it does not take
     the `weights` folder's tensors."""
     data = path.read_bytes()
@@ -60,42 +60,42 @@ def look(path: Path, catalog: Catalog, weights: Path | None = None) -> Known:
         step = goal.steps["quantize"]
         takes[step] = (*takes.get(step, ()), name)
     format_ = library_file.file_format(data[:4096]) + (", gzip" if packed else "")
-    return Known(path, format_, metadata, takes, len(graph.unlocked), weights)
+    return LibraryInspection(path, format_, metadata, takes, len(graph.unlocked), weights)
 
 
-def render(known: Known) -> str:
+def render(inspection: LibraryInspection) -> str:
     """What `mlcbuild inspect LIBRARY` prints."""
-    return "".join(f"{line}\n" for line in _lines(known))
+    return "".join(f"{line}\n" for line in _lines(inspection))
 
 
-def to_json(known: Known) -> dict[str, Any]:
+def to_json(inspection: LibraryInspection) -> dict[str, Any]:
     """The same as JSON-able data."""
-    facts = {key: value for key, value in vars(known.metadata).items() if key != "parameters"}
-    described = [{"name": p.name, "shape": p.shape, "dtype": p.dtype} for p in known.metadata.parameters]
+    facts = {key: value for key, value in vars(inspection.metadata).items() if key != "parameters"}
+    described = [{"name": p.name, "shape": p.shape, "dtype": p.dtype} for p in inspection.metadata.parameters]
     return {
-        "library": known.path.name,
-        "format": known.format,
+        "library": inspection.path.name,
+        "format": inspection.format,
         **facts,
         "parameters": described,
-        "takes": known.takes,
-        "recipes_unknown_until_locked": known.unknown,
+        "takes": inspection.takes,
+        "recipes_unknown_until_locked": inspection.unknown,
     }
 
 
-def _lines(known: Known) -> Iterator[str]:
-    metadata = known.metadata
-    yield f"library       {known.path.name}: {known.format}, {amount(known.path.stat().st_size)}"
+def _lines(inspection: LibraryInspection) -> Iterator[str]:
+    metadata = inspection.metadata
+    yield f"library       {inspection.path.name}: {inspection.format}, {amount(inspection.path.stat().st_size)}"
     yield f"model_type    {metadata.model_type}, quantization {metadata.quantization}, task {metadata.model_task}"
     for name in ("context_window_size", "prefill_chunk_size", "sliding_window_size", "max_batch_size", "kv_state_kind"):
         yield f"              {name}: {getattr(metadata, name)}"
     yield f"parameters    {len(metadata.parameters)} tensors"
-    if known.weights is not None:
-        yield f"              those of {known.weights}"
-    if known.takes:
+    if inspection.weights is not None:
+        yield f"              those of {inspection.weights}"
+    if inspection.takes:
         yield "takes         the weights of these recipes:"
-        for step, names in known.takes.items():
+        for step, names in inspection.takes.items():
             yield f"              {step.partition(':')[2]}  {' '.join(names)}"
     else:
         yield "takes         the weights of no recipe of this workspace"
-    if known.unknown:
-        yield f"              ({known.unknown} recipes are unknown until locked)"
+    if inspection.unknown:
+        yield f"              ({inspection.unknown} recipes are unknown until locked)"

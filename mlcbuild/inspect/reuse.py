@@ -10,7 +10,7 @@ from typing import Any
 from mlcbuild.models.structure import Structure
 from mlcbuild.planning.planner import plan
 from mlcbuild.recipes.types import Catalog
-from mlcbuild.workspace.locking import locker
+from mlcbuild.workspace.hub_locks import locker
 
 _LIMITS = ("context_window_size", "prefill_chunk_size", "max_batch_size")
 

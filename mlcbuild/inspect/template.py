@@ -21,7 +21,7 @@ _PLAIN = "LM"  # text as it is: what a model without a chat template goes on wit
 @dataclass(frozen=True)
 class Guess:
     """`name` is a template of the catalog, or `auto`. `exact`: it writes what the checkpoint's own does, and stops
-    where that stops. `remarks` are sentences on what differs, or is not known."""
+    where that stops. `remarks` are sentences on what differs, or is not seen."""
 
     name: str
     exact: bool

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mlcbuild.checkpoints.computed import Computed, row_pieces
 from mlcbuild.checkpoints.header import TensorRef
 from mlcbuild.checkpoints.index import index
-from mlcbuild.checkpoints.made import Made, row_pieces, view
-from mlcbuild.checkpoints.mapped import FLOATS
+from mlcbuild.checkpoints.mapped import FLOATS, view
 from mlcbuild.errors import CheckpointError
 from mlcbuild.models.parameters import Parameter
 from mlcbuild.quantization import floats
@@ -32,7 +32,7 @@ def merged(
     delta: Mapping[str, TensorRef],
     base: Mapping[str, TensorRef],
     ignored: Collection[str],
-) -> list[Made]:
+) -> list[Computed]:
     """Every tensor of the model as base + delta. `delta` is known to be whole (`index` has been made of it).
 
     Raises CheckpointError, each line with `delta_of` in front, when the base lacks a tensor, has one too many, or one
@@ -48,7 +48,7 @@ def merged(
     if problems:
         raise CheckpointError("\n".join(f"delta_of: {problem}" for problem in problems))
     names = dict.fromkeys(source for parameter in parameters for source in parameter.sources)
-    return [Made(delta[name], partial(_sums, delta[name], base[name])) for name in names]
+    return [Computed(delta[name], partial(_sums, delta[name], base[name])) for name in names]
 
 
 def _fitted(parameter: Parameter, base: Mapping[str, TensorRef], problems: list[str]) -> Parameter:

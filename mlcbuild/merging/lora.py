@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mlcbuild.checkpoints.computed import Computed, row_pieces
 from mlcbuild.checkpoints.header import TensorRef, read_header
-from mlcbuild.checkpoints.made import Made, row_pieces, view
-from mlcbuild.checkpoints.mapped import FLOATS
+from mlcbuild.checkpoints.mapped import FLOATS, view
 from mlcbuild.checkpoints.torch_files import read_torch
 from mlcbuild.errors import CheckpointError
-from mlcbuild.models.numbers import is_above
+from mlcbuild.models.config import is_above
 from mlcbuild.quantization import floats
 
 CONFIG = "adapter_config.json"
@@ -104,7 +104,7 @@ def read(files: Mapping[str, Path], blobs: Mapping[str, str]) -> Adapter:
     return Adapter({ref.name: ref for ref in refs}, config)
 
 
-def merged(adapter: Adapter, base: Mapping[str, TensorRef], needed: Collection[str]) -> list[Made]:
+def merged(adapter: Adapter, base: Mapping[str, TensorRef], needed: Collection[str]) -> list[Computed]:
     """The tensors of `base` that the adapter changes, and how.
 
     Raises CheckpointError for an adapter that changes a tensor which the model does not have, or one of another
@@ -123,13 +123,13 @@ def merged(adapter: Adapter, base: Mapping[str, TensorRef], needed: Collection[s
             saved[match["module"]] = ref
         elif ".original_module." not in plain:
             problems.append(f"{ref.file}: tensor {name} is no factor A or B of a matrix, and only those are merged")
-    made: dict[str, Made] = {}
+    made: dict[str, Computed] = {}
     for module, parts in factors.items():
         target = _target(module, base, needed, problems)
         if target is not None:
             found = _product(adapter, module, parts, target, problems)
             if found is not None:
-                made[target.name] = Made(target, partial(_sums, target, found))
+                made[target.name] = Computed(target, partial(_sums, target, found))
     for module, ref in saved.items():
         target = _target(module, base, needed, problems)
         if target is None:
@@ -144,7 +144,7 @@ def merged(adapter: Adapter, base: Mapping[str, TensorRef], needed: Collection[s
                 + ("; the vocabulary was resized: merge with PEFT and save the whole model" if resized else "")
             )
         else:
-            made[target.name] = Made(target, partial(_copies, ref, target.dtype))
+            made[target.name] = Computed(target, partial(_copies, ref, target.dtype))
     if not made and not problems:
         problems.append("the adapter has no tensors")
     if problems:

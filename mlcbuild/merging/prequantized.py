@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mlcbuild.checkpoints.computed import Computed, place
 from mlcbuild.checkpoints.header import TensorRef
-from mlcbuild.checkpoints.made import Made, place
+from mlcbuild.checkpoints.index import part
 from mlcbuild.checkpoints.mapped import FLOATS, MappedFile
 from mlcbuild.errors import CheckpointError
 from mlcbuild.quantization import awq, floats
@@ -117,9 +118,9 @@ def plan(table: Mapping[str, TensorRef], scheme: Scheme) -> tuple[dict[str, Tens
     return plain | {name: layer.target for name, layer in placed.items()}, placed
 
 
-def numbers(layer: Prequantized) -> Made:
+def numbers(layer: Prequantized) -> Computed:
     """The layer's matrix `[N, K]`. Making it raises CheckpointError for scales or groups that are damaged."""
-    return Made(layer.target, partial(_dequantized, layer))
+    return Computed(layer.target, partial(_dequantized, layer))
 
 
 def joined(layers: Mapping[str, Prequantized], sources: tuple[str, ...]) -> dict[str, Any] | None:
@@ -130,22 +131,14 @@ def joined(layers: Mapping[str, Prequantized], sources: tuple[str, ...]) -> dict
     found = [layers[source] for source in sources if source in layers]
     if not found or len(found) < len(sources) or found[0].scheme.method != "awq":
         return None
-    tensors = {form: [_part(getattr(layer, form)) for layer in found] for form in ("qweight", "qzeros", "scales")}
+    forms = ("qweight", "qzeros", "scales")
+    tensors = {form: [_typed_part(getattr(layer, form)) for layer in found] for form in forms}
     scheme = found[0].scheme
     return {"scheme": "awq", "bits": scheme.bits, "group_size": scheme.group_size, "tensors": tensors}
 
 
-def _part(ref: TensorRef) -> dict[str, Any]:
-    dtype = FLOATS[ref.dtype][0] if ref.dtype in FLOATS else "uint32"
-    return {
-        "blob": ref.blob,
-        "file": ref.file,
-        "tensor": ref.name,
-        "offset": ref.offset,
-        "nbytes": ref.nbytes,
-        "shape": list(ref.shape),
-        "dtype": dtype,
-    }
+def _typed_part(ref: TensorRef) -> dict[str, Any]:
+    return {**part(ref), "dtype": FLOATS[ref.dtype][0] if ref.dtype in FLOATS else "uint32"}
 
 
 def _layer(

@@ -24,16 +24,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mlcbuild.checkpoints.computed import Computed, row_pieces
 from mlcbuild.checkpoints.header import TensorRef
-from mlcbuild.checkpoints.made import Made, row_pieces, view
-from mlcbuild.checkpoints.mapped import FLOATS
+from mlcbuild.checkpoints.mapped import FLOATS, view
 from mlcbuild.models.parameters import Parameter
 from mlcbuild.quantization import floats
 
 Array = npt.NDArray[Any]
 
 
-def rearranged(parameters: Sequence[Parameter], table: Mapping[str, TensorRef]) -> list[Made]:
+def rearranged(parameters: Sequence[Parameter], table: Mapping[str, TensorRef]) -> list[Computed]:
     """Those of the parameters that have something to convert, by their own names.
 
     The table is known to hold their sources in the right shapes (mlcbuild.checkpoints.index).
@@ -45,7 +45,7 @@ def rearranged(parameters: Sequence[Parameter], table: Mapping[str, TensorRef]) 
             dtype = _dtype(parameter, refs[0].dtype)
             nbytes = prod(parameter.shape) * FLOATS[dtype][1].itemsize
             target = TensorRef(parameter.name, "", "", Path(), 0, nbytes, dtype, parameter.shape)
-            found.append(Made(target, partial(_rows, parameter, refs)))
+            found.append(Computed(target, partial(_rows, parameter, refs)))
     return found
 
 

@@ -8,10 +8,8 @@ from typing import Any
 
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models import complete, unknown
-from mlcbuild.models import scaling as scalings
-from mlcbuild.models.config import normalise
-from mlcbuild.models.expressions import evaluate, mentions
-from mlcbuild.models.fields import check, keys, lookup, read, value_of
+from mlcbuild.models.config import normalise, scaling_problems
+from mlcbuild.models.fields import check, evaluate, keys, lookup, names_in, read, value_of
 from mlcbuild.models.kinds import DECODER, ENCODER, RECURRENT, filled
 from mlcbuild.models.structure import ParameterRule, Structure
 from mlcbuild.recipes.types import Architecture
@@ -56,7 +54,7 @@ def resolve(architecture: Architecture, config: Mapping[str, Any], overrides: Ma
     """The structure that `config` describes under `architecture`, with the recipe's `overrides` on top.
 
     Raises MlcBuildError for a key that is missing, of the wrong type or out of range, and for a choice that the
-    architecture's blocks cannot express. All such problems are in the one error.
+    decoder cannot express. All such problems are in the one error.
     """
     flat = normalise(config)
     data = architecture.data
@@ -127,7 +125,7 @@ def _fields(architecture: Architecture, values: Mapping[str, Any]) -> dict[str, 
 def _rules(rule: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[ParameterRule]:
     """The parameter of a line of the file and its bias, as far as the model has them."""
     when, layers = rule.get("when", True), None
-    if mentions(when, "layer"):
+    if "layer" in names_in(when):
         every = range(values["num_hidden_layers"])
         layers = tuple(layer for layer in every if evaluate(when, {**values, "layer": layer}))
         if not layers:
@@ -188,7 +186,7 @@ def _check_shape(values: Mapping[str, Any]) -> list[str]:
         problems.append(f"config.json: rotary_dim is {rotary}, expected an even number up to head_dim {dim}")
     scaling = values["rope_scaling"]
     if scaling is not None:
-        problems += scalings.problems(scaling, (dim if rotary is None else rotary) // 2)
+        problems += scaling_problems(scaling, (dim if rotary is None else rotary) // 2)
     types, layers = values.get("layer_types"), values["num_hidden_layers"]
     if types is not None and (len(types) != layers or not {*types} <= {"full", "sliding"}):
         problems.append(f"config.json: layer_types are {types}, expected full or sliding for each of {layers} layers")

@@ -23,7 +23,7 @@ def problems(structure: Structure) -> list[str]:
         return found
     outside = {rule.role for rule in structure.rules if not rule.per_layer}
     found += _compared(outside, *_outside(structure), "outside the layers")
-    kinds = structure.kinds
+    kinds = structure.layer_kinds
     for layer in (kinds.index(kind) for kind in sorted(set(kinds))):
         mine = {r.role for r in structure.rules if r.per_layer and (r.layers is None or layer in r.layers)}
         found += _compared(mine, *_layer(structure, mine), f"in layer {layer}")
@@ -70,8 +70,8 @@ def _layer(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
         needed |= {"up_proj", "down_proj"}
     else:
         needed |= {"down_proj", *({"gate_proj", "up_proj"} if "gate_proj" in roles else {"gate_up_proj"})}
-    norms = {f"{block}_norm" for block in ("attention", "mlp") if s.norm_position != "post"}
-    norms |= {f"{block}_post_norm" for block in ("attention", "mlp") if s.norm_position != "pre"}
+    norms = {f"{part}_norm" for part in ("attention", "mlp") if s.norm_position != "post"}
+    norms |= {f"{part}_post_norm" for part in ("attention", "mlp") if s.norm_position != "pre"}
     used |= norms | set(_biases(s, norms))
     if s.norm == "rms":
         needed |= norms - ({"mlp_norm"} if s.residual == "parallel" else set())

@@ -1,16 +1,33 @@
-"""Hugging Face `config.json`, in the forms that transformers 4 and 5 write, brought to one form."""
+"""Hugging Face `config.json`: the forms that transformers 4 and 5 write, as one; its rope scaling, checked."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.models.numbers import is_number
 
 _ROPE_META = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
 _KINDS = {"su": "longrope"}  # what older Phi-3 checkpoints call it
 _WITH_LENGTHS = ("dynamic", "yarn", "longrope")  # scalings that depend on how long texts the model was trained for
+
+# Numbers that a kind needs, and those that it may have.
+_SCALING_NUMBERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "linear": (("factor",), ()),
+    "dynamic": (("factor", "max_position_embeddings"), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (("original_max_position_embeddings",), ("factor", "attention_factor", "beta_fast", "beta_slow")),
+    "longrope": (("original_max_position_embeddings",), ("factor", "attention_factor")),
+}
+_SCALING_LISTS = {"longrope": ("short_factor", "long_factor")}
+_MSCALES = ("mscale", "mscale_all_dim")  # 0: as if it were not there
+# What another kind reads stands in some configs, too; `finetuned` says that a model was trained with the scaling.
+_HARMLESS = ("finetuned", "truncate", *_MSCALES)
+_SCALING_KEYS = {
+    "rope_type", "max_position_embeddings", *_HARMLESS, *(key for keys in _SCALING_LISTS.values() for key in keys),
+    *(key for both in _SCALING_NUMBERS.values() for keys in both for key in keys),
+}  # fmt: skip
 
 
 def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -18,13 +35,20 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
 
     `rope_scaling` comes out as None or as a mapping with the key `rope_type`; the kind "default" is None. Where
     `rope_parameters` has one set for each type of layer, they are those of full attention, and the other theta is
-    `rope_local_base_freq`, as in transformers 4. Raises MlcBuildError where one of them is no mapping.
+    `rope_local_base_freq`, as in transformers 4. Raises MlcBuildError where one of them is no mapping, and for a
+    scaling of layers with a window.
     """
     flat = dict(config)
     parameters = _mapping(flat.pop("rope_parameters", None), "rope_parameters")
     if "full_attention" in parameters:
         local = _mapping(parameters.get("sliding_attention"), "rope_parameters.sliding_attention")
         flat.setdefault("rope_local_base_freq", local.get("rope_theta"))
+        scaling = _scaling(local, flat)
+        if scaling is not None:
+            raise MlcBuildError(
+                f"config.json: rope_parameters.sliding_attention has the rope_type {scaling['rope_type']!r}, but only "
+                "layers of full attention are computed with a rope scaling"
+            )
         parameters = _mapping(parameters["full_attention"], "rope_parameters.full_attention")
     if parameters:
         flat.setdefault("rope_theta", parameters.get("rope_theta"))
@@ -67,3 +91,56 @@ def _scaling(scaling: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str,
         elif kind != "dynamic":
             values.setdefault("original_max_position_embeddings", longest)
     return {"rope_type": kind, **dict(sorted(values.items()))}
+
+
+def scaling_problems(scaling: Mapping[str, Any], pairs: int) -> list[str]:
+    """What is wrong with a `rope_scaling` of a known kind (see `normalise`), in a head with so many pairs."""
+    kind = scaling["rope_type"]
+    at = f"config.json: rope scaling `{kind}`"
+    needed, more = _SCALING_NUMBERS[kind]
+    if scaling.get("factor") is None and scaling.get("attention_factor") is None and kind in ("yarn", "longrope"):
+        more += ("max_position_embeddings",)  # from which the factor follows
+        needed += ("max_position_embeddings",)
+    if kind == "yarn" and scaling.get("factor") is None:
+        lengths = [scaling.get(key) for key in ("max_position_embeddings", "original_max_position_embeddings")]
+        needed += ("factor",) if lengths[0] == lengths[1] else ()
+    lists = _SCALING_LISTS.get(kind, ())
+    found = [f"{at} needs the key {key!r}" for key in (*needed, *lists) if scaling.get(key) is None]
+    found += [
+        f"{at}: {key} is {scaling[key]!r}, expected a number above 0"
+        for key in dict.fromkeys((*needed, *more))
+        if scaling.get(key) is not None and not is_above(0, scaling[key])
+    ]
+    found += [
+        f"{at}: {key} is {scaling[key]!r}, expected a number of at least 0"
+        for key in _MSCALES
+        if scaling.get(key) is not None and scaling[key] != 0 and not is_above(0, scaling[key])
+    ]
+    for key in lists:
+        if scaling.get(key) is not None:
+            found += _list(f"{at} has", key, scaling[key], pairs)
+    if not found and kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        found.append(f"{at}: low_freq_factor is not below high_freq_factor")
+    return found + [
+        f"{at} does not know the key {key!r} ({value!r}), which may change what the model computes"
+        for key, value in scaling.items()
+        if key not in _SCALING_KEYS and value is not None
+    ]
+
+
+def _list(at: str, key: str, values: Any, pairs: int) -> list[str]:
+    if not isinstance(values, Sequence) or not all(is_above(0, each) for each in values):
+        return [f"{at} {values!r} in {key!r}, expected numbers above 0"]
+    if len(values) == pairs:
+        return []
+    more = f"expected {pairs}: one for each pair of the {2 * pairs} rotary dimensions"
+    return [f"{at} {len(values)} numbers in {key!r}, {more}"]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value out of a JSON file is a finite number; true and false are none."""
+    return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_above(bound: float, value: Any) -> bool:
+    return is_number(value) and value > bound

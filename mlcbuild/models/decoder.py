@@ -1,19 +1,12 @@
-"""The decoder: a structure's blocks as relax functions, every one written once.
-
-The module's public functions are those of docs/contract.md. All of them run the same private `decoder`, which calls the
-same private `decoder_layer` for each layer, so that what a compiler pass costs does not grow with the number of layers.
-Private functions work on [n, hidden_size]: `n` tokens of all sequences of a batch, one after the other.
-"""
+"""What the functions of a module share: structure, operations, parameters, and what is computed in several of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tvm import ir, relax, tirx
+from tvm import relax
 
-from mlcbuild.models.attention import query_positions
-from mlcbuild.models.layer import layer
 from mlcbuild.models.operations import Expr, Operations
 from mlcbuild.models.structure import Structure
 from mlcbuild.models.weights import Declared, Given, Weights, head_role
@@ -39,8 +32,25 @@ class Decoder:
     def cast(self, x: Expr, dtype: str) -> Expr:
         return x if str(x.ty.dtype) == dtype else self.builder.emit(relax.op.astype(x, dtype))
 
+    def function(
+        self, name: str, inputs: Sequence[relax.Var], body: Callable[[], Expr], private: bool = False
+    ) -> relax.GlobalVar:
+        """Add a function whose result is the body's."""
+        with self.builder.function(name, list(inputs), private=private):
+            with self.builder.dataflow():
+                out = self.builder.emit_output(body())
+            return self.builder.emit_func_output(out)
+
     def params(self) -> relax.Var:
         return relax.Var("packed_params", relax.AnyType())
+
+    def layer_parameters(self, number: int) -> list[relax.Var]:
+        """The parameters of a layer, as a function of it takes them: in order."""
+        return [self.tensor(p.name, p.shape, p.dtype) for p in self.declared if p.layer == number]
+
+    def given(self, number: int, parameters: Sequence[Expr]) -> Given:
+        """The same by role."""
+        return Given([p for p in self.declared if p.layer == number], parameters)
 
     def weights(self, params: relax.Var) -> Weights:
         return Weights(self.builder, self.declared, params)
@@ -111,17 +121,9 @@ def kv_cache(name: str = "paged_kv_cache") -> relax.Var:
     return relax.Var(name, relax.AnyType())
 
 
-def layer_inputs(decoder: Decoder, number: int = 0) -> list[relax.Var]:
-    """x [n, H] in the compute dtype, the KV cache, the layer's number in it, and the parameters of a layer in order."""
-    d = decoder
-    x = d.tensor("x", [tirx.Var("seq_len", "int64"), d.structure.hidden_size], d.operations.compute)
-    given = [d.tensor(p.name, p.shape, p.dtype) for p in d.declared if p.layer == number]
-    return [x, kv_cache(), relax.Var("layer_id", ir.PrimType("int64")), *given]
-
-
-def emit_layers(decoder: Decoder) -> tuple[relax.GlobalVar, ...]:
-    """Add `decoder_layer(layer_inputs...) -> [n, H]` for every kind of layer; the function of each layer."""
-    return one_per_kind(decoder, lambda number: _emit_layer(decoder, number))
+def numbered(name: str, number: int) -> str:
+    """The name of the function for the kind of layer that first occurs as the layer `number`."""
+    return name if number == 0 else f"{name}_{number}"
 
 
 def one_per_kind(decoder: Decoder, emit: Callable[[int], relax.GlobalVar]) -> tuple[relax.GlobalVar, ...]:
@@ -135,27 +137,3 @@ def one_per_kind(decoder: Decoder, emit: Callable[[int], relax.GlobalVar]) -> tu
             kinds[kind] = emit(number)
         functions.append(kinds[kind])
     return tuple(functions)
-
-
-def _emit_layer(decoder: Decoder, number: int) -> relax.GlobalVar:
-    d, inputs = decoder, layer_inputs(decoder, number)
-    with d.builder.function("decoder_layer" if number == 0 else f"decoder_layer_{number}", inputs, private=True):
-        with d.builder.dataflow():
-            out = d.builder.emit_output(layer(d, *inputs, number=number))
-        return d.builder.emit_func_output(out)
-
-
-def emit_decoder(decoder: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalVar:
-    """Add `decoder(x [n, H], cache, params) -> [n, H]`: all layers and the final norm, in the compute dtype."""
-    d, s = decoder, decoder.structure
-    x = d.tensor("x", [tirx.Var("seq_len", "int64"), s.hidden_size], d.operations.compute)
-    cache, params = kv_cache(), d.params()
-    with d.builder.function("decoder", [x, cache, params], private=True):
-        with d.builder.dataflow():
-            weights = d.weights(params)
-            hidden: Expr = d.beginning(x, lambda: query_positions(d, cache, x.ty.shape[0]), weights)
-            for i, function in enumerate(layers):
-                given = [var for _, var in weights.layer(i)]
-                hidden = d.builder.emit(relax.Call(function, [hidden, cache, relax.prim_value(i), *given]))
-            out = d.builder.emit_output(d.norm(hidden, weights, "final_norm"))
-        return d.builder.emit_func_output(out)

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 
 from tvm import relax, te, tirx
 
-from mlcbuild.models.decoder import Decoder, one_per_kind
+from mlcbuild.models.decoder import Decoder, numbered, one_per_kind
 from mlcbuild.models.operations import Expr
-from mlcbuild.models.weights import Given, Weights
+from mlcbuild.models.weights import Weights
 
 # attend(qkv [n, 3 * heads * D] of the model dtype, mask int32 [b, s], heads) -> [n, heads * D] of that dtype:
 # softmax(q kᵀ / sqrt(D)) v of each head, among the tokens of its sequence whose mask is not 0. As relax operations:
@@ -28,13 +28,14 @@ def emit_encoder(decoder: Decoder, attend: Attend) -> None:
     b, s = tirx.Var("batch_size", "int64"), tirx.Var("seq_len", "int64")
     ids, mask = d.tensor("inputs", [b, s], "int32"), d.tensor("attention_mask", [b, s], "int32")
     params = d.params()
-    with d.builder.function("prefill", [ids, mask, params]):
-        with d.builder.dataflow():
-            weights = d.weights(params)
-            flat = d.builder.emit(relax.op.reshape(ids, [b * s]))
-            hidden = d.builder.emit(relax.Call(run, [_embedded(d, weights, flat, ids), mask, params]))
-            out = d.builder.emit_output(relax.op.reshape(d.cast(hidden, d.dtype), [b, s, hidden_size]))
-        d.builder.emit_func_output(out)
+
+    def body() -> Expr:
+        weights = d.weights(params)
+        flat = d.builder.emit(relax.op.reshape(ids, [b * s]))
+        hidden = d.builder.emit(relax.Call(run, [_embedded(d, weights, flat, ids), mask, params]))
+        return relax.op.reshape(d.cast(hidden, d.dtype), [b, s, hidden_size])
+
+    d.function("prefill", [ids, mask, params], body)
 
 
 def _embedded(d: Decoder, weight: Weights, flat: Expr, ids: Expr) -> Expr:
@@ -58,36 +59,34 @@ def _positions(ids: te.Tensor) -> te.Tensor:
 
 def _emit_layer(d: Decoder, attend: Attend, number: int) -> relax.GlobalVar:
     """Add `encoder_layer(x [n, H], mask [b, s], the layer's parameters...) -> [n, H]`."""
-    mine = [p for p in d.declared if p.layer == number]
     x, mask = _inputs(d)
-    given = [d.tensor(p.name, p.shape, p.dtype) for p in mine]
+    given = d.layer_parameters(number)
+    weight = d.given(number, given)
 
-    weight = Given(mine, given)
-    name = "encoder_layer" if number == 0 else f"encoder_layer_{number}"
-    with d.builder.function(name, [x, mask, *given], private=True):
-        with d.builder.dataflow():
-            attended = attend(d.project(x, weight, "qkv", d.dtype), mask, d.structure.num_attention_heads)
-            x1 = d.builder.emit(relax.op.add(x, d.project(attended, weight, "o")))
-            x1 = d.norm(x1, weight, "attention_norm")
-            inner = d.operations.activation(d.project(x1, weight, "up"), d.structure.activation)
-            x2 = d.builder.emit(relax.op.add(x1, d.project(inner, weight, "down")))
-            out = d.builder.emit_output(d.norm(x2, weight, "mlp_norm"))
-        return d.builder.emit_func_output(out)
+    def body() -> Expr:
+        attended = attend(d.project(x, weight, "qkv", d.dtype), mask, d.structure.num_attention_heads)
+        x1 = d.builder.emit(relax.op.add(x, d.project(attended, weight, "o")))
+        x1 = d.norm(x1, weight, "attention_norm")
+        inner = d.operations.activation(d.project(x1, weight, "up"), d.structure.activation)
+        x2 = d.builder.emit(relax.op.add(x1, d.project(inner, weight, "down")))
+        return d.norm(x2, weight, "mlp_norm")
+
+    return d.function(numbered("encoder_layer", number), [x, mask, *given], body, private=True)
 
 
 def _emit_model(d: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalVar:
     """Add `encoder(x [n, H], mask [b, s], params) -> [n, H]`: all layers."""
     x, mask = _inputs(d)
     params = d.params()
-    with d.builder.function("encoder", [x, mask, params], private=True):
-        with d.builder.dataflow():
-            weights = d.weights(params)
-            hidden: Expr = x
-            for number, function in enumerate(layers):
-                given = [var for _, var in weights.layer(number)]
-                hidden = d.builder.emit(relax.Call(function, [hidden, mask, *given]))
-            out = d.builder.emit_output(hidden)
-        return d.builder.emit_func_output(out)
+
+    def body() -> Expr:
+        weights = d.weights(params)
+        hidden: Expr = x
+        for number, function in enumerate(layers):
+            hidden = d.builder.emit(relax.Call(function, [hidden, mask, *weights.layer(number)]))
+        return hidden
+
+    return d.function("encoder", [x, mask, params], body, private=True)
 
 
 def _inputs(d: Decoder) -> tuple[relax.Var, relax.Var]:

@@ -1,15 +1,18 @@
-"""The functions that a runtime calls, around the model: embed, prefill, decode, batch_* and their hidden-state forms.
+"""The functions that a runtime calls: embed, prefill, decode, batch_* and their hidden-state forms (docs/contract.md).
 
-Names, argument order and shapes are MLC's (docs/contract.md).
+Names, argument order and shapes are MLC's. All of a decoder's run the same private `decoder`, which calls the same
+private `decoder_layer` for each layer, so that what a compiler pass costs does not grow with the number of layers.
+Private functions work on [n, hidden_size]: `n` tokens of all sequences of a batch, one after the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tvm import relax, te, tirx
 
-from mlcbuild.models.decoder import Decoder, kv_cache
+from mlcbuild.models.decoder import Decoder, kv_cache, numbered, one_per_kind
+from mlcbuild.models.layer import layer, layer_inputs, query_positions
 from mlcbuild.models.operations import Expr
 
 # (name, batch, tokens per sequence, which rows get logits)
@@ -26,9 +29,33 @@ _FORWARD = (
 Run = Callable[[Expr, Expr, Expr, Expr], tuple[Expr, Expr]]
 
 
-def calls(d: Decoder, run: relax.GlobalVar) -> Run:
-    """How the private `decoder` is called; its KV cache stays the object that it was."""
-    return lambda x, batch, cache, params: (d.builder.emit(relax.Call(run, [x, cache, params])), cache)
+def emit_decoder(d: Decoder) -> None:
+    """Add every public function of a decoder to its builder, but the one that creates its KV cache."""
+    run = _emit_layers(d, one_per_kind(d, lambda number: _emit_layer(d, number)))
+    # The KV cache stays the object that it was.
+    emit_entry_points(d, lambda x, _, cache, params: (d.builder.emit(relax.Call(run, [x, cache, params])), cache))
+
+
+def _emit_layer(d: Decoder, number: int) -> relax.GlobalVar:
+    """Add `decoder_layer(layer_inputs...) -> [n, H]`."""
+    inputs = layer_inputs(d, number)
+    name = numbered("decoder_layer", number)
+    return d.function(name, inputs, lambda: layer(d, *inputs, number=number), private=True)
+
+
+def _emit_layers(d: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalVar:
+    """Add `decoder(x [n, H], cache, params) -> [n, H]`: all layers and the final norm, in the compute dtype."""
+    x = d.tensor("x", [tirx.Var("seq_len", "int64"), d.structure.hidden_size], d.operations.compute)
+    cache, params = kv_cache(), d.params()
+
+    def body() -> Expr:
+        weights = d.weights(params)
+        hidden: Expr = d.beginning(x, lambda: query_positions(d, cache, x.ty.shape[0]), weights)
+        for i, function in enumerate(layers):
+            hidden = d.builder.emit(relax.Call(function, [hidden, cache, relax.prim_value(i), *weights.layer(i)]))
+        return d.norm(hidden, weights, "final_norm")
+
+    return d.function("decoder", [x, cache, params], body, private=True)
 
 
 def emit_entry_points(decoder: Decoder, run: Run, state: str = "paged_kv_cache") -> None:
@@ -47,34 +74,22 @@ def emit_entry_points(decoder: Decoder, run: Run, state: str = "paged_kv_cache")
         _emit_forward(decoder, run, f"{name}_to_last_hidden_states", batch, tokens, None, state)
 
 
-def _function(d: Decoder, name: str, inputs: list[relax.Var], body: Callable[[], Expr]) -> None:
-    """A public function whose result is the body's."""
-    with d.builder.function(name, inputs):
-        with d.builder.dataflow():
-            out = d.builder.emit_output(body())
-        d.builder.emit_func_output(out)
-
-
 def _emit_embed(d: Decoder) -> None:
     ids, params = d.tensor("input_ids", [tirx.Var("seq_len", "int64")], "int32"), d.params()
-    _function(
-        d,
-        "embed",
-        [ids, params],
-        lambda: d.operations.embedding(ids, d.weights(params)("embedding"), d.structure.hidden_size),
-    )
+    width = d.structure.hidden_size
+    d.function("embed", [ids, params], lambda: d.operations.embedding(ids, d.weights(params)("embedding"), width))
 
 
 def _emit_get_logits(d: Decoder) -> None:
     hidden = d.tensor("hidden_states", [tirx.Var("seq_len", "int64"), d.structure.hidden_size])
     params = d.params()
-    _function(d, "get_logits", [hidden, params], lambda: d.logits(hidden, d.weights(params)))
+    d.function("get_logits", [hidden, params], lambda: d.logits(hidden, d.weights(params)))
 
 
 def _emit_select(d: Decoder) -> None:
     hidden = d.tensor("hidden_states", [tirx.Var("seq_len", "int64"), d.structure.hidden_size])
     positions = d.tensor("logit_positions", [tirx.Var("batch_size", "int64")], "int32")
-    _function(d, "batch_select_last_hidden_states", [hidden, positions], lambda: _take_rows(d, hidden, positions))
+    d.function("batch_select_last_hidden_states", [hidden, positions], lambda: _take_rows(d, hidden, positions))
 
 
 def _emit_forward(
@@ -102,7 +117,7 @@ def _emit_forward(
         first = [1, positions.ty.shape[0]] if rows == "positions" else [1, 1] if rows == "last" else [b, t]
         return d.builder.emit(relax.op.reshape(logits, [*first, logits.ty.shape[1]])), after
 
-    _function(d, name, inputs, lambda: relax.Tuple(list(body())))
+    d.function(name, inputs, lambda: relax.Tuple(list(body())))
 
 
 def _take_rows(d: Decoder, hidden: Expr, positions: Expr) -> Expr:

@@ -1,16 +1,44 @@
-"""Fields of a structure read from `config.json` by the rules of an architecture file, and their checks."""
+"""Fields of a structure read from `config.json` by the rules of an architecture file, and their checks.
+
+Rules have small expressions: `hidden_size // num_attention_heads`, `not tie_word_embeddings`.
+"""
 
 from __future__ import annotations
 
+import ast
 import json
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.models.expressions import evaluate
-from mlcbuild.models.numbers import is_above, is_number
+from mlcbuild.models.config import is_above, is_number
 
 Values = Mapping[str, Any]
+
+_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+}
+_COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Is: operator.is_,
+    ast.IsNot: operator.is_not,
+    ast.In: lambda item, of: item in of,
+    ast.NotIn: lambda item, of: item not in of,
+}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {"int": int, "min": min, "max": max, "len": len}
 
 SIZES = (
     "hidden_size",
@@ -30,11 +58,13 @@ SIZES = (
 )
 COUNTS = ("shared_expert_intermediate_size", "rescale_every", "time_mix_extra_dim", "time_decay_extra_dim")
 NUMBERS = ("norm_offset", "embedding_scale", "residual_scale", "logits_scale", "routed_scaling_factor")
-ABOVE = {  # what these are numbers above
-    **dict.fromkeys(
-        ("final_logit_softcapping", "attention_scale", "attn_logit_softcapping", "clip_qkv", "alibi_bias_max"), 0
-    ),
-    **dict.fromkeys(("rope_theta", "rope_local_theta"), 1),
+_POSITIVE = ("final_logit_softcapping", "attention_scale", "attn_logit_softcapping", "clip_qkv", "alibi_bias_max")
+_EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(SIZES, ("a whole number of at least 1", lambda value: type(value) is int and value > 0)),
+    **dict.fromkeys(COUNTS, ("a whole number", lambda value: type(value) is int and value >= 0)),
+    **dict.fromkeys(NUMBERS, ("a number", is_number)),
+    **dict.fromkeys(_POSITIVE, ("a number above 0", partial(is_above, 0))),
+    **dict.fromkeys(("rope_theta", "rope_local_theta"), ("a number above 1", partial(is_above, 1))),
 }
 CHOICES = {
     "norm": ("rms", "layer"),
@@ -50,25 +80,35 @@ CHOICES = {
 
 
 def read(rules: Mapping[str, Any], config: Values, given: Values) -> tuple[dict[str, Any], list[str]]:
-    """`given` and what the rules make of `config`, in their order, and what is wrong with it.
+    """`given` and what the rules make of `config`, and what is wrong with it.
 
-    A rule's `default` and `value` are expressions over what stands above it. Names with `_` in front are for such
-    expressions only.
+    A rule's `default` and `value` are expressions over `given` and the other rules' fields, wherever these stand. Names
+    with `_` in front are for such expressions only.
     """
     values: dict[str, Any] = dict(given)
     problems = []
-    for field, rule in rules.items():
+    waiting = dict(rules)
+
+    def add(field: str) -> None:
+        rule = waiting.pop(field)
+        for name in (name for part in ("value", "default", "if_null") for name in names_in(rule.get(part))):
+            if name in waiting:
+                add(name)
         try:
             values[field] = value_of(rule, config, values)
         except MlcBuildError as error:
             problems.append(f"config.json: {error}")
+
+    while waiting:
+        add(next(iter(waiting)))
     return values, problems
 
 
 def value_of(rule: Mapping[str, Any], config: Values, values: Values) -> Any:
-    """What `{key, default, map}` or `{value}` makes of a config.
+    """What `{key, default, if_null, map}` or `{value}` makes of a config.
 
-    Raises MlcBuildError where there is nothing to use, and for what is no truth value where the default is one.
+    null is as if there were no such key, unless `if_null` says otherwise. Raises MlcBuildError where there is
+    nothing to use, and for what is no truth value where the default is one.
     """
     if "value" in rule:
         return evaluate(rule["value"], values)
@@ -81,6 +121,8 @@ def value_of(rule: Mapping[str, Any], config: Values, values: Values) -> Any:
             if isinstance(rule.get("default"), bool) and not isinstance(found, bool):
                 raise MlcBuildError(f"{name} is {found!r}, expected true or false")
             return found
+    if "if_null" in rule and any(name in config for name in names):
+        return evaluate(rule["if_null"], values)
     if "default" in rule:
         return evaluate(rule["default"], values)
     raise MlcBuildError(f"`{'` or `'.join(names)}` is missing")
@@ -112,23 +154,11 @@ def _mapped(value: Any, key: str, names: Mapping[str, Any]) -> Any:
 def check(values: Values) -> list[str]:
     """What is wrong with the types and ranges of fields."""
     problems = []
-    for name in SIZES:
+    for name, (expected, fits) in _EXPECTED.items():
         value = values.get(name)
         endless = (name, value) == ("context_window_size", -1)
-        if name in values and value is not None and not endless and (type(value) is not int or value < 1):
-            problems.append(f"config.json: {name} is {value!r}, expected a whole number of at least 1")
-    for name in COUNTS:
-        value = values.get(name, 0)
-        if value is not None and (type(value) is not int or value < 0):
-            problems.append(f"config.json: {name} is {value!r}, expected a whole number")
-    for name in NUMBERS:
-        value = values.get(name)
-        if value is not None and not is_number(value):
-            problems.append(f"config.json: {name} is {value!r}, expected a number")
-    for name, bound in ABOVE.items():
-        value = values.get(name)
-        if value is not None and not is_above(bound, value):
-            problems.append(f"config.json: {name} is {value!r}, expected a number above {bound}")
+        if value is not None and not endless and not fits(value):
+            problems.append(f"config.json: {name} is {value!r}, expected {expected}")
     for name, words in (("norm_eps", "norm epsilon"), ("group_norm_eps", "epsilon of the norm over heads")):
         value = values.get(name, 0)
         if not is_number(value) or value < 0:
@@ -140,3 +170,59 @@ def check(values: Values) -> list[str]:
         if name in values and values[name] not in allowed:
             problems.append(f"{name} is {values[name]!r}: the decoder computes only {', '.join(allowed)}")
     return problems
+
+
+def evaluate(expression: object, names: Mapping[str, Any]) -> Any:
+    """The value of an expression over `names`; anything but a string is its own value.
+
+    Beside names, numbers, texts, tuples, True, False and None it may have `+ - * / // % **`, comparisons, `in`,
+    `and or not`, `a if b else c`, int min max len, and `each_layer(x)`: a tuple of x for `layer` from 0 to
+    num_hidden_layers - 1. Raises MlcBuildError for anything else, and for a name that is not known.
+    """
+    if not isinstance(expression, str):
+        return expression
+    try:
+        return _value(ast.parse(expression, mode="eval").body, names)
+    except (SyntaxError, KeyError, ZeroDivisionError, OverflowError, TypeError, ValueError, IndexError) as error:
+        raise MlcBuildError(
+            f"cannot evaluate `{expression}` ({error}); it may use numbers, `+ - * / // % **`, comparisons, "
+            f"`and or not`, `a if b else c`, int, min, max, len, each_layer, and the names {', '.join(sorted(names))}"
+        ) from None
+
+
+def names_in(expression: object) -> list[str]:
+    """The names that an expression depends on, in its order; none where it is no expression."""
+    try:
+        tree = ast.parse(expression if isinstance(expression, str) else "", mode="eval")
+    except SyntaxError:  # told by `evaluate`
+        return []
+    return [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
+
+
+def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
+    match node:
+        case ast.Name(id=name):
+            return names[name]
+        case ast.Constant(value=value):
+            return value
+        case ast.Tuple(elts=items):
+            return tuple(_value(item, names) for item in items)
+        case ast.Subscript(value=of, slice=index):
+            return _value(of, names)[_value(index, names)]
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
+            return _BINARY[type(op)](_value(left, names), _value(right, names))
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            return not _value(operand, names)
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_value(operand, names)
+        case ast.BoolOp(op=op, values=values):
+            return (all if isinstance(op, ast.And) else any)(_value(value, names) for value in values)
+        case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _COMPARE:
+            return _COMPARE[type(op)](_value(left, names), _value(right, names))
+        case ast.IfExp(test=test, body=body, orelse=orelse):
+            return _value(body if _value(test, names) else orelse, names)
+        case ast.Call(func=ast.Name(id="each_layer"), args=[item], keywords=[]):
+            return tuple(_value(item, {**names, "layer": layer}) for layer in range(names["num_hidden_layers"]))
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _FUNCTIONS:
+            return _FUNCTIONS[name](*(_value(arg, names) for arg in args))
+    raise SyntaxError(f"`{ast.unparse(node)}` is not allowed")

@@ -19,7 +19,7 @@ Shapes = dict[str, tuple[int, ...]]  # by role; matrices are [N out, K in]
 
 
 def by_layer(structure: Structure) -> bool:
-    """Whether the model can be run one layer at a time (mlcbuild.models.blocks)."""
+    """Whether the model can be run one layer at a time (mlcbuild.models.layer_pieces)."""
     return structure.kind == DECODER
 
 

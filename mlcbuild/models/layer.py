@@ -1,37 +1,128 @@
-"""One layer: attention and MLP, their norms, and how both are added to the residual."""
+"""One layer of a decoder: attention, MLP or experts, their norms, and how all are added to the residual."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from tvm import ir, relax, tirx
 
-from tvm import relax
-
-from mlcbuild.models.attention import attention
-from mlcbuild.models.mlp import mlp
+from mlcbuild.models.decoder import Decoder, kv_cache
 from mlcbuild.models.operations import Expr
+from mlcbuild.models.rope import in_cache, inverse_frequencies, rotary
 from mlcbuild.models.weights import Given
 
-if TYPE_CHECKING:
-    from mlcbuild.models.decoder import Decoder
+
+def layer_inputs(decoder: Decoder, number: int = 0) -> list[relax.Var]:
+    """x [n, H] in the compute dtype, the KV cache, the layer's number in it, and the parameters of a layer in order."""
+    d = decoder
+    x = d.tensor("x", [tirx.Var("seq_len", "int64"), d.structure.hidden_size], d.operations.compute)
+    return [x, kv_cache(), relax.Var("layer_id", ir.PrimType("int64")), *d.layer_parameters(number)]
 
 
 def layer(decoder: Decoder, x: Expr, cache: Expr, layer_id: Expr, *given: Expr, number: int = 0) -> Expr:
     """One layer's computation on what `layer_inputs` describes: [n, H]. `number` is a layer of the same kind."""
     d, s = decoder, decoder.structure
-    weight = Given([p for p in d.declared if p.layer == number], given)
+    weight = d.given(number, given)
     pre, post = s.norm_position != "post", s.norm_position != "pre"
 
     def returned(y: Expr, role: str) -> Expr:
-        """What a block returns, as it is added."""
+        """What attention or the MLP returns, as it is added."""
         y = d.norm(y, weight, role) if post else y
         return d.scaled(y, s.residual_scale)
 
     normed = d.norm(x, weight, "attention_norm") if pre else x
-    attended = attention(d, normed, cache, layer_id, weight, x.ty.shape[0], number)
+    attended = _attention(d, normed, cache, layer_id, weight, x.ty.shape[0], number)
     x1 = d.builder.emit(relax.op.add(x, returned(attended, "attention_post_norm")))
     parallel = s.residual == "parallel"
     if not parallel:
         normed = d.norm(x1, weight, "mlp_norm") if pre else x1
     elif "mlp_norm" in weight:
         normed = d.norm(x, weight, "mlp_norm")
-    return relax.op.add(x1, returned(mlp(d, normed, weight), "mlp_post_norm"))
+    return relax.op.add(x1, returned(_mlp(d, normed, weight), "mlp_post_norm"))
+
+
+def query_positions(d: Decoder, cache: Expr, n: Expr) -> Expr:
+    """Each token's position in its sequence, which the KV cache knows: int32 [n]."""
+    name = "vm.builtin.attention_kv_cache_get_query_positions"
+    return d.builder.emit(relax.call_pure_packed(name, cache, ty_args=relax.TensorType([n], "int32")))
+
+
+def _attention(d: Decoder, x: Expr, cache: Expr, layer_id: Expr, weight: Given, n: Expr, number: int) -> Expr:
+    """x [n, H] -> [n, H], through the KV cache's layer `layer_id`; `number` is a layer of the same kind as this one.
+
+    The KV cache appends the keys and values, turns queries and keys by their positions where that is the same for all
+    layers, and attends. A layer that sees a window of positions only gives the cache a negative scale: the cache tells
+    its kernels nothing else about layers. The window and the soft cap are known to the kernels.
+    """
+    s = d.structure
+    heads, kv_heads, dim = s.num_attention_heads, s.num_key_value_heads, s.head_dim
+    if "qkv_proj" in weight:
+        qkv = d.project(x, weight, "qkv", d.dtype)
+    else:
+        parts = [d.project(x, weight, name, d.dtype) for name in ("q", "k", "v")]
+        qkv = d.builder.emit(relax.op.concat(parts, axis=1))
+    if s.clip_qkv is not None:
+        qkv = d.builder.emit(relax.op.clip(qkv, -s.clip_qkv, s.clip_qkv))
+    qkv = d.builder.emit(relax.op.reshape(qkv, [n, heads + 2 * kv_heads, dim]))
+    if s.qk_norm != "none":
+        roles = ("q_norm", "k_norm", "q_norm_bias", "k_norm_bias")
+        weights = tuple(weight(role).plain if role in weight else None for role in roles)
+        qkv = d.operations.norm_heads(qkv, weights, (heads, kv_heads), s.qk_norm, s.norm, s.norm_eps)
+    kind = s.layer_type(number)
+    if s.rope != "none" and not in_cache(s):
+        positions, table = query_positions(d, cache, n), inverse_frequencies(s, kind)
+        qkv = d.operations.rope(qkv, positions, table, (heads, kv_heads), rotary(s, kind))
+    scale = dim**-0.5 if s.attention_scale is None else s.attention_scale
+    slides = kind == "sliding" and s.sliding_window_size is not None
+    out = d.builder.emit(
+        relax.call_dps_packed(
+            "vm.builtin.attention_kv_cache_attention_with_fused_qkv",
+            [cache, layer_id, relax.prim_value(-scale if slides else scale), qkv],
+            out_ty=relax.TensorType([n, heads, dim], d.dtype),
+        )
+    )
+    out = d.builder.emit(relax.op.reshape(out, [n, heads * dim]))
+    return d.project(out, weight, "o")
+
+
+def _mlp(d: Decoder, x: Expr, weight: Given) -> Expr:
+    """x [n, H] -> [n, H]: gated, with gate and up as one matrix or as two (Shazeer, arXiv 2002.05202), or plain.
+
+    Experts, where the layer has a router to choose among them.
+    """
+    if "router" in weight:
+        return _experts(d, x, weight)
+    operations, activation = d.operations, d.structure.activation
+    if "gate_up_proj" in weight:
+        both = d.project(x, weight, "gate_up")
+        if d.structure.gate == "first":
+            inner = operations.gated(both, activation)
+        else:
+            halves = d.builder.emit(relax.op.split(both, 2, axis=1))
+            up, gate = (d.builder.emit(relax.TupleGetItem(halves, i)) for i in range(2))
+            inner = d.builder.emit(relax.op.multiply(operations.activation(gate, activation), up))
+    elif "gate_proj" in weight:
+        gate = operations.activation(d.project(x, weight, "gate"), activation)
+        inner = d.builder.emit(relax.op.multiply(gate, d.project(x, weight, "up")))
+    else:
+        inner = operations.activation(d.project(x, weight, "up"), activation)
+    return d.project(inner, weight, "down")
+
+
+def _experts(d: Decoder, x: Expr, weight: Given) -> Expr:
+    """x [n, H] -> [n, H]: a few gated MLPs of many, chosen token by token.
+
+    y = sum over the chosen experts e of share_e * down_e(activation(gate_e(x)) * up_e(x)), and, where the model has
+    shared experts, what those make of every token, times sigmoid(shared_gate · x) where there is such a gate (Jiang et
+    al., arXiv 2401.04088; Dai et al., arXiv 2401.06066). Routers compute in float32, as transformers' and MLC's do.
+    """
+    s, o = d.structure, d.operations
+    logits = o.linear(x, weight("router"), "float32")
+    chosen, share = o.choose_experts(logits, s.num_experts_per_tok, s.norm_topk_prob, s.routed_scaling_factor)
+    inner = o.gated(o.expert_linear(x, chosen, weight("experts_gate_up_proj")), s.activation)
+    out = o.weighted_sum(o.expert_linear(inner, chosen, weight("experts_down_proj")), share)
+    if "shared_gate_up_proj" not in weight:
+        return out
+    shared = d.project(o.gated(d.project(x, weight, "shared_gate_up"), s.activation), weight, "shared_down")
+    if "shared_gate" in weight:
+        gate = d.builder.emit(relax.op.sigmoid(o.linear(x, weight("shared_gate"), o.compute)))
+        shared = d.builder.emit(relax.op.multiply(gate, shared))
+    return d.builder.emit(relax.op.add(out, shared))

@@ -19,7 +19,7 @@ Expr = Any  # a relax expression
 class Operations:
     """Builders of relax expressions.
 
-    compute: the dtype of activations between blocks; embeddings, hidden states that leave the library, and the KV
+    compute: the dtype of activations between operations; embeddings, hidden states that leave the library, and the KV
     cache are of the model dtype
     linear(x [n, K], weight [N, K], out_dtype) -> [n, N]
     embedding(ids int32 [n], weight [V, H], H) -> [n, H]

@@ -48,7 +48,7 @@ class Parameter:
 
 
 TABLES = ("embedding", "position_embedding", "token_type_embedding")  # roles that are looked up by row
-# Roles outside the layers, by the pieces of a decoder that use them (mlcbuild.models.blocks).
+# Roles outside the layers, by the pieces of a decoder that use them (mlcbuild.models.layer_pieces).
 EMBED = ("embedding",)
 BEGINNING = ("position_embedding", "embedding_norm", "embedding_norm_bias")
 FINAL_NORM = ("final_norm", "final_norm_bias")
@@ -57,8 +57,8 @@ FINAL_NORM = ("final_norm", "final_norm_bias")
 def shape_of(role: str, structure: Structure) -> tuple[int, ...]:
     """The shape of the parameter that plays `role` in one layer, or outside the layers.
 
-    A bias `x_bias` has the rows of `x_proj`, that of a norm the norm's shape. Raises KeyError for a role that no block
-    has.
+    A bias `x_bias` has the rows of `x_proj`, that of a norm the norm's shape. Raises KeyError for a role that there is
+    not.
     """
     if structure.kind in RECURRENT:
         return recurrent_shapes(structure)[role]

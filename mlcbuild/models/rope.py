@@ -9,7 +9,7 @@ longrope  `short_factor` where the window is at most `original_max_position_embe
 
 (transformers chooses anew for each call, which leaves keys in its cache that were turned by another table.)
 
-What config.json says is checked before (mlcbuild.models.scaling).
+What config.json says is checked before (mlcbuild.models.config).
 
 Sources: Su et al., arXiv 2104.09864; Peng et al., arXiv 2309.00071 (yarn); Ding et al., arXiv 2402.13753 (longrope);
 the arithmetic of each is that of transformers' modeling_rope_utils.py.

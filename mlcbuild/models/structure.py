@@ -58,14 +58,14 @@ class Structure:
 
     kind              decoder; others (mlcbuild.models.kinds) leave most of what follows as it is
     norm              rms, layer (with a bias and a weight where parameters play these roles)
-    norm_position     pre: of what a block is given; post: of what it returns; both
+    norm_position     pre: of what attention and MLP are given; post: of what they return; both
     norm_offset       what is added to a norm's weight
     residual          sequential: attention, then the MLP; parallel: both of the same x, normed once where there is no
                       `mlp_norm`
     mlp               gated: down(activation(gate(x)) * up(x)); plain: down(activation(up(x)))
     gate              which half of gate_up_proj is the gate: first, second
-    embedding_scale   what hidden states are multiplied with before the first layer, residual_scale what each block
-                      returns, logits_scale what the head is given
+    embedding_scale   what hidden states are multiplied with before the first layer, residual_scale what attention
+                      and MLP return, logits_scale what the head is given
     rope              full: rotary positions; none: of another kind, or none. rotary_dim: how many dimensions of a head
                       are turned (None: all); rope_pairing: halves, a dimension with that half of them further, or
                       neighbours
@@ -170,7 +170,7 @@ class Structure:
         return fields
 
     def roles(self) -> frozenset[str]:
-        """What the parameters are used as: a block that is not there has none."""
+        """What the parameters are used as: what a model does not have has none."""
         return frozenset(rule.role for rule in self.rules)
 
     def layer_type(self, number: int) -> str:
@@ -180,23 +180,23 @@ class Structure:
         return "full" if self.sliding_window_size is None else "sliding"
 
     @property
-    def kinds(self) -> tuple[int, ...]:
+    def layer_kinds(self) -> tuple[int, ...]:
         """For each layer the number of its kind, counted in the order in which kinds first occur: 0, 1, 1, 0 ..."""
         seen: dict[Any, int] = {}
-        return tuple(seen.setdefault(self._kind(layer), len(seen)) for layer in range(self.num_hidden_layers))
+        return tuple(seen.setdefault(self._layer_kind(layer), len(seen)) for layer in range(self.num_hidden_layers))
 
-    def _kind(self, layer: int) -> Any:
+    def _layer_kind(self, layer: int) -> Any:
         """What layers that compute differently differ in."""
         return self.layer_type(layer), *(rule.layers is None or layer in rule.layers for rule in self.rules)
 
     @property
     def one_layer(self) -> Structure:
-        """The structure of a library that computes one layer at a time, over texts (mlcbuild.models.blocks).
+        """The structure of a library that computes one layer at a time, over texts (mlcbuild.models.layer_pieces).
 
         It has a single layer of each kind and limits that suit whoever goes through a text, so that models which differ
         in these only share it.
         """
-        firsts = [self.kinds.index(kind) for kind in sorted(set(self.kinds))]
+        firsts = [self.layer_kinds.index(kind) for kind in sorted(set(self.layer_kinds))]
         # Frequencies that depend on the longest text (mlcbuild.models.rope) stay what they are.
         scaling = self.rope_scaling
         if scaling is not None and scaling["rope_type"] in ("dynamic", "longrope"):

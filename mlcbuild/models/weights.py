@@ -102,9 +102,9 @@ class Weights:
         mine = [(index, p) for index, p in enumerate(self._declared) if p.role == role and p.layer is None]
         return weight_of([p for _, p in mine], [self._take(index) for index, _ in mine])
 
-    def layer(self, layer: int) -> list[tuple[Declared, Any]]:
+    def layer(self, layer: int) -> list[Any]:
         """All parameters of one layer, in order."""
-        return [(p, self._take(index)) for index, p in enumerate(self._declared) if p.layer == layer]
+        return [self._take(index) for index, p in enumerate(self._declared) if p.layer == layer]
 
     def _take(self, index: int) -> Any:
         declared = self._declared[index]

@@ -6,15 +6,18 @@ off goes on where it was; files appear with the commit, all at once.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlcbuild.cache.hub_commit import commit
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.redact import redact
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd
 
 Content = Path | bytes
 
@@ -25,14 +28,18 @@ class Changes:
 
     repository: str
     head: str | None
-    new: tuple[str, ...]
-    changed: tuple[str, ...]
+    new: Mapping[str, CommitOperationAdd]
+    changed: Mapping[str, CommitOperationAdd]
     deleted: tuple[str, ...]
-    same: tuple[str, ...]
-    size: int  # bytes of new and changed files
+    same: int  # files that are there already
 
     def __bool__(self) -> bool:
         return bool(self.new or self.changed or self.deleted)
+
+    @property
+    def size(self) -> int:
+        """Bytes of new and changed files."""
+        return sum(each.upload_info.size for each in (*self.new.values(), *self.changed.values()))
 
 
 def changes(
@@ -44,38 +51,41 @@ def changes(
 
     Raises MlcBuildError when the hub does not answer, or refuses.
     """
+    from huggingface_hub import CommitOperationAdd
+
     head, there = _listing(repository)
-    new = tuple(name for name in files if name not in there)
-    changed = tuple(name for name in files if name in there and not _is_same(files[name], there[name], known.get(name)))
-    deleted = tuple(sorted(name for name in there if name not in files and owns(name)))
-    same = tuple(name for name in files if name in there and name not in changed)
-    return Changes(repository, head, new, changed, deleted, same, sum(size(files[name]) for name in (*new, *changed)))
+    wanted = {name: CommitOperationAdd(name, content) for name, content in files.items()}
+    same = {name for name in wanted.keys() & there.keys() if _is_same(wanted[name], there[name], known.get(name))}
+    return Changes(
+        repository,
+        head,
+        new={name: each for name, each in wanted.items() if name not in there},
+        changed={name: each for name, each in wanted.items() if name in there and name not in same},
+        deleted=tuple(sorted(name for name in there if name not in files and owns(name))),
+        same=len(same),
+    )
 
 
-def upload(found: Changes, files: Mapping[str, Content], message: str, private: bool) -> str:
+def upload(found: Changes, message: str, private: bool) -> str:
     """Make the changes, in one commit on top of what was seen; its id. Raises MlcBuildError."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub import CommitOperationDelete, HfApi
 
-    operations: list[Any] = [
-        CommitOperationAdd(name, str(files[name]) if isinstance(files[name], Path) else files[name])
-        for name in (*found.new, *found.changed)
-    ]
-    operations += [CommitOperationDelete(name) for name in found.deleted]
+    operations = [*found.new.values(), *found.changed.values(), *map(CommitOperationDelete, found.deleted)]
     with _explained(found.repository):
         if found.head is None:
             HfApi().create_repo(found.repository, private=private, exist_ok=True)
         return commit(found.repository, "model", operations, message, parent=found.head)
 
 
-def lines(found: Changes, sizes: Callable[[str], str]) -> Iterable[str]:
-    """The changes, a line each."""
+def lines(found: Changes, show: Callable[[int], str]) -> Iterator[str]:
+    """The changes, a line each; `show` says bytes."""
     if found.head is None:
         yield f"{found.repository}: a new repository"
-    for mark, names in (("+", found.new), ("~", found.changed)):
-        yield from (f"{found.repository}: {mark} {name}, {sizes(name)}" for name in names)
+    for mark, added in (("+", found.new), ("~", found.changed)):
+        yield from (f"{found.repository}: {mark} {name}, {show(each.upload_info.size)}" for name, each in added.items())
     yield from (f"{found.repository}: - {name}" for name in found.deleted)
     if found.same:
-        yield f"{found.repository}: {len(found.same)} files are there already"
+        yield f"{found.repository}: {found.same} files are there already"
 
 
 def _listing(repository: str) -> tuple[str | None, dict[str, Any]]:
@@ -90,34 +100,21 @@ def _listing(repository: str) -> tuple[str | None, dict[str, Any]]:
     return info.sha, {each.rfilename: each for each in info.siblings or ()}
 
 
-def _is_same(content: Content, there: Any, sha256: str | None) -> bool:
-    if there.size is not None and there.size != size(content):
+def _is_same(wanted: CommitOperationAdd, there: Any, sha256: str | None) -> bool:
+    from huggingface_hub.utils.sha import git_hash
+
+    if there.size is not None and there.size != wanted.upload_info.size:
         return False
-    data = content if isinstance(content, bytes) else None
     if there.lfs is not None:
-        return bool((sha256 or _sha256(content)) == there.lfs.sha256)
-    data = data if data is not None else Path(str(content)).read_bytes()
-    return bool(hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == there.blob_id)
-
-
-def _sha256(content: Content) -> str:
-    if isinstance(content, bytes):
-        return hashlib.sha256(content).hexdigest()
-    with content.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def size(content: Content) -> int:
-    """Bytes."""
-    return len(content) if isinstance(content, bytes) else content.stat().st_size
+        return bool((sha256 or wanted.upload_info.sha256.hex()) == there.lfs.sha256)
+    with wanted.as_file() as file:
+        return bool(git_hash(file.read()) == there.blob_id)
 
 
 @contextmanager
 def _explained(repository: str) -> Iterator[None]:
     """Whatever huggingface_hub raises becomes a sentence without a token. Raises MlcBuildError."""
     from huggingface_hub.errors import RepositoryNotFoundError
-
-    from mlcbuild.checkpoints.hub_http import hidden
 
     try:
         yield
@@ -131,5 +128,5 @@ def _explained(repository: str) -> Iterator[None]:
             403: "; the token may not write there",
             412: "; somebody else has committed meanwhile: run it again",
         }.get(status or 0, "; run it again: what has arrived is not sent again")
-        words = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
-        raise MlcBuildError(f"hf:{repository}: cannot be written: {hidden(words)}{hint}") from None
+        words = redact(" ".join(f"{type(cause).__name__}: {cause}".split()))[:300]
+        raise MlcBuildError(f"hf:{repository}: cannot be written: {words}{hint}") from None

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from mlcbuild.publishing.package import Package
 
-_MIB = 2**20
+MIB = 2**20
 _PAGE = 16  # tokens of a page of the KV cache, as MLC and WebLLM allocate it
-_LOW_RESOURCE = 4_000 * _MIB  # bytes: what a browser on a phone or an old laptop can be expected to give
+_LOW_RESOURCE = 4_000 * MIB  # bytes: what a browser on a phone or an old laptop can be expected to give
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -28,7 +28,7 @@ class Memory:
     @property
     def megabytes(self) -> float:
         """As WebLLM writes it: of 2^20 bytes, two digits."""
-        return round(self.total / _MIB, 2)
+        return round(self.total / MIB, 2)
 
     @property
     def low_resource(self) -> bool:

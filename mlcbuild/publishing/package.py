@@ -18,33 +18,15 @@ PUBLISHED = "published.json"  # beside the manifest, once the package is on a hu
 
 @dataclass(frozen=True)
 class Package:
-    """A folder of dist/, with its manifest."""
+    """A folder of dist/, with its manifest, and what that says of the recipe and of its verification."""
 
     folder: Path
     manifest: Mapping[str, Any]
-
-    @property
-    def recipe(self) -> str:
-        return str(self.manifest["recipe"]["name"])
-
-    @property
-    def model(self) -> str:
-        return str(self.manifest["recipe"]["model"]["name"])
-
-    @property
-    def quantization(self) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = self.manifest["recipe"]["quantization"]
-        return found
-
-    @property
-    def target(self) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = self.manifest["recipe"]["target"]
-        return found
-
-    @property
-    def quality(self) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = self.manifest["quality"]
-        return found
+    recipe: str
+    model: str
+    quantization: Mapping[str, Any]
+    target: Mapping[str, Any]
+    quality: Mapping[str, Any]
 
     @property
     def passed(self) -> bool:
@@ -107,7 +89,16 @@ def read_package(folder: Path) -> Package:
         manifest = json.loads((folder / "manifest.json").read_bytes())
     except (OSError, ValueError):
         raise MlcBuildError(f"{folder}: no installed package: doit build recipe={folder.name}") from None
-    return Package(folder, manifest)
+    recipe = manifest["recipe"]
+    return Package(
+        folder,
+        manifest,
+        recipe=recipe["name"],
+        model=recipe["model"]["name"],
+        quantization=recipe["quantization"],
+        target=recipe["target"],
+        quality=manifest["quality"],
+    )
 
 
 def installed(dist: Path, weights: str = "") -> list[Package]:

@@ -11,7 +11,7 @@ import uuid
 from datetime import UTC, datetime
 from typing import Any
 
-from mlcbuild.cache.canonical import canonical, digest_json
+from mlcbuild.cache.tree import canonical, digest_json
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.publishing.origin import Origin
 from mlcbuild.publishing.package import Package
@@ -86,41 +86,20 @@ def bill_of_materials(package: Package, origin: Origin) -> bytes:
     bom = Bom(serial_number=serial)
     bom.metadata.timestamp = _LONG_AGO
     bom.metadata.component = root
-    parts = [
-        Component(
-            name=name,
-            type=ComponentType.FILE,
-            bom_ref=f"file:{name}",
-            hashes=[HashType(alg=HashAlgorithm.SHA_256, content=file["sha256"])],
-        )
-        for name, file in sorted(manifest["files"].items())
-    ]
-    parts += [
-        Component(
-            name=name,
-            version=commit,
-            type=ComponentType.MACHINE_LEARNING_MODEL,
-            bom_ref=f"base:{name}",
-            purl=PackageURL("huggingface", *name.split("/"), commit),
-            external_references=[
-                ExternalReference(
-                    type=ExternalReferenceType.DISTRIBUTION, url=XsUri(f"https://huggingface.co/{name}/tree/{commit}")
-                )
-            ],
-        )
-        for name, commit in origin.repositories.items()
-    ]
-    tools = {"mlcbuild": manifest["mlcbuild"], **manifest["tools"]}
-    parts += [
-        Component(
-            name=name,
-            version=version,
-            type=ComponentType.LIBRARY,
-            bom_ref=f"tool:{name}",
-            purl=PackageURL("pypi", None, name, version),
-        )
-        for name, version in sorted(tools.items())
-    ]
+    parts = []
+    for name, file in sorted(manifest["files"].items()):
+        hashes = [HashType(alg=HashAlgorithm.SHA_256, content=file["sha256"])]
+        parts.append(Component(name=name, type=ComponentType.FILE, bom_ref=f"file:{name}", hashes=hashes))
+    for name, commit in origin.repositories.items():
+        address = XsUri(f"https://huggingface.co/{name}/tree/{commit}")
+        base = Component(name=name, version=commit, type=ComponentType.MACHINE_LEARNING_MODEL, bom_ref=f"base:{name}")
+        base.purl = PackageURL("huggingface", *name.split("/"), commit)
+        base.external_references.add(ExternalReference(type=ExternalReferenceType.DISTRIBUTION, url=address))
+        parts.append(base)
+    for name, version in sorted({"mlcbuild": manifest["mlcbuild"], **manifest["tools"]}.items()):
+        tool = Component(name=name, version=version, type=ComponentType.LIBRARY, bom_ref=f"tool:{name}")
+        tool.purl = PackageURL("pypi", None, name, version)
+        parts.append(tool)
     for part in parts:
         bom.components.add(part)
     bom.register_dependency(root, parts)

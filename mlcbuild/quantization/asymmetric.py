@@ -14,19 +14,8 @@ from __future__ import annotations
 import numpy as np
 
 from mlcbuild.quantization import floats
-from mlcbuild.quantization.blocks import (
-    TO_INTEGER,
-    BadValue,
-    Packed,
-    Work,
-    codes_of,
-    groups_of_a_block,
-    in_blocks,
-    pack,
-    per_value,
-    transpose,
-)
-from mlcbuild.quantization.floats import Array, Float32
+from mlcbuild.quantization.floats import Array, BadValue, Float32
+from mlcbuild.quantization.packing import TO_INTEGER, Packed, codes_of, in_blocks, pack, per_value, transpose
 from mlcbuild.recipes.types import Weights
 
 _BLOCK = 1 << 18
@@ -39,13 +28,9 @@ def encode(rows: Array, source: str, weights: Weights) -> Packed:
     Raises BadValue for the first value that is not finite, and for a group whose values are too far apart for a scale
     and a minimum in bfloat16.
     """
-    bad = floats.first_bad(rows, source, "bfloat16")
-    if bad is not None:
-        raise BadValue(bad, "bfloat16")
-    work = Work(groups_of_a_block(rows, weights, _BLOCK), weights)
+    floats.check(rows, source, "bfloat16")
 
-    def block(groups: Array, start: int) -> tuple[Array, Array]:
-        values, spare = work.views(len(groups))
+    def block(groups: Array, values: Float32, spare: Float32) -> tuple[Array, Array]:
         transpose(groups, source, values, spare)
         flat = values.reshape(-1, values.shape[2])
         least, most = np.minimum.reduce(flat, axis=0), np.maximum.reduce(flat, axis=0)

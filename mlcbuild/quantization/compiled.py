@@ -14,9 +14,9 @@ import numpy as np
 
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.quantization import floats, group
-from mlcbuild.quantization.blocks import BadValue, Packed
 from mlcbuild.quantization.floats import Array
-from mlcbuild.quantization.schemes import STORAGE_BITS, elements_per_word
+from mlcbuild.quantization.packing import Packed, empty
+from mlcbuild.quantization.schemes import STORAGE_BITS
 from mlcbuild.recipes.types import Weights
 from mlcbuild.zig import run_zig
 
@@ -45,15 +45,11 @@ class Compiled:
             return group.encode(rows, source, weights, model_dtype)
         if not rows.flags.c_contiguous or rows.ctypes.data % rows.itemsize:
             rows = np.array(rows, order="C")
-        count, k = rows.shape
-        groups = -(-k // weights.group_size)
-        words = np.empty((count, groups * (weights.group_size // elements_per_word(weights))), weights.storage_dtype)
-        scales = np.empty((count, groups), floats.STORAGE[model_dtype])
-        if not function(rows.ctypes.data, count, k, words.ctypes.data, scales.ctypes.data):
-            index = floats.first_bad(rows, source, model_dtype)
-            assert index is not None
-            raise BadValue(index, model_dtype)
-        return Packed(words, scales)
+        packed = empty(rows, weights, floats.STORAGE[model_dtype])
+        if not function(rows.ctypes.data, *rows.shape, packed.words.ctypes.data, packed.scales.ctypes.data):
+            floats.check(rows, source, model_dtype)
+            raise AssertionError("the kernel found a bad value where there is none")
+        return packed
 
     def _function(self, source: str, weights: Weights, model_dtype: str) -> Any:
         """None where there is none."""

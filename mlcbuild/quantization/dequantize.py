@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -10,10 +11,10 @@ import numpy as np
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.parameters import Parameter
 from mlcbuild.quantization import asymmetric, awq, floats, group, outer
-from mlcbuild.quantization.blocks import Packed
 from mlcbuild.quantization.floats import Array, Float32
-from mlcbuild.quantization.schemes import packed, parts_of, quantized_parameters
-from mlcbuild.quantization.tensor_cache_reader import read_tensors
+from mlcbuild.quantization.packing import Packed
+from mlcbuild.quantization.schemes import quantized_parameters
+from mlcbuild.quantization.tensor_cache import read_tensors
 from mlcbuild.recipes.types import Quantization, Weights
 
 
@@ -26,7 +27,8 @@ def dequantized(
     as `read_tensors` does.
     """
     made = {each.name: each for each in quantized_parameters(parameters, quantization)}
-    by_name = {parameter.name: parameter for parameter in parameters}
+    parts = Counter(each.source for each in made.values())
+    shapes = {parameter.name: parameter.shape for parameter in parameters}
     dtype = quantization.model_dtype
     waiting: dict[str, dict[str, Array]] = {}
     seen = set()
@@ -36,15 +38,13 @@ def dequantized(
             expected = f"expected {list(each.shape)}" if each else f"{quantization.name} has no such tensor"
             raise MlcBuildError(f"{folder}: tensor {name} {list(values.shape)}: {expected}")
         seen.add(name)
-        parameter = by_name[each.source]
-        weights = packed(parameter, quantization)
-        if weights is None:
+        if each.weights is None:
             yield each.source, floats.widen(values, each.dtype)
             continue
         tensors = waiting.setdefault(each.source, {})
         tensors[each.form] = values
-        if len(tensors) == len(parts_of(parameter.shape, weights, dtype)):
-            yield each.source, unpack(waiting.pop(each.source), parameter.shape, weights, dtype)
+        if len(tensors) == parts[each.source]:
+            yield each.source, unpack(waiting.pop(each.source), shapes[each.source], each.weights, dtype)
     missing = sorted(made.keys() - seen)
     if missing:
         raise MlcBuildError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all)")

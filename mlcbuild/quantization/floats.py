@@ -72,6 +72,22 @@ def first_bad(values: Array, source: str, target: str) -> int | None:
     return int(np.argmax(magnitude >= limit))
 
 
+class BadValue(Exception):
+    """A source value is NaN or Inf, or too large for `dtype`. `index` is its flat index in the given values."""
+
+    def __init__(self, index: int, dtype: str) -> None:
+        super().__init__(index, dtype)
+        self.index = index
+        self.dtype = dtype
+
+
+def check(values: Array, source: str, target: str) -> None:
+    """Raise BadValue for what `first_bad` finds."""
+    bad = first_bad(values, source, target)
+    if bad is not None:
+        raise BadValue(bad, target)
+
+
 def is_bfloat16(values: npt.NDArray[np.float32]) -> bool:
     """Whether the low 16 bits of every value are zero: such values survive a trip through bfloat16."""
     halves = values.reshape(-1).view(np.uint16)

@@ -19,19 +19,8 @@ from __future__ import annotations
 import numpy as np
 
 from mlcbuild.quantization import floats
-from mlcbuild.quantization.blocks import (
-    TO_INTEGER,
-    BadValue,
-    Packed,
-    Work,
-    codes_of,
-    groups_of_a_block,
-    in_blocks,
-    pack,
-    per_value,
-    transpose,
-)
 from mlcbuild.quantization.floats import Array, Float32
+from mlcbuild.quantization.packing import TO_INTEGER, Packed, codes_of, in_blocks, pack, per_value, transpose
 from mlcbuild.quantization.schemes import max_code
 from mlcbuild.recipes.types import Weights
 
@@ -49,14 +38,12 @@ def encode(rows: Array, source: str, weights: Weights, model_dtype: str) -> Pack
 
     Raises BadValue for the first value that is not finite in the model dtype.
     """
-    work = Work(groups_of_a_block(rows, weights, _BLOCK), weights)
 
-    def block(groups: Array, start: int) -> tuple[Array, Array]:
-        packed, scale = _encode_block(groups, source, weights, model_dtype, work)
+    def block(groups: Array, values: Float32, spare: Float32) -> tuple[Array, Array]:
+        packed, scale = _encode_block(groups, source, weights, model_dtype, (values, spare))
         if scale is None:
-            index = floats.first_bad(rows, source, model_dtype)
-            assert index is not None
-            raise BadValue(index, model_dtype)
+            floats.check(rows, source, model_dtype)
+        assert scale is not None
         return packed, scale
 
     return in_blocks(rows, weights, floats.STORAGE[model_dtype], _BLOCK, block)
@@ -70,11 +57,11 @@ def decode(packed: Packed, k: int, weights: Weights, model_dtype: str) -> Float3
 
 
 def _encode_block(
-    block: Array, source: str, weights: Weights, model_dtype: str, work: Work
+    block: Array, source: str, weights: Weights, model_dtype: str, work: tuple[Float32, Float32]
 ) -> tuple[Array, Array | None]:
     """Words `[groups, words]` and scales `[groups]` of `block` `[groups, size]`; scales are None for a bad value."""
     m = max_code(weights)
-    values, spare = work.views(len(block))
+    values, spare = work
     # A bfloat16 value is a float16 one unless it is very small, which matters to very small scales only: see below.
     deferred = (source, model_dtype) == ("bfloat16", "float16")
     if not deferred and model_dtype != "float32":

@@ -17,18 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlcbuild.quantization import floats
-from mlcbuild.quantization.blocks import (
-    TO_INTEGER,
-    BadValue,
-    Packed,
-    Work,
-    groups_of_a_block,
-    in_blocks,
-    pack,
-    transpose,
-)
 from mlcbuild.quantization.floats import Array, Float32
-from mlcbuild.quantization.schemes import max_code
+from mlcbuild.quantization.packing import TO_INTEGER, Packed, groups_of_a_block, head, in_blocks, pack, transpose
+from mlcbuild.quantization.schemes import elements_per_word, max_code
 from mlcbuild.recipes.types import Weights
 
 _BLOCK = 1 << 17  # elements: the arrays of a block, which are gone through again and again, stay in the cache
@@ -44,16 +35,13 @@ def encode(rows: Array, source: str, weights: Weights, model_dtype: str, importa
 
     Raises BadValue for the first value that is not finite in the model dtype.
     """
-    bad = floats.first_bad(rows, source, model_dtype)
-    if bad is not None:
-        raise BadValue(bad, model_dtype)
+    floats.check(rows, source, model_dtype)
     groups = groups_of_a_block(rows, weights, _BLOCK)
-    work = Work(groups, weights)
-    search = _Search(max_code(weights), model_dtype, np.empty_like(work.values), np.empty_like(work.values))
+    one, other = (np.empty(groups * weights.group_size, np.float32) for _ in range(2))
+    search = _Search(max_code(weights), model_dtype, one, other)
     h = None if importance is None else _tiled(importance, groups, weights)
 
-    def block(block: Array, start: int) -> tuple[Array, Array]:
-        x, codes = work.views(len(block))
+    def block(block: Array, x: Float32, codes: Float32) -> tuple[Array, Array]:
         transpose(block, source, x, codes)
         shape = (-1, len(block))
         found = search.scale(x.reshape(shape), codes.reshape(shape), None if h is None else h[:, : len(block)])
@@ -77,8 +65,8 @@ class _Search:
 
     def scale(self, x: Float32, codes: Float32, h: Float32 | None) -> Float32:
         """The best scale `[groups]` of each group, of the model dtype; `codes` is overwritten."""
-        hx = x if h is None else np.multiply(x, h, out=_like(self.one, x))
-        product = _like(self.other, x)
+        hx = x if h is None else np.multiply(x, h, out=head(self.one, x.shape))
+        product = head(self.other, x.shape)
         most, least = np.maximum.reduce(x, axis=0), np.minimum.reduce(x, axis=0)
         largest = np.abs(np.maximum(most, -least))  # and of zeros no negative one
         unit = np.where(most >= -least, largest, -largest)  # the largest weight with its sign
@@ -160,11 +148,7 @@ def _tiled(importance: Float32, groups: int, weights: Weights) -> Float32:
     mean = importance.mean(dtype=np.float64)
     of_a_row[: len(importance)] = importance / mean if mean > 0 else 1
     row = of_a_row.reshape(-1, size)
-    work = Work(groups, weights)
-    values, spare = work.views(groups)
-    transpose(np.tile(row, (-(-groups // len(row)), 1))[:groups], "float32", values, spare)
+    per_word = elements_per_word(weights)
+    values = np.empty((per_word, size // per_word, groups), np.float32)
+    transpose(np.tile(row, (-(-groups // len(row)), 1))[:groups], "float32", values, values)
     return values.reshape(size, groups)
-
-
-def _like(buffer: Float32, x: Float32) -> Float32:
-    return buffer.reshape(-1)[: x.size].reshape(x.shape)

@@ -13,8 +13,7 @@ import numpy as np
 from mlcbuild.checkpoints.mapped import STORAGE, MappedFile
 from mlcbuild.errors import CheckpointError
 from mlcbuild.quantization import floats
-from mlcbuild.quantization.blocks import BadValue
-from mlcbuild.quantization.floats import Array
+from mlcbuild.quantization.floats import Array, BadValue
 
 PIECE = 1 << 21  # elements that one task reads
 

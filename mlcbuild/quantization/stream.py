@@ -23,32 +23,31 @@ import numpy as np
 from mlcbuild.errors import CheckpointError, MlcBuildError
 from mlcbuild.models.parameters import Parameter
 from mlcbuild.quantization import asymmetric, floats, group, outer, search
-from mlcbuild.quantization.blocks import BadValue, Packed
 from mlcbuild.quantization.compiled import Compiled
-from mlcbuild.quantization.floats import Array, Float32
-from mlcbuild.quantization.schemes import Part, matches, packed, parts_of, quantized_parameters, searchable
-from mlcbuild.quantization.sources import Piece, Sources, pieces
+from mlcbuild.quantization.floats import Array, BadValue, Float32
+from mlcbuild.quantization.packing import Packed
+from mlcbuild.quantization.schemes import QuantizedParameter, matches, quantized_parameters, searchable
+from mlcbuild.quantization.sources import Part, Piece, Sources, pieces
 from mlcbuild.quantization.tensor_cache import SHARD_BYTES, Announced, Writer
 from mlcbuild.recipes.types import Quantization, Weights
 
 _WORTH_COMPILING = 128 << 20  # bytes of source: below, compiling a kernel takes longer than it saves
-_AWQ_DTYPES = {"qweight": np.dtype("<u4"), "qzeros": np.dtype("<u4")}
 
 
 @dataclass(frozen=True)
 class _Plan:
     """One parameter: where it comes from, what it becomes.
 
-    `importance` `[K]`, `[experts, K]` for experts, weights the errors of a searched scale; None where all columns count
-    the same.
+    `weights` is how it is packed, None where it is only cast. `importance` `[K]`, `[experts, K]` for experts, weights
+    the errors of a searched scale; None where all columns count the same.
     """
 
     entry: Mapping[str, Any]  # of parameters.json
+    tensors: tuple[QuantizedParameter, ...]
     weights: Weights | None
     pieces: tuple[Piece, ...]
     search: bool
     importance: Float32 | None
-    dtype: str  # of what is only cast
 
     @property
     def name(self) -> str:
@@ -95,32 +94,35 @@ def quantize(
     entries = document["parameters"]
     if [entry["name"] for entry in entries] != [parameter.name for parameter in parameters]:
         raise CheckpointError("parameters.json lists other parameters than the structure has; run convert again")
-    quantized_parameters(parameters, quantization)  # refuses a format that cannot be packed before anything is written
+    made: dict[
+        str, list[QuantizedParameter]
+    ] = {}  # a format that cannot be packed is refused before anything is written
+    for tensor in quantized_parameters(parameters, quantization):
+        made.setdefault(tensor.source, []).append(tensor)
     for pattern, _ in quantization.overrides:
         if not any(matches(pattern, parameter) for parameter in parameters):
             note(f"override {pattern!r} matches no parameter of this model")
     weighted = _importance(parameters, quantization, importance)
-    plans = [
-        _plan(entry, parameter, quantization, weighted.get(parameter.name))
-        for entry, parameter in zip(entries, parameters, strict=True)
-    ]
+    plans = [_plan(entry, made[entry["name"]], quantization, weighted.get(entry["name"])) for entry in entries]
     sources = Sources((part for plan in plans for part in _parts(plan, quantization)), blobs)
     total = sum(piece.nbytes for plan in plans for piece in plan.pieces)
     workers = threads or max(1, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(workers) as pool, Writer(folder, shard_bytes) as writer:
-        kernels = Compiled(scratch, note) if scratch is not None and total >= _WORTH_COMPILING else None
-        stream = _Stream(quantization.model_dtype, sources, writer, pool, workers + 2, progress, total, kernels)
-        stream.run(plans)
+        encode = Compiled(scratch, note).encode if scratch and total >= _WORTH_COMPILING else group.encode
+        _Stream(quantization.model_dtype, sources, writer, pool, workers + 2, progress, total, encode).run(plans)
         writer.finish(sum(prod(entry["shape"]) for entry in entries))
 
 
 def _plan(
-    entry: Mapping[str, Any], parameter: Parameter, quantization: Quantization, importance: Float32 | None
+    entry: Mapping[str, Any],
+    tensors: Sequence[QuantizedParameter],
+    quantization: Quantization,
+    importance: Float32 | None,
 ) -> _Plan:
-    weights = packed(parameter, quantization)
+    weights = tensors[0].weights
     searched = quantization.rounding != "nearest" and weights is not None and searchable(weights)
-    dtype = parameter.dtype or quantization.model_dtype
-    return _Plan(entry, weights, pieces(entry, weights is not None), searched, importance if searched else None, dtype)
+    mine = pieces(entry, weights is not None)
+    return _Plan(entry, tuple(tensors), weights, mine, searched, importance if searched else None)
 
 
 def _importance(
@@ -145,7 +147,7 @@ def _importance(
     return checked
 
 
-def _parts(plan: _Plan, quantization: Quantization) -> Iterable[Mapping[str, Any]]:
+def _parts(plan: _Plan, quantization: Quantization) -> Iterable[Part]:
     """The parts of parameters.json that are read for this parameter."""
     if plan.weights is None or plan.weights.scheme != "awq":
         return plan.entry["parts"]  # type: ignore[no-any-return]
@@ -163,29 +165,19 @@ def _parts(plan: _Plan, quantization: Quantization) -> Iterable[Mapping[str, Any
     return [part for tensor in ready["tensors"].values() for part in tensor]
 
 
+@dataclass
 class _Stream:
-    """One conversion under way."""
+    """One conversion under way: `done` source bytes of `total`, with up to `ahead` pieces at work or waiting."""
 
-    def __init__(
-        self,
-        model_dtype: str,
-        sources: Sources,
-        writer: Writer,
-        pool: ThreadPoolExecutor,
-        ahead: int,
-        progress: Callable[[int, int], None],
-        total: int,
-        kernels: Compiled | None,
-    ) -> None:
-        self._model_dtype = model_dtype
-        self._sources = sources
-        self._writer = writer
-        self._pool = pool
-        self._ahead = ahead
-        self._progress = progress
-        self._total = total
-        self._done = 0
-        self._encode = kernels.encode if kernels else group.encode
+    model_dtype: str
+    sources: Sources
+    writer: Writer
+    pool: ThreadPoolExecutor
+    ahead: int
+    progress: Callable[[int, int], None]
+    total: int
+    encode: Callable[[Array, str, Weights, str], Packed]  # of symmetric groups
+    done: int = 0
 
     def run(self, plans: Sequence[_Plan]) -> None:
         """Write all parameters. Those that need their whole matrix first are left out of the common queue."""
@@ -196,189 +188,174 @@ class _Stream:
             if plan.weights is None:
                 self._write_values(plan, self._arrived(plan, results))
             elif plan.weights.scheme in apart:
-                apart[plan.weights.scheme](plan, plan.weights)
+                apart[plan.weights.scheme](plan)
             else:
                 self._write_groups(plan, plan.weights, self._arrived(plan, results))
 
-    def _in_order(self, work: Callable[..., Any], tasks: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+    def _in_order(self, work: Callable[[_Plan, Piece], Any], tasks: Iterable[tuple[_Plan, Piece]]) -> Iterator[Any]:
         """Results in the order of `tasks`, with a few of them under way or waiting."""
-        waiting: deque[Future[Any]] = deque()
+        waiting: deque[tuple[_Plan, Piece, Future[Any]]] = deque()
+
+        def first() -> Any:
+            plan, piece, future = waiting.popleft()
+            try:
+                return future.result()
+            except BadValue as bad:
+                raise CheckpointError(self.sources.explain(plan.name, piece, bad)) from None
+
         try:
-            for task in tasks:
-                waiting.append(self._pool.submit(work, *task))
-                if len(waiting) >= self._ahead:
-                    yield waiting.popleft().result()
+            for plan, piece in tasks:
+                waiting.append((plan, piece, self.pool.submit(work, plan, piece)))
+                if len(waiting) >= self.ahead:
+                    yield first()
             while waiting:
-                yield waiting.popleft().result()
+                yield first()
         finally:
-            for future in waiting:
+            for _, _, future in waiting:
                 future.cancel()
 
     def _arrived(self, plan: _Plan, results: Iterator[Any]) -> Iterator[Any]:
         """The results of one parameter's pieces, from the queue of all."""
-        for piece in plan.pieces:
-            try:
-                result = next(results)
-            except BadValue as bad:
-                raise CheckpointError(self._sources.explain(plan.name, piece, bad)) from None
+        for piece, result in zip(plan.pieces, results, strict=False):
             yield result
             self._advance(piece.nbytes)
 
     def _advance(self, nbytes: int) -> None:
-        self._done += nbytes
-        self._progress(self._done, self._total)
+        self.done += nbytes
+        self.progress(self.done, self.total)
 
     def _convert(self, plan: _Plan, piece: Piece) -> Packed | Array:
         """The piece packed, or cast to the model dtype. Raises BadValue."""
-        weights, dtype = plan.weights, self._model_dtype
+        weights, dtype = plan.weights, self.model_dtype
         if weights is None:
-            values = self._checked(piece, plan.dtype)
-            result: Packed | Array = floats.cast(values, piece.dtype, plan.dtype)
+            target = plan.tensors[0].dtype
+            values = self._checked(piece, target)
+            result: Packed | Array = floats.cast(values, piece.dtype, target)
             if result is values:
                 result = values.copy()  # the mapped pages are about to be given back
         elif not weights.symmetric:
-            result = asymmetric.encode(self._sources.rows(piece), piece.dtype, weights)
+            result = asymmetric.encode(self.sources.rows(piece), piece.dtype, weights)
         elif plan.search:
-            result = search.encode(self._sources.rows(piece), piece.dtype, weights, dtype, plan.importance_of(piece))
+            result = search.encode(self.sources.rows(piece), piece.dtype, weights, dtype, plan.importance_of(piece))
         else:
-            result = self._encode(self._sources.rows(piece), piece.dtype, weights, dtype)
-        self._sources.release(piece)
+            result = self.encode(self.sources.rows(piece), piece.dtype, weights, dtype)
+        self.sources.release(piece)
         return result
 
     def _checked(self, piece: Piece, dtype: str) -> Array:
-        values = self._sources.values(piece)
-        bad = floats.first_bad(values, piece.dtype, dtype)
-        if bad is not None:
-            raise BadValue(bad, dtype)
+        values = self.sources.values(piece)
+        floats.check(values, piece.dtype, dtype)
         return values
 
     def _write_values(self, plan: _Plan, results: Iterator[Array]) -> None:
-        short = plan.dtype == "float32" and self._survives_bfloat16(plan)
-        self._begin(plan.name, tuple(plan.entry["shape"]), plan.dtype, short)
+        (tensor,) = plan.tensors
+        # Whether every value, as float32, has 16 zero low bits; stops at the first that has not.
+        short = tensor.dtype == "float32" and all(
+            piece.dtype == "bfloat16" or floats.is_bfloat16(floats.widen(self.sources.values(piece), piece.dtype))
+            for piece in plan.pieces
+        )
+        self._begin(tensor, short)
         for values in results:
-            self._writer.write(_upper_halves(values) if short else values)
+            self.writer.write(_upper_halves(values) if short else values)
 
     def _write_groups(self, plan: _Plan, weights: Weights, results: Iterator[Packed]) -> None:
         """Words, then scales: NK words go out as they come; KN words are all needed before the first row.
 
         Experts, which are NK, go through as one matrix.
         """
-        first, second = parts_of(tuple(plan.entry["shape"]), weights, self._model_dtype)
-        prefix = plan.name.removesuffix("weight")
-        all_rows = (-1, second.shape[-1])
-        scales = np.empty(second.shape, floats.STORAGE.get(second.dtype, second.dtype)).reshape(all_rows)
+        first, second = plan.tensors
+        scales = np.empty(second.shape, floats.STORAGE.get(second.dtype, second.dtype)).reshape(-1, second.shape[-1])
+        words = np.empty(first.shape, first.dtype) if weights.layout == "KN" else None
+        self._begin(first)
         row = 0
-        if weights.layout == "KN":
-            words = np.empty(first.shape, first.dtype)
-            for result in results:
-                end = row + len(result.words)
-                words[:, row:end] = result.words.T
-                scales[:, row:end] = result.scales.T
-                row = end
-            self._begin(prefix + first.form, first.shape, first.dtype)
-            self._writer.write(words)
-        else:
-            self._begin(prefix + first.form, first.shape, first.dtype)
-            for result in results:
-                end = row + len(result.words)
-                self._writer.write(result.words)
-                scales[row:end] = result.scales
-                row = end
+        for result in results:
+            span = slice(row, row + len(result.words))
+            if words is None:
+                self.writer.write(result.words)
+                scales[span] = result.scales
+            else:
+                words[:, span] = result.words.T
+                scales[:, span] = result.scales.T
+            row = span.stop
+        if words is not None:
+            self.writer.write(words)
         short = second.dtype == "float32" and floats.is_bfloat16(scales)
-        self._begin(prefix + second.form, second.shape, second.dtype, short)
-        self._writer.write(_upper_halves(scales) if short else scales)
+        self._begin(second, short)
+        self.writer.write(_upper_halves(scales) if short else scales)
 
-    def _write_outer(self, plan: _Plan, weights: Weights) -> None:
+    def _write_outer(self, plan: _Plan) -> None:
         """Each matrix is gone through three times: twice for its ranges, once for its codes."""
-        dtype = self._model_dtype
-        made = parts_of(tuple(plan.entry["shape"]), weights, dtype)
+        dtype, (packed, *rest) = self.model_dtype, plan.tensors
         experts, n, k = plan.matrices
-        prefix = plan.name.removesuffix("weight")
-        self._begin(prefix + made[0].form, made[0].shape, made[0].dtype)
-        vectors = [np.empty((experts, part.shape[-1]), floats.STORAGE[part.dtype]) for part in made[1:]]
-        transposed = weights.layout == "KN"
-        codes = np.empty((k, n) if transposed else (n, k), np.uint8)
+        vectors = [np.empty((experts, tensor.shape[-1]), floats.STORAGE[tensor.dtype]) for tensor in rest]
+        codes = np.empty(packed.shape[-2:], np.uint8)
+        rows_of = codes.T if packed.rows_axis == len(packed.shape) - 1 else codes  # [n, k]
+        self._begin(packed)
         for expert in range(experts):
             mine = [piece for piece in plan.pieces if piece.row // n == expert]
             through = partial(self._through, plan, mine, expert * n)
             found = outer.ranges(n, k, through)
-            for of_all, mine_of_it in zip(vectors, found.stored(dtype), strict=True):
-                of_all[expert] = mine_of_it
+            for of_all, of_this in zip(vectors, found.stored(dtype), strict=True):
+                of_all[expert] = of_this
             if any(floats.first_bad(of_all[expert], dtype, dtype) is not None for of_all in vectors):
                 raise CheckpointError(
                     f"{mine[0].part['file']}: parameter {plan.name}: its values are too far apart for ranges in "
                     f"{dtype}; choose another quantization"
                 )
             for piece, rows in zip(mine, through(partial(outer.encode, found=found)), strict=True):
-                span = slice(piece.row - expert * n, piece.row - expert * n + len(rows))
-                codes[(slice(None), span) if transposed else span] = rows.T if transposed else rows
+                rows_of[piece.row - expert * n :][: len(rows)] = rows
                 self._advance(piece.nbytes)
-            self._writer.write(codes)
-        for part, values in zip(made[1:], vectors, strict=True):
-            self._begin(prefix + part.form, part.shape, part.dtype)
-            self._writer.write(values)
+            self.writer.write(codes)
+        for tensor, values in zip(rest, vectors, strict=True):
+            self._begin(tensor)
+            self.writer.write(values)
 
     def _through(
         self, plan: _Plan, pieces: Sequence[Piece], first: int, work: Callable[[Float32, int], Array]
     ) -> Iterator[Array]:
         """`work` on the rows of a matrix, which begins with the parameter's row `first`, and their number in it."""
 
-        def on(piece: Piece) -> Array:
-            values = floats.widen(self._checked(piece, self._model_dtype), piece.dtype).reshape(-1, piece.width)
+        def on(_: _Plan, piece: Piece) -> Array:
+            values = floats.widen(self._checked(piece, self.model_dtype), piece.dtype).reshape(-1, piece.width)
             result = work(values, piece.row - first)
-            self._sources.release(piece)
+            self.sources.release(piece)
             return result
 
-        results = self._in_order(on, ((piece,) for piece in pieces))
-        for piece in pieces:
-            try:
-                yield next(results)
-            except BadValue as bad:
-                raise CheckpointError(self._sources.explain(plan.name, piece, bad)) from None
+        return self._in_order(on, ((plan, piece) for piece in pieces))
 
-    def _write_awq(self, plan: _Plan, weights: Weights) -> None:
+    def _write_awq(self, plan: _Plan) -> None:
         """The checkpoint's own words; those of a joined parameter side by side, since its rows are columns here."""
-        prefix = plan.name.removesuffix("weight")
-        tensors = plan.entry["packed"]["tensors"]
         experts, *_ = plan.matrices
-        for part in parts_of(tuple(plan.entry["shape"]), weights, self._model_dtype):
-            self._begin(prefix + part.form, part.shape, part.dtype)
-            given = tensors[part.form]
+        for tensor in plan.tensors:
+            self._begin(tensor)
+            given = plan.entry["packed"]["tensors"][tensor.form]
             each = len(given) // experts  # tensors of one expert
             for start in range(0, len(given), each):
-                self._write_joined(plan, part, given[start : start + each])
+                self._write_joined(plan, tensor, given[start : start + each])
         self._advance(sum(piece.nbytes for piece in plan.pieces))
 
-    def _write_joined(self, plan: _Plan, part: Part, given: Sequence[Mapping[str, Any]]) -> None:
-        joined = [self._awq_tensor(plan, source, _AWQ_DTYPES.get(part.form)) for source in given]
-        rows, columns = part.shape[-2:]
+    def _write_joined(self, plan: _Plan, tensor: QuantizedParameter, given: Sequence[Part]) -> None:
+        joined = [self._awq_tensor(plan, source, tensor.form) for source in given]
+        rows, columns = tensor.shape[-2:]
         step = max(1, (1 << 20) // columns)
         for start in range(0, rows, step):
-            self._writer.write(np.concatenate([values[start : start + step] for values in joined], axis=1))
+            self.writer.write(np.concatenate([values[start : start + step] for values in joined], axis=1))
         for source in given:
-            self._sources.release_part(source)
+            self.sources.release_part(source)
 
-    def _awq_tensor(self, plan: _Plan, source: Mapping[str, Any], dtype: np.dtype[Any] | None) -> Array:
-        if dtype is not None:
-            return self._sources.raw(source, dtype)
-        scales = self._sources.raw(source, floats.STORAGE[source["dtype"]])
-        bad = floats.first_bad(scales, source["dtype"], self._model_dtype)
-        if bad is not None:
+    def _awq_tensor(self, plan: _Plan, source: Part, form: str) -> Array:
+        if form != "scales":
+            return self.sources.raw(source, np.dtype("<u4"))
+        scales = self.sources.raw(source, floats.STORAGE[source["dtype"]])
+        if floats.first_bad(scales, source["dtype"], self.model_dtype) is not None:
             raise CheckpointError(
                 f"{source['file']}: tensor {source['tensor']} (parameter {plan.name}): a scale is not finite in "
-                f"{self._model_dtype}; the checkpoint is damaged"
+                f"{self.model_dtype}; the checkpoint is damaged"
             )
-        return floats.cast(scales, source["dtype"], self._model_dtype)
+        return floats.cast(scales, source["dtype"], self.model_dtype)
 
-    def _begin(self, name: str, shape: tuple[int, ...], dtype: str, short: bool = False) -> None:
-        self._writer.begin(Announced(name, shape, dtype, "f32-to-bf16" if short else "raw"))
-
-    def _survives_bfloat16(self, plan: _Plan) -> bool:
-        """Whether every value, as float32, has 16 zero low bits. Stops at the first that has not."""
-        return all(
-            piece.dtype == "bfloat16" or floats.is_bfloat16(floats.widen(self._sources.values(piece), piece.dtype))
-            for piece in plan.pieces
-        )
+    def _begin(self, tensor: QuantizedParameter, short: bool = False) -> None:
+        self.writer.begin(Announced(tensor.name, tensor.shape, tensor.dtype, "f32-to-bf16" if short else "raw"))
 
 
 def _upper_halves(values: Array) -> Array:

@@ -1,30 +1,31 @@
-"""Writing a weights folder: `params_shard_N.bin` and `tensor-cache.json`.
+"""A weights folder, `params_shard_N.bin` and `tensor-cache.json`: written, and read back strictly for checks.
 
-Sequential and streaming: a tensor is announced with its size, its bytes then arrive in pieces of any length and are
-written and hashed as they come. Tensors start at multiples of 64 bytes, so that a runtime can map a shard and use the
-tensors in place (TVM assumes 64-byte alignment).
+Writing is sequential and streaming: a tensor is announced with its size, its bytes then arrive in pieces of any length
+and are written and hashed as they come. Tensors start at multiples of 64 bytes, so that a runtime can map a shard and
+use the tensors in place (TVM assumes 64-byte alignment).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.quantization import floats
 from mlcbuild.quantization.floats import Array
 
 SHARD_BYTES = 32 * 1024 * 1024  # a larger tensor gets a shard of its own
 ALIGNMENT = 64
 INDEX = "tensor-cache.json"
 
-ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "uint32": 4, "uint16": 2, "uint8": 1, "int8": 1}
+_STORAGE = {name: np.dtype(name) for name in ("uint32", "uint16", "uint8", "int8")} | floats.STORAGE
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Announced:
     @property
     def nbytes(self) -> int:
         """Its size in the file."""
-        return prod(self.shape) * (2 if self.format == "f32-to-bf16" else ITEM_BYTES[self.dtype])
+        return prod(self.shape) * (2 if self.format == "f32-to-bf16" else _STORAGE[self.dtype].itemsize)
 
 
 class Writer:
@@ -83,7 +84,7 @@ class Writer:
             self._file = (self._folder / f"params_shard_{len(self._shards)}.bin").open("wb", buffering=0)
         self._put(bytes(offset - self._position))
         self._due = tensor.nbytes
-        self._bytes += prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
+        self._bytes += prod(tensor.shape) * _STORAGE[tensor.dtype].itemsize
         self._records.append(
             {
                 "name": tensor.name,
@@ -148,3 +149,53 @@ class Writer:
 def write_index(path: Path, metadata: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]) -> None:
     """Write `tensor-cache.json`; the same content always gives the same bytes."""
     path.write_text(json.dumps({"metadata": metadata, "records": shards}, indent=2) + "\n", encoding="utf-8")
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """`tensor-cache.json`. Raises MlcBuildError when it is absent or not JSON."""
+    path = folder / INDEX
+    if not path.is_file():
+        raise MlcBuildError(f"{path}: missing: {folder} is no finished weights folder")
+    try:
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MlcBuildError(f"{path}: not valid JSON: {error}") from None
+    return document
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, Array]]:
+    """(name, array) for every tensor in file order; bfloat16 as uint16, `f32-to-bf16` widened to float32.
+
+    One shard is in memory at a time. Raises MlcBuildError for a shard that is missing, outside the folder, of another
+    length or md5 than the index says, and for a record that does not fit its shard or its own shape.
+    """
+    for shard in read_index(folder)["records"]:
+        name = shard["dataPath"]
+        path = folder / name
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise MlcBuildError(f"{folder / INDEX}: shard {name!r} lies outside the folder")
+        if not path.is_file():
+            raise MlcBuildError(f"{path}: missing")
+        data = np.fromfile(path, np.uint8)
+        if len(data) != shard["nbytes"]:
+            what = "truncated" if len(data) < shard["nbytes"] else "too long"
+            raise MlcBuildError(f"{path}: {what}: {len(data)} bytes, {INDEX} says {shard['nbytes']}")
+        digest = hashlib.md5(data.data, usedforsecurity=False).hexdigest()
+        if digest != shard["md5sum"]:
+            raise MlcBuildError(f"{path}: damaged: its md5 is {digest}, {INDEX} says {shard['md5sum']}")
+        for record in shard["records"]:
+            yield record["name"], _tensor(record, data, path)
+
+
+def _tensor(record: dict[str, Any], data: Array, path: Path) -> Array:
+    short = record["format"] == "f32-to-bf16" and record["dtype"] == "float32"
+    storage = floats.STORAGE["bfloat16"] if short else _STORAGE.get(record["dtype"])
+    if storage is None:
+        raise MlcBuildError(f"{path}: tensor {record['name']}: unknown dtype {record['dtype']!r}")
+    start, nbytes, shape = record["byteOffset"], record["nbytes"], record["shape"]
+    if nbytes != prod(shape) * storage.itemsize or start + nbytes > len(data):
+        raise MlcBuildError(
+            f"{path}: tensor {record['name']}: {nbytes} bytes at {start} do not fit its shape {shape} or the shard"
+        )
+    values = data[start : start + nbytes].view(storage).reshape(shape)
+    return floats.widen(values, "bfloat16") if short else values

@@ -8,18 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.recipes.lock import key, lock_path
-from mlcbuild.recipes.stock import stock
-from mlcbuild.recipes.types import Catalog, Model, Recipe, Source
-from mlcbuild.recipes.workspace import FOLDERS
+from mlcbuild.recipes.files import stock, yaml_file
+from mlcbuild.recipes.lockfile import key, lock_path
+from mlcbuild.recipes.types import Catalog, Recipe
 
 
 def changed_since(root: Path, catalog: Catalog, revision: str) -> set[str]:
     """The names of the recipes one of whose files differs from git's `revision`, uncommitted and new files included.
 
     Those are the recipe's own file or matrix, those of its model (with what it extends), quantization, target,
-    template and named architecture, a local checkpoint, texts, and the model's entry in recipes.lock. Raises
-    MlcBuildError where git cannot say.
+    template and named architecture (with what that extends), a local checkpoint, texts, and the model's entry in
+    recipes.lock. Raises MlcBuildError where git cannot say.
     """
     files = _changed_files(root, revision)
     locked = _changed_entries(root, revision) if lock_path(root).resolve() in files else set()
@@ -27,7 +26,7 @@ def changed_since(root: Path, catalog: Catalog, revision: str) -> set[str]:
     return {
         name
         for name, recipe in catalog.recipes.items()
-        if any(source.hf is not None and key(source) in locked for source in _sources(recipe.model))
+        if any(key(source) in locked for source in recipe.model.hub_sources)
         or any(path.resolve() in touched for path in _files(root, recipe))
     }
 
@@ -38,38 +37,28 @@ def _files(root: Path, recipe: Recipe) -> Iterator[Path]:
     model = recipe.model
     parts = [("quantization", recipe.quantization.name), ("target", recipe.target.name)]
     parts += [("quantization", recipe.quantization.format), ("template", recipe.template.name)]
-    parts += [("architecture", model.architecture or "")]
-    for kind, name in parts:
-        yield from _yaml(root, kind, name)
-    yield from _ancestors(root, model.name)
-    for source in _sources(model):
-        if source.path is not None:
-            yield source.path
+    yield from (path for kind, name in parts if (path := _yaml(root, kind, name)) is not None)
+    yield from _ancestors(root, "model", model.name)
+    yield from _ancestors(root, "architecture", model.architecture or "")
+    yield from (source.path for source in model.sources if source.path is not None)
     yield from (path for path in (recipe.verify.text, model.calibration) if path is not None)
 
 
-def _sources(model: Model) -> list[Source]:
-    return [source for source in (model.source, model.delta_of, model.lora) if source is not None]
-
-
-def _ancestors(root: Path, name: str) -> Iterator[Path]:
-    """The model's file and those that it extends."""
+def _ancestors(root: Path, kind: str, name: str) -> Iterator[Path]:
+    """The file of a model or an architecture and those that it extends."""
     import yaml  # not on the way of a build that has nothing to do
 
-    while name:
-        found = list(_yaml(root, "model", name))
-        yield from found
-        data = yaml.safe_load(found[0].read_bytes()) if found else {}
+    stocks_own = False
+    while (path := yaml_file(stock().recipes, kind, name) if stocks_own else _yaml(root, kind, name)) is not None:
+        yield path
+        data = yaml.safe_load(path.read_bytes())
         name = data.get("extends", "") if isinstance(data, dict) else ""
+        # A stock architecture extends a stock one.
+        stocks_own = kind == "architecture" and path.is_relative_to(stock().recipes)
 
 
-def _yaml(root: Path, kind: str, name: str) -> Iterator[Path]:
-    for recipes in (root / "recipes", stock().recipes):
-        for ending in (".yaml", ".yml"):
-            path = recipes / FOLDERS[kind] / f"{name}{ending}"
-            if name and path.is_file():
-                yield path
-                return
+def _yaml(root: Path, kind: str, name: str) -> Path | None:
+    return yaml_file(root / "recipes", kind, name) or yaml_file(stock().recipes, kind, name)
 
 
 def _changed_files(root: Path, revision: str) -> set[Path]:

@@ -1,4 +1,8 @@
-"""Valid file contents as the types of mlcbuild.recipes.types. Nothing is checked here."""
+"""Valid file contents as the types of mlcbuild.recipes.types.
+
+Nothing is checked here, but for quantizations that are made of others: `format` (those bytes, rounded otherwise) and
+`overrides`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from mlcbuild.recipes.document import Document
+from mlcbuild.recipes.problems import Problem
 from mlcbuild.recipes.types import (
     Architecture,
     Model,
@@ -36,11 +42,6 @@ def quantization(name: str, data: Data, others: Mapping[str, Data]) -> Quantizat
     )
 
 
-def rounded_otherwise(name: str, data: Data, base: Quantization) -> Quantization:
-    """The format `base` (it stays the format's name) with the rounding that `data` says."""
-    return replace(base, name=name, rounding=data["rounding"])
-
-
 def _weights(data: Data) -> Weights | None:
     return Weights(**{"group_size": 0, **data["weights"]}) if "weights" in data else None
 
@@ -63,8 +64,9 @@ def template(name: str, data: Data) -> Template:
 
 
 def architecture(name: str, data: Data) -> Architecture:
-    match = {key: tuple(values) for key, values in data["match"].items()}
-    return Architecture(name, model_type=data["model_type"], match=match, data=data)
+    """`data` with everything inherited (mlcbuild.recipes.architectures)."""
+    match = {key: tuple(values) for key, values in data.get("match", {"model_type": [name]}).items()}
+    return Architecture(name, model_type=data.get("model_type", name), match=match, data=data)
 
 
 def model(name: str, data: Data) -> Model:
@@ -80,3 +82,58 @@ def model(name: str, data: Data) -> Model:
         lora=Source(**data["lora"]) if "lora" in data else None,
         calibration=data.get("calibration", {}).get("text"),
     )
+
+
+def quantizations(documents: Mapping[str, Document]) -> tuple[dict[str, Quantization], list[Problem]]:
+    """Every quantization by name, sorted, and what is wrong with the names that they mention.
+
+    One that names an unknown or damaged file is left out without another problem.
+    """
+    problems: list[Problem] = []
+    plain = {name: each for name, each in documents.items() if "format" not in each.data}
+    whole = {}
+    for name, each in plain.items():
+        mentioned = each.data.get("overrides", {})
+        if any(other not in documents for other in mentioned.values()):
+            continue
+        wrong = [
+            problem for pattern, other in mentioned.items() for problem in _clashes(each, pattern, documents[other])
+        ]
+        problems += wrong
+        if not wrong:
+            others = {other: documents[other].data for other in mentioned.values()}
+            whole[name] = quantization(name, each.data, others)
+    for name, each in documents.items():
+        base = each.data.get("format")
+        if base in whole and each.data["rounding"] != "nearest" and not _has_scales(whole[base]):
+            text = (
+                f"`rounding` is `{each.data['rounding']}`, expected `nearest` for the format `{base}`: "
+                "there is no other scale to search for"
+            )
+            problems.append(each.problem(text, ("rounding",)))
+        elif base in whole:  # it stays the format's name
+            whole[name] = replace(whole[base], name=name, rounding=each.data["rounding"])
+        elif base in documents and "format" in documents[base].data:
+            text = f"`format` is `{base}`, which is no format of its own; name the one whose bytes it has"
+            problems.append(each.problem(text, ("format",)))
+    return {name: whole[name] for name in sorted(whole)}, problems
+
+
+def _has_scales(quantization: Quantization) -> bool:
+    weights = [quantization.weights, *(other for _, other in quantization.overrides)]
+    return any(each is not None and each.scheme == "group" and each.symmetric for each in weights)
+
+
+def _clashes(document: Document, pattern: str, other: Document) -> list[Problem]:
+    if "format" in other.data:
+        text = "which only rounds otherwise; name the format of its bytes"
+    elif "overrides" in other.data:
+        text = "which has overrides itself; name one without"
+    elif other.data["model_dtype"] != document.data["model_dtype"]:
+        text = (
+            f"whose model_dtype is {other.data['model_dtype']}; "
+            f"expected one with {document.data['model_dtype']}, as here"
+        )
+    else:
+        return []
+    return [document.problem(f"`overrides.{pattern}` is `{other.file.name}`, {text}", ("overrides", pattern))]

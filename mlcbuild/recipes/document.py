@@ -1,20 +1,25 @@
-"""One YAML file: its content, and where in its text each part of the content stands."""
+"""One YAML file, read and checked under the schema of its kind; and the memory of which contents were valid before."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlcbuild.recipes import syntax
-from mlcbuild.recipes.memo import Memo
+from mlcbuild.recipes.files import File, read_regular, unreadable, write_atomically
 from mlcbuild.recipes.problems import Problem
 from mlcbuild.recipes.schemas import Schemas
-from mlcbuild.recipes.workspace import File
 
 if TYPE_CHECKING:
     import yaml
+
+_FORMAT = "mlcbuild memo 1"  # raise the number when `syntax` reads the same text differently
 
 
 @dataclass(frozen=True)
@@ -39,25 +44,69 @@ class Document:
         return _lines(syntax.decode(self.raw))
 
 
+class Memo:
+    """Contents of valid files by the digest of their text, so that a build that changes nothing neither parses nor
+    validates. A memo that is missing or damaged is an empty one.
+
+    The file's first line is the digest of the rest, so that a damaged memo is never believed.
+    """
+
+    def __init__(self, path: Path | None, schemas: str) -> None:
+        """`schemas`: digest of what the contents are valid under."""
+        self._path = path
+        self._head = f"{_FORMAT} {schemas}"
+        self._known = self._read()
+        self._used: dict[str, Any] = {}
+
+    def get(self, kind: str, raw: bytes) -> Any:
+        """The content of a file of `kind` with these bytes; None if it is not known to be valid."""
+        key = _key(kind, raw)
+        if key in self._known:
+            self._used[key] = self._known[key]
+        return self._known.get(key)
+
+    def put(self, kind: str, raw: bytes, data: Any) -> None:
+        self._used[_key(kind, raw)] = data
+
+    def save(self) -> None:
+        """Writes what was used, if that is not what was read. A memo that cannot be written is let be."""
+        if self._path is None or self._used.keys() == self._known.keys():
+            return
+        body = json.dumps(self._used, separators=(",", ":"))
+        with contextlib.suppress(OSError):
+            write_atomically(self._path, f"{self._seal(body)}\n{body}")
+
+    def _read(self) -> dict[str, Any]:
+        if self._path is None:
+            return {}
+        try:
+            seal, _, body = self._path.read_text(encoding="utf-8").partition("\n")
+        except (OSError, UnicodeDecodeError):
+            return {}
+        known: dict[str, Any] = json.loads(body) if seal == self._seal(body) else {}
+        return known
+
+    def _seal(self, body: str) -> str:
+        return hashlib.sha256(f"{self._head}\n{body}".encode()).hexdigest()
+
+
 def read(file: File, schemas: Schemas, memo: Memo) -> tuple[Document | None, list[Problem]]:
     """The document, or everything that is wrong with the file as such. Names of other files are not looked up."""
     try:
-        raw = file.path.read_bytes()
+        raw = read_regular(file.path)
     except OSError as error:
-        return None, [Problem(file.shown, 1, 1, f"cannot be read: {error.strerror}")]
+        return None, [unreadable(file.shown, error)]
     data = memo.get(file.kind, raw)
     if data is not None:
         return Document(file, raw, data), []
+    lines: list[str] = []
     try:
         text = syntax.decode(raw)
-    except syntax.Fault as fault:
-        return None, [_problem(file, [], fault.text, fault.span)]
-    lines = _lines(text)
-    try:
+        lines = _lines(text)
         node = syntax.compose(text)
+        data, faults = syntax.construct(node)
     except syntax.Fault as fault:
         return None, [_problem(file, lines, fault.text, fault.span)]
-    data, faults = syntax.construct(node)
     problems = [_problem(file, lines, fault.text, fault.span) for fault in faults]
     for complaint in schemas.complaints(file.kind, data):
         span = syntax.locate(node, complaint.path, complaint.key)
@@ -66,6 +115,10 @@ def read(file: File, schemas: Schemas, memo: Memo) -> tuple[Document | None, lis
         return None, problems
     memo.put(file.kind, raw, data)
     return Document(file, raw, data), []
+
+
+def _key(kind: str, raw: bytes) -> str:
+    return hashlib.sha256(kind.encode() + b"\0" + raw).hexdigest()
 
 
 def _lines(text: str) -> list[str]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 _SHOWN_NAMES = 12  # a longer list of what there is helps nobody
 _SHOWN_LENGTH = 60
+_LONGEST_TEXT = 2_000  # characters
+_LONGEST_LINE = 500
+_MOST_SHOWN = 1_000  # problems: a file that is no recipe at all can have millions
+_MOST_COMPARED = 50_000  # names, about a second of comparing
 _NOT_TEXT = re.compile(r"~|null|true|false|[-+.]?[0-9][0-9.]*", re.IGNORECASE)  # what YAML would not read as text
 
 
@@ -24,7 +28,8 @@ class Problem:
     length: int = 1  # characters that the problem is about
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}:{self.column}: {self.text}"
+        text = self.text if len(self.text) <= _LONGEST_TEXT else f"{self.text[:_LONGEST_TEXT]}…"
+        return f"{self.file}:{self.line}:{self.column}: {text}"
 
     def with_source(self) -> str:
         """The same, with the line of YAML and carets under the part that it is about."""
@@ -32,8 +37,18 @@ class Problem:
             return str(self)
         number = str(self.line)
         margin = " " * len(number)
-        before = "".join("\t" if character == "\t" else " " for character in self.source[: self.column - 1])
-        return f"{self}\n {margin} |\n {number} | {self.source}\n {margin} | {before}{'^' * max(1, self.length)}"
+        # Of a line that no screen holds, what is around the problem.
+        first = max(0, self.column - _LONGEST_LINE // 2) if len(self.source) > _LONGEST_LINE else 0
+        source = self.source[first : first + _LONGEST_LINE]
+        before = "".join("\t" if character == "\t" else " " for character in source[: self.column - 1 - first])
+        carets = "^" * max(1, min(self.length, _LONGEST_LINE))
+        return f"{self}\n {margin} |\n {number} | {source}\n {margin} | {before}{carets}"
+
+
+def listed(problems: Sequence[Problem], line: Callable[[Problem], str]) -> list[str]:
+    """The first problems, and how many more there are."""
+    more = [f"… and {len(problems) - _MOST_SHOWN:,} more problems"] if len(problems) > _MOST_SHOWN else []
+    return [line(problem) for problem in problems[:_MOST_SHOWN]] + more
 
 
 def show(value: object) -> str:
@@ -62,9 +77,10 @@ def where(path: Sequence[str | int]) -> str:
 
 def one_of(names: Iterable[object]) -> str:
     """`a`, `b` or `c`."""
-    quoted = [f"`{show(name)}`" for name in names]
-    if len(quoted) > _SHOWN_NAMES:
-        return f"one of {', '.join(quoted[:_SHOWN_NAMES])} … ({len(quoted)} in all)"
+    every = list(names)
+    quoted = [f"`{show(name)}`" for name in every[:_SHOWN_NAMES]]
+    if len(every) > _SHOWN_NAMES:
+        return f"one of {', '.join(quoted)} … ({len(every)} in all)"
     return " or ".join([", ".join(quoted[:-1]), quoted[-1]]) if len(quoted) > 1 else "".join(quoted)
 
 
@@ -72,6 +88,20 @@ def did_you_mean(word: object, names: Iterable[object]) -> str:
     """`; did you mean `x`?` for the nearest of `names`, else nothing."""
     near = nearest(word, names)
     return f"; did you mean `{near}`?" if near is not None else ""
+
+
+class Hints:
+    """`did_you_mean` for any number of mistakes: a workspace in which thousands of names are wrong is told so at once,
+    the first ones with suggestions."""
+
+    def __init__(self) -> None:
+        self._left = _MOST_COMPARED
+
+    def __call__(self, word: object, names: Collection[object]) -> str:
+        if self._left <= 0:
+            return ""
+        self._left -= len(names)
+        return did_you_mean(word, names)
 
 
 def nearest(word: object, names: Iterable[object]) -> str | None:

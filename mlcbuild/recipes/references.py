@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mlcbuild.recipes.document import Document
-from mlcbuild.recipes.problems import Problem, did_you_mean, one_of, show, where
-from mlcbuild.recipes.workspace import FOLDERS
+from mlcbuild.recipes.files import FOLDERS
+from mlcbuild.recipes.problems import Hints, Problem, one_of, show, where
 
 Place = tuple[str | int, ...]
 
@@ -29,6 +29,7 @@ _NAMES: dict[str, dict[Place, str]] = {
         ("adjust", "*", "template"): "template",
     },
     "model": {("extends",): "model", ("template",): "template", ("architecture",): "architecture"},
+    "architecture": {("extends",): "architecture"},
     "quantization": {("format",): "quantization", ("overrides", "*"): "quantization"},
 }
 # And where it names a file or a folder by its path, relative to itself.
@@ -45,13 +46,13 @@ _PATHS: dict[str, dict[Place, str]] = {
 }
 
 
-def check(document: Document, names: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
-    """Names that are in no file of `names[kind]`, and paths that lead nowhere."""
+def check(document: Document, names: Mapping[str, Mapping[str, Any]], hints: Hints) -> Iterator[Problem]:
+    """Names that are in no file of `names[kind]` (sorted), and paths that lead nowhere."""
     for pattern, kind in _NAMES.get(document.file.kind, {}).items():
         for path, name in _find(document.data, pattern):
             if name not in names[kind]:
-                hint = did_you_mean(name, names[kind]) or (
-                    f"; there is {one_of(sorted(names[kind]))}" if names[kind] else "; there is none yet"
+                hint = hints(name, names[kind]) or (
+                    f"; there is {one_of(names[kind])}" if names[kind] else "; there is none yet"
                 )
                 text = f"`{where(path)}` is `{show(name)}`, expected a name of recipes/{FOLDERS[kind]}/{hint}"
                 yield document.problem(text, path)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _NULL = ("", "~", "null", "Null", "NULL")
 _BOOLEAN = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+_MOST_ALIASED = 100_000  # values that aliases repeat: ten aliases in each of ten lists are 10^10
 _NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _TAGS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
 
@@ -60,7 +61,7 @@ def compose(text: str) -> yaml.Node:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         span = Span(mark.line + 1, mark.column + 1) if mark else Span()
-        raise Fault(f"not valid YAML: {_explain(error)}", span) from None
+        raise _no_break_space(text, span) or Fault(f"not valid YAML: {_explain(error, text, span)}", span) from None
     except yaml.reader.ReaderError as error:
         raise Fault(f"not valid YAML: character U+{_code(error):04X} is not allowed", _unprintable(text)) from None
     if node is None:
@@ -69,10 +70,13 @@ def compose(text: str) -> yaml.Node:
 
 
 def construct(root: yaml.Node) -> tuple[Any, list[Fault]]:
-    """The tree as dict, list, str, int, float, bool and None, and what had to be passed over to get there."""
-    faults: list[Fault] = []
+    """The tree as dict, list, str, int, float, bool and None, and what had to be passed over to get there.
+
+    Raises Fault where aliases repeat more than any file needs.
+    """
+    construction = _Construction()
     try:
-        return _construct(root, faults, set()), faults
+        return construction.data(root), construction.faults
     except RecursionError:
         return None, [Fault("nested too deeply", Span())]
 
@@ -85,41 +89,56 @@ def locate(root: yaml.Node, path: Sequence[str | int], key: bool = False) -> Spa
         if node.id == "sequence" and isinstance(part, int) and part < len(node.value):
             found = node.value[part]
         elif node.id == "mapping":
-            for name, value in node.value:
-                if name.value == part:
-                    found = name if key and depth == len(path) - 1 else value
+            name, value = _entries(node).get(part, (None, None))
+            found = name if key and depth == len(path) - 1 else value
         if found is None:
             break
         node = found
     return _span(node)
 
 
-def _construct(node: Any, faults: list[Fault], open_nodes: set[int]) -> Any:
-    if node.tag not in _TAGS:
-        faults.append(Fault(f"tag `{node.tag.replace('tag:yaml.org,2002:', '!!')}` is not supported", _span(node)))
-    if node.id == "scalar":
-        return node.value if node.style else _plain(node.value)
-    if id(node) in open_nodes:
-        faults.append(Fault("an alias stands inside what it refers to", _span(node)))
-        return None
-    open_nodes.add(id(node))
-    data: Any
-    lines: dict[str, int] = {}
-    if node.id == "sequence":
-        data = [_construct(item, faults, open_nodes) for item in node.value]
-    else:
-        data = {}
+class _Construction:
+    """Nodes as plain data; an alias is the data of what it refers to, once more."""
+
+    def __init__(self) -> None:
+        self.faults: list[Fault] = []
+        self._open: set[int] = set()  # nodes that are being made
+        self._made: set[int] = set()
+        self._aliased = 0
+
+    def data(self, node: Any) -> Any:
+        """The data of a node."""
+        if id(node) in self._made:
+            self._aliased += 1
+            if self._aliased > _MOST_ALIASED:
+                raise Fault(f"aliases repeat more than {_MOST_ALIASED:,} values; write it out shorter", _span(node))
+        self._made.add(id(node))
+        if node.tag not in _TAGS:
+            text = f"tag `{node.tag.replace('tag:yaml.org,2002:', '!!')}` is not supported"
+            self.faults.append(Fault(text, _span(node)))
+        if node.id == "scalar":
+            return node.value if node.style else _plain(node.value)
+        if id(node) in self._open:
+            self.faults.append(Fault("an alias stands inside what it refers to", _span(node)))
+            return None
+        self._open.add(id(node))
+        data = [self.data(item) for item in node.value] if node.id == "sequence" else self._mapping(node)
+        self._open.discard(id(node))
+        return data
+
+    def _mapping(self, node: Any) -> dict[str, Any]:
+        data: dict[str, Any] = {}
+        lines: dict[str, int] = {}
         for key, value in node.value:
             if key.id != "scalar":
-                faults.append(Fault("a key must be text, not a list or a mapping", _span(key)))
+                self.faults.append(Fault("a key must be text, not a list or a mapping", _span(key)))
                 continue
             if key.value in data:
                 text = f"key `{key.value}` is repeated: it stands on line {lines[key.value]} too; remove one of them"
-                faults.append(Fault(text, _span(key)))
+                self.faults.append(Fault(text, _span(key)))
             lines[key.value] = key.start_mark.line + 1
-            data[key.value] = _construct(value, faults, open_nodes)
-    open_nodes.discard(id(node))
-    return data
+            data[key.value] = self.data(value)
+        return data
 
 
 def _plain(text: str) -> str | int | float | bool | None:
@@ -132,6 +151,11 @@ def _plain(text: str) -> str | int | float | bool | None:
         if math.isfinite(number):  # a number beyond that stays text, which no schema takes for a number
             return int(text) if text.lstrip("+-").isdecimal() else number
     return text
+
+
+@functools.lru_cache(maxsize=8)  # of thousands of problems in one mapping, each asks for the same one
+def _entries(node: yaml.MappingNode) -> dict[Any, tuple[Any, Any]]:
+    return {name.value: (name, value) for name, value in node.value if name.id == "scalar"}
 
 
 def _span(node: Any) -> Span:
@@ -159,9 +183,21 @@ def _loader() -> Any:
     return Loader
 
 
-def _explain(error: yaml.MarkedYAMLError) -> str:
+def _no_break_space(text: str, span: Span) -> Fault | None:
+    """The fault of a no-break space where YAML needs a space, which the parser meets later, if at all."""
+    read = "".join(text.splitlines(keepends=True)[: span.line])
+    match = re.search("^[ \xa0]*(\xa0)|[:-](\xa0)", read, re.MULTILINE)
+    if match is None:
+        return None
+    return Fault(
+        "a no-break space (U+00A0) is no space in YAML; write an ordinary one", _span_at(text, match.end() - 1)
+    )
+
+
+def _explain(error: yaml.MarkedYAMLError, text: str, span: Span) -> str:
     problem, context = error.problem or "", error.context or ""
-    if "found a tab character" in problem or problem.startswith("found character '\\t'"):
+    before = "".join(text.splitlines()[span.line - 1 : span.line])[: span.column]
+    if "found a tab character" in problem or (before.isspace() and before.endswith("\t")):
         return "a tab is used for indentation; use spaces"
     if problem == "but found another document":
         return "a file holds one document, here a second one begins"

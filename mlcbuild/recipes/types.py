@@ -183,6 +183,16 @@ class Model:
     lora: Source | None = None  # an adapter, merged into `source`
     calibration: Path | None = None  # text for `rounding: calibrated`; None means the one that ships with mlcbuild
 
+    @property
+    def sources(self) -> list[Source]:
+        """Every checkpoint that the model is made of, its own first."""
+        return [source for source in (self.source, self.delta_of, self.lora) if source is not None]
+
+    @property
+    def hub_sources(self) -> list[Source]:
+        """Those that are on a hub."""
+        return [source for source in self.sources if source.hf is not None]
+
 
 @dataclass(frozen=True)
 class Recipe:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.text import table
 
 Package = Mapping[str, Any]
 
@@ -41,14 +42,9 @@ def compare(one: Path, other: Path) -> str:
     lines = [("", one.name, other.name, "second / first")]
     for what, get in _ROWS:
         values = [get(package) for package in packages]
-        if values == [None, None]:
-            continue  # a figure of another kind of model
-        lines.append((what, _text(what, values[0]), _text(what, values[1]), _relation(what, values[0], values[1])))
-    widths = [max(len(line[column]) for line in lines) for column in range(4)]
-    return "".join(
-        "  ".join([line[0].ljust(widths[0]), *(line[c].rjust(widths[c]) for c in (1, 2, 3))]).rstrip() + "\n"
-        for line in lines
-    )
+        if values != [None, None]:  # a figure of another kind of model
+            lines.append((what, _text(what, values[0]), _text(what, values[1]), _relation(what, *values)))
+    return "".join(f"{line}\n" for line in table(lines))
 
 
 def read_package(folder: Path) -> dict[str, Any]:

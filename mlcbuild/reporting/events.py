@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from mlcbuild.errors import MlcBuildError
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,51 @@ Event = (
 Report = Callable[[Event], None]
 
 
+_EVENTS = {re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower(): kind for kind in get_args(Event)}
+_NAMES = {kind: name for name, kind in _EVENTS.items()}
+_TYPES: dict[str, tuple[type, ...]] = {  # of fields, as JSON has them; others are strings
+    "int": (int,),
+    "float": (int, float),
+    "float | None": (int, float, type(None)),
+    "tuple[str, ...]": (list, tuple),
+}
+
+
 def to_json(event: Event) -> dict[str, Any]:
     """`{"event": "step_finished", "step": ...}`."""
-    name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
-    return {"event": name, **dataclasses.asdict(event)}
+    return {"event": _NAMES[type(event)], **dataclasses.asdict(event)}
+
+
+def from_json(record: Any) -> Event | None:
+    """The event; None for a kind that is not known here. Raises ValueError for what is none at all."""
+    if not isinstance(record, dict) or not isinstance(record.get("event"), str):
+        raise ValueError("not an object with an event")
+    kind = _EVENTS.get(record["event"])
+    if kind is None:
+        return None
+    known = [field for field in dataclasses.fields(kind) if field.name in record]
+    for field in known:
+        if not isinstance(record[field.name], _TYPES.get(str(field.type), (str,))):
+            raise ValueError(f"{field.name} is {record[field.name]!r}")
+    try:
+        event: Event = kind(**{field.name: record[field.name] for field in known})
+    except TypeError as error:  # a field is missing
+        raise ValueError(str(error)) from None
+    return event
+
+
+def json_log(path: Path) -> Report:
+    """A report that appends one line per event, with `time` (seconds since 1970) in front.
+
+    Each line is one write, so that several processes may share the file. Raises MlcBuildError when it cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    except OSError as error:
+        raise MlcBuildError(f"{path}: the log cannot be written: {error.strerror}") from None
+
+    def report(event: Event) -> None:
+        line = json.dumps({"time": round(time.time(), 3), **to_json(event)})
+        os.write(descriptor, line.encode() + b"\n")
+
+    return report

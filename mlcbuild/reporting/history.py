@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.reporting.events import (
+    Event,
+    PackageInstalled,
+    RecipePlanned,
+    RecipeUnavailable,
+    RunFinished,
+    StepFinished,
+    from_json,
+)
 
 STATUSES = ("failed", "not tried", "unavailable", "built", "hit")  # the worst first
 
@@ -47,14 +56,20 @@ class Run:
     def count(self, status: str) -> int:
         return sum(cell.status == status for cell in self.cells)
 
+    @property
+    def counts(self) -> str:
+        """`1 failed, 3 built`."""
+        return ", ".join(f"{self.count(status)} {status}" for status in STATUSES if self.count(status))
+
 
 @dataclass
 class _Reading:
-    recipes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    steps: dict[str, dict[str, Any]] = field(default_factory=dict)
-    packages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What is known of a run so far."""
+
+    planned: dict[str, RecipePlanned] = field(default_factory=dict)
+    steps: dict[str, StepFinished] = field(default_factory=dict)
+    packages: dict[str, PackageInstalled] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
-    time: float = 0.0
 
 
 def read_logs(paths: Iterable[Path]) -> list[Run]:
@@ -71,75 +86,71 @@ def read_logs(paths: Iterable[Path]) -> list[Run]:
     return sorted(runs, key=lambda run: run.time)
 
 
-def runs_of(events: Iterable[Mapping[str, Any]]) -> list[Run]:
-    """The runs that these events (`to_json`, with `time`) tell of."""
-    runs, now = [], _Reading()
-    for event in events:
-        now.time = event.get("time", 0.0)
-        match event.get("event"):
-            case "recipe_planned":
-                now.recipes[event["recipe"]] = dict(event)
-            case "step_finished":
+def runs_of(events: Iterable[tuple[float, Event]]) -> list[Run]:
+    """The runs that these events tell of; with each comes its time, in seconds since 1970."""
+    runs, now, when = [], _Reading(), 0.0
+    for when, event in events:
+        match event:
+            case RecipePlanned(recipe):
+                now.planned[recipe] = event
+            case StepFinished(step):
                 # A step that ran is looked at again by what needs it; that it ran is what counts.
-                if now.steps.get(event["step"], {}).get("outcome") not in ("built", "failed"):
-                    now.steps[event["step"]] = dict(event)
-            case "package_installed":
-                now.packages[event["recipe"]] = dict(event)
-            case "recipe_unavailable":
-                now.unavailable[event["recipe"]] = event["text"]
-            case "run_finished":
-                counts = {name: event[name] for name in ("seconds", "built", "hit", "failed", "skipped")}
-                runs.append(Run(now.time, _cells(now), **counts))
+                if step not in now.steps or now.steps[step].outcome == "hit":
+                    now.steps[step] = event
+            case PackageInstalled(recipe):
+                now.packages[recipe] = event
+            case RecipeUnavailable(recipe, text):
+                now.unavailable[recipe] = text
+            case RunFinished():
+                runs.append(Run(when, _cells(now), **vars(event)))
                 now = _Reading()
     if now.steps or now.packages:
-        runs.append(Run(now.time, _cells(now), ended=False))
+        runs.append(Run(when, _cells(now), ended=False))
     return runs
 
 
-def _events(path: Path, lines: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _events(path: Path, lines: Sequence[str]) -> Iterator[tuple[float, Event]]:
     for number, line in enumerate(lines, 1):
         try:
-            event = json.loads(line)
-            event["event"]
-        except (ValueError, TypeError, KeyError):
+            record = json.loads(line)
+            event, when = from_json(record), float(record.get("time", 0.0))
+            time.gmtime(when)
+        except (ValueError, TypeError, OverflowError, OSError, RecursionError):
             if number == len(lines):
                 return  # a build that is being written, or was killed
             raise MlcBuildError(f"{path}:{number}: not a line of a build's JSON log") from None
-        yield event
+        if event is not None:
+            yield when, event
 
 
 def _cells(now: _Reading) -> list[Cell]:
-    names = dict.fromkeys([*now.recipes, *now.packages, *now.unavailable])
-    return [_cell(name, now) for name in sorted(names)]
+    return [_cell(name, now) for name in sorted({*now.planned, *now.packages, *now.unavailable})]
 
 
 def _cell(name: str, now: _Reading) -> Cell:
-    known = now.recipes.get(name, {})
+    known = now.planned.get(name, RecipePlanned(name, name, "", "", ()))
     package = now.packages.get(name)
-    steps = [
-        now.steps[step] for step in (*known.get("steps", ()), f"build:{name}", f"publish:{name}") if step in now.steps
-    ]
-    ran = [step for step in steps if step["outcome"] == "built" and step["kind"] != "publish"]
-    failures = [step for step in steps if step["outcome"] == "failed"]
+    steps = [now.steps[step] for step in (*known.steps, f"build:{name}", f"publish:{name}") if step in now.steps]
+    ran = [step for step in steps if step.outcome == "built" and step.kind != "publish"]
+    failures = [step for step in steps if step.outcome == "failed"]
     if package is not None and not failures:
-        status = "built" if package["outcome"] == "installed" or ran else "hit"
+        status = "built" if package.outcome == "installed" or ran else "hit"
     elif name in now.unavailable:
         status = "unavailable"
     else:
         status = "failed" if failures else "not tried"
-    reasons = dict.fromkeys(line for step in ran + failures for line in step.get("why", "").splitlines())
-    package = package or {}
+    reasons = dict.fromkeys(line for step in ran + failures for line in step.why.splitlines())
     return Cell(
         name,
-        known.get("model", name),
-        known.get("quantization", ""),
-        known.get("target", ""),
+        known.model,
+        known.quantization,
+        known.target,
         status,
-        seconds=sum(step["seconds"] for step in ran + failures),
-        size=package.get("size", 0),
-        kl=package.get("kl"),
-        quality=package.get("status", ""),
+        seconds=sum(step.seconds for step in ran + failures),
+        size=package.size if package else 0,
+        kl=package.kl if package else None,
+        quality=package.status if package else "",
         why=tuple(reason for reason in reasons if "has to run first" not in reason),
-        failure="\n".join(step["text"] for step in failures) or now.unavailable.get(name, ""),
-        log="\n".join(step["log"] for step in failures if step.get("log")),
+        failure="\n".join(step.text for step in failures) or now.unavailable.get(name, ""),
+        log="\n".join(step.log for step in failures if step.log),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mlcbuild.reporting.history import STATUSES, Cell, Run
-from mlcbuild.reporting.plain import amount
+from mlcbuild.text import amount
 
 _MARKS = {"failed": "❌", "not tried": "⏭️", "unavailable": "➖", "built": "✅", "hit": "☑️"}
 _SHOWN = 200  # rows: GitHub cuts summaries at 1 MiB
@@ -14,9 +14,8 @@ _SHOWN = 200  # rows: GitHub cuts summaries at 1 MiB
 def markdown(runs: Sequence[Run]) -> str:
     """The latest run: one line of counts, a table of recipes (the worst first), and what failed."""
     run = runs[-1]
-    counts = ", ".join(f"{run.count(status)} {status}" for status in STATUSES if run.count(status))
     lines = [
-        f"## mlcbuild: {counts or 'no recipes'}",
+        f"## mlcbuild: {run.counts or 'no recipes'}",
         "",
         f"{run.built} tasks done, {run.hit} up to date, {run.failed} failed, {run.skipped} not tried; "
         f"{run.seconds:.1f} s" + ("" if run.ended else " — the build did not end"),

@@ -87,7 +87,7 @@ class Model:
         """
         ids = self.tokenizer.encode(text)
         eos = self.config.get("eos_token_id")
-        eos = eos[0] if isinstance(eos, list) else eos
+        eos = (*eos, None)[0] if isinstance(eos, list) else eos
         how = embedding.pooling(self.config, self.network.library)
         if how.strategy == "last" and isinstance(eos, int) and self.tokenizer.encode("") == []:
             return [*ids, eos]
@@ -225,19 +225,31 @@ def conversation(config: Mapping[str, Any]) -> chat.Conversation:
 
 def load_network(files: package.PackageFiles, thread_count: int | None = None, device: str | None = None) -> Network:
     """The library of a package with its weights mapped (on a GPU copied there), after checking that they fit."""
+    records, vocab_size = weights.read_index(files.weights), files.config.get("vocab_size")
+    return network(files.library, records, files.weights, vocab_size, thread_count, device)
+
+
+def network(
+    library: Path,
+    records: Sequence[weights.Record],
+    source: object,
+    vocab_size: Any = None,
+    thread_count: int | None = None,
+    device: str | None = None,
+) -> Network:
+    """A library with the tensors of `records`, which `source` has; `vocab_size` where it leaves that open.
+
+    Raises MlcBuildError where they are not those that the library was compiled for.
+    """
     import tvm_ffi
 
     count = threads.configure(threads.choose(thread_count))
-    opened = Library(files.library, Device(device) if device is not None else None)
+    opened = Library(library, Device(device) if device is not None else None)
     wanted = opened.metadata.parameters
-    records = weights.read_index(files.weights)
-    sizes = match(wanted, records, files.library, files.weights)
+    vocab_size = match(wanted, records, library, source).get("vocab_size", vocab_size)
+    if not isinstance(vocab_size, int):
+        raise MlcBuildError(f"{library}: neither its parameters nor {package.CONFIG_NAME} tell the vocabulary's size")
     by_name = {record.name: record for record in records}
     loaded = weights.load([by_name[parameter.name] for parameter in wanted])
     tensors = [opened.device.place(tensor) for tensor in loaded]
-    vocab_size = sizes.get("vocab_size", files.config.get("vocab_size"))
-    if not isinstance(vocab_size, int):
-        raise MlcBuildError(
-            f"{files.library}: neither its parameters nor {package.CONFIG_NAME} tell the vocabulary's size"
-        )
     return Network(opened, tvm_ffi.convert(tensors), vocab_size, count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -88,10 +89,12 @@ class SentencePieceTokenizer:
         self._bos = self._model.bos_id() if config.get("add_bos_token", True) else -1
         self._eos = self._model.eos_id() if config.get("add_eos_token", False) else -1
         self._added: dict[str, int] = _read_json(path.with_name("added_tokens.json"))
+        self._marks = re.compile(f"({'|'.join(map(re.escape, sorted(self._added, key=len, reverse=True)))})")
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         ids: list[int] = []
-        for piece in self._split(text):
+        pieces = self._marks.split(text) if self._added else [text]  # added tokens stand for themselves
+        for piece in filter(None, pieces):
             ids += [self._added[piece]] if piece in self._added else self._model.encode(piece)
         if not add_special_tokens:
             return ids
@@ -107,15 +110,6 @@ class SentencePieceTokenizer:
 
     def token_to_id(self, token: str) -> int | None:
         return self.tokens().get(token)
-
-    def _split(self, text: str) -> list[str]:
-        """The text cut at added tokens, which stand for themselves."""
-        pieces = [text]
-        for token in sorted(self._added, key=len, reverse=True):
-            pieces = [
-                part for piece in pieces for part in (_around(piece, token) if piece not in self._added else [piece])
-            ]
-        return [piece for piece in pieces if piece]
 
 
 class RwkvTokenizer:
@@ -150,11 +144,6 @@ class RwkvTokenizer:
 
     def token_to_id(self, token: str) -> int | None:
         return self.tokens().get(token)
-
-
-def _around(text: str, token: str) -> list[str]:
-    parts = text.split(token)
-    return [part for i, piece in enumerate(parts) for part in ((token, piece) if i else (piece,))]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

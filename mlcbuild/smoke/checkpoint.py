@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlcbuild.cache.canonical import digest_json
+from mlcbuild.cache.tree import digest_json
 from mlcbuild.models.architecture import resolve
 from mlcbuild.models.fields import keys, lookup
 from mlcbuild.models.parameters import Parameter, parameters

@@ -9,24 +9,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlcbuild.cache.runs import begin
-from mlcbuild.cache.share import made_for
+from mlcbuild.cache.disk import made_for
+from mlcbuild.cache.layout import RECIPES_MEMO, TEST_RUN
+from mlcbuild.cache.locks import begin
 from mlcbuild.cache.store import Store, total_size
 from mlcbuild.engine.builder import Builder
 from mlcbuild.engine.lookup import Lookup
 from mlcbuild.errors import MlcBuildError, Unavailable
 from mlcbuild.models import architecture as architectures
-from mlcbuild.planning.planner import config_of, plan
+from mlcbuild.planning.planner import plan
+from mlcbuild.planning.shapes import config_of
 from mlcbuild.recipes.load import load
 from mlcbuild.recipes.select import select
 from mlcbuild.recipes.types import Catalog, Locked, Model, Recipe, Source, Template
 from mlcbuild.reporting.events import Event, PackageInstalled, Report
-from mlcbuild.reporting.plain import amount
 from mlcbuild.smoke import checkpoint
-from mlcbuild.workspace.locking import locker, look_up
+from mlcbuild.text import amount
+from mlcbuild.workspace.hub_locks import lock_missing, locker
 from mlcbuild.workspace.session import QUALITY, Session, open_store
 
-FOLDER = "test-run"  # in the cache
 _TEXT = Path(__file__).parent / "text.txt"
 
 
@@ -37,16 +38,16 @@ def test_run(root: Path, names: str, cache: Path | None, report: Report) -> dict
     """
     store = open_store(root, cache)
     begin(store.root)
-    catalog = load(root, memo=store.root / "recipes.memo")
+    catalog = load(root, memo=store.root / RECIPES_MEMO)
     results: dict[str, str] = {}
     problems = []
     for recipe in select(catalog, names):
         try:
             only_config = replace(recipe.model, delta_of=None, lora=None)
-            refused = look_up(root, store.root, [only_config], report, refuse=False)
+            refused = lock_missing(root, store.root, [only_config], report, refuse=False)
             config = config_of(recipe.model, locker(root, refused))
             with made_for(store.root):  # the next user who tries this recipe replaces what is made here
-                results[recipe.name] = _try(store, *small(catalog, recipe, config, store.root / FOLDER), report)
+                results[recipe.name] = _try(store, *small(catalog, recipe, config, store.root / TEST_RUN), report)
         except MlcBuildError as error:
             problems.append(f"{recipe.name}: {error}")
     if problems:
@@ -87,7 +88,7 @@ def _try(store: Store, catalog: Catalog, recipe: Recipe, report: Report) -> str:
     graph = plan(catalog, [recipe], _no_hub)
     if graph.unavailable:
         raise Unavailable(f"unavailable: {graph.unavailable[recipe.name]}")
-    root = store.root / FOLDER
+    root = store.root / TEST_RUN
 
     def relay(event: Event) -> None:
         if not isinstance(event, PackageInstalled):  # not in the workspace's dist/, as that would say

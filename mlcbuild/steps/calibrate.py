@@ -12,41 +12,11 @@ from mlcbuild.engine.job import Job
 from mlcbuild.models import structure
 from mlcbuild.runtime.tokenizer import load_tokenizer
 from mlcbuild.verify import evaluate
-from mlcbuild.verify.blocks import Blocks
 from mlcbuild.verify.importance import importance
-from mlcbuild.verify.unquantized import Unquantized
+from mlcbuild.verify.pieces import Pieces
+from mlcbuild.verify.tensors import Unquantized
 
 VERSION = 1
-CODE = (
-    "mlcbuild.chat.conversation",
-    "mlcbuild.chat.rwkv_vocabulary",
-    "mlcbuild.checkpoints.header",
-    "mlcbuild.checkpoints.mapped",
-    "mlcbuild.verify.blocks",
-    "mlcbuild.verify.importance",
-    "mlcbuild.verify.model",
-    "mlcbuild.verify.unquantized",
-    "mlcbuild.models.kinds",
-    "mlcbuild.models.parameters",
-    "mlcbuild.models.structure",
-    "mlcbuild.quantization.blocks",
-    "mlcbuild.quantization.floats",
-    "mlcbuild.quantization.schemes",
-    "mlcbuild.quantization.sources",
-    "mlcbuild.recipes.types",
-    "mlcbuild.runtime.embedding",
-    "mlcbuild.verify.evaluate",
-    "mlcbuild.runtime.library",
-    "mlcbuild.runtime.model",
-    "mlcbuild.runtime.package",
-    "mlcbuild.runtime.sampling",
-    "mlcbuild.runtime.session",
-    "mlcbuild.runtime.text",
-    "mlcbuild.runtime.threads",
-    "mlcbuild.runtime.tokenizer",
-    "mlcbuild.runtime.tvm_runtime",
-    "mlcbuild.runtime.weights",
-)
 TOOLS = ("apache-tvm", "apache-tvm-ffi", "numpy", "safetensors", "sentencepiece", "tokenizers")
 
 _TOKENS = 16384  # of a text; more would hardly move a mean square
@@ -56,12 +26,12 @@ def run(job: Job) -> None:
     """Raises MlcBuildError for a text with nothing in it, and for a model that computes NaN or Inf."""
     model = structure.from_json(job.fields["structure"])
     (library,) = job.folder(job.inputs["blocks"], job.scratch / "blocks").glob("model.*")
-    blocks = Blocks(library)
+    pieces = Pieces(library)
     (text,) = job.inputs["text"].files.values()
     tokenizer = load_tokenizer(job.folder(job.inputs["checkpoint"], job.scratch / "checkpoint"))
     documents = evaluate.documents(text.path.read_text(encoding="utf-8"), tokenizer)
     windows, tokens = [], 0
-    for window in evaluate.windows(documents, min(blocks.window, model.context_window_size)):
+    for window in evaluate.windows(documents, min(pieces.window, model.context_window_size)):
         if tokens + len(window) > _TOKENS:
             job.note(f"the calibration text is long: its first {tokens} tokens are enough")
             break
@@ -69,7 +39,7 @@ def run(job: Job) -> None:
         tokens += len(window)
     found = importance(
         model,
-        blocks,
+        pieces,
         Unquantized(job.inputs["convert"].read_json("parameters.json"), job.materials),
         windows,
         lambda done, total: job.progress(done, total, "layers"),

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlcbuild.checkpoints import made
+from mlcbuild.checkpoints import computed
+from mlcbuild.checkpoints.computed import Computed
 from mlcbuild.checkpoints.header import TensorRef
 from mlcbuild.checkpoints.index import as_stored, entry, index, with_prefix
-from mlcbuild.checkpoints.made import Made
 from mlcbuild.checkpoints.table import read_table
 from mlcbuild.engine.job import Entry, Job
 from mlcbuild.errors import CheckpointError
@@ -27,24 +27,6 @@ from mlcbuild.models.parameters import Parameter, ignored, parameters
 from mlcbuild.models.structure import Structure
 
 VERSION = 2
-CODE = (
-    "mlcbuild.checkpoints.header",
-    "mlcbuild.checkpoints.index",
-    "mlcbuild.checkpoints.made",
-    "mlcbuild.checkpoints.mapped",
-    "mlcbuild.checkpoints.table",
-    "mlcbuild.checkpoints.torch_files",
-    "mlcbuild.merging.delta",
-    "mlcbuild.merging.lora",
-    "mlcbuild.merging.prequantized",
-    "mlcbuild.merging.rearranged",
-    "mlcbuild.models.kinds",
-    "mlcbuild.models.numbers",
-    "mlcbuild.models.parameters",
-    "mlcbuild.models.structure",
-    "mlcbuild.quantization.awq",
-    "mlcbuild.quantization.floats",
-)
 TOOLS = ("numpy",)
 
 
@@ -52,7 +34,7 @@ def run(job: Job) -> None:
     """Raises CheckpointError when the checkpoint does not hold the parameters that its structure has."""
     model = structure.from_json(job.fields["structure"])
     files = job.inputs["checkpoint"].files
-    table = _table(files, model)
+    table = _table(job, files, model)
     scheme = prequantized.scheme(_config(files))
     if scheme is None:
         prequantized.check_absent(table)
@@ -64,9 +46,10 @@ def run(job: Job) -> None:
     (job.output / "parameters.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _table(files: Mapping[str, Entry], model: Structure) -> dict[str, TensorRef]:
+def _table(job: Job, files: Mapping[str, Entry], model: Structure) -> dict[str, TensorRef]:
     wanted = [name for parameter in parameters(model) for name in (*parameter.sources, *parameter.alternative)]
-    return with_prefix(read_table(*_paths_and_digests(files)), model.optional_prefix, [*wanted, *ignored(model)])
+    found = read_table(*_paths_and_digests(files))
+    return with_prefix(found, model.optional_prefix, [*wanted, *ignored(model)], job.note)
 
 
 def _indexed(job: Job, model: Structure, table: Mapping[str, TensorRef]) -> dict[str, Any]:
@@ -74,14 +57,14 @@ def _indexed(job: Job, model: Structure, table: Mapping[str, TensorRef]) -> dict
     wanted = as_stored(parameters(model), table)
     document = index(wanted, table, ignored(model), job.note)
     needed = {source for parameter in wanted for source in parameter.sources}
-    changed = made.strided(table, needed)
+    changed = computed.strided(table, needed)
     if "base" in job.inputs:
         files = job.inputs["base"].files
         scheme = prequantized.scheme(_config(files))
         if scheme is not None:
             raise CheckpointError(f"delta_of: the base is quantized by {scheme.method}: name the unquantized one")
         try:
-            base = _table(files, model)
+            base = _table(job, files, model)
         except CheckpointError as error:
             raise CheckpointError("\n".join(f"delta_of: {line}" for line in str(error).splitlines())) from None
         changed = delta.merged(wanted, table, base, ignored(model))
@@ -99,7 +82,7 @@ def _write(
     document: Mapping[str, Any],
     wanted: Sequence[Parameter],
     table: Mapping[str, TensorRef],
-    changed: Sequence[Made],
+    changed: Sequence[Computed],
 ) -> None:
     """Make what is `changed`, and the parameters that are not the checkpoint's tensors as they are; refer to both.
 
@@ -107,10 +90,10 @@ def _write(
     """
     direct = {table[source].name for each in wanted if not each.convert for source in each.sources}
     apart = [each for each in changed if each.target.name not in direct]
-    between = made.write(made.place(apart), job.scratch, job.progress)
+    between = computed.write(computed.place(apart), job.scratch, job.progress)
     forms = rearranged(wanted, {name: between.get(ref.name, ref) for name, ref in table.items()})
     kept = [each for each in changed if each.target.name in direct]
-    written = made.write(made.place([*kept, *forms]), job.output, job.progress)
+    written = computed.write(computed.place([*kept, *forms]), job.output, job.progress)
     _point(document, written)
     for number, parameter in enumerate(wanted):
         if parameter.convert:

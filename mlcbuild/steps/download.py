@@ -11,8 +11,8 @@ from pathlib import Path
 from mlcbuild.engine.job import Job
 
 VERSION = 1
-CODE = ()
-TOOLS = ()  # neither code nor tools can change what the files are: their digests are in the key
+TOOLS = ()
+CODE_COUNTS = False  # what fetches the files cannot change what they are: their digests are in the key
 
 _KEPT = 30 * 24 * 3600  # seconds: an unfinished download that nobody has gone on with for so long is given up
 

@@ -2,6 +2,7 @@
 
 <model>-<quantization>-MLC/         shards and index (nothing copied), tokenizer files, mlc-chat-config.json
 <model>-<quantization>-<target>.<so|dylib|dll|tar|wasm>
+chat.html                           for browsers
 """
 
 from __future__ import annotations
@@ -12,17 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from mlcbuild.chat import rwkv_vocabulary
-from mlcbuild.chat.checkpoint import CheckpointChat, read_checkpoint_chat
+from mlcbuild.chat.checkpoint import CheckpointChat, embedding_metadata, read_checkpoint_chat, with_ends
 from mlcbuild.chat.config import TOKENIZER_FILES, chat_config, to_text
 from mlcbuild.chat.conversation import Conversation, from_data
 from mlcbuild.chat.derive import AUTO, derive
-from mlcbuild.chat.pooling import embedding_metadata
-from mlcbuild.chat.tokenizer_info import read_json
+from mlcbuild.chat.jinja import CHAT_TEMPLATE
+from mlcbuild.chat.tokenizer_info import SPECIAL_MAP, read_json
 from mlcbuild.engine.job import Job, Tree
 from mlcbuild.errors import MlcBuildError
 
 VERSION = 1
-CODE = ("mlcbuild.chat",)
 TOOLS = ("jinja2", "sentencepiece")
 
 _INDEX, _OLDER_INDEX = "tensor-cache.json", "ndarray-cache.json"
@@ -34,6 +34,7 @@ def run(job: Job) -> None:
     quantization's, told to runtimes: how weights were rounded into it is nothing to them); for a model of texts also
     embedding: the architecture's embedding_metadata.
 
+    Entry, for browsers: what makes the page of a model, from its name and those of its weights and its library.
     Inputs: `quantize` (params_shard_N.bin, tensor-cache.json), `library` (model.<suffix>), `checkpoint` (tokenizer
     files, chat_template.jinja, config.json, generation_config.json). Raises MlcBuildError where the checkpoint has no
     tokenizer, and where the template `auto` cannot be derived from it.
@@ -45,7 +46,8 @@ def run(job: Job) -> None:
         job.reuse(entry, f"{weights}/{name}")
     job.reuse(job.inputs["quantize"].files[_INDEX], f"{weights}/{_OLDER_INDEX}")
     name, entry = library_file(job.inputs["library"])
-    job.reuse(entry, f"{stem}-{fields['target']}{name.removeprefix('model')}")
+    library = f"{stem}-{fields['target']}{name.removeprefix('model')}"
+    job.reuse(entry, library)
 
     checkpoint = job.inputs["checkpoint"]
     present = [file for file in TOKENIZER_FILES if file in checkpoint]
@@ -68,7 +70,7 @@ def run(job: Job) -> None:
         )
     folder = job.output / weights
     folder.mkdir()
-    for file in [*present, *(["chat_template.jinja"] if "chat_template.jinja" in checkpoint else [])]:
+    for file in [*present, *(name for name in (CHAT_TEMPLATE, SPECIAL_MAP) if name in checkpoint)]:
         # Copied: a local checkpoint's files belong to the user and may change after the package is made.
         shutil.copyfile(checkpoint.path(file), folder / file)
     present += _rwkv_tokenizer(job, folder)
@@ -81,8 +83,11 @@ def run(job: Job) -> None:
         present,
         [read_json(checkpoint.path(name)) for name in _CONFIGS if name in checkpoint],
         _embedding(job),
+        chat.special,
     )
     (folder / "mlc-chat-config.json").write_text(to_text(config), encoding="utf-8")
+    if job.has_entry:
+        (job.output / "chat.html").write_text(job.entry(stem, weights, library), encoding="utf-8")
 
 
 def _rwkv_tokenizer(job: Job, folder: Path) -> list[str]:
@@ -125,7 +130,7 @@ def library_file(tree: Tree) -> tuple[str, Any]:
 def _conversation(job: Job, chat: CheckpointChat) -> Conversation:
     template: Mapping[str, Any] = job.fields["template"]
     if template["name"] != AUTO:
-        return from_data(template["name"], template)
+        return with_ends(from_data(template["name"], template), chat)
     derived = derive(chat)
     for note in derived.notes:
         job.note(f"template {AUTO}: {note}")

@@ -17,27 +17,6 @@ from mlcbuild.quantization.stream import quantize
 from mlcbuild.recipes.types import quantization_from_json
 
 VERSION = 2
-CODE = (
-    "mlcbuild.checkpoints.header",
-    "mlcbuild.checkpoints.mapped",
-    "mlcbuild.zig",
-    "mlcbuild.models.kinds",
-    "mlcbuild.models.parameters",
-    "mlcbuild.models.structure",
-    "mlcbuild.quantization.asymmetric",
-    "mlcbuild.quantization.blocks",
-    "mlcbuild.quantization.compiled",
-    "mlcbuild.quantization.floats",
-    "mlcbuild.quantization.group",
-    "mlcbuild.quantization.kernels",
-    "mlcbuild.quantization.outer",
-    "mlcbuild.quantization.schemes",
-    "mlcbuild.quantization.search",
-    "mlcbuild.quantization.sources",
-    "mlcbuild.quantization.stream",
-    "mlcbuild.quantization.tensor_cache",
-    "mlcbuild.recipes.types",
-)
 TOOLS = ("numpy", "ziglang")
 
 IMPORTANCE = "importance.safetensors"

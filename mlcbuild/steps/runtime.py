@@ -8,7 +8,6 @@ from __future__ import annotations
 from mlcbuild.engine.job import Job
 
 VERSION = 1
-CODE = ("mlcbuild.compiler.web.emscripten", "mlcbuild.compiler.web.headers")
 TOOLS = ("apache-tvm", "apache-tvm-ffi")
 
 

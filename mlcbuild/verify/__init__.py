@@ -1,1 +1,1 @@
-"""A text through a model, one layer after the other: what calibration measures, and verification beyond memory."""
+"""Judging a package: figures beside the unquantized model's, bounds, a text through a model layer by layer."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
@@ -44,7 +43,7 @@ BOUNDS = {
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Figures:
     """Over `texts` documents of `tokens` tokens together."""
 
     cosine: float
@@ -60,7 +59,7 @@ def compare(
     how: Pooling,
     texts: Sequence[Sequence[int]],
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Comparison:
+) -> Figures:
     """`model` against `reference` on the token ids of some documents.
 
     Raises MlcBuildError for hidden states that are not finite, naming whose and where, and where there is no document.
@@ -80,12 +79,13 @@ def compare(
     if not cosines:
         raise MlcBuildError("the evaluation text has no document: nothing to evaluate on")
     error = math.sqrt(difference / max(size, 1e-30))
-    return Comparison(sum(cosines) / len(cosines), min(cosines), error, len(cosines), total)
+    return Figures(sum(cosines) / len(cosines), min(cosines), error, len(cosines), total)
 
 
-def rounded(comparison: Comparison) -> dict[str, float | int]:
-    """The figures as they are published and judged."""
-    return {name: round(value, _DECIMALS) if isinstance(value, float) else value for name, value in _items(comparison)}
+def rounded(figures: Figures) -> dict[str, float | int]:
+    """As they are published and judged."""
+    said = asdict(figures).items()
+    return {name: round(value, _DECIMALS) if isinstance(value, float) else value for name, value in said}
 
 
 def bounds(kind: str, model_dtype: str, cosine: float | None = None) -> Bounds:
@@ -117,10 +117,6 @@ def advice(figures: Mapping[str, float], limits: Bounds) -> str:
         "Use a finer quantization, or, where this is right for the model, say so in its YAML file: "
         "`verify: {cosine: ...}` for another bound, `verify: {gate: report}` to record a miss only"
     )
-
-
-def _items(comparison: Comparison) -> list[tuple[str, Any]]:
-    return list(asdict(comparison).items())
 
 
 def _finite(hidden: Vectors, whose: str, text: int) -> Vectors:

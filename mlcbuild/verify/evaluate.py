@@ -15,7 +15,7 @@ text are equal whatever the rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,10 +35,30 @@ _PERPLEXITY_DIGITS = 3
 _INCREASE_DECIMALS = 3
 _AGREEMENT_DECIMALS = 2
 _BLOCK = 1 << 22  # float64 values that are held at once
+_BELOW_ROUNDING = 0.0001  # the smallest divergence that `rounded` tells from none
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Bounds:
+    """Divergences in nats per token; the increase of perplexity as a fraction. At a bound is still good."""
+
+    warn_kl: float
+    fail_kl: float
+    fail_perplexity_increase: float
+
+
+# docs/quantization.md says where the numbers come from. float32 arithmetic has no error that these figures could show.
+BOUNDS = {
+    "q0f32": Bounds(_BELOW_ROUNDING, 2 * _BELOW_ROUNDING, 0.001),
+    "q0": Bounds(0.001, 0.005, 0.005),
+    "q8": Bounds(0.003, 0.01, 0.01),
+    "q4": Bounds(0.05, 0.12, 0.1),
+    "q3": Bounds(0.2, 0.4, 0.35),
+}
+
+
+@dataclass(frozen=True)
+class Figures:
     """Means over `tokens` predicted tokens."""
 
     kl: float
@@ -81,7 +101,7 @@ def compare(
     reference: LogitsOf,
     texts: Sequence[Sequence[int]],
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Comparison:
+) -> Figures:
     """`model` against `reference` on windows of token ids, one window after the other.
 
     Raises MlcBuildError for logits that are not finite, naming whose and where, and for a text with nothing to
@@ -110,7 +130,7 @@ def compare(
         progress(done, total)
     if not tokens:
         raise MlcBuildError("the evaluation text has no document of two tokens or more: nothing to evaluate on")
-    return Comparison(
+    return Figures(
         kl=divergence / tokens,
         top1_agreement=agreed / tokens,
         perplexity=_perplexity(surprise / tokens),
@@ -119,16 +139,56 @@ def compare(
     )
 
 
-def rounded(comparison: Comparison) -> dict[str, float | int]:
-    """The figures as they are published and judged."""
+def rounded(figures: Figures) -> dict[str, float | int]:
+    """As they are published and judged."""
     return {
-        "kl": _round(comparison.kl, _KL_DIGITS, _KL_FINEST),
-        "top1_agreement": _round(comparison.top1_agreement, decimals=_AGREEMENT_DECIMALS),
-        "perplexity": _round(comparison.perplexity, _PERPLEXITY_DIGITS),
-        "reference_perplexity": _round(comparison.reference_perplexity, _PERPLEXITY_DIGITS),
-        "perplexity_increase": _round(comparison.perplexity_increase, decimals=_INCREASE_DECIMALS),
-        "tokens": comparison.tokens,
+        "kl": _round(figures.kl, _KL_DIGITS, _KL_FINEST),
+        "top1_agreement": _round(figures.top1_agreement, decimals=_AGREEMENT_DECIMALS),
+        "perplexity": _round(figures.perplexity, _PERPLEXITY_DIGITS),
+        "reference_perplexity": _round(figures.reference_perplexity, _PERPLEXITY_DIGITS),
+        "perplexity_increase": _round(figures.perplexity_increase, decimals=_INCREASE_DECIMALS),
+        "tokens": figures.tokens,
     }
+
+
+def bounds(kind: str, model_dtype: str, kl: float | None = None, perplexity_increase: float | None = None) -> Bounds:
+    """The bounds of a quantization class, with the model's own in their place where it has some.
+
+    A model's own bound on the divergence warns of nothing below it: whoever set it knows the model.
+    """
+    common = BOUNDS["q0f32" if (kind, model_dtype) == ("q0", "float32") else kind]
+    return Bounds(
+        common.warn_kl if kl is None else kl,
+        common.fail_kl if kl is None else kl,
+        common.fail_perplexity_increase if perplexity_increase is None else perplexity_increase,
+    )
+
+
+def judge(figures: Mapping[str, float], limits: Bounds) -> tuple[str, list[str]]:
+    """("passed" | "warned" | "failed", what is beyond which bound), for rounded figures."""
+    kl, increase = figures["kl"], figures["perplexity_increase"]
+    failures = []
+    if kl > limits.fail_kl:
+        failures.append(f"KL divergence {kl:g} nats per token is above {limits.fail_kl:g}")
+    if increase > limits.fail_perplexity_increase:
+        failures.append(f"perplexity rises by {increase:.1%}, more than {limits.fail_perplexity_increase:.1%}")
+    if failures:
+        return "failed", failures
+    if kl > limits.warn_kl:
+        return "warned", [f"KL divergence {kl:g} nats per token is above {limits.warn_kl:g}, where a closer look pays"]
+    return "passed", []
+
+
+def advice(figures: Mapping[str, float | int], limits: Bounds) -> str:
+    """What a user is told of a package that missed a bound."""
+    return (
+        f"KL divergence {figures['kl']:g} (at most {limits.fail_kl:g}), "
+        f"perplexity {figures['perplexity']:g} against {figures['reference_perplexity']:g} unquantized "
+        f"({figures['perplexity_increase']:+.1%}, at most {limits.fail_perplexity_increase:+.1%}), "
+        f"same likeliest token {figures['top1_agreement']:.0%}, over {figures['tokens']} tokens.\n"
+        "Use a finer quantization, or, where this is right for the model, say so in its YAML file: "
+        "`verify: {kl: ...}` for other bounds, `verify: {gate: report}` to record a miss only"
+    )
 
 
 def _perplexity(surprise: float) -> float:

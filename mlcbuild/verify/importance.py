@@ -15,11 +15,9 @@ import numpy.typing as npt
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.parameters import Parameter
 from mlcbuild.models.structure import Structure
-from mlcbuild.verify.blocks import Blocks
-from mlcbuild.verify.model import Windows, embedded, model_of, widened
-from mlcbuild.verify.unquantized import Unquantized
+from mlcbuild.verify.pieces import Float32, Pieces
+from mlcbuild.verify.tensors import Unquantized, Windows, by_piece, embedded, widened
 
-Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 
 _BITS = 10
@@ -27,7 +25,7 @@ _BITS = 10
 
 def importance(
     structure: Structure,
-    blocks: Blocks,
+    library: Pieces,
     checkpoint: Unquantized,
     windows: Windows,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -37,9 +35,9 @@ def importance(
     Of experts, `[experts, K in]`: what runs through each, which is nothing where no token chose it.
     Raises MlcBuildError for a text without windows, and where hidden states are not finite, naming the layer.
     """
-    model = model_of(structure)
+    model = by_piece(structure)
     tokens = sum(len(ids) for ids in windows)
-    hidden = embedded(model, blocks, checkpoint, windows)
+    hidden = embedded(model, library, checkpoint, windows)
     found: dict[str, Float32] = {}
     for number in range(model.layers):
         mine = model.layer(number)
@@ -49,7 +47,7 @@ def importance(
         following = []
         for window in hidden:
             pieces = []
-            for out, *inputs in blocks.layer_with_inputs(window, given, model.kinds[number]):
+            for out, *inputs in library.layer_with_inputs(window, given, model.kinds[number]):
                 pieces.append(out)
                 given_inputs = iter(inputs)
                 for total in sums:
@@ -61,7 +59,7 @@ def importance(
         found |= {each.name: _rounded(total.mean()) for each, total in zip(matrices, sums, strict=True)}
         progress(number + 1, model.layers)
     norm = widened(model.norm, checkpoint)
-    total = sum(np.square(blocks.normed(window, norm), dtype=np.float64).sum(axis=0) for window in hidden)
+    total = sum(np.square(library.normed(window, norm), dtype=np.float64).sum(axis=0) for window in hidden)
     head, *_ = model.head
     found[head.name] = _rounded(total / tokens)
     return found

@@ -12,45 +12,41 @@ from dataclasses import dataclass
 from math import prod
 
 import numpy as np
-import numpy.typing as npt
 
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.parameters import Parameter
 from mlcbuild.models.structure import Structure
 from mlcbuild.runtime import tvm_runtime
 from mlcbuild.verify import evaluate
-from mlcbuild.verify.blocks import Blocks, Tensors
-from mlcbuild.verify.model import Windows, embedded, model_of, widened
 from mlcbuild.verify.packed import Packed
-from mlcbuild.verify.unquantized import Unquantized
-
-Float32 = npt.NDArray[np.float32]
+from mlcbuild.verify.pieces import Float32, Pieces, Tensors
+from mlcbuild.verify.tensors import Unquantized, Windows, by_piece, embedded, widened
 
 _SLICE = 1 << 22  # numbers of a large matrix that are float32 at once
 
 
 @dataclass(frozen=True)
 class Layers:
-    """The comparison, and how far apart both sides are on the way: ||q - p|| / ||p||.
+    """The figures of the logits, and how far apart both sides are on the way: ||q - p|| / ||p||.
 
     tensors   of the numbers of each matrix, by parameter name
     blocks    of the hidden states after the embedding, each layer and the final norm, each computed from its own side's
     """
 
-    comparison: evaluate.Comparison
+    figures: evaluate.Figures
     tensors: dict[str, float]
     blocks: dict[str, float]
 
 
 def compare(
     structure: Structure,
-    reference: tuple[Blocks, Unquantized],
-    package: tuple[Blocks, Packed],
+    reference: tuple[Pieces, Unquantized],
+    package: tuple[Pieces, Packed],
     windows: Windows,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Layers:
     """Raises MlcBuildError as `evaluate.compare` does, and where hidden states are not finite, naming the layer."""
-    model = model_of(structure)
+    model = by_piece(structure)
     (theirs, checkpoint), (ours, packed) = reference, package
     p = embedded(model, theirs, checkpoint, windows)
     given = packed.tensors(model.embedding)
@@ -78,26 +74,26 @@ def compare(
         tensors[head[0].name] = _error(head[0], checkpoint, packed)
     given = packed.tensors(head)
     waiting_p, waiting_q = iter(p), iter(q)
-    comparison = evaluate.compare(
+    figures = evaluate.compare(
         lambda ids: _logits(ours, next(waiting_q), given),
         lambda ids: _sliced_logits(theirs, next(waiting_p), checkpoint, head),
         windows,
     )
-    return Layers(comparison, tensors, blocks)
+    return Layers(figures, tensors, blocks)
 
 
-def _logits(blocks: Blocks, normed: Float32, head: Tensors) -> Iterator[Float32]:
-    for start in range(0, len(normed), blocks.chunk):
-        yield blocks.logits(normed[start : start + blocks.chunk], head)
+def _logits(library: Pieces, normed: Float32, head: Tensors) -> Iterator[Float32]:
+    for start in range(0, len(normed), library.chunk):
+        yield library.logits(normed[start : start + library.chunk], head)
 
 
 def _sliced_logits(
-    blocks: Blocks, normed: Float32, checkpoint: Unquantized, head: Sequence[Parameter]
+    library: Pieces, normed: Float32, checkpoint: Unquantized, head: Sequence[Parameter]
 ) -> Iterator[Float32]:
-    for start in range(0, len(normed), blocks.chunk):
-        piece = normed[start : start + blocks.chunk]
+    for start in range(0, len(normed), library.chunk):
+        piece = normed[start : start + library.chunk]
         slices = [
-            blocks.logits(piece, [tvm_runtime.tensor(checkpoint.rows(each.name, first, last)) for each in head])
+            library.logits(piece, [tvm_runtime.tensor(checkpoint.rows(each.name, first, last)) for each in head])
             for first, last in _slices(head[0])
         ]
         yield np.concatenate(slices, axis=1)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from mlcbuild.models.parameters import Parameter
@@ -16,8 +15,7 @@ from mlcbuild.quantization.schemes import QuantizedParameter, quantized_paramete
 from mlcbuild.recipes.types import Quantization
 from mlcbuild.runtime import weights
 from mlcbuild.runtime.library import match
-
-Float32 = npt.NDArray[np.float32]
+from mlcbuild.verify.pieces import Float32
 
 
 class Packed:

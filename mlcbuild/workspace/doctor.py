@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mlcbuild.compiler import generators, targets, tools
-from mlcbuild.compiler.codegen import cuda
 from mlcbuild.compiler.generators import Generators
+from mlcbuild.compiler.gpu import cuda
 from mlcbuild.compiler.web import emscripten
 from mlcbuild.errors import Unavailable
 from mlcbuild.recipes.types import Target
@@ -84,6 +84,8 @@ def _generators() -> Generators | str:
 
 
 def _machine(cache: Path) -> dict[str, str]:
+    from huggingface_hub import get_token
+
     folder = next(place for place in (cache, *cache.parents) if place.exists())
     nvcc, emcc, ptxas = cuda.find_nvcc(), emscripten.find_emcc(), shutil.which("ptxas")
     beside = nvcc.parent / "ptxas" if nvcc else None
@@ -96,7 +98,7 @@ def _machine(cache: Path) -> dict[str, str]:
         "GPU": _gpu(),
         "free disk": f"{shutil.disk_usage(folder).free / 1e9:.0f} GB in {folder}",
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.0f} GB",
-        "hub token": "present" if _has_token() else "none",
+        "hub token": "none" if get_token() is None else "present",  # it is never shown
     }
 
 
@@ -113,10 +115,3 @@ def _gpu() -> str:
         return "none found (none is needed)"
     done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
     return "; ".join(line.split(" (")[0] for line in done.stdout.splitlines()) or "none found (none is needed)"
-
-
-def _has_token() -> bool:
-    """Whether the hub would be asked with a token. It is never shown."""
-    from huggingface_hub import get_token
-
-    return get_token() is not None

@@ -1,4 +1,4 @@
-"""What a build would do: which steps are cached, which would run, and what that would take, judged by past runs."""
+"""What a build would take: which steps are cached, which would run, with bytes and seconds judged by past runs."""
 
 from __future__ import annotations
 
@@ -10,19 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlcbuild.cache.canonical import canonical, digest_json
+from mlcbuild.cache.layout import action_files
 from mlcbuild.cache.store import Store, total_size
-from mlcbuild.cache.tree import matches
+from mlcbuild.cache.tree import canonical, digest_json, matches
 from mlcbuild.engine.graph import Graph, Step
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.reporting.plain import amount
+from mlcbuild.text import amount
 from mlcbuild.workspace.session import Session
-
-_SHOWN = 40  # steps that are listed one by one
 
 
 @dataclass(frozen=True)
-class Planned:
+class StepEstimate:
     """One step. `size` (bytes of its artifact), `new` (those that are not in the cache yet) and `seconds` are known of
     a cached step and estimated for another; None: nothing to judge by."""
 
@@ -35,10 +33,10 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Preview:
+class BuildEstimate:
     """All steps that are wanted, each once, in running order, and what they are shared by."""
 
-    steps: Sequence[Planned]
+    steps: Sequence[StepEstimate]
     recipes: Sequence[str]
     to_install: Sequence[str]
     unavailable: Mapping[str, str]
@@ -49,7 +47,7 @@ class Preview:
     unlocked: Mapping[str, str]
 
     @property
-    def to_run(self) -> list[Planned]:
+    def to_run(self) -> list[StepEstimate]:
         return [step for step in self.steps if not step.cached]
 
     @property
@@ -73,29 +71,27 @@ class _Past:
     quantization: Any
 
 
-def preview(session: Session, names: Iterable[str] | None = None) -> Preview:
+def estimate(session: Session, names: Iterable[str] | None = None) -> BuildEstimate:
     """What bringing the steps called `names` (None: every recipe's) up to date would do. Nothing is built.
 
     Raises MlcBuildError when an input outside the cache cannot be read.
     """
     graph, lookup = session.graph, session.lookup
-    wanted = graph.closure([name for goal in graph.goals.values() for name in goal.steps.values()])
-    if names is not None:
-        wanted = graph.closure(names)
+    every = (name for goal in graph.goals.values() for name in goal.steps.values())
+    wanted = graph.closure(every if names is None else names)
     missing = [name for name in wanted if lookup.find(name) is None]
     past = _past(session.store, graph) if missing else {}
     sizes: dict[str, int] = {}
     steps = []
     for name in wanted:
-        planned = _planned(session, graph.steps[name], past, sizes)
-        sizes[name] = planned.size or 0
-        steps.append(planned)
+        steps.append(_estimated(session, graph.steps[name], past, sizes))
+        sizes[name] = steps[-1].size or 0
     goals = graph.goals
     to_install = [name for name in goals if not session.is_installed(name)]
     new = sum(step.new or 0 for step in steps if not step.cached)
     if not _same_disk(session.store.root, session.dist):
         new += sum(sizes.get(goals[name].steps["package"], 0) for name in to_install)
-    return Preview(
+    return BuildEstimate(
         steps,
         list(goals),
         to_install,
@@ -108,71 +104,24 @@ def preview(session: Session, names: Iterable[str] | None = None) -> Preview:
     )
 
 
-def check_room(plan: Preview, folder: Path) -> None:
+def check_room(coming: BuildEstimate, folder: Path) -> None:
     """Raises MlcBuildError where the steps to run are estimated to need more than the disk of `folder` has free."""
-    if plan.new > plan.free:
+    if coming.new > coming.free:
         raise MlcBuildError(
-            f"{folder}: the {len(plan.to_run)} steps to run are estimated to need {amount(plan.new)}, and "
-            f"{amount(plan.free)} are free: nothing was started. Free some space, put the cache elsewhere (cache=DIR), "
-            "or build fewer recipes at a time; `mlcbuild plan` shows what needs how much"
+            f"{folder}: the {len(coming.to_run)} steps to run are estimated to need {amount(coming.new)}, and "
+            f"{amount(coming.free)} are free: nothing was started. Free some space, put the cache elsewhere "
+            "(cache=DIR), or build fewer recipes at a time; `mlcbuild plan` shows what needs how much"
         )
 
 
-def render(plan: Preview) -> str:
-    """The preview as text."""
-    run = plan.to_run
-    lines = [
-        f"recipes  {_count(len(plan.recipes), 'recipe')}, {len(plan.to_install)} to install",
-        f"steps    {_count(len(plan.steps), 'step')}, each once: "
-        f"{len(plan.steps) - len(run)} cached, {len(run)} to run",
-        f"shared   {_count(plan.libraries, 'library', 'libraries')} and {_count(plan.weights, 'set')} of weights "
-        f"for {_count(len(plan.recipes), 'recipe')}",
-        f"disk     {amount(plan.new)} estimated, {amount(plan.free)} free"
-        + ("" if plan.new <= plan.free else ": NOT ENOUGH"),
-        f"time     {duration(plan.seconds)} estimated, one step after another",
-    ]
-    if plan.unknown:
-        lines.append(f"         ({_count(plan.unknown, 'step')} of a kind that never ran with this cache: not counted)")
-    lines += [f"??       {name}: unavailable: {text}" for name, text in plan.unavailable.items()]
-    if plan.unlocked:
-        lines.append(f"??       {_count(len(plan.unlocked), 'recipe')} unknown until locked, in no figure above:")
-        lines += [f"         {name}: {text}" for name, text in [*plan.unlocked.items()][:_SHOWN]]
-        if len(plan.unlocked) > _SHOWN:
-            lines.append(f"         … and {len(plan.unlocked) - _SHOWN} more")
-    rows = [("kind", "steps", "cached", "to run", "new bytes", "time")]
-    for kind in dict.fromkeys(step.kind for step in plan.steps):
-        each = [step for step in plan.steps if step.kind == kind]
-        todo = [step for step in each if not step.cached]
-        facts = (
-            (amount(sum(step.new or 0 for step in todo)), duration(sum(step.seconds or 0.0 for step in todo)))
-            if todo
-            else ("", "")
-        )
-        rows.append((kind, str(len(each)), str(len(each) - len(todo)), str(len(todo)), *facts))
-    lines += ["", *_table(rows)]
-    if run:
-        listed = [(step.name, _about(step.new, amount), _about(step.seconds, duration)) for step in run[:_SHOWN]]
-        lines += ["", *_table([("to run", "new bytes", "time"), *listed])]
-        if len(run) > _SHOWN:
-            lines.append(f"… and {len(run) - _SHOWN} more")
-    return "\n".join(lines) + "\n"
-
-
-def duration(seconds: float) -> str:
-    """`0.3 s`, `12 min`, `3.5 h`."""
-    if seconds < 90:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _planned(session: Session, step: Step, past: Mapping[str, Sequence[_Past]], sizes: Mapping[str, int]) -> Planned:
+def _estimated(
+    session: Session, step: Step, past: Mapping[str, Sequence[_Past]], sizes: Mapping[str, int]
+) -> StepEstimate:
     """The step, after everything that it needs (`sizes`)."""
     action = session.lookup.known(step.name)
     if action is not None:
-        return Planned(step.name, step.kind, True, total_size(action.tree.files.values()), 0, action.seconds)
-    needed = [name for name in session.graph.closure([step.name]) if name != step.name]
-    outside = sum(_outside_bytes(step) for step in map(session.graph.steps.__getitem__, [*needed, step.name]))
-    mass = sum(sizes[name] for name in needed)
+        return StepEstimate(step.name, step.kind, True, total_size(action.tree.files.values()), 0, action.seconds)
+    mass = sum(sizes[name] for name in session.graph.closure([step.name]) if name != step.name)
     format_ = json.loads(canonical(step.fields.get("quantization")))  # as it is recorded: tuples are lists there
     nearest = min(past.get(step.kind, ()), key=lambda each: _distance(each, format_, mass), default=None)
     size, seconds = _first_guess(step, mass), None
@@ -180,14 +129,14 @@ def _planned(session: Session, step: Step, past: Mapping[str, Sequence[_Past]], 
         # Work and results grow with what goes in; where nothing does (lower), they stay what they were.
         factor = mass / nearest.mass if nearest.mass and mass else 1.0
         size, seconds = round(nearest.size * factor), nearest.seconds * factor
-    if step.kind == "download":
-        size = _download_bytes(step, outside)
     new = size
-    if any(item.path is not None for item in step.inputs) and step.kind == "download":
-        new = 0  # borrowed where it lies
+    if step.kind == "download":
+        size = new = _download_bytes(step)
+        if any(item.path is not None for item in step.inputs):
+            new = 0  # borrowed where it lies
     elif step.kind == "package" and size is not None:  # weights and library are passed on, not copied
         new = max(0, size - sum(sizes[name] for name in step.producers if not name.startswith("download:")))
-    return Planned(step.name, step.kind, False, size, new, seconds)
+    return StepEstimate(step.name, step.kind, False, size, new, seconds)
 
 
 def _first_guess(step: Step, mass: int) -> int | None:
@@ -199,16 +148,11 @@ def _first_guess(step: Step, mass: int) -> int | None:
     return round(mass * ((weights["bits"] + 1) if weights else dense) / 16)
 
 
-def _download_bytes(step: Step, outside: int) -> int:
-    files = step.fields.get("files", {})
-    return sum(file["size"] for file in files.values()) if files else outside
-
-
-def _outside_bytes(step: Step) -> int:
-    """Of a local checkpoint."""
-    total = 0
+def _download_bytes(step: Step) -> int:
+    """Of a repository's files, as they are locked, or of a local checkpoint's."""
+    total: int = sum(file["size"] for file in step.fields.get("files", {}).values())
     for item in step.inputs:
-        if item.path is not None and step.kind == "download" and item.path.is_dir():
+        if item.path is not None and item.path.is_dir():
             files = (path for path in item.path.iterdir() if path.is_file())
             total += sum(path.stat().st_size for path in files if not item.select or matches(path.name, item.select))
     return total
@@ -221,7 +165,7 @@ def _distance(past: _Past, quantization: Any, mass: int) -> tuple[bool, float]:
 
 def _past(store: Store, graph: Graph) -> dict[str, list[_Past]]:
     """The recorded actions by kind of step, each entry read once."""
-    records = [record for path in store.root.glob("ac/*/*.json") if (record := _read(path)) is not None]
+    records = [record for path in action_files(store.root) if (record := _read(path)) is not None]
     makers = {record["tree"]: record for record in records}
     # An input may be a part of what a step made: by the patterns that steps of today select with.
     parts = {item.select for step in graph.steps.values() for item in step.inputs if item.step and item.select}
@@ -266,22 +210,3 @@ def _same_disk(one: Path, other: Path) -> bool:
     while not other.exists():
         other = other.parent
     return one.stat().st_dev == other.stat().st_dev
-
-
-def _about(value: float | None, show: Any) -> str:
-    return "unknown" if value is None else f"{show(value)}"
-
-
-def _count(number: int, one: str, many: str = "") -> str:
-    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The first column to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
-        ).rstrip()
-        for row in rows
-    ]

@@ -1,11 +1,13 @@
-"""Recipes that were found up to date, remembered together with the stat of everything that this depended on.
+"""The fast path: recipes that were found up to date, remembered with the stamp of everything that this rests on.
 
-A verdict "up to date" follows from the workspace's files, the program, the tools, the checkpoints, the cache's entries
-and blobs, and dist/. While none of these has another stat than when the verdict was reached, reaching it again would
-give the same: what is skipped is the work, not the question. Whatever differs is looked at in full.
+"Up to date" follows from the program, the workspace's files, the tools, the checkpoints, the cache's entries and blobs,
+and dist/. While none of these has another stamp than when it was found, finding it again would give the same: what is
+skipped is the work, not the question. Whatever differs is looked at in full.
 
-A file that was written to so lately that a further write could leave its stat alone is never relied on: what depends on
-it is not remembered (as git does with its index). Deleting the file of memories costs one slower build.
+A stamp is what a stat must still be: a blob's size (its time is the store's), an action entry's size and inode (its
+time is that of its last use), any other file's or folder's `signature`; "" for what is not there. A file that was
+written to so lately that a further write could leave its stat alone is never relied on (as git does with its index):
+its stamp is one that no file has. Deleting the file of memories costs one slower build.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import stat
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,94 +26,61 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlcbuild
-from mlcbuild.cache.index import signature
+from mlcbuild.cache import layout
+from mlcbuild.cache.index import note_use, signature
 from mlcbuild.cache.materialise import BLOB_TIME
 from mlcbuild.compiler.targets import cpu_flags
-from mlcbuild.recipes.select import Cell, cells, manual
-from mlcbuild.recipes.stock import stock
+from mlcbuild.recipes.files import stock
+from mlcbuild.recipes.select import Cell, Selection, cells, manual
 
 if TYPE_CHECKING:  # loading these takes longer than recalling
-    from mlcbuild.cache.store import Action
+    from mlcbuild.cache.store import Store
     from mlcbuild.workspace.session import Session
 
-_FORMAT = 3  # raise it when memories are written differently
+Stamp = str | int | list[int]
+
+_FORMAT = 4  # raise it when memories are written differently
 _SETTLED = 0.02  # seconds: more than a tick of a file system's clock
-_USED = 3600.0  # an entry's last use is kept to the hour, as the store does
-_PROGRAM = Path(mlcbuild.__file__).parent
+_UNRELIABLE = "?"  # the stamp of what may have been written to again
+_SEARCHING = ("PATH", "CUDA_HOME", "TVM_SOURCE_DIR")  # variables that say where compilers are looked for
 _stat = os.stat  # of strings: ten thousand Paths would take longer than all the questions that are asked of them
 
 
 @dataclass
 class Memory:
-    """What is remembered of one workspace with one cache. Steps are named by their keys."""
+    """What is remembered of one workspace with one cache."""
 
-    store: Path
-    dist: Path
-    tools: Mapping[str, str]
-    world: Mapping[str, str]  # path -> signature: the workspace's YAML files and the program
+    world: Mapping[str, Stamp]  # the workspace's YAML files and the program
     recipes: Mapping[str, Cell]
     manual: Sequence[str]
-    unavailable: Mapping[str, str]
-    steps: dict[str, dict[str, Any]] = field(default_factory=dict)
-    goals: dict[str, dict[str, Any]] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)  # recipe -> what this machine lacks for it
+    searched: Mapping[str, Stamp] = field(default_factory=dict)  # the folders where that would be
+    tools: list[str] = field(default_factory=list)
+    modules: list[str] = field(default_factory=list)  # of steps that are not the program's own
+    stamps: list[tuple[str, Stamp]] = field(default_factory=list)  # of paths, each pair once
+    rests_on: dict[str, list[int]] = field(default_factory=dict)  # recipe -> places in `stamps`
+    tasks: dict[str, list[str]] = field(default_factory=dict)  # recipe -> the tasks of everything that it needs
 
-    def hold(self, names: Iterable[str]) -> bool:
+    def up_to_date(self, selection: Selection) -> tuple[list[str], list[str]] | None:
+        """The selected recipes, and those among them that cannot be built here; None where a build has to look."""
+        if selection.changed is not None:
+            return None
+        chosen = selection.chosen(self.recipes, self.manual)
+        missing = [name for name in chosen if name in self.unavailable]
+        names = [name for name in chosen if name not in self.unavailable]
+        if selection.demanded(missing) or not self.holds(names):
+            return None
+        if missing and any(_stamp(path) != known for path, known in self.searched.items()):
+            return None  # what was lacking may be there now
+        return names, missing
+
+    def holds(self, names: Iterable[str]) -> bool:
         """Whether all these recipes are known to be up to date, and nothing that this rests on has changed."""
         try:
-            installing = {entry.name for entry in os.scandir(self.dist)}
-        except OSError:
+            needed = set().union(*(self.rests_on[name] for name in names))
+        except KeyError:
             return False
-        now, sound = time.time(), set[str]()
-        for name in names:
-            goal = self.goals.get(name)
-            if goal is None or f".new-{name}" in installing or not self._is_installed(name, goal):
-                return False
-            for key in goal["steps"]:
-                if key not in sound:
-                    if not self._is_whole(key, now):
-                        return False
-                    sound.add(key)
-        return True
-
-    def step_names(self, recipes: Iterable[str]) -> list[str]:
-        """The tasks of everything that these recipes need, each once."""
-        return list(dict.fromkeys(self.steps[key]["name"] for name in recipes for key in self.goals[name]["steps"]))
-
-    def _is_installed(self, name: str, goal: Mapping[str, Any]) -> bool:
-        folder = f"{self.dist}/{name}/"
-        try:
-            for file, known in goal["stats"].items():
-                if signature(os.lstat(folder + file)) != known:
-                    return False
-            for file, size in goal["files"].items():
-                status = os.lstat(folder + file)
-                if status.st_size != size or status.st_mtime != BLOB_TIME:
-                    return False
-        except OSError:
-            return False
-        return True
-
-    def _is_whole(self, key: str, now: float) -> bool:
-        step = self.steps[key]
-        blobs = f"{self.store}/cas/"
-        try:
-            entry = f"{self.store}/ac/{key[:2]}/{key}.json"
-            status = _stat(entry)
-            if [status.st_size, status.st_ino] != step["entry"]:
-                return False
-            for digest, size in step["blobs"].items():
-                found = _stat(f"{blobs}{digest[:2]}/{digest}")
-                if found.st_size != size or found.st_mtime != BLOB_TIME:
-                    return False
-            for path, known in step["stats"].items():
-                if signature(_stat(path)) != known:
-                    return False
-        except OSError:
-            return False
-        if now - status.st_mtime > _USED:
-            with contextlib.suppress(OSError):  # a cache that is only read is fine
-                os.utime(entry)
-        return True
+        return all(_stamp(path, known) == known for path, known in (self.stamps[number] for number in needed))
 
 
 def recall(root: Path, store: Path) -> Memory | None:
@@ -122,22 +90,11 @@ def recall(root: Path, store: Path) -> Memory | None:
         if hashlib.sha256(body).hexdigest().encode() != seal:
             return None
         data = json.loads(body)
-        if data["head"] != _head(root, data["tools"]):
+        memory = Memory(**data["memory"])
+        memory.recipes = {name: (model, quant, target) for name, (model, quant, target) in memory.recipes.items()}
+        if data["head"] != _head(root, memory) or any(_stamp(path) != known for path, known in memory.world.items()):
             return None
-        if any(_signature(path) != known for path, known in data["world"].items()):
-            return None
-        recipes = {name: (model, quant, target) for name, (model, quant, target) in data["recipes"].items()}
-        return Memory(
-            store,
-            root / "dist",
-            data["tools"],
-            data["world"],
-            recipes,
-            data["manual"],
-            data["unavailable"],
-            data["steps"],
-            data["goals"],
-        )
+        return memory
     except (OSError, ImportError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -149,117 +106,132 @@ def remember(session: Session, began: float) -> None:
     """
     _wait_until_settled(session.dist)
     now = time.time()
-    root, store = session.root, session.store
-    world = {str(path): _signature(str(path)) for path in _world(root, session)}
-    if not all(_is_settled(path, began) for path in world):
-        return
-    tools: dict[str, str] = {}
-    for step in session.graph.steps.values():
-        tools |= session.lookup.versions(step)
+    root, store, graph = session.root, session.store, session.graph
+    modules = {step.module for step in graph.steps.values() if not step.module.startswith(f"{_program().name}.")}
+    world = {str(path): _settled(str(path), began) for path in _world(root, modules)}
     memory = recall(root, store.root)
     if memory is None or memory.world != world:
-        recipes = session.catalog.recipes
-        memory = Memory(store.root, session.dist, tools, world, cells(recipes), manual(recipes), {})
-    memory.tools = {**memory.tools, **tools}
-    memory.unavailable = {**memory.unavailable, **session.graph.unavailable}
-    known: dict[str, dict[str, Any] | None] = {}
-    for name, goal in session.graph.goals.items():
-        memory.goals.pop(name, None)
-        needed = session.graph.closure(goal.steps.values())
-        actions = [session.lookup.known(task) for task in needed]
-        for task, action in zip(needed, actions, strict=True):
-            if action is not None and action.key not in known:
-                known[action.key] = _step(session, task, action, began)
-        keys = [action.key for action in actions if action is not None and known[action.key] is not None]
-        facts = _goal(session.dist / name, now) if len(keys) == len(needed) and session.is_installed(name) else None
-        if facts is not None:
-            memory.goals[name] = {"steps": keys, **facts}
-    memory.steps |= {key: step for key, step in known.items() if step is not None}
-    used = {key for each in memory.goals.values() for key in each["steps"]}
-    content = {
-        "head": _head(root, memory.tools),
-        "tools": memory.tools,
-        "world": memory.world,
-        "recipes": memory.recipes,
-        "manual": memory.manual,
-        "unavailable": memory.unavailable,
-        "steps": {key: step for key, step in memory.steps.items() if key in used},
-        "goals": memory.goals,
+        memory = Memory(world, cells(session.catalog.recipes), manual(session.catalog.recipes))
+    memory.modules = sorted({*memory.modules, *modules})
+    tools = {tool for step in graph.steps.values() for tool in session.lookup.versions(step)}
+    memory.tools = sorted({*memory.tools, *tools})
+    if graph.unavailable:
+        searched = {folder: _stamp(folder) for folder in (*os.environ.get("PATH", "").split(os.pathsep), *sys.path)}
+        older = memory.unavailable if memory.searched == searched else {}
+        memory.unavailable, memory.searched = {**older, **graph.unavailable}, searched
+    steps = {name: _step(session, name, began) for name in graph.steps}
+    known: dict[str, list[tuple[str, Stamp]]] = {
+        name: [memory.stamps[number] for number in places] for name, places in memory.rests_on.items()
     }
-    body = json.dumps(content, separators=(",", ":"))
+    for name in (*graph.goals, *graph.unavailable):
+        known.pop(name, None)
+    for name in graph.goals:
+        memory.unavailable.pop(name, None)
+        tasks = session.needed(name)
+        rests_on = [steps[task] for task in tasks]
+        if all(rests_on) and session.is_installed(name):
+            memory.tasks[name] = tasks
+            known[name] = [pair for each in (*rests_on, _package(session.dist, name, now)) for pair in each.items()]
+    _write(root, store, memory, known)
+
+
+def _write(root: Path, store: Store, memory: Memory, known: Mapping[str, list[tuple[str, Stamp]]]) -> None:
+    """Write the memory, with what each recipe of `known` rests on; most of that several recipes share."""
+    memory.stamps, memory.rests_on = [], {}
+    places: dict[tuple[str, str], int] = {}
+    for name, pairs in known.items():
+        for path, stamp in pairs:
+            if (path, str(stamp)) not in places:
+                places[path, str(stamp)] = len(memory.stamps)
+                memory.stamps.append((path, stamp))
+        memory.rests_on[name] = sorted({places[path, str(stamp)] for path, stamp in pairs})
+    memory.tasks = {name: memory.tasks[name] for name in known}
+    body = json.dumps({"head": _head(root, memory), "memory": vars(memory)}, separators=(",", ":")).encode()
     with contextlib.suppress(OSError):
-        store.write(_file(root, store.root), f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}".encode())
+        store.write(_file(root, store.root), hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
 
 
-def _step(session: Session, name: str, action: Action, began: float) -> dict[str, Any] | None:
-    """The stats that the step's being up to date rests on; None where they are not to be relied on."""
-    store = session.store
-    outside = [item.path for item in session.graph.steps[name].inputs if item.path is not None]
-    paths = {str(path) for top in outside for path in _inside(top)}
-    blobs = {}
-    for entry in action.tree.files.values():
-        if store.owns(entry.path):
-            blobs[entry.digest] = entry.size
+def _step(session: Session, name: str, began: float) -> dict[str, Stamp]:
+    """The stamps that the step's being up to date rests on; none where it is not."""
+    store, action = session.store, session.lookup.known(name)
+    if action is None:
+        return {}
+    outside = {str(path) for item in session.graph.steps[name].inputs if item.path for path in _inside(item.path)}
+    entry = f"{store.root}/{layout.action_name(action.key)}"
+    stamps = {entry: _stamp(entry, like=[])}
+    for file in action.tree.files.values():
+        if store.owns(file.path):
+            stamps[f"{store.root}/{layout.blob_name(file.digest)}"] = file.size
         else:
-            paths |= {str(entry.path), f"{store.blob_path(entry.digest)}.at"}
+            outside.add(str(file.path))
+            record = f"{store.root}/{layout.borrowed_name(file.digest)}"
+            stamps[record] = _stamp(record)
+    return stamps | {path: _settled(path, began) for path in outside}
+
+
+def _package(dist: Path, recipe: str, now: float) -> dict[str, Stamp]:
+    """The stamps of a package that was just found whole. A folder's is another where a file in it was replaced; a file
+    that does not have the blobs' time was hashed, and has to be hashed again."""
+    from mlcbuild.workspace.install import staging
+    from mlcbuild.workspace.manifest import NAME
+
+    stamps: dict[str, Stamp] = {str(staging(dist, recipe)): ""}
+    for folder, _, names in os.walk(dist / recipe):
+        stamps[folder] = _settled(folder, now)
+        for name in names:
+            stamps[f"{folder}/{name}"] = _stamp(f"{folder}/{name}", like=0)
+    manifest = f"{dist}/{recipe}/{NAME}"
+    return stamps | {manifest: _settled(manifest, now)}
+
+
+def _stamp(path: str, like: Stamp = "") -> Stamp:
+    """The path's stamp of now, of the same kind as `like`; "" where nothing is there, or a blob was written to."""
     try:
-        status = _stat(store.root / "ac" / action.key[:2] / f"{action.key}.json")
-        stats = {path: signature(_stat(path)) for path in sorted(paths)}
+        status = _stat(path)
     except OSError:
-        return None
-    if not all(_is_settled(path, began) or path.endswith(".at") for path in paths):
-        return None
-    return {"name": name, "entry": [status.st_size, status.st_ino], "blobs": blobs, "stats": stats}
+        return ""
+    if isinstance(like, int):
+        return status.st_size if status.st_mtime == BLOB_TIME else ""
+    if isinstance(like, list):
+        note_use(path, status, time.time())
+        return [status.st_size, status.st_ino]
+    return signature(status)
 
 
-def _goal(folder: Path, now: float) -> dict[str, Any] | None:
-    """The stats of a package that was just found whole; None where they are not to be relied on."""
-    stats, files = {}, {}
-    for parent, _, names in os.walk(folder):
-        for name in ["", *names]:
-            path = Path(parent, name)
-            status = path.lstat()
-            relative = path.relative_to(folder).as_posix()
-            if stat.S_ISDIR(status.st_mode) or relative == "manifest.json":
-                if max(status.st_mtime, status.st_ctime) > now - _SETTLED:
-                    return None
-                stats[relative] = signature(status)
-            elif status.st_mtime == BLOB_TIME:
-                files[relative] = status.st_size
-            else:
-                return None  # its content was hashed; the next time it has to be hashed again
-    return {"stats": stats, "files": files}
+def _settled(path: str, since: float) -> Stamp:
+    """The path's stamp, if it was last written to long enough before `since`."""
+    with contextlib.suppress(OSError):
+        status = _stat(path)
+        if max(status.st_mtime, status.st_ctime) >= since - _SETTLED:
+            return _UNRELIABLE
+    return _stamp(path)
 
 
-def _head(root: Path, tools: Mapping[str, str]) -> list[Any]:
-    """What a verdict depends on besides files; `tools` with their versions of now."""
+def _head(root: Path, memory: Memory) -> list[Any]:
+    """What "up to date" depends on besides files, as it is now. The program is known by its folder: another copy of
+    the same version (`PYTHONPATH=clone`) may have been edited."""
     flags = hashlib.sha256(" ".join(sorted(cpu_flags())).encode()).hexdigest()
-    versions = {name: importlib.metadata.version(name) for name in sorted(tools)}
-    machine = [sys.version, platform.machine(), flags, os.environ.get("PATH", "")]
-    return [_FORMAT, mlcbuild.__version__, str(root), *machine, versions]
+    machine = [sys.version, platform.machine(), flags, *map(os.environ.get, _SEARCHING)]
+    tools = {name: importlib.metadata.version(name) for name in memory.tools}
+    modules = {module: str(_folder_of(module)) for module in memory.modules}
+    return [_FORMAT, mlcbuild.__version__, str(_program()), str(root), *machine, tools, modules]
 
 
-def _world(root: Path, session: Session) -> Iterator[Path]:
+def _program() -> Path:
+    """The folder that mlcbuild was imported from."""
+    return Path(mlcbuild.__file__).parent
+
+
+def _world(root: Path, modules: Iterable[str]) -> Iterator[Path]:
     """Every file that decides what the recipes are and what is planned for them, and the folders that they are in."""
     yield root / "dodo.py"
     yield root / "recipes" / "recipes.lock"
     for recipes in dict.fromkeys((root / "recipes", stock().recipes)):
-        yield recipes
-        for folder in sorted(entry for entry in recipes.iterdir() if entry.is_dir()):
+        for folder in (recipes, *sorted(entry for entry in recipes.iterdir() if entry.is_dir())):
             yield folder
-            yield from _yaml(folder)
-        yield from _yaml(recipes)
-    yield from _sources(stock().schema)
-    yield from _sources(_PROGRAM)
-    for module in dict.fromkeys(step.module for step in session.graph.steps.values()):
-        if not module.startswith(f"{_PROGRAM.name}."):
-            place = _folder_of(module)
-            if place is not None:
-                yield from _sources(place)
-
-
-def _yaml(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix in (".yaml", ".yml"))
+            yield from sorted(path for path in folder.iterdir() if path.suffix in (".yaml", ".yml"))
+    for top in {stock().schema, _program(), *filter(None, map(_folder_of, modules))}:
+        yield from _sources(top)
 
 
 def _sources(top: Path) -> Iterator[Path]:
@@ -272,7 +244,7 @@ def _sources(top: Path) -> Iterator[Path]:
 def _folder_of(module: str) -> Path | None:
     """Where the file of a step lies that is not the program's own."""
     relative = Path(*module.split(".")).with_suffix(".py")
-    places = [Path(entry) for entry in (str(_PROGRAM.parent), *sys.path)]
+    places = [Path(entry) for entry in (str(_program().parent), *sys.path)]
     return next(((place / relative).parent for place in places if (place / relative).is_file()), None)
 
 
@@ -283,33 +255,14 @@ def _inside(path: Path) -> Sequence[Path]:
     return [path, *sorted(entry for entry in path.iterdir() if not entry.name.startswith(".") and entry.is_file())]
 
 
-def _signature(path: str) -> str:
-    try:
-        return signature(_stat(path))
-    except OSError:
-        return ""
-
-
-def _is_settled(path: str, since: float) -> bool:
-    """Whether the file was last written to long enough before `since`. A missing one is."""
-    try:
-        status = _stat(path)
-    except OSError:
-        return True
-    return max(status.st_mtime, status.st_ctime) < since - _SETTLED
-
-
 def _wait_until_settled(folder: Path) -> None:
     """Wait a moment after the last package was put into `folder`: else all are looked at in full the next time."""
-    try:
+    with contextlib.suppress(OSError):
         status = _stat(folder)
-    except OSError:
-        return
-    left = max(status.st_mtime, status.st_ctime) + _SETTLED - time.time()
-    if 0 < left <= _SETTLED:
-        time.sleep(left)
+        left = max(status.st_mtime, status.st_ctime) + _SETTLED - time.time()
+        time.sleep(min(max(left, 0.0), _SETTLED))
 
 
 def _file(root: Path, store: Path) -> Path:
     name = hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
-    return store / "unchanged" / f"{name}.json"
+    return store / layout.UNCHANGED / f"{name}.json"

@@ -31,7 +31,7 @@ def is_installed(dist: Path, name: str, files: Mapping[str, Entry], manifest: by
     """
     folder = dist / name
     try:
-        if (folder / MANIFEST).read_bytes() != manifest or _staging(dist, name).exists():
+        if (folder / MANIFEST).read_bytes() != manifest or staging(dist, name).exists():
             return False
         if _names(folder) - set(BESIDE) != {MANIFEST, *files}:
             return False
@@ -46,15 +46,15 @@ def install(dist: Path, name: str, files: Mapping[str, Entry], manifest: bytes, 
     Raises MlcBuildError when the disk is full or a blob turns out to be damaged.
     """
     with room_in(dist, total_size(files.values())), _locked(dist):
-        staging = _staging(dist, name)
-        remove_tree(staging)  # left by a process that was killed: whoever lives would hold the lock
+        new = staging(dist, name)
+        remove_tree(new)  # left by a process that was killed: whoever lives would hold the lock
         for file, entry in files.items():
-            materialise(entry, staging / file, link=store.owns(entry.path))
-        (staging / MANIFEST).write_bytes(manifest)
-        (staging / MANIFEST).chmod(BLOB_MODE)
-        os.utime(staging / MANIFEST, (BLOB_TIME, BLOB_TIME))
-        _replace(staging, dist / name)
-        remove_tree(staging)
+            materialise(entry, new / file, link=store.owns(entry.path))
+        (new / MANIFEST).write_bytes(manifest)
+        (new / MANIFEST).chmod(BLOB_MODE)
+        os.utime(new / MANIFEST, (BLOB_TIME, BLOB_TIME))
+        _replace(new, dist / name)
+        remove_tree(new)
 
 
 def uninstall(dist: Path, name: str) -> bool:
@@ -62,10 +62,10 @@ def uninstall(dist: Path, name: str) -> bool:
     if not (dist / name).exists():
         return False
     with _locked(dist):
-        staging = _staging(dist, name)
-        remove_tree(staging)
-        (dist / name).rename(staging)  # no half-removed package under the real name
-        remove_tree(staging)
+        new = staging(dist, name)
+        remove_tree(new)
+        (dist / name).rename(new)  # no half-removed package under the real name
+        remove_tree(new)
     return True
 
 
@@ -75,7 +75,8 @@ def remove_tree(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _staging(dist: Path, name: str) -> Path:
+def staging(dist: Path, name: str) -> Path:
+    """Where the package is put together. It is only there while somebody does that, or was killed at it."""
     return dist / f".new-{name}"
 
 

@@ -10,15 +10,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from mlcbuild.cache import audit as auditing
-from mlcbuild.cache.gc import Plan, ago, collect, only_one, parse_size, plan
-from mlcbuild.cache.inventory import inventory
-from mlcbuild.cache.locks import sweep_dead
+from mlcbuild.cache.gc import Plan, collect, only_one, parse_size, plan
+from mlcbuild.cache.inventory import Stats, inventory, stats
+from mlcbuild.cache.locks import running_since, sweep_dead
 from mlcbuild.cache.pins import Hold, holds, installed, pin, pinned, unpin
-from mlcbuild.cache.runs import running_since
-from mlcbuild.cache.stats import Stats, stats
 from mlcbuild.cache.store import Store
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.reporting.plain import amount
+from mlcbuild.text import ago, amount
 from mlcbuild.workspace.session import Session
 
 _KEEPERS = {"dist": "installed packages", "pin": "pins", "run": "running builds"}

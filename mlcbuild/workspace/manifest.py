@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mlcbuild import __version__
-from mlcbuild.cache.store import Action
+from mlcbuild.cache.action import Action
 from mlcbuild.cache.tree import Entry
 from mlcbuild.engine.graph import Goal
-from mlcbuild.recipes.types import Model, Recipe, Source
+from mlcbuild.recipes.types import Recipe, Source
 
 NAME = "manifest.json"
 
@@ -45,21 +45,17 @@ def manifest(goal: Goal, actions: Mapping[str, Action], files: Mapping[str, Entr
 
 def _recipe(recipe: Recipe) -> dict[str, Any]:
     """The recipe as resolved; a local path is only its last name, because what lies there is given by digest."""
-    fields = {
+    model = recipe.model
+    sources = {"source": model.source, "delta_of": model.delta_of, "lora": model.lora}
+    return {
         "name": recipe.name,
-        "model": {"name": recipe.model.name, **_sources(recipe.model)},
+        "model": {"name": model.name, **{key: _source(each) for key, each in sources.items() if each is not None}},
         "quantization": dataclasses.asdict(recipe.quantization),
         "target": dataclasses.asdict(recipe.target),
         "template": {"name": recipe.template.name, **recipe.template.data},
         "overrides": recipe.overrides,
         "verify": {**dataclasses.asdict(recipe.verify), "text": _last(recipe.verify.text)},
     }
-    return fields
-
-
-def _sources(model: Model) -> dict[str, Any]:
-    every = {"source": model.source, "delta_of": model.delta_of, "lora": model.lora}
-    return {key: _source(source) for key, source in every.items() if source is not None}
 
 
 def _source(source: Source) -> dict[str, Any]:

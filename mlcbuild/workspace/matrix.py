@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mlcbuild.text import count
 from mlcbuild.workspace.session import Session
 
 _JOBS = 256  # of one matrix of GitHub Actions, at most
@@ -52,26 +53,24 @@ def matrix(session: Session) -> Matrix:
 def render(found: Matrix) -> str:
     """The matrix as text: the figures, then what is shared by most recipes first."""
     lines = [
-        f"{_count(len(found.libraries), 'library', 'libraries')} and {_count(len(found.weights), 'set')} of weights "
-        f"for {_count(found.known, 'recipe')}"
+        f"{count(len(found.libraries), 'library', 'libraries')} and {count(len(found.weights), 'set')} of weights "
+        f"for {count(found.known, 'recipe')}"
     ]
     if found.unlocked:
-        lines[0] += (
-            f"; {_count(found.unknown, 'recipe')} of {_count(len(found.unlocked), 'model')} unknown until locked"
-        )
+        lines[0] += f"; {count(found.unknown, 'recipe')} of {count(len(found.unlocked), 'model')} unknown until locked"
     for title, groups in (("libraries", found.libraries), ("weights", found.weights)):
         if groups:
             lines += ["", title, *_grouped(groups)]
     if found.unlocked:
         lines += ["", "unknown until locked"]
         for model, names in sorted(found.unlocked.items()):
-            lines.append(f"  {model}  {_count(len(names), 'recipe')}: {found.notes[model]}")
+            lines.append(f"  {model}  {count(len(names), 'recipe')}: {found.notes[model]}")
     for title, texts in (("unavailable", found.unavailable), ("broken", found.broken)):
         reasons = _by((text, name) for name, text in texts.items())
         if reasons:
             lines += ["", title]
         for text, names in reasons.items():
-            lines.append(f"  {names[0] if len(names) == 1 else _count(len(names), 'recipe')}: {text}")
+            lines.append(f"  {names[0] if len(names) == 1 else count(len(names), 'recipe')}: {text}")
     return "\n".join(lines) + "\n"
 
 
@@ -115,7 +114,7 @@ def _jobs(tasks: list[str], most: int) -> list[dict[str, str]]:
 
 def _grouped(groups: Mapping[str, tuple[str, ...]]) -> list[str]:
     ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
-    return [f"  {name.partition(':')[2]}  {_count(len(names), 'recipe')}: {' '.join(names)}" for name, names in ordered]
+    return [f"  {name.partition(':')[2]}  {count(len(names), 'recipe')}: {' '.join(names)}" for name, names in ordered]
 
 
 def _by(pairs: Iterable[tuple[str, str]]) -> dict[str, tuple[str, ...]]:
@@ -123,7 +122,3 @@ def _by(pairs: Iterable[tuple[str, str]]) -> dict[str, tuple[str, ...]]:
     for key, name in pairs:
         groups.setdefault(key, []).append(name)
     return {key: tuple(sorted(names)) for key, names in groups.items()}
-
-
-def _count(number: int, one: str, many: str = "") -> str:
-    return f"{number:,} {one if number == 1 else many or f'{one}s'}"

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from mlcbuild.cache.layout import lock_path
 from mlcbuild.cache.locks import locked
 from mlcbuild.engine.graph import Step
 from mlcbuild.errors import MlcBuildError, StepFailed
@@ -24,8 +25,9 @@ from mlcbuild.publishing.origin import Origin, of_folder, of_hub
 from mlcbuild.publishing.package import PUBLISHED, Package, installed, read_package
 from mlcbuild.publishing.provenance import MATERIALS, STATEMENT, bill_of_materials, statement
 from mlcbuild.recipes.files import write_atomically
+from mlcbuild.redact import redact
 from mlcbuild.reporting.events import StepFinished, StepNote, StepStarted
-from mlcbuild.reporting.plain import amount
+from mlcbuild.text import amount
 from mlcbuild.workspace.install import BESIDE
 from mlcbuild.workspace.session import Session
 
@@ -123,17 +125,16 @@ class Publisher:
         with self._lock:
             lock = self._locks.setdefault(repository, threading.Lock())
         # Two builds on this machine may publish at once; on two machines the hub refuses the slower one's commit.
-        with lock, locked(self.session.store.root / "locks" / f"hub-{repository.replace('/', '--')}"):
+        with lock, locked(lock_path(self.session.store.root, f"hub-{repository.replace('/', '--')}")):
             found = hub.changes(repository, files, owns, known)
-            sizes = {name: amount(hub.size(content)) for name, content in files.items()}
-            for line in hub.lines(found, sizes.__getitem__):
+            for line in hub.lines(found, amount):
                 self._say(recipe, line)
             if not found:
                 return 0
             if not self.place.upload:
                 self._say(recipe, f"{repository}: {amount(found.size)} would be uploaded; upload=1 does it")
                 return 0
-            commit = hub.upload(found, files, f"{recipe}, built by mlcbuild", self.place.private)
+            commit = hub.upload(found, f"{recipe}, built by mlcbuild", self.place.private)
             self._say(recipe, f"{repository}: {amount(found.size)} uploaded, commit {commit[:12]}")
             return found.size
 
@@ -185,9 +186,7 @@ class Publisher:
         try:
             return of_hub(repositories)
         except Exception as error:
-            from mlcbuild.checkpoints.hub_http import hidden
-
-            words = hidden(" ".join(str(error).split())[:200])
+            words = redact(" ".join(str(error).split()))[:200]
             raise MlcBuildError(f"{model.source}: its card and licence cannot be read: {words}") from None
 
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlcbuild.cache.action import Action
 from mlcbuild.cache.disk import room_in
+from mlcbuild.cache.layout import RECIPES_MEMO
 from mlcbuild.cache.locks import sweep_dead
 from mlcbuild.cache.pins import hold_package
-from mlcbuild.cache.store import Action, Store, total_size
+from mlcbuild.cache.store import Store, total_size
 from mlcbuild.cache.tree import Entry
 from mlcbuild.engine.builder import Builder
 from mlcbuild.engine.graph import Goal, Graph
@@ -20,19 +22,31 @@ from mlcbuild.errors import MlcBuildError, StepFailed, Unavailable
 from mlcbuild.planning.planner import plan
 from mlcbuild.recipes.changed import changed_since
 from mlcbuild.recipes.load import load
-from mlcbuild.recipes.select import Wanted, cells, choose, manual
+from mlcbuild.recipes.select import Selection, cells, manual
 from mlcbuild.recipes.types import Catalog
 from mlcbuild.reporting.events import PackageInstalled, RecipeUnavailable, Report
+from mlcbuild.workspace.hub_locks import lock_missing, locker
 from mlcbuild.workspace.install import install, is_installed
-from mlcbuild.workspace.locking import locker, look_up
 from mlcbuild.workspace.manifest import manifest
-from mlcbuild.workspace.scope import Scope
 
 if TYPE_CHECKING:
     from mlcbuild.engine.cluster import Cluster
     from mlcbuild.engine.shared import SharedCache
 
 QUALITY = "quality.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the recipes of a session are planned and built."""
+
+    cache: Path | None = None  # None: cache/ in the workspace
+    locked: bool = False  # a hub model that is not in recipes.lock is broken
+    keep_going: bool = False  # what is wrong with a model breaks its recipes and no others
+    debug_dump: Path | None = None
+    shared: SharedCache | None = None
+    pool: Pool | None = None  # None: whoever builds takes care that not too much runs at once
+    cluster: Cluster | None = None
 
 
 @dataclass(frozen=True)
@@ -79,10 +93,13 @@ class Session:
             self.builder.report(PackageInstalled(recipe, f"dist/{recipe}", "installed", size))
         hold_package(self.store, self.dist / recipe, self.keys(recipe) or ())
 
+    def needed(self, recipe: str) -> list[str]:
+        """The recipe's steps and everything that they need, in running order."""
+        return self.graph.closure(self.graph.goals[recipe].steps.values())
+
     def keys(self, recipe: str) -> list[str] | None:
         """The keys of the actions behind the recipe's package; None while a step is not up to date."""
-        names = self.graph.closure(self.graph.goals[recipe].steps.values())
-        actions = [self.lookup.find(name) for name in names]
+        actions = [self.lookup.find(name) for name in self.needed(recipe)]
         return None if None in actions else [action.key for action in actions if action is not None]
 
     def forget(self, names: list[str]) -> list[str]:
@@ -117,49 +134,34 @@ def open_store(root: Path, cache: Path | None = None) -> Store:
 
 
 def open_session(
-    root: Path,
-    report: Report,
-    recipes: str | Wanted | None = None,
-    cache: Path | None = None,
-    debug_dump: Path | None = None,
-    strict: bool = False,
-    locked: bool = False,
-    shared: SharedCache | None = None,
-    scope: Scope | None = None,
-    keep_going: bool = False,
-    pool: Pool | None = None,
-    cluster: Cluster | None = None,
+    root: Path, report: Report, selection: Selection | None = None, settings: Settings | None = None
 ) -> Session:
-    """Read the workspace at `root`, plan `recipes` (names and globs, with commas) and open the cache.
+    """Read the workspace at `root`, plan the recipes that are selected and open the cache.
 
-    Without names, these are all recipes but the manual ones; with a `scope`, also those that it names, and all where
-    it shows tasks. A hub model that is not in recipes.lock is looked up and written there where `scope` says so (with
-    `locked` it is broken); elsewhere it stays unlocked, and no hub is asked.
+    A hub model that is not in recipes.lock is looked up and written there where the selection says so; elsewhere it
+    stays unlocked, and no hub is asked.
 
-    Raises MlcBuildError (RecipeError with all problems of the files), without `keep_going` also with everything that
-    is wrong with the models; Unavailable for a recipe that was asked for by its own name, or with `strict`, and cannot
-    be built on this machine.
+    Raises MlcBuildError (RecipeError with all problems of the files), unless told to keep going also with everything
+    that is wrong with the models; Unavailable for a recipe that is demanded and cannot be built on this machine.
     """
-    store = open_store(root, cache)
-    catalog = load(root, memo=store.root / "recipes.memo")
-    wanted = recipes if isinstance(recipes, Wanted) else Wanted(recipes)
-    known, scope = cells(catalog.recipes), scope or Scope(whole=True)
-    names = choose(known, wanted, manual(catalog.recipes) if scope.runs or scope.whole else ())
-    if not wanted.asks and wanted.changed is None:
-        named = [*catalog.recipes] if scope.others else scope.named(known)
-        names = list(dict.fromkeys([*names, *named]))
-    if wanted.changed is not None:
-        changed = changed_since(root, catalog, wanted.changed)
+    selection, settings = selection or Selection(), settings or Settings()
+    store = open_store(root, settings.cache)
+    catalog = load(root, memo=store.root / RECIPES_MEMO)
+    known = cells(catalog.recipes)
+    names = selection.chosen(known, manual(catalog.recipes))
+    if selection.changed is not None:
+        changed = changed_since(root, catalog, selection.changed)
         names = [name for name in names if name in changed]
-    chosen = [catalog.recipes[name].model for name in scope.to_look_up(names, known)]
-    refused = look_up(root, store.root, chosen, report, refuse=locked)
+    models = [catalog.recipes[name].model for name in selection.to_look_up(names, known)]
+    refused = lock_missing(root, store.root, models, report, refuse=settings.locked)
     graph = plan(catalog, [catalog.recipes[name] for name in names], locker(root, refused))
-    if graph.broken and not keep_going:
+    if graph.broken and not settings.keep_going:
         raise MlcBuildError("\n".join(dict.fromkeys(graph.broken.values())))
-    demanded = set(graph.unavailable) if strict else {name.strip() for name in (wanted.recipe or "").split(",")}
-    missing = {name: text for name, text in graph.unavailable.items() if name in demanded}
+    missing = [f"{name}: unavailable: {graph.unavailable[name]}" for name in selection.demanded(graph.unavailable)]
     if missing:
-        raise Unavailable("\n".join(f"{name}: unavailable: {text}" for name, text in missing.items()))
+        raise Unavailable("\n".join(missing))
     for name, text in graph.unavailable.items():
         report(RecipeUnavailable(name, text))
-    return Session(root, catalog, graph, Builder(Lookup(store, graph), report, debug_dump, shared, pool, cluster))
+    lookup = Lookup(store, graph)
+    builder = Builder(lookup, report, settings.debug_dump, settings.shared, settings.pool, settings.cluster)
+    return Session(root, catalog, graph, builder)

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 
 from mlcbuild.checkpoints.table import read_table
 from mlcbuild.engine.job import local_job
@@ -23,18 +22,17 @@ from mlcbuild.models.architecture import choose, resolve
 from mlcbuild.models.parameters import Parameter, parameters
 from mlcbuild.models.structure import Structure
 from mlcbuild.quantization.dequantize import dequantized
-from mlcbuild.recipes.convert import architecture
 from mlcbuild.recipes.types import Architecture
 from mlcbuild.runtime import weights
 from mlcbuild.runtime.library import Library, Network, match
 from mlcbuild.runtime.session import Session
 from mlcbuild.steps import convert, quantize
-from tests.support import llama
+from tests.support import architectures, llama
 
 Array = npt.NDArray[Any]
 Config = Mapping[str, Any]
 
-ARCHITECTURES = Path(__file__).parents[2] / "recipes" / "architectures"
+ARCHITECTURES = architectures.STOCK
 CHUNK, CONTEXT = 24, 96  # a prompt of 40 takes two chunks
 IDS = [int(i) for i in np.random.default_rng(1).integers(3, 90, 40)]
 
@@ -56,8 +54,7 @@ class Case:
 
 
 def known_architectures() -> dict[str, Architecture]:
-    files = sorted(ARCHITECTURES.glob("*.yaml"))
-    return {path.stem: architecture(path.stem, yaml.safe_load(path.read_text())) for path in files}
+    return architectures.known(ARCHITECTURES)
 
 
 def structure_of(case: Case, folder: Path, **changes: Any) -> Structure:
@@ -124,10 +121,17 @@ def _write(folder: Path, tensors: Mapping[str, Array]) -> None:
 class Agreement:
     """A case in one quantization: its library, and what its weights ought to give."""
 
-    def __init__(self, case: Case, quantization: str, folder: Path, library: bool = True, **changes: Any) -> None:
+    def __init__(
+        self,
+        case: Case,
+        quantization: str,
+        folder: Path,
+        build: Callable[[Structure, Any, Path], Path] | None = llama.build_library,
+        **changes: Any,
+    ) -> None:
         """`changes` are fields of the structure that the library is compiled with in spite of the checkpoint.
 
-        Without `library` nothing is compiled, and there is no session.
+        Without `build` nothing is compiled, and there is no session.
         """
         self.case, self._checkpoint = case, folder / "checkpoint"
         save(case, folder / "checkpoint")
@@ -144,10 +148,10 @@ class Agreement:
         self.blobs = {entry.digest: entry.path for entry in job.inputs["checkpoint"].files.values()}
         self.blobs |= {entry.digest: entry.path for entry in packing.inputs["convert"].files.values()}
         self._meant = self._stood_for(form, folder)
-        if not library:
+        if build is None:
             return
         compiled = dataclasses.replace(self.structure, **changes)
-        self.network = network(llama.build_library(compiled, form, folder), self.weights, compiled.vocab_size)
+        self.network = network(build(compiled, form, folder), self.weights, compiled.vocab_size)
 
     def session(self, sequences: int = 1) -> Session:
         return Session(self.network, sequences)
@@ -184,7 +188,8 @@ def network(library: Path, folder: Path, vocab_size: int, all_of_them: bool = Tr
     if all_of_them:
         match(wanted, records, library, folder)
     by_name = {record.name: record for record in records}
-    return Network(opened, list(weights.load([by_name[parameter.name] for parameter in wanted])), vocab_size, 2)
+    loaded = weights.load([by_name[parameter.name] for parameter in wanted])
+    return Network(opened, [opened.device.place(tensor) for tensor in loaded], vocab_size, 2)
 
 
 def originals(

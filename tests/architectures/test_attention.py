@@ -67,5 +67,5 @@ def test_windows_that_change_nothing_are_none(tmp_path: Path) -> None:
     assert gemma.layer_types == ("sliding", "full", "sliding")
     again = from_library_json(gemma.library_json())
     assert again.digest == gemma.digest and again.layer_types == gemma.layer_types
-    assert gemma.kinds == (0, 1, 0) and gemma.one_layer.layer_types == ("sliding", "full")
+    assert gemma.layer_kinds == (0, 1, 0) and gemma.one_layer.layer_types == ("sliding", "full")
     assert {p.layer for p in parameters(gemma)} == {None, 0, 1, 2}

@@ -38,7 +38,7 @@ WITHOUT: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("choice", WITHOUT)
 def test_without_it_logits_differ(choice: str, tmp_path: Path) -> None:
     name, changes = WITHOUT[choice]
-    agreement = Agreement(CASES[name], "q0f32", tmp_path, library=False)
+    agreement = Agreement(CASES[name], "q0f32", tmp_path, build=None)
     fields = {field: value for field, value in changes.items() if field != "roles"}
     rules = tuple(rule for rule in agreement.structure.rules if rule.role not in changes.get("roles", ()))
     changed = replace(agreement.structure, rules=rules, **fields)
@@ -52,7 +52,7 @@ def test_starcoder2_has_a_head_of_its_own_where_it_is_untied(tmp_path: Path) -> 
     """MLC's parameter list has an lm_head in both cases: of the checkpoint's own, or the embedding again."""
     heads = {}
     for name in ("starcoder2", "starcoder2-tied"):
-        agreement = Agreement(CASES[name], "q0f32", tmp_path / name, library=False)
+        agreement = Agreement(CASES[name], "q0f32", tmp_path / name, build=None)
         found = parameters(agreement.structure)
         heads[name] = next(each.sources for each in found if each.role == "lm_head")
     assert heads == {"starcoder2": ("lm_head.weight",), "starcoder2-tied": ("model.embed_tokens.weight",)}
@@ -61,4 +61,4 @@ def test_starcoder2_has_a_head_of_its_own_where_it_is_untied(tmp_path: Path) -> 
 def test_one_function_for_all_layers_of_a_kind(tmp_path: Path) -> None:
     """What a compiler pass costs does not grow with layers, whatever they alternate in."""
     save(CASES["gemma3_text"], tmp_path)
-    assert set(structure_of(CASES["gemma3_text"], tmp_path).kinds) == {0, 1}
+    assert set(structure_of(CASES["gemma3_text"], tmp_path).layer_kinds) == {0, 1}

@@ -13,11 +13,11 @@ from mlcbuild.models.parameters import parameters
 from mlcbuild.quantization.schemes import packed
 from mlcbuild.quantization.stream import quantize
 from mlcbuild.verify import evaluate
-from mlcbuild.verify.blocks import Blocks
 from mlcbuild.verify.importance import importance
 from mlcbuild.verify.layers import compare
 from mlcbuild.verify.packed import Packed
-from mlcbuild.verify.unquantized import Unquantized
+from mlcbuild.verify.pieces import Pieces
+from mlcbuild.verify.tensors import Unquantized
 from tests.architectures.agreement import IDS, Agreement, Array
 from tests.architectures.cases import CASES
 from tests.support.llama import QUANTIZATIONS
@@ -35,9 +35,9 @@ def in_one_piece(logits: Callable[[list[int]], Array]) -> Callable[[Sequence[int
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_figures_are_those_of_the_whole_model(name: str, tmp_path: Path) -> None:
-    agreement = Agreement(CASES[name], "q4f32_1", tmp_path, library=False)
+    agreement = Agreement(CASES[name], "q4f32_1", tmp_path, build=None)
     structure, form = agreement.structure, QUANTIZATIONS["q4f32_1"]
-    reference, package = (Blocks(build_blocks(structure, q, tmp_path / q)) for q in ("q0f32", "q4f32_1"))
+    reference, package = (Pieces(build_blocks(structure, q, tmp_path / q)) for q in ("q0f32", "q4f32_1"))
     checkpoint = Unquantized(agreement.document, agreement.blobs)
     ours = compare(
         structure,
@@ -46,14 +46,14 @@ def test_the_figures_are_those_of_the_whole_model(name: str, tmp_path: Path) -> 
         WINDOWS,
     )
     theirs = evaluate.compare(in_one_piece(agreement.expected), in_one_piece(agreement.unquantized), WINDOWS)
-    assert ours.comparison.perplexity == pytest.approx(theirs.perplexity, rel=1e-4)
-    assert ours.comparison.reference_perplexity == pytest.approx(theirs.reference_perplexity, rel=1e-4)
-    assert ours.comparison.kl == pytest.approx(theirs.kl, rel=1e-2)
+    assert ours.figures.perplexity == pytest.approx(theirs.perplexity, rel=1e-4)
+    assert ours.figures.reference_perplexity == pytest.approx(theirs.reference_perplexity, rel=1e-4)
+    assert ours.figures.kl == pytest.approx(theirs.kl, rel=1e-2)
     assert set(ours.tensors) == {each.name for each in parameters(structure) if each.is_matrix}
     _check_calibration(agreement, reference, checkpoint, tmp_path)
 
 
-def _check_calibration(agreement: Agreement, blocks: Blocks, checkpoint: Any, folder: Path) -> None:
+def _check_calibration(agreement: Agreement, blocks: Pieces, checkpoint: Any, folder: Path) -> None:
     structure, form = agreement.structure, replace(QUANTIZATIONS["q4f32_1"], rounding="calibrated")
     found = importance(structure, blocks, checkpoint, WINDOWS)
     known = parameters(structure)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from mlcbuild.engine.job import Job
 
 VERSION = 1
-CODE = ()
 TOOLS = ()
 
 

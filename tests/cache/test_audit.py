@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from mlcbuild.cache.action import Action
 from mlcbuild.cache.audit import audit
 from mlcbuild.cache.files import entry_of
 from mlcbuild.cache.materialise import BLOB_TIME
-from mlcbuild.cache.store import Action, Store
+from mlcbuild.cache.store import Store
 from mlcbuild.cache.tree import Entry, Tree
 
 

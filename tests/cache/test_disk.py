@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from mlcbuild.cache.action import Action
 from mlcbuild.cache.disk import room_in
 from mlcbuild.cache.gc import collect, only_one, plan
 from mlcbuild.cache.inventory import inventory
-from mlcbuild.cache.locks import sweep_dead
+from mlcbuild.cache.locks import running_since, sweep_dead
 from mlcbuild.cache.pins import holds
-from mlcbuild.cache.runs import running_since
-from mlcbuild.cache.store import Action, Store
+from mlcbuild.cache.store import Store
 from mlcbuild.cache.tree import Tree
 from mlcbuild.engine.builder import Builder
 from mlcbuild.engine.graph import Graph, Input, Step

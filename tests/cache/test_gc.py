@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from mlcbuild.cache.action import Action
 from mlcbuild.cache.files import entry_of
 from mlcbuild.cache.gc import Plan, collect, only_one, parse_size, plan
-from mlcbuild.cache.inventory import inventory
+from mlcbuild.cache.inventory import inventory, stats
+from mlcbuild.cache.locks import begin, running_since
 from mlcbuild.cache.pins import Hold, hold_package, holds, installed, pin, pinned, unpin
-from mlcbuild.cache.runs import begin, running_since
-from mlcbuild.cache.stats import stats
-from mlcbuild.cache.store import Action, Store
+from mlcbuild.cache.store import Store
 from mlcbuild.cache.tree import Tree
 from mlcbuild.errors import MlcBuildError
 

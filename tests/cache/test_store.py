@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from mlcbuild.cache.action import Action
 from mlcbuild.cache.files import entry_of
-from mlcbuild.cache.store import Action, Store
+from mlcbuild.cache.store import Store
 from mlcbuild.cache.tree import Entry, Tree
 from mlcbuild.errors import MlcBuildError
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlcbuild.cache.canonical import canonical
-from mlcbuild.cache.tree import Entry, Tree, check_name
+from mlcbuild.cache.tree import Entry, Tree, canonical, check_name
 from mlcbuild.errors import MlcBuildError
 
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
+from mlcbuild.cache.action import Action
+from mlcbuild.cache.disk import made_for
 from mlcbuild.cache.gc import collect, plan
 from mlcbuild.cache.inventory import inventory
 from mlcbuild.cache.locks import locked, sweep_dead, workplace
-from mlcbuild.cache.share import made_for
-from mlcbuild.cache.store import Action, Store
+from mlcbuild.cache.store import Store
 from mlcbuild.cache.tree import Tree
 
 GROUP = 61234

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from mlcbuild.chat.compare import full_text
 from mlcbuild.chat.conversation import render
 from mlcbuild.chat.derive import derive
-from mlcbuild.chat.difference import full_text
 from mlcbuild.errors import MlcBuildError
 from tests.chat import chats
 

@@ -96,6 +96,14 @@ def test_stop_tokens_of_another_tokenizer() -> None:
     assert stop_problems(stock("minigpt", stop_token_ids=[8, 9]), chats.TOKENIZER) == []
 
 
+def test_a_beginning_of_another_tokenizer() -> None:
+    """FAULTS A9: the ids before a conversation are looked at as those that end it are."""
+    for i, known in ((7, "'a' in this tokenizer"), (99, "not in the tokenizer")):
+        (problem,) = stop_problems(stock("chatml", system_prefix_token_ids=[i]), chats.TOKENIZER)
+        assert problem.startswith(f"template chatml: a conversation begins with token id {i}, which is {known}: ")
+    assert stop_problems(stock("chatml", system_prefix_token_ids=[0]), chats.TOKENIZER) == []
+
+
 def test_where_chat_templates_are_found(tmp_path: Path) -> None:
     config = tmp_path / "tokenizer_config.json"
     files = {"tokenizer_config.json": config}

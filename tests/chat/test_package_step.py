@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
+from mlcbuild.chat.compare import check
 from mlcbuild.chat.config import chat_config
 from mlcbuild.chat.conversation import from_data
 from mlcbuild.chat.tokenizer_info import json_tokenizer
 from mlcbuild.engine.job import Job, local_job
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.recipes.load import load
 from mlcbuild.steps import package
 from tests.chat import chats
 from tests.chat.sentencepieces import sentencepiece_model
@@ -30,6 +32,7 @@ TOKENIZER = {
     "added_tokens": [{"id": 2, "content": "<end>"}],
     "decoder": {"type": "ByteLevel"},
 }
+TEMPLATES = load(Path(__file__).parents[2]).templates
 FIELDS = {
     "model": "tiny",
     "quantization": "q4f16_1",
@@ -107,7 +110,7 @@ def test_every_field_in_mlcs_order(tmp_path: Path) -> None:
         "temperature": 1.0,
         "top_p": 1.0,
         "bos_token_id": 1,
-        "eos_token_id": 2,
+        "eos_token_id": [],
         "model_task": "chat",
         "embedding_metadata": None,
     }
@@ -204,6 +207,94 @@ def test_the_template_that_the_tokenizer_brings(tmp_path: Path) -> None:
     assert template["roles"]["user"] == "<|im_start|>user"
     # Kept for verification, and for whoever opens the folder with transformers.
     assert (tmp_path / "jinja" / "job" / "output" / "tiny-q4f16_1-MLC" / "chat_template.jinja").is_file()
+
+
+def test_the_special_tokens_of_an_older_file(tmp_path: Path) -> None:
+    """FAULTS A8: special_tokens_map.json names them where tokenizer_config.json has no added_tokens_decoder."""
+    tokens = [{"id": i, "content": text, "special": True} for i, text in enumerate(chats.SPECIAL)]
+    checkpoint: dict[str, Any] = {
+        "tokenizer.json": {"model": {"vocab": {}}, "added_tokens": tokens},
+        "tokenizer_config.json": {"chat_template": chats.VICUNA},
+        "special_tokens_map.json": {"bos_token": {"content": "<s>"}, "eos_token": "</s>"},
+    }
+    for name in ("older", "newer"):
+        (tmp_path / name).mkdir()
+    config = written(tmp_path / "older", checkpoint, template={"name": "auto"})
+    assert (config["conv_template"]["system_prefix_token_ids"], config["conv_template"]["stop_token_ids"]) == ([0], [1])
+    assert (config["bos_token_id"], config["eos_token_id"]) == (0, 1)
+    weights = tmp_path / "older" / "job" / "output" / "tiny-q4f16_1-MLC"
+    report = check(from_data("auto", config["conv_template"]), weights)[0].report
+    assert report["checked"] and "differs" not in report
+    checkpoint["tokenizer_config.json"] |= {"added_tokens_decoder": {}, "bos_token": "<s>"}
+    config = written(tmp_path / "newer", checkpoint, template={"name": "chatml", **TEMPLATE})
+    assert (config["bos_token_id"], config["eos_token_id"]) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("config", "ids"),
+    [({}, (2, 1)), ({"bos_token_id": None, "eos_token_id": None}, (2, 1)), ({"eos_token_id": 0}, (2, 0))],
+)
+def test_ends_of_text_that_only_the_tokenizer_names(tmp_path: Path, config: dict[str, Any], ids: Any) -> None:
+    """FAULTS A10: the tokenizer's; MLC's default, 2, is one of llama's."""
+    checkpoint = {
+        "tokenizer.json": TOKENIZER,
+        "tokenizer_config.json": {"bos_token": "<end>", "eos_token": "b"},
+        "config.json": config,
+    }
+    found = written(tmp_path, checkpoint)
+    assert (found["bos_token_id"], found["eos_token_id"]) == ids
+
+
+_BOS_FIRST = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<bos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+}
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "config", "begin", "end"),
+    [
+        ({"post_processor": _BOS_FIRST}, {}, [2], [1]),
+        ({"post_processor": {"type": "Sequence", "processors": [{"type": "ByteLevel"}, _BOS_FIRST]}}, {}, [2], [1]),
+        ({"post_processor": _BOS_FIRST}, {"add_bos_token": False}, None, [1]),
+        ({}, {"add_bos_token": True}, [2], [1]),
+        ({}, {"eos_token": None}, None, []),
+    ],
+)
+def test_text_as_it_is_begins_and_ends_as_the_checkpoint_says(
+    tmp_path: Path, tokenizer: dict[str, Any], config: dict[str, Any], begin: list[int] | None, end: list[int]
+) -> None:
+    """FAULTS A9: MLC's LM has llama's ids, which are a Gemma's the other way round."""
+    tokens = [{"id": i, "content": text, "special": True} for i, text in enumerate(("<pad>", "<eos>", "<bos>"))]
+    files = {
+        "tokenizer.json": {"model": {"vocab": {}}, "added_tokens": tokens, **tokenizer},
+        "tokenizer_config.json": {"bos_token": "<bos>", "eos_token": "<eos>", **config},
+    }
+    template = written(tmp_path, files, template={"name": "LM", **TEMPLATES["LM"].data})["conv_template"]
+    assert (template["system_prefix_token_ids"], template["stop_token_ids"]) == (begin, end)
+
+
+@pytest.mark.parametrize(
+    ("files", "problem"),
+    [
+        (
+            {"added_tokens.json": {"<|im_start|>": 300}},
+            "added_tokens.json: token '<|im_start|>' is 300, which tokenizer.json lacks, and would cut into pieces",
+        ),
+        (
+            {"tokenizer_config.json": {"added_tokens_decoder": {"2": {"content": "<end>"}, "9": {"content": "a"}}}},
+            "tokenizer_config.json: added_tokens_decoder: token 'a' is 9, which tokenizer.json has as 0",
+        ),
+    ],
+)
+def test_added_tokens_that_the_tokenizer_does_not_have(tmp_path: Path, files: dict[str, Any], problem: str) -> None:
+    """FAULTS A7: transformers adds them when it loads the tokenizer, MLC's runtimes read tokenizer.json alone."""
+    with pytest.raises(MlcBuildError) as error:
+        written(tmp_path, {"tokenizer.json": TOKENIZER, **files})
+    assert str(error.value) == (
+        f"{problem}: save the tokenizer again, with transformers' "
+        "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+    )
 
 
 def test_auto_without_a_chat_template(tmp_path: Path) -> None:

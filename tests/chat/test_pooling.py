@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mlcbuild.chat.pooling import embedding_metadata
+from mlcbuild.chat.checkpoint import embedding_metadata
 from mlcbuild.errors import MlcBuildError
 
 DEFAULT = {"model_type": "encoder", "pooling_strategy": "cls", "normalize": True}

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-import yaml
 
 from mlcbuild.engine.job import Job, Tree, local_job
 from mlcbuild.errors import CheckpointError
@@ -18,13 +17,12 @@ from mlcbuild.models.architecture import resolve
 from mlcbuild.models.parameters import parameters
 from mlcbuild.models.structure import Structure
 from mlcbuild.quantization import group
-from mlcbuild.quantization.blocks import Packed
-from mlcbuild.quantization.tensor_cache_reader import read_tensors
-from mlcbuild.recipes.convert import architecture
+from mlcbuild.quantization.packing import Packed
+from mlcbuild.quantization.tensor_cache import read_tensors
 from mlcbuild.recipes.types import Quantization, Weights
 from mlcbuild.steps import convert, quantize
+from tests.support.architectures import architecture
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 NK = Weights(4, 32, "uint32", "NK", True)
 Q0F32 = Quantization("q0f32", "q0", "float32")
 Q4F16 = Quantization("q4f16_1", "q4", "float16", NK, "quantized", "quantized")
@@ -56,8 +54,7 @@ def save(
 
 def structure(folder: Path, **changes: Any) -> Structure:
     config = json.loads((folder / "config.json").read_text()) | changes
-    llama = yaml.safe_load((RECIPES / "architectures" / "llama.yaml").read_text())
-    return resolve(architecture("llama", llama), config, {})
+    return resolve(architecture("llama"), config, {})
 
 
 def run_convert(folder: Path, model: Structure, work: Path) -> Job:

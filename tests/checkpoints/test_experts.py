@@ -14,7 +14,7 @@ from mlcbuild.errors import CheckpointError
 from mlcbuild.models.architecture import resolve
 from mlcbuild.models.structure import Structure
 from mlcbuild.quantization.dequantize import unpack
-from mlcbuild.quantization.tensor_cache_reader import read_tensors
+from mlcbuild.quantization.tensor_cache import read_tensors
 from mlcbuild.recipes.load import load
 from mlcbuild.recipes.types import quantization_json
 from mlcbuild.steps import convert, quantize

@@ -10,8 +10,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,26 @@ def info(name: str) -> LockedFile:
 
 
 LOCKED = {name: info(name) for name in NEEDED}
+
+
+@dataclass
+class XetHub(Hub):
+    """A hub whose weights are in Xet storage: hf_xet's own, in a folder."""
+
+    storage: Path = Path()
+    stored: str = ""  # the file's hash there
+    broken: bool = False
+
+    def answer(self, path: str, headers: Mapping[str, str]) -> tuple[int, dict[str, str], bytes]:
+        if path == f"/api/models/{self.repo}/xet-read-token/{COMMIT}" and not self.broken:
+            names = {"Cas-Url": f"local://{self.storage}", "Access-Token": "xet", "Token-Expiration": "9999999999"}
+            return 200, {f"X-Xet-{name}": value for name, value in names.items()}, b""
+        status, found, body = super().answer(path, headers)
+        if path.endswith("model.safetensors") and self.stored:
+            route = f"{self.url}/api/models/{self.repo}/xet-read-token/{COMMIT}"
+            found = {**found, "X-Xet-Hash": self.stored, "X-Xet-Refresh-Route": route}
+            body = body if self.broken else bytes(len(body))  # not what was asked for
+        return status, found, body
 
 
 @pytest.fixture
@@ -313,6 +335,59 @@ def test_a_hub_that_stops_in_the_middle(
     assert server.requests[-1].endswith(f"{WEIGHTS} from 128000")
 
 
+@dataclass
+class Meeting(Hub):
+    """A hub that sends each of two files only once both are asked for."""
+
+    def __post_init__(self) -> None:
+        self.both = threading.Barrier(2, timeout=20)
+
+    def answer(self, path: str, headers: Mapping[str, str]) -> tuple[int, dict[str, str], bytes]:
+        if "/resolve/" in path:
+            self.both.wait()
+        return super().answer(path, headers)
+
+
+def test_files_are_downloaded_side_by_side(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    with serving(Meeting(dict(FILES))) as meeting:
+        monkeypatch.setattr(constants, "ENDPOINT", meeting.url)
+        two = {name: LOCKED[name] for name in (WEIGHTS, "tokenizer.json")}
+        hub.fetch("owner/name", COMMIT, two, tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == {n: FILES[n] for n in two}
+
+
+def test_a_refusal_ends_the_other_downloads(server: Hub, waits: list[float], tmp_path: Path) -> None:
+    del server.files["tokenizer.json"]
+    server.faults = [Fault(WEIGHTS, 503, {"Retry-After": "299"}, times=99)]
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: the repository has no such file at that revision"):
+        hub.fetch("owner/name", COMMIT, LOCKED, tmp_path / "out")
+    assert not (tmp_path / "out" / WEIGHTS).exists()
+
+
+@pytest.mark.parametrize("begun", [0, 100_000])
+@pytest.mark.parametrize("broken", [False, True])
+def test_files_in_xet_storage(
+    server: Hub, waits: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: int, broken: bool
+) -> None:
+    """They come from there, from where a download stopped; and from the hub itself where that fails."""
+    import hf_xet
+    from huggingface_hub import constants
+
+    with hf_xet.XetSession().new_upload_commit(endpoint=f"local://{tmp_path / 'xet'}") as commit:
+        upload = commit.start_upload_bytes(FILES[WEIGHTS])
+    stored = upload.result().xet_info.hash
+    place = tmp_path / "partial" / LOCKED[WEIGHTS].sha256
+    place.parent.mkdir()
+    place.write_bytes(FILES[WEIGHTS][:begun])
+    with serving(XetHub(dict(FILES), storage=tmp_path / "xet", stored=stored, broken=broken)) as xet:
+        monkeypatch.setattr(constants, "ENDPOINT", xet.url)
+        hub.fetch("owner/name", COMMIT, {WEIGHTS: LOCKED[WEIGHTS]}, tmp_path / "out", partial=place.parent)
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == FILES[WEIGHTS]
+    assert waits == ([1] if broken else [])
+
+
 def test_content_that_never_ends(server: Hub, tmp_path: Path) -> None:
     server.served[WEIGHTS] = FILES[WEIGHTS] * 2
     with pytest.raises(CheckpointError, match=r"bytes or more, recipes.lock says 256000; build again"):
@@ -360,7 +435,7 @@ def test_the_token_goes_to_the_hub_and_not_where_it_redirects_to(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", SECRET)
     server.token = SECRET
-    with serving(Hub(dict(FILES))) as storage:
+    with serving(XetHub(dict(FILES), stored="0" * 64, broken=True)) as storage:  # which asks for it
         there = storage.url.replace("127.0.0.1", "localhost") + f"/owner/name/resolve/main/{WEIGHTS}"
         server.faults = [Fault(WEIGHTS, 302, {"Location": there})]
         hub.fetch("owner/name", COMMIT, LOCKED, tmp_path / "out")

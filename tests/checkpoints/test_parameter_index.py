@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mlcbuild.checkpoints.header import TensorRef
-from mlcbuild.checkpoints.index import index
+from mlcbuild.checkpoints.index import index, with_prefix
 from mlcbuild.checkpoints.table import read_table
 from mlcbuild.errors import CheckpointError
 from mlcbuild.models.parameters import Parameter
@@ -161,3 +161,25 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
 def test_files_of_a_folder(tmp_path: Path) -> None:
     write(tmp_path / "model.safetensors", tensors(1))
     assert len(index(model(1), read_table(folder(tmp_path)))["parameters"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("saved", "said"),
+    [
+        ("model.{}", []),
+        ("_orig_mod.model.{}", ["all tensors begin with `_orig_mod.`, which is left out"]),
+        ("module._orig_mod.model.{}", ["all tensors begin with `module._orig_mod.`, which is left out"]),
+        ("{}", ["the tensors lack `model.` before their names, as AutoModel saves them; it is put there"]),
+        ("encoder.{}", []),
+    ],
+)
+def test_a_prefix_that_all_tensors_have_or_lack(tmp_path: Path, saved: str, said: list[str]) -> None:
+    """FAULTS B: what torch.compile, DataParallel and AutoModel make of names, which transformers loads too."""
+    values = {name: value for name, value in tensors(2).items() if name != "lm_head.weight"}
+    refs = table(tmp_path, {saved.format(name): value for name, value in values.items()})
+    notes: list[str] = []
+    found = with_prefix(refs, "", [f"model.{name}" for name in values] + ["model.rotary.inv_freq"], notes.append)
+    assert notes == said
+    wanted = {f"model.{name}" for name in values}
+    assert set(found) == (wanted if saved != "encoder.{}" else set(refs))
+    assert {ref.name for ref in found.values()} == set(refs), "for messages, a tensor keeps the name that the file has"

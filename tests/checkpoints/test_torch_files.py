@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlcbuild.checkpoints import made
+from mlcbuild.checkpoints import computed, mapped
 from mlcbuild.checkpoints.header import TensorRef
 from mlcbuild.checkpoints.table import read_table
 from mlcbuild.checkpoints.torch_files import read_torch
@@ -37,7 +37,7 @@ def refs(path: Path) -> dict[str, TensorRef]:
 
 def values(ref: TensorRef) -> Any:
     """The tensor as torch has it."""
-    array = np.array(made.view(ref))
+    array = np.array(mapped.view(ref))
     return (
         torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if ref.dtype == "BF16" else torch.from_numpy(array)
     )
@@ -90,8 +90,8 @@ def test_tensors_that_are_not_row_major_are_laid_out_anew(tmp_path: Path) -> Non
     tensor = torch.randn(700, 900)
     table = refs(save(tmp_path, {"turned": tensor.T, "plain": tensor, "unused": tensor.T}))
     (tmp_path / "out").mkdir()
-    found = made.strided(table, {"turned", "plain"})
-    written = made.write(made.place(found), tmp_path / "out")
+    found = computed.strided(table, {"turned", "plain"})
+    written = computed.write(computed.place(found), tmp_path / "out")
     assert written.keys() == {"turned"}
     ref = written["turned"]
     assert ref.strides is None and ref.file == "tensors-0.bin"

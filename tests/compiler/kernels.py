@@ -11,14 +11,15 @@ import numpy as np
 import numpy.typing as npt
 
 from mlcbuild import zig
-from mlcbuild.compiler import linkers, targets
+from mlcbuild.compiler import targets
 from mlcbuild.compiler.cpu.experts import plan_size
 from mlcbuild.compiler.cpu.formats import Format, sources
 from mlcbuild.compiler.cpu.linear import PACK_TOKENS, TASK_ROWS
+from mlcbuild.compiler.link import linkers
 from tests.support.llama import CPU
 
 Array = npt.NDArray[Any]
-FOLDER = Path(linkers.__file__).parent / "cpu" / "kernels"
+FOLDER = Path(targets.__file__).parent / "cpu" / "kernels"
 FILES = ("attention", "experts", "recurrent", "rows")  # those of the formats come beside them
 LEVELS = {
     "native": targets.zig_cpu(targets.resolve(CPU)),

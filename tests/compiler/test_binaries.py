@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mlcbuild.compiler import binaries, symbols
-from mlcbuild.compiler.codegen.archive import write_tar
+from mlcbuild.compiler.link import binaries, symbols
+from mlcbuild.compiler.link.static import write_tar
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.zig import run_zig
 

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 
-from mlcbuild.compiler import canonical, lower, targets
+from mlcbuild.compiler import canonical, targets
+from mlcbuild.compiler.cpu.lower import lower
 from tests.support import llama
 
 
 @pytest.fixture(scope="module")
 def module() -> Any:
     structure = llama.structure_of(llama.transformers_llama())
-    return lower.lower(structure, llama.QUANTIZATIONS["q4f16_1"], "q4f16_1", targets.resolve(llama.CPU))
+    return lower(structure, llama.QUANTIZATIONS["q4f16_1"], "q4f16_1", targets.resolve(llama.CPU))
 
 
 def test_sizes_are_stored_in_the_order_of_their_slots(module: Any) -> None:

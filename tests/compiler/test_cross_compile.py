@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mlcbuild.compiler import linkers
 from mlcbuild.compiler.cpu.formats import format_of, sources
+from mlcbuild.compiler.link import linkers
 from tests.compiler.kernels import FILES, FOLDER
 from tests.support.llama import CPU, QUANTIZATIONS
 

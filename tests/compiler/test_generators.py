@@ -59,17 +59,17 @@ def test_an_llvm_without_a_processor(name: str, processor: str, present: Generat
 
 
 def test_a_step_says_it_before_it_generates_anything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from mlcbuild.compiler import library
-    from mlcbuild.compiler.codegen import build
+    from mlcbuild.compiler.cpu import build as cpu_build
+    from mlcbuild.compiler.gpu import build
 
     monkeypatch.setattr(generators, "installed", lambda: Generators(frozenset({"llvm"}), frozenset({"x86_64"})))
     stock = {
         n: convert.target(n, yaml.safe_load((_TARGETS / f"{n}.yaml").read_text())) for n in ("cpu-aarch64", "metal")
     }
     cpu, metal = stock["cpu-aarch64"], stock["metal"]
-    wanted = build.Wanted(metal.device, metal.host or {}, metal.linker, ())
+    lowered = tmp_path / "module.json"
     with pytest.raises(Unavailable, match="no code generator for metal"):
-        build.build(tmp_path / "module.json", wanted, tmp_path / "model.dylib", tmp_path)
+        build.build(lowered, metal.device, metal.host, metal.linker, tmp_path / "model.dylib", tmp_path)
     with pytest.raises(Unavailable, match=r"LLVM .* has no code generator for aarch64"):
-        library.build(None, cpu.device, cpu.linker, tmp_path / "model.so", tmp_path)
+        cpu_build.build(lowered, cpu.device, {}, cpu.linker, tmp_path / "model.so", tmp_path)
     assert not list(tmp_path.iterdir())

@@ -140,6 +140,26 @@ def test_one_token_over_cached_pages(kernels: dict[str, Any], scale: float) -> N
             assert np.abs(got[b, head] - expected).max() < 1e-5
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(("dim", "heads"), [(32, 8), (64, 25), (80, 7), (96, 3), (128, 28), (256, 10)])
+def test_a1_two_attentions_become_one_whatever_order_threads_run_in(gpu: Any, dim: int, heads: int, dtype: str) -> None:
+    """Row A1: a subgroup that is narrower than the threads of a row, and numbers of heads that fill no block of them.
+
+    lavapipe's subgroups have 4 or 8 threads, a row has dim / 4 of them.
+    """
+    random, n = np.random.default_rng(3), 9
+    v, v_other = (random.standard_normal((n, heads, dim)).astype(dtype) for _ in range(2))
+    s, s_other = (3 * random.standard_normal((n, heads)).astype(np.float32) for _ in range(2))
+    s_other[4] = -5e4  # an attention over no keys
+    function = attention.merge(heads, dim, dtype, 256)
+    got = gpu.launch(function, 0, {"V": v, "S": s, "V_other": v_other, "S_other": s_other}, {"N": n})
+    largest = np.maximum(s, s_other).astype(np.float64)
+    a, b = np.exp2(s - largest), np.exp2(s_other - largest)
+    expected = (v * a[..., None] + v_other * b[..., None]) / (a + b)[..., None]
+    assert np.abs(got["V"] - expected).max() < (2e-3 if dtype == "float16" else 1e-6)
+    assert np.abs(got["S"] - (np.log2(a + b) + largest)).max() < 1e-5
+
+
 @pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "phi-norms", "stablelm-norms"])
 def test_decoders_with_these_choices_become_gpu_libraries(name: str) -> None:
     """Caps of scores and logits, windows, a second theta, norms of heads in every form, biases of the head."""

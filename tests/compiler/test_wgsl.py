@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlcbuild.compiler.gpu import choosing, logits, products, rope, rows, softmax, sorting
+from mlcbuild.compiler.abi import logits
+from mlcbuild.compiler.gpu import choosing, products, rope, rows, softmax, sorting
 from mlcbuild.models.rope import Rotary
 from mlcbuild.quantization.schemes import parts
 from tests.compiler.packing import pack, rounded

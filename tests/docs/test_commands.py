@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from tests.docs.pages import DOCS, ROOT, blocks, code
-from tests.engine.test_care import mlcbuild
 from tests.engine.workspace import Workspace, make_workspace
+from tests.workspace.test_maintenance import mlcbuild
 
 PAGES = (ROOT / "README.md", *(DOCS / f"{name}.md" for name in ("building", "nightly", "reports", "cache", "sharing")))
 # What a reader has in place of it.

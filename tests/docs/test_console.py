@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mlcbuild.cli.main import main
-from mlcbuild.recipes.init import init
+from mlcbuild.workspace.init import init
 from tests.docs.pages import PAGES, ROOT, blocks
 
 SHOWN = {page.name: [b.text for b in blocks(page.read_text()) if b.language == "console"] for page in PAGES}

@@ -11,18 +11,22 @@ from typing import Any
 import pytest
 import yaml
 
-from mlcbuild.recipes.check import check, render
+from mlcbuild.doit_face import variables
+from mlcbuild.recipes.load import check, render
 from mlcbuild.reporting import events
-from mlcbuild.verify import quality
-from mlcbuild.workspace import variables
+from mlcbuild.verify import evaluate
 from tests.docs.pages import DOCS, PAGES, ROOT, Block, blocks, code, table
 
-SNIPPETS = {page.name: [b for b in blocks(page.read_text()) if b.language == "yaml"] for page in PAGES}
+# What a visitor of the repository reads before the pages of docs/.
+DOORS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")]
+SNIPPETS = {
+    page.name: [b for b in blocks(page.read_text()) if b.language == "yaml"] for page in (*PAGES, ROOT / "README.md")
+}
 WITH_SNIPPETS = sorted(name for name, found in SNIPPETS.items() if found)
 
 
 def page(name: str) -> str:
-    return (DOCS / name).read_text()
+    return ((ROOT if name == "README.md" else DOCS) / name).read_text()
 
 
 def write(root: Path, snippet: Block) -> None:
@@ -82,7 +86,7 @@ def test_a_wrong_snippet_gives_the_text_that_follows_it(snippet: Block, after: B
 
 def test_every_variable_of_the_command_line_is_described() -> None:
     described = [code(row[0])[0].removesuffix("=") for row in table(page("building.md"), "variable", "meaning")]
-    assert described == list(variables._NAMES)
+    assert described == list(variables.NAMES)
 
 
 def test_every_variable_of_the_environment_is_described() -> None:
@@ -107,9 +111,21 @@ def test_the_bounds_of_verification() -> None:
     described = {code(row[0])[0]: tuple(row[1:]) for row in rows}
     real = {
         name: (f"{b.warn_kl:g}", f"{b.fail_kl:g}", f"{b.fail_perplexity_increase:.1%}")
-        for name, b in quality.BOUNDS.items()
+        for name, b in evaluate.BOUNDS.items()
     }
     assert described == real
+
+
+def test_the_figures_of_the_readme_are_those_that_were_measured() -> None:
+    heads = ("", "decode, 1 thread", "2 threads", "prefill, 1 thread", "2 threads")
+    shown = {row[0]: [cell.strip("*") for cell in row[1:]] for row in table(page("README.md"), *heads)}
+    of_all = ("", "decode, 1 thread", "of read", "prefill, 1", "decode, 2", "prefill, 2", "load", "resident")
+    measured = {row[0]: [row[1], row[4], row[3], row[5]] for row in table(page("performance.md"), *of_all)}
+    assert shown == {
+        "mlcbuild `q4f16_1`": measured["q4f16_1"],
+        "llama.cpp `Q4_0`": measured["llama.cpp Q4_0"],
+        "torch bfloat16": measured["torch bfloat16"],
+    }
 
 
 def anchors(text: str) -> set[str]:
@@ -118,7 +134,7 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*PAGES, *DOORS], ids=lambda path: path.name)
 def test_links_lead_somewhere(path: Path) -> None:
     missing = []
     for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
@@ -126,6 +142,27 @@ def test_links_lead_somewhere(path: Path) -> None:
         other = path.parent / name if name else path
         if "://" not in target and not (other.exists() and (not anchor or anchor in anchors(other.read_text()))):
             missing.append(target)
+    assert not missing
+
+
+@pytest.mark.parametrize("path", [*PAGES, *DOORS], ids=lambda path: path.name)
+def test_files_of_the_program_that_a_page_names_are_there(path: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    names = [name for name in code(text) if re.fullmatch(r"[\w./-]+/|[\w./-]+\.(py|c|h)", name)]
+    roots = ("mlcbuild/", "tests/", "benchmarks/", "scripts/", "examples/")
+    # design.md is about the package, and writes its files without its name.
+    inside = ROOT / "mlcbuild" if path.name == "design.md" else None
+    packages = {f"{each.name}/" for each in (ROOT / "mlcbuild").iterdir() if each.is_dir()}
+    missing = []
+    for name in names:
+        if name.startswith(roots):
+            found = ROOT / name
+        elif inside is not None and name.startswith(tuple(packages)):
+            found = inside / name
+        else:
+            continue
+        if not found.exists():
+            missing.append(name)
     assert not missing
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from mlcbuild.workspace.variables import _NAMES
+from mlcbuild.doit_face.variables import NAMES
 from tests.docs.pages import DOCS, blocks
 
 BLOCKS = list(blocks((DOCS / "nightly.md").read_text()))
@@ -41,7 +41,7 @@ def test_every_build_continues_and_every_variable_exists() -> None:
     assert len(commands) >= 4
     for words in commands:
         assert words.index("--continue") < words.index("build"), "doit's option stands before the task"
-        assert {word.partition("=")[0] for word in words if "=" in word} <= set(_NAMES)
+        assert {word.partition("=")[0] for word in words if "=" in word} <= set(NAMES)
 
 
 def test_the_cluster_page_is_made_of_what_there_is() -> None:
@@ -56,4 +56,4 @@ def test_the_cluster_page_is_made_of_what_there_is() -> None:
     compile(script, "cluster.md", "exec")
     commands = re.findall(r"\bdoit [a-z$].*", "".join(block.text for block in page) + script)
     for words in map(str.split, commands):
-        assert {word.partition("=")[0] for word in words if "=" in word} <= set(_NAMES)
+        assert {word.partition("=")[0] for word in words if "=" in word} <= set(NAMES)

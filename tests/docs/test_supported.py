@@ -38,8 +38,9 @@ def test_tables_are_written_between_the_marks_once(repository: Path) -> None:
     assert supported("--root", str(repository)).returncode == 0
     readme, page = (repository / "README.md").read_text(), (repository / "docs" / "supported.md").read_text()
     assert readme.startswith("# A title\n\n<!-- supported: begin -->\n") and readme.endswith("\nThe end.\n")
-    (row,) = [line for line in readme.splitlines() if line.startswith("| quantizations |")]
-    assert "`q4f16_1`" in row
+    quantizations = len(list((repository / "recipes" / "quantizations").glob("*.yaml")))
+    assert f"[{quantizations} quantizations](docs/supported.md#quantizations)" in readme
+    assert "`mixtral`" in page and "`chatml`" in page and "`cpu-aarch64`" in page and "`stories`" in page
     assert "| `q4f16_1` | q4 | 4 bits, groups of 32, uint32, NK | float16 | quantized, quantized | nearest |" in page
     assert supported("--root", str(repository)).stdout == ""
     assert supported("--check", "--root", str(repository)).returncode == 0

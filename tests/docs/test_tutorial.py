@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.pages import DOCS, blocks
+from tests.docs.pages import DOCS, ROOT, blocks
 
 BIN = Path(sys.executable).parent
 PAGE = DOCS / "tutorial.md"
@@ -47,6 +47,12 @@ def test_every_command_works_and_says_what_it_should(tmp_path: Path) -> None:
     assert "0 done, " in said and "hit   verify:stories-cpu" in said
     assert sorted(path.name for path in (where / "dist").iterdir()) == ["own", "stories-8bit", "stories-cpu"]
     assert "-F _doit doit" in said and "#compdef doit" in said
+    (snippet,) = [block.text for block in blocks((ROOT / "README.md").read_text()) if block.language == "python"]
+    shows = f"{snippet}\nprint(scores.dtype, scores.shape[1] == model.vocab_size)"
+    done = subprocess.run([sys.executable, "-c", shows], cwd=where, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answer, _, facts = done.stdout.strip().rpartition("\n")
+    assert answer and facts == "float32 True"
 
 
 def test_every_flag_of_the_old_commands_is_answered() -> None:

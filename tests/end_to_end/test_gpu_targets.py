@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mlcbuild.compiler.codegen import cuda
+from mlcbuild.compiler.gpu import cuda
 from tests.end_to_end.workspace import Workspace, make_workspace
 from tests.support.tools import missing
 

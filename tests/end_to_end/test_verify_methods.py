@@ -57,10 +57,10 @@ import json, re, sys
 from pathlib import Path
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.steps import verify
-from mlcbuild.engine.job import from_request
+from mlcbuild.engine.job import Job, Places, Request
 
-request = json.loads(Path(sys.argv[1]).read_text())
-verify.run(from_request(request))
+asked = json.loads(Path(sys.argv[1]).read_text())
+verify.run(Job(Request.from_json(asked["request"]), Places.from_json(asked["places"])))
 # VmHWM and not getrusage: that one also counts what the process that started this one had resident.
 print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024)
 """
@@ -68,18 +68,16 @@ print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text(
 
 def peak_memory(workspace: Workspace, recipe: str, folder: Path) -> int:
     """Bytes that a verification of the built recipe has resident at most, in a process of its own."""
-    from mlcbuild.cache.locks import Workplace
-    from mlcbuild.engine.run_step import _request
-    from mlcbuild.workspace.session import open_session
+    from mlcbuild.engine.run_step import make_places
+    from mlcbuild.recipes.select import Selection
+    from mlcbuild.workspace.session import Settings, open_session
 
-    session = open_session(workspace.root, lambda event: None, recipe, workspace.cache)
+    session = open_session(workspace.root, lambda event: None, Selection(recipe), Settings(workspace.cache))
     name = session.graph.goals[recipe].steps["verify"]
-    step, ingredients = session.graph.steps[name], session.lookup.ingredients(name)
-    assert ingredients is not None
     folder.mkdir()
-    place = Workplace(folder, -1)
-    request = _request(name, step.module, ingredients, session.builder._materials(step), place, session.store, None)
-    (folder / "request.json").write_text(json.dumps(request))
+    request, places = session.builder.request(name), make_places(folder, session.store)
+    asked = {"request": request.to_json(), "places": places.to_json()}
+    (folder / "request.json").write_text(json.dumps(asked))
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(folder / "request.json")],
         capture_output=True, text=True, check=True, env=workspace.environment({}),

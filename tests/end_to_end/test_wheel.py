@@ -29,6 +29,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
+def test_type_checkers_are_told_that_the_package_has_types(installed: Path) -> None:
+    assert (installed / "mlcbuild" / "py.typed").exists()
+
+
 def test_a_new_workspace_builds_the_shipped_model(installed: Path, tmp_path: Path, shared_cache: Path) -> None:
     environment = {"PYTHONPATH": str(installed)}
     here = Workspace(tmp_path, shared_cache)

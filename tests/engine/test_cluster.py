@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from mlcbuild.workspace.variables import on_cluster
-from tests.engine.test_doit import ALL
+from mlcbuild.doit_face.argv import on_cluster
+from tests.doit_face.test_doit import ALL
 from tests.engine.test_processes import leftovers, wait_until
 from tests.engine.workspace import REPOSITORY, Workspace, make_workspace
 

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from mlcbuild.engine.graph import Graph, Input, Step
-from mlcbuild.engine.resources import LIMITS, Pool, budget, needs, tags
+from mlcbuild.doit_face.argv import keeps_going
+from mlcbuild.doit_face.variables import read_variables
+from mlcbuild.engine.graph import Cost, Graph, Input, Step
+from mlcbuild.engine.resources import LIMITS, TAGS, Pool, budget, needs
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.workspace.variables import keeps_going, read_variables
+from mlcbuild.planning.backends import COSTS
 from tests.engine.test_processes import leftovers, wait_until
 from tests.engine.workspace import Workspace
 
@@ -59,20 +61,18 @@ def test_what_does_not_fit_waits_and_is_not_overtaken_by_its_like() -> None:
 
 
 def test_a_step_takes_what_its_kind_and_its_checkpoint_say() -> None:
-    files = {"model.safetensors": {"sha256": "", "size": 14 * 10**9}}
     steps = [
-        Step("download", "download:big", "m", {"files": files}),
-        Step("verify", "verify:big", "m", {}, (Input("package", step="download:big"),)),
-        Step("verify", "verify:small", "m", {}),
-        Step("library", "library:cuda", "m", {"device": {"kind": "cuda"}}),
+        Step("download", "download:big", "m", {}, cost=COSTS["download"], brings=14 * 10**9),
+        Step("verify", "verify:big", "m", {}, (Input("package", step="download:big"),), cost=COSTS["verify"]),
+        Step("verify", "verify:small", "m", {}, cost=COSTS["verify"]),
+        Step("library", "library:cuda", "m", {}, cost=Cost(takes=("nvcc",))),
     ]
     graph = Graph({step.name: step for step in steps})
     assert needs(graph, "download:big", 8) == {"network": 1, "memory": 200_000_000}
     assert needs(graph, "verify:big", 8) == {"cores": 8, "memory": 12 * 10**9}
     assert needs(graph, "verify:small", 8) == {"cores": 1, "memory": 5 * 10**8}
     assert needs(graph, "library:cuda", 8)["nvcc"] == 1
-    assert tags(steps[3]) == ("nvcc",)
-    assert set(LIMITS) < set(budget().totals())
+    assert {*TAGS} < {*LIMITS} < set(budget().totals())
 
 
 def test_the_budget_is_a_number_of_cores_and_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 
 from mlcbuild.cache.remote import Remote, shown
+from mlcbuild.doit_face import variables
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.workspace import variables
+from tests.doit_face.test_doit import ALL, REPORT_IMPORTS
 from tests.engine import s3_server
 from tests.engine.s3_server import KEY, SECRET, Server
-from tests.engine.test_care import mlcbuild
-from tests.engine.test_doit import ALL, REPORT_IMPORTS
 from tests.engine.workspace import Workspace, make_workspace
+from tests.workspace.test_maintenance import mlcbuild
 
 HERE = {"download"}  # steps that only refer to this machine's files
 
@@ -132,7 +132,7 @@ def test_a_damaged_entry_is_never_taken(filled: Workspace, other: Workspace, fol
 
 @pytest.mark.slow
 def test_an_entry_cannot_write_elsewhere(filled: Workspace, other: Workspace, folder: Path) -> None:
-    from mlcbuild.cache.canonical import digest_json
+    from mlcbuild.cache.tree import digest_json
 
     for path in folder.glob("ac/*/*.json"):
         record = json.loads(path.read_text())
@@ -303,7 +303,7 @@ def test_nothing_secret_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     error = OSError(
         "s3://user:password1@bucket/cache?token=abcd: hf_planted, password1 at https://x.y/z?X-Amz-Key=1 no"
     )
-    assert remote.words(error) == "s3://bucket/cache: …, … at https://x.y/z?… no"
+    assert remote.words(error) == "s3://bucket/cache: [hidden], [hidden] at https://x.y/z?… no"
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,12 @@ import pytest
 
 from tests.checkpoints.hub_server import Fault, serving
 from tests.checkpoints.hub_writes import WritableHub
+from tests.doit_face.test_doit import ALL
 from tests.engine import gs_server
 from tests.engine.gs_server import BUCKET, Server
-from tests.engine.test_care import mlcbuild
-from tests.engine.test_doit import ALL
 from tests.engine.test_shared import said
 from tests.engine.workspace import Workspace, make_workspace
+from tests.workspace.test_maintenance import mlcbuild
 
 GIVEN = sum(ALL.values())  # steps whose results are shared
 CACHE = "datasets/me/cache"

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mlcbuild.cache.store import Action, Store
+from mlcbuild.cache.action import Action
+from mlcbuild.cache.store import Store
 from mlcbuild.cache.tree import Tree
 from mlcbuild.engine.graph import Graph, Input, Step
 from mlcbuild.engine.lookup import Lookup

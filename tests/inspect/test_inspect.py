@@ -13,8 +13,8 @@ from mlcbuild.chat.checkpoint import CheckpointChat, read_checkpoint_chat
 from mlcbuild.chat.jinja import ChatTemplate
 from mlcbuild.cli.main import main
 from mlcbuild.inspect.template import differences, guess
+from mlcbuild.recipes.files import stock
 from mlcbuild.recipes.load import load
-from mlcbuild.recipes.stock import stock
 from tests.docs.pages import ROOT
 from tests.engine.workspace import CONFIG, Workspace, make_workspace
 
@@ -72,6 +72,45 @@ def test_a_recurrent_model_keeps_no_keys_and_values(workspace: Workspace, capsys
     assert {size["cache"] for size in found["quantizations"].values() if "cache" in size} == {0}
 
 
+BERT = {
+    "model_type": "bert",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "vocab_size": 100,
+    "max_position_embeddings": 64,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+    "hidden_act": "gelu",
+}
+
+
+@pytest.mark.parametrize(
+    ("modules", "embedding"),
+    [
+        (None, "cls"),
+        (["Transformer", "Pooling"], "mean"),
+        (["Transformer", "Pooling", "Dense"], "modules.json: the module Dense follows the transformer"),
+    ],
+)
+def test_fault_C_a_model_of_texts(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], modules: list[str] | None, embedding: str
+) -> None:
+    """Its pooling is the checkpoint's own; it has no rotary base, and nobody wants advice on its template."""
+    workspace.write("texts/config.json", json.dumps(BERT))
+    workspace.write("texts/tokenizer.json", (STORIES / "tokenizer.json").read_text())
+    if modules is not None:
+        listed = [{"type": f"sentence_transformers.models.{name}", "path": f"1_{name}"} for name in modules]
+        workspace.write("texts/modules.json", json.dumps(listed))
+        workspace.write("texts/1_Pooling/config.json", json.dumps({"pooling_mode_mean_tokens": True}))
+    found = inspected(capsys, "texts")
+    told = found["choices"]["embedding"]
+    assert told.get("pooling_strategy", told.get("problem", "")).startswith(embedding)
+    assert found["choices"]["rope"] == "none" and "rope_theta" not in found["choices"]
+    assert found["template"]["remarks"] == []
+
+
 def test_which_libraries_it_would_use(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(workspace.root / "recipes/models/tiny", workspace.root / "twin")
     config = {**CONFIG, "vocab_size": 64, "max_position_embeddings": 512}
@@ -99,6 +138,7 @@ def test_outside_of_a_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     [
         (["tinny"], "tinny: no folder and no model of this name; did you mean `tiny`? (hf:tinny means the repository)"),
         (["./nowhere"], "./nowhere: no such folder; a checkpoint is a folder in Hugging Face's format, or owner/name"),
+        (["dodo.py"], "dodo.py: a file; a checkpoint is a folder in Hugging Face's format (config.json and safeten"),
         (["recipes"], "config.json: no such file: a checkpoint in Hugging Face format has one"),
         (["strange"], "model_type `lama` is an unknown architecture (did you mean `llama`?)"),
     ],

@@ -10,9 +10,8 @@ import pytest
 import yaml
 
 from mlcbuild.cli.main import main
-from mlcbuild.recipes.check import check
-from mlcbuild.recipes.load import load
-from mlcbuild.recipes.lock import read_lock
+from mlcbuild.recipes.load import check, load
+from mlcbuild.recipes.lockfile import read_lock
 from tests.checkpoints.hub_server import COMMIT, Fault, Hub, serving
 from tests.engine.workspace import Workspace, make_workspace
 from tests.inspect.test_inspect import STORIES

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mlcbuild.checkpoints import made
+from mlcbuild.checkpoints import computed, mapped
 from mlcbuild.checkpoints.header import TensorRef, read_header
 from mlcbuild.errors import CheckpointError
 from mlcbuild.merging import delta, lora
@@ -39,9 +39,11 @@ def table(root: Path, name: str, tensors: Arrays) -> dict[str, TensorRef]:
     return {ref.name: ref for ref in read_header(write(root / name, tensors), name, name)}
 
 
-def written(root: Path, merged: list[made.Made]) -> dict[str, npt.NDArray[Any]]:
+def written(root: Path, merged: list[computed.Computed]) -> dict[str, npt.NDArray[Any]]:
     (root / "out").mkdir(exist_ok=True)
-    return {name: np.array(made.view(ref)) for name, ref in made.write(made.place(merged), root / "out").items()}
+    return {
+        name: np.array(mapped.view(ref)) for name, ref in computed.write(computed.place(merged), root / "out").items()
+    }
 
 
 def sum_problem(root: Path, difference: Arrays, base: Arrays) -> str:
@@ -82,8 +84,8 @@ def test_tokens_that_the_base_lacks_are_the_deltas(tmp_path: Path) -> None:
 
 
 def test_sums_are_made_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(made, "PIECE", 12)
-    monkeypatch.setattr(made, "FILE_BYTES", 100)
+    monkeypatch.setattr(computed, "PIECE", 12)
+    monkeypatch.setattr(computed, "FILE_BYTES", 100)
     test_tokens_that_the_base_lacks_are_the_deltas(tmp_path)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"tensors-{i}.bin" for i in range(3)]
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mlcbuild.checkpoints import made
+from mlcbuild.checkpoints import computed
 from mlcbuild.engine.job import Job, local_job
 from mlcbuild.errors import CheckpointError, MlcBuildError
 from mlcbuild.merging import prequantized
@@ -23,7 +23,7 @@ from mlcbuild.models.parameters import parameters
 from mlcbuild.models.structure import Structure
 from mlcbuild.quantization import group
 from mlcbuild.quantization.dequantize import dequantized
-from mlcbuild.quantization.tensor_cache_reader import read_tensors
+from mlcbuild.quantization.tensor_cache import read_tensors
 from mlcbuild.recipes.load import load
 from mlcbuild.recipes.types import Quantization, quantization_json
 from mlcbuild.steps import convert, quantize
@@ -190,7 +190,7 @@ def test_the_pieces_of_a_matrix_and_several_files(tmp_path: Path, monkeypatch: p
     tensors, weights = awq()
     model = checkpoint(tmp_path / "model", tensors, AWQ)
     monkeypatch.setattr(prequantized, "_PIECE", 128 * 24)
-    monkeypatch.setattr(made, "FILE_BYTES", 50_000)
+    monkeypatch.setattr(computed, "FILE_BYTES", 50_000)
     job = converted(tmp_path, model)
     assert len(list(job.output.glob("tensors-*.bin"))) > 3
     read = quantized(tmp_path, job, model, STOCK["q0f16"])

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 from safetensors.numpy import save_file
 
-from mlcbuild.checkpoints import made
+from mlcbuild.checkpoints import computed
 from mlcbuild.engine.job import local_job
 from mlcbuild.errors import CheckpointError
 from mlcbuild.merging.rearranged import ungrouped
@@ -63,7 +63,7 @@ def test_matrices_are_transposed_and_biases_are_not(tmp_path: Path) -> None:
 
 
 def test_a_large_matrix_is_transposed_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(made, "PIECE", 100)
+    monkeypatch.setattr(computed, "PIECE", 100)
     test_matrices_are_transposed_and_biases_are_not(tmp_path)
 
 

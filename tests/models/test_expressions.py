@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.models.expressions import evaluate
+from mlcbuild.models.fields import evaluate
 
 NAMES = {"hidden_size": 96, "heads": 6, "tied": True}
 

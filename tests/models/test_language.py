@@ -10,7 +10,7 @@ import pytest
 
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models import architecture
-from mlcbuild.models.expressions import evaluate
+from mlcbuild.models.fields import evaluate
 from mlcbuild.models.parameters import Parameter, parameters
 from mlcbuild.models.structure import Structure, from_json, from_library_json
 from mlcbuild.recipes.types import Architecture

@@ -19,7 +19,8 @@ from tests.support import llama
 
 LLAMA: dict[str, Any] = {**CONFIG, "num_attention_heads": 4, "head_dim": 16, "max_position_embeddings": 128}
 MOE: dict[str, Any] = {
-    **LLAMA, "model_type": "qwen2_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    **LLAMA, "model_type": "qwen2_moe", "num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 64, "norm_topk_prob": True, "decoder_sparse_step": 1, "hidden_act": "silu",
 }  # fmt: skip
 GEMMA3: dict[str, Any] = {
@@ -133,3 +134,10 @@ def test_a_model_that_sees_what_comes_after_is_refused() -> None:
     for name in ("gemma", "gemma2", "gemma3_text"):
         with pytest.raises(MlcBuildError, match="use_bidirectional_attention is True, but this architecture computes"):
             architecture.resolve(llama.architecture(name), {**GEMMA3, "use_bidirectional_attention": True}, {})
+
+
+def test_a12_a_scaling_of_layers_with_a_window_is_refused() -> None:
+    config = copy.deepcopy(GEMMA3)
+    config["rope_parameters"]["sliding_attention"] = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+    with pytest.raises(MlcBuildError, match="sliding_attention has the rope_type 'linear', but only layers of full"):
+        architecture.resolve(llama.architecture("gemma3_text"), config, {})

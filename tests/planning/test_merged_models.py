@@ -8,7 +8,7 @@ from pathlib import Path
 from mlcbuild.engine.graph import Graph
 from mlcbuild.planning.planner import plan
 from mlcbuild.recipes.load import load
-from mlcbuild.recipes.lock import key
+from mlcbuild.recipes.lockfile import key
 from mlcbuild.recipes.types import Locked, LockedFile, Model
 from tests.engine.workspace import CONFIG, Workspace, make_workspace
 

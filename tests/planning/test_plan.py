@@ -11,7 +11,8 @@ import pytest
 
 from mlcbuild.engine.graph import Graph
 from mlcbuild.errors import MlcBuildError, Unavailable
-from mlcbuild.planning.planner import plan, read_config
+from mlcbuild.planning.planner import plan
+from mlcbuild.planning.shapes import read_config
 from mlcbuild.recipes.load import load
 from mlcbuild.recipes.types import Locked, LockedFile, Model, Recipe
 from tests.engine.workspace import CONFIG, Workspace, make_workspace

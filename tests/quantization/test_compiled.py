@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from mlcbuild.quantization import compiled, floats, group
-from mlcbuild.quantization.blocks import BadValue
+from mlcbuild.quantization.floats import BadValue
 from mlcbuild.recipes.types import Weights
 
 Q4 = Weights(bits=4, group_size=32, storage_dtype="uint32", layout="NK", symmetric=True)

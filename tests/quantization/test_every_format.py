@@ -17,7 +17,7 @@ from mlcbuild.quantization import floats
 from mlcbuild.quantization.dequantize import dequantized
 from mlcbuild.quantization.schemes import quantized_parameters
 from mlcbuild.quantization.stream import quantize
-from mlcbuild.quantization.tensor_cache_reader import read_tensors
+from mlcbuild.quantization.tensor_cache import read_tensors
 from mlcbuild.recipes.load import load
 from mlcbuild.recipes.types import Quantization
 from tests.checkpoints.files import write

@@ -18,10 +18,10 @@ from mlcbuild.quantization import sources
 from mlcbuild.quantization.dequantize import dequantized
 from mlcbuild.quantization.schemes import quantized_parameters
 from mlcbuild.quantization.stream import quantize
-from mlcbuild.quantization.tensor_cache_reader import read_tensors
+from mlcbuild.quantization.tensor_cache import read_tensors
 from mlcbuild.recipes.load import load
 from mlcbuild.recipes.types import Quantization
-from mlcbuild.verify.unquantized import Unquantized
+from mlcbuild.verify.tensors import Unquantized
 from tests.checkpoints.files import write
 
 Arrays = dict[str, npt.NDArray[Any]]

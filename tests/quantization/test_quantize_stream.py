@@ -17,10 +17,10 @@ from mlcbuild.checkpoints.table import read_table
 from mlcbuild.errors import CheckpointError, MlcBuildError
 from mlcbuild.models.parameters import Parameter
 from mlcbuild.quantization import floats, group, search, sources, stream
-from mlcbuild.quantization.blocks import Packed
 from mlcbuild.quantization.dequantize import dequantized
+from mlcbuild.quantization.packing import Packed
 from mlcbuild.quantization.schemes import quantized_parameters
-from mlcbuild.quantization.tensor_cache_reader import read_index, read_tensors
+from mlcbuild.quantization.tensor_cache import read_index, read_tensors
 from mlcbuild.recipes.types import Quantization, Weights
 from tests.checkpoints.files import write
 

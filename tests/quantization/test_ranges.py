@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from mlcbuild.quantization import asymmetric, floats, outer
-from mlcbuild.quantization.blocks import BadValue
+from mlcbuild.quantization.floats import BadValue
 from mlcbuild.recipes.types import Weights
 from tests.quantization import formulas
 

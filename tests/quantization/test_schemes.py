@@ -15,8 +15,8 @@ from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.parameters import Parameter
 from mlcbuild.quantization.schemes import check, packed_shapes, quantized_parameters
 from mlcbuild.recipes import convert
+from mlcbuild.recipes.files import stock
 from mlcbuild.recipes.schemas import Schemas
-from mlcbuild.recipes.stock import stock
 from mlcbuild.recipes.types import Quantization, Weights
 
 NK = Weights(bits=4, group_size=32, storage_dtype="uint32", layout="NK", symmetric=True)

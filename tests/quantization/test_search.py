@@ -9,7 +9,8 @@ import numpy.typing as npt
 import pytest
 
 from mlcbuild.quantization import floats, group, search
-from mlcbuild.quantization.blocks import BadValue, Packed, codes_of
+from mlcbuild.quantization.floats import BadValue
+from mlcbuild.quantization.packing import Packed, codes_of
 from mlcbuild.recipes.types import Weights
 
 Q4 = Weights(bits=4, group_size=32, storage_dtype="uint32", layout="NK", symmetric=True)

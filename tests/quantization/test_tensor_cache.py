@@ -12,8 +12,7 @@ import numpy.typing as npt
 import pytest
 
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.quantization.tensor_cache import Announced, Writer
-from mlcbuild.quantization.tensor_cache_reader import read_tensors
+from mlcbuild.quantization.tensor_cache import Announced, Writer, read_tensors
 
 RNG = np.random.default_rng(1)
 FLOAT32 = RNG.standard_normal((3, 5)).astype(np.float32)

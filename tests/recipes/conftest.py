@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from mlcbuild.recipes import load
+from mlcbuild.recipes.files import Stock, stock
 from mlcbuild.recipes.load import read
-from mlcbuild.recipes.stock import Stock, stock
 from mlcbuild.recipes.types import Catalog
 
 RECIPE = "model: tiny\nquantization: q4f16_1\ntarget: cpu\n"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlcbuild.recipes.check import check, render
+from mlcbuild.recipes.load import check, render
 from tests.recipes.conftest import RECIPE, Workspace
 
 
@@ -17,7 +17,7 @@ recipes/bad.yaml:10:3: unknown key `max_batch` in `overrides`; did you mean `max
     |
  10 |   max_batch: {{a: 1}}
     |   ^^^^^^^^^
-1 problem in 1 file of {report.counts["file"]}
+1 problem in 1 file of {sum(report.counts.values())}
 """
     )
 
@@ -31,7 +31,7 @@ def test_a_workspace_without_problems(workspace: Workspace) -> None:
     workspace.write("r.yaml", RECIPE)
     workspace.write("matrix/m.yaml", "matrix: {model: [tiny], quantization: [q0f32, q0f16], target: [cpu]}\n")
     report = check(workspace.root)
-    assert report.ok and report.counts["recipe"] == 3
+    assert report.ok and report.catalog is not None and len(report.catalog.recipes) == 3
     stock = {
         kind: report.counts[kind] for kind in ("architecture", "quantization", "target", "template")
     }  # the real ones: there will be more

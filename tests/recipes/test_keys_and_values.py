@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from mlcbuild.recipes.files import stock
 from mlcbuild.recipes.schemas import Schemas
-from mlcbuild.recipes.stock import stock
 from tests.recipes.conftest import RECIPE, Workspace
 
 MODEL = "source: {path: .}\ntemplate: chatml\n"

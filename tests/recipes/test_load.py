@@ -13,7 +13,7 @@ import pytest
 import mlcbuild
 from mlcbuild.errors import RecipeError
 from mlcbuild.recipes import load as load_module
-from mlcbuild.recipes.stock import Stock, stock
+from mlcbuild.recipes.files import Stock, stock
 from mlcbuild.recipes.types import Weights
 from tests.recipes.conftest import RECIPE, Workspace
 
@@ -113,7 +113,7 @@ def test_with_a_memo_neither_parser_nor_validator_is_imported(tmp_path: Path) ->
     copy = tmp_path / "copy"  # of the repository, so that what it lacks at the moment does not matter
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(package / "recipes", copy / "mlcbuild" / "recipes", ignore=ignore)
-    for name in ("__init__.py", "errors.py"):
+    for name in ("__init__.py", "errors.py", "text.py"):
         shutil.copy(package / name, copy / "mlcbuild" / name)
     shutil.copytree(stock().schema, copy / "schema")
     shutil.copytree(stock().recipes, copy / "recipes", ignore=shutil.ignore_patterns("stories", "*.safetensors"))

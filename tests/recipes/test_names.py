@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from mlcbuild.errors import MlcBuildError, RecipeError
+from mlcbuild.recipes.files import find_root, stock
 from mlcbuild.recipes.load import load, read
-from mlcbuild.recipes.stock import stock
 from mlcbuild.recipes.types import AUTO_TEMPLATE
-from mlcbuild.recipes.workspace import find_root
 from tests.recipes.conftest import RECIPE, Workspace
 
 

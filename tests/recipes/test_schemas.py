@@ -13,10 +13,9 @@ import jsonschema
 import pytest
 
 from mlcbuild.recipes import syntax
+from mlcbuild.recipes.files import FOLDERS, stock
 from mlcbuild.recipes.schemas import Schemas
-from mlcbuild.recipes.stock import stock
 from mlcbuild.recipes.types import Linker, Model, Quantization, Recipe, Source, Target, Verify, Weights
-from mlcbuild.recipes.workspace import FOLDERS
 
 SCHEMAS = Schemas(stock().schema)
 STOCK = [(kind, path) for kind, folder in FOLDERS.items() for path in sorted((stock().recipes / folder).glob("*.yaml"))]

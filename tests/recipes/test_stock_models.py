@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlcbuild.recipes.load import load
-from mlcbuild.recipes.lock import key
+from mlcbuild.recipes.lockfile import key
 from mlcbuild.recipes.types import Catalog
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pytest
 
 from mlcbuild.cli.main import main
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.reporting.events import Event, from_json
 from mlcbuild.reporting.history import Run, read_logs, runs_of
 from mlcbuild.reporting.html import html
 from mlcbuild.reporting.summary import markdown
@@ -58,6 +59,10 @@ def night(hour: int, kl: float = 0.0123) -> Iterator[dict[str, Any]]:
         yield {"time": 1_800_000_000 + 86_400 * hour + number, **event}
 
 
+def events(records: Iterable[dict[str, Any]]) -> list[tuple[float, Event]]:
+    return [(record["time"], event) for record in records if (event := from_json(record))]
+
+
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
     path = tmp_path / "nights.jsonl"
@@ -70,7 +75,7 @@ def statuses(run: Run) -> dict[str, str]:
 
 
 def test_what_became_of_each_recipe() -> None:
-    (run,) = runs_of(night(0))
+    (run,) = runs_of(events(night(0)))
     assert statuses(run) == {
         "large-q4-cpu": "hit",
         "large-q4-cuda": "not tried",
@@ -87,10 +92,10 @@ def test_what_became_of_each_recipe() -> None:
 
 
 def test_a_recipe_that_could_not_be_published_has_failed_and_one_that_was_is_what_it_was() -> None:
-    *events, end = night(0)
+    *records, end = night(0)
     refused = step("publish:tiny-q4-cpu", "failed", text="the token may not write there")
-    events += [{"time": 0, **refused}, {"time": 0, **step("publish:large-q4-cpu", "built")}, end]
-    (run,) = runs_of(events)
+    records += [{"time": 0, **refused}, {"time": 0, **step("publish:large-q4-cpu", "built")}, end]
+    (run,) = runs_of(events(records))
     assert (statuses(run)["tiny-q4-cpu"], statuses(run)["large-q4-cpu"]) == ("failed", "hit")
     assert "the token may not write there" in markdown([run])
 
@@ -113,6 +118,34 @@ def test_files_that_are_no_logs(tmp_path: Path) -> None:
     wrong.write_text("")
     with pytest.raises(MlcBuildError, match="there is no build in these logs"):
         read_logs([wrong])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]",
+        '"x"',
+        '{"event": 1}',
+        '{"event": "step_finished"}',
+        '{"event": "step_finished", "step": 1, "kind": "x", "outcome": "hit", "seconds": 1, "size": 1}',
+        '{"event": "recipe_unavailable", "recipe": "x", "text": null}',
+        '{"event": "recipe_planned", "recipe": "x", "model": "", "quantization": "", "target": "", "steps": 7}',
+        '{"event": "run_finished", "seconds": "1", "built": 1, "hit": 1, "failed": 1, "skipped": 1}',
+        '{"event": "run_finished", "time": 1e40, "seconds": 1, "built": 1, "hit": 1, "failed": 1, "skipped": 1}',
+        '{"event": "run_finished", "time": [], "seconds": 1, "built": 1, "hit": 1, "failed": 1, "skipped": 1}',
+        "[" * 100_000,
+    ],
+)
+def test_a_log_with_odd_values(log: Path, line: str) -> None:
+    """FAULTS C: such a line was a traceback."""
+    log.write_text(f"{line}\n{log.read_text()}")
+    with pytest.raises(MlcBuildError, match=r"nights.jsonl:1: not a line of a build's JSON log"):
+        read_logs([log])
+
+
+def test_events_of_a_later_version_are_passed_over(log: Path) -> None:
+    log.write_text('{"event": "moon_rose", "time": 1}\n' + log.read_text())
+    assert len(read_logs([log])) == 3
 
 
 class Page(HTMLParser):

@@ -12,7 +12,7 @@ import pytest
 
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.runtime.tokenizer import JsonTokenizer
-from mlcbuild.verify import evaluate, quality
+from mlcbuild.verify import evaluate
 
 VOCAB = 50
 TEXTS = [list(range(20)), [3, 1, 4, 1, 5, 9, 2, 6], [7, 8]]
@@ -104,7 +104,7 @@ def test_rounded_figures_do_not_show_another_cpus_noise() -> None:
 
 
 def test_how_figures_are_rounded() -> None:
-    comparison = evaluate.Comparison(0.051749, 0.87654, 12.3456, 11.9876, 1000)
+    comparison = evaluate.Figures(0.051749, 0.87654, 12.3456, 11.9876, 1000)
     assert evaluate.rounded(comparison) == {
         "kl": 0.052,
         "top1_agreement": 0.88,
@@ -113,7 +113,7 @@ def test_how_figures_are_rounded() -> None:
         "perplexity_increase": 0.03,
         "tokens": 1000,
     }
-    tiny = evaluate.rounded(evaluate.Comparison(0.0000123, 0.9999, 12.0, 12.0001, 10))
+    tiny = evaluate.rounded(evaluate.Figures(0.0000123, 0.9999, 12.0, 12.0001, 10))
     assert (tiny["kl"], tiny["top1_agreement"], tiny["perplexity_increase"]) == (0, 1, 0)
 
 
@@ -134,14 +134,14 @@ FIGURES = {"kl": 0.06, "perplexity_increase": 0.04}
 
 
 def test_classes_have_their_own_bounds() -> None:
-    verdicts = {kind: quality.judge(FIGURES, quality.bounds(kind, "float16"))[0] for kind in ("q0", "q8", "q4", "q3")}
+    verdicts = {kind: evaluate.judge(FIGURES, evaluate.bounds(kind, "float16"))[0] for kind in ("q0", "q8", "q4", "q3")}
     assert verdicts == {"q0": "failed", "q8": "failed", "q4": "warned", "q3": "passed"}
-    assert quality.bounds("q0", "float32").fail_kl < quality.bounds("q0", "float16").fail_kl
+    assert evaluate.bounds("q0", "float32").fail_kl < evaluate.bounds("q0", "float16").fail_kl
 
 
 def test_a_models_own_bounds() -> None:
-    assert quality.judge(FIGURES, quality.bounds("q4", "float16", kl=0.06))[0] == "passed"
-    status, problems = quality.judge(FIGURES, quality.bounds("q4", "float16", kl=0.05, perplexity_increase=0.02))
+    assert evaluate.judge(FIGURES, evaluate.bounds("q4", "float16", kl=0.06))[0] == "passed"
+    status, problems = evaluate.judge(FIGURES, evaluate.bounds("q4", "float16", kl=0.05, perplexity_increase=0.02))
     assert status == "failed"
     assert problems == [
         "KL divergence 0.06 nats per token is above 0.05",

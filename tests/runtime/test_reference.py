@@ -44,14 +44,14 @@ def bfloat16_bits(array: Any) -> Any:
 def test_the_reference_is_the_checkpoints_model(tmp_path: Path, tiny_library: Path, reference: Any) -> None:
     path = tmp_path / "model.safetensors"
     index = index_of(path, tiny_llama.mlc_parameters(reference))
-    model = load_reference(tiny_library, index, lambda digest, file: {"d1": path}[digest], tmp_path)
+    model = load_reference(tiny_library, index, {"d1": path}, tmp_path)
     assert_close(model.logits(IDS), expected(reference, IDS))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_parameters_are_widened_exactly(tmp_path: Path, dtype: str) -> None:
     values = {"a": np.arange(-5, 16, dtype=np.float32).reshape(3, 7), "b": np.array([0.5, 2**-14, 96], np.float32)}
-    records = widen(index_of(tmp_path / "x", values, dtype), lambda *_: tmp_path / "x", tmp_path / "wide")
+    records = widen(index_of(tmp_path / "x", values, dtype), {"d1": tmp_path / "x"}, tmp_path / "wide")
     for record in records:
         assert (record.offset % 64, record.dtype) == (0, "float32")
         found = np.fromfile(record.shard, np.float32, record.nbytes // 4, offset=record.offset)
@@ -62,7 +62,7 @@ def test_parts_that_do_not_make_up_the_parameter(tmp_path: Path) -> None:
     index = index_of(tmp_path / "x", {"a": np.ones((6, 2), np.float32)})
     del index["parameters"][0]["parts"][1]
     with pytest.raises(MlcBuildError, match=r"the parts of a hold 4 values, but its shape \[6, 2\] takes 12"):
-        widen(index, lambda *_: tmp_path / "x", tmp_path / "wide")
+        widen(index, {"d1": tmp_path / "x"}, tmp_path / "wide")
 
 
 def test_a_reference_has_no_tokenizer(tiny: Model) -> None:

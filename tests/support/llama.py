@@ -15,6 +15,7 @@ from mlcbuild.models.parameters import parameters
 from mlcbuild.models.structure import Structure
 from mlcbuild.recipes.convert import quantization
 from mlcbuild.recipes.types import Architecture, Linker, Quantization, Target
+from tests.support import architectures
 
 Array = npt.NDArray[Any]
 
@@ -55,9 +56,7 @@ def transformers_llama(**changes: Any) -> Any:
 
 
 def architecture(name: str = "llama") -> Architecture:
-    data = yaml.safe_load((_ROOT / "recipes" / "architectures" / f"{name}.yaml").read_text())
-    match = {key: tuple(values) for key, values in data["match"].items()}
-    return Architecture(name, data["model_type"], match, data)
+    return architectures.architecture(name)
 
 
 def structure_of(model: Any, **overrides: int) -> Structure:
@@ -118,14 +117,19 @@ def pack(weight: Array, dtype: str) -> tuple[Array, Array, Array]:
     return words, scale, values
 
 
-def build_library(structure: Structure, quantization: str | Quantization, folder: Path, target: Target = CPU) -> Path:
+def build_library(
+    structure: Structure, quantization: str | Quantization, folder: Path, target: Target = CPU, blocks: bool = False
+) -> Path:
     """Lower, generate code and link, in this process; the library's file."""
-    from mlcbuild.compiler import library, lower, targets
+    from mlcbuild.compiler import assemble, targets
+    from mlcbuild.compiler.cpu.build import build
+    from mlcbuild.compiler.cpu.lower import lower
 
     folder.mkdir(parents=True, exist_ok=True)
-    output = folder / "model.so"
+    output, lowered = folder / "model.so", folder / "module.json"
     device = targets.resolve(target)
     given = QUANTIZATIONS[quantization] if isinstance(quantization, str) else quantization
-    module = lower.lower(replace(structure, vocab_size=1), given, given.name, device)
-    library.build(module, device, target.linker, output, folder)
+    assemble.save(lower(replace(structure, vocab_size=1), given, given.name, device, blocks=blocks), lowered)
+    build(lowered, device, {}, target.linker, output, folder)
+    lowered.unlink()
     return output

@@ -48,7 +48,7 @@ def test_imports_are_for_processors_that_dlltool_knows(tmp_path: Path) -> None:
     with pytest.raises(
         MlcBuildError, match="linker target arm-windows-gnu: imports are known for x86_64, aarch64 only"
     ):
-        from mlcbuild.compiler.linkers import zig_link
+        from mlcbuild.compiler.link.linkers import zig_link
 
         zig_link([], tmp_path / "x.dll", wrong.linker.target, wrong.linker, tmp_path)
 

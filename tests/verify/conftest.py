@@ -13,8 +13,8 @@ import pytest
 from mlcbuild.models.parameters import parameters
 from mlcbuild.models.structure import Structure
 from mlcbuild.quantization.stream import quantize
-from mlcbuild.verify.blocks import Blocks
-from mlcbuild.verify.unquantized import Unquantized
+from mlcbuild.verify.pieces import Pieces
+from mlcbuild.verify.tensors import Unquantized
 from tests.support import llama
 
 WINDOWS = [list(range(5, 300)), [7, 8, 9, 3, 1], [300, 2, 4, 301, 12, 12, 12, 80] * 12]
@@ -34,10 +34,10 @@ class Case:
     def checkpoint(self) -> Unquantized:
         return Unquantized(self.document, self.blobs)
 
-    def blocks(self, quantization: str) -> Blocks:
+    def blocks(self, quantization: str) -> Pieces:
         """The pieces, compiled in this process once."""
         path = self.folder / f"blocks-{quantization}" / "model.so"
-        return Blocks(path if path.exists() else build_blocks(self.structure, quantization, path.parent))
+        return Pieces(path if path.exists() else build_blocks(self.structure, quantization, path.parent))
 
     def package(self, quantization: str) -> Path:
         """A folder of quantized weights."""
@@ -50,13 +50,7 @@ class Case:
 
 
 def build_blocks(structure: Structure, quantization: str, folder: Path) -> Path:
-    from mlcbuild.compiler import library, lower, targets
-
-    folder.mkdir(parents=True)
-    device = targets.resolve(llama.CPU)
-    module = lower.lower(structure, llama.QUANTIZATIONS[quantization], quantization, device, pieces=True)
-    library.build(module, device, llama.CPU.linker, folder / "model.so", folder)
-    return folder / "model.so"
+    return llama.build_library(structure, quantization, folder, blocks=True)
 
 
 def make_case(folder: Path, **changes: Any) -> Case:

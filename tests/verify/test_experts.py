@@ -32,9 +32,9 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 def test_a_library_has_a_layer_of_each_kind(case: Case) -> None:
-    assert case.structure.kinds == (0, 1, 1)
+    assert case.structure.layer_kinds == (0, 1, 1)
     one = case.structure.one_layer
-    assert one.kinds == (0, 1) and one.one_layer == one
+    assert one.layer_kinds == (0, 1) and one.one_layer == one
     assert {p.role for p in parameters(one) if p.layer == 1} == {
         p.role for p in parameters(case.structure) if p.layer == 2
     }
@@ -54,7 +54,7 @@ def test_both_sides_compute_the_whole_model(case: Case) -> None:
         top = logits.max(-1, keepdims=True)
         chosen = np.take_along_axis(logits, np.array(ids[1:])[:, None], 1)
         losses.append((np.log(np.exp(logits - top).sum(-1, keepdims=True)) + top - chosen)[:, 0])
-    assert exact.comparison.reference_perplexity == pytest.approx(np.exp(np.concatenate(losses).mean()), rel=1e-5)
+    assert exact.figures.reference_perplexity == pytest.approx(np.exp(np.concatenate(losses).mean()), rel=1e-5)
     assert max(exact.blocks.values()) == 0 and max(exact.tensors.values()) == 0
     rounded = compared("q8f32_1")
     assert 0 < rounded.tensors["model.layers.1.mlp.moe_gate_up_proj.weight"] < 0.01

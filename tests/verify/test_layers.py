@@ -12,8 +12,8 @@ import pytest
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.parameters import parameters
 from mlcbuild.verify import evaluate, layers
-from mlcbuild.verify.blocks import Blocks
 from mlcbuild.verify.packed import Packed
+from mlcbuild.verify.pieces import Pieces
 from tests.support import llama
 from tests.verify.conftest import WINDOWS, Case
 
@@ -26,7 +26,7 @@ def compared(case: Case, quantization: str, folder: Path | None = None) -> layer
     )
 
 
-def transformers_figures(case: Case, quantization: str) -> evaluate.Comparison:
+def transformers_figures(case: Case, quantization: str) -> evaluate.Figures:
     """Both sides by transformers, ours with the weights that the formulas make of the model's."""
     dtype = "float16" if "f16" in quantization else "float32"
     values = llama.mlc_parameters(case.model)
@@ -45,7 +45,7 @@ def transformers_figures(case: Case, quantization: str) -> evaluate.Comparison:
 
 @pytest.mark.parametrize("quantization", ["q0f32", "q4f32_1", "q4f16_1"])
 def test_the_figures_are_those_of_the_whole_model(case: Case, quantization: str) -> None:
-    ours, theirs = compared(case, quantization).comparison, transformers_figures(case, quantization)
+    ours, theirs = compared(case, quantization).figures, transformers_figures(case, quantization)
     assert ours.tokens == theirs.tokens
     tolerance = 1e-3 if quantization == "q4f16_1" else 1e-5
     assert ours.kl == pytest.approx(theirs.kl, rel=10 * tolerance, abs=1e-9)
@@ -75,7 +75,7 @@ def test_a_large_head_comes_in_slices(case: Case, monkeypatch: pytest.MonkeyPatc
     whole = compared(case, "q4f16_1")
     monkeypatch.setattr(layers, "_SLICE", 64 * 40)
     sliced = compared(case, "q4f16_1")
-    assert sliced.comparison == whole.comparison
+    assert sliced.figures == whole.figures
     assert sliced.tensors == pytest.approx(whole.tensors, rel=1e-12)
 
 
@@ -102,4 +102,4 @@ def test_weights_of_another_model(case: Case, tmp_path: Path) -> None:
 def test_a_library_of_a_whole_model_is_refused(case: Case, tmp_path: Path) -> None:
     path = llama.build_library(case.structure, "q0f32", tmp_path)
     with pytest.raises(MlcBuildError, match="a library of a whole model, expected one of a decoder's pieces"):
-        Blocks(path)
+        Pieces(path)

@@ -32,34 +32,23 @@ def _copy_rows(dtype: str, scatter: bool, as_written: bool) -> Any:
     """dst[indices[i]] = src[i], or dst[i] = src[indices[i]]: src and dst are [., n], indices int32."""
 
     @T.prim_func(s_tir=True, private=True)
-    def scatter_rows(var_src: T.handle, var_indices: T.handle, var_dst: T.handle):
+    def copy_rows(var_src: T.handle, var_indices: T.handle, var_dst: T.handle):
         T.func_attr({"tirx.is_scheduled": as_written, "tirx.noalias": True})
         count = T.int64()
         m = T.int64()
         n = T.int64()
-        src = T.match_buffer(var_src, (count, n), dtype)
+        src = T.match_buffer(var_src, (count if scatter else m, n), dtype)
         indices = T.match_buffer(var_indices, (count,), "int32")
-        dst = T.match_buffer(var_dst, (m, n), dtype)
+        dst = T.match_buffer(var_dst, (m if scatter else count, n), dtype)
         for i, j in T.grid(count, n):
-            with T.sblock("scatter"):
+            with T.sblock("scatter" if scatter else "gather"):
                 vi, vj = T.axis.remap("SS", [i, j])
-                dst[indices[vi], vj] = src[vi, vj]
+                if scatter:
+                    dst[indices[vi], vj] = src[vi, vj]
+                else:
+                    dst[vi, vj] = src[indices[vi], vj]
 
-    @T.prim_func(s_tir=True, private=True)
-    def gather_rows(var_src: T.handle, var_indices: T.handle, var_dst: T.handle):
-        T.func_attr({"tirx.is_scheduled": as_written, "tirx.noalias": True})
-        count = T.int64()
-        m = T.int64()
-        n = T.int64()
-        src = T.match_buffer(var_src, (m, n), dtype)
-        indices = T.match_buffer(var_indices, (count,), "int32")
-        dst = T.match_buffer(var_dst, (count, n), dtype)
-        for i, j in T.grid(count, n):
-            with T.sblock("gather"):
-                vi, vj = T.axis.remap("SS", [i, j])
-                dst[vi, vj] = src[indices[vi], vj]
-
-    return scatter_rows if scatter else gather_rows
+    return copy_rows
 
 
 def _emit_copy(builder: relax.BlockBuilder, name: str, dtype: str, scatter: bool, as_written: bool) -> None:

@@ -30,14 +30,17 @@ class Kernels:
 
 
 def emit_create(
-    builder: relax.BlockBuilder, structure: Structure, dtype: str, kernels: Callable[[tirx.Var, rope.Rotary], Kernels]
+    builder: relax.BlockBuilder,
+    structure: Structure,
+    dtype: str,
+    kernels: Callable[[Structure, str, tirx.Var, rope.Rotary], Kernels],
 ) -> None:
     """Add `create_tir_paged_kv_cache(max_batch, max_total_seq, prefill_chunk, page_size, support_sliding)`.
 
     Each argument is a shape of one element. The runtime calls it with a page size of 16, and without `support_sliding`:
     the cache keeps all tokens, and layers with a window look back no further. (A cache that forgets what a window has
-    passed lets a chunk's first tokens see too much, and counts positions anew.) `kernels` makes them for a page size
-    and what is turned in the cache. The order of what the cache is made from is that of
+    passed lets a chunk's first tokens see too much, and counts positions anew.) `kernels` makes them for a structure,
+    the model dtype, a page size, and what is turned in the cache. The order of what the cache is made from is that of
     `vm.builtin.paged_attention_kv_cache_create`.
     """
     s = structure
@@ -56,7 +59,7 @@ def emit_create(
 
     none = relax.Tuple([])
     with builder.function("create_tir_paged_kv_cache", params):
-        own = kernels(sizes[3], rotary)
+        own = kernels(s, dtype, sizes[3], rotary)
         cache = relax.call_pure_packed(
             "vm.builtin.paged_attention_kv_cache_create",
             relax.ShapeExpr(sizes),

@@ -13,7 +13,7 @@ import numpy as np
 from tvm import relax, tirx
 from tvm.script import tirx as T
 
-from mlcbuild.models.recurrent.state import Slot
+from mlcbuild.models.recurrent.operations import Slot
 
 
 def emit_create(builder: relax.BlockBuilder, layers: int, slots: Sequence[Slot]) -> None:

@@ -3,7 +3,7 @@
 Argument lists are those of the KV cache in apache-tvm (src/runtime/vm/attn_backend.h). Rotary embedding is applied
 before the cache (RopeMode.NORMAL), so the rope arguments are not used here; neither is `causal`: a row sees what is not
 after its own position. The cache tells kernels nothing about layers, so layers with a sliding window say so by the sign
-of their scale (mlcbuild.models.attention), and the window is measured in the positions that the cache gives to kernels.
+of their scale (mlcbuild.models.layer), and the window is measured in the positions that the cache gives to kernels.
 """
 
 from __future__ import annotations
@@ -13,9 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
+from tvm.relax.frontend.nn.llm import kv_cache as tvm_kv_cache
 from tvm.script import tirx as T
 
-from mlcbuild.compiler.cpu import calls
+from mlcbuild.compiler.abi.kv_cache import Kernels
+from mlcbuild.compiler.cpu import calls, rows
+from mlcbuild.models.rope import Rotary
+from mlcbuild.models.structure import Structure
 
 PAGE_SIZE = 16
 QUERIES = 48  # query rows times the heads that share a key, in one task; likewise in attention.c
@@ -56,6 +60,23 @@ class Shape:
 
     def limits(self, symbols: dict[str, Any]) -> tuple[Any, ...]:
         return self.window, tirx.const(self.cap, "float32"), tirx.const(self.alibi, "float32"), symbols["sm_scale"]
+
+
+def cache_kernels(structure: Structure, dtype: str, page_size: tirx.Var, rotary: Rotary) -> Kernels:
+    """What the KV cache of a CPU library calls; attention is made for the runtime's page size of 16."""
+    s = structure
+    heads, kv_heads, dim = s.num_attention_heads, s.num_key_value_heads, s.head_dim
+    limits = s.sliding_window_size or 0, s.attn_logit_softcapping or 0.0, s.alibi_bias_max or 0.0
+    shape = Shape(heads, kv_heads, dim, dtype, *limits)
+    return Kernels(
+        ragged=ragged(shape),
+        prefill=prefill(shape),
+        decode=decode(shape),
+        merge=merge(dtype),
+        split_rotary=rows.split_rotary(rows.Heads(heads, kv_heads, dim, dtype), rotary),
+        copy_single_page=tvm_kv_cache._copy_single_page_cpu(kv_heads, page_size, dim, dtype),
+        compact=tvm_kv_cache._compact_kv_copy_cpu(kv_heads, dim, dtype),
+    )
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 Buffer = Any
+SERIAL = 4  # rows that take less time than waking the other threads
 Shape = Sequence[int | str]  # a name is a symbolic dimension, "name + 1" one more
 
 
@@ -60,6 +61,26 @@ def function(
                 T.writes(*map(_whole, buffers[len(inputs) :]))
                 body(symbols, buffers[: len(inputs)], buffers[len(inputs) :])
         return builder.get()
+
+
+def by_row(
+    name: str,
+    kernel: str,
+    inputs: Sequence[tuple[Shape, str] | None],
+    outputs: Sequence[tuple[Shape, str]],
+    *rest: Any,
+) -> Any:
+    """A PrimFunc that calls the C function `kernel` for each row i of n: with the buffers, i, and `rest`.
+
+    An input that is None is a null pointer to the kernel, and no argument of the PrimFunc.
+    """
+
+    def body(symbols: dict[str, Any], given: Sequence[Buffer], results: Sequence[Buffer]) -> None:
+        there = iter(given)
+        buffers = [None if each is None else next(there) for each in inputs]
+        for_each(symbols["n"], lambda i: call(kernel, *buffers, *results, i, *rest), SERIAL)
+
+    return function(name, [each for each in inputs if each is not None], outputs, body)
 
 
 def scratch(size: Any, dtype: str = "float32") -> Buffer:

@@ -7,7 +7,7 @@ from typing import Any
 
 from tvm import relax, tirx
 
-from mlcbuild.compiler import emit
+from mlcbuild.compiler import operations
 from mlcbuild.compiler.cpu import calls
 from mlcbuild.compiler.cpu.attention import QUERIES
 from mlcbuild.models.encoder import Attend
@@ -20,7 +20,7 @@ def attend(builder: relax.BlockBuilder, dtype: str) -> Attend:
     def masked(qkv: Expr, mask: Expr, heads: int) -> Expr:
         width = int(qkv.ty.shape[1]) // 3
         function = _masked(heads, width // heads, dtype)
-        return emit.call(builder, function, "attention", [qkv, mask], [qkv.ty.shape[0], width], dtype)
+        return operations.call(builder, function, "attention", [qkv, mask], [qkv.ty.shape[0], width], dtype)
 
     return masked
 

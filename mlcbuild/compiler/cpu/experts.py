@@ -17,23 +17,13 @@ from mlcbuild.compiler.cpu import calls
 from mlcbuild.compiler.cpu.formats import Format
 from mlcbuild.compiler.cpu.linear import PACK_TOKENS, PARTS, TASK_ROWS, Part, wide
 
-_SERIAL = 4  # rows that take less time than waking the other threads
-
 
 @functools.cache
 def choose(experts: int, count: int, normalised: bool, scale: float) -> Any:
     """logits [n, experts] float32 -> chosen [n, count] int32, share [n, count] float32."""
-
-    def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
-        flag, factor = calls.Flag(normalised), tirx.const(scale, "float32")
-        calls.for_each(
-            symbols["n"],
-            lambda i: calls.call("mlcbuild_choose_experts", *inputs, *outputs, i, experts, count, flag, factor),
-            _SERIAL,
-        )
-
     outputs = [(("n", count), "int32"), (("n", count), "float32")]
-    return calls.function("choose_experts", [(("n", experts), "float32")], outputs, body)
+    rest = (experts, count, calls.Flag(normalised), tirx.const(scale, "float32"))
+    return calls.by_row("choose_experts", "mlcbuild_choose_experts", [(("n", experts), "float32")], outputs, *rest)
 
 
 @functools.cache
@@ -58,7 +48,7 @@ def linear(form: Format, parts: tuple[Part, ...], rows: int, in_features: int, c
         calls.for_each(
             stretches,
             lambda task: calls.call(pack, x, wide("float32"), plan, packed, pairs, experts, in_features, stride, task),
-            _SERIAL,
+            calls.SERIAL,
         )
         calls.for_each(
             active * tasks,
@@ -79,13 +69,8 @@ def linear(form: Format, parts: tuple[Part, ...], rows: int, in_features: int, c
 @functools.cache
 def weighted_sum(count: int, width: int) -> Any:
     """x [n * count, width], share [n, count] -> each token's rows times their shares, added: [n, width], float32."""
-
-    def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
-        kernel = "mlcbuild_weighted_sum"
-        calls.for_each(symbols["n"], lambda i: calls.call(kernel, *inputs, *outputs, i, count, width), _SERIAL)
-
     inputs = [(("pairs", width), "float32"), (("n", count), "float32")]
-    return calls.function("weighted_sum", inputs, [(("n", width), "float32")], body)
+    return calls.by_row("weighted_sum", "mlcbuild_weighted_sum", inputs, [(("n", width), "float32")], count, width)
 
 
 def plan_size(pairs: Any, experts: int) -> Any:

@@ -1,97 +1,52 @@
-"""The decoder's operations on the CPU."""
+"""The decoder's kernels on the CPU. They compute in float32: rounding activations in between would only lose."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
-from tvm import relax, sym
+from tvm import relax
 
-from mlcbuild.compiler import emit
 from mlcbuild.compiler.cpu import experts, linear, rows
 from mlcbuild.compiler.cpu.formats import format_of
-from mlcbuild.models.operations import Expr, Operations
-from mlcbuild.models.rope import Frequencies, Rotary
+from mlcbuild.compiler.operations import Factories, call, parts_of, rows_of
+from mlcbuild.models.operations import Expr
 from mlcbuild.models.weights import Weight
 
-COMPUTE = "float32"  # every kernel computes in it, so rounding activations to float16 in between would only lose
 
+def factories(dtype: str) -> Factories:
+    """`dtype` is the model dtype."""
 
-def operations(builder: relax.BlockBuilder, dtype: str) -> Operations:
-    """Operations that emit into `builder`; `dtype` is the model dtype."""
+    def multiply(weight: Weight, columns: int, x_dtype: str, out_dtype: str) -> Any:
+        return linear.linear(*_stored(weight), rows_of(weight), columns, x_dtype, out_dtype)
 
-    call = partial(emit.call, builder)
+    def expert_linear(weight: Weight, columns: int, count: int, each: bool) -> Any:
+        return experts.linear(*_stored(weight), int(weight.rows), columns, count, each)
 
-    def multiply(x: Expr, weight: Weight, out_dtype: str) -> Expr:
-        n, in_features = x.ty.shape
-        function = linear.linear(
-            *(format_of(weight.packing), _parts(weight), emit.size(weight.rows)),
-            *(int(in_features), str(x.ty.dtype), out_dtype),
-        )
-        return call(function, "linear", [x, *weight.parts.values()], [n, weight.rows], out_dtype)
+    def fused(heads: tuple[int, int], dim: int) -> rows.Heads:
+        return rows.Heads(*heads, dim, dtype)
 
-    def embedding(ids: Expr, weight: Weight, hidden_size: int) -> Expr:
-        function = linear.embedding(format_of(weight.packing), _parts(weight), hidden_size, dtype)
-        return call(function, "embedding", [ids, *weight.parts.values()], [ids.ty.shape[0], hidden_size], dtype)
-
-    def rms_norm(x: Expr, weight: Expr, eps: float) -> Expr:
-        return call(rows.rms_norm(int(x.ty.shape[1]), eps, dtype), "rms_norm", [x, weight], list(x.ty.shape), COMPUTE)
-
-    def layer_norm(x: Expr, weight: Expr | None, bias: Expr | None, eps: float) -> Expr:
-        given = [each for each in (weight, bias) if each is not None]
-        function = rows.layer_norm(int(x.ty.shape[1]), eps, dtype, weight is not None, bias is not None)
-        return call(function, "layer_norm", [x, *given], list(x.ty.shape), COMPUTE)
-
-    def gated(x: Expr, name: str) -> Expr:
-        width = int(x.ty.shape[1]) // 2
-        return call(rows.gated(name, width), "gated", [x], [x.ty.shape[0], width], COMPUTE)
-
-    def activation(x: Expr, name: str) -> Expr:
-        width = int(x.ty.shape[1])
-        return call(rows.activation(name, width), "activation", [x], [x.ty.shape[0], width], COMPUTE)
-
-    def norm_heads(
-        qkv: Expr, weights: tuple[Expr | None, ...], heads: tuple[int, int], spans: str, norm: str, eps: float
-    ) -> Expr:
-        shapes = tuple(None if each is None else tuple(int(size) for size in each.ty.shape) for each in weights)
-        given = [each for each in weights if each is not None]
-        described = rows.Heads(*heads, int(qkv.ty.shape[2]), dtype)
-        function = rows.norm_heads(described, shapes, spans, norm == "layer", eps)
-        return call(function, "norm_heads", [qkv, *given], list(qkv.ty.shape), dtype)
-
-    def rope(qkv: Expr, positions: Expr, frequencies: Frequencies, heads: tuple[int, int], rotary: Rotary) -> Expr:
-        function = rows.rope(rows.Heads(*heads, int(qkv.ty.shape[2]), dtype), rotary)
-        return call(function, "rope", [qkv, positions, relax.const(frequencies)], list(qkv.ty.shape), dtype)
-
-    def softmax(logits: Expr, temperature: Expr) -> Expr:
-        return call(rows.softmax(), "softmax", [logits, temperature], list(logits.ty.shape), "float32")
-
-    def choose_experts(logits: Expr, count: int, normalised: bool, scale: float) -> tuple[Expr, Expr]:
-        n, number = logits.ty.shape
-        function = experts.choose(int(number), count, normalised, scale)
-        results = [([n, count], "int32"), ([n, count], "float32")]
-        chosen, share = emit.call_all(builder, function, "choose_experts", [logits], results)
-        return chosen, share
-
-    def expert_linear(x: Expr, chosen: Expr, weight: Weight) -> Expr:
-        (n, count), (rows_of_x, in_features) = chosen.ty.shape, x.ty.shape
-        each = not sym.Analyzer().can_prove_equal(rows_of_x, n)
-        function = experts.linear(
-            *(format_of(weight.packing), _parts(weight), int(weight.rows), int(in_features), int(count), each),
-        )
-        return call(function, "experts", [x, chosen, *weight.parts.values()], [n * count, weight.rows], COMPUTE)
-
-    def weighted_sum(x: Expr, share: Expr) -> Expr:
-        n, count = share.ty.shape
-        width = x.ty.shape[1]
-        return call(experts.weighted_sum(int(count), int(width)), "weighted_sum", [x, share], [n, width], COMPUTE)
-
-    return Operations(
-        *(COMPUTE, multiply, embedding, rms_norm, layer_norm, gated, activation, norm_heads, rope, softmax),
-        *(choose_experts, expert_linear, weighted_sum),
+    return Factories(
+        compute="float32",
+        linear=multiply,
+        embedding=lambda weight, columns: linear.embedding(*_stored(weight), columns, dtype),
+        rms_norm=partial(rows.rms_norm, dtype=dtype),
+        layer_norm=lambda width, eps, weight, bias: rows.layer_norm(width, eps, dtype, weight, bias),
+        gated=rows.gated,
+        activation=rows.activation,
+        norm_heads=lambda heads, dim, *rest: rows.norm_heads(fused(heads, dim), *rest),
+        rope=lambda heads, dim, rotary: rows.rope(fused(heads, dim), rotary),
+        choose_experts=experts.choose,
+        expert_linear=expert_linear,
+        weighted_sum=experts.weighted_sum,
+        softmax=_softmax,
     )
 
 
-def _parts(weight: Weight) -> tuple[linear.Part, ...]:
-    return tuple(
-        (tuple(emit.size(each) for each in part.ty.shape), str(part.ty.dtype)) for part in weight.parts.values()
-    )
+def _stored(weight: Weight) -> tuple[Any, ...]:
+    """A weight's format, and the shapes and dtypes of its parts."""
+    return format_of(weight.packing), tuple((shape, dtype) for _, shape, dtype in parts_of(weight))
+
+
+def _softmax(builder: relax.BlockBuilder, logits: Expr, temperature: Expr) -> Expr:
+    return call(builder, rows.softmax(), "softmax", [logits, temperature], list(logits.ty.shape), "float32")

@@ -8,7 +8,7 @@ from typing import Any
 
 from tvm import relax, tirx
 
-from mlcbuild.compiler import emit
+from mlcbuild.compiler import operations
 from mlcbuild.compiler.cpu import calls
 from mlcbuild.models.operations import Expr
 from mlcbuild.models.recurrent.operations import Recurrence
@@ -20,7 +20,7 @@ def recurrence(builder: relax.BlockBuilder, dtype: str) -> Recurrence:
     """Operations that emit into `builder`; `dtype` is the model dtype."""
 
     def call(function: Any, name: str, arguments: Sequence[Expr], shapes: Sequence[Sequence[Expr]]) -> list[Expr]:
-        return emit.call_all(builder, function, name, arguments, [(shape, "float32") for shape in shapes])
+        return operations.call_all(builder, function, name, arguments, [(shape, "float32") for shape in shapes])
 
     def wkv4(key: Expr, value: Expr, decay: Expr, bonus: Expr, state: Sequence[Expr]) -> tuple[Expr, ...]:
         shape, states = list(key.ty.shape), [list(each.ty.shape) for each in state]

@@ -11,60 +11,34 @@ from tvm import tirx
 from mlcbuild.compiler.cpu import calls
 from mlcbuild.models.rope import Rotary
 
-_SERIAL = 4  # rows that take less time than waking the other threads
-
 
 @functools.cache
 def rms_norm(width: int, eps: float, dtype: str) -> Any:
     """x [n, width] float32, w [width] dtype -> [n, width] float32."""
-
-    def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
-        epsilon = tirx.const(eps, "float32")
-        calls.for_each(
-            symbols["n"], lambda i: calls.call("mlcbuild_rms_norm", *inputs, *outputs, i, width, epsilon), _SERIAL
-        )
-
-    return calls.function("norm", [(("n", width), "float32"), ((width,), dtype)], [(("n", width), "float32")], body)
+    rows = _rows(width)
+    epsilon = tirx.const(eps, "float32")
+    return calls.by_row("norm", "mlcbuild_rms_norm", [rows, ((width,), dtype)], [rows], width, epsilon)
 
 
 @functools.cache
 def layer_norm(width: int, eps: float, dtype: str, weight: bool, bias: bool) -> Any:
     """x [n, width] float32, then w and b [width] dtype as far as there are any -> [n, width] float32."""
-
-    def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
-        x, *given = inputs
-        w = given.pop(0) if weight else None
-        b = given.pop(0) if bias else None
-        epsilon = tirx.const(eps, "float32")
-        calls.for_each(
-            symbols["n"], lambda i: calls.call("mlcbuild_layer_norm", x, w, b, *outputs, i, width, epsilon), _SERIAL
-        )
-
-    vectors = [((width,), dtype)] * (weight + bias)
-    rows = (("n", width), "float32")
-    return calls.function("layer_norm", [rows, *vectors], [rows], body)
+    rows = _rows(width)
+    vectors = [((width,), dtype) if present else None for present in (weight, bias)]
+    epsilon = tirx.const(eps, "float32")
+    return calls.by_row("layer_norm", "mlcbuild_layer_norm", [rows, *vectors], [rows], width, epsilon)
 
 
 @functools.cache
 def gated(activation: str, width: int) -> Any:
     """[gate | up] [n, 2 * width] -> activation(gate) * up [n, width], float32."""
-
-    def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
-        kernel = f"mlcbuild_gated_{activation}"
-        calls.for_each(symbols["n"], lambda i: calls.call(kernel, *inputs, *outputs, i, width), _SERIAL)
-
-    return calls.function("gate", [(("n", 2 * width), "float32")], [(("n", width), "float32")], body)
+    return calls.by_row("gate", f"mlcbuild_gated_{activation}", [_rows(2 * width)], [_rows(width)], width)
 
 
 @functools.cache
 def activation(name: str, width: int) -> Any:
     """x [n, width] -> activation(x) [n, width], float32."""
-
-    def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
-        kernel = f"mlcbuild_activation_{name}"
-        calls.for_each(symbols["n"], lambda i: calls.call(kernel, *inputs, *outputs, i, width), _SERIAL)
-
-    return calls.function("activation", [(("n", width), "float32")], [(("n", width), "float32")], body)
+    return calls.by_row("activation", f"mlcbuild_activation_{name}", [_rows(width)], [_rows(width)], width)
 
 
 @functools.cache
@@ -103,25 +77,17 @@ class Heads:
 @functools.cache
 def split_rotary(heads: Heads, rotary: Rotary) -> Any:
     """Fused heads and positions [n] -> q, k, v, the first two turned; the KV cache calls it with its table."""
-
-    def body(symbols: dict[str, Any], inputs: Any, _: Any) -> None:
-        rest = (*heads.sizes, *_arguments(rotary))
-        calls.for_each(symbols["n"], lambda i: calls.call("mlcbuild_rope", *inputs, i, *rest), _SERIAL)
-
     parts = [heads.array(count) for count in (heads.heads, heads.kv_heads, heads.kv_heads)]
     arrays = [heads.fused, (("n",), "int32"), *parts, _table(rotary)]
-    return calls.function("split_rotary", arrays, [], body)
+    return calls.by_row("split_rotary", "mlcbuild_rope", arrays, [], *heads.sizes, *_arguments(rotary))
 
 
 @functools.cache
 def rope(heads: Heads, rotary: Rotary) -> Any:
     """Fused heads, positions [n] and the table of frequencies -> the same heads, queries and keys turned."""
-
-    def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
-        rest = (*heads.sizes, *_arguments(rotary))
-        calls.for_each(symbols["n"], lambda i: calls.call("mlcbuild_rope_fused", *inputs, *outputs, i, *rest), _SERIAL)
-
-    return calls.function("rope", [heads.fused, (("n",), "int32"), _table(rotary)], [heads.fused], body)
+    given = [heads.fused, (("n",), "int32"), _table(rotary)]
+    rest = (*heads.sizes, *_arguments(rotary))
+    return calls.by_row("rope", "mlcbuild_rope_fused", given, [heads.fused], *rest)
 
 
 @functools.cache
@@ -137,14 +103,12 @@ def norm_heads(heads: Heads, weights: tuple[calls.Shape | None, ...], spans: str
         calls.Flag(centred),
         tirx.const(eps, "float32"),
     )
+    given = [None if shape is None else (shape, heads.dtype) for shape in weights]
+    return calls.by_row("norm_heads", "mlcbuild_norm_heads", [heads.fused, *given], [heads.fused], *rest)
 
-    def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
-        qkv, *there = inputs
-        given = [qkv, *(None if shape is None else there.pop(0) for shape in weights), *outputs]
-        calls.for_each(symbols["n"], lambda i: calls.call("mlcbuild_norm_heads", *given, i, *rest), _SERIAL)
 
-    given = [(shape, heads.dtype) for shape in weights if shape is not None]
-    return calls.function("norm_heads", [heads.fused, *given], [heads.fused], body)
+def _rows(width: int) -> tuple[calls.Shape, str]:
+    return ("n", width), "float32"
 
 
 def _table(rotary: Rotary) -> tuple[calls.Shape, str]:

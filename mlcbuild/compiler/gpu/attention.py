@@ -1,23 +1,49 @@
-"""Attention on GPUs: TVM's kernels, and what they lack: sliding windows that are exact, and soft caps of scores.
+"""Attention on GPUs: TVM's kernels, and what they lack: sliding windows that are exact, and soft caps of scores. The
+kernel that merges two attentions is our own.
 
 TVM's kernels are functions already scheduled; they are changed where they say which keys a row sees, and where they
-store its scores. Windows are as on the CPU (mlcbuild.models.attention): a layer with a negative scale slides, and the
+store its scores. Windows are as on the CPU (mlcbuild.models.layer): a layer with a negative scale slides, and the
 window is measured in the positions that the KV cache gives to its kernels.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import tvm
 import tvm_ffi
 from tvm import ir, target, tirx
 from tvm.relax.frontend.nn.llm import kv_cache as tvm_kv_cache
+from tvm.script import tirx as T
 
+from mlcbuild.compiler.abi.kv_cache import Kernels
+from mlcbuild.compiler.gpu.rope import split_rotary
+from mlcbuild.errors import MlcBuildError
+from mlcbuild.models.rope import Rotary
 from mlcbuild.models.structure import Structure
 
+_KNOWN = "0.27"  # the version of apache-tvm whose kernels are changed here, by the names of their buffers
+_VECTOR = 4  # neighbouring values that one thread merges
 _NO_SCALING: Mapping[str, Any] = {}  # the kernels' own rotary embedding is not used
+
+
+def cache_kernels(structure: Structure, dtype: str, page_size: tirx.Var, rotary: Rotary, threads: int) -> Kernels:
+    """What the KV cache of a GPU library calls, for the current target, with up to `threads` threads to a block."""
+    s, device = structure, target.Target.current()
+    heads, kv_heads, dim = s.num_attention_heads, s.num_key_value_heads, s.head_dim
+    ragged, prefill, decode = kernels(s, dtype, device)
+    return Kernels(
+        ragged=ragged,
+        prefill=prefill,
+        decode=decode,
+        merge=merge(heads, dim, dtype, threads),
+        split_rotary=split_rotary(heads, kv_heads, dim, rotary, dtype),
+        copy_single_page=tvm_kv_cache._copy_single_page(kv_heads, page_size, dim, dtype, device),
+        compact=tvm_kv_cache._compact_kv_copy(kv_heads, dim, dtype, device),
+    )
 
 
 def kernels(structure: Structure, dtype: str, device: target.Target) -> tuple[Any, Any, Any]:
@@ -28,6 +54,59 @@ def kernels(structure: Structure, dtype: str, device: target.Target) -> tuple[An
     prefill = tvm_kv_cache._attention_prefill(kv_heads, heads, dim, dtype, False, _NO_SCALING, device)
     decode = tvm_kv_cache._attention_decode(kv_heads, heads, dim, dtype, False, _NO_SCALING, device)
     return _changed(ragged, s), _changed(prefill, s), _changed(decode, s)
+
+
+@functools.cache
+def merge(heads: int, dim: int, dtype: str, threads: int) -> Any:
+    """Two attentions over different keys into one, in place: V [n, heads, dim] of `dtype`, S [n, heads] float32.
+
+    V's rows are means of values, and S the logarithms to base 2 of their weights' sums. TVM's own kernel has all
+    threads of a row read S and then write it, which is right only where they run in lockstep; here one thread does
+    both. A block has up to `threads` threads, for as many heads as divide their number: TVM's leaves out the rest.
+    """
+    lanes = dim // _VECTOR
+    together = max(
+        count for count in range(1, heads + 1) if heads % count == 0 and (count * lanes <= threads or count == 1)
+    )
+
+    @T.prim_func(s_tir=True, private=True)
+    def attention_merge(v: T.handle, s: T.handle, v_other: T.handle, s_other: T.handle):
+        T.func_attr({"tirx.is_scheduled": True})
+        N = T.int32()
+        V = T.match_buffer(v, (N, heads, dim), dtype)
+        S = T.match_buffer(s, (N, heads), "float32")
+        V_other = T.match_buffer(v_other, (N, heads, dim), dtype)
+        S_other = T.match_buffer(s_other, (N, heads), "float32")
+        for bx in T.thread_binding(N, thread="blockIdx.x"):
+            for by in T.thread_binding(heads // together, thread="blockIdx.y"):
+                for ty in T.thread_binding(together, thread="threadIdx.y"):
+                    for tx in T.thread_binding(lanes, thread="threadIdx.x"):
+                        with T.sblock("merge"):
+                            T.reads()
+                            T.writes()
+                            share = T.sblock_alloc_buffer((together, 2), "float32", scope="shared")
+                            own = T.sblock_alloc_buffer((3,), "float32", scope="local")
+                            values = T.sblock_alloc_buffer((_VECTOR,), dtype, scope="local")
+                            others = T.sblock_alloc_buffer((_VECTOR,), dtype, scope="local")
+                            head: T.let[T.int32] = by * together + ty
+                            if tx == 0:
+                                own[2] = T.max(S[bx, head], S_other[bx, head])
+                                own[0] = T.exp2(S[bx, head] - own[2])
+                                own[1] = T.exp2(S_other[bx, head] - own[2])
+                                share[ty, 0] = own[0] / (own[0] + own[1])
+                                share[ty, 1] = own[1] / (own[0] + own[1])
+                                S[bx, head] = T.log2(own[0] + own[1]) + own[2]
+                            T.tvm_storage_sync("shared")
+                            for i in T.vectorized(_VECTOR):
+                                values[i] = V[bx, head, tx * _VECTOR + i]
+                            for i in T.vectorized(_VECTOR):
+                                others[i] = V_other[bx, head, tx * _VECTOR + i]
+                            for i in T.serial(_VECTOR):
+                                values[i] = values[i] * share[ty, 0] + others[i] * share[ty, 1]
+                            for i in T.vectorized(_VECTOR):
+                                V[bx, head, tx * _VECTOR + i] = values[i]
+
+    return attention_merge
 
 
 def _changed(function: Any, structure: Structure) -> Any:
@@ -53,7 +132,7 @@ def _capped(function: Any, cap: float) -> Any:
 
     changes: list[Any] = []
     body = _mapped(function.body, tirx.BufferStore, store)
-    assert len(changes) == 1, "TVM's attention kernels are not what they were"
+    _expect(changes, 1, "a score is stored in S_smem or S_local")
     return function.with_body(body)
 
 
@@ -112,8 +191,18 @@ def _sliding(function: Any, window: int) -> Any:
     body = _mapped(body, tirx.IfThenElse, condition)
     loops: list[Any] = []
     body = body if "causal" in given else _mapped(body, tirx.For, loop)
-    assert (len(changes), len(loops)) in ((2, 0), (1, 1)), "TVM's attention kernels are not what they were"
+    _expect(changes, 2 if "causal" in given else 1, "an `if` says which keys a row sees")
+    _expect(loops, 0 if "causal" in given else 1, "a loop goes over tiles of kv_chunk_len keys")
     return function.with_body(body)
+
+
+def _expect(places: Sequence[Any], count: int, what: str) -> None:
+    """Raise MlcBuildError unless there are `count` of the places that a kernel of TVM's is changed at."""
+    if len(places) != count:
+        raise MlcBuildError(
+            f"the attention kernels of TVM {tvm.__version__} are not those of {_KNOWN}, which mlcbuild changes: "
+            f"{what} in {len(places)} places and not in {count}; install apache-tvm {_KNOWN}"
+        )
 
 
 def _causal_limit(condition: Any) -> tuple[Any, Any] | None:
@@ -125,14 +214,17 @@ def _causal_limit(condition: Any) -> tuple[Any, Any] | None:
 
 def _row(limit: Any) -> Any:
     """The row's number in its sequence, which a causal limit depends on."""
-    (row,) = {str(var.name): var for var in _nodes(limit, ir.Var) if str(var.name).startswith("row")}.values()
-    return row
+    rows = {str(var.name): var for var in _nodes(limit, ir.Var) if str(var.name).startswith("row")}
+    _expect([*rows], 1, "the last key that a row sees depends on `row`")
+    return next(iter(rows.values()))
 
 
 def _index(node: Any, buffer: str) -> Any:
     """The variable that alone indexes the buffer of this name."""
     loads = [load.indices[0] for load in _nodes(node, ir.TensorLoad) if load.source.name == buffer]
-    return next(index for index in loads if isinstance(index, ir.Var))
+    found = [index for index in loads if isinstance(index, ir.Var)][:1]
+    _expect(found, 1, f"{buffer} is read at the number of a sequence")
+    return found[0]
 
 
 def _is_length(load: Any) -> bool:

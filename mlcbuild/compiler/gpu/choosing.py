@@ -1,8 +1,7 @@
 """Choosing tokens by their probabilities on GPUs.
 
-One block of threads works on one row. Each thread has a contiguous part of it; the parts' sums are
-added up through shared memory, with a barrier after each step, so that the width of a warp does not matter; the thread
-whose part a running sum crosses walks through that part.
+One block of threads works on one row. Each thread has a contiguous part of it; the thread whose part a running sum
+(block_sums.py) crosses walks through that part.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from mlcbuild.compiler.gpu.block_sums import running_sums, summed
+
 _BITS = 31  # of a float that is not negative; as many steps find one by bisection
 _INFINITY = 0x7F800000
 
@@ -19,7 +20,6 @@ _INFINITY = 0x7F800000
 @functools.cache
 def kept_mass(threads: int) -> Any:
     """probs [b, V], the likeliest first, top_p [b] -> the mass [b] of the fewest first ones that reach top_p."""
-    levels = threads.bit_length() - 1
 
     @T.prim_func(s_tir=True, private=True)
     def top_p_mass(var_probs: T.handle, var_top_p: T.handle, var_mass: T.handle):
@@ -38,7 +38,7 @@ def kept_mass(threads: int) -> Any:
                     run = T.sblock_alloc_buffer((1,), "float32", scope="local")
                     own = T.sblock_alloc_buffer((3,), "float32", scope="local")
                     each: T.let[T.int32] = (width + threads - 1) // threads
-                    _running_sums(probs, bx, width, each, threads, levels, tx, exchange, run, own)
+                    running_sums(probs, bx, width, each, threads, tx, exchange, run, own)
                     if tx == 0 and own[2] < top_p[bx]:
                         mass[bx] = own[2]
                     if (tx == 0 or own[0] < top_p[bx]) and top_p[bx] <= own[1]:
@@ -58,7 +58,6 @@ def choose(threads: int, with_mass: bool) -> Any:
     The first place up to which the probabilities sum to more than uniform * mass; without `with_mass`, which has no
     such argument then, than uniform times the sum of the row.
     """
-    levels = threads.bit_length() - 1
 
     @T.prim_func(s_tir=True, private=True)
     def choose_of_mass(
@@ -78,13 +77,7 @@ def choose(threads: int, with_mass: bool) -> Any:
                 with T.sblock("choose"):
                     T.reads()
                     T.writes()
-                    exchange = T.sblock_alloc_buffer((threads,), "float32", scope="shared")
-                    run = T.sblock_alloc_buffer((1,), "float32", scope="local")
-                    own = T.sblock_alloc_buffer((3,), "float32", scope="local")
-                    found = T.sblock_alloc_buffer((1,), "int32", scope="local")
-                    each: T.let[T.int32] = (width + threads - 1) // threads
-                    _running_sums(probs, rows[bx], width, each, threads, levels, tx, exchange, run, own)
-                    _choose(probs, rows[bx], uniform[bx] * mass[rows[bx]], width, each, tx, run, own, found, chosen, bx)
+                    _choose(probs, rows, uniform, mass, chosen, width, threads, bx, tx)
 
     @T.prim_func(s_tir=True, private=True)
     def choose_of_all(var_probs: T.handle, var_uniform: T.handle, var_rows: T.handle, var_chosen: T.handle):
@@ -101,40 +94,13 @@ def choose(threads: int, with_mass: bool) -> Any:
                 with T.sblock("choose"):
                     T.reads()
                     T.writes()
-                    exchange = T.sblock_alloc_buffer((threads,), "float32", scope="shared")
-                    run = T.sblock_alloc_buffer((1,), "float32", scope="local")
-                    own = T.sblock_alloc_buffer((3,), "float32", scope="local")
-                    found = T.sblock_alloc_buffer((1,), "int32", scope="local")
-                    each: T.let[T.int32] = (width + threads - 1) // threads
-                    _running_sums(probs, rows[bx], width, each, threads, levels, tx, exchange, run, own)
-                    _choose(probs, rows[bx], uniform[bx] * own[2], width, each, tx, run, own, found, chosen, bx)
+                    _choose(probs, rows, uniform, None, chosen, width, threads, bx, tx)
 
     return choose_of_mass if with_mass else choose_of_all
 
 
 @T.macro
-def _running_sums(probs, row, width, each, threads, levels, tx, exchange, run, own):
-    """own: the sums of all parts before that of this thread, of those and its own, and of the whole row."""
-    run[0] = T.float32(0)
-    for i in range(each):
-        if tx * each + i < width:
-            run[0] = run[0] + probs[row, tx * each + i]
-    exchange[tx] = run[0]
-    T.tvm_storage_sync("shared")
-    for level in T.unroll(levels):
-        own[0] = exchange[tx]
-        own[1] = exchange[T.max(tx - (1 << level), 0)]
-        T.tvm_storage_sync("shared")
-        exchange[tx] = own[0] + T.if_then_else(tx >= (1 << level), own[1], T.float32(0))
-        T.tvm_storage_sync("shared")
-    own[0] = exchange[T.max(tx - 1, 0)]
-    own[0] = T.if_then_else(tx == 0, T.float32(0), own[0])
-    own[1] = exchange[tx]
-    own[2] = exchange[threads - 1]
-
-
-@T.macro
-def _choose(probs, row, wanted, width, each, tx, run, own, found, chosen, at):
+def _walk(probs, row, wanted, width, each, tx, run, own, found, chosen, at):
     """The thread whose part the running sum crosses `wanted` in writes where; thread 0 where none does."""
     if tx == 0 and wanted >= own[2]:
         chosen[at] = 0
@@ -150,13 +116,27 @@ def _choose(probs, row, wanted, width, each, tx, run, own, found, chosen, at):
         chosen[at] = found[0]
 
 
+@T.macro
+def _choose(probs, rows, uniform, mass, chosen, width, threads, bx, tx):
+    """Choice `bx` by a block of threads."""
+    exchange = T.sblock_alloc_buffer((threads,), "float32", scope="shared")
+    run = T.sblock_alloc_buffer((1,), "float32", scope="local")
+    own = T.sblock_alloc_buffer((3,), "float32", scope="local")
+    found = T.sblock_alloc_buffer((1,), "int32", scope="local")
+    each: T.let[T.int32] = (width + threads - 1) // threads
+    running_sums(probs, rows[bx], width, each, threads, tx, exchange, run, own)
+    if mass is None:
+        _walk(probs, rows[bx], uniform[bx] * own[2], width, each, tx, run, own, found, chosen, bx)
+    else:
+        _walk(probs, rows[bx], uniform[bx] * mass[rows[bx]], width, each, tx, run, own, found, chosen, bx)
+
+
 @functools.cache
 def renormalize(threads: int) -> Any:
     """probs [b, V], top_p [b], hints [b, .] -> probs [b, V] with only the likeliest, to the mass top_p, left.
 
     The smallest probability that is left is found by bisection over the bits of a float; `hints` are not needed.
     """
-    levels = threads.bit_length() - 1
 
     @T.prim_func(s_tir=True, private=True)
     def renormalize_rows(var_probs: T.handle, var_top_p: T.handle, var_hints: T.handle, var_out: T.handle):
@@ -187,14 +167,7 @@ def renormalize(threads: int) -> Any:
                             if i * threads + tx < width:  # noqa: SIM102 (the script has no short circuit)
                                 if probs[bx, i * threads + tx] >= T.reinterpret("float32", tried[0]):
                                     own[0] = own[0] + probs[bx, i * threads + tx]
-                        exchange[tx] = own[0]
-                        T.tvm_storage_sync("shared")
-                        for level in T.unroll(levels):
-                            if tx < (threads // 2 >> level):
-                                exchange[tx] = exchange[tx] + exchange[tx + (threads // 2 >> level)]
-                            T.tvm_storage_sync("shared")
-                        own[0] = exchange[0]
-                        T.tvm_storage_sync("shared")
+                        summed(exchange, own, tx, threads)
                         if own[0] >= top_p[bx]:
                             low[0] = tried[0]
                         else:

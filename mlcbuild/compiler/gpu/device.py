@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Device:
-    """kind: TVM's; threads: of one block at most; shared: bytes that a block's threads share.
+    """kind: TVM's; threads: of one block at most, and no more than 256, which is enough.
 
     lanes: threads that go along a row together. Where they are one warp, sums over them are shuffles.
     row_groups, rows: a block takes row_groups * rows rows of a matrix, each thread `rows` of them.
@@ -19,7 +19,6 @@ class Device:
 
     kind: str
     threads: int
-    shared: int
     lanes: int
     row_groups: int
     rows: int
@@ -27,20 +26,12 @@ class Device:
     ahead: int
 
 
-# lanes, row_groups, rows, vector, ahead
-_SHAPES = {
-    "cuda": (32, 4, 2, 16, 4),
-    "rocm": (32, 4, 2, 16, 4),
-    "metal": (32, 4, 2, 8, 2),
-    "opencl": (32, 4, 2, 8, 2),
-    "vulkan": (32, 4, 2, 8, 2),
-    "webgpu": (32, 4, 2, 8, 2),
-}
-KINDS = tuple(_SHAPES)
+_WIDE = ("cuda", "rocm")  # these have many loads of 16 bytes on their way
 
 
 def device_of(target: Mapping[str, Any]) -> Device:
-    """The device of a resolved TVM target with a kind of `KINDS`."""
+    """The device of a resolved TVM target for a GPU."""
     kind = target["kind"]
-    threads = int(target.get("max_threads_per_block", target.get("max_num_threads", 256)))
-    return Device(kind, threads, int(target.get("max_shared_memory_per_block", 16384)), *_SHAPES[kind])
+    threads = min(256, int(target.get("max_threads_per_block", target.get("max_num_threads", 256))))
+    vector, ahead = (16, 4) if kind in _WIDE else (8, 2)
+    return Device(kind, threads, lanes=32, row_groups=4, rows=2, vector=vector, ahead=ahead)

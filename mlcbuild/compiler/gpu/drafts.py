@@ -11,6 +11,8 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from mlcbuild.compiler.gpu.block_sums import summed
+
 _NOTHING_LEFT = 1e-7
 
 
@@ -22,7 +24,6 @@ def verify(threads: int) -> Any:
     drawn from, changed in place; first_child, next_sibling [nodes] int32, -1 for none; uniform [nodes]; parent [trees]
     int32: the root before, the last accepted node after.
     """
-    levels = threads.bit_length() - 1
 
     @T.prim_func(s_tir=True, private=True)
     def verify_drafts(
@@ -67,14 +68,7 @@ def verify(threads: int) -> Any:
                                     model_probs[at[0], i * threads + tx] - draft_probs[child[0], i * threads + tx],
                                     T.float32(0),
                                 )
-                        exchange[tx] = left[0]
-                        T.tvm_storage_sync("shared")
-                        for level in T.unroll(levels):
-                            if tx < (threads // 2 >> level):
-                                exchange[tx] = exchange[tx] + exchange[tx + (threads // 2 >> level)]
-                            T.tvm_storage_sync("shared")
-                        left[0] = exchange[0]
-                        T.tvm_storage_sync("shared")
+                        summed(exchange, left, tx, threads)
                         if accepted[0] == 1 or left[0] < T.float32(_NOTHING_LEFT):
                             at[0] = child[0]
                             child[0] = first_child[child[0]]

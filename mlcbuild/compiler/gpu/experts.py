@@ -16,7 +16,6 @@ from mlcbuild.compiler.gpu import formats
 from mlcbuild.compiler.gpu.device import Device
 from mlcbuild.compiler.gpu.products import STEP, Part
 from mlcbuild.compiler.gpu.rows import int64, private, widened
-from mlcbuild.compiler.gpu.script import quick
 from mlcbuild.recipes.types import Weights
 
 PRODUCT = "product_of_experts"  # the block that schedules.py looks for
@@ -28,52 +27,51 @@ _OPAQUE = 8  # relax's OpPatternKind: nothing is fused with it, so that `schedul
 @functools.cache
 def choose(experts: int, count: int, normalised: bool, scale: float) -> Any:
     """logits [n, experts] float32 -> chosen [n, count] int32, share [n, count] float32."""
-    with quick():
 
-        @T.prim_func(s_tir=True, private=True)
-        def choose_experts(var_logits: T.handle, var_chosen: T.handle, var_share: T.handle):
-            T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True, "op_pattern": 8})
-            n = T.int32()
-            logits = T.match_buffer(var_logits, (n, experts), "float32")
-            chosen = T.match_buffer(var_chosen, (n, count), "int32")
-            share = T.match_buffer(var_share, (n, count), "float32")
-            for bx in T.thread_binding((n + _THREADS - 1) // _THREADS, thread="blockIdx.x"):
-                for tx in T.thread_binding(_THREADS, thread="threadIdx.x"):
-                    with T.sblock("choose"):
-                        T.reads()
-                        T.writes()
-                        best = T.sblock_alloc_buffer((1,), "int32", scope="local")
-                        taken = T.sblock_alloc_buffer((1,), "int32", scope="local")
-                        total = T.sblock_alloc_buffer((1,), "float32", scope="local")
-                        row: T.let[T.int32] = bx * _THREADS + tx
-                        if row < n:
-                            for i in range(count):
-                                best[0] = -1
-                                for e in range(experts):
-                                    taken[0] = 0
-                                    for j in range(i):
-                                        if chosen[row, j] == e:
-                                            taken[0] = 1
-                                    if taken[0] == 0:
-                                        if best[0] < 0:
+    @T.prim_func(s_tir=True, private=True)
+    def choose_experts(var_logits: T.handle, var_chosen: T.handle, var_share: T.handle):
+        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True, "op_pattern": 8})
+        n = T.int32()
+        logits = T.match_buffer(var_logits, (n, experts), "float32")
+        chosen = T.match_buffer(var_chosen, (n, count), "int32")
+        share = T.match_buffer(var_share, (n, count), "float32")
+        for bx in T.thread_binding((n + _THREADS - 1) // _THREADS, thread="blockIdx.x"):
+            for tx in T.thread_binding(_THREADS, thread="threadIdx.x"):
+                with T.sblock("choose"):
+                    T.reads()
+                    T.writes()
+                    best = T.sblock_alloc_buffer((1,), "int32", scope="local")
+                    taken = T.sblock_alloc_buffer((1,), "int32", scope="local")
+                    total = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                    row: T.let[T.int32] = bx * _THREADS + tx
+                    if row < n:
+                        for i in range(count):
+                            best[0] = -1
+                            for e in range(experts):
+                                taken[0] = 0
+                                for j in range(i):
+                                    if chosen[row, j] == e:
+                                        taken[0] = 1
+                                if taken[0] == 0:
+                                    if best[0] < 0:
+                                        best[0] = e
+                                    else:
+                                        if logits[row, e] > logits[row, best[0]]:
                                             best[0] = e
-                                        else:
-                                            if logits[row, e] > logits[row, best[0]]:
-                                                best[0] = e
-                                chosen[row, i] = best[0]
-                            total[0] = T.float32(0)
-                            if normalised:
-                                for i in range(count):
-                                    total[0] += T.exp(logits[row, chosen[row, i]] - logits[row, chosen[row, 0]])
-                            else:
-                                for e in range(experts):
-                                    total[0] += T.exp(logits[row, e] - logits[row, chosen[row, 0]])
+                            chosen[row, i] = best[0]
+                        total[0] = T.float32(0)
+                        if normalised:
                             for i in range(count):
-                                share[row, i] = (
-                                    T.exp(logits[row, chosen[row, i]] - logits[row, chosen[row, 0]])
-                                    * T.float32(scale)
-                                    / total[0]
-                                )
+                                total[0] += T.exp(logits[row, chosen[row, i]] - logits[row, chosen[row, 0]])
+                        else:
+                            for e in range(experts):
+                                total[0] += T.exp(logits[row, e] - logits[row, chosen[row, 0]])
+                        for i in range(count):
+                            share[row, i] = (
+                                T.exp(logits[row, chosen[row, i]] - logits[row, chosen[row, 0]])
+                                * T.float32(scale)
+                                / total[0]
+                            )
 
     return choose_experts
 

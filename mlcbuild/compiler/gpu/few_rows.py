@@ -12,8 +12,8 @@ from typing import Any
 
 from tvm import DataType, ir, s_tir, tirx
 
-from mlcbuild.compiler.gpu.blocks import inline_consumers, inline_producers
 from mlcbuild.compiler.gpu.device import Device
+from mlcbuild.compiler.gpu.inlining import inline_consumers, inline_producers
 from mlcbuild.compiler.gpu.products import PRODUCT
 
 _UNROLL = 64

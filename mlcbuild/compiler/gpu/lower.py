@@ -1,4 +1,4 @@
-"""Structure and quantization in, a scheduled module for a GPU out: what the step `lower` does."""
+"""Structure and quantization in, a scheduled module for a GPU out: what the step `lower` does for GPUs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tvm import IRModule, target
+from tvm import IRModule
 
 from mlcbuild.compiler.assemble import Backend, assemble, declare
-from mlcbuild.compiler.gpu import graphs, kv_cache, logits, sampling, schedules
+from mlcbuild.compiler.gpu import attention, graphs, sampling, schedules
 from mlcbuild.compiler.gpu.device import Device, device_of
-from mlcbuild.compiler.gpu.operations import operations
+from mlcbuild.compiler.gpu.operations import factories
 from mlcbuild.compiler.pipeline import Passes
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.kinds import DECODER
@@ -27,42 +27,56 @@ def lower(
     structure: Structure,
     quantization: Quantization,
     name: str,
-    target_of: Mapping[str, Any],
-    dump: Path | None = None,
+    device: Mapping[str, Any],
+    debug_dump: Path | None = None,
+    activation_bits: int | None = None,
+    blocks: bool = False,
 ) -> IRModule:
-    """The library of `structure` in `quantization` (called `name` in its metadata) for a GPU's TVM target.
+    """The library of `structure` in `quantization` (called `name` in its metadata) for a GPU, the TVM target `device`.
 
-    Raises MlcBuildError for a structure or a format that GPU kernels do not have.
+    `activation_bits` is for CPUs and not used. `blocks`: not a model's library but that of its pieces, one layer of
+    each kind. Raises MlcBuildError for a structure or a format that GPU kernels do not have.
     """
-    device = device_of(target_of)
+    gpu = device_of(device)
     if structure.kind == DECODER:
-        kv_cache.check(structure)
-    if quantization.model_dtype == "bfloat16" and device.kind in _NO_BFLOAT16:
+        _check(structure)
+    if quantization.model_dtype == "bfloat16" and gpu.kind in _NO_BFLOAT16:
         raise MlcBuildError(
-            f"quantization {name}: its model dtype is bfloat16, which {device.kind} does not have; "
+            f"quantization {name}: its model dtype is bfloat16, which {gpu.kind} does not have; "
             "use a float16 or float32 format for this target"
         )
+    structure = structure.one_layer if blocks else structure
     declared = declare(structure, quantization)
     narrow = next((p for p in declared if p.dtype in _NARROW), None)
-    if device.kind == "webgpu" and narrow is not None:
+    if gpu.kind == "webgpu" and narrow is not None:
         raise MlcBuildError(
             f"quantization {name}: {narrow.name} is {narrow.dtype}, which WGSL does not have; "
             "use a format with storage_dtype uint32 for this target"
         )
     backend = Backend(
-        operations=partial(operations, device=device),
-        emit_kv_cache=kv_cache.emit_create,
-        logits=partial(logits.functions, min(device.threads, 256)),
-        emit_more=partial(sampling.emit, threads=min(device.threads, 256), drafts_too=device.kind != "webgpu"),
-        passes=_passes(device),
-        as_written=False,
+        factories=partial(factories, device=gpu),
+        cache_kernels=partial(attention.cache_kernels, threads=gpu.threads),
+        threads=gpu.threads,
+        emit_more=partial(sampling.emit, threads=gpu.threads, drafts_too=gpu.kind != "webgpu"),
+        passes=_passes(gpu, blocks),
     )
-    with target.Target(dict(target_of)):
-        return assemble(structure, declared, name, quantization.model_dtype, backend, dump)
+    return assemble(structure, declared, name, quantization.model_dtype, device, backend, debug_dump, blocks)
 
 
-def _passes(device: Device) -> Passes:
+def _check(structure: Structure) -> None:
+    """Raise MlcBuildError, naming it, for a choice that TVM's GPU kernels do not have."""
+    s = structure
+    if s.head_dim % 4 or not 32 <= s.head_dim <= 256:
+        raise MlcBuildError(f"head_dim is {s.head_dim}: GPU attention takes multiples of 4 from 32 to 256")
+    if s.num_attention_heads % s.num_key_value_heads:
+        raise MlcBuildError(
+            f"num_attention_heads is {s.num_attention_heads}, num_key_value_heads {s.num_key_value_heads}: "
+            "GPU attention needs a whole number of query heads for each key head"
+        )
+
+
+def _passes(device: Device, blocks: bool) -> Passes:
     kernels = partial(schedules.schedule, device=device)
-    if device.kind != "cuda":
+    if device.kind != "cuda" or blocks:
         return Passes(kernels=kernels)
     return Passes(model=graphs.prepare, kernels=kernels, memory=graphs.capture)

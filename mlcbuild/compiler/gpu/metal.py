@@ -11,9 +11,8 @@ from typing import Any
 
 from tvm import s_tir, tirx
 
-from mlcbuild.compiler.gpu.blocks import inline_consumers, inline_producers
+from mlcbuild.compiler.gpu.inlining import inline_consumers, inline_producers
 from mlcbuild.compiler.gpu.products import PRODUCT
-from mlcbuild.compiler.gpu.script import quick
 
 _TILE = 8
 _ROWS, _COLUMNS, _DEPTH = 32, 64, 32  # of x, of the matrix, and of their common axis
@@ -75,16 +74,15 @@ def _share_out(sch: Any, loop: Any) -> None:
 
 def _intrinsics() -> dict[str, str]:
     """Names of the float32 tile operations; TVM registers those of float16 only."""
-    with quick():
-        from tvm.s_tir.tensor_intrin import metal as tiles
+    from tvm.s_tir.tensor_intrin import metal as tiles
 
-        made = {
-            "fill": tiles.get_make_filled_simdgroup_matrix_intrin("float32"),
-            "load": tiles.get_simdgroup_load_intrin("float32", "shared"),
-            "load_transposed": tiles.get_simdgroup_load_intrin("float32", "shared", transpose_matrix=True),
-            "store": tiles.get_simdgroup_store_intrin("float32", "shared"),
-            "multiply": tiles.get_simdgroup_multiply_accumulate_intrin(_TILE, _TILE, _TILE, "float32"),
-        }
+    made = {
+        "fill": tiles.get_make_filled_simdgroup_matrix_intrin("float32"),
+        "load": tiles.get_simdgroup_load_intrin("float32", "shared"),
+        "load_transposed": tiles.get_simdgroup_load_intrin("float32", "shared", transpose_matrix=True),
+        "store": tiles.get_simdgroup_store_intrin("float32", "shared"),
+        "multiply": tiles.get_simdgroup_multiply_accumulate_intrin(_TILE, _TILE, _TILE, "float32"),
+    }
     names = {name: f"mlcbuild_simdgroup_{name}_float32" for name in made}
     for name, (description, implementation) in made.items():
         s_tir.TensorIntrin.register(names[name], description, implementation, override=True)

@@ -11,21 +11,19 @@ from typing import Any
 from tvm import relax, te, tirx
 
 from mlcbuild.compiler.gpu import choosing, drafts, sorting
-from mlcbuild.compiler.gpu.script import quick
 
 Body = Callable[[], Any]
 
 
 def emit(builder: relax.BlockBuilder, threads: int, drafts_too: bool) -> None:
     """Add every sampling function; `threads` to a block. With `drafts_too`, also the check of drafted tokens."""
-    with quick():
-        _argsort(builder, threads)
-        _sample_with_top_p(builder, threads)
-        _multinomial(builder, threads)
-        _take_probs(builder)
-        _renormalize(builder, threads)
-        if drafts_too:
-            _verify(builder, threads)
+    _argsort(builder, threads)
+    _sample_with_top_p(builder, threads)
+    _multinomial(builder, threads)
+    _take_probs(builder)
+    _renormalize(builder, threads)
+    if drafts_too:
+        _verify(builder, threads)
 
 
 class _Function:

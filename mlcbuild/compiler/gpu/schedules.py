@@ -16,7 +16,6 @@ from mlcbuild.compiler.gpu import experts, metal
 from mlcbuild.compiler.gpu.device import Device
 from mlcbuild.compiler.gpu.few_rows import few_rows
 from mlcbuild.compiler.gpu.products import PRODUCT, STEP
-from mlcbuild.compiler.gpu.script import quick
 
 _FEW = ((1, 1), (8, 4))  # up to so many rows of x: a kernel whose blocks of threads take so many of them
 
@@ -72,8 +71,5 @@ def _linear(function: tirx.PrimFunc, device: Device) -> tirx.PrimFunc:
 def _many_rows(function: tirx.PrimFunc, device: Device) -> tirx.PrimFunc:
     if device.kind == "metal":
         return metal.many_rows(function)
-    if device.kind == "cuda":
-        with quick():  # what dlight imports for tensor cores
-            import tvm.s_tir.tensor_intrin.cuda  # noqa: F401
     rule = dlight.ApplyDefaultSchedule(dlight.gpu.Matmul())
     return rule(IRModule({"main": function}))["main"]

@@ -12,6 +12,8 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from mlcbuild.compiler.gpu.block_sums import add, combined
+
 CHUNK = 4096
 _COLD = 1e-5  # temperatures below this are 0
 
@@ -19,7 +21,6 @@ _COLD = 1e-5  # temperatures below this are 0
 @functools.cache
 def chunk_figures(threads: int) -> Any:
     """logits [b, V], temperature [b] -> sums and maxima [b, ceil(V / CHUNK)], all float32."""
-    levels = threads.bit_length() - 1
     each = CHUNK // threads
 
     @T.prim_func(s_tir=True, private=True)
@@ -52,12 +53,7 @@ def chunk_figures(threads: int) -> Any:
                     for i in range(each):
                         if start + i * threads + tx < width:
                             own[0] = T.max(own[0], logits[row, start + i * threads + tx] * scale[0])
-                    exchange[tx] = own[0]
-                    T.tvm_storage_sync("shared")
-                    for level in T.unroll(levels):
-                        if tx < (threads // 2 >> level):
-                            exchange[tx] = T.max(exchange[tx], exchange[tx + (threads // 2 >> level)])
-                        T.tvm_storage_sync("shared")
+                    combined(exchange, own, tx, threads, T.max)
                     largest[0] = exchange[0]
                     T.tvm_storage_sync("shared")
                     own[0] = T.float32(0)
@@ -70,12 +66,7 @@ def chunk_figures(threads: int) -> Any:
                                     logits[row, start + i * threads + tx] == largest[0], T.float32(1), T.float32(0)
                                 ),
                             )
-                    exchange[tx] = own[0]
-                    T.tvm_storage_sync("shared")
-                    for level in T.unroll(levels):
-                        if tx < (threads // 2 >> level):
-                            exchange[tx] = exchange[tx] + exchange[tx + (threads // 2 >> level)]
-                        T.tvm_storage_sync("shared")
+                    combined(exchange, own, tx, threads, add)
                     if tx == 0:
                         sums[row, bx % chunks] = exchange[0]
                         maxima[row, bx % chunks] = largest[0]

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlcbuild.compiler import binaries, generators
-from mlcbuild.compiler.linkers import zig_link
+from mlcbuild.compiler import generators
+from mlcbuild.compiler.link import export
+from mlcbuild.compiler.link.linkers import zig_link
 from mlcbuild.compiler.vulkan import kernel, packing, validator
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.recipes.types import Linker
@@ -24,19 +25,19 @@ def build(
     linker: Linker,
     output: Path,
     scratch: Path,
-    dump: Path | None = None,
+    debug_dump: Path | None = None,
 ) -> None:
-    """Generate code for the module in `lowered` and link it into `output`; `dump` receives SPIR-V and LLVM IR.
+    """Generate code for the module in `lowered` and link it into `output`; `debug_dump` receives SPIR-V and LLVM IR.
 
     `device` and `host` are TVM targets. Raises MlcBuildError with the linker's message, with spirv-val's where that is
     on the search path and does not accept a kernel, and where a kernel has what SPIR-V or the device lacks; Unavailable
     where TVM has no code generator for the host.
     """
     import tvm_ffi
-    from tvm import IRModule, get_global_func, ir, relax, target, transform
+    from tvm import IRModule, get_global_func, ir, target
 
-    for each in (_PLACEHOLDER, "llvm"):
-        generators.require({"kind": each}, host)
+    for kind in (_PLACEHOLDER, "llvm"):
+        generators.require({"kind": kind}, host)
     kernels: list[kernel.Kernel] = []
 
     def generate(functions: Any, _: object) -> Any:
@@ -54,21 +55,18 @@ def build(
         get_global_func("codegen.codegen_blob")(packed, False, json.dumps(dict(host)), "").write_to_file(path)
         return path
 
-    def link(path: str, objects: list[str], options: object = None, **_: object) -> None:
-        zig_link([Path(name) for name in objects], Path(path), linker.target, linker, scratch)
-
-    link.object_format = "o"  # type: ignore[attr-defined]
-    both = target.Target({**device, "host": dict(host)})
-    module = ir.load_json(lowered.read_text(encoding="utf-8"))
-    # Common subexpressions across TIR leave dangling variables in host code (docs/tvm.md).
-    with both, transform.PassContext(opt_level=3, config={"tirx.disable_cse_tir": True}):
-        executable = relax.build(module, target=both, relax_pipeline=None)
-    if dump is not None:
-        _dump(executable.mod, kernels, dump)
+    executable = export.generate(ir.load_json(lowered.read_text(encoding="utf-8")), device, host)
+    if debug_dump is not None:
+        export.dump_sources(executable.mod, debug_dump, kinds=())
+        for each in kernels:
+            (debug_dump / f"{each.name}.spv").write_bytes(packing.binary(each))
     _check_features(kernels, device)
     validator.validate(kernels, scratch)
-    executable.export_library(str(output), fcompile=link, fpack_imports=pack, workspace_dir=str(scratch))
-    binaries.check(output, host["mtriple"], [scratch])
+
+    def link(objects: list[Path], path: Path) -> None:
+        zig_link(objects, path, linker.target, linker, scratch)
+
+    export.export(executable, link, output, scratch, host["mtriple"], pack=pack)
 
 
 def _check_features(kernels: Sequence[kernel.Kernel], device: Mapping[str, Any]) -> None:
@@ -78,12 +76,3 @@ def _check_features(kernels: Sequence[kernel.Kernel], device: Mapping[str, Any])
             raise MlcBuildError(
                 f"kernel {each.name}: needs {', '.join(lacking)}, which the target's `supports` does not list"
             )
-
-
-def _dump(module: Any, kernels: Sequence[kernel.Kernel], dump: Path) -> None:
-    dump.mkdir(parents=True, exist_ok=True)
-    for each in kernels:
-        (dump / f"{each.name}.spv").write_bytes(packing.binary(each))
-    for imported in module.imports:
-        if imported.kind == "llvm":
-            (dump / "library.ll").write_text(imported.inspect_source("ll"))

@@ -24,7 +24,7 @@ _HEADERS = Path(__file__).parent / "headers"
 _UNITS = ("tvmjs_support", "webgpu_runtime", "wasm_runtime")
 _INCLUDE = ("include", "3rdparty/tvm-ffi/include", "3rdparty/tvm-ffi/3rdparty/dlpack/include", "3rdparty/compiler-rt")
 _COMPILE = ("-O2", "-std=c++17", "-g0", "-Wno-everything")
-# What tvm/support/emcc.py passes. Whether JavaScript defines what is left undefined, compiler/binaries.py checks.
+# What tvm/support/emcc.py passes. Whether JavaScript defines what is left undefined, link/binaries.py checks.
 _LINK = (
     *("-O2", "--no-entry"),
     *("-s", "WASM_BIGINT=1"),

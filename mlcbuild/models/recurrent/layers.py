@@ -15,8 +15,7 @@ from tvm import relax
 from mlcbuild.models.decoder import Decoder
 from mlcbuild.models.operations import Expr
 from mlcbuild.models.recurrent import mixing
-from mlcbuild.models.recurrent.operations import Recurrence
-from mlcbuild.models.recurrent.state import Slot, State
+from mlcbuild.models.recurrent.operations import Recurrence, Slot, State
 from mlcbuild.models.structure import Structure
 from mlcbuild.models.weights import Given
 

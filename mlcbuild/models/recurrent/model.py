@@ -9,13 +9,11 @@ from collections.abc import Sequence
 
 from tvm import ir, relax, tirx
 
-from mlcbuild.models.decoder import Decoder, one_per_kind
+from mlcbuild.models.decoder import Decoder, numbered, one_per_kind
 from mlcbuild.models.entry_points import emit_entry_points
 from mlcbuild.models.operations import Expr
 from mlcbuild.models.recurrent.layers import Layer, layer, slots
-from mlcbuild.models.recurrent.operations import Recurrence
-from mlcbuild.models.recurrent.state import State
-from mlcbuild.models.weights import Given
+from mlcbuild.models.recurrent.operations import Recurrence, State
 
 
 def emit_recurrent(decoder: Decoder, recurrence: Recurrence) -> None:
@@ -33,19 +31,17 @@ def emit_recurrent(decoder: Decoder, recurrence: Recurrence) -> None:
 
 def _emit_layer(d: Decoder, recurrence: Recurrence, number: int) -> relax.GlobalVar:
     """Add `recurrent_layer(x [n, H], batch shape, state, layer_id, the layer's parameters...) -> ([n, H], state)`."""
-    mine = [p for p in d.declared if p.layer == number]
     batch = tirx.Var("batch_size", "int64")
     x, state, layer_id = _hidden(d), _state(), relax.Var("layer_id", ir.PrimType("int64"))
-    given = [d.tensor(p.name, p.shape, p.dtype) for p in mine]
-
+    given = d.layer_parameters(number)
     inputs = [x, relax.Var("batch", relax.ShapeType([batch])), state, layer_id, *given]
-    name = "recurrent_layer" if number == 0 else f"recurrent_layer_{number}"
-    with d.builder.function(name, inputs, private=True):
-        with d.builder.dataflow():
-            held = State(d.builder, state, layer_id, batch, slots(d.structure))
-            hidden = layer(Layer(d, recurrence, held, Given(mine, given)), x)
-            out = d.builder.emit_output(relax.Tuple([hidden, held.expression]))
-        return d.builder.emit_func_output(out)
+
+    def body() -> Expr:
+        held = State(d.builder, state, layer_id, batch, slots(d.structure))
+        hidden = layer(Layer(d, recurrence, held, d.given(number, given)), x)
+        return relax.Tuple([hidden, held.expression])
+
+    return d.function(numbered("recurrent_layer", number), inputs, body, private=True)
 
 
 def _emit_model(d: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalVar:
@@ -53,21 +49,21 @@ def _emit_model(d: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalVa
     s = d.structure
     x, state, params = _hidden(d), _state(), d.params()
     shape = relax.Var("batch", relax.ShapeType([tirx.Var("batch_size", "int64")]))
-    with d.builder.function("recurrent_model", [x, shape, state, params], private=True):
-        with d.builder.dataflow():
-            weights = d.weights(params)
-            hidden, after = d.norm(x, weights, "first_norm"), state
-            for number, function in enumerate(layers):
-                given = [var for _, var in weights.layer(number)]
-                arguments = [hidden, shape, after, relax.prim_value(number), *given]
-                both = d.builder.emit(relax.Call(function, arguments))
-                hidden, after = (d.builder.emit(relax.TupleGetItem(both, i)) for i in (0, 1))
-                # Convert halves the matrices that write to the residual stream likewise, so that it stays small
-                # enough for float16.
-                if s.rescale_every and (number + 1) % s.rescale_every == 0:
-                    hidden = d.builder.emit(relax.op.multiply(hidden, relax.const(0.5, "float32")))
-            out = d.builder.emit_output(relax.Tuple([d.norm(hidden, weights, "final_norm"), after]))
-        return d.builder.emit_func_output(out)
+
+    def body() -> Expr:
+        weights = d.weights(params)
+        hidden, after = d.norm(x, weights, "first_norm"), state
+        for number, function in enumerate(layers):
+            inputs = [hidden, shape, after, relax.prim_value(number), *weights.layer(number)]
+            both = d.builder.emit(relax.Call(function, inputs))
+            hidden, after = (d.builder.emit(relax.TupleGetItem(both, i)) for i in (0, 1))
+            # Convert halves the matrices that write to the residual stream likewise, so that it stays small
+            # enough for float16.
+            if s.rescale_every and (number + 1) % s.rescale_every == 0:
+                hidden = d.builder.emit(relax.op.multiply(hidden, relax.const(0.5, "float32")))
+        return relax.Tuple([d.norm(hidden, weights, "final_norm"), after])
+
+    return d.function("recurrent_model", [x, shape, state, params], body, private=True)
 
 
 def _hidden(d: Decoder) -> relax.Var:

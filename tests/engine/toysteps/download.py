@@ -5,8 +5,8 @@ from __future__ import annotations
 from mlcbuild.engine.job import Job
 
 VERSION = 1
-CODE = ("mlcbuild.steps.download",)
 TOOLS = ()
+CODE_COUNTS = False  # what fetches the files cannot change what they are: their digests are in the key
 
 
 def run(job: Job) -> None:

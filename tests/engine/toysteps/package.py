@@ -6,7 +6,6 @@ from mlcbuild.engine.job import Job
 from tests.engine.toysteps import common
 
 VERSION = 1
-CODE = ("tests.engine.toysteps.common",)
 TOOLS = ("numpy",)
 
 

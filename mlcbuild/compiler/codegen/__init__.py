@@ -1,1 +1,0 @@
-"""Code for GPUs and their hosts: device compilers, static archives, libraries."""

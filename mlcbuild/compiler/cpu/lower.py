@@ -1,0 +1,64 @@
+"""Structure and quantization in, a scheduled module for a CPU out: what the step `lower` does for CPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tvm import IRModule
+
+from mlcbuild.compiler.assemble import Backend, assemble, declare
+from mlcbuild.compiler.cpu import attention, encoder, formats, recurrent, sources
+from mlcbuild.compiler.cpu.operations import factories
+from mlcbuild.compiler.cpu.sources import Source
+from mlcbuild.errors import MlcBuildError
+from mlcbuild.models.kinds import RECURRENT
+from mlcbuild.models.structure import Structure
+from mlcbuild.models.weights import Declared
+from mlcbuild.recipes.types import Quantization
+
+_MAX_HEAD_DIM = 512  # MAX_HEAD_DIM and MAX_ROTARY in the CPU kernels
+_BACKEND = Backend(factories, attention.cache_kernels, recurrent.recurrence, encoder.attend)
+
+
+def lower(
+    structure: Structure,
+    quantization: Quantization,
+    name: str,
+    device: Mapping[str, Any],
+    debug_dump: Path | None = None,
+    activation_bits: int | None = None,
+    blocks: bool = False,
+) -> IRModule:
+    """The library of `structure` in `quantization` (called `name` in its metadata) for a CPU, the TVM target `device`.
+
+    `activation_bits` is how precise products with quantized weights take activations. `blocks`: not a model's library
+    but that of its pieces, one layer of each kind. Raises MlcBuildError for a structure that the kernels cannot run.
+    """
+    _check(structure)
+    structure = structure.one_layer if blocks else structure
+    declared, dtype = declare(structure, quantization), quantization.model_dtype
+    module = assemble(structure, declared, name, dtype, device, _BACKEND, debug_dump, blocks)
+    return sources.attach(module, _kernels(declared, dtype, _files(structure), activation_bits))
+
+
+def _files(structure: Structure) -> tuple[str, ...]:
+    """The C sources of a kind of model, without .c, beside those of its formats."""
+    return ("recurrent", "rows") if structure.kind in RECURRENT else ("attention", "rows")
+
+
+def _kernels(
+    declared: Sequence[Declared], dtype: str, files: Sequence[str], activation_bits: int | None
+) -> tuple[Source, ...]:
+    """The C sources of a library with these parameters, of model dtype `dtype`: those of their formats, and `files`."""
+    needed = {formats.format_of(p.packing) for p in declared if len(p.shape) > 1}
+    experts = ("experts",) if any(p.role == "router" for p in declared) else ()
+    return formats.sources(needed, dtype, sorted((*files, *experts)), activation_bits)
+
+
+def _check(structure: Structure) -> None:
+    if structure.kind not in RECURRENT and (structure.head_dim > _MAX_HEAD_DIM or structure.head_dim % 2):
+        raise MlcBuildError(
+            f"head_dim is {structure.head_dim}: the CPU kernels take even numbers up to {_MAX_HEAD_DIM}"
+        )

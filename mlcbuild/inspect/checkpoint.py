@@ -1,0 +1,95 @@
+"""What a word on the command line means (a folder, a repository, a model's name), and that checkpoint's small files."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlcbuild.chat.config import TOKENIZER_FILES
+from mlcbuild.errors import CheckpointError, MlcBuildError
+from mlcbuild.planning.shapes import read_config
+from mlcbuild.recipes.problems import did_you_mean
+from mlcbuild.recipes.types import Catalog, Locked, Model, Source
+from mlcbuild.workspace.hub_locks import locker, resolve
+
+_POOLING = ("modules.json", "1_Pooling/config.json")  # of sentence-transformers
+_CHAT = ("chat_template.jinja", "special_tokens_map.json", "config.json", "generation_config.json")
+_TEXTS = (*TOKENIZER_FILES, *_CHAT, *_POOLING)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint. `model` is the workspace's model that it was named by, `locked` what is known of a repository,
+    which was asked just now where `fresh`. `files` are its tokenizer and configs here; `trouble` says why there are
+    none. `sizes` are bytes of all files that a build needs."""
+
+    source: Source
+    config: Mapping[str, Any]
+    sizes: Mapping[str, int]
+    files: Mapping[str, Path]
+    model: Model | None = None
+    locked: Locked | None = None
+    fresh: bool = False
+    trouble: str | None = None
+
+
+@contextmanager
+def open_checkpoint(
+    word: str, catalog: Catalog, revision: str | None = None, names: bool = True
+) -> Iterator[Checkpoint]:
+    """The checkpoint that `word` means; `files` are there inside the `with` only.
+
+    A folder that exists wins over a repository; with `names`, a model of the catalog over both. Raises MlcBuildError
+    where there is no such thing, and CheckpointError where the hub does not give it out.
+    """
+    model = catalog.models.get(word) if names and revision is None else None
+    source = model.source if model is not None else source_of(word, catalog, revision, names)
+    if source.path is not None:
+        found = {path.name: path for path in sorted(source.path.iterdir()) if path.is_file()}
+        found |= {name: path for name in _POOLING if (path := source.path / name).is_file()}
+        sizes = {name: path.stat().st_size for name, path in found.items()}
+        yield Checkpoint(source, read_config(source.path / "config.json"), sizes, found, model)
+        return
+    stand_in = model or Model(word, source, "")
+    known = locker(catalog.root)(stand_in) if revision is None or model is not None else None
+    locked = known or resolve(source)
+    sizes = {name: file.size for name, file in locked.files.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        files, trouble = _fetched(source, locked, Path(folder))
+        yield Checkpoint(source, locked.config, sizes, files, model, locked, known is None, trouble)
+
+
+def source_of(word: str, catalog: Catalog, revision: str | None = None, names: bool = False) -> Source:
+    """The folder or repository that `word` means. Raises MlcBuildError for a folder that is not there."""
+    path = Path(word)
+    if path.is_dir() and revision is None:
+        return Source(path=path.absolute())
+    if path.is_file():
+        raise MlcBuildError(
+            f"{word}: a file; a checkpoint is a folder in Hugging Face's format (config.json and safetensors), or "
+            "owner/name"
+        )
+    if word.startswith(("/", "./", "../", "~")) or word.count("/") > 1:
+        raise MlcBuildError(f"{word}: no such folder; a checkpoint is a folder in Hugging Face's format, or owner/name")
+    if "/" not in word and names:
+        hint = did_you_mean(word, catalog.models)
+        if hint:
+            raise MlcBuildError(f"{word}: no folder and no model of this name{hint} (hf:{word} means the repository)")
+    return Source(hf=word.removeprefix("hf:"), revision=revision)
+
+
+def _fetched(source: Source, locked: Locked, folder: Path) -> tuple[dict[str, Path], str | None]:
+    """The small files of a repository, by name; or why there are none."""
+    from mlcbuild.checkpoints import hub
+
+    assert source.hf is not None
+    wanted = {name: file for name, file in locked.files.items() if name in _TEXTS}
+    try:
+        hub.fetch(source.hf, locked.commit, wanted, folder)
+    except CheckpointError as error:
+        return {}, str(error)
+    return {name: folder / name for name in wanted}, None

@@ -1,0 +1,7 @@
+"""Workspaces of toy steps, as the tests of the engine have them."""
+
+from __future__ import annotations
+
+from tests.engine.conftest import built, built_once, toys, workspace
+
+__all__ = ["built", "built_once", "toys", "workspace"]

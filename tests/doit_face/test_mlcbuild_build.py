@@ -1,0 +1,59 @@
+"""`mlcbuild build …` is `doit build …`: the same words, tasks, texts and exit statuses."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.engine.workspace import REPOSITORY, Workspace
+
+
+def run(workspace: Workspace, module: str, *words: str) -> tuple[int, str]:
+    """The status, and the lines that are printed, in an order of their own (threads have none) and without seconds."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TOY_TRICKS": str(workspace.tricks)}
+    command = [sys.executable, "-m", module, *words]
+    done = subprocess.run(command, cwd=workspace.root, env=environment, capture_output=True, text=True, timeout=120)
+    lines = (re.sub(r"\d+\.\d s", "S", done.stdout) + done.stderr).splitlines()
+    return done.returncode, "\n".join(sorted(lines))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("recipe=tiny-q4f16_1-cpu",),
+        ("recipe=nothing",),
+        ("recipee=x",),
+        ("--bogus",),
+        ("model=tiny", "--log-json", "log.jsonl"),
+        ("strict=1", "locked=1"),
+    ],
+)
+def test_the_same_words_give_the_same_texts_and_status(built: Workspace, words: tuple[str, ...]) -> None:
+    by_doit = run(built, "doit", "build", *words)
+    assert run(built, "mlcbuild.cli", "build", *words) == by_doit
+    assert by_doit[0] == (3 if {"recipe=nothing", "recipee=x", "--bogus"} & {*words} else 0)
+
+
+def test_it_builds_and_fails_as_doit_does(workspace: Workspace) -> None:
+    workspace.trick("quantize.fail")
+    status, said = run(workspace, "mlcbuild.cli", "build")
+    assert status == 1 and "quantize:tiny-q4f16_1: quantize cannot: the toy was told to fail" in said
+    (workspace.tricks / "quantize.fail").unlink()
+    status, said = run(workspace, "mlcbuild.cli", "build", "-a", "recipe=tiny-q4f16_1-cpu")
+    assert status == 0 and "ok build:tiny-q4f16_1-cpu" in said
+    assert [path.name for path in workspace.dist.iterdir()] == ["tiny-q4f16_1-cpu"]
+
+
+def test_outside_of_a_workspace_it_says_what_doit_says(workspace: Workspace) -> None:
+    (workspace.root / "dodo.py").unlink()
+    status, said = run(workspace, "mlcbuild.cli", "build")
+    assert status == 3 and "Could not find dodo file" in said
+
+
+def test_the_help_lists_it(workspace: Workspace) -> None:
+    assert re.search(r"^ +build +the same as `doit build`", run(workspace, "mlcbuild.cli", "--help")[1], re.MULTILINE)

@@ -1,0 +1,110 @@
+"""A process whose CUDA device is an emulated one: asked for a case a line, it answers with how far its logits are off.
+
+    {"architecture": "llama", "changes": {"head_dim": 80}, "quantization": "q4f16_1"}
+    -> {"errors": {"prefill": 0.003, ...}, "notes": {}, "kernels": 23}
+
+The library is the stock target's, but for the compiler of its kernels. What is compared with is transformers (or the
+case's own reference) on the numbers that the quantized weights stand for.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+class Worker:
+    """The process, seen from a test. One that a case has ended is started anew for the next."""
+
+    def __init__(self, folder: Path) -> None:
+        self._log = folder / "worker.log"
+        self._process: subprocess.Popen[str] | None = None
+
+    def ask(self, case: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer; AssertionError with the end of the log where the process ended."""
+        if self._process is None or self._process.poll() is not None:
+            command = [sys.executable, "-m", "tests.emulation.worker"]
+            with self._log.open("w") as log:
+                self._process = subprocess.Popen(
+                    command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+                )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(f"{json.dumps(case)}\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        assert line, self._log.read_text()[-3000:]
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+
+def main() -> None:
+    from mlcbuild.emulation import cuda
+
+    with tempfile.TemporaryDirectory() as folder:
+        cuda.load(Path(folder))
+        cuda.check()
+        for number, line in enumerate(sys.stdin):
+            answer = judged(json.loads(line), Path(folder) / str(number))
+            print(json.dumps(answer), flush=True)
+
+
+def judged(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Errors over the deviation of the reference's logits, by what was called."""
+    import dataclasses
+
+    import numpy as np
+
+    from mlcbuild.emulation import cuda
+    from tests.architectures.agreement import IDS, Agreement, Case, error
+    from tests.architectures.test_agreement import CASES
+    from tests.emulation.build import build_library
+
+    case: Case = CASES[asked["architecture"]]
+    config = _wide({**case.config, **asked.get("changes", {})})
+    case = dataclasses.replace(case, config=config, overrides={**case.overrides, "max_batch_size": 3})
+    agreement = Agreement(case, asked["quantization"], folder, build=build_library)
+    expected = agreement.expected(IDS)
+    session, errors = agreement.session(3), {}
+    before = cuda.report()
+    first = session.add()
+    errors["verify"] = error(np.concatenate(list(session.all_logits(first, IDS))), expected)
+    session.remove(first)
+    first = session.add()
+    chunks = [session.prefill(first, IDS[start:end]) for start, end in ((0, 5), (5, 17), (17, 32))]
+    errors["prefill onto a history"] = error(np.stack(chunks), expected[[4, 16, 31]])
+    steps = [session.decode(first, token) for token in IDS[32:]]
+    errors["decode"] = error(np.stack(steps), expected[32:])
+    session.remove(first)
+    three = [session.add() for _ in range(3)]
+    lengths = (1, 7, 30)
+    errors["batch prefill"] = error(
+        session.batch_prefill(three, [IDS[:length] for length in lengths]), expected[[n - 1 for n in lengths]]
+    )
+    errors["batch decode"] = error(session.batch_decode(three, [IDS[n] for n in lengths]), expected[[*lengths]])
+    report = cuda.report()
+    ran = {name for name, count in report.launches.items() if count > before.launches.get(name, 0)}
+    notes = {name: text for name, text in report.notes.items() if before.notes.get(name) != text}
+    return {"errors": errors, "notes": notes, "kernels": len(ran)}
+
+
+def _wide(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with heads of at least 32, the least that GPU attention takes; many of the CPU's cases have less."""
+    keys = ("hidden_size", "n_embd", "d_model", "kv_channels", "head_dim")
+    doubled = {key: 2 * config[key] for key in keys if key in config and (key != "head_dim" or config[key] < 32)}
+    return {**config, **doubled}
+
+
+if __name__ == "__main__":
+    main()

@@ -114,14 +114,24 @@ def _machine() -> tuple[str, str]:
 def _compile(source: Path, scratch: Path, *flags: str) -> Path:
     triple, cpu = _machine()
     output = scratch / f"{source.stem}.o"
-    common = ["-c", "-target", triple, f"-mcpu={cpu}", "-std=c++20", "-fPIC", "-fvisibility=hidden", f"-I{_DEVICE}"]
-    run_zig(["c++", *common, *flags, "-o", str(output), str(source)], scratch / "zig")
+    common = [
+        "-c",
+        "-g0",
+        "-target",
+        triple,
+        f"-mcpu={cpu}",
+        "-std=c++20",
+        "-fPIC",
+        "-fvisibility=hidden",
+        f"-I{_DEVICE}",
+    ]
+    run_zig(["c++", *common, f"-I{_DEVICE}", *flags, "-o", str(output), str(source)], scratch / "zig")
     return output
 
 
 def _link(objects: list[Path], output: Path, scratch: Path, *flags: str) -> None:
     """Without any library: what is missing is in the process that loads it."""
-    command = ["cc", "-shared", "-nostdlib", "-target", _machine()[0], *flags]
+    command = ["cc", "-shared", "-s", "-nostdlib", "-target", _machine()[0], *flags]
     run_zig([*command, "-o", str(output), *map(str, objects)], scratch / "zig")
     if not output.is_file():
         raise MlcBuildError(f"zig did not write {output}")

@@ -33,9 +33,9 @@ def build(
     """Generate code for the module in `lowered` and link it into `output`; `debug_dump` receives the device's source.
 
     `device` and `host` are TVM targets; `architectures` get machine code; `prefix` is that of a static library's
-    symbols; `runtime` are the object files of TVM's runtime for browsers; `compile_cuda` takes nvcc's place: CUDA source
-    in, a module's image out. Raises MlcBuildError with the compiler's or linker's message, Unavailable where a compiler
-    or generator is missing.
+    symbols; `runtime` are the object files of TVM's runtime for browsers; `compile_cuda` takes nvcc's place (CUDA
+    source in, a module's image out). Raises MlcBuildError with the compiler's or linker's message, Unavailable where a
+    compiler or generator is missing.
     """
     kind = device["kind"]
     if kind == "cuda" and compile_cuda is None:

@@ -120,9 +120,19 @@ def _replaced(value: Any, known: Mapping[relax.Var, Any]) -> Any:
 
 
 def capture(module: IRModule) -> IRModule:
-    """Lift what can be captured, and add `cuda_graph_alloc_init`, which reserves its memory before the first step."""
+    """Lift what can be captured, and add `cuda_graph_alloc_init`, which reserves its memory before the first step.
+
+    Only of `batch_decode`: the pass gives all functions one set of buffers, and a function that another one calls would
+    write over what its caller has in them. (Gemma's scaled embeddings were lost so, in every prefill.)
+    """
+    others = {
+        gv: f for gv, f in module.functions_items() if isinstance(f, relax.Function) and gv.name_hint != _CAPTURED
+    }
+    alone = IRModule({gv: f for gv, f in module.functions_items() if gv not in others}, attrs=module.attrs)
     with transform.PassContext(config={"relax.backend.use_cuda_graph": True}):
-        module = relax.transform.RewriteCUDAGraph()(module)
+        module = relax.transform.RewriteCUDAGraph()(alone)
+    for gv, function in others.items():
+        module[gv] = function
     allocations = [gv for gv in module.get_global_vars() if gv.name_hint.startswith(_ALLOCATION)]
     if not allocations:
         return module

@@ -29,6 +29,7 @@ from mlcbuild.chat.tokenizer_info import (
 from mlcbuild.errors import MlcBuildError
 
 _CONFIGS = ("generation_config.json", "config.json", "mlc-chat-config.json")
+_LONGEST = "sentence_bert_config.json"  # of sentence-transformers: the most tokens of a text
 _STRATEGIES = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
@@ -89,6 +90,11 @@ def embedding_metadata(files: Mapping[str, Path], default: Mapping[str, Any]) ->
         if name not in files:
             raise MlcBuildError(f"modules.json names {name}, which the checkpoint does not have")
         found["pooling_strategy"] = _strategy(parse_json(files[name], name), name)
+    longest = parse_json(files[_LONGEST], _LONGEST).get("max_seq_length") if _LONGEST in files else None
+    if longest is not None:
+        if type(longest) is not int or longest < 1:
+            raise MlcBuildError(f"{_LONGEST}: max_seq_length is {longest!r}, expected a number of tokens")
+        found["max_seq_length"] = longest
     return found
 
 

@@ -39,6 +39,7 @@ _SMALL = (
     "merges.txt",
     "modules.json",  # of sentence-transformers: how the vector of a text is made
     "1_Pooling/config.json",
+    "sentence_bert_config.json",
 )
 _AT_ONCE = 8  # files, as in huggingface_hub
 _RWKV_VOCABULARY = re.compile(r"rwkv_vocab_v\d{8}\.txt")

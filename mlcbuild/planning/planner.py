@@ -44,7 +44,7 @@ STEPS = "mlcbuild.steps"  # the package with one module per kind of step
 _TEXT_FILES = (
     *TOKENIZER_FILES,
     *("chat_template.jinja", "special_tokens_map.json", "config.json", "generation_config.json"),
-    *("rwkv_vocab_v*.txt", "modules.json", "*_Pooling/config.json"),
+    *("rwkv_vocab_v*.txt", "modules.json", "*_Pooling/config.json", "sentence_bert_config.json"),
 )
 # The reference that every package is compared with: unquantized, on a machine that everybody has.
 _UNQUANTIZED, _HERE = "q0f32", "cpu"

@@ -92,14 +92,16 @@ def truncated(ids: Sequence[int], limit: int) -> list[int]:
     return [*ids[: limit - 1], ids[-1]] if 0 < limit < len(ids) else list(ids)
 
 
-def text_limit(library: Library) -> int:
-    """The most tokens of a text; -1 where there is no bound."""
+def text_limit(config: Mapping[str, Any], library: Library) -> int:
+    """The most tokens of a text, as the library takes it and the package's embedding_metadata says; -1: no bound."""
     metadata = library.metadata
-    return metadata.prefill_chunk_size if is_encoder(library) else metadata.context_window_size
+    taken = metadata.prefill_chunk_size if is_encoder(library) else metadata.context_window_size
+    said = (config.get("embedding_metadata") or {}).get("max_seq_length", -1)
+    return min((limit for limit in (taken, said) if limit > 0), default=-1)
 
 
-def embed(network: Network, how: Pooling, texts: Iterable[Sequence[int]]) -> Vectors:
+def embed(network: Network, config: Mapping[str, Any], texts: Iterable[Sequence[int]]) -> Vectors:
     """float32 [texts, hidden_size], for token ids with the special tokens that the model was trained with."""
-    limit = text_limit(network.library)
+    how, limit = pooling(config, network.library), text_limit(config, network.library)
     vectors = [pooled(hidden_states(network, truncated(ids, limit)), how) for ids in texts]
     return np.stack(vectors) if vectors else np.zeros((0, 0), np.float32)

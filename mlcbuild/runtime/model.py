@@ -77,8 +77,7 @@ class Model:
 
         A text longer than the context is cut. Raises MlcBuildError for a model that was not made for this.
         """
-        how = embedding.pooling(self.config, self.network.library)
-        return embedding.embed(self.network, how, (self.text_ids(text) for text in texts))
+        return embedding.embed(self.network, self.config, (self.text_ids(text) for text in texts))
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of a text that is to become a vector, with the special tokens around it.

@@ -107,7 +107,7 @@ def _embedding(job: Job) -> dict[str, Any] | None:
     if default is None:
         return None
     found = embedding_metadata({name: entry.path for name, entry in job.inputs["checkpoint"].files.items()}, default)
-    if found != default:
+    if _told(found) != _told(default):
         job.note(
             f"vectors are made as modules.json says ({_told(found)}); MLC's engine reads the library's own "
             f"({_told(default)}) and must be told otherwise"

@@ -155,7 +155,7 @@ def _embeddings(case: Case) -> Measured:
     """Both models in memory, the vectors of one document after the other."""
     model, reference = _models(case)
     how = pooling(case.config, model.network.library)
-    limit = text_limit(model.network.library)
+    limit = text_limit(case.config, model.network.library)
     texts = [truncated(ids, limit) for ids in evaluate.documents(case.text, case.tokenizer)]
     found = embeddings.compare(model.hidden_states, reference.hidden_states, how, texts, case.count("tokens"))
     return Measured(embeddings.rounded(found), {"pooling": dataclasses.asdict(how)})

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mlcbuild.chat.checkpoint import embedding_metadata
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.runtime.embedding import text_limit
 
 DEFAULT = {"model_type": "encoder", "pooling_strategy": "cls", "normalize": True}
 TRANSFORMER = {"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"}
@@ -64,6 +66,23 @@ def test_the_pooling_that_is_chosen(tmp_path: Path, pooling: dict[str, Any], str
 def test_what_no_runtime_computes_is_refused(tmp_path: Path, pooling: dict[str, Any] | None, message: str) -> None:
     with pytest.raises(MlcBuildError, match=message):
         read(tmp_path, [TRANSFORMER, POOLING], pooling)
+
+
+def test_the_most_tokens_of_a_text(tmp_path: Path) -> None:
+    """FAULTS A16: sentence-transformers cuts MiniLM's texts at 256 tokens, though it takes 512."""
+    files = {name: tmp_path / name for name in ("modules.json", "sentence_bert_config.json")}
+    files["modules.json"].write_text(json.dumps([TRANSFORMER]))
+    files["sentence_bert_config.json"].write_text('{"max_seq_length": 256, "do_lower_case": false}')
+    found = embedding_metadata(files, DEFAULT)
+    assert found == {"model_type": "encoder", "pooling_strategy": "cls", "normalize": False, "max_seq_length": 256}
+    metadata = SimpleNamespace(prefill_chunk_size=512, context_window_size=512)
+    library: Any = SimpleNamespace(metadata=metadata, has=lambda name: name == "prefill")
+    assert text_limit({"embedding_metadata": found}, library) == 256
+    assert text_limit({"embedding_metadata": {**found, "max_seq_length": 1024}}, library) == 512
+    assert text_limit({}, library) == 512
+    files["sentence_bert_config.json"].write_text('{"max_seq_length": "long"}')
+    with pytest.raises(MlcBuildError, match=r"sentence_bert_config.json: max_seq_length is 'long', expected a number"):
+        embedding_metadata(files, DEFAULT)
 
 
 def test_a_further_layer_is_refused(tmp_path: Path) -> None:

@@ -133,6 +133,7 @@ COMMANDS = (
         arg("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest P (default 1)"),
         arg("--seed", type=int, help="seed of the sampling: the same seed gives the same text"),
         arg("--threads", type=int, metavar="N", help="CPU threads (default: physical cores)"),
+        arg("--device", choices=("cpu", "cuda"), help="where to run (default: what the library was built for)"),
     ),
     command(
         "compare",

@@ -1,4 +1,4 @@
-"""TVM's CUDA source as C++ for the emulated device (device/cuda_language.h): shared memory, and a table of kernels."""
+"""TVM's CUDA source as C++ for the emulated device (device/cuda_language.h): vectors, shared memory, kernels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 _SHARED = re.compile(r"__shared__ (?:alignas|__align__)\(\d+\) ([\w:]+) (\w+)\[(\d+)\];")
 _DYNAMIC = re.compile(r"extern __shared__ (?:alignas|__align__)\(\d+\) uchar (\w+)\[\];")
 _KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\([^)]*\) \{')
+_VECTOR = re.compile(r"\*\((\w+[234])\*\)\(")  # a vector that is read or written
 _PREFACE = '#include "cuda_language.h"\n'
 _TABLE = """
 extern "C" __attribute__((visibility("default"))) const emulation::Kernel emulation_kernels[] = {{
@@ -36,5 +37,6 @@ def translated(cuda: str) -> str:
         slot = 0  # a kernel's shared arrays are numbered from 0
         pieces.append(_SHARED.sub(declare, piece))
     text = _DYNAMIC.sub(r"uchar* \1 = static_cast<uchar*>(emulation::dynamic_shared());", "".join(pieces))
+    text = _VECTOR.sub(r"*emulation_aligned<\1>(", text)
     rows = "\n".join(f"  EMULATION_KERNEL({name})," for name in _KERNEL.findall(kernels))
     return _PREFACE + text + _TABLE.format(rows=rows)

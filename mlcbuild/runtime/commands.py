@@ -23,6 +23,7 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     threads: int | None = None,
+    device: str | None = None,
 ) -> None:
     """Load a package and print what it writes after `prompt`; with `chat`, its reply to `prompt` as a user's message.
 
@@ -30,7 +31,7 @@ def generate(
     """
     if max_tokens < 0:
         raise MlcBuildError(f"--max-tokens is {max_tokens}: expected 0 or more")
-    model = load(folder, library, threads)
+    model = load(folder, library, threads, device)
     start = model.chat_prompt(prompt) if chat else prompt
     write(model.stream(start, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed), sys.stdout)
 

@@ -111,6 +111,11 @@ static inline nv_bfloat16 __float2bfloat16(float x) { return nv_bfloat16(x); }
 static inline float __bfloat162float(nv_bfloat16 x) { return x; }
 
 // Vectors are aligned as on the device (16 bytes at most): an access that is not is a fault there, and is one here.
+template <class T>
+static inline T* emulation_aligned(void* place) {
+  if (reinterpret_cast<uintptr_t>(place) % alignof(T)) __builtin_trap();
+  return static_cast<T*>(place);
+}
 #define EMULATION_VECTOR(T, NAME)                                                       \
   struct alignas(sizeof(T) * 2) NAME##2 { T x, y; };                                    \
   struct NAME##3 { T x, y, z; };                                                        \

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 HIDDEN = "[hidden]"
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH(?!OR)", re.IGNORECASE)  # GIT_AUTHOR_NAME is none
-_SHORTEST = 4  # characters: a shorter value would blot out half of the text
+# GIT_AUTHOR_NAME, TOKENIZERS_PARALLELISM and MAX_TOKENS are none.
+_SECRET = re.compile(r"KEY|TOKEN(?!IZER|S$)|SECRET|PASSW|CREDENTIAL|AUTH(?!OR)", re.IGNORECASE)
+_SHORTEST = 6  # characters: a shorter value would blot out half of the text
 _USERINFO = re.compile(r"(\w://)[^\s/?#\"']+@")
 _QUERY = re.compile(r"(\w://[^\s?\"']+)\?[^\s\"']*")
 

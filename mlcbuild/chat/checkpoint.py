@@ -28,6 +28,7 @@ from mlcbuild.chat.tokenizer_info import (
 )
 from mlcbuild.errors import MlcBuildError
 
+_PLAIN = "LM"  # the template without roles
 _CONFIGS = ("generation_config.json", "config.json", "mlc-chat-config.json")
 _LONGEST = "sentence_bert_config.json"  # of sentence-transformers: the most tokens of a text
 _STRATEGIES = {
@@ -62,11 +63,12 @@ def read_checkpoint_chat(files: Mapping[str, Path]) -> CheckpointChat | None:
 
 
 def with_ends(conversation: Conversation, checkpoint: CheckpointChat) -> Conversation:
-    """A template that writes text as it is begins and ends it as the checkpoint does, whose ids no template knows."""
-    if any(conversation.roles.values()) or any(conversation.seps):
+    """`LM`, which writes text as it is, begins and ends it as the checkpoint does: the ids in its file are llama's."""
+    if conversation.name != _PLAIN:
         return conversation
-    begins, ends = checkpoint.begin_ids, checkpoint.end_ids
-    return replace(conversation, system_prefix_token_ids=list(begins) or None, stop_token_ids=list(ends))
+    special = checkpoint.tokenizer.special
+    ends = [token for token in checkpoint.end_ids if token in special] or list(checkpoint.end_ids)
+    return replace(conversation, system_prefix_token_ids=list(checkpoint.begin_ids) or None, stop_token_ids=ends)
 
 
 def embedding_metadata(files: Mapping[str, Path], default: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,7 +92,7 @@ def embedding_metadata(files: Mapping[str, Path], default: Mapping[str, Any]) ->
         if name not in files:
             raise MlcBuildError(f"modules.json names {name}, which the checkpoint does not have")
         found["pooling_strategy"] = _strategy(parse_json(files[name], name), name)
-    longest = parse_json(files[_LONGEST], _LONGEST).get("max_seq_length") if _LONGEST in files else None
+    longest = read_json(files[_LONGEST]).get("max_seq_length") if _LONGEST in files else None
     if longest is not None:
         if type(longest) is not int or longest < 1:
             raise MlcBuildError(f"{_LONGEST}: max_seq_length is {longest!r}, expected a number of tokens")

@@ -108,6 +108,8 @@ def receive(
                     break
             return
         except Later as error:
+            if size is not None and file.tell() >= size:  # it failed after the last byte
+                return
             if file.tell() > before:
                 failures, before = 0, file.tell()
             failures += 1

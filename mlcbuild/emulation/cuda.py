@@ -31,7 +31,7 @@ _KERNEL_FLAGS = ("-O1", "-ftrivial-auto-var-init=pattern", "-w")  # numbers that
 class Report:
     """`notes`: what is wrong, by kernel. `launches`: how often each kernel ran."""
 
-    notes: Mapping[str, str]
+    notes: Mapping[str, tuple[str, ...]]
     launches: Mapping[str, int]
 
 
@@ -73,18 +73,23 @@ def check(on: bool = True) -> None:
     _stand_in().emulation_check(int(on))
 
 
+def forget() -> None:
+    """Forget what was noted."""
+    _stand_in().emulation_forget()
+
+
 def report() -> Report:
     """What was noted so far, and which kernels ran."""
     ask = _stand_in().emulation_report
     ask.restype = ctypes.c_size_t
     buffer = ctypes.create_string_buffer(ask(None, ctypes.c_size_t(0)) + 1)
     ask(buffer, ctypes.c_size_t(len(buffer)))
-    notes: dict[str, str] = {}
+    notes: dict[str, tuple[str, ...]] = {}
     launches: dict[str, int] = {}
     for line in buffer.value.decode().splitlines():
         what, kernel, text = line.split(" ", 2)
         if what == "note":
-            notes[kernel] = text
+            notes[kernel] = (*notes.get(kernel, ()), text)
         else:
             launches[kernel] = launches.get(kernel, 0) + int(text)
     return Report(notes, launches)

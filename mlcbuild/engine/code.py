@@ -61,6 +61,9 @@ class _Source:
     data: tuple[str, ...] = ()
 
 
+_KIND = "source-1"  # of memories in the index; another number where `_facts` finds other things
+
+
 class Sources:
     """Source files as they are now; each is read once, and remembered in the index by its stat."""
 
@@ -68,6 +71,10 @@ class Sources:
         self._index = index
         self._modules: dict[tuple[Path, str], _Source | None] = {}
         self._files: dict[Path, _Source] = {}
+
+    def read(self) -> list[Path]:
+        """The files that have been read so far."""
+        return [*self._files]
 
     def declaration(self, module: str, entry: str = "") -> Declaration:
         """What the step module declares, and the digest of its code, that of `entry` (`module:function`) included.
@@ -84,6 +91,8 @@ class Sources:
         counted = {module: own}
         if own.constants.get("CODE_COUNTS", True):
             counted = self._reached(filter(None, (module, entry.partition(":")[0])), module)
+        if entry and entry.partition(":")[0] not in counted:
+            raise MlcBuildError(f"{entry}: its code lies where {module} cannot count it: put both into one package")
         digests = {name: source.digest for name, source in counted.items()}
         for name, source in counted.items():
             digests |= {f"{name}/{file}": each.digest for file, each in self._beside(source)}
@@ -132,10 +141,10 @@ class Sources:
     def _read(self, path: Path, module: str = "") -> _Source:
         if path not in self._files:
             stat = path.stat()
-            known = self._index.get("source", path, stat) if self._index else None
+            known = self._index.get(_KIND, path, stat) if self._index else None
             facts = json.loads(known) if known is not None else _facts(path, module)
             if self._index and known is None:
-                self._index.put("source", path, stat, json.dumps(facts))
+                self._index.put(_KIND, path, stat, json.dumps(facts))
             self._files[path] = _Source(path, **facts)
         return self._files[path]
 
@@ -207,7 +216,7 @@ def _running(tree: ast.AST) -> Iterator[ast.AST]:
     while waiting:
         node = waiting.pop()
         yield node
-        only_checked = isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        only_checked = isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
         waiting += node.orelse if isinstance(node, ast.If) and only_checked else ast.iter_child_nodes(node)
 
 

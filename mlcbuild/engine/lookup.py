@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from mlcbuild.cache.action import Action, Ingredients
 from mlcbuild.cache.files import entry_of, tree_of_folder
@@ -66,6 +67,10 @@ class Lookup:
         if code not in self._declarations:
             self._declarations[code] = self._sources.declaration(*code)
         return self._declarations[code]
+
+    def sources_read(self) -> list[Path]:
+        """The files that the code of the steps asked for so far is made of."""
+        return self._sources.read()
 
     def versions(self, step: Step) -> Mapping[str, str]:
         """The versions of the tools that the step declares. Raises MlcBuildError for one that is not installed."""

@@ -37,7 +37,10 @@ def laid_over(base: Data, own: Data) -> dict[str, Any]:
 
 def problems(document: Document, base: Data, whole: Data) -> Iterator[Problem]:
     """Where the file changes or takes away what the `base` that it extends does not have."""
-    roles = [line["role"] for line in base.get("parameters", ())]
+    left = base
+    for place in document.data.get("without", ()):
+        left = _less(left, place)
+    roles = [line["role"] for line in left.get("parameters", ())]
     for index, place in enumerate(document.data.get("without", ())):
         if _less(base, place) == base:
             known = [*base, *(f"{key}.{name}" for key, value in base.items() for name in _names(value))]
@@ -49,7 +52,10 @@ def problems(document: Document, base: Data, whole: Data) -> Iterator[Problem]:
         if role not in roles and (isinstance(own, Mapping) or "name" not in item):
             text = f"`{where(('parameters', at))}`: the architecture that it extends has no line of the role `{role}`"
             yield document.problem(text + did_you_mean(role, roles), ("parameters", at))
-    for key in ("hidden_size", "num_hidden_layers", "vocab_size", "context_window_size"):
+    for key in ("config", "parameters", "model_config"):
+        if key not in whole:
+            yield document.problem(f"`without` leaves no `{key}`: name what is in it", ("without",))
+    for key in ("hidden_size", "num_hidden_layers", "vocab_size", "context_window_size") if "config" in whole else ():
         if key not in whole["config"]:
             yield document.problem(f"`config.{key}` is missing", ("without",))
 
@@ -61,7 +67,7 @@ def _less(whole: Data, place: str) -> dict[str, Any]:
     if name and isinstance(rest, Mapping):
         rest = {key: value for key, value in rest.items() if key != name}
     elif name and section == "parameters":
-        rest = [line for line in rest if line["role"] != name]
+        rest = [line for line in rest or () if line["role"] != name]
     kept = {key: value for key, value in whole.items() if name or key != section}
     return {**kept, section: rest} if name and section in whole else kept
 

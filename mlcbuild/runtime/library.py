@@ -67,11 +67,16 @@ class Library:
         """
         self.path = path
         module = _open(path)
-        self.device = device or Device(next((kind for kind in _kinds(module) if kind in GPUS), "cpu"))
+        self.device = Device(next((kind for kind in _kinds(module) if kind in GPUS), "cpu"))
+        if device not in (None, self.device):
+            raise MlcBuildError(f"{path}: a library for `{self.device.kind}` cannot run on the device `{device.kind}`")
         self.device.start()
-        self._module = module["vm_load_executable"]()
         devices = dict.fromkeys([self.device.number, Device().number])
-        self._module["vm_initialization"](*(value for number in devices for value in (number, 0, _POOLED_ALLOCATOR)))
+        try:
+            self._module = module["vm_load_executable"]()
+            self._module["vm_initialization"](*(value for n in devices for value in (n, 0, _POOLED_ALLOCATOR)))
+        except (RuntimeError, AttributeError, KeyError) as error:
+            raise _foreign(path, error) from error
         if not self.has("_metadata"):
             raise MlcBuildError(f"{path}: no `_metadata` function, so this is not a library of a language model")
         self.metadata = parse_metadata(str(self["_metadata"]()), path)
@@ -107,12 +112,16 @@ def _open(path: Path) -> Any:
         except (RuntimeError, AttributeError, KeyError) as error:
             wanted = _WANTED_RUNTIME.search(str(error))
             if started or wanted is None or wanted[1] not in GPUS:
-                raise MlcBuildError(
-                    f"{path}: this machine cannot load it as a model library ({_last_line(error)}); "
-                    "was it built for another target?"
-                ) from error
+                raise _foreign(path, error) from error
             Device(wanted[1]).start()
     raise AssertionError("the second try either returns or raises")
+
+
+def _foreign(path: Path, error: BaseException) -> MlcBuildError:
+    reason = _last_line(error)
+    return MlcBuildError(
+        f"{path}: this machine cannot load it as a model library ({reason}); was it built for another target?"
+    )
 
 
 def _kinds(module: Any) -> Iterator[str]:

@@ -12,7 +12,7 @@ from mlcbuild.models import structure
 from mlcbuild.recipes.types import quantization_from_json
 
 VERSION = 1
-TOOLS = ("apache-tvm", "apache-tvm-ffi")
+TOOLS = ("apache-tvm", "apache-tvm-ffi", "numpy")  # NumPy computes the table of frequencies
 
 
 def run(job: Job) -> None:

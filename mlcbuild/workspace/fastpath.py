@@ -108,7 +108,8 @@ def remember(session: Session, began: float) -> None:
     now = time.time()
     root, store, graph = session.root, session.store, session.graph
     modules = {step.module for step in graph.steps.values() if not step.module.startswith(f"{_program().name}.")}
-    world = {str(path): _settled(str(path), began) for path in _world(root, modules)}
+    foreign = (path for path in session.lookup.sources_read() if not path.is_relative_to(_program()))
+    world = {str(path): _settled(str(path), began) for path in (*_world(root, modules), *foreign)}
     memory = recall(root, store.root)
     if memory is None or memory.world != world:
         memory = Memory(world, cells(session.catalog.recipes), manual(session.catalog.recipes))
@@ -116,7 +117,8 @@ def remember(session: Session, began: float) -> None:
     tools = {tool for step in graph.steps.values() for tool in session.lookup.versions(step)}
     memory.tools = sorted({*memory.tools, *tools})
     if graph.unavailable:
-        searched = {folder: _stamp(folder) for folder in (*os.environ.get("PATH", "").split(os.pathsep), *sys.path)}
+        folders = (*os.environ.get("PATH", "").split(os.pathsep), f"{os.environ.get('CUDA_HOME', '')}/bin", *sys.path)
+        searched = {folder: _settled(folder, began) for folder in folders}
         older = memory.unavailable if memory.searched == searched else {}
         memory.unavailable, memory.searched = {**older, **graph.unavailable}, searched
     steps = {name: _step(session, name, began) for name in graph.steps}
@@ -166,7 +168,8 @@ def _step(session: Session, name: str, began: float) -> dict[str, Stamp]:
             outside.add(str(file.path))
             record = f"{store.root}/{layout.borrowed_name(file.digest)}"
             stamps[record] = _stamp(record)
-    return stamps | {path: _settled(path, began) for path in outside}
+    stamps |= {path: _settled(path, began) for path in outside}
+    return {} if "" in stamps.values() else stamps  # something is gone by now: it would be up to date while it is
 
 
 def _package(dist: Path, recipe: str, now: float) -> dict[str, Stamp]:

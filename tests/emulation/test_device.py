@@ -45,7 +45,7 @@ def test_a_kernel_without_a_fault_has_no_note() -> None:
 )
 def test_a_race_is_noted(body: str) -> None:
     done = launched(f"{INDEX}{body}")
-    assert "'test': 'a race: thread orders 0 and " in done.stdout, done.stdout + done.stderr
+    assert "'test': ('a race: thread orders 0 and " in done.stdout, done.stdout + done.stderr
 
 
 def test_an_access_outside_of_memory_ends_the_process_and_is_said() -> None:
@@ -68,7 +68,7 @@ def test_a_vector_that_is_not_aligned_is_a_fault() -> None:
 
 def test_a_barrier_that_some_threads_never_reach_is_a_failed_launch() -> None:
     done = launched(f"{INDEX}  if (((int)threadIdx.x) < 8) {{ return; }}\n  __syncthreads();\n  x_ptr[i] = 0.0f;\n")
-    assert done.stdout.startswith("719 {'test': '24 of 32 threads wait at a barrier that the others never reach'}")
+    assert done.stdout.startswith("719 {'test': ('24 of 32 threads wait at a barrier that the others never reach',)}")
 
 
 def test_memory_that_nobody_wrote_to_is_no_number() -> None:

@@ -56,7 +56,7 @@ def test_a_stopped_doit_leaves_no_process(workspace: Workspace, how: signal.Sign
         output, _ = process.communicate(timeout=60)
     wait_until(lambda: not leftovers(workspace))
     expected = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[how]
-    # Where doit's forked workers leave a lock closed, the kernel ends it after half a minute (execution/signals.py).
+    # Where doit's forked workers leave a lock closed, the kernel ends it after half a minute (doit_face/signals.py).
     assert process.returncode == expected or ("process" in parallel and process.returncode == -signal.SIGALRM), output
     if how != signal.SIGKILL:
         assert "interrupted: what is finished is kept" in output

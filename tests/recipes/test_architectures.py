@@ -85,6 +85,8 @@ def test_a_stock_architecture_extends_the_stock_one(workspace: Workspace) -> Non
             "did you mean `decoder.norm`?",
         ),
         ("extends: llama\nwithout: [config.vocab_size]", "2:10: `config.vocab_size` is missing"),
+        ("extends: llama\nwithout: [config]", "2:10: `without` leaves no `config`: name what is in it"),
+        ("extends: llama\nwithout: [parameters]", "2:10: `without` leaves no `parameters`: name what is in it"),
         (
             "extends: llama\nparameters: {o_prj: {bias: true}}",
             "2:21: `parameters.o_prj`: the architecture that it extends has no line of the role `o_prj`; "

@@ -51,6 +51,14 @@ print(load({str(tiny_package)!r}).logits([1, 2, 3]).shape)
     assert out == "(3, 300)\n"
 
 
+def test_a_library_runs_on_the_device_that_it_was_built_for(tiny_package: Path) -> None:
+    assert load(tiny_package, device="cpu").network.library.device.kind == "cpu"
+    with pytest.raises(MlcBuildError, match="a library for `cpu` cannot run on the device `cuda`"):
+        load(tiny_package, device="cuda")
+    with pytest.raises(MlcBuildError, match="device `tpu`: this runtime runs libraries on cpu and cuda"):
+        load(tiny_package, device="tpu")
+
+
 def test_folders_that_are_no_package(tmp_path: Path, tiny_package: Path, tiny_library: Path) -> None:
     with pytest.raises(MlcBuildError, match="nowhere: no such folder; build the recipe first"):
         load(tmp_path / "nowhere")

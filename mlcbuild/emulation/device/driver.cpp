@@ -218,6 +218,7 @@ bool run_now(Work& work) {
 bool submit(Work* work) {
   if (!capturing) {
     const bool fine = run_now(*work);
+    for (void* argument : work->arguments) free(argument);
     free(work);
     return fine;
   }
@@ -252,6 +253,9 @@ EXPORTED size_t emulation_report(char* out, size_t room) {
   }
   return length;
 }
+
+// Notes from now on are of what comes now.
+EXPORTED void emulation_forget() { notes = nullptr; }
 
 EXPORTED void emulation_check(int on) { checking = on; }
 

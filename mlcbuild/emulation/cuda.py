@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 import platform
 import struct
 from collections.abc import Mapping
@@ -18,12 +17,13 @@ from pathlib import Path
 from mlcbuild.compiler.gpu import cuda
 from mlcbuild.emulation.source import translated
 from mlcbuild.errors import MlcBuildError, Unavailable
+from mlcbuild.runtime.device import Device
 from mlcbuild.zig import run_zig
 
 _DEVICE = Path(__file__).parent / "device"
 _HEADER = b"mlcbuild kernels"  # device/driver.cpp
 _RUNTIME, _DRIVER = "libcudart.so.13", "libcuda.so.1"  # what TVM's runtime is linked against
-_MACHINES = {"x86_64": ("x86_64-linux-gnu.2.28", "x86_64_v3"), "aarch64": ("aarch64-linux-gnu.2.28", "baseline")}
+_TRIPLE, _CPU = "x86_64-linux-gnu.2.28", "x86_64_v3"
 _KERNEL_FLAGS = ("-O1", "-ftrivial-auto-var-init=pattern", "-w")  # numbers that nobody set are not zero on a device
 
 
@@ -52,8 +52,9 @@ def compile_source(code: str, scratch: Path) -> bytes:
 def load(scratch: Path) -> None:
     """Make this process's CUDA device an emulated one. To be called before TVM's CUDA runtime is loaded.
 
-    Raises Unavailable where CUDA's headers are missing.
+    Raises Unavailable where CUDA's headers are missing, and on another machine than x86-64.
     """
+    _check_machine()
     headers = cuda.toolkit().runtime.parents[1] / "include"
     versions = scratch / "versions"
     versions.write_text(f"{_RUNTIME} {{ cuda*; }};\n")
@@ -65,7 +66,7 @@ def load(scratch: Path) -> None:
     for name in (_RUNTIME, _DRIVER):
         ctypes.CDLL(str(scratch / name), ctypes.RTLD_GLOBAL)
     _stand_in(str(scratch / _RUNTIME))
-    _load_tvm()
+    Device("cuda").start()
 
 
 def check(on: bool = True) -> None:
@@ -100,30 +101,19 @@ def _stand_in(path: str = _RUNTIME) -> ctypes.CDLL:
     return ctypes.CDLL(path)
 
 
-def _load_tvm() -> None:
-    import tvm_ffi  # noqa: F401  its library is what TVM's are linked against
-
-    spec = importlib.util.find_spec("tvm")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        for name in ("libtvm_runtime.so", "libtvm_runtime_cuda.so"):
-            ctypes.CDLL(str(Path(folder) / "lib" / name), ctypes.RTLD_GLOBAL)
-
-
-def _machine() -> tuple[str, str]:
-    if platform.machine() not in _MACHINES:
-        raise Unavailable(f"the emulated device runs on {' and '.join(_MACHINES)}, not on {platform.machine()}")
-    return _MACHINES[platform.machine()]
+def _check_machine() -> None:
+    if platform.machine() != "x86_64":
+        raise Unavailable(f"the emulated device runs on x86-64, not on {platform.machine()}")
 
 
 def _compile(source: Path, scratch: Path, *flags: str) -> Path:
-    triple, cpu = _machine()
     output = scratch / f"{source.stem}.o"
     common = [
         "-c",
         "-g0",
         "-target",
-        triple,
-        f"-mcpu={cpu}",
+        _TRIPLE,
+        f"-mcpu={_CPU}",
         "-std=c++20",
         "-fPIC",
         "-fvisibility=hidden",
@@ -135,7 +125,7 @@ def _compile(source: Path, scratch: Path, *flags: str) -> Path:
 
 def _link(objects: list[Path], output: Path, scratch: Path, *flags: str) -> None:
     """Without any library: what is missing is in the process that loads it."""
-    command = ["cc", "-shared", "-s", "-nostdlib", "-target", _machine()[0], *flags]
+    command = ["cc", "-shared", "-s", "-nostdlib", "-target", _TRIPLE, *flags]
     run_zig([*command, "-o", str(output), *map(str, objects)], scratch / "zig")
     if not output.is_file():
         raise MlcBuildError(f"zig did not write {output}")

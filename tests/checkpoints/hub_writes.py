@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 from tests.checkpoints.hub_server import Hub
 from tests.checkpoints.xet_storage import contents
@@ -66,7 +67,7 @@ class WritableHub(Hub):
         if headers.get("authorization") != f"Bearer {self.writer}":
             return 401, {}, b'{"error": "Invalid credentials"}'
         if path.endswith("/paths-info/main"):
-            return self._paths_info(path.removesuffix("/paths-info/main"), json.loads(body))
+            return self._paths_info(path.removesuffix("/paths-info/main"), parse_qs(body.decode())["paths"])
         if path == "/api/repos/create":
             return self._create(json.loads(body))
         for repo in self.repos:
@@ -98,9 +99,9 @@ class WritableHub(Hub):
         listed += [_file(name, files[name]) for short, name in inside.items() if "/" not in short]
         return self._json(listed)
 
-    def _paths_info(self, api: str, asked: Mapping[str, Any]) -> Answer:
+    def _paths_info(self, api: str, names: Sequence[str]) -> Answer:
         (files,) = [files for repo, files in self.repos.items() if _api(repo) == api]
-        return self._json([_file(name, files[name]) for name in asked["paths"] if name in files])
+        return self._json([_file(name, files[name]) for name in names if name in files])
 
     def _mode(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         mode = "lfs" if asked["path"].endswith(_LFS) or asked["size"] > self.regular else "regular"

@@ -56,6 +56,11 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
 SETTINGS = tuple(each.name for each in fields(Sampling))
 
 
+def defaults(config: Mapping[str, Any]) -> dict[str, float]:
+    """The sampling that a package was published with: the settings in its mlc-chat-config.json."""
+    return {name: config[name] for name in SETTINGS if type(config.get(name)) in (int, float)}
+
+
 class Sampler:
     """Chooses the tokens of one text, and remembers them."""
 

@@ -11,8 +11,9 @@ import pytest
 
 import mlcbuild
 from mlcbuild.runtime import load
-from tests.end_to_end.workspace import Workspace, make_workspace
+from tests.end_to_end.workspace import BIN, Workspace, make_workspace
 from tests.support.llama import reference_logits
+from tests.support.terminal import Terminal
 
 pytestmark = pytest.mark.slow
 
@@ -53,6 +54,25 @@ def test_it_tells_a_story_and_answers(stories: Workspace) -> None:
     assert sum(word in vocabulary for word in words) / len(words) > 0.9, said
     chat = stories.run("mlcbuild", "generate", package, "--chat", "--prompt", "What do rabbits eat?").stdout
     assert "carrots" in chat
+
+
+def test_a_conversation_on_a_terminal(stories: Workspace) -> None:
+    """Typed into a terminal, with Ctrl-C while it writes or after it, an earlier line fetched back, and Ctrl-D."""
+    environment = stories.environment({"PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"})
+    command = [str(BIN / "mlcbuild"), "chat", "dist/stories-q4f16_1", "--temperature", "0"]
+    with Terminal(command, stories.root, environment) as terminal:
+        terminal.expect("/help shows the commands")
+        for typed, answered in (
+            ("What do rabbits eat?\r", r"carrots(.|\n)*\[prompt: .* tokens/s\]"),
+            ("Tell me a story.\r", "a"),
+            ("\x03", r"stopped; |tokens/s\](.|\n)*Ctrl-D or /exit ends"),
+            ("\x1b[A\x1b[A\r", r"carrots(.|\n)*tokens/s\]"),  # two lines up in what was typed
+            ("/stats\r", "3 questions; "),
+        ):
+            terminal.type(typed)
+            terminal.expect(answered)
+        terminal.type("\x04")
+        assert terminal.wait() == 0
 
 
 def test_logits_are_those_of_transformers(stories: Workspace) -> None:

@@ -17,7 +17,7 @@ from mlcbuild.runtime.library import Library, Network, match
 from mlcbuild.runtime.sampling import Sampling
 from mlcbuild.runtime.session import Logits, Session
 from mlcbuild.runtime.tokenizer import Tokenizer, load_tokenizer
-from mlcbuild.runtime.writing import Ending, Writer
+from mlcbuild.runtime.writing import Ending, Grammar, Writer
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -119,14 +119,15 @@ class Model:
         max_tokens: int = 256,
         stop: Sequence[str] = (),
         sampling: Sampling = Sampling(),  # noqa: B008  frozen
+        grammar: Grammar | None = None,
     ) -> Writer:
         """A text that is to be written after `prompt`. Raises MlcBuildError for one that does not fit."""
         ids = self._beginning(self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt))
         self._check_length(len(ids))
         limit = self.context_window_size
         room = max_tokens if limit < 0 else min(max_tokens, limit - len(ids))
-        ending = Ending(self.tokenizer.decode, self._stop_ids(), self._stop_strings(), self._active_vocab_size())
-        return Writer(ids, ending, sampling, room, stop)
+        ending = Ending(self.tokenizer.decode, self.stop_ids(), self._stop_strings(), self._active_vocab_size())
+        return Writer(ids, ending, sampling, room, stop, grammar)
 
     def pieces(self, writer: Writer) -> Iterator[str]:
         """The text of `writer`, in pieces, computed in a session of its own."""
@@ -190,7 +191,7 @@ class Model:
         template = self.config.get("conv_template")
         return (template.get(key) or ()) if isinstance(template, Mapping) else ()
 
-    def _stop_ids(self) -> set[int]:
+    def stop_ids(self) -> set[int]:
         """The template's stop tokens, its stop strings that are tokens, and the checkpoint's end-of-text tokens."""
         eos = self.config.get("eos_token_id")
         ids = {*self._template_stops("stop_token_ids"), *(eos if isinstance(eos, list) else [eos])}

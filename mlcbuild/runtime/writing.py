@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,39 +27,69 @@ class Ending:
     vocab_size: int
 
 
+class Grammar(Protocol):
+    """What a text must look like, followed token by token."""
+
+    def allowed(self) -> npt.NDArray[np.bool_]:
+        """bool [vocab_size]: the tokens that may come next; none where the text cannot go on."""
+        ...
+
+    def accept(self, token: int) -> bool:
+        """`token` has come; whether the text is complete, and nothing more may come."""
+        ...
+
+
 class Writer:
-    """A text of at most `room` tokens after the prompt `ids`.
+    """A text of at most `room` tokens after the prompt `ids`, with `grammar` one that obeys it.
 
     `tokens` are those written so far, without the one that ended the text. `finish_reason` is None while it goes on,
     then `stop` (a stop token or string) or `length`.
     """
 
     def __init__(
-        self, ids: Sequence[int], ending: Ending, sampling: Sampling, room: int, stop: Sequence[str] = ()
+        self,
+        ids: Sequence[int],
+        ending: Ending,
+        sampling: Sampling,
+        room: int,
+        stop: Sequence[str] = (),
+        grammar: Grammar | None = None,
     ) -> None:
         self.ids, self.room = ids, room
         self.tokens: list[int] = []
         self.finish_reason: str | None = None if room > 0 else "length"
         self.speed = Speed(len(ids))
-        self._ending = ending
+        self._ending, self._grammar = ending, grammar
         self._sampler = Sampler(sampling, ids)
         self._text = TextStream(ending.decode, (*ending.stop_strings, *stop))
 
     def add(self, logits: npt.NDArray[np.float32]) -> str:
         """The text that is certain after one more token, sampled from `logits` [vocab_size]; may be empty."""
-        token = self._sampler.choose(logits[: self._ending.vocab_size])
+        scores = logits[: self._ending.vocab_size]
+        if self._grammar is not None:
+            allowed = self._grammar.allowed()[: len(scores)]
+            if not allowed.any():
+                return self._finish()
+            scores = np.where(allowed, scores, np.float32(-np.inf))
+        token = self._sampler.choose(scores)
+        complete = self._grammar is not None and self._grammar.accept(token)
         self.speed.token()
         if token in self._ending.stop_ids:
-            self.finish_reason = "stop"
-            return self._text.finish()
+            return self._finish()
         self.tokens.append(token)
         piece = self._text.add(token)
+        if complete:
+            return piece + self._finish()
         if len(self.tokens) == self.room:
             piece += self._text.finish()
             self.finish_reason = "length"
         if self._text.stopped:
             self.finish_reason = "stop"
         return piece
+
+    def _finish(self) -> str:
+        self.finish_reason = "stop"
+        return self._text.finish()
 
     def report(self, text: str) -> dict[str, Any]:
         """What `generate --json` prints: the text, why it ended, and how fast it was."""

@@ -146,8 +146,10 @@ def answer(engine: Engine, name: str, request: ChatRequest | CompletionRequest) 
         raise MlcBuildError(f"{name} gives vectors of texts (/v1/embeddings), it does not write")
     chat = isinstance(request, ChatRequest)
     prompts: list[Any]
+    schema = None
     if isinstance(request, ChatRequest):
         prompts = [model.chat_prompt([message.plain() for message in request.messages])]
+        schema = request.response_format.schema_of_answer if request.response_format else None
         most = request.max_completion_tokens or request.max_tokens or engine.window
     else:
         prompts = several(request.prompt)
@@ -168,7 +170,9 @@ def answer(engine: Engine, name: str, request: ChatRequest | CompletionRequest) 
         for i in range(request.n):
             seed = None if request.seed is None else request.seed + i  # or all would be the same
             sampling = Sampling(**{**settings, "seed": seed})
-            writer = model.writer(ids, min(most, engine.window - len(ids)), request.stops, sampling)
+            room = min(most, engine.window - len(ids))
+            grammar = None if schema is None else engine.grammars.follow(schema)
+            writer = model.writer(ids, room, request.stops, sampling, grammar)
             choices.append(_choice(len(choices), Job(writer, print, request.likeliest)))
     usage = request.stream_options is not None and request.stream_options.include_usage
     return Answer(engine, name, chat, choices, prompt_tokens, usage)

@@ -7,6 +7,7 @@ as a place is free, and a long prompt holds the others up for a chunk only. Whoe
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 import time
@@ -24,6 +25,7 @@ from mlcbuild.runtime.model import Model
 from mlcbuild.runtime.sampling import log_probabilities
 from mlcbuild.runtime.session import Session
 from mlcbuild.runtime.writing import Writer
+from mlcbuild.serve.grammar import JsonGrammars
 
 
 class QueueFull(MlcBuildError):
@@ -87,6 +89,11 @@ class Engine:
         self._session: Session | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
+
+    @functools.cached_property
+    def grammars(self) -> JsonGrammars:
+        """What keeps texts to schemas, made when first needed. Raises MlcBuildError."""
+        return JsonGrammars(self.model)
 
     @property
     def waiting(self) -> int:

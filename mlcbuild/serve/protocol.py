@@ -85,8 +85,24 @@ class ChatMessage(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class TextFormat(BaseModel):
-    type: Literal["text"]
+class Schema(BaseModel):
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+    content: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class ResponseFormat(BaseModel):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Schema | None = None
+
+    @property
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """What an answer must fit; None: it is free. Raises MlcBuildError where the schema is missing."""
+        if self.type == "json_schema" and self.json_schema is None:
+            raise MlcBuildError("response_format.json_schema: Field required")
+        kinds = {"text": None, "json_object": {"type": "object"}}
+        return self.json_schema.content if self.json_schema else kinds[self.type]
 
 
 class ChatRequest(Writing):
@@ -94,7 +110,7 @@ class ChatRequest(Writing):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
-    response_format: TextFormat | None = None
+    response_format: ResponseFormat | None = None
 
     @property
     def likeliest(self) -> int | None:

@@ -108,9 +108,11 @@ class Answer:
             "model": self.model,
         }
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         prompt, text = self.prompt_tokens, sum(len(choice.job.writer.tokens) for choice in self.choices)
-        return {"prompt_tokens": prompt, "completion_tokens": text, "total_tokens": prompt + text}
+        counts = {"prompt_tokens": prompt, "completion_tokens": text, "total_tokens": prompt + text}
+        reused = sum(choice.job.writer.speed.reused for choice in self.choices)
+        return {**counts, "prompt_tokens_details": {"cached_tokens": reused}}
 
     def _chances(self, choice: Choice, pieces: Sequence[Piece]) -> dict[str, Any] | None:
         if choice.job.likeliest is None:

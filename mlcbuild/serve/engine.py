@@ -1,7 +1,8 @@
 """Many texts at once: one thread computes, a step at a time, for all that are being written.
 
 A step computes at most one chunk of prompts, then one token of every text (continuous batching): a text begins as soon
-as a place is free, and a long prompt holds the others up for a chunk only. Whoever waits is told from this thread.
+as a place is free, and a long prompt holds the others up for a chunk only. A complete text stays in the KV cache until
+its place is needed: the next turn of its conversation begins where it ended. Whoever waits is told from this thread.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from mlcbuild.runtime.sampling import log_probabilities
 from mlcbuild.runtime.session import Session
 from mlcbuild.runtime.writing import Writer
 from mlcbuild.serve.grammar import JsonGrammars
+
+_SHORTEST = 16  # tokens of a common beginning that are worth keeping
 
 
 class QueueFull(MlcBuildError):
@@ -80,10 +83,13 @@ class Engine:
         self._most = min(limits.sequences, metadata.max_batch_size)
         self._chunk = min(limits.chunk, metadata.prefill_chunk_size)
         self._queue = limits.queue
-        self.counts = dict.fromkeys(("prompt_tokens", "completion_tokens", "steps", "cancelled", "failed"), 0)
+        self.counts = dict.fromkeys(
+            ("prompt_tokens", "reused_tokens", "completion_tokens", "steps", "cancelled", "failed"), 0
+        )
         self._waiting: deque[Job] = deque()
         self._calls: deque[Callable[[], None]] = deque()
         self._running: list[Job] = []
+        self._kept: dict[int, list[int]] = {}  # sequences of complete texts, the oldest first, with their tokens
         self._changed = threading.Condition()
         self._closing = False
         self._session: Session | None = None
@@ -170,9 +176,24 @@ class Engine:
                 if job.cancelled:
                     self.counts["cancelled"] += 1
                     continue
-                job.sequence = session.add()
-                job.writer.speed.start()
+                job.sequence, job.computed = self._place(session, job.writer.ids)
+                job.writer.speed.start(job.computed)
+                self.counts["reused_tokens"] += job.computed
                 self._running.append(job)
+
+    def _place(self, session: Session, ids: Sequence[int]) -> tuple[int, int]:
+        """A sequence for a prompt, and how many of its tokens are there: those that it has in common with a text which
+        is kept, unless most of that would be lost."""
+        shared = {sequence: _common(tokens, ids) for sequence, tokens in self._kept.items()}
+        best = max(shared, key=lambda sequence: shared[sequence], default=None)
+        if best is not None and shared[best] >= max(_SHORTEST, len(self._kept[best]) // 2):
+            del self._kept[best]
+            return best, session.truncate(best, min(shared[best], len(ids) - 1))  # the last one gives the logits
+        if len(session.lengths) == self._most:
+            oldest = next(iter(self._kept))
+            del self._kept[oldest]
+            session.remove(oldest)
+        return session.add(), 0
 
     def _prefill(self, session: Session) -> None:
         """A chunk of the prompts that are not computed yet, the oldest first; and the first tokens after them."""
@@ -210,11 +231,13 @@ class Engine:
     def _end(self, job: Job) -> None:
         self._running.remove(job)
         if self._session is not None:
-            self._session.remove(job.sequence)
+            tokens = [*job.writer.ids, *job.writer.tokens]
+            self._kept[job.sequence] = tokens[: self._session.lengths[job.sequence]]  # the last one was not computed
 
     def _fail(self, reason: str) -> None:
         """All texts in the KV cache end with an error; the cache may be broken, so the next step makes a new one."""
         failed, self._running, self._session = self._running, [], None
+        self._kept.clear()
         if self._closing:
             failed = [*failed, *self._waiting]
         self.counts["failed"] += len(failed)
@@ -231,3 +254,9 @@ def _likeliest(logits: npt.NDArray[Any], token: int, count: int) -> tuple[tuple[
     chances = log_probabilities(logits)
     top = np.argsort(-chances, kind="stable")[:count]
     return tuple((int(i), float(chances[i])) for i in (token, *top))
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -12,6 +12,7 @@ from mlcbuild.serve.engine import Engine
 
 _COUNTS = {
     "prompt_tokens": "tokens of prompts that were computed",
+    "reused_tokens": "tokens of prompts that were in the KV cache already",
     "completion_tokens": "tokens of texts that were written",
     "steps": "steps of the engine",
     "cancelled": "texts that nobody waited for any more",

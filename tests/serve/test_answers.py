@@ -72,6 +72,27 @@ def test_many_at_once_get_what_each_gets_alone(client: openai.OpenAI, engine: En
     assert engine.running == 0
 
 
+def test_the_next_turn_computes_only_what_is_new(client: openai.OpenAI, engine: Engine, tiny: Model) -> None:
+    """Other texts in between, as long as there is a place for all."""
+
+    def answered(messages: Any) -> Any:
+        return client.chat.completions.create(model=MODEL, messages=messages, temperature=0, max_tokens=4)
+
+    first: Any = [{"role": "user", "content": "b"}]
+    reply = answered(first).choices[0].message.content
+    complete(client, "grey")
+    second: Any = [*first, {"role": "assistant", "content": reply}, {"role": "user", "content": "c"}]
+    computed = engine.counts["prompt_tokens"]
+    answer = answered(second)
+    assert answer.choices[0].message.content == tiny.chat(second, max_tokens=4)
+    reused = answer.usage.prompt_tokens_details.cached_tokens
+    assert reused > len(tiny.chat_prompt(first)) / 2
+    assert engine.counts["prompt_tokens"] - computed == answer.usage.prompt_tokens - reused
+    again = answered(second)  # all of it is there, and the last token is computed again
+    assert again.usage.prompt_tokens_details.cached_tokens == again.usage.prompt_tokens - 1
+    assert again.choices[0].message.content == answer.choices[0].message.content
+
+
 def test_several_prompts_and_several_texts_of_each(client: openai.OpenAI, tiny: Model) -> None:
     answer = complete(client, PROMPTS[:2], n=2, temperature=1.5, seed=4, max_tokens=6)
     drawn = [tiny.generate(p, max_tokens=6, temperature=1.5, seed=s) for p in PROMPTS[:2] for s in (4, 5)]

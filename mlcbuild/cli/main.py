@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from mlcbuild import __version__
-from mlcbuild.cli import cache, models, workspace
+from mlcbuild.cli import cache, models, talk, workspace
 from mlcbuild.cli.options import add, command
 from mlcbuild.errors import MlcBuildError
 
@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     add(commands, workspace.COMMANDS)
     add(commands, [command("build", lambda options: 0, "the same as `doit build`, with the same words after it")])
     add(commands, models.COMMANDS)
+    add(commands, talk.COMMANDS)
     cache.add_commands(commands)
     return parser
 

@@ -8,7 +8,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlcbuild.cli.options import CACHE, JSON, RECIPES, arg, cache_of, command, named_cache, workspace
+from mlcbuild.cli.options import (
+    CACHE,
+    JSON,
+    RECIPES,
+    SAMPLING,
+    STOP,
+    arg,
+    cache_of,
+    command,
+    given,
+    named_cache,
+    workspace,
+)
 from mlcbuild.errors import MlcBuildError
 
 if TYPE_CHECKING:
@@ -21,8 +33,8 @@ def _new(options: argparse.Namespace) -> int:
 
     catalog = _catalog(required=True)
     memory = parse_size(options.memory)
-    given = (options.name, options.revision, options.template, options.delta_of, options.lora)
-    wish = Wish(options.checkpoint, *given, memory)
+    told = (options.name, options.revision, options.template, options.delta_of, options.lora)
+    wish = Wish(options.checkpoint, *told, memory)
     write_model_file(wish, catalog, cache_of(options, catalog.root), dry_run=options.dry_run)
     return 0
 
@@ -77,8 +89,7 @@ def _test_run(options: argparse.Namespace) -> int:
 def _generate(options: argparse.Namespace) -> int:
     from mlcbuild.runtime.commands import generate
 
-    given = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
-    generate(given.pop("folder"), given.pop("prompt"), **given)
+    generate(**given(options))
     return 0
 
 
@@ -123,15 +134,9 @@ COMMANDS = (
         arg("--chat", action="store_true", help="apply the package's conversation template"),
         arg("--library", type=Path, help="the compiled library, where it is not in the folder"),
         arg("--max-tokens", type=int, default=256, metavar="N", help="stop after N tokens (default 256)"),
-        arg(
-            "--temperature",
-            type=float,
-            default=0.0,
-            metavar="T",
-            help="0 (default) takes the likeliest token each time",
-        ),
-        arg("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest P (default 1)"),
-        arg("--seed", type=int, help="seed of the sampling: the same seed gives the same text"),
+        *SAMPLING,
+        STOP,
+        JSON,
         arg("--threads", type=int, metavar="N", help="CPU threads (default: physical cores)"),
         arg("--device", choices=("cpu", "cuda"), help="where to run (default: what the library was built for)"),
     ),

@@ -38,6 +38,23 @@ def add(parsers: Any, commands: Iterable[Command]) -> None:
 CACHE = arg("--cache", type=Path, help="the cache folder (default: MLCBUILD_CACHE, or the workspace's cache/)")
 JSON = arg("--json", action="store_true", help="print JSON")
 RECIPES = arg("recipe", metavar="NAME", help="recipe names and globs, with commas")
+SAMPLING = (
+    arg("--temperature", type=float, metavar="T", help="0 takes the likeliest token each time"),
+    arg("--top-p", type=float, metavar="P", help="sample from the likeliest tokens that reach probability P (1: all)"),
+    arg("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens (0: all)"),
+    arg("--min-p", type=float, metavar="P", help="leave out what is less than P times as likely as the likeliest"),
+    arg("--repetition-penalty", type=float, metavar="R", help="weaken tokens of prompt and text (1: do not)"),
+    arg("--presence-penalty", type=float, metavar="A", help="taken from the logits of tokens in the text"),
+    arg("--frequency-penalty", type=float, metavar="A", help="the same, for each time that a token occurs in it"),
+    arg("--seed", type=int, help="seed of the sampling: the same seed gives the same text"),
+)
+STOP = arg("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+
+
+def given(options: argparse.Namespace, *left_out: str) -> dict[str, Any]:
+    """What the command line gives, by name, for a function whose defaults apply to the rest."""
+    values = vars(options).items()
+    return {name: value for name, value in values if value is not None and name not in ("command", "run", *left_out)}
 
 
 def workspace() -> Path:

@@ -11,12 +11,13 @@ import numpy as np
 
 from mlcbuild.chat import conversation as chat
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.runtime import embedding, package, sampling, threads, weights
+from mlcbuild.runtime import embedding, package, threads, weights
 from mlcbuild.runtime.device import Device
 from mlcbuild.runtime.library import Library, Network, match
+from mlcbuild.runtime.sampling import Sampling
 from mlcbuild.runtime.session import Logits, Session
-from mlcbuild.runtime.text import TextStream
 from mlcbuild.runtime.tokenizer import Tokenizer, load_tokenizer
+from mlcbuild.runtime.writing import Ending, Grammar, Writer
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -101,37 +102,48 @@ class Model:
         return self.generate(self.chat_prompt(messages), **options)
 
     def stream(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        max_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
+        self, prompt: str | Sequence[int], *, max_tokens: int = 256, stop: Sequence[str] = (), **sampling: Any
     ) -> Iterator[str]:
         """Pieces of text after `prompt` (text, or token ids), as they are written.
 
         It ends at one of the model's stop tokens or stop strings, at a string in `stop`, after `max_tokens` tokens, or
-        where the context is full. Temperature 0 always takes the likeliest token; above it, `seed` makes the same draws
-        again. Raises MlcBuildError for a prompt that does not fit into the context, and for a setting out of range.
+        where the context is full. `sampling` are fields of runtime.sampling.Sampling: temperature 0, the default,
+        always takes the likeliest token; above it, `seed` makes the same draws again. Raises MlcBuildError for a prompt
+        that does not fit into the context, and for a setting out of range.
         """
-        sampling.check(temperature, top_p)
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        text = TextStream(self.tokenizer.decode, (*self._stop_strings(), *stop))
-        stop_ids = self._stop_ids()
-        random = np.random.default_rng(seed)
-        for token in self._tokens(self._beginning(ids), max_tokens, temperature, top_p, random):
-            if token in stop_ids:
-                break
-            piece = text.add(token)
-            if piece:
-                yield piece
-            if text.stopped:
-                return
-        rest = text.finish()
-        if rest:
-            yield rest
+        yield from self.pieces(self.writer(prompt, max_tokens, stop, Sampling(**sampling)))
+
+    def writer(
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int = 256,
+        stop: Sequence[str] = (),
+        sampling: Sampling = Sampling(),  # noqa: B008  frozen
+        grammar: Grammar | None = None,
+    ) -> Writer:
+        """A text that is to be written after `prompt`. Raises MlcBuildError for one that does not fit."""
+        ids = self._beginning(self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt))
+        self._check_length(len(ids))
+        limit = self.context_window_size
+        room = max_tokens if limit < 0 else min(max_tokens, limit - len(ids))
+        ending = Ending(self.tokenizer.decode, self.stop_ids(), self._stop_strings(), self._active_vocab_size())
+        return Writer(ids, ending, sampling, room, stop, grammar)
+
+    def pieces(self, writer: Writer) -> Iterator[str]:
+        """The text of `writer`, in pieces, computed in a session of its own."""
+        if writer.finish_reason:
+            return
+        with self._empty_session(len(writer.ids) + writer.room) as session:
+            sequence = session.add()
+            writer.speed.start()
+            logits = session.prefill(sequence, writer.ids)
+            while True:
+                piece = writer.add(logits)
+                if piece:
+                    yield piece
+                if writer.finish_reason:
+                    return
+                logits = session.decode(sequence, writer.tokens[-1])
 
     def chat_prompt(self, messages: str | Messages) -> list[int]:
         """Token ids of a conversation up to where the assistant is to write."""
@@ -139,29 +151,11 @@ class Model:
         prompt = chat.render(self.conversation, turns)
         return [*prompt.prefix_token_ids, *self.tokenizer.encode(prompt.text, add_special_tokens=False)]
 
-    def _tokens(
-        self, ids: list[int], max_tokens: int, temperature: float, top_p: float, random: np.random.Generator
-    ) -> Iterator[int]:
-        room = max_tokens if self.context_window_size < 0 else min(max_tokens, self.context_window_size - len(ids))
-        with self._empty_session(len(ids) + max(room, 0)) as session:
-            if room <= 0:
-                return
-            sequence = session.add()
-            logits = session.prefill(sequence, ids)
-            for left in range(room, 0, -1):
-                token = sampling.sample(logits[: self._active_vocab_size()], temperature, top_p, random)
-                yield token
-                if left > 1:
-                    logits = session.decode(sequence, token)
-
     @contextmanager
     def _empty_session(self, length: int) -> Iterator[Session]:
         """A session for one sequence of `length` tokens: the last one, if it is long enough and nobody uses it."""
+        self._check_length(length)
         limit = self.context_window_size
-        if 0 < limit < length:
-            raise MlcBuildError(
-                f"{length} tokens do not fit into this library's context of {limit} (override context_window_size)"
-            )
         session, self._last = self._last, None
         if session is None or 0 < session.limit < length:
             # Twice as long as asked, so that a text that grows does not make a new cache each time.
@@ -172,6 +166,13 @@ class Model:
             for sequence in list(session.lengths):
                 session.remove(sequence)
             self._last = session
+
+    def _check_length(self, length: int) -> None:
+        limit = self.context_window_size
+        if 0 < limit < length:
+            raise MlcBuildError(
+                f"{length} tokens do not fit into this library's context of {limit} (override context_window_size)"
+            )
 
     def _beginning(self, ids: list[int]) -> list[int]:
         """A model says nothing after nothing: an empty prompt is the beginning of a text."""
@@ -190,7 +191,7 @@ class Model:
         template = self.config.get("conv_template")
         return (template.get(key) or ()) if isinstance(template, Mapping) else ()
 
-    def _stop_ids(self) -> set[int]:
+    def stop_ids(self) -> set[int]:
         """The template's stop tokens, its stop strings that are tokens, and the checkpoint's end-of-text tokens."""
         eos = self.config.get("eos_token_id")
         ids = {*self._template_stops("stop_token_ids"), *(eos if isinstance(eos, list) else [eos])}

@@ -72,17 +72,34 @@ class Session:
             )
         sequence = self._next
         self._next += 1
+        self._begin(sequence)
+        return sequence
+
+    def _begin(self, sequence: int) -> None:
         self._state("add_sequence", sequence)
         if self._sliding > 0:
             sink = max(self._library.metadata.attention_sink_size, 0)
             enable = tvm_runtime.function("vm.builtin.attention_kv_cache_enable_sliding_window_for_seq")
             enable(self._cache, sequence, self._sliding, sink)
         self.lengths[sequence] = 0
-        return sequence
 
     def remove(self, sequence: int) -> None:
         del self.lengths[sequence]
         self._state("remove_sequence", sequence)
+
+    def truncate(self, sequence: int, length: int) -> int:
+        """Forget all but the first `length` tokens; how many are kept: a recurrent state or a sliding window starts
+        again from none, because what it had forgotten does not come back."""
+        surplus = self.lengths[sequence] - length
+        if surplus <= 0:
+            return self.lengths[sequence]
+        if self._recurrent or self._sliding > 0 or length == 0:
+            self.remove(sequence)
+            self._begin(sequence)
+            return 0
+        self._state("popn", sequence, surplus)
+        self.lengths[sequence] = length
+        return length
 
     def prefill(self, sequence: int, ids: Sequence[int]) -> Logits:
         """Append `ids`; the logits after the last of them: float32 [vocab_size]."""

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openai
 import pytest
 
 from mlcbuild.runtime import load
+from mlcbuild.runtime.sampling import Sampling
+from mlcbuild.serve.engine import Engine
+from mlcbuild.talk.dialogue import Dialogue
 from tests.architectures.test_encoder import hidden_states, transformers_bert
 from tests.end_to_end.workspace import Workspace, make_workspace
 from tests.runtime.conftest import byte_level_tokenizer
+from tests.serve.conftest import KEY, serving
 
 pytestmark = pytest.mark.slow
 TEXTS = ["The sea was green.", "Zoë and Åsa sat by the sea.", "grey"]
@@ -149,3 +154,23 @@ def test_calibration_refuses_what_has_no_layers_to_go_through(built: tuple[Works
     (workspace.root / "recipes/calibrated-cpu.yaml").unlink()
     assert done.returncode == 3
     assert "rounding `calibrated` measures a decoder layer by layer, and rwkv is none" in done.stdout + done.stderr
+
+
+def test_both_are_served(built: tuple[Workspace, Any, Any]) -> None:
+    """Vectors by OpenAI's client; and a recurrent model writes several texts at once, and talks."""
+    dist = built[0].root / "dist"
+    vectors, writing = load(dist / "bert-q0f32-cpu"), load(dist / "tiny-q0f32-cpu")
+    with serving(Engine(load(dist / "bert-q0f32-cpu")), "bert") as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0)
+        for encoding in ({}, {"encoding_format": "float"}):  # the first is base64, which the client asks for
+            answer = client.embeddings.create(model="bert", input=TEXTS, **encoding)  # type: ignore[arg-type]
+            assert np.array([each.embedding for each in answer.data]) == pytest.approx(vectors.embed(TEXTS), abs=1e-6)
+        with pytest.raises(openai.BadRequestError, match="bert gives vectors of texts"):
+            client.completions.create(model="bert", prompt="x")
+    with serving(Engine(load(dist / "tiny-q0f32-cpu")), "rwkv") as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0)
+        texts = client.completions.create(model="rwkv", prompt=TEXTS, max_tokens=12, temperature=0).choices
+    assert [choice.text for choice in texts] == [writing.generate(text, max_tokens=12) for text in TEXTS]
+    talk = Dialogue(writing, Sampling(), max_tokens=6, window=4096)
+    for question in TEXTS:
+        assert "".join(talk.ask(question)) == writing.chat(talk.messages[:-1], max_tokens=6)

@@ -11,8 +11,9 @@ import pytest
 
 import mlcbuild
 from mlcbuild.runtime import load
-from tests.end_to_end.workspace import Workspace, make_workspace
+from tests.end_to_end.workspace import BIN, Workspace, make_workspace
 from tests.support.llama import reference_logits
+from tests.support.terminal import Terminal
 
 pytestmark = pytest.mark.slow
 
@@ -53,6 +54,46 @@ def test_it_tells_a_story_and_answers(stories: Workspace) -> None:
     assert sum(word in vocabulary for word in words) / len(words) > 0.9, said
     chat = stories.run("mlcbuild", "generate", package, "--chat", "--prompt", "What do rabbits eat?").stdout
     assert "carrots" in chat
+
+
+def test_a_conversation_on_a_terminal(stories: Workspace) -> None:
+    """Typed into a terminal, with Ctrl-C while it writes or after it, an earlier line fetched back, and Ctrl-D."""
+    environment = stories.environment({"PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"})
+    command = [str(BIN / "mlcbuild"), "chat", "dist/stories-q4f16_1", "--temperature", "0"]
+    with Terminal(command, stories.root, environment) as terminal:
+        terminal.expect("/help shows the commands")
+        for typed, answered in (
+            ("What do rabbits eat?\r", r"carrots(.|\n)*\[prompt: .* tokens/s\]"),
+            ("Tell me a story.\r", "a"),
+            ("\x03", r"stopped; |tokens/s\](.|\n)*Ctrl-D or /exit ends"),
+            ("\x1b[A\x1b[A\r", r"carrots(.|\n)*tokens/s\]"),  # two lines up in what was typed
+            ("/stats\r", "3 questions; "),
+        ):
+            terminal.type(typed)
+            terminal.expect(answered)
+        terminal.type("\x04")
+        assert terminal.wait() == 0
+
+
+def test_texts_computed_together_are_those_computed_alone(stories: Workspace) -> None:
+    """Up to rounding: kernels for several rows add in another order, and the KV cache is float16."""
+    model = load(stories.root / "dist/stories-q4f16_1")
+    prompts = [model.tokenizer.encode(text) for text in ("Once upon a time", "One day, the king", "The dog", "Nina")]
+    session = model.session(len(prompts))
+    alone = []
+    for ids in prompts:
+        sequence = session.add()
+        rows = [session.prefill(sequence, ids)]
+        for _ in range(20):
+            rows.append(session.decode(sequence, int(rows[-1].argmax())))
+        alone.append(rows)
+        session.remove(sequence)
+    sequences = [session.add() for _ in prompts]
+    together = [session.batch_prefill(sequences, prompts)]
+    for step in range(20):
+        together.append(session.batch_decode(sequences, [int(rows[step].argmax()) for rows in alone]))
+    expected = np.stack(alone, 1)
+    assert np.abs(np.stack(together) - expected).max() / expected.std() < 5e-3
 
 
 def test_logits_are_those_of_transformers(stories: Workspace) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from mlcbuild.cli.main import main
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.runtime import Model
 
@@ -80,13 +83,6 @@ def test_no_tokens_and_an_empty_prompt(tiny: Model) -> None:
     assert tiny.generate("", max_tokens=5) == tiny.generate([0], max_tokens=5)  # bos_token_id
 
 
-def test_settings_out_of_range(tiny: Model) -> None:
-    with pytest.raises(MlcBuildError, match="temperature is -1: expected 0"):
-        tiny.generate("The", temperature=-1)
-    with pytest.raises(MlcBuildError, match="top_p is 0: expected a number above 0"):
-        tiny.generate("The", top_p=0)
-
-
 def test_chat_renders_the_template(tiny: Model, tokenizer: Any) -> None:
     text = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert tiny.chat_prompt("Hi") == tokenizer.encode(text).ids
@@ -98,8 +94,27 @@ COMMAND = "import sys; from pathlib import Path; from mlcbuild.runtime.commands 
 
 def test_the_command_writes_to_standard_output(tiny: Model, tiny_package: Path) -> None:
     code = COMMAND + f"generate(Path({str(tiny_package)!r}), 'The sea was', max_tokens=12)"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
-    assert out.decode() == tiny.generate("The sea was", max_tokens=12) + "\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert done.stdout.decode() == tiny.generate("The sea was", max_tokens=12) + "\n"
+    speed = r"prompt: \d+ tokens, \d+ tokens/s; text: 12 tokens, [\d.]+ tokens/s\n"
+    assert re.fullmatch(speed, done.stderr.decode())
+
+
+def test_the_command_samples_and_prints_json(
+    tiny: Model, tiny_package: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["--temperature", "1.5", "--top-k", "40", "--min-p", "0.01", "--presence-penalty", "0.5", "--seed", "3"]
+    words = [str(tiny_package), "--prompt", "The sea", "--max-tokens", "9", *settings]
+    assert main(["generate", *words, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    sampling = {"temperature": 1.5, "top_k": 40, "min_p": 0.01, "presence_penalty": 0.5, "seed": 3}
+    text = tiny.generate("The sea", max_tokens=9, **sampling)
+    assert (said["text"], said["finish_reason"], said["completion_tokens"]) == (text, "length", 9)
+    assert said["decode_tokens_per_second"] > 0 and said["prefill_tokens_per_second"] > 0
+    assert main(["generate", *words, "--stop", text[3:6], "--stop", "never"]) == 0
+    assert capsys.readouterr().out == text[: text.index(text[3:6])] + "\n"
+    assert main(["generate", *words, "--top-p", "2"]) == 1
+    assert "mlcbuild generate: top_p is 2.0: expected a number above 0" in capsys.readouterr().err
 
 
 def test_the_command_ends_quietly_when_nobody_reads(tiny_package: Path) -> None:

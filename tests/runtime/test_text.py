@@ -6,10 +6,6 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import pytest
-
-from mlcbuild.runtime import sampling
 from mlcbuild.runtime.text import TextStream
 from tests.runtime.conftest import TEXT
 
@@ -63,31 +59,3 @@ def test_stop_strings_across_tokens() -> None:
 
 def test_what_looked_like_a_stop_string_is_shown_at_the_end() -> None:
     assert "".join(streamed(lambda ids: "".join("ab"[i] for i in ids), [0, 1], ["bc"])) == "ab"
-
-
-LOGITS = np.log(np.array([0.1, 0.5, 0.15, 0.25], np.float32))
-
-
-def draws(temperature: float, top_p: float, count: int = 4000) -> list[float]:
-    generator = np.random.default_rng(0)
-    tokens = [sampling.sample(LOGITS, temperature, top_p, generator) for _ in range(count)]
-    return [tokens.count(i) / count for i in range(4)]
-
-
-def test_temperature_zero_is_the_likeliest_token() -> None:
-    assert draws(0, 1, count=10) == [0, 1, 0, 0]
-
-
-def test_temperature_one_draws_by_probability() -> None:
-    assert draws(1, 1) == pytest.approx([0.1, 0.5, 0.15, 0.25], abs=0.03)
-
-
-def test_a_higher_temperature_flattens() -> None:
-    flat = np.array([0.1, 0.5, 0.15, 0.25]) ** 0.5
-    assert draws(2, 1) == pytest.approx(list(flat / flat.sum()), abs=0.03)
-
-
-def test_top_p_keeps_the_token_that_reaches_it() -> None:
-    """0.5 + 0.25 reaches 0.7; the others never come."""
-    assert draws(1, 0.7) == pytest.approx([0, 2 / 3, 0, 1 / 3], abs=0.03)
-    assert draws(1, 0.0001) == [0, 1, 0, 0]

@@ -7,11 +7,13 @@ import pty
 import re
 import struct
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fcntl import ioctl
 from pathlib import Path
 from termios import TIOCSWINSZ
+from typing import Any
 
 _PIECES = re.compile(r"\x1b\[\??([\d;]*)([A-Za-z])|([\r\n])|([^\x1b\r\n]+)")
 
@@ -77,6 +79,48 @@ def on_terminal(
     text, screen = written.decode(), Screen()
     screen.feed(text)
     return process.returncode, text, screen
+
+
+class Terminal:
+    """A program on a terminal at which somebody types and waits for what it says."""
+
+    def __init__(self, command: Sequence[str], where: Path, environment: Mapping[str, str]) -> None:
+        self._main, end = pty.openpty()
+        ioctl(end, TIOCSWINSZ, struct.pack("HHHH", 50, 140, 0, 0))
+        settings: dict[str, Any] = {"stdin": end, "stdout": end, "stderr": end, "start_new_session": True}
+        # The terminal is its own, so that Ctrl-C reaches it.
+        own = (
+            "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+        )
+        program = [sys.executable, "-c", own, *command]
+        self._process = subprocess.Popen(program, cwd=where, env=environment, **settings)
+        os.close(end)
+        self._new = ""  # written since the last thing that was waited for
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self.wait()
+        os.close(self._main)
+
+    def type(self, keys: str) -> None:
+        os.write(self._main, keys.encode())
+
+    def expect(self, pattern: str) -> None:
+        """Wait until what was written since the last call matches."""
+        while (found := re.search(pattern, self._new)) is None:
+            chunk = _read(self._main)
+            assert chunk, f"it ended and never said {pattern}: {self._new}"
+            self._new += re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", chunk.decode(errors="replace"))
+        self._new = self._new[found.end() :]
+
+    def wait(self) -> int:
+        """The exit status, once the program has ended."""
+        while _read(self._main):
+            pass
+        return self._process.wait()
 
 
 def _read(terminal: int) -> bytes:

@@ -1,0 +1,1 @@
+"""`mlcbuild serve`: packages behind OpenAI's HTTP interface."""

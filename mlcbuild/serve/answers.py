@@ -1,0 +1,209 @@
+"""Requests to texts, and texts to what OpenAI's clients read: whole answers, chunks of a stream, log-probabilities."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlcbuild.errors import MlcBuildError
+from mlcbuild.runtime.sampling import Sampling, defaults
+from mlcbuild.serve.engine import Engine, Job, Piece
+from mlcbuild.serve.protocol import ChatRequest, CompletionRequest, several
+
+_COMPLETION = 16  # tokens of a completion that says no number, as OpenAI has it
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of the texts of a request, and its pieces as they come."""
+
+    index: int
+    job: Job
+    pieces: asyncio.Queue[Piece | MlcBuildError]
+
+
+@dataclass
+class Answer:
+    """All texts of a request, under one id. `chat`: it is a conversation's."""
+
+    engine: Engine
+    model: str
+    chat: bool
+    choices: list[Choice]
+    prompt_tokens: int
+    usage_at_end: bool
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def begin(self) -> None:
+        """Raises QueueFull."""
+        self.engine.submit([choice.job for choice in self.choices])
+
+    def cancel(self) -> None:
+        """Nobody reads any more. What is complete stays so."""
+        for choice in self.choices:
+            choice.job.cancelled = True
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer when all texts are complete. Raises MlcBuildError where one failed."""
+        found = []
+        for choice in self.choices:
+            pieces = [piece async for piece in _until_end(choice)]
+            text = "".join(piece.text for piece in pieces)
+            body: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+            chances = self._chances(choice, pieces)
+            found.append(
+                {"index": choice.index, **body, "logprobs": chances, "finish_reason": pieces[-1].finish_reason}
+            )
+        return {**self._head(""), "choices": found, "usage": self._usage()}
+
+    async def stream(self) -> AsyncIterator[dict[str, Any]]:
+        """The same in chunks, as tokens come. Raises MlcBuildError where a text failed."""
+        merged: asyncio.Queue[tuple[Choice, Piece | MlcBuildError | None]] = asyncio.Queue()
+
+        async def forward(choice: Choice) -> None:
+            try:
+                async for piece in _until_end(choice):
+                    await merged.put((choice, piece))
+            except MlcBuildError as error:
+                await merged.put((choice, error))
+            await merged.put((choice, None))
+
+        tasks = [asyncio.create_task(forward(choice)) for choice in self.choices]
+        going = len(tasks)
+        try:
+            if self.chat:
+                for choice in self.choices:
+                    yield self._chunk(choice, {"delta": {"role": "assistant", "content": ""}})
+            while going:
+                choice, piece = await merged.get()
+                if piece is None:
+                    going -= 1
+                elif isinstance(piece, MlcBuildError):
+                    raise piece
+                elif piece.text or piece.likeliest or piece.finish_reason:
+                    said = {"content": piece.text} if piece.text or not piece.finish_reason else {}
+                    body = {"delta": said} if self.chat else {"text": piece.text}
+                    yield self._chunk(choice, body, piece.finish_reason, self._chances(choice, [piece]))
+            if self.usage_at_end:
+                yield {**self._head(".chunk"), "choices": [], "usage": self._usage()}
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    def _chunk(self, choice: Choice, body: dict[str, Any], reason: str | None = None, chances: Any = None) -> Any:
+        found = {"index": choice.index, **body, "logprobs": chances, "finish_reason": reason}
+        return {**self._head(".chunk"), "choices": [found]}
+
+    def _head(self, chunk: str) -> dict[str, Any]:
+        kind = f"chat.completion{chunk}" if self.chat else "text_completion"
+        return {
+            "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{self.id}",
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+        }
+
+    def _usage(self) -> dict[str, Any]:
+        prompt, text = self.prompt_tokens, sum(len(choice.job.writer.tokens) for choice in self.choices)
+        counts = {"prompt_tokens": prompt, "completion_tokens": text, "total_tokens": prompt + text}
+        reused = sum(choice.job.writer.speed.reused for choice in self.choices)
+        return {**counts, "prompt_tokens_details": {"cached_tokens": reused}}
+
+    def _chances(self, choice: Choice, pieces: Sequence[Piece]) -> dict[str, Any] | None:
+        if choice.job.likeliest is None:
+            return None
+        tokens = [piece.likeliest for piece in pieces if piece.likeliest]
+        if self.chat:
+            entries = [
+                self._chance(*chosen) | {"top_logprobs": [self._chance(*c) for c in top]} for chosen, *top in tokens
+            ]
+            return {"content": entries, "refusal": None}
+        return {
+            "tokens": [self._text(chosen[0]) for chosen, *_ in tokens],
+            "token_logprobs": [chosen[1] for chosen, *_ in tokens],
+            "top_logprobs": [{self._text(token): chance for token, chance in top} for _, *top in tokens],
+        }
+
+    def _chance(self, token: int, chance: float) -> dict[str, Any]:
+        text = self._text(token)
+        return {"token": text, "logprob": chance, "bytes": list(text.encode())}
+
+    def _text(self, token: int) -> str:
+        return self.engine.model.tokenizer.decode([token])
+
+
+def answer(engine: Engine, name: str, request: ChatRequest | CompletionRequest) -> Answer:
+    """What a request asks for, ready to begin; to be called in the event loop's thread or a worker of it.
+
+    Raises MlcBuildError where it cannot be: a package of vectors, a role that the template has not, a prompt that is
+    too long, a setting out of range.
+    """
+    model = engine.model
+    if not engine.writes:
+        raise MlcBuildError(f"{name} gives vectors of texts (/v1/embeddings), it does not write")
+    chat = isinstance(request, ChatRequest)
+    prompts: list[Any]
+    schema = None
+    if isinstance(request, ChatRequest):
+        prompts = [model.chat_prompt([message.plain() for message in request.messages])]
+        schema = request.response_format.schema_of_answer if request.response_format else None
+        most = request.max_completion_tokens or request.max_tokens or engine.window
+    else:
+        prompts = several(request.prompt)
+        most = request.max_tokens or _COMPLETION
+    settings = {**defaults(model.config), **request.sampling}
+    choices: list[Choice] = []
+    prompt_tokens = 0
+    for prompt in prompts:
+        ids = model.writer(prompt).ids
+        wrong = [i for i in ids if not 0 <= i < model.vocab_size]
+        if wrong:
+            raise MlcBuildError(f"token id {wrong[0]} is not in this model's vocabulary of {model.vocab_size}")
+        if len(ids) >= engine.window:
+            raise MlcBuildError(
+                f"the prompt has {len(ids)} tokens, too many for this server's window of {engine.window}"
+            )
+        prompt_tokens += len(ids)
+        for i in range(request.n):
+            seed = None if request.seed is None else request.seed + i  # or all would be the same
+            sampling = Sampling(**{**settings, "seed": seed})
+            room = min(most, engine.window - len(ids))
+            grammar = None if schema is None else engine.grammars.follow(schema)
+            writer = model.writer(ids, room, request.stops, sampling, grammar)
+            choices.append(_choice(len(choices), Job(writer, print, request.likeliest)))
+    usage = request.stream_options is not None and request.stream_options.include_usage
+    return Answer(engine, name, chat, choices, prompt_tokens, usage)
+
+
+def _choice(index: int, job: Job) -> Choice:
+    pieces: asyncio.Queue[Piece | MlcBuildError] = asyncio.Queue()
+    return Choice(index, job, pieces)
+
+
+def listen(found: Answer) -> None:
+    """Let the pieces of an answer come to the event loop that this is called in."""
+    loop = asyncio.get_running_loop()
+
+    def to(choice: Choice) -> Callable[[Piece | MlcBuildError], None]:
+        def tell(piece: Piece | MlcBuildError) -> None:
+            loop.call_soon_threadsafe(lambda: choice.pieces.put_nowait(piece))
+
+        return tell
+
+    for choice in found.choices:
+        choice.job.tell = to(choice)
+
+
+async def _until_end(choice: Choice) -> AsyncIterator[Piece]:
+    while True:
+        piece = await choice.pieces.get()
+        if isinstance(piece, MlcBuildError):
+            raise piece
+        yield piece
+        if piece.finish_reason:
+            return

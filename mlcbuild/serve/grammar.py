@@ -1,0 +1,60 @@
+"""Answers that fit a JSON schema: llguidance says at each token which ones may follow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlcbuild.errors import MlcBuildError
+from mlcbuild.runtime.model import Model
+from mlcbuild.runtime.tokenizer import JsonTokenizer
+
+
+class JsonGrammars:
+    """What follows schemas in a model's tokens. Raises MlcBuildError for a tokenizer of another kind."""
+
+    def __init__(self, model: Model) -> None:
+        from llguidance import LLTokenizer
+
+        if not isinstance(model.tokenizer, JsonTokenizer):
+            raise MlcBuildError("response_format: only packages with a tokenizer.json can keep to a schema")
+        self._size = model.vocab_size
+        ends = sorted(model.stop_ids())
+        self._tokenizer = LLTokenizer(model.tokenizer.to_json(), n_vocab=self._size, eos_token=ends)
+
+    def follow(self, schema: Mapping[str, Any]) -> JsonGrammar:
+        """The grammar of a JSON schema, at its beginning. Raises MlcBuildError for a schema that is none."""
+        from llguidance import LLMatcher
+
+        try:
+            # Where blanks may stand, small models write nothing else.
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_flexible": False})
+            matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        except ValueError as error:
+            raise MlcBuildError(f"response_format: {error}") from None
+        if matcher.is_error():
+            raise MlcBuildError(f"response_format: {matcher.get_error()}")
+        return JsonGrammar(matcher, self._size)
+
+
+class JsonGrammar:
+    """runtime.writing.Grammar of one text."""
+
+    def __init__(self, matcher: Any, size: int) -> None:
+        self._matcher, self._size = matcher, size
+
+    def allowed(self) -> npt.NDArray[np.bool_]:
+        """bool [vocab_size]"""
+        if self._matcher.is_stopped() or self._matcher.is_error():
+            return np.zeros(self._size, np.bool_)
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        return np.unpackbits(bits, count=self._size, bitorder="little").astype(np.bool_)
+
+    def accept(self, token: int) -> bool:
+        """Whether the text is complete after `token`."""
+        self._matcher.consume_token(token)
+        return bool(self._matcher.is_stopped())

@@ -110,24 +110,6 @@ class Kernels:
         where = (*_where(r), _long(a), _long(b), _long(first), _long(last))
         self._common.mlcbuild_factor(*where, ctypes.c_float(floor))
 
-    def solved(self, r: Float32, right: Float32) -> Float32:
-        """(R^T R)^-1 `right` [K, J], J a multiple of 16."""
-        y, left = right.copy(), np.ascontiguousarray(r.T)
-        panels = [(a, min(a + _PANEL, len(r))) for a in range(0, len(r), _PANEL)]
-        for a, b in panels:
-            if a:
-                self.add_products(y[a:b], r[:a, a:b], y[:a], -1.0)
-            self._split(partial(self._substitute, left, a, b, 0, y), 0, y.shape[1])
-        for a, b in reversed(panels):
-            if b < len(r):
-                self.add_products(y[a:b], left[b:, a:b], y[b:], -1.0)
-            self._split(partial(self._substitute, left, a, b, 1, y), 0, y.shape[1])
-        return y
-
-    def _substitute(self, left: Float32, a: int, b: int, upper: int, y: Float32, first: int, last: int) -> None:
-        where = (*_where(left), _long(a), _long(b), upper, *_where(y), _long(first), _long(last))
-        self._common.mlcbuild_substitute(*where)
-
     def _split(self, work: Callable[[int, int], None], first: int, last: int) -> None:
         """Columns [first, last), in spans that are multiples of 16, on all threads."""
         step = 16 * max(1, min(16, -(-(last - first) // (32 * self.threads))))
@@ -143,29 +125,24 @@ _long = ctypes.c_int64
 
 
 class Gram:
-    """Sums over the tokens that reach a matrix: z^T z, of which the upper half counts, and z^T (x - z).
+    """The sum z^T z of the tokens' rows z that reach a matrix; of `sums` [K, K], the upper half counts.
 
-    Both are [K, K], filled up with zeros to whole groups of `weights` and a multiple of 16.
+    It is filled up with zeros to whole groups of `weights` and a multiple of 16.
     """
 
     def __init__(self, kernels: Kernels, columns: int, weights: Weights) -> None:
         unit = math.lcm(weights.group_size, _ROWS)
-        self._kernels, self._size = kernels, -(-columns // unit) * unit
-        self.own, self.moved = (np.zeros((self._size, self._size), np.float32) for _ in range(2))
+        size = -(-columns // unit) * unit
+        self._kernels = kernels
+        self.sums: Float32 = np.zeros((size, size), np.float32)
         self.tokens = 0
 
-    def add(self, z: Float32, x: Float32 | None = None) -> None:
-        """Rows [tokens, K]; x is what z was before anything was rounded."""
-        given = self._filled(z)
-        self._kernels.add_products(self.own, given, given, upper=True)
-        if x is not None:
-            self._kernels.add_products(self.moved, given, self._filled(x - z))
+    def add(self, z: Float32) -> None:
+        """Rows [tokens, K]."""
+        filled = np.zeros((len(z), len(self.sums)), np.float32)
+        filled[:, : z.shape[1]] = z
+        self._kernels.add_products(self.sums, filled, filled, upper=True)
         self.tokens += len(z)
-
-    def _filled(self, rows: Float32) -> Float32:
-        filled = np.zeros((len(rows), self._size), np.float32)
-        filled[:, : rows.shape[1]] = rows
-        return filled
 
 
 @dataclass(frozen=True)
@@ -178,7 +155,7 @@ class Metric:
 
 
 def metric(kernels: Kernels, gram: Float32, weights: Weights, damping: float) -> Metric:
-    """Of the sums z^T z as a `Gram` has them. `damping` is the part of their diagonal's mean that is added to it."""
+    """Of sums as a `Gram` has them. `damping` is the part of their diagonal's mean that is added to it."""
     h = np.triu(gram)
     h += np.triu(gram, 1).T
     diagonal = np.diag(gram)
@@ -188,15 +165,6 @@ def metric(kernels: Kernels, gram: Float32, weights: Weights, damping: float) ->
     size = weights.group_size
     own = [kernels.triangle(h[a : a + size, a : a + size], float(added)) for a in range(0, len(h), size)]
     return Metric(h, kernels.triangle(h, float(added)), np.stack(own))
-
-
-def moved(kernels: Kernels, rows: Float32, by: Metric, gram: Gram) -> Float32:
-    """`rows` W [N, K] where they make of z most nearly what W makes of x: W + W (H^-1 z^T (x - z))^T."""
-    found = np.zeros((len(rows), len(by.h)), np.float32)
-    found[:, : rows.shape[1]] = rows
-    given = np.ascontiguousarray(found.T)
-    kernels.add_products(found, given, np.ascontiguousarray(kernels.solved(by.r, gram.moved).T))
-    return np.ascontiguousarray(found[:, : rows.shape[1]])
 
 
 def rounded(

@@ -22,9 +22,9 @@ def opened(
     documents = evaluate.documents(text.read_text(encoding="utf-8"), load_tokenizer(tokenizer))
     windows, tokens = [], 0
     for window in evaluate.windows(documents, min(pieces.window, context)):
-        if tokens + len(window) > TOKENS:
+        windows.append(window[: TOKENS - tokens])
+        tokens += len(windows[-1])
+        if tokens >= TOKENS - 1:
             note(f"the calibration text is long: its first {tokens} tokens are enough")
             break
-        windows.append(window)
-        tokens += len(window)
     return pieces, windows

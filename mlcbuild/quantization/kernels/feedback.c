@@ -74,23 +74,6 @@ void mlcbuild_factor(float *r, int64_t k, int64_t a, int64_t b, int64_t j0, int6
   }
 }
 
-// y [a, b) := T^-1 y, columns [j0, j1), where T is the lower triangle of rows and columns [a, b) of `left` [k, k], or its
-// transpose where `upper` is 1; above T's diagonal nothing is read.
-void mlcbuild_substitute(const float *left, int64_t k, int64_t a, int64_t b, int upper, float *y, int64_t ldy, int64_t j0,
-                         int64_t j1) {
-  for (int64_t n = 0; n < b - a; n++) {
-    const int64_t i = upper ? b - 1 - n : a + n;
-    float *row = y + i * ldy;
-    const float inverse = 1.0f / left[i * k + i];
-    for (int64_t m = 0; m < n; m++) {
-      const int64_t done = upper ? b - 1 - m : a + m;
-      const float factor = -(upper ? left[done * k + i] : left[i * k + done]), *other = y + done * ldy;
-      for (int64_t j = j0; j < j1; j++) row[j] = __builtin_fmaf(factor, other[j], row[j]);
-    }
-    for (int64_t j = j0; j < j1; j++) row[j] *= inverse;
-  }
-}
-
 #ifdef BITS
 #define M ((1 << (BITS - 1)) - 1)
 #define LOWEST (SYMMETRIC ? -M : 0)

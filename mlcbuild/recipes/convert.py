@@ -107,7 +107,7 @@ def quantizations(documents: Mapping[str, Document]) -> tuple[dict[str, Quantiza
         base = each.data.get("format")
         if base in whole and each.data["rounding"] != "nearest" and not _has_scales(whole[base], each.data["rounding"]):
             text = (
-                f"`rounding` is `{each.data['rounding']}`, expected `nearest` for the format `{base}`: "
+                f"`rounding` is `{each.data['rounding']}`, expected {_roundings(whole[base])} for the format `{base}`: "
                 "there is no other scale to search for"
             )
             problems.append(each.problem(text, ("rounding",)))
@@ -117,6 +117,10 @@ def quantizations(documents: Mapping[str, Document]) -> tuple[dict[str, Quantiza
             text = f"`format` is `{base}`, which is no format of its own; name the one whose bytes it has"
             problems.append(each.problem(text, ("format",)))
     return {name: whole[name] for name in sorted(whole)}, problems
+
+
+def _roundings(quantization: Quantization) -> str:
+    return "`nearest` or `gptq`" if _has_scales(quantization, "gptq") else "`nearest`"
 
 
 def _has_scales(quantization: Quantization, rounding: str) -> bool:

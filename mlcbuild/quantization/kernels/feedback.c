@@ -233,7 +233,7 @@ INLINE void add(const float *m, int64_t k, const f32v *errors, int64_t from, int
 // its groups [k / GROUP, GROUP, GROUP], and no group gets worse.
 void mlcbuild_feedback(const float *metric, const float *own, int64_t k, int again, const f32v *w, f32v *codes,
                        f32v *scales, f32v *minima, f32v *errors) {
-  static _Thread_local triangle r;
+  triangle r;
   for (int64_t group = k / GROUP - 1; group >= 0; group--) {
     const int64_t a = group * GROUP, b = a + GROUP;
     f32v target[GROUP], seen[GROUP], found[GROUP];

@@ -18,7 +18,7 @@ from typing import Any
 from mlcbuild.recipes.load import load
 from mlcbuild.recipes.types import Quantization
 
-ROUNDINGS = ("nearest", "mse", "calibrated")
+ROUNDINGS = ("nearest", "mse", "calibrated", "gptq")
 _DODO = '"""The tasks of this workspace."""\n\nfrom mlcbuild.tasks import *  # noqa: F403\n'
 _HEADER = "| format | rounding | bits per parameter | KL divergence | same likeliest token | perplexity | increase |\n"
 _LINE = "|---|---|---|---|---|---|---|\n"

@@ -14,7 +14,7 @@ from mlcbuild.recipes.select import Selection
 # doit's commands that run no task.
 _SHOWING = ("clean", "completion", "dumpdb", "forget", "help", "ignore", "info", "list", "reset-dep", "tabcompletion")
 _OF_RECIPES = ("build", "package", "verify", "publish")
-_OF_MODELS = ("download", "convert", "calibrate", "quantize")
+_OF_MODELS = ("download", "convert", "calibrate", "round", "quantize")
 
 
 def only_builds(words: Sequence[str]) -> bool:

@@ -11,6 +11,7 @@ GROUPS = {
     "download": "fetch checkpoints",
     "convert": "bring checkpoints under the model's parameter names",
     "calibrate": "measure what the model's matrices are multiplied with",
+    "round": "round matrices layer by layer, each to what the layers before it make",
     "quantize": "make the weights only",
     "lower": "make optimised modules",
     "runtime": "compile TVM's runtime for browsers",

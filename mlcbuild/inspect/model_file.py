@@ -15,6 +15,7 @@ from mlcbuild.inspect.checkpoint import Checkpoint, open_checkpoint, source_of
 from mlcbuild.inspect.inspection import Inspection, inspect_checkpoint
 from mlcbuild.inspect.inspection_text import quantizations
 from mlcbuild.inspect.sizes import CONVERSATION
+from mlcbuild.models.kinds import by_layer
 from mlcbuild.recipes.files import NAME, NAME_RULE, write_new
 from mlcbuild.recipes.lockfile import key
 from mlcbuild.recipes.problems import did_you_mean
@@ -22,6 +23,7 @@ from mlcbuild.recipes.types import AUTO_TEMPLATE, Catalog, Locked, Model, Source
 from mlcbuild.text import amount
 from mlcbuild.workspace.hub_locks import locker, resolve, store_entry
 
+_SMALL, _MUCH = 700_000_000, 0.3  # parameters, and the part of them that a vocabulary has
 _SCHEMA = "# yaml-language-server: $schema=../../schema/model.schema.json\n"
 
 
@@ -189,7 +191,17 @@ def _unknown(inspection: Inspection, remarks: tuple[str, ...]) -> Iterator[str]:
 
 def _next(inspection: Inspection, name: str, wish: Wish) -> Iterator[str]:
     fitting = [each for each, size in inspection.sizes.items() if size.problem is None and size.total <= wish.memory]
-    format_ = "q4f16_1" if "q4f16_1" in fitting or not fitting else min(fitting)
+    wanted = _proposed(inspection)
+    format_ = next((each for each in (wanted, "q4f16_1") if each in fitting), min(fitting, default=wanted))
     yield f"write recipes/{name}-cpu.yaml: {{model: {name}, quantization: {format_}, target: cpu}}"
     yield f"mlcbuild test-run {name}-cpu    # every step, on a small random model of this structure"
     yield f"doit build recipe={name}-cpu"
+
+
+def _proposed(inspection: Inspection) -> str:
+    """A quantization that passes its gate: small models lose much at 4 bits, as do those that are mostly vocabulary."""
+    structure = inspection.structure
+    of_vocabulary = structure.vocab_size * structure.hidden_size / inspection.parameters
+    if inspection.parameters > _SMALL and of_vocabulary < _MUCH:
+        return "q4f16_1"
+    return "q4f16_mixed" if by_layer(structure) else "q8f16_1"

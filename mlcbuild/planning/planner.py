@@ -114,6 +114,8 @@ class _Planner:
         steps = {"download": self._download(model), **self._merged(model), "convert": self._convert(model)}
         if quantization.rounding == "calibrated":
             steps["calibrate"] = self._calibrate(model)
+        elif quantization.rounding == "gptq":
+            steps["round"] = self._round(model, quantization)
         steps["quantize"] = self._quantize(model, quantization)
         steps["lower"] = self._lower(shape.whole, quantization, target)
         steps["library"] = self._library(shape.whole, quantization, target)
@@ -155,12 +157,21 @@ class _Planner:
 
     @_once
     def _calibrate(self, model: Model) -> str:
+        return self._measured("calibrate", model.name, model, "calibrated", {})
+
+    @_once
+    def _round(self, model: Model, quantization: Quantization) -> str:
+        fields = {"quantization": quantization_json(quantization)}
+        return self._measured("round", f"{model.name}-{quantization.name}", model, "gptq", fields)
+
+    def _measured(self, kind: str, label: str, model: Model, rounding: str, fields: Mapping[str, Any]) -> str:
+        """A step that runs the calibration text through the model."""
         everywhere = self.catalog.targets[_EVERYWHERE]
         target = everywhere if targets.runs_here(everywhere) else self.catalog.targets[_HERE]
         shape = self._shape(model, {})
         if shape.blocks is None:
             raise MlcBuildError(
-                "rounding `calibrated` measures a decoder layer by layer, and "
+                f"rounding `{rounding}` measures a decoder layer by layer, and "
                 f"{shape.fields['architecture']} is none: choose the same quantization without it, or with "
                 "`rounding: mse`"
             )
@@ -171,7 +182,7 @@ class _Planner:
             Input("checkpoint", step=download, select=TOKENIZER_FILES),
             Input("text", path=model.calibration or _CALIBRATION_TEXT),
         )
-        return self._add("calibrate", model.name, {"structure": shape.fields}, inputs, (download, convert))
+        return self._add(kind, label, {"structure": shape.fields, **fields}, inputs, (download, convert))
 
     @_once
     def _quantize(self, model: Model, quantization: Quantization) -> str:
@@ -183,6 +194,8 @@ class _Planner:
         inputs = [Input("convert", step=convert)]
         if quantization.rounding == "calibrated":
             inputs.append(Input("calibration", step=self._calibrate(model)))
+        elif quantization.rounding == "gptq":
+            inputs.append(Input("rounded", step=self._round(model, quantization)))
         materials = (self._download(model), convert)
         return self._add("quantize", f"{model.name}-{quantization.name}", fields, tuple(inputs), materials)
 

@@ -183,17 +183,21 @@ def check(quantization: Quantization) -> None:
         problem = None if weights is None else _problem(weights, quantization.model_dtype)
         if problem:
             raise MlcBuildError(f"{where}: {prefix}{problem}")
-    if quantization.rounding not in ("nearest", "mse", "calibrated"):
-        raise MlcBuildError(f"{where}: rounding {quantization.rounding!r}: expected nearest, mse or calibrated")
-    if quantization.rounding != "nearest" and not any(w and searchable(w) for _, w in checked):
-        raise MlcBuildError(
-            f"{where}: rounding {quantization.rounding!r}: only symmetric groups have a scale to search for"
-        )
+    if quantization.rounding not in ("nearest", "mse", "calibrated", "gptq"):
+        raise MlcBuildError(f"{where}: rounding {quantization.rounding!r}: expected nearest, mse, calibrated or gptq")
+    able, what = (has_feedback, "groups") if quantization.rounding == "gptq" else (searchable, "symmetric groups")
+    if quantization.rounding != "nearest" and not any(w and able(w) for _, w in checked):
+        raise MlcBuildError(f"{where}: rounding {quantization.rounding!r}: only {what} have a scale to search for")
 
 
 def searchable(weights: Weights) -> bool:
     """Whether `rounding: mse` and `calibrated` can choose other scales for these weights."""
     return weights.scheme == "group" and weights.symmetric
+
+
+def has_feedback(weights: Weights) -> bool:
+    """Whether `rounding: gptq` can round these weights."""
+    return weights.scheme == "group"
 
 
 def _problem(weights: Weights, model_dtype: str) -> str | None:

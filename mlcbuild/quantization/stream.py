@@ -39,7 +39,8 @@ class _Plan:
     """One parameter: where it comes from, what it becomes.
 
     `weights` is how it is packed, None where it is only cast. `importance` `[K]`, `[experts, K]` for experts, weights
-    the errors of a searched scale; None where all columns count the same.
+    the errors of a searched scale; None where all columns count the same. `ready` is all of it, where that was found
+    before.
     """
 
     entry: Mapping[str, Any]  # of parameters.json
@@ -48,6 +49,7 @@ class _Plan:
     pieces: tuple[Piece, ...]
     search: bool
     importance: Float32 | None
+    ready: Packed | None
 
     @property
     def name(self) -> str:
@@ -79,13 +81,15 @@ def quantize(
     importance: Mapping[str, Array] | None = None,
     note: Callable[[str], None] = lambda text: None,
     scratch: Path | None = None,
+    ready: Mapping[str, Packed] | None = None,
 ) -> None:
     """Write the weights folder of the parameters that `document` (parameters.json) lists.
 
     `blobs` gives the checkpoint files by sha256; `parameters` the roles, in the same order as the document;
     `progress` is told source bytes done and in all. The output does not depend on `threads`. `importance` is for
     `rounding: calibrated`: by parameter name, `[K]` (`[experts, K]`), how much each input column's squared error counts
-    (the mean square of what runs through it); a parameter without one is rounded as by `mse`. `scratch` is a folder for
+    (the mean square of what runs through it); a parameter without one is rounded as by `mse`. `ready` is for `rounding:
+    gptq`: what parameters are packed to, by name, the rows of experts one after the other. `scratch` is a folder for
     kernels that are compiled for this machine; without one everything is done in NumPy, which gives the same bytes.
 
     Raises CheckpointError naming parameter, tensor, file and index of the first value that is NaN or Inf, or too large
@@ -103,7 +107,11 @@ def quantize(
         if not any(matches(pattern, parameter) for parameter in parameters):
             note(f"override {pattern!r} matches no parameter of this model")
     weighted = _importance(parameters, quantization, importance)
-    plans = [_plan(entry, made[entry["name"]], quantization, weighted.get(entry["name"])) for entry in entries]
+    done = _ready(made, quantization, ready)
+    plans = [
+        _plan(entry, made[entry["name"]], quantization, weighted.get(entry["name"]), done.get(entry["name"]))
+        for entry in entries
+    ]
     sources = Sources((part for plan in plans for part in _parts(plan, quantization)), blobs)
     total = sum(piece.nbytes for plan in plans for piece in plan.pieces)
     workers = threads or max(1, len(os.sched_getaffinity(0)))
@@ -118,11 +126,12 @@ def _plan(
     tensors: Sequence[QuantizedParameter],
     quantization: Quantization,
     importance: Float32 | None,
+    ready: Packed | None,
 ) -> _Plan:
     weights = tensors[0].weights
     searched = quantization.rounding != "nearest" and weights is not None and searchable(weights)
     mine = pieces(entry, weights is not None)
-    return _Plan(entry, tuple(tensors), weights, mine, searched, importance if searched else None)
+    return _Plan(entry, tuple(tensors), weights, mine, searched, importance if searched else None, ready)
 
 
 def _importance(
@@ -145,6 +154,24 @@ def _importance(
         if not (np.isfinite(checked[name]).all() and (checked[name] >= 0).all()):
             raise MlcBuildError(f"importance of {name}: expected finite numbers, none below 0; measure it again")
     return checked
+
+
+def _ready(
+    made: Mapping[str, Sequence[QuantizedParameter]], quantization: Quantization, given: Mapping[str, Packed] | None
+) -> dict[str, Packed]:
+    if quantization.rounding != "gptq":
+        return {}
+    if given is None:
+        raise MlcBuildError("rounding: gptq takes matrices that were rounded layer by layer, and none were")
+    for name, each in given.items():
+        if name not in made:
+            raise MlcBuildError(f"rounded {name}: the model has no such parameter; round it again")
+        for values, tensor in zip((each.words, each.scales), made[name], strict=True):
+            *experts, n, k = tensor.shape
+            expected = (k, n) if tensor.rows_axis == 1 and not experts else (prod(tensor.shape[:-1]), k)
+            if values.shape != expected:
+                raise MlcBuildError(f"rounded {name}: shape {list(values.shape)}, expected {list(expected)}")
+    return dict(given)
 
 
 def _parts(plan: _Plan, quantization: Quantization) -> Iterable[Part]:
@@ -233,6 +260,10 @@ class _Stream:
             result: Packed | Array = floats.cast(values, piece.dtype, target)
             if result is values:
                 result = values.copy()  # the mapped pages are about to be given back
+        elif plan.ready is not None:
+            self._checked(piece, dtype)
+            rows = slice(piece.row, piece.row + piece.count // piece.width)
+            result = Packed(plan.ready.words[rows], plan.ready.scales[rows])
         elif not weights.symmetric:
             result = asymmetric.encode(self.sources.rows(piece), piece.dtype, weights)
         elif plan.search:

@@ -105,9 +105,9 @@ def quantizations(documents: Mapping[str, Document]) -> tuple[dict[str, Quantiza
             whole[name] = quantization(name, each.data, others)
     for name, each in documents.items():
         base = each.data.get("format")
-        if base in whole and each.data["rounding"] != "nearest" and not _has_scales(whole[base]):
+        if base in whole and each.data["rounding"] != "nearest" and not _has_scales(whole[base], each.data["rounding"]):
             text = (
-                f"`rounding` is `{each.data['rounding']}`, expected `nearest` for the format `{base}`: "
+                f"`rounding` is `{each.data['rounding']}`, expected {_roundings(whole[base])} for the format `{base}`: "
                 "there is no other scale to search for"
             )
             problems.append(each.problem(text, ("rounding",)))
@@ -119,9 +119,16 @@ def quantizations(documents: Mapping[str, Document]) -> tuple[dict[str, Quantiza
     return {name: whole[name] for name in sorted(whole)}, problems
 
 
-def _has_scales(quantization: Quantization) -> bool:
+def _roundings(quantization: Quantization) -> str:
+    return "`nearest` or `gptq`" if _has_scales(quantization, "gptq") else "`nearest`"
+
+
+def _has_scales(quantization: Quantization, rounding: str) -> bool:
+    """Whether the rounding has scales to search for: `gptq` in all groups, the others in symmetric ones."""
     weights = [quantization.weights, *(other for _, other in quantization.overrides)]
-    return any(each is not None and each.scheme == "group" and each.symmetric for each in weights)
+    return any(
+        each is not None and each.scheme == "group" and (each.symmetric or rounding == "gptq") for each in weights
+    )
 
 
 def _clashes(document: Document, pattern: str, other: Document) -> list[Problem]:

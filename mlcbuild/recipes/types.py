@@ -87,7 +87,7 @@ class Quantization:
     weights: Weights | None = None
     embedding: Literal["quantized", "kept"] = "kept"
     lm_head: Literal["quantized", "kept"] = "kept"
-    rounding: Literal["nearest", "mse", "calibrated"] = "nearest"
+    rounding: Literal["nearest", "mse", "calibrated", "gptq"] = "nearest"
     scheme_version: int = 2  # 1: the bytes of the 2023 tutorials, whose names mean other bytes now
     overrides: tuple[
         tuple[str, Weights | None], ...
@@ -181,7 +181,9 @@ class Model:
     verify: Verify = Verify()
     delta_of: Source | None = None  # the base that `source` is the difference to
     lora: Source | None = None  # an adapter, merged into `source`
-    calibration: Path | None = None  # text for `rounding: calibrated`; None means the one that ships with mlcbuild
+    calibration: Path | None = (
+        None  # text for `rounding: calibrated` and `gptq`; None means the one that ships with mlcbuild
+    )
 
     @property
     def sources(self) -> list[Source]:

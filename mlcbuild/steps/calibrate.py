@@ -10,33 +10,20 @@ from safetensors.numpy import save_file
 
 from mlcbuild.engine.job import Job
 from mlcbuild.models import structure
-from mlcbuild.runtime.tokenizer import load_tokenizer
-from mlcbuild.verify import evaluate
+from mlcbuild.verify import calibration
 from mlcbuild.verify.importance import importance
-from mlcbuild.verify.pieces import Pieces
 from mlcbuild.verify.tensors import Unquantized
 
 VERSION = 1
 TOOLS = ("apache-tvm", "apache-tvm-ffi", "numpy", "safetensors", "sentencepiece", "tokenizers")
 
-_TOKENS = 16384  # of a text; more would hardly move a mean square
-
 
 def run(job: Job) -> None:
     """Raises MlcBuildError for a text with nothing in it, and for a model that computes NaN or Inf."""
     model = structure.from_json(job.fields["structure"])
-    (library,) = job.folder(job.inputs["blocks"], job.scratch / "blocks").glob("model.*")
-    pieces = Pieces(library)
+    blocks, tokenizer = (job.folder(job.inputs[name], job.scratch / name) for name in ("blocks", "checkpoint"))
     (text,) = job.inputs["text"].files.values()
-    tokenizer = load_tokenizer(job.folder(job.inputs["checkpoint"], job.scratch / "checkpoint"))
-    documents = evaluate.documents(text.path.read_text(encoding="utf-8"), tokenizer)
-    windows, tokens = [], 0
-    for window in evaluate.windows(documents, min(pieces.window, model.context_window_size)):
-        if tokens + len(window) > _TOKENS:
-            job.note(f"the calibration text is long: its first {tokens} tokens are enough")
-            break
-        windows.append(window)
-        tokens += len(window)
+    pieces, windows = calibration.opened(blocks, tokenizer, text.path, model.context_window_size, job.note)
     found = importance(
         model,
         pieces,

@@ -165,6 +165,7 @@ def test_list(workspace: Workspace) -> None:
         "package",
         "publish",
         "quantize",
+        "round",
         "runtime",
         "verify",
     ]

@@ -42,8 +42,9 @@ def test_it_is_built_and_verified_whole_and_layer_by_layer(workspace: Workspace,
         workspace.recipe(f"{model}-cpu", "q4f16_1", model)
     workspace.recipe("exact-cpu", "q0f32", "mixture")
     workspace.recipe("calibrated-cpu", "q4f16_1-calibrated", "mixture")
+    workspace.recipe("gptq-cpu", "q4f16_1-gptq", "mixture")
     workspace.doit("build")
-    names = ("mixture", "large", "exact", "calibrated")
+    names = ("mixture", "large", "exact", "calibrated", "gptq")
     quality = {
         name: json.loads((workspace.root / "dist" / f"{name}-cpu" / "quality.json").read_text()) for name in names
     }
@@ -53,6 +54,7 @@ def test_it_is_built_and_verified_whole_and_layer_by_layer(workspace: Workspace,
         assert layers[name] == whole[name], name
     assert list(layers["relative_error"]["blocks"]) == ["embedding", "layer 0", "layer 1", "layer 2", "final norm"]
     assert quality["exact"]["kl"] == 0 < quality["calibrated"]["kl"] < whole["kl"]
+    assert 0 < quality["gptq"]["kl"] < quality["calibrated"]["kl"]
     logits = load(workspace.root / "dist" / "exact-cpu").logits(IDS)
     expected = np.load(checkpoint.parent / "logits.npy")
     assert np.abs(logits - expected).max() <= 1e-4 * expected.std()

@@ -152,6 +152,20 @@ def test_calibration_is_a_step_of_the_recipes_that_need_it(workspace: Workspace)
     assert text is not None and text.name == "calibration.txt"
 
 
+def test_error_feedback_is_a_step_of_its_own(workspace: Workspace) -> None:
+    """Of a model and a format, where calibration is of a model; both run on the text and the library of pieces."""
+    for name in ("q4f16_1-gptq", "q3f16_1-gptq", "q4f16_mixed"):
+        workspace.write(f"recipes/{name}.yaml", f"model: tiny\nquantization: {name}\ntarget: cpu\n")
+    found = planned(workspace, "q4f16_1-gptq", "q3f16_1-gptq", "q4f16_mixed")
+    assert "calibrate" not in kinds(found)
+    rounds = [found.steps[goal.steps["round"]] for goal in found.goals.values()]
+    assert {step.name for step in rounds} == {f"round:tiny-{name}" for name in found.goals}
+    for goal, step in zip(found.goals.values(), rounds, strict=True):
+        assert step.name in found.steps[goal.steps["quantize"]].producers
+    assert len({item.step for step in rounds for item in step.inputs if item.name == "blocks"}) == 1
+    assert {item.path.name for step in rounds for item in step.inputs if item.path} == {"calibration.txt"}
+
+
 def test_models_calibration_text(workspace: Workspace) -> None:
     mine = workspace.write("recipes/models/mine.txt", "My own text.")
     workspace.write("recipes/models/own.yaml", "extends: tiny\nsource: {path: tiny}\ncalibration: {text: mine.txt}\n")

@@ -270,6 +270,40 @@ def test_importance_that_does_not_fit(tmp_path: Path, importance: Any, text: str
     assert str(error.value) == text
 
 
+@pytest.mark.parametrize("layout", ["NK", "KN"])
+def test_matrices_that_are_rounded_already(tmp_path: Path, layout: Any) -> None:
+    """They are taken as they are, in pieces; what nobody rounded is rounded as by `mse`."""
+    weights = replace(NK, layout=layout)
+    values = joined("float32")
+    other = group.encode(values["qkv_proj.weight"] * 2, "float32", NK, "float16")
+    gptq = replace(Q4F16, weights=weights, rounding="gptq")
+    made = run(tmp_path, "float32", gptq, ready={"qkv_proj.weight": other})
+    words, scales = (made[f"qkv_proj.{form}"] for form in ("q_weight", "q_scale"))
+    assert np.array_equal(words.T if layout == "KN" else words, other.words)
+    assert np.array_equal(scales.T if layout == "KN" else scales, other.scales)
+    wanted = search.encode(values["embed.weight"], "float32", NK, "float16")
+    assert np.array_equal(made["embed.q_weight"], wanted.words)
+
+
+@pytest.mark.parametrize(
+    ("ready", "text"),
+    [
+        (None, "rounding: gptq takes matrices that were rounded layer by layer, and none were"),
+        ({"x.weight": (48, 16, 4)}, "rounded x.weight: the model has no such parameter; round it again"),
+        ({"qkv_proj.weight": (47, 16, 4)}, "rounded qkv_proj.weight: shape [47, 16], expected [48, 16]"),
+        ({"qkv_proj.weight": (48, 16, 5)}, "rounded qkv_proj.weight: shape [48, 5], expected [48, 4]"),
+    ],
+)
+def test_rounded_matrices_that_do_not_fit(tmp_path: Path, ready: Any, text: str) -> None:
+    given = ready and {
+        name: Packed(np.zeros((rows, words), np.uint32), np.zeros((rows, scales), np.float16))
+        for name, (rows, words, scales) in ready.items()
+    }
+    with pytest.raises(MlcBuildError) as error:
+        run(tmp_path, "float32", replace(Q4F16, rounding="gptq"), ready=given)
+    assert str(error.value) == text
+
+
 def test_overrides_reach_the_folder(tmp_path: Path) -> None:
     notes: list[str] = []
     overrides = (("lm_head", replace(NK, bits=8)), ("embedding", None), ("o_proj", None))

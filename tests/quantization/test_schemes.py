@@ -206,7 +206,7 @@ def test_impossible_formats(changes: dict[str, Any], text: str) -> None:
 
 def test_impossible_roundings() -> None:
     other: Any = "up"
-    with pytest.raises(MlcBuildError, match="rounding 'up': expected nearest, mse or calibrated"):
+    with pytest.raises(MlcBuildError, match="rounding 'up': expected nearest, mse, calibrated or gptq"):
         quantized_parameters(MODEL, replace(Q4, rounding=other))
     with pytest.raises(MlcBuildError, match="rounding 'mse': only symmetric groups have a scale to search for"):
         quantized_parameters(MODEL, replace(Q4, weights=OUTER, embedding="kept", rounding="mse"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from mlcbuild.recipes.types import (
     Quantization,
     Weights,
@@ -84,7 +86,12 @@ def test_overrides_of_overrides_are_refused(workspace: Workspace) -> None:
     )
 
 
-def test_a_rounding_that_a_format_cannot_have(workspace: Workspace) -> None:
-    assert workspace.problem("quantizations/bad.yaml", "format: q4f32_0\nrounding: mse\n") == (
-        "2:11: `rounding` is `mse`, expected `nearest` for the format `q4f32_0`: there is no other scale to search for"
+@pytest.mark.parametrize(
+    ("name", "rounding", "expected"),
+    [("q4f32_0", "mse", "`nearest` or `gptq`"), ("q8f16_0", "gptq", "`nearest`")],
+)
+def test_a_rounding_that_a_format_cannot_have(workspace: Workspace, name: str, rounding: str, expected: str) -> None:
+    assert workspace.problem("quantizations/bad.yaml", f"format: {name}\nrounding: {rounding}\n") == (
+        f"2:11: `rounding` is `{rounding}`, expected {expected} for the format `{name}`: "
+        "there is no other scale to search for"
     )

@@ -82,7 +82,7 @@ class Action:
         if digest_json(record["files"]) != record["tree"]:
             raise Damaged("its entry is of something else")
         given = {name: record[name] for name in ("step", "name", "code", "fields", "inputs", "toolchain")}
-        files = {name: Entry(*each, path=_NOWHERE) for name, each in record["files"].items()}
+        files = {name: Entry(digest, size, mode, _NOWHERE) for name, (digest, size, mode) in record["files"].items()}
         return cls(key=key, **given, seconds=float(record["seconds"]), tree=Tree(files))
 
     def to_json(self) -> bytes:

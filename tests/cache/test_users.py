@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -13,12 +15,14 @@ from typing import Any
 import pytest
 
 from mlcbuild.cache.action import Action
-from mlcbuild.cache.disk import made_for
+from mlcbuild.cache.disk import made_for, room_in
 from mlcbuild.cache.gc import collect, plan
 from mlcbuild.cache.inventory import inventory
 from mlcbuild.cache.locks import locked, sweep_dead, workplace
 from mlcbuild.cache.store import Store
-from mlcbuild.cache.tree import Tree
+from mlcbuild.cache.tree import Entry, Tree
+from mlcbuild.errors import MlcBuildError
+from mlcbuild.workspace.install import install
 
 GROUP = 61234
 ALICE, BOB = 61001, 61002
@@ -40,6 +44,28 @@ def work(root: Path, number: int, *texts: str) -> str:
             store.index.add("toy", "built", 1)
         store.index.put("kind", "path", root.parent.stat(), "remembered")
         return f"{'built' if found is None else 'found'} {store.index.get('kind', 'path', root.parent.stat())}"
+
+
+def watched(root: Path, number: int, *texts: str) -> str:
+    """As `work`; before each of its system calls that Python tells of, everything that is there has its rights.
+
+    So whoever else looks meanwhile, or goes on where this process was killed, is never shut out.
+    """
+    shut: set[str] = set()
+
+    def look(event: str, arguments: tuple[Any, ...]) -> None:
+        if not event.startswith(("os.mkdir", "os.chmod", "os.chown", "os.rename", "os.link", "os.remove", "open")):
+            return
+        for folder, folders, names in os.walk(root):
+            folders[:] = [name for name in folders if not name.startswith(".") and Path(folder).name != "tmp"]
+            for name in (*folders, *(name for name in names if not name.startswith("."))):
+                status = Path(folder, name).lstat()
+                wanted = 0o2070 if stat.S_ISDIR(status.st_mode) else 0o060 if "cas" not in folder else 0o040
+                if status.st_mode & wanted != wanted or status.st_gid != GROUP:
+                    shut.add(f"{name}: {status.st_mode:o}")
+
+    sys.addaudithook(look)  # in this child only
+    return f"{work(root, number, *texts)} {sorted(shut)}"
 
 
 def clean(root: Path) -> str:
@@ -99,6 +125,14 @@ def test_users_of_a_group_share_what_they_build(shared: Path, umask: int) -> Non
     assert entry.stat().st_mtime > 0  # another user's use of it counts
 
 
+def test_nothing_of_a_groups_is_closed_to_it_even_for_a_moment(shared: Path) -> None:
+    """FAULTS.md C: `cas/XX` was without the group's rights between being made and being given them."""
+    expected = "built remembered []"
+    assert run(ALICE, watched, shared, 1, "one", "both", umask=0o077) == expected
+    assert run(BOB, watched, shared, 2, "two", "both", umask=0o077) == expected
+    assert not list(shared.rglob(".*"))
+
+
 def test_one_user_collects_what_another_left(shared: Path) -> None:
     run(ALICE, work, shared, 1, "one", "both")
     dead = shared / "tmp" / "dead" / "output"
@@ -124,6 +158,34 @@ def test_one_user_replaces_what_another_tried(shared: Path) -> None:
 
     assert run(ALICE, make, "alice", umask=0o077) == "alice"
     assert run(BOB, make, "bob", umask=0o077) == "bob"
+
+
+def test_what_belongs_to_another_is_said(tmp_path: Path, shared: Path) -> None:
+    """FAULTS.md C: other users' cache/ and dist/."""
+    shared.chmod(0o755)
+    dist = tmp_path / "dist"
+    dist.mkdir()
+
+    def lock() -> str:
+        with room_in(shared), locked(shared / "locks" / "key"):
+            return "locked"
+
+    def put() -> str:
+        install(dist, "r", {"a/b": Entry("ab" * 32, 1, 0o644, tmp_path)}, b"{}", Store(shared))
+        return "installed"
+
+    def told(what: Callable[[], str]) -> str:
+        try:
+            return what()
+        except MlcBuildError as error:
+            return str(error)
+
+    said = run(BOB, told, lock)
+    whose = f"{shared} belongs to user {ALICE} and has mode 755; this is user {BOB}. Have it given to you (`chown -R`)"
+    assert said.startswith(f"{shared}/locks: Permission denied: {whose}"), said
+    assert "or use another folder (cache=DIR for the cache)" in said
+    said = run(BOB, told, put)
+    assert said.startswith(f"{dist}/.new-r: Permission denied: {dist} belongs to root and has mode 755; this is "), said
 
 
 def test_a_folder_of_ones_own_stays_so(tmp_path: Path, shared: Path) -> None:

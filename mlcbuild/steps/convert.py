@@ -16,11 +16,11 @@ from typing import Any
 from mlcbuild.checkpoints import computed
 from mlcbuild.checkpoints.computed import Computed
 from mlcbuild.checkpoints.header import TensorRef
-from mlcbuild.checkpoints.index import as_stored, entry, index, with_prefix
+from mlcbuild.checkpoints.index import as_stored, entry, index, tied_embedding, with_prefix
 from mlcbuild.checkpoints.table import read_table
 from mlcbuild.engine.job import Entry, Job
 from mlcbuild.errors import CheckpointError
-from mlcbuild.merging import delta, lora, prequantized
+from mlcbuild.merging import adapter, delta, lora, prequantized
 from mlcbuild.merging.rearranged import rearranged
 from mlcbuild.models import structure
 from mlcbuild.models.parameters import Parameter, ignored, parameters
@@ -69,8 +69,8 @@ def _indexed(job: Job, model: Structure, table: Mapping[str, TensorRef]) -> dict
             raise CheckpointError("\n".join(f"delta_of: {line}" for line in str(error).splitlines())) from None
         changed = delta.merged(wanted, table, base, ignored(model))
     elif "lora" in job.inputs:
-        adapter = lora.read(*_paths_and_digests(job.inputs["lora"].files))
-        merged = lora.merged(adapter, table, needed)
+        tied = tied_embedding(wanted) if model.embedding is None else None  # a model of texts has no output matrix
+        merged = lora.merged(adapter.read(*_paths_and_digests(job.inputs["lora"].files)), table, needed, tied)
         names = {each.target.name for each in merged}
         changed = merged + [each for each in changed if each.target.name not in names]
     _write(job, document, wanted, table, changed)

@@ -50,12 +50,15 @@ def weight_files(names: Collection[str]) -> list[str]:
     return pickles if len(pickles) == 1 and not any(name.endswith(".safetensors") for name in names) else []
 
 
-def read_table(files: Mapping[str, Path], blobs: Mapping[str, str] | None = None) -> dict[str, TensorRef]:
+def read_table(
+    files: Mapping[str, Path], blobs: Mapping[str, str] | None = None, note: Callable[[str], None] = lambda text: None
+) -> dict[str, TensorRef]:
     """Tensors by name. `files` are the checkpoint's files, `blobs` their sha256 by the same names, where known.
 
-    Which files count, `weight_files` says. Raises CheckpointError with everything that is wrong: no weights, a shard
-    that is missing, damaged (`read_header`, `read_torch`) or not in the index, an index that names a file outside the
-    folder, a tensor that the index puts where it is not, that it leaves out, or that two shards hold.
+    `note` is told where the index's `total_size` is not the tensors': nobody reads it, so it may be wrong. Which files
+    count, `weight_files` says. Raises CheckpointError with everything that is wrong: no weights, a shard that is
+    missing, damaged (`read_header`, `read_torch`) or not in the index, an index that names a file outside the folder,
+    a tensor that the index puts where it is not, that it leaves out, or that two shards hold.
     """
     blobs = blobs or {}
     found = weight_files(files)
@@ -63,14 +66,16 @@ def read_table(files: Mapping[str, Path], blobs: Mapping[str, str] | None = None
         raise CheckpointError(_no_weights(files))
     for form in FORMS:
         if form.index in found:
-            return _sharded(form, files, blobs)
+            return _sharded(form, files, blobs, note)
     (single,) = found
     read = read_header if single == SAFETENSORS.single else read_torch
     return {ref.name: ref for ref in read(files[single], single, blobs.get(single, ""))}
 
 
-def _sharded(form: Form, files: Mapping[str, Path], blobs: Mapping[str, str]) -> dict[str, TensorRef]:
-    weight_map = _weight_map(files[form.index], form.index)
+def _sharded(
+    form: Form, files: Mapping[str, Path], blobs: Mapping[str, str], note: Callable[[str], None]
+) -> dict[str, TensorRef]:
+    weight_map, told = _weight_map(files[form.index], form.index)
     shards = sorted(set(weight_map.values()))
     problems = [
         f"{form.index}: weight_map names {shard!r}, which lies outside the checkpoint's folder"
@@ -114,10 +119,14 @@ def _sharded(form: Form, files: Mapping[str, Path], blobs: Mapping[str, str]) ->
             )
     if problems:
         raise CheckpointError("\n".join(problems))
+    size = sum({(ref.file, ref.offset, ref.nbytes): ref.nbytes for ref in table.values()}.values())
+    if told is not None and told != size:
+        note(f"{form.index}: total_size is {told:,}, and the tensors of the shards have {size:,} bytes")
     return table
 
 
-def _weight_map(path: Path, name: str) -> dict[str, str]:
+def _weight_map(path: Path, name: str) -> tuple[dict[str, str], int | None]:
+    """Which file a tensor is in, and the bytes of all, where the index has them."""
     try:
         index: Any = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -127,7 +136,9 @@ def _weight_map(path: Path, name: str) -> dict[str, str]:
         raise CheckpointError(f"{name}: has no weight_map from tensor names to file names")
     if not weight_map:
         raise CheckpointError(f"{name}: its weight_map is empty")
-    return weight_map
+    metadata = index.get("metadata")
+    told = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return weight_map, told if type(told) is int else None
 
 
 def _no_weights(files: Mapping[str, Path]) -> str:

@@ -141,15 +141,17 @@ def _tensors(checkpoint: Checkpoint, structure: Structure) -> Tensors | None:
     """What the headers of a local checkpoint's files say; nothing is read of a repository's."""
     if checkpoint.source.path is None:
         return None
+    notes: list[str] = []
     try:
         wanted = parameters.parameters(structure)
         ignored = parameters.ignored(structure)
         names = [*(source for parameter in wanted for source in parameter.sources), *ignored]
-        table = with_prefix(read_table(checkpoint.files), structure.optional_prefix, names)
+        table = with_prefix(
+            read_table(checkpoint.files, note=notes.append), structure.optional_prefix, names, notes.append
+        )
     except MlcBuildError as error:
         return Tensors(0, {}, str(error))
     dtypes = Counter(ref.dtype for ref in table.values())
-    notes: list[str] = []
     problem = None
     try:
         scheme = prequantized.scheme(checkpoint.config)

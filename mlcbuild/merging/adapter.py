@@ -26,6 +26,7 @@ _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<form>embedding_)?(?P<side>[AB])(?:\.default)?(?:\.weight)?")
 _SAVED = re.compile(r"(?P<module>.+?)(?:\.modules_to_save(?:\.default)?)?\.weight")
 _COPY = re.compile(r"(?P<module>.+)\.base_layer\.weight")
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 # Keys of the configuration that change the arithmetic in ways that are not merged here, and the values that do not.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
@@ -135,6 +136,14 @@ def absent(adapter: Adapter, parts: Parts, modules: Collection[str]) -> list[str
                     + ": the file is cut short, or belongs to another configuration"
                 )
     return problems
+
+
+def other_base(adapter: Adapter, base: str | None) -> str | None:
+    """What is said where the adapter names another repository than `base`, which may be a copy of it."""
+    named = adapter.config.get("base_model_name_or_path")
+    if base is None or not isinstance(named, str) or not _REPOSITORY.fullmatch(named) or named.lower() == base.lower():
+        return None
+    return f"{CONFIG} says that the adapter was trained on {named}, and it is laid over {base}: are they the same?"
 
 
 def _narrowed(config: Mapping[str, Any]) -> bool:

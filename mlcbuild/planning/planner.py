@@ -141,7 +141,10 @@ class _Planner:
         inputs = [Input("checkpoint", step=download, select=_TENSOR_FILES)]
         for name, step in self._merged(model).items():
             inputs.append(Input(name, step=step, select=_TENSOR_FILES if name == "base" else _ADAPTER_FILES))
-        fields = {"structure": self._shape(model, {}).fields}
+        fields: dict[str, Any] = {"structure": self._shape(model, {}).fields}
+        if model.source.hf is not None:  # what the structure is made of is compared with the file, once it is here
+            fields["config"] = dict(self._config(model))
+            fields |= {"base": model.source.hf} if model.lora is not None else {}
         return self._add("convert", model.name, fields, tuple(inputs), (download,))
 
     def _merged(self, model: Model) -> dict[str, str]:

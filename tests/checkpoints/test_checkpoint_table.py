@@ -138,3 +138,13 @@ def test_no_weights(tmp_path: Path) -> None:
     assert problems(tmp_path) == [
         f"{INDEX}: missing: the checkpoint has {ONE}, {TWO}, but nothing says how they belong together"
     ]
+
+
+def test_an_index_that_counts_other_bytes(tmp_path: Path) -> None:
+    """FAULTS A4, a sibling: total_size and the tensors. Published ones are wrong now and then, so it is a note."""
+    notes: list[str] = []
+    path = sharded(tmp_path) / INDEX
+    for size, expected in ((72, []), (7, [f"{INDEX}: total_size is 7, and the tensors of the shards have 72 bytes"])):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"metadata": {"total_size": size}}))
+        read_table(folder(tmp_path), note=notes.append)
+        assert notes == expected

@@ -161,3 +161,16 @@ def test_inspecting_a_repository_locks_nothing(
     found = json.loads(capsys.readouterr().out)
     assert (found["commit"], found["locked"], found["tensors"]) == (COMMIT, False, None)
     assert read_lock(workspace.root) == {}
+
+
+def test_a_lock_file_that_was_edited(workspace: Workspace, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    """FAULTS A4: what is inspected is the locked config, which is compared with the file at the locked commit."""
+    assert main(["new", hub.repo]) == 0
+    lock = workspace.root / "recipes" / "recipes.lock"
+    document = json.loads(lock.read_text())
+    document["repos"][hub.repo]["config"]["hidden_size"] = 7
+    lock.write_text(json.dumps(document))
+    assert main(["inspect", "tale-1.5_chat"]) == 1
+    assert f"recipes.lock: the config of hf:{hub.repo} is not that of the locked commit: `hidden_size` is 7, and " in (
+        capsys.readouterr().err
+    )

@@ -13,6 +13,7 @@ from mlcbuild.checkpoints.header import TensorRef
 from mlcbuild.checkpoints.mapped import read
 from mlcbuild.engine.job import local_job
 from mlcbuild.errors import CheckpointError
+from mlcbuild.merging import adapter
 from mlcbuild.models.parameters import parameters
 from mlcbuild.steps import convert
 from tests.checkpoints.files import write
@@ -157,3 +158,15 @@ def test_the_configuration_and_the_weights_name_the_same_modules(
     assert refusal(tmp_path) == (
         f"lora: adapter_config.json: {key} {text}the file is cut short, or belongs to another configuration"
     )
+
+
+def test_an_adapter_of_another_base_is_noted(tmp_path: Path) -> None:
+    """FAULTS A4, a sibling: a copy of a repository has another name, so this is said and not refused."""
+    train(tmp_path, False, [], [], False)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for named, noted in (("owner/a", False), ("Owner/A", False), (str(tmp_path / "base"), False), ("owner/b", True)):
+        path.write_text(json.dumps(config | {"base_model_name_or_path": named}))
+        read = adapter.read({each.name: each for each in path.parent.iterdir()}, {})
+        text = "adapter_config.json says that the adapter was trained on owner/b, and it is laid over owner/a: "
+        assert adapter.other_base(read, "owner/a") == (f"{text}are they the same?" if noted else None)

@@ -45,7 +45,10 @@ def test_an_adapter_in_a_folder(tmp_path: Path) -> None:
     (files,) = found.steps["download:tiny-lora"].inputs
     assert files.path == folder
     assert files.select == ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-    assert found.steps["convert:tiny"].inputs[1].name == "lora"
+    convert = found.steps["convert:tiny"]
+    assert convert.inputs[1].name == "lora"
+    # What convert compares with the files, once they are here (FAULTS.md A4).
+    assert convert.fields["config"] == CONFIG and convert.fields["base"] == "owner/a"
 
 
 def test_pickles_count_only_where_there_are_no_safetensors(tmp_path: Path) -> None:

@@ -54,8 +54,12 @@ def read_lock(root: Path) -> dict[str, Locked]:
 
 
 def write_lock(root: Path, locked: Mapping[str, Locked]) -> None:
-    """Replaces the lock file, whole or not at all. Raises OSError."""
-    data = {"version": _VERSION, "repos": {name: asdict(each) for name, each in locked.items()}}
+    """Replaces the lock file, whole or not at all. Raises OSError, and RecipeError for what could not be read again."""
+    repos = {name: asdict(each) for name, each in locked.items()}
+    wrong = [(name, text) for name, fields in repos.items() for text in _wrong(name, fields)]
+    if wrong:
+        raise RecipeError([f"recipes.lock: repository `{show(name)}`: {text}" for name, text in wrong])
+    data = {"version": _VERSION, "repos": repos}
     write_atomically(lock_path(root), json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 

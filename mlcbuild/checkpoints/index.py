@@ -275,4 +275,4 @@ def _list(names: Sequence[str]) -> str:
 
 def _natural(name: str) -> list[Any]:
     """A sort key that puts layer 10 after layer 9."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name)]

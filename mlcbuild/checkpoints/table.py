@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlcbuild.checkpoints.header import TensorRef, climbs, read_header
+from mlcbuild.checkpoints.header import MAX_HEADER, MOST_TENSORS, NAMED, TensorRef, climbs, first_of, read_header
 from mlcbuild.checkpoints.torch_files import read_torch
 from mlcbuild.errors import CheckpointError
 
@@ -83,16 +84,16 @@ def _sharded(
         if climbs(shard)
     ]
     table: dict[str, TensorRef] = {}
-    unread = set()
+    unread, twice = set(), set()
+    counts = Counter(weight_map.values())
     for shard in shards:
         if climbs(shard):
             unread.add(shard)
         elif shard not in files:
             unread.add(shard)
-            first = next(name for name, file in weight_map.items() if file == shard)
-            count = sum(file == shard for file in weight_map.values())
+            first = next(name for name, file in weight_map.items() if file == shard) if len(unread) <= NAMED else "…"
             problems.append(
-                f"{shard}: missing: {form.index} puts {count} tensors into it, {first} first; download it again"
+                f"{shard}: missing: {form.index} puts {counts[shard]} tensors into it, {first} first; download it again"
             )
         else:
             try:
@@ -103,6 +104,7 @@ def _sharded(
                 continue
             for ref in refs:
                 if ref.name in table:
+                    twice.add(ref.name)
                     problems.append(f"tensor {ref.name} is in two shards: {table[ref.name].file} and {shard}")
                 elif weight_map.get(ref.name) is None:
                     problems.append(f"{shard}: tensor {ref.name} is not in {form.index}")
@@ -110,7 +112,7 @@ def _sharded(
     for name, shard in weight_map.items():
         if shard not in unread and (name not in table or table[name].file != shard):
             found = f"; it is in {table[name].file}" if name in table else ""
-            if not any(problem.startswith(f"tensor {name} is in two shards") for problem in problems):
+            if name not in twice:
                 problems.append(f"{shard}: tensor {name} is missing, although {form.index} puts it there{found}")
     for file in sorted(files):
         if form.shard.fullmatch(file) and file not in shards:
@@ -118,7 +120,9 @@ def _sharded(
                 f"{file}: not named in {form.index}: a shard too many, or the index is another checkpoint's"
             )
     if problems:
-        raise CheckpointError("\n".join(problems))
+        raise CheckpointError(first_of(problems))
+    if len(table) > MOST_TENSORS:
+        raise CheckpointError(f"{form.index}: {len(table):,} tensors; at most {MOST_TENSORS:,} are read")
     size = sum({(ref.file, ref.offset, ref.nbytes): ref.nbytes for ref in table.values()}.values())
     if told is not None and told != size:
         note(f"{form.index}: total_size is {told:,}, and the tensors of the shards have {size:,} bytes")
@@ -127,9 +131,11 @@ def _sharded(
 
 def _weight_map(path: Path, name: str) -> tuple[dict[str, str], int | None]:
     """Which file a tensor is in, and the bytes of all, where the index has them."""
+    if path.stat().st_size > MAX_HEADER:
+        raise CheckpointError(f"{name}: {path.stat().st_size:,} bytes; an index has at most {MAX_HEADER:,}")
     try:
         index: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{name}: not valid JSON: {error}") from None
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):

@@ -23,14 +23,14 @@ from mlcbuild import __version__
 from mlcbuild.errors import CheckpointError
 from mlcbuild.redact import redact
 
-_ATTEMPTS = 6  # in a row that brought less than a second of SLOWEST
+ATTEMPTS = 6  # in a row that brought less than a second of SLOWEST
 _FIRST_ATTEMPTS = 3  # of these at an address where no hub has been reached yet: it may be wrong
 _AGAIN = (408, 429, 500, 502, 503, 504)
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 32.0  # seconds; doubled from one to the other
 _sleep = time.sleep
 SLOWEST, WINDOW = 1024, 120.0  # bytes a second that an answer has to bring, on average over so many seconds
-_REDIRECTS = 10  # of one request
-_PATIENCE = 300.0  # seconds that a hub may ask for before its answer counts as a refusal
+REDIRECTS = 10  # of one request
+PATIENCE = 300.0  # seconds that a hub may ask for before its answer counts as a refusal
 _RESET = re.compile(r"\bt=(\d+)")  # of the header `RateLimit: "api";r=0;t=42`: seconds until there is a new quota
 _RANGE = re.compile(r"bytes (\d+)-")
 
@@ -120,8 +120,8 @@ def receive(
                 failures, before = 0, file.tell()
             failures += 1
             wait = min(_FIRST_WAIT * 2 ** (failures - 1), _LONGEST_WAIT) if error.wait is None else error.wait
-            attempts = _FIRST_ATTEMPTS if error.unreached and not file.tell() else _ATTEMPTS
-            if failures >= attempts or wait > _PATIENCE:
+            attempts = _FIRST_ATTEMPTS if error.unreached and not file.tell() else ATTEMPTS
+            if failures >= attempts or wait > PATIENCE:
                 again = f", {failures} times in a row" if failures > 1 else ""
                 raise CheckpointError(f"{request}: {redact(error.text)}{again}") from None
             arrived(file.tell())  # which raises where another file of the same download is refused
@@ -227,8 +227,8 @@ def _answer(request: Request, headers: Mapping[str, str]) -> Iterator[Any]:
             finally:
                 response.close()
             history.append(response)
-            if len(history) > _REDIRECTS:
-                raise CheckpointError(f"{request}: the hub's answer is refused: it redirects {_REDIRECTS} times")
+            if len(history) > REDIRECTS:
+                raise CheckpointError(f"{request}: the hub's answer is refused: it redirects {REDIRECTS} times")
     except errors.OfflineModeIsEnabled:
         text = f"{request}: not in the local cache, and HF_HUB_OFFLINE is set: unset it to download"
         raise CheckpointError(text) from None

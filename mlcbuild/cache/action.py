@@ -85,7 +85,7 @@ class Action:
             )
         except Damaged:
             raise
-        except (TypeError, KeyError, ValueError, AttributeError, MlcBuildError):
+        except (TypeError, KeyError, ValueError, AttributeError, RecursionError, MlcBuildError):
             raise Damaged("its entry cannot be read") from None
 
     def to_json(self) -> bytes:

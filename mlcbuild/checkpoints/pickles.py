@@ -148,7 +148,8 @@ class Unpickler(pickle._Unpickler):
             return _Known(name, _CALLS[name])
         if module == "torch" and name == "Size":
             return _Known(name, _size)
-        raise CheckpointError(f"{self.file}: its pickle names {module}.{name}, which is refused: {_CODE}")
+        named = f"{module}.{name}"
+        raise CheckpointError(f"{self.file}: its pickle names {named:.200}, which is refused: {_CODE}")
 
     def persistent_load(self, pid: Any) -> Storage:
         kind, known, key, _, numel, *view = pid

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
@@ -75,6 +76,8 @@ def examine(root: Path) -> tuple[dict[str, Locked], list[Problem]]:
         return {}, [unreadable(name, error)]
     except json.JSONDecodeError as error:
         return {}, [Problem(name, error.lineno, error.colno, f"not valid JSON: {error.msg}; {_ADVICE}")]
+    except RecursionError:
+        return {}, [Problem(name, 1, 1, f"not valid: too many lists or objects in each other; {_ADVICE}")]
     except ValueError as error:  # not UTF-8, or a repeated key
         return {}, [Problem(name, 1, 1, f"not valid: {error}; {_ADVICE}")]
     if not isinstance(data, dict) or data.get("version") != _VERSION or not isinstance(data.get("repos"), dict):
@@ -126,6 +129,6 @@ def _stays_inside(name: str) -> bool:
 def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key `{next(name for name in data if names.count(name) > 1)}` is repeated")
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"key `{next(name for name in data if counts[name] > 1)}` is repeated")
     return data

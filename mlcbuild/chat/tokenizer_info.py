@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlcbuild.chat import rwkv_vocabulary
-from mlcbuild.errors import MlcBuildError
+from mlcbuild.errors import POINTER, MlcBuildError, pointer
 
 CONFIG = "tokenizer_config.json"
 SPECIAL_MAP = "special_tokens_map.json"  # older tokenizers' own file of what the config says now
@@ -193,7 +193,10 @@ def parse_json(path: Path, name: str) -> Any:
         size = path.stat().st_size
         if size > LARGEST_JSON:
             raise MlcBuildError(f"{name}: {size:,} bytes; such a file has at most {LARGEST_JSON:,}")
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        if content.startswith(POINTER):
+            raise MlcBuildError(pointer(name))
+        return json.loads(content.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise MlcBuildError(f"{name}: cannot be read as JSON: {error}") from None
 
@@ -219,7 +222,10 @@ def _sentencepiece(path: Path, added: Mapping[str, int]) -> TokenizerFacts:
     from sentencepiece import SentencePieceProcessor
 
     try:
-        model = SentencePieceProcessor(model_proto=path.read_bytes())
+        content = path.read_bytes()
+        if content.startswith(POINTER):
+            raise MlcBuildError(pointer(path.name))
+        model = SentencePieceProcessor(model_proto=content)
     except (OSError, RuntimeError) as error:
         raise MlcBuildError(f"{path.name}: not a SentencePiece model ({error})") from None
     ids = range(model.get_piece_size())

@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mlcbuild.errors import CheckpointError
+from mlcbuild.errors import POINTER, CheckpointError, pointer
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 MOST_TENSORS = 500_000  # of a file; mixtures of hundreds of experts have fewer than 100,000
@@ -67,7 +67,7 @@ def read_header(path: Path, file: str, blob: str = "") -> list[TensorRef]:
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8:
             raise CheckpointError(f"{file}: truncated: {size} bytes, too short for a safetensors header")
-        if prefix == b"version ":
+        if prefix == POINTER[:8]:
             raise CheckpointError(pointer(file))
         if length > MAX_HEADER:
             raise CheckpointError(f"{file}: not a safetensors file: it claims a header of {length} bytes")
@@ -98,11 +98,6 @@ def first_of(problems: list[str]) -> str:
 def is_number(value: object) -> bool:
     """Whether it can be a size, an offset or a stride."""
     return type(value) is int and 0 <= value < _END
-
-
-def pointer(file: str) -> str:
-    """What is said of a file that begins with `version `, as what git has in a large file's place does."""
-    return f"{file}: a Git LFS pointer and not the file itself: run `git lfs pull` in its folder"
 
 
 def climbs(name: str) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from mlcbuild.checkpoints.header import MAX_HEADER, MOST_TENSORS, NAMED, TensorRef, climbs, first_of, read_header
 from mlcbuild.checkpoints.torch_files import read_torch
-from mlcbuild.errors import CheckpointError
+from mlcbuild.errors import POINTER, CheckpointError, pointer
 
 
 @dataclass(frozen=True)
@@ -33,22 +33,25 @@ TORCH = Form(
     "pytorch_model.bin", "pytorch_model.bin.index.json", re.compile(r"pytorch_model-\d{5,}-of-\d{5,}\.bin"), read_torch
 )
 FORMS = (SAFETENSORS, TORCH)
+_VARIANT = re.compile(r"model\.[A-Za-z0-9_-]+\.safetensors")  # as transformers calls what `variant` names: fp16
 _PICKLES = (".bin", ".pt", ".pth")
 
 
 def weight_files(names: Collection[str]) -> list[str]:
     """Those of a checkpoint's files that hold its weights, in one form, and its index; empty where there are none.
 
-    One file wins over an index beside it, and safetensors over pickles. Without any of the usual names, a single .pth
-    file is the checkpoint.
+    One file wins over an index beside it, and safetensors over pickles. Without any of the usual names, a single
+    `model.VARIANT.safetensors` is the checkpoint, or a single .pth file.
     """
     for form in FORMS:
         if form.single in names:
             return [form.single]
         if form.index in names:
             return sorted(name for name in names if name == form.index or form.shard.fullmatch(name))
-    pickles = sorted(name for name in names if name.endswith(".pth") and "/" not in name)
-    return pickles if len(pickles) == 1 and not any(name.endswith(".safetensors") for name in names) else []
+    variants = [name for name in names if _VARIANT.fullmatch(name)]
+    pickles = [name for name in names if name.endswith(".pth") and "/" not in name]
+    single = variants or (pickles if not any(name.endswith(".safetensors") for name in names) else [])
+    return single if len(single) == 1 else []
 
 
 def read_table(
@@ -69,7 +72,7 @@ def read_table(
         if form.index in found:
             return _sharded(form, files, blobs, note)
     (single,) = found
-    read = read_header if single == SAFETENSORS.single else read_torch
+    read = read_header if single.endswith(".safetensors") else read_torch
     return {ref.name: ref for ref in read(files[single], single, blobs.get(single, ""))}
 
 
@@ -134,7 +137,10 @@ def _weight_map(path: Path, name: str) -> tuple[dict[str, str], int | None]:
     if path.stat().st_size > MAX_HEADER:
         raise CheckpointError(f"{name}: {path.stat().st_size:,} bytes; an index has at most {MAX_HEADER:,}")
     try:
-        index: Any = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        if content.startswith(POINTER):
+            raise CheckpointError(pointer(name))
+        index: Any = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{name}: not valid JSON: {error}") from None
     weight_map = index.get("weight_map") if isinstance(index, dict) else None

@@ -18,9 +18,9 @@ from math import prod
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn
 
-from mlcbuild.checkpoints.header import BITS, TensorRef, first_of, pointer, refused_name
+from mlcbuild.checkpoints.header import BITS, TensorRef, first_of, refused_name
 from mlcbuild.checkpoints.pickles import Tensor, Unpickler, short
-from mlcbuild.errors import CheckpointError
+from mlcbuild.errors import POINTER, CheckpointError, pointer
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # of the format before zip
 _PROTOCOL = 1001
@@ -37,7 +37,7 @@ def read_torch(path: Path, file: str, blob: str = "") -> list[TensorRef]:
     try:
         with path.open("rb") as stream:
             start = stream.read(8)
-            if start == b"version ":
+            if start == POINTER[:8]:
                 raise CheckpointError(pointer(file))
             if start[:4] == b"PK\x03\x04":
                 content, places = _zipped(stream, file)

@@ -71,6 +71,11 @@ def source_of(word: str, catalog: Catalog, revision: str | None = None, names: b
     path = Path(word)
     if path.is_dir() and revision is None:
         return Source(path=path.absolute())
+    if path.suffix == ".gguf":
+        raise MlcBuildError(
+            f"{word}: llama.cpp's format, which is not read: name what it was made from, a folder in Hugging Face's "
+            "format or owner/name"
+        )
     if path.is_file():
         raise MlcBuildError(
             f"{word}: a file; a checkpoint is a folder in Hugging Face's format (config.json and safetensors), or "

@@ -62,6 +62,17 @@ class Inspection:
     embedding: Mapping[str, Any] | None  # of a model of texts: how its vectors are made
 
     @property
+    def lacks_rows(self) -> bool:
+        """Whether there are more tokens than the model has rows for."""
+        return self.tokens is not None and self.tokens.count > self.structure.vocab_size
+
+    @property
+    def has_problem(self) -> bool:
+        """Whether it says PROBLEM somewhere: what could not be built."""
+        vectors = self.embedding is not None and "problem" in self.embedding
+        return vectors or self.lacks_rows or (self.tensors is not None and self.tensors.problem is not None)
+
+    @property
     def choices(self) -> dict[str, Any]:
         """The structure's dimensions and choices; what a model has not, or has as everybody, is left out."""
         hidden = {*_HIDDEN, "rope_theta"} if self.structure.rope == "none" else _HIDDEN

@@ -354,4 +354,11 @@ def _too_large(shape: Shape, verify: Verify) -> bool:
 def _checkpoint_files(folder: Path) -> tuple[str, ...]:
     """Patterns of a local folder's files: the same weights as pickles beside safetensors are not even hashed."""
     named = any(folder.glob("*.safetensors")) or not folder.is_dir()
+    if not named and not any(any(folder.glob(pattern)) for pattern in _TORCH_FILES):
+        inner = sorted({path.parent.name for path in folder.glob("*/*.safetensors")})
+        if inner:
+            raise MlcBuildError(
+                f"{folder}: no weights beside config.json: they lie in the folder {inner[0]}/: move them, with their "
+                "index, to config.json, or name the folder that has both as the source"
+            )
     return CHECKPOINT_FILES if named else (*CHECKPOINT_FILES, *_TORCH_FILES)

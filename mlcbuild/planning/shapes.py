@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlcbuild.errors import MlcBuildError, NotLocked
+from mlcbuild.errors import POINTER, MlcBuildError, NotLocked, pointer
 from mlcbuild.models import architecture as architectures
 from mlcbuild.models import parameters
 from mlcbuild.models.kinds import by_layer
@@ -62,7 +62,10 @@ def config_of(model: Model, lock: Callable[[Model], Locked | None]) -> Mapping[s
 
 def read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))  # as the steps read it, and transformers
+        content = path.read_bytes()
+        if content.startswith(POINTER):
+            raise MlcBuildError(pointer(str(path)))
+        config = json.loads(content.decode("utf-8"))  # as the steps read it, and transformers
     except FileNotFoundError:
         raise MlcBuildError(f"{path}: no such file: a checkpoint in Hugging Face format has one") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -72,6 +72,15 @@ def test_files_that_are_no_templates(tmp_path: Path, content: bytes, text: str) 
     assert str(error.value) == text
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_a_pointer_in_place_of_a_tokenizer(tmp_path: Path, name: str) -> None:
+    """FAULTS C: it was said to be no JSON."""
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(MlcBuildError) as error:
+        read_tokenizer({name: tmp_path / name})
+    assert str(error.value) == f"{name}: a Git LFS pointer and not the file itself: run `git lfs pull` in its folder"
+
+
 def tokenizer(path: Path, normalizer: Any) -> dict[str, Path]:
     content = {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "normalizer": normalizer}
     path.write_text(json.dumps(content))

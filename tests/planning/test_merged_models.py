@@ -51,6 +51,17 @@ def test_an_adapter_in_a_folder(tmp_path: Path) -> None:
     assert convert.fields["config"] == CONFIG and convert.fields["base"] == "owner/a"
 
 
+def test_weights_in_a_folder_of_their_own(tmp_path: Path) -> None:
+    """FAULTS C: it was `no weights`, though there are some."""
+    workspace = make_workspace(tmp_path)
+    folder = workspace.write("recipes/models/other/config.json", json.dumps(CONFIG)).parent
+    workspace.write("recipes/models/other/shards/model-00001-of-00002.safetensors", "")
+    assert planned(workspace, "source: {path: other}").broken == {
+        "tiny-q4f16_1-cpu": f"model tiny: {folder}: no weights beside config.json: they lie in the folder shards/: "
+        "move them, with their index, to config.json, or name the folder that has both as the source"
+    }
+
+
 def test_pickles_count_only_where_there_are_no_safetensors(tmp_path: Path) -> None:
     workspace = make_workspace(tmp_path)
     folder = workspace.write("recipes/models/other/config.json", json.dumps(CONFIG)).parent

@@ -19,7 +19,7 @@ from mlcbuild.engine.graph import Goal, Graph, Input, Step
 from mlcbuild.errors import MlcBuildError, NotLocked, Unavailable
 from mlcbuild.models.kinds import DECODER
 from mlcbuild.planning.backends import COSTS, PAGES, backend
-from mlcbuild.planning.shapes import Form, Shape, config_of, shape_of
+from mlcbuild.planning.shapes import Form, Shape, config_of, inner, shape_of
 from mlcbuild.recipes.types import (
     Catalog,
     Locked,
@@ -153,6 +153,10 @@ class _Planner:
         if model.delta_of is not None:
             steps["base"] = self._fetched(model, model.delta_of, f"{model.name}-base")
         if model.lora is not None:
+            folder = model.lora.path
+            if folder is not None and folder.is_dir() and not (folder / _ADAPTER_FILES[0]).is_file():
+                text = f"lora: {folder}: no {_ADAPTER_FILES[0]}: an adapter in PEFT's format has one"
+                raise MlcBuildError(text + inner(folder, _ADAPTER_FILES[0]))
             steps["lora"] = self._fetched(model, model.lora, f"{model.name}-lora", _ADAPTER_FILES)
         return steps
 

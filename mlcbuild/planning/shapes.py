@@ -67,12 +67,19 @@ def read_config(path: Path) -> dict[str, Any]:
             raise MlcBuildError(pointer(str(path)))
         config = json.loads(content.decode("utf-8"))  # as the steps read it, and transformers
     except FileNotFoundError:
-        raise MlcBuildError(f"{path}: no such file: a checkpoint in Hugging Face format has one") from None
+        text = f"{path}: no such file: a checkpoint in Hugging Face format has one"
+        raise MlcBuildError(text + inner(path.parent, path.name)) from None
     except (OSError, ValueError, RecursionError) as error:
         raise MlcBuildError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(config, dict):
         raise MlcBuildError(f"{path}: expected a JSON object, got {type(config).__name__}")
     return config
+
+
+def inner(folder: Path, file: str) -> str:
+    """What is added where a file is in folders of this one: the last that a training run wrote, `checkpoint-10`."""
+    found = sorted((path.parent.name for path in folder.glob(f"*/{file}")), key=lambda name: (len(name), name))
+    return f"; the folder {found[-1]}/ has it: name that one" if found else ""
 
 
 def _form(structure: Structure, blocks: bool = False) -> Form:

@@ -51,6 +51,29 @@ def test_an_adapter_in_a_folder(tmp_path: Path) -> None:
     assert convert.fields["config"] == CONFIG and convert.fields["base"] == "owner/a"
 
 
+def test_the_folder_above(tmp_path: Path) -> None:
+    """FAULTS C: `the step ended well but made nothing`. What a training run leaves has a folder for each checkpoint."""
+    workspace = make_workspace(tmp_path)
+    folder = workspace.root / "recipes/models/run"
+    folder.mkdir()
+    lora = "source: {path: tiny}\nlora: {path: run}"
+
+    def said(text: str) -> str:
+        (found,) = planned(workspace, text).broken.values()
+        return found
+
+    expected = f"model tiny: lora: {folder}: no adapter_config.json: an adapter in PEFT's format has one"
+    assert said(lora) == expected
+    for name in ("checkpoint-9", "checkpoint-10"):
+        workspace.write(f"recipes/models/run/{name}/adapter_config.json", "{}")
+        workspace.write(f"recipes/models/run/{name}/config.json", "{}")
+    assert said(lora) == f"{expected}; the folder checkpoint-10/ has it: name that one"
+    assert said("source: {path: run}") == (
+        f"model tiny: {folder}/config.json: no such file: a checkpoint in Hugging Face format has one; the folder "
+        "checkpoint-10/ has it: name that one"
+    )
+
+
 def test_weights_in_a_folder_of_their_own(tmp_path: Path) -> None:
     """FAULTS C: it was `no weights`, though there are some."""
     workspace = make_workspace(tmp_path)

@@ -21,7 +21,7 @@ CONFIG = "tokenizer_config.json"
 SPECIAL_MAP = "special_tokens_map.json"  # older tokenizers' own file of what the config says now
 
 MOST_GROWTH = 100  # times as long as a text may be once it is normalised
-LARGEST_JSON = 512 << 20  # bytes of a file; the largest tokenizers have 40 MB
+LARGEST_JSON = 128 << 20  # bytes of a file; the largest tokenizers have 40 MB
 
 _METHODS = {"ByteLevel": "byte_level", "ByteFallback": "byte_fallback"}
 _WORD_START = "▁"  # SentencePiece's mark of a space

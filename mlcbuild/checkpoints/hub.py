@@ -45,6 +45,7 @@ _SMALL = (
 # Bytes of what is read into memory: what there is to know of a repository, its configuration, files that it names no
 # digest of.
 LARGEST_LISTING, LARGEST_CONFIG, LARGEST_SMALL = 64 << 20, 4 << 20, 256 << 20
+MOST_FILES = 10_000  # that a build needs of a repository
 _AT_ONCE = 8  # files, as in huggingface_hub
 _RWKV_VOCABULARY = re.compile(r"rwkv_vocab_v\d{8}\.txt")
 
@@ -83,7 +84,10 @@ def resolve(repo: str, revision: str | None = None) -> Locked:
     listing = read_listing(_read(asked, LARGEST_LISTING), str(asked))
     files: dict[str, LockedFile] = {}
     config: Any = None
-    for name in needed_files(listing.entries, repo):
+    needed = needed_files(listing.entries, repo)
+    if len(needed) > MOST_FILES:
+        raise listing.refusal(f"{len(needed):,} files of weights and the like; at most {MOST_FILES:,} are fetched")
+    for name in needed:
         listed = listing.file(name)
         if listed.large is not None and name not in (CONFIG, ADAPTER_CONFIG):
             files[name] = listed.large

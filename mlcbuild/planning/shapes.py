@@ -15,6 +15,8 @@ from mlcbuild.models.kinds import by_layer
 from mlcbuild.models.structure import Structure
 from mlcbuild.recipes.types import Catalog, Locked, Model
 
+LARGEST_CONFIG = 4 << 20  # bytes
+
 
 @dataclass(frozen=True)
 class Form:
@@ -61,7 +63,13 @@ def config_of(model: Model, lock: Callable[[Model], Locked | None]) -> Mapping[s
 
 
 def read_config(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises MlcBuildError where it is none, or more than a configuration can be."""
     try:
+        size = path.stat().st_size
+        if not path.is_file():  # to open another kind of file may take for ever
+            raise MlcBuildError(f"{path}: not a regular file")
+        if size > LARGEST_CONFIG:
+            raise MlcBuildError(f"{path}: {size:,} bytes; a config.json has at most {LARGEST_CONFIG:,}")
         content = path.read_bytes()
         if content.startswith(POINTER):
             raise MlcBuildError(pointer(str(path)))

@@ -107,6 +107,11 @@ def test_a_config_that_the_lock_file_cannot_hold(server: Hub, content: bytes, te
     assert problem().startswith(f"hf:owner/name: {text}")
 
 
+def test_very_many_files(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "MOST_FILES", 2)
+    assert problem() == f"hf:owner/name: {REFUSED}3 files of weights and the like; at most 2 are fetched"
+
+
 def endless() -> Iterator[bytes]:
     return itertools.repeat(b" " * 65536)
 

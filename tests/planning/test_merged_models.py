@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from mlcbuild.engine.graph import Graph
@@ -72,6 +73,20 @@ def test_the_folder_above(tmp_path: Path) -> None:
         f"model tiny: {folder}/config.json: no such file: a checkpoint in Hugging Face format has one; the folder "
         "checkpoint-10/ has it: name that one"
     )
+
+
+def test_what_is_no_config(tmp_path: Path) -> None:
+    """FAULTS D: a fifo waits for ever, and a link to /dev/zero has no end."""
+    workspace = make_workspace(tmp_path)
+    config = workspace.root / "recipes/models/tiny/config.json"
+    config.write_text(config.read_text() + " " * (4 << 20))
+    (text,) = planned(workspace, "source: {path: tiny}").broken.values()
+    assert text.endswith(f"config.json: {config.stat().st_size:,} bytes; a config.json has at most 4,194,304")
+    for fifo in (True, False):
+        config.unlink()
+        os.mkfifo(config) if fifo else config.symlink_to("/dev/zero")
+        (text,) = planned(workspace, "source: {path: tiny}").broken.values()
+        assert text == f"model tiny: {config}: not a regular file"
 
 
 def test_weights_in_a_folder_of_their_own(tmp_path: Path) -> None:

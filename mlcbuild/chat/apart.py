@@ -31,7 +31,7 @@ def text_of(make: Callable[[], str], what: str) -> str:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        _work(make, writing)
+        _work(make, what, writing)
     os.close(writing)
     try:
         answer = _received(reading)
@@ -65,7 +65,7 @@ def _received(reading: int) -> bytes:
     return bytes(answer)
 
 
-def _work(make: Callable[[], str], writing: int) -> NoReturn:
+def _work(make: Callable[[], str], what: str, writing: int) -> NoReturn:
     try:
         signal.signal(signal.SIGXCPU, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -82,6 +82,8 @@ def _work(make: Callable[[], str], writing: int) -> NoReturn:
             answer = _WRONG + str(error).encode("utf-8", "surrogatepass")
         except MemoryError:
             answer = _FULL
+        except Exception as error:  # of ours: not to be told as if it were the template's
+            answer = _WRONG + f"{what}: {type(error).__name__}: {error}".encode("utf-8", "replace")
         with open(writing, "wb") as pipe:
             pipe.write(answer)
     finally:

@@ -17,7 +17,7 @@ from typing import Any
 from mlcbuild.checkpoints.header import TensorRef, read_header
 from mlcbuild.checkpoints.mapped import FLOATS
 from mlcbuild.checkpoints.torch_files import read_torch
-from mlcbuild.errors import CheckpointError
+from mlcbuild.errors import POINTER, CheckpointError, pointer
 from mlcbuild.models.config import is_above
 
 CONFIG = "adapter_config.json"
@@ -77,9 +77,12 @@ def read(files: Mapping[str, Path], blobs: Mapping[str, str]) -> Adapter:
     """Raises CheckpointError, each line with `lora` in front, for missing files and for what is not merged."""
     if CONFIG not in files:
         raise CheckpointError(f"lora: {CONFIG} is missing: an adapter in PEFT's format has one")
+    content = files[CONFIG].read_bytes()
+    if content.startswith(POINTER):
+        raise CheckpointError(f"lora: {pointer(CONFIG)}")
     try:
-        config = json.loads(files[CONFIG].read_text(encoding="utf-8"))
-    except ValueError as error:
+        config = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"lora: {CONFIG}: not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"lora: {CONFIG}: expected a mapping")

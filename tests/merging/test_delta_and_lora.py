@@ -257,6 +257,10 @@ def test_an_adapter_without_its_files(tmp_path: Path) -> None:
     assert problem() == "lora: adapter_config.json is missing: an adapter in PEFT's format has one"
     (tmp_path / "adapter_config.json").write_text("{")
     assert problem().startswith("lora: adapter_config.json: not valid JSON: ")
+    (tmp_path / "adapter_config.json").write_text("[" * 100_000)
+    assert problem().startswith("lora: adapter_config.json: not valid JSON: ")
+    (tmp_path / "adapter_config.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert problem().startswith("lora: adapter_config.json: a Git LFS pointer and not the file itself: ")
     (tmp_path / "adapter_config.json").write_text("[]")
     assert problem() == "lora: adapter_config.json: expected a mapping"
     (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIG))

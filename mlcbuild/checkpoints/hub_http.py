@@ -11,24 +11,27 @@ No text that leaves this module has the token in it, whatever the hub or a libra
 from __future__ import annotations
 
 import email.utils
+import queue
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, BinaryIO
 from urllib.parse import quote
 
 from mlcbuild import __version__
+from mlcbuild.checkpoints import pace
 from mlcbuild.errors import CheckpointError
 from mlcbuild.redact import redact
 
-ATTEMPTS = 6  # in a row that brought less than a second of SLOWEST
+ATTEMPTS = 6  # in a row that brought less than a second of pace.SLOWEST
 _FIRST_ATTEMPTS = 3  # of these at an address where no hub has been reached yet: it may be wrong
 _AGAIN = (408, 429, 500, 502, 503, 504)
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 32.0  # seconds; doubled from one to the other
 _sleep = time.sleep
-SLOWEST, WINDOW = 1024, 120.0  # bytes a second that an answer has to bring, on average over so many seconds
 REDIRECTS = 10  # of one request
 PATIENCE = 300.0  # seconds that a hub may ask for before its answer counts as a refusal
 _RESET = re.compile(r"\bt=(\d+)")  # of the header `RateLimit: "api";r=0;t=42`: seconds until there is a new quota
@@ -99,9 +102,9 @@ def receive(
 
     Again, when the hub fails for a while; anew, when it ignores the range. `arrived` is told the bytes that are there;
     it ends when they are more than `size`. Raises CheckpointError for a refusal, for a hub that does not recover, for
-    an answer that is longer than `limit`, compressed or slower than SLOWEST, and when HF_HUB_OFFLINE is set.
+    an answer that is longer than `limit`, compressed or slower than `pace.SLOWEST`, and when HF_HUB_OFFLINE is set.
     """
-    failures, before, pace = 0, file.tell(), _Pace(file.tell())
+    failures, before, counted = 0, file.tell(), pace.Pace(file.tell())
     while True:
         try:
             for chunk in _missing(request, file, size, by_xet=not failures):
@@ -111,12 +114,12 @@ def receive(
                     break
                 if limit is not None and file.tell() > limit:
                     raise CheckpointError(f"{request}: the hub's answer is refused: it has more than {limit:,} bytes")
-                pace.check(request, file.tell())
+                counted.check(request, file.tell())
             return
         except Later as error:
             if size is not None and file.tell() >= size:  # it failed after the last byte
                 return
-            if file.tell() > before + SLOWEST:
+            if file.tell() > before + pace.SLOWEST:
                 failures, before = 0, file.tell()
             failures += 1
             wait = min(_FIRST_WAIT * 2 ** (failures - 1), _LONGEST_WAIT) if error.wait is None else error.wait
@@ -126,27 +129,7 @@ def receive(
                 raise CheckpointError(f"{request}: {redact(error.text)}{again}") from None
             arrived(file.tell())  # which raises where another file of the same download is refused
             _sleep(wait)
-            pace.since += wait
-
-
-@dataclass
-class _Pace:
-    """From where and since when what arrives is counted."""
-
-    place: int
-    since: float = field(default_factory=time.monotonic)
-
-    def check(self, request: Request, place: int) -> None:
-        """Raises CheckpointError where too little arrived in WINDOW seconds; then the next seconds count."""
-        passed = time.monotonic() - self.since
-        if passed < WINDOW:
-            return
-        if place - self.place < SLOWEST * WINDOW:
-            raise CheckpointError(
-                f"{request}: the hub sent {max(0, place - self.place):,} bytes in {passed:.0f} seconds, which counts "
-                "as nothing: try again later"
-            )
-        self.place, self.since = place, time.monotonic()
+            counted.since += wait
 
 
 def _missing(request: Request, file: BinaryIO, size: int | None, by_xet: bool) -> Iterator[bytes]:
@@ -212,7 +195,7 @@ def _answer(request: Request, headers: Mapping[str, str]) -> Iterator[Any]:
         )
         history: list[Any] = []
         while True:  # the client would read all of what a redirect has beside its address
-            response = session.send(following, stream=True, follow_redirects=False)
+            response = _begun(partial(session.send, following, stream=True, follow_redirects=False))
             try:
                 if response.status_code >= 400:
                     raise _refused(request, response, "authorization" in headers)
@@ -234,6 +217,26 @@ def _answer(request: Request, headers: Mapping[str, str]) -> Iterator[Any]:
         raise CheckpointError(text) from None
     except errors.HTTPError as error:  # of whichever HTTP client the library has
         raise Later(f"the hub cannot be reached: {_first_line(error)}", unreached=True) from None
+
+
+def _begun(send: Callable[[], Any]) -> Any:
+    """The answer whose headers `send` waits for, in a thread that is left alone where they trickle in without end."""
+    sent: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def wait() -> None:
+        try:
+            sent.put((send(), None))
+        except BaseException as error:
+            sent.put((None, error))
+
+    threading.Thread(target=wait, daemon=True).start()
+    try:
+        response, error = sent.get(timeout=pace.WINDOW)
+    except queue.Empty:
+        raise Later(f"the hub has not begun to answer after {pace.WINDOW:.0f} seconds", unreached=True) from None
+    if error is not None:
+        raise error
+    return response
 
 
 def _first_line(error: Exception) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import itertools
+import socketserver
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from mlcbuild.checkpoints import hub, hub_http
+from mlcbuild.checkpoints import hub, pace
 from mlcbuild.checkpoints.listing import is_name
 from mlcbuild.errors import CheckpointError
 from tests.checkpoints.hub_server import COMMIT, Fault, Hub, serving
@@ -147,10 +150,34 @@ def trickle() -> Iterator[bytes]:
 
 @pytest.mark.parametrize("path", ["name", WEIGHTS])
 def test_an_answer_that_trickles(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
-    monkeypatch.setattr(hub_http, "WINDOW", 0.1)
+    monkeypatch.setattr(pace, "WINDOW", 0.1)
     server.faults = [Fault(path, pieces=trickle)]
     with pytest.raises(CheckpointError, match=r"the hub sent \d+ bytes in \d seconds, which counts as nothing: try "):
         hub.fetch("owner/name", COMMIT, hub.resolve("owner/name").files, tmp_path / "out")
+
+
+class Headers(socketserver.BaseRequestHandler):
+    """A server whose headers never end."""
+
+    def handle(self) -> None:
+        self.request.recv(65536)
+        with contextlib.suppress(OSError):
+            self.request.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+            while True:
+                time.sleep(0.01)
+                self.request.sendall(b"a")
+
+
+def test_headers_that_trickle(server: Hub, waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Headers) as slow:
+        slow.daemon_threads = True
+        threading.Thread(target=slow.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{slow.server_address[1]}")
+        monkeypatch.setattr(pace, "WINDOW", 0.1)
+        assert problem() == "hf:owner/name: the hub has not begun to answer after 0 seconds, 3 times in a row"
+        slow.shutdown()
 
 
 def test_a_byte_at_each_attempt(server: Hub, waits: list[float], tmp_path: Path) -> None:

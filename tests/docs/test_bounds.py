@@ -6,13 +6,13 @@ import importlib
 import re
 
 from mlcbuild.chat import apart, jinja, tokenizer_info
-from mlcbuild.checkpoints import header, hub, hub_http, listing, pickles
+from mlcbuild.checkpoints import header, hub, listing, pace, pickles
 from mlcbuild.models import fields
 from tests.docs.pages import DOCS, code, table
 
 ROWS = table((DOCS / "bounds.md").read_text(), "what", "at most", "kept by")
 BOUND = re.compile(r"(MAX|MOST|LARGEST|LONGEST|SLOWEST)(_[A-Z]+)*")
-MODULES = (header, hub, hub_http, listing, pickles, apart, jinja, tokenizer_info, fields)
+MODULES = (header, hub, listing, pace, pickles, apart, jinja, tokenizer_info, fields)
 
 
 def test_every_row_has_the_value_of_the_code() -> None:

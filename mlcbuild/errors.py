@@ -5,6 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def pointer(file: str) -> str:
+    """What is said of a file that begins with POINTER."""
+    return f"{file}: a Git LFS pointer and not the file itself: run `git lfs pull` in its folder"
+
+
+POINTER = b"version https://git-lfs"  # what git has in a large file's place begins so
+
+
 class MlcBuildError(Exception):
     """Something the user can act on; its text is shown without a traceback."""
 

@@ -88,12 +88,15 @@ def tree_of_folder(folder: Path, patterns: Sequence[str] = (), index: Index | No
 
     Without `deep`, a subfolder is looked into where a pattern names it: `1_Pooling/config.json`.
 
-    Raises MlcBuildError when the folder does not exist or a file cannot be read.
+    Raises MlcBuildError when the folder does not exist, a file cannot be read, or its name is not UTF-8.
     """
     if not folder.is_dir():
         raise MlcBuildError(f"{folder}: no such folder")
     named = [pattern.partition("/")[0] for pattern in patterns if "/" in pattern]
     names = sorted(name for name in _names(folder, "", deep, named) if not patterns or matches(name, patterns))
+    for name in names:
+        if any("\ud800" <= character < "\ue000" for character in name):  # how Python holds bytes that are no text
+            raise MlcBuildError(f"{folder}: the file name {os.fsencode(name)!r} is not UTF-8: rename the file")
     return Tree({check_name(name): entry_of(folder / name, index) for name in names})
 
 

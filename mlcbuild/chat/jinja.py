@@ -18,10 +18,12 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from mlcbuild.chat.apart import text_of
 from mlcbuild.chat.tokenizer_info import CONFIG, read_json, special_tokens
 from mlcbuild.errors import MlcBuildError
 
 CHAT_TEMPLATE = "chat_template.jinja"
+LONGEST_TEMPLATE = 1 << 20  # bytes of its file
 
 # A package is the same whenever it is built, so a template that asks for the day always gets this one: the day that
 # Llama 3.1's template itself falls back to.
@@ -35,6 +37,8 @@ class ChatTemplate:
     source: str
     origin: str
     special: Mapping[str, str] = field(default_factory=dict)
+    # What was rendered: every named template is compared with the same few conversations.
+    known: dict[str, str | MlcBuildError] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def asks_for_the_day(self) -> bool:
@@ -43,14 +47,29 @@ class ChatTemplate:
     def render(self, messages: Sequence[Mapping[str, str]], reply: bool = True) -> str:
         """The text of `messages`; with `reply`, up to where the assistant is to write.
 
-        Raises MlcBuildError where the template refuses these messages, and where it is no valid Jinja.
+        Raises MlcBuildError where the template refuses these messages, where it is no valid Jinja, and where it takes
+        more time or memory than any conversation does.
         """
+        asked = json.dumps([messages, reply], default=dict)
+        if asked not in self.known:
+            try:
+                self.known[asked] = text_of(lambda: self._render(messages, reply), f"{self.origin}: chat_template")
+            except MlcBuildError as error:
+                self.known[asked] = error
+        found = self.known[asked]
+        if isinstance(found, MlcBuildError):
+            raise MlcBuildError(str(found))
+        return found
+
+    def _render(self, messages: Sequence[Mapping[str, str]], reply: bool) -> str:
         names = {**self.special, "tools": None, "documents": None}
         try:
             template = _environment().from_string(self.source)
             return template.render(messages=[dict(m) for m in messages], add_generation_prompt=reply, **names)
         except jinja2.TemplateSyntaxError as error:
             raise MlcBuildError(f"{self.origin}: chat_template, line {error.lineno}: {error.message}") from None
+        except MemoryError:
+            raise
         # A template can fail as any program can: a missing key, a wrong type, a call that the sandbox refuses.
         except Exception as error:
             raise MlcBuildError(f"{self.origin}: chat_template: {error}") from None
@@ -63,11 +82,20 @@ def read_chat_template(files: Mapping[str, Path]) -> ChatTemplate | None:
     """
     config, special = read_json(files[CONFIG]) if CONFIG in files else {}, special_tokens(files)
     if CHAT_TEMPLATE in files:
-        return ChatTemplate(files[CHAT_TEMPLATE].read_text(encoding="utf-8"), CHAT_TEMPLATE, special)
+        return ChatTemplate(_text(files[CHAT_TEMPLATE]), CHAT_TEMPLATE, special)
     found = config.get("chat_template")
     if isinstance(found, list):  # several by name, such as `default` and `tool_use`
         found = next((item["template"] for item in found if item.get("name") == "default"), None)
     return ChatTemplate(found, CONFIG, special) if isinstance(found, str) and found else None
+
+
+def _text(path: Path) -> str:
+    if path.stat().st_size > LONGEST_TEMPLATE:
+        raise MlcBuildError(f"{path.name}: {path.stat().st_size:,} bytes; a template has at most {LONGEST_TEMPLATE:,}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise MlcBuildError(f"{path.name}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
 
 
 class _Generation(Extension):

@@ -7,6 +7,7 @@ SentencePiece tokenizer.model, MLC assumes defaults; here the model itself is as
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from mlcbuild.chat import rwkv_vocabulary
-from mlcbuild.errors import MlcBuildError
+from mlcbuild.errors import POINTER, MlcBuildError, pointer
 
 CONFIG = "tokenizer_config.json"
 SPECIAL_MAP = "special_tokens_map.json"  # older tokenizers' own file of what the config says now
+
+MOST_GROWTH = 100  # times as long as a text may be once it is normalised
+LARGEST_JSON = 128 << 20  # bytes of a file; the largest tokenizers have 40 MB
 
 _METHODS = {"ByteLevel": "byte_level", "ByteFallback": "byte_fallback"}
 _WORD_START = "▁"  # SentencePiece's mark of a space
@@ -69,8 +73,17 @@ def rwkv_tokenizer(vocabulary: rwkv_vocabulary.Vocabulary) -> TokenizerFacts:
 
 
 def json_tokenizer(content: Mapping[str, Any]) -> TokenizerFacts:
-    """The facts of tokenizer.json's content. Raises MlcBuildError as `vocabulary` does."""
+    """The facts of tokenizer.json's content.
+
+    Raises MlcBuildError as `vocabulary` does, and for a normalizer that makes texts longer than MOST_GROWTH says.
+    """
     tokens = vocabulary(content)
+    growth = _growth(content.get("normalizer"))
+    if growth > MOST_GROWTH:
+        raise MlcBuildError(
+            f"tokenizer.json: its normalizer may make a text {growth:,.0f} times as long, of at most {MOST_GROWTH} "
+            "times: it is not one that can be used"
+        )
     listed = {token["id"] for token in content.get("added_tokens") or () if token.get("special")}
     return TokenizerFacts(tokens, frozenset(listed | _look_special(tokens)), tokenizer_info(content))
 
@@ -177,7 +190,13 @@ def read_json(path: Path) -> dict[str, Any]:
 def parse_json(path: Path, name: str) -> Any:
     """A JSON file of a checkpoint, whose name is for the message. Raises MlcBuildError."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        size = path.stat().st_size
+        if size > LARGEST_JSON:
+            raise MlcBuildError(f"{name}: {size:,} bytes; such a file has at most {LARGEST_JSON:,}")
+        content = path.read_bytes()
+        if content.startswith(POINTER):
+            raise MlcBuildError(pointer(name))
+        return json.loads(content.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise MlcBuildError(f"{name}: cannot be read as JSON: {error}") from None
 
@@ -203,7 +222,10 @@ def _sentencepiece(path: Path, added: Mapping[str, int]) -> TokenizerFacts:
     from sentencepiece import SentencePieceProcessor
 
     try:
-        model = SentencePieceProcessor(model_proto=path.read_bytes())
+        content = path.read_bytes()
+        if content.startswith(POINTER):
+            raise MlcBuildError(pointer(path.name))
+        model = SentencePieceProcessor(model_proto=content)
     except (OSError, RuntimeError) as error:
         raise MlcBuildError(f"{path.name}: not a SentencePiece model ({error})") from None
     ids = range(model.get_piece_size())
@@ -227,6 +249,22 @@ def _part_of(token: str, texts: Sequence[str]) -> bool:
     """Whether a token is a piece of one of the plain texts: minigpt stops at the pieces of `###`."""
     plain = re.sub(f"[{_WORD_START}ĠĊ]", " ", token).strip()
     return bool(plain) and any(plain in text for text in texts if not _SPECIAL.search(text))
+
+
+def _growth(step: Any) -> float:
+    """How many times as long a text can be after a normalizer (tokenizers' `Replace`, in Sequences)."""
+    if not isinstance(step, Mapping):
+        return 1
+    if step.get("type") == "Sequence":
+        return min(math.prod(map(_growth, step.get("normalizers") or ())), 1e18)
+    if step.get("type") != "Replace":
+        return 1
+    pattern, content = step.get("pattern"), step.get("content")
+    if not isinstance(pattern, Mapping) or not isinstance(content, str):
+        raise MlcBuildError("tokenizer.json: a normalizer of type Replace lacks its `pattern` or `content`")
+    plain = pattern.get("String")
+    # A regex, and a text of nothing, may match between any two characters.
+    return max(1, len(content) / len(plain)) if isinstance(plain, str) and plain else 1 + len(content)
 
 
 def _steps(tokenizer: Mapping[str, Any] | None, key: str, listed: str) -> Iterator[Mapping[str, Any]]:

@@ -8,14 +8,20 @@ padded with spaces; then the tensors' bytes, row-major, little-endian, without g
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mlcbuild.errors import CheckpointError
+from mlcbuild.errors import POINTER, CheckpointError, pointer
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
+MOST_TENSORS = 500_000  # of a file; mixtures of hundreds of experts have fewer than 100,000
+MOST_DIMENSIONS = 32
+LONGEST_TENSOR_NAME = 1000  # characters
+_END = 1 << 63  # of numbers: no file has so many bytes
+NAMED = 12  # problems of a file that are told one by one
 
 BITS = {
     **dict.fromkeys(("F4",), 4),
@@ -61,7 +67,7 @@ def read_header(path: Path, file: str, blob: str = "") -> list[TensorRef]:
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8:
             raise CheckpointError(f"{file}: truncated: {size} bytes, too short for a safetensors header")
-        if prefix == b"version ":
+        if prefix == POINTER[:8]:
             raise CheckpointError(pointer(file))
         if length > MAX_HEADER:
             raise CheckpointError(f"{file}: not a safetensors file: it claims a header of {length} bytes")
@@ -79,18 +85,24 @@ def read_header(path: Path, file: str, blob: str = "") -> list[TensorRef]:
     if not problems:
         problems = _layout_problems(refs, 8 + length, size, file)
     if problems:
-        raise CheckpointError("\n".join(problems))
+        raise CheckpointError(first_of(problems))
     return refs
 
 
-def pointer(file: str) -> str:
-    """What is said of a file that begins with `version `, as what git has in a large file's place does."""
-    return f"{file}: a Git LFS pointer and not the file itself: run `git lfs pull` in its folder"
+def first_of(problems: list[str]) -> str:
+    """The problems of a file, a line each: the first of them, and how many there are beside."""
+    more = len(problems) - NAMED
+    return "\n".join([*problems[:NAMED], *([f"and {more} more of this kind"] if more > 0 else [])])
+
+
+def is_number(value: object) -> bool:
+    """Whether it can be a size, an offset or a stride."""
+    return type(value) is int and 0 <= value < _END
 
 
 def climbs(name: str) -> bool:
-    """Whether a tensor or file name, taken as a path, could leave its folder."""
-    odd = "\\" in name or any(ord(character) < 32 for character in name)
+    """Whether a tensor or file name, taken as a path, could leave its folder, or is no text that can be written."""
+    odd = "\\" in name or any(ord(character) < 32 or 0xD800 <= ord(character) < 0xE000 for character in name)
     return odd or not name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts
 
 
@@ -98,9 +110,8 @@ def _parse(text: bytes, file: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise CheckpointError(f"{file}: {twice!r} occurs twice in the header")
+            twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+            raise CheckpointError(f"{file}: {twice!r:.200} occurs twice in the header")
         return made
 
     try:
@@ -110,6 +121,8 @@ def _parse(text: bytes, file: str) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: not a safetensors file: its header is not a JSON object")
     header.pop("__metadata__", None)
+    if len(header) > MOST_TENSORS:
+        raise CheckpointError(f"{file}: {len(header):,} tensors in one file; at most {MOST_TENSORS:,} are read")
     return header
 
 
@@ -117,30 +130,50 @@ def _entry(
     name: str, entry: Any, file: str, blob: str, path: Path, start: int, problems: list[str]
 ) -> TensorRef | None:
     where = f"{file}: tensor {name}"
-    if climbs(name):
-        problems.append(f"{file}: tensor name {name!r} is refused: as a path it would climb out of its folder")
+    if refused := refused_name(name):
+        problems.append(f"{file}: {refused}")
         return None
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         numbers = (*shape, begin, end)
-        if not isinstance(dtype, str) or not all(type(number) is int and number >= 0 for number in numbers):
+        if not isinstance(dtype, str) or len(shape) > MOST_DIMENSIONS or not all(map(is_number, numbers)):
             raise TypeError
     except (KeyError, TypeError, ValueError):
         problems.append(
-            f"{where}: its header entry is not {{dtype, shape, data_offsets: [begin, end]}}: {entry!r:.120}"
+            f"{where}: its header entry is not {{dtype, shape, data_offsets: [begin, end]}}: {_shown(entry)}"
         )
         return None
     if dtype not in BITS:
-        problems.append(f"{where}: unknown dtype {dtype!r}; known are {', '.join(sorted(BITS))}")
+        problems.append(f"{where}: unknown dtype {dtype!r:.40}; known are {', '.join(sorted(BITS))}")
         return None
     bits = prod(shape) * BITS[dtype]
     if bits % 8 or end - begin != bits // 8:
         problems.append(
-            f"{where}: {dtype} {list(shape)} takes {bits / 8:g} bytes, but its data_offsets "
+            f"{where}: {dtype} {list(shape)} takes {_bytes(bits)} bytes, but its data_offsets "
             f"[{begin}, {end}] hold {end - begin}"
         )
         return None
     return TensorRef(name, file, blob, path, start + begin, end - begin, dtype, shape)
+
+
+def refused_name(name: str) -> str | None:
+    """What is said of a tensor's name that is not read."""
+    if len(name) > LONGEST_TENSOR_NAME:
+        return (
+            f"tensor name {name!r:.60}… is refused: it has {len(name):,} characters, of at most {LONGEST_TENSOR_NAME}"
+        )
+    return f"tensor name {name!r} is refused: as a path it would climb out of its folder" if climbs(name) else None
+
+
+def _shown(entry: Any) -> str:
+    try:
+        return f"{entry!r:.120}"
+    except RecursionError:
+        return f"a {type(entry).__name__} of many in each other"
+
+
+def _bytes(bits: int) -> str:
+    return f"{bits / 8:g}" if bits < _END else "more than 2^60"
 
 
 def _layout_problems(refs: list[TensorRef], start: int, size: int, file: str) -> list[str]:

@@ -19,6 +19,7 @@ from typing import Any
 
 from mlcbuild.checkpoints.header import climbs
 from mlcbuild.checkpoints.hub_http import Request, receive
+from mlcbuild.checkpoints.listing import parsed, read_listing
 from mlcbuild.checkpoints.table import SAFETENSORS, TORCH, weight_files
 from mlcbuild.errors import CheckpointError
 from mlcbuild.recipes.types import Locked, LockedFile
@@ -41,6 +42,10 @@ _SMALL = (
     "1_Pooling/config.json",
     "sentence_bert_config.json",
 )
+# Bytes of what is read into memory: what there is to know of a repository, its configuration, files that it names no
+# digest of.
+LARGEST_LISTING, LARGEST_CONFIG, LARGEST_SMALL = 64 << 20, 4 << 20, 256 << 20
+MOST_FILES = 10_000  # that a build needs of a repository
 _AT_ONCE = 8  # files, as in huggingface_hub
 _RWKV_VOCABULARY = re.compile(r"rwkv_vocab_v\d{8}\.txt")
 
@@ -76,27 +81,25 @@ def resolve(repo: str, revision: str | None = None) -> Locked:
     """
     _check_name(repo)
     asked = Request(repo, revision)
-    info = _parsed(_read(asked))
-    if not isinstance(info, dict):
-        raise CheckpointError(f"{asked}: the hub's answer is not JSON: is HF_ENDPOINT the address of a hub?")
-    commit, siblings = info.get("sha"), {each["rfilename"]: each for each in info.get("siblings", ())}
-    if not isinstance(commit, str):
-        raise CheckpointError(f"hf:{repo}: the hub's answer names no commit")
+    listing = read_listing(_read(asked, LARGEST_LISTING), str(asked))
     files: dict[str, LockedFile] = {}
     config: Any = None
-    for name in needed_files(siblings, repo):
-        large = siblings[name].get("lfs")
-        if large is not None and name not in (CONFIG, ADAPTER_CONFIG):
-            files[name] = LockedFile(large["sha256"], large["size"])
+    needed = needed_files(listing.entries, repo)
+    if len(needed) > MOST_FILES:
+        raise listing.refusal(f"{len(needed):,} files of weights and the like; at most {MOST_FILES:,} are fetched")
+    for name in needed:
+        listed = listing.file(name)
+        if listed.large is not None and name not in (CONFIG, ADAPTER_CONFIG):
+            files[name] = listed.large
             continue
-        content = _read(Request(repo, commit, name))
+        limit = LARGEST_CONFIG if name in (CONFIG, ADAPTER_CONFIG) else LARGEST_SMALL
+        content = _read(Request(repo, listing.commit, name), limit)
+        if listed.size is not None and listed.size != len(content):
+            raise listing.refusal(f"{name}: `size` is {listed.size}, and {len(content)} bytes came")
         files[name] = LockedFile(hashlib.sha256(content).hexdigest(), len(content))
         if name in (CONFIG, ADAPTER_CONFIG):
-            config = _parsed(content)
-            if not isinstance(config, dict):
-                wrong = f"valid JSON: {config}" if isinstance(config, ValueError) else "a JSON object"
-                raise CheckpointError(f"hf:{repo}: {name} is not {wrong}")
-    return Locked(commit, config, files)
+            config = _config(content, f"hf:{repo}: {name}")
+    return Locked(listing.commit, config, files)
 
 
 def fetch(
@@ -215,16 +218,21 @@ def _check_name(repo: str) -> None:
         raise CheckpointError(f"hf:{repo}: not a repository name: {error}") from None
 
 
-def _read(request: Request) -> bytes:
+def _read(request: Request, limit: int) -> bytes:
     """A small answer, whole."""
     content = io.BytesIO()
-    receive(request, content)
+    receive(request, content, limit=limit)
     return content.getvalue()
 
 
-def _parsed(content: bytes) -> Any:
-    """What JSON says, or the error."""
+def _config(content: bytes, where: str) -> dict[str, Any]:
+    """A configuration that the lock file can hold."""
+    config = parsed(content, lambda error: error)
+    if not isinstance(config, dict):
+        wrong = f"valid JSON: {config}" if isinstance(config, Exception) else "a JSON object"
+        raise CheckpointError(f"{where} is not {wrong}")
     try:
-        return json.loads(content)
-    except ValueError as error:
-        return error
+        json.dumps(config, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"{where} has text that is not Unicode: {error.object[error.start]!a}") from None
+    return config

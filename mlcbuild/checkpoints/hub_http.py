@@ -11,24 +11,29 @@ No text that leaves this module has the token in it, whatever the hub or a libra
 from __future__ import annotations
 
 import email.utils
+import queue
 import re
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, BinaryIO
 from urllib.parse import quote
 
 from mlcbuild import __version__
+from mlcbuild.checkpoints import pace
 from mlcbuild.errors import CheckpointError
 from mlcbuild.redact import redact
 
-_ATTEMPTS = 6  # in a row without a byte of progress
+ATTEMPTS = 6  # in a row that brought less than a second of pace.SLOWEST
 _FIRST_ATTEMPTS = 3  # of these at an address where no hub has been reached yet: it may be wrong
 _AGAIN = (408, 429, 500, 502, 503, 504)
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 32.0  # seconds; doubled from one to the other
 _sleep = time.sleep
-_PATIENCE = 300.0  # seconds that a hub may ask for before its answer counts as a refusal
+REDIRECTS = 10  # of one request
+PATIENCE = 300.0  # seconds that a hub may ask for before its answer counts as a refusal
 _RESET = re.compile(r"\bt=(\d+)")  # of the header `RateLimit: "api";r=0;t=42`: seconds until there is a new quota
 _RANGE = re.compile(r"bytes (\d+)-")
 
@@ -91,14 +96,15 @@ def receive(
     file: BinaryIO,
     size: int | None = None,
     arrived: Callable[[int], None] = lambda count: None,
+    limit: int | None = None,
 ) -> None:
-    """Bring to the end of `file` what it lacks of the answer, `size` bytes in all.
+    """Bring to the end of `file` what it lacks of the answer, `size` bytes in all, or `limit` at most.
 
     Again, when the hub fails for a while; anew, when it ignores the range. `arrived` is told the bytes that are there;
-    it ends when they are more than `size`. Raises CheckpointError for a refusal, for a hub that does not recover, and
-    when HF_HUB_OFFLINE is set.
+    it ends when they are more than `size`. Raises CheckpointError for a refusal, for a hub that does not recover, for
+    an answer that is longer than `limit`, compressed or slower than `pace.SLOWEST`, and when HF_HUB_OFFLINE is set.
     """
-    failures, before = 0, file.tell()
+    failures, before, counted = 0, file.tell(), pace.Pace(file.tell())
     while True:
         try:
             for chunk in _missing(request, file, size, by_xet=not failures):
@@ -106,27 +112,31 @@ def receive(
                 arrived(file.tell())
                 if size is not None and file.tell() > size:
                     break
+                if limit is not None and file.tell() > limit:
+                    raise CheckpointError(f"{request}: the hub's answer is refused: it has more than {limit:,} bytes")
+                counted.check(request, file.tell())
             return
         except Later as error:
             if size is not None and file.tell() >= size:  # it failed after the last byte
                 return
-            if file.tell() > before:
+            if file.tell() > before + pace.SLOWEST:
                 failures, before = 0, file.tell()
             failures += 1
             wait = min(_FIRST_WAIT * 2 ** (failures - 1), _LONGEST_WAIT) if error.wait is None else error.wait
-            limit = _FIRST_ATTEMPTS if error.unreached and not before else _ATTEMPTS
-            if failures >= limit or wait > _PATIENCE:
+            attempts = _FIRST_ATTEMPTS if error.unreached and not file.tell() else ATTEMPTS
+            if failures >= attempts or wait > PATIENCE:
                 again = f", {failures} times in a row" if failures > 1 else ""
                 raise CheckpointError(f"{request}: {redact(error.text)}{again}") from None
             arrived(file.tell())  # which raises where another file of the same download is refused
             _sleep(wait)
+            counted.since += wait
 
 
 def _missing(request: Request, file: BinaryIO, size: int | None, by_xet: bool) -> Iterator[bytes]:
     """What the file lacks, in pieces as they arrive: a buffer would be lost with the connection. Raises Later."""
     headers, begin = _headers(request), file.tell()
     with _answer(request, headers | ({"range": f"bytes={begin}-"} if begin else {})) as response:
-        stored = _in_xet((*response.history, response)) if by_xet and size else None
+        stored = _in_xet(response) if by_xet and size else None
         if stored is not None:
             yield from _of_xet(stored, size, begin, headers)
             return
@@ -134,18 +144,19 @@ def _missing(request: Request, file: BinaryIO, size: int | None, by_xet: bool) -
         if begin and (first is None or int(first[1]) != begin):  # the hub sends all of it
             file.seek(0)
             file.truncate()
-        yield from response.iter_bytes()
+        yield from response.iter_raw()
         if size is not None and file.tell() < size and response.headers.get("content-length") is None:
             raise Later(f"the connection ended after {file.tell():,} of {size:,} bytes")
 
 
-def _in_xet(answers: Sequence[Any]) -> Any:
+def _in_xet(response: Any) -> Any:
     """Where in Xet storage the file is, or None. Its address is to be the hub's own, for that is told the token."""
     from huggingface_hub import constants
     from huggingface_hub.utils import parse_xet_file_data_from_response
     from huggingface_hub.utils._runtime import is_xet_available
 
-    for stored in map(parse_xet_file_data_from_response, answers if is_xet_available() else ()):
+    answers = (*response.history, response) if is_xet_available() else ()
+    for stored in map(parse_xet_file_data_from_response, answers):
         if stored is not None and stored.refresh_route.startswith(f"{constants.ENDPOINT}/"):
             return stored
     return None
@@ -173,22 +184,59 @@ def _of_xet(stored: Any, size: int | None, begin: int, headers: dict[str, str]) 
 
 @contextmanager
 def _answer(request: Request, headers: Mapping[str, str]) -> Iterator[Any]:
-    """The answer, if it is one of success. Raises Later, CheckpointError."""
+    """The answer, if it is one of success, uncompressed. Raises Later, CheckpointError."""
     from huggingface_hub import constants, errors
     from huggingface_hub.utils import get_session
 
+    session = get_session()
     try:
-        with get_session().stream(
-            "GET", request.url, headers=headers, follow_redirects=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
-        ) as response:
-            if response.status_code >= 400:
-                raise _refused(request, response, "authorization" in headers)
-            yield response
+        following = session.build_request(
+            "GET", request.url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+        )
+        history: list[Any] = []
+        while True:  # the client would read all of what a redirect has beside its address
+            response = _begun(partial(session.send, following, stream=True, follow_redirects=False))
+            try:
+                if response.status_code >= 400:
+                    raise _refused(request, response, "authorization" in headers)
+                following = response.next_request
+                if following is None:
+                    if response.headers.get("content-encoding", "identity") != "identity":
+                        text = "the hub's answer is refused: it is compressed, which was not asked for"
+                        raise CheckpointError(f"{request}: {text}")
+                    response.history = history
+                    yield response
+                    return
+            finally:
+                response.close()
+            history.append(response)
+            if len(history) > REDIRECTS:
+                raise CheckpointError(f"{request}: the hub's answer is refused: it redirects {REDIRECTS} times")
     except errors.OfflineModeIsEnabled:
         text = f"{request}: not in the local cache, and HF_HUB_OFFLINE is set: unset it to download"
         raise CheckpointError(text) from None
     except errors.HTTPError as error:  # of whichever HTTP client the library has
         raise Later(f"the hub cannot be reached: {_first_line(error)}", unreached=True) from None
+
+
+def _begun(send: Callable[[], Any]) -> Any:
+    """The answer whose headers `send` waits for, in a thread that is left alone where they trickle in without end."""
+    sent: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def wait() -> None:
+        try:
+            sent.put((send(), None))
+        except BaseException as error:
+            sent.put((None, error))
+
+    threading.Thread(target=wait, daemon=True).start()
+    try:
+        response, error = sent.get(timeout=pace.WINDOW)
+    except queue.Empty:
+        raise Later(f"the hub has not begun to answer after {pace.WINDOW:.0f} seconds", unreached=True) from None
+    if error is not None:
+        raise error
+    return response
 
 
 def _first_line(error: Exception) -> str:

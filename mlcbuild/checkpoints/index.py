@@ -21,7 +21,7 @@ from mlcbuild.errors import CheckpointError
 from mlcbuild.models.parameters import Parameter
 
 _NAMED = 12  # how many missing or unexpected tensors a message names one by one
-_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")  # what an output matrix may be called
+HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")  # what an output matrix may be called
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
@@ -227,6 +227,15 @@ def _unexpected(names: Names, allowed: Collection[str]) -> list[str]:
     return problems
 
 
+def tied_embedding(parameters: Sequence[Parameter]) -> str | None:
+    """The name of the tensor that is embedding and output matrix in one; None where they are two."""
+    roles = {parameter.role: parameter for parameter in parameters}
+    embedding, own = roles.get("embedding"), roles.get("lm_head")
+    if embedding is None or (own is not None and own.sources != embedding.sources):
+        return None
+    return embedding.sources[0]
+
+
 def _tied(
     parameters: Sequence[Parameter],
     table: Mapping[str, TensorRef],
@@ -234,13 +243,11 @@ def _tied(
     note: Callable[[str], None],
 ) -> tuple[list[str], list[str]]:
     """Names of stored output matrices that belong to a tied embedding, and problems: that they do not repeat it."""
-    roles = {parameter.role: parameter for parameter in parameters}
-    embedding, heads = roles.get("embedding"), [table[name] for name in _HEADS if name in table and name not in needed]
-    own = roles.get("lm_head")
-    if not heads or embedding is None or (own is not None and own.sources != embedding.sources):
+    embedding, heads = tied_embedding(parameters), [table[n] for n in HEADS if n in table and n not in needed]
+    if not heads or embedding is None:
         return [], []
     head = heads[0]
-    source = table.get(embedding.sources[0])
+    source = table.get(embedding)
     if source is None:
         return [head.name], []  # that the embedding is missing is the problem to report
     if (head.shape, head.dtype) != (source.shape, source.dtype) or not same_bytes(head, source):
@@ -268,4 +275,4 @@ def _list(names: Sequence[str]) -> str:
 
 def _natural(name: str) -> list[Any]:
     """A sort key that puts layer 10 after layer 9."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name)]

@@ -12,62 +12,19 @@ is read by an unpickler that knows these names and no others: nothing in it can 
 
 from __future__ import annotations
 
-import pickle
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn
 
-from mlcbuild.checkpoints.header import BITS, TensorRef, climbs, pointer
-from mlcbuild.errors import CheckpointError
+from mlcbuild.checkpoints.header import BITS, TensorRef, first_of, refused_name
+from mlcbuild.checkpoints.pickles import Tensor, Unpickler, short
+from mlcbuild.errors import POINTER, CheckpointError, pointer
 
-# Storage types by name, as safetensors calls their dtype.
-_STORAGES = {
-    "HalfStorage": "F16",
-    "BFloat16Storage": "BF16",
-    "FloatStorage": "F32",
-    "DoubleStorage": "F64",
-    "LongStorage": "I64",
-    "IntStorage": "I32",
-    "ShortStorage": "I16",
-    "CharStorage": "I8",
-    "ByteStorage": "U8",
-    "BoolStorage": "BOOL",
-}
 _MAGIC = 0x1950A86A20F9469CFC6C  # of the format before zip
 _PROTOCOL = 1001
 _LOCAL_HEADER = 30  # bytes of a zip entry's own header, before its name
-_CODE = "a file of weights holds tensors only, and code from a checkpoint is never run; save it as safetensors"
-
-
-# Tuples, because a pickle can set the attributes of other objects that it has made.
-class _Storage(NamedTuple):
-    key: str
-    dtype: str
-    numel: int
-
-
-class _Tensor(NamedTuple):
-    """A view of a storage: offset and strides in elements."""
-
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-class _Known(NamedTuple):
-    """What a global of the pickle stands for."""
-
-    name: str
-    make: Callable[..., Any] | None = None
-
-    def __call__(self, *arguments: Any) -> Any:
-        if self.make is None:
-            raise TypeError(f"{self.name} is not called in a file of weights")
-        return self.make(*arguments)
 
 
 def read_torch(path: Path, file: str, blob: str = "") -> list[TensorRef]:
@@ -80,7 +37,7 @@ def read_torch(path: Path, file: str, blob: str = "") -> list[TensorRef]:
     try:
         with path.open("rb") as stream:
             start = stream.read(8)
-            if start == b"version ":
+            if start == POINTER[:8]:
                 raise CheckpointError(pointer(file))
             if start[:4] == b"PK\x03\x04":
                 content, places = _zipped(stream, file)
@@ -90,9 +47,11 @@ def read_torch(path: Path, file: str, blob: str = "") -> list[TensorRef]:
     except CheckpointError:
         raise
     except (zipfile.BadZipFile, EOFError) as error:
-        raise CheckpointError(f"{file}: truncated or damaged: {error or 'it ends too early'}; get it again") from None
+        raise CheckpointError(
+            f"{file}: truncated or damaged: {str(error) or 'it ends too early'}; get it again"
+        ) from None
     except Exception as error:  # whatever a crafted or damaged pickle makes the unpickler raise
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}"  # of text only: what is in a pickle is shown by `short`
         raise CheckpointError(f"{file}: not a PyTorch file of weights: {reason:.200}") from None
     refs = []
     problems: list[str] = []
@@ -101,7 +60,7 @@ def read_torch(path: Path, file: str, blob: str = "") -> list[TensorRef]:
         if ref is not None:
             refs.append(ref)
     if problems:
-        raise CheckpointError("\n".join(problems))
+        raise CheckpointError(first_of(problems))
     return refs
 
 
@@ -122,7 +81,7 @@ def _zipped(stream: IO[bytes], file: str) -> tuple[Any, dict[str, _Place]]:
     packed = [name for name, entry in entries.items() if entry.compress_type != zipfile.ZIP_STORED]
     if packed:
         raise CheckpointError(f"{file}: {packed[0]} is compressed, which torch.save never does; save it again")
-    order = archive.read(f"{root}byteorder") if f"{root}byteorder" in entries else b"little"
+    order = archive.open(f"{root}byteorder").read(20) if f"{root}byteorder" in entries else b"little"
     if order != b"little":
         raise CheckpointError(f"{file}: its numbers are {order!r:.20}-endian; save it on a little-endian machine")
     prefix = f"{root}data/"
@@ -137,20 +96,22 @@ def _zipped(stream: IO[bytes], file: str) -> tuple[Any, dict[str, _Place]]:
             before = _LOCAL_HEADER + sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
             places[name.removeprefix(prefix)] = _Place(entry.header_offset + before, entry.file_size)
     with archive.open(pickles[0]) as content:
-        return _Unpickler(content, file).load(), places
+        return Unpickler(content, file).load(), places
 
 
 def _legacy(stream: IO[bytes], file: str) -> tuple[Any, dict[str, _Place]]:
-    magic = _Unpickler(stream, file).load()
-    if magic != _MAGIC:
+    magic = Unpickler(stream, file).load()
+    if type(magic) is not int or magic != _MAGIC:
         raise CheckpointError(f"{file}: not a PyTorch file of weights: neither a zip, nor with the older magic number")
-    protocol, machine = _Unpickler(stream, file).load(), _Unpickler(stream, file).load()
-    if protocol != _PROTOCOL or not machine.get("little_endian", True):
-        raise CheckpointError(f"{file}: PyTorch's format {protocol} of {machine} is not read; save it as safetensors")
-    tensors = _Unpickler(stream, file)
+    protocol, machine = Unpickler(stream, file).load(), Unpickler(stream, file).load()
+    little = machine.get("little_endian", True) if isinstance(machine, dict) else False
+    if type(protocol) is not int or protocol != _PROTOCOL or not little:
+        found = f"{short(protocol)} of {short(machine)}"
+        raise CheckpointError(f"{file}: PyTorch's format {found} is not read; save it as safetensors")
+    tensors = Unpickler(stream, file)
     content = tensors.load()
     places = {}
-    for key in _Unpickler(stream, file).load():
+    for key in Unpickler(stream, file).load():
         count = int.from_bytes(stream.read(8), "little")
         storage = tensors.storages[key]
         places[key] = _Place(stream.tell(), count * BITS[storage.dtype] // 8)
@@ -158,61 +119,14 @@ def _legacy(stream: IO[bytes], file: str) -> tuple[Any, dict[str, _Place]]:
     return content, places
 
 
-class _Unpickler(pickle.Unpickler):
-    """Reads a pickle of tensors. Every global that it names is looked up in one table, and nowhere else."""
-
-    def __init__(self, stream: IO[bytes], file: str) -> None:
-        super().__init__(stream, encoding="utf-8")
-        self.file = file
-        self.storages: dict[str, _Storage] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module in ("torch", "torch.storage") and name in _STORAGES:
-            return _Known(name)
-        if module == "torch._utils" and name in _CALLS:
-            return _Known(name, _CALLS[name])
-        if module == "torch" and name == "Size":
-            return _Known(name, tuple)
-        raise CheckpointError(f"{self.file}: its pickle names {module}.{name}, which is refused: {_CODE}")
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, known, key, _, numel, *view = pid
-        if kind != "storage" or not isinstance(known, _Known) or known.name not in _STORAGES or any(view):
-            raise CheckpointError(f"{self.file}: its pickle refers to {pid!r:.100}, expected a storage of numbers")
-        if type(numel) is not int or numel < 0 or not isinstance(key, str):
-            raise CheckpointError(f"{self.file}: storage {key!r:.40}: {numel!r:.40} elements")
-        return self.storages.setdefault(key, _Storage(key, _STORAGES[known.name], numel))
-
-
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
-    numbers = (offset, *shape, *strides)
-    if not isinstance(storage, _Storage) or not all(type(number) is int and number >= 0 for number in numbers):
-        raise TypeError("a tensor is (storage, offset, size, stride)")
-    if len(shape) != len(strides):
-        raise TypeError("a tensor has as many strides as dimensions")
-    return _Tensor(storage, offset, tuple(shape), tuple(strides))
-
-
-def _rebuild_parameter(data: Any, *_: Any) -> Any:
-    return data
-
-
-_CALLS: Mapping[str, Callable[..., Any]] = {
-    "_rebuild_tensor_v2": _rebuild_tensor,
-    "_rebuild_parameter": _rebuild_parameter,
-}
-
-
-def _tensors(content: Any, file: str) -> dict[str, _Tensor]:
+def _tensors(content: Any, file: str) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         _not_weights(file, f"it holds a {type(content).__name__}")
     for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, _Tensor):
-            kind = "a tensor" if isinstance(value, _Tensor) else f"a {type(value).__name__}"
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            kind = "a tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             inner = "; the weights may be inside it: save that part alone" if isinstance(value, dict) else ""
-            _not_weights(file, f"{name!r:.60} is {kind}{inner}")
+            _not_weights(file, f"{short(name)} is {kind}{inner}")
     return content
 
 
@@ -222,7 +136,7 @@ def _not_weights(file: str, found: str) -> NoReturn:
 
 def _ref(
     name: str,
-    tensor: _Tensor,
+    tensor: Tensor,
     places: Mapping[str, _Place],
     file: str,
     blob: str,
@@ -232,8 +146,8 @@ def _ref(
     where = f"{file}: tensor {name}"
     storage, size = tensor.storage, BITS[tensor.storage.dtype] // 8
     place = places.get(storage.key)
-    if climbs(name):
-        problems.append(f"{file}: tensor name {name!r} is refused: as a path it would climb out of its folder")
+    if refused := refused_name(name):
+        problems.append(f"{file}: {refused}")
     elif place is None:
         problems.append(f"{where}: its storage {storage.key} is not in the file; get it again")
     elif place.nbytes != storage.numel * size:
@@ -252,12 +166,12 @@ def _ref(
     return None
 
 
-def _last(tensor: _Tensor) -> int:
+def _last(tensor: Tensor) -> int:
     """The storage's element that the view's last one is, for a view that has any."""
     return tensor.offset + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
 
 
-def _row_major(tensor: _Tensor) -> bool:
+def _row_major(tensor: Tensor) -> bool:
     expected = 1
     for size, stride in reversed(list(zip(tensor.shape, tensor.strides, strict=True))):
         if size != 1 and stride != expected:

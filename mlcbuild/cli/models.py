@@ -60,7 +60,7 @@ def _inspect(options: argparse.Namespace) -> int:
         print(json.dumps(to_json(inspection), indent=1, ensure_ascii=False))
     else:
         sys.stdout.write(render(inspection))
-    return 0
+    return 1 if inspection.has_problem else 0
 
 
 def _catalog(required: bool) -> Catalog:

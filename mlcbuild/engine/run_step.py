@@ -36,8 +36,10 @@ def run_step(request: Request, store: Store, report: Report, debug_dump: Path | 
         places = make_places(place.path, store, debug_dump / name.replace(":", "/") if debug_dump else None)
         try:
             done = process.run(request, places, place, log_of(store, ingredients), _relay(name, report))
-        except StepBroke as error:
-            if shutil.disk_usage(store.root).free < _NEARLY_FULL:
+        except StepFailed as error:
+            # A file that shrank kills the step, and one that was written anew makes it fail for some other reason.
+            _check_unchanged(request.given, store)
+            if isinstance(error, StepBroke) and shutil.disk_usage(store.root).free < _NEARLY_FULL:
                 raise StepFailed(full(store.root)) from error
             raise
         _check_unchanged(request.given, store)
@@ -89,6 +91,8 @@ def _relay(name: str, report: Report) -> Callable[[Mapping[str, Any]], None]:
 def _check_unchanged(given: Iterable[Entry], store: Store) -> None:
     """Files could change while the step read them, those of the store through a link; by their stat they did not."""
     for entry in given:
+        if not entry.path.exists():
+            raise StepFailed(f"{entry.path}: was removed while it was read: bring it back, then build again")
         if entry_of(entry.path, store.index).digest != entry.digest:
             raise StepFailed(f"{entry.path}: changed while it was read: build again")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlcbuild.chat.config import TOKENIZER_FILES
+from mlcbuild.checkpoints.locked import check_config
 from mlcbuild.errors import CheckpointError, MlcBuildError
 from mlcbuild.planning.shapes import read_config
 from mlcbuild.recipes.problems import did_you_mean
@@ -60,6 +61,8 @@ def open_checkpoint(
     sizes = {name: file.size for name, file in locked.files.items()}
     with tempfile.TemporaryDirectory() as folder:
         files, trouble = _fetched(source, locked, Path(folder))
+        if "config.json" in files:
+            check_config(locked.config, read_config(files["config.json"]), str(source))
         yield Checkpoint(source, locked.config, sizes, files, model, locked, known is None, trouble)
 
 
@@ -68,6 +71,11 @@ def source_of(word: str, catalog: Catalog, revision: str | None = None, names: b
     path = Path(word)
     if path.is_dir() and revision is None:
         return Source(path=path.absolute())
+    if path.suffix == ".gguf":
+        raise MlcBuildError(
+            f"{word}: llama.cpp's format, which is not read: name what it was made from, a folder in Hugging Face's "
+            "format or owner/name"
+        )
     if path.is_file():
         raise MlcBuildError(
             f"{word}: a file; a checkpoint is a folder in Hugging Face's format (config.json and safetensors), or "

@@ -62,6 +62,17 @@ class Inspection:
     embedding: Mapping[str, Any] | None  # of a model of texts: how its vectors are made
 
     @property
+    def lacks_rows(self) -> bool:
+        """Whether there are more tokens than the model has rows for."""
+        return self.tokens is not None and self.tokens.count > self.structure.vocab_size
+
+    @property
+    def has_problem(self) -> bool:
+        """Whether it says PROBLEM somewhere: what could not be built."""
+        vectors = self.embedding is not None and "problem" in self.embedding
+        return vectors or self.lacks_rows or (self.tensors is not None and self.tensors.problem is not None)
+
+    @property
     def choices(self) -> dict[str, Any]:
         """The structure's dimensions and choices; what a model has not, or has as everybody, is left out."""
         hidden = {*_HIDDEN, "rope_theta"} if self.structure.rope == "none" else _HIDDEN
@@ -141,15 +152,17 @@ def _tensors(checkpoint: Checkpoint, structure: Structure) -> Tensors | None:
     """What the headers of a local checkpoint's files say; nothing is read of a repository's."""
     if checkpoint.source.path is None:
         return None
+    notes: list[str] = []
     try:
         wanted = parameters.parameters(structure)
         ignored = parameters.ignored(structure)
         names = [*(source for parameter in wanted for source in parameter.sources), *ignored]
-        table = with_prefix(read_table(checkpoint.files), structure.optional_prefix, names)
+        table = with_prefix(
+            read_table(checkpoint.files, note=notes.append), structure.optional_prefix, names, notes.append
+        )
     except MlcBuildError as error:
         return Tensors(0, {}, str(error))
     dtypes = Counter(ref.dtype for ref in table.values())
-    notes: list[str] = []
     problem = None
     try:
         scheme = prequantized.scheme(checkpoint.config)

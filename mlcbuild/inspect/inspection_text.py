@@ -75,10 +75,11 @@ def _of_tokens(inspection: Inspection) -> Iterator[str]:
         yield "tokenizer     none: a package needs tokenizer.json or tokenizer.model"
     else:
         tokens = inspection.tokens
-        method = tokens.info["token_postproc_method"]
-        yield f"tokenizer     {tokens.count:,} tokens, {tokens.special} of them special; {method}"
+        # A model of texts never writes any, so that how tokens become text says nothing of it.
+        method = "" if inspection.embedding is not None else f"; {tokens.info['token_postproc_method']}"
+        yield f"tokenizer     {tokens.count:,} tokens, {tokens.special} of them special{method}"
         yield f"              a text ends at {', '.join(tokens.ends) or 'nothing that it says'}"
-        if tokens.count > inspection.structure.vocab_size:
+        if inspection.lacks_rows:
             yield f"              PROBLEM: the model has only {inspection.structure.vocab_size:,} rows for them"
 
 

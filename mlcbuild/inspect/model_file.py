@@ -127,7 +127,7 @@ def _to_lock(checkpoint: Checkpoint, others: Mapping[str, Source], catalog: Cata
 def _template(wish: Wish, inspection: Inspection, catalog: Catalog) -> tuple[str, tuple[str, ...]]:
     """The template to write, and remarks on it."""
     if wish.template is not None:
-        if wish.template == AUTO_TEMPLATE.name:
+        if wish.template == AUTO_TEMPLATE.name or inspection.embedding is not None:  # nobody talks to a model of texts
             return wish.template, ()
         return wish.template, templates.differences(catalog.templates[wish.template], inspection.chat)
     if inspection.template is None:

@@ -1,4 +1,4 @@
-"""Base + LoRA adapter, as PEFT saves it: `adapter_config.json` and `adapter_model.safetensors` (or `.bin`).
+"""Base + LoRA adapter (mlcbuild.merging.adapter reads it).
 
     W' = W + scale · B A        A [r, in], B [out, r]; scale = alpha / r, or alpha / sqrt(r) with `use_rslora`
     E' = E + scale · (B A)ᵀ     of an embedding: A [r, tokens], B [dim, r]
@@ -7,65 +7,30 @@
 `fan_in_fan_out` W is stored [in, out] and the product is transposed. A module that was trained as a whole
 (`modules_to_save`) takes the place of the base's. Products are summed rank by rank in float32 and not by a matrix
 library, whose order of summation depends on the machine: the same inputs shall give the same bytes.
+
+Where the base ties its output matrix to the embedding, PEFT trains them as two. Saved as wholes with other values, they
+are two tensors after `merge_and_unload`, too. With factors, merging gives another model than the one that was trained
+(PEFT 0.21 adds what either of them learnt to the one tensor). Both are refused.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
-import math
-import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mlcbuild.checkpoints.computed import Computed, row_pieces
-from mlcbuild.checkpoints.header import TensorRef, read_header
-from mlcbuild.checkpoints.mapped import FLOATS, view
-from mlcbuild.checkpoints.torch_files import read_torch
+from mlcbuild.checkpoints.header import TensorRef
+from mlcbuild.checkpoints.index import HEADS
+from mlcbuild.checkpoints.mapped import FLOATS, same_bytes, view
 from mlcbuild.errors import CheckpointError
-from mlcbuild.models.config import is_above
+from mlcbuild.merging.adapter import CONFIG, Adapter, Parts, absent, sort
 from mlcbuild.quantization import floats
-
-CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the first of them counts
-_PREFIX = "base_model.model."
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<form>embedding_)?(?P<side>[AB])(?:\.default)?(?:\.weight)?")
-_SAVED = re.compile(r"(?P<module>.+?)(?:\.modules_to_save(?:\.default)?)?\.weight")
-# Keys of the configuration that change the arithmetic in ways that are not merged here, and the values that do not.
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "bias": ("none", None),
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
-    "layer_replication": (None, []),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "alora_invocation_tokens": (None, []),
-    "use_qalora": (False, None),
-}
-_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq")  # initialisations that also subtract from the base's weights
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter's tensors and how they are scaled."""
-
-    table: Mapping[str, TensorRef]
-    config: Mapping[str, Any]
-
-    def scale(self, module: str) -> float:
-        """alpha / r; both can be set for single modules by a pattern that matches the end of their name."""
-        alpha = _by_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 8))
-        rank = self.rank(module)
-        return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-
-    def rank(self, module: str) -> int:
-        return int(_by_pattern(self.config.get("rank_pattern"), module, self.config.get("r", 8)))
 
 
 @dataclass(frozen=True)
@@ -80,131 +45,136 @@ class _Product:
     scale: float
 
 
-def read(files: Mapping[str, Path], blobs: Mapping[str, str]) -> Adapter:
-    """Raises CheckpointError, each line with `lora` in front, for missing files and for what is not merged."""
-    if CONFIG not in files:
-        raise CheckpointError(f"lora: {CONFIG} is missing: an adapter in PEFT's format has one")
-    try:
-        config = json.loads(files[CONFIG].read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"lora: {CONFIG}: not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"lora: {CONFIG}: expected a mapping")
-    problems = _unsupported(config)
-    if problems:
-        raise CheckpointError("\n".join(f"lora: {CONFIG}: {problem}" for problem in problems))
-    name = next((name for name in WEIGHTS if name in files), None)
-    if name is None:
-        raise CheckpointError(f"lora: no {' and no '.join(WEIGHTS)}")
-    reader = read_header if name.endswith(".safetensors") else read_torch
-    try:
-        refs = reader(files[name], name, blobs.get(name, ""))
-    except CheckpointError as error:
-        raise CheckpointError("\n".join(f"lora: {line}" for line in str(error).splitlines())) from None
-    return Adapter({ref.name: ref for ref in refs}, config)
-
-
-def merged(adapter: Adapter, base: Mapping[str, TensorRef], needed: Collection[str]) -> list[Computed]:
-    """The tensors of `base` that the adapter changes, and how.
+def merged(
+    adapter: Adapter, base: Mapping[str, TensorRef], needed: Collection[str], tied: str | None = None
+) -> list[Computed]:
+    """The tensors of `base` that the adapter changes, and how; `tied` is its embedding, if that is the output matrix.
 
     Raises CheckpointError for an adapter that changes a tensor which the model does not have, or one of another
-    shape, and for tensors in it that are no LoRA factors and no saved modules.
+    shape, that was made from another base, or that unties what is tied; for tensors in it that are no LoRA factors and
+    no saved modules, and for modules that its configuration names and it lacks.
     """
-    factors: dict[str, dict[str, TensorRef]] = {}
-    saved: dict[str, TensorRef] = {}
     problems: list[str] = []
-    for name, ref in adapter.table.items():
-        plain = name.removeprefix(_PREFIX)
-        if ref.dtype not in FLOATS:
-            problems.append(f"{ref.file}: tensor {name}: dtype {ref.dtype}, expected one of {', '.join(FLOATS)}")
-        elif match := _FACTOR.fullmatch(plain):
-            factors.setdefault(match["module"], {})[(match["form"] or "") + match["side"]] = ref
-        elif "lora_" not in plain and ".original_module." not in plain and (match := _SAVED.fullmatch(plain)):
-            saved[match["module"]] = ref
-        elif ".original_module." not in plain:
-            problems.append(f"{ref.file}: tensor {name} is no factor A or B of a matrix, and only those are merged")
-    made: dict[str, Computed] = {}
-    for module, parts in factors.items():
+    parts = sort(adapter, problems)
+    if not problems:
+        problems += absent(adapter, parts, [name.removesuffix(".weight") for name in needed])
+    if tied is not None and tied in base:
+        parts = _as_one(parts, base, needed, base[tied], problems)
+    for module, ref in parts.copies.items():
         target = _target(module, base, needed, problems)
         if target is not None:
-            found = _product(adapter, module, parts, target, problems)
+            problems += _difference(ref, target)
+    made: dict[str, Computed] = {}
+    for module, factors in parts.factors.items():
+        target = _target(module, base, needed, problems)
+        if target is not None:
+            found = _product(adapter, module, factors, target, problems)
             if found is not None:
                 made[target.name] = Computed(target, partial(_sums, target, found))
-    for module, ref in saved.items():
+    for module, ref in parts.saved.items():
         target = _target(module, base, needed, problems)
         if target is None:
             continue
         if target.name in made:
             problems.append(f"{ref.file}: tensor {ref.name}: the module is both trained as a whole and by factors")
         elif target.shape != ref.shape:
-            resized = ref.shape[1:] == target.shape[1:]
-            problems.append(
-                f"{ref.file}: tensor {ref.name}: shape {list(ref.shape)}, the base's {target.name} is "
-                f"{list(target.shape)}"
-                + ("; the vocabulary was resized: merge with PEFT and save the whole model" if resized else "")
-            )
+            problems.append(_misshapen(ref, target))
         else:
             made[target.name] = Computed(target, partial(_copies, ref, target.dtype))
-    if not made and not problems:
+    if not adapter.table and not problems:
         problems.append("the adapter has no tensors")
     if problems:
         raise CheckpointError("\n".join(f"lora: {problem}" for problem in problems))
     return list(made.values())
 
 
-def _unsupported(config: Mapping[str, Any]) -> list[str]:
-    problems = []
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        return [f"peft_type is {kind!r}: only LORA adapters are merged; merge it with PEFT and save the whole model"]
-    numbers = {key: config[key] for key in ("r", "lora_alpha") if key in config}
-    for key in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(key) or {}
-        if not isinstance(patterns, Mapping):
-            problems.append(f"{key} is {patterns!r}, expected an object of modules and numbers")
-            continue
-        numbers |= {f"{key}: {module}": value for module, value in patterns.items()}
-        problems += [
-            f"{key}: {module!r} is no pattern of a module's name" for module in patterns if not _pattern(module)
-        ]
-    for key, value in numbers.items():
-        if not is_above(0, value) or ("alpha" not in key and not isinstance(value, int)):
-            problems.append(f"{key} is {value!r}, expected a {'' if 'alpha' in key else 'whole '}number above 0")
-    for key, plain in _PLAIN.items():
-        if key in config and config[key] not in plain:
-            problems.append(f"{key} is {config[key]!r}, which is not merged here: merge with PEFT and save the model")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGES_THE_BASE):
+def _as_one(
+    parts: Parts, base: Mapping[str, TensorRef], needed: Collection[str], embedding: TensorRef, problems: list[str]
+) -> Parts:
+    """The parts for a base whose output matrix is its embedding, without those of the output matrix, which repeat."""
+    ends = {module for module in _modules(parts) if f"{module}.weight" in HEADS}
+    ends |= {module for module in _modules(parts) if embedding.name in _found(module, base, needed)}
+    for module in sorted(ends & parts.factors.keys()):
         problems.append(
-            f"init_lora_weights is {start!r}, so the adapter belongs to changed base weights: "
-            "merge with PEFT and save the model"
+            f"the adapter has factors of {module}, and the base's output matrix is its embedding "
+            "(tie_word_embeddings): PEFT computes another model with the adapter than after merging it; merge with "
+            "PEFT, save the whole model and try that one, or train on a base with an output matrix of its own"
         )
-    return problems
+    for module in sorted(ends & parts.copies.keys()):
+        problems += _difference(parts.copies[module], embedding)
+    saved = {module: parts.saved[module] for module in sorted(ends & parts.saved.keys())}
+    values = list(saved.values()) if len(saved) > 1 else [*saved.values(), embedding]
+    if any(ref.shape != embedding.shape for ref in values):
+        problems += [_misshapen(ref, embedding) for ref in saved.values() if ref.shape != embedding.shape]
+    elif not all(_same(values[0], other) for other in values[1:]):
+        problems.append(
+            f"the adapter unties what the base ties (tie_word_embeddings): with its {' and '.join(saved)} the "
+            "embedding and the output matrix are two; merge with PEFT and save the whole model, whose config.json "
+            "then says tie_word_embeddings: false"
+        )
+    kept = {module: ref for module, ref in parts.saved.items() if module not in saved}
+    if len(saved) > 1:
+        kept[embedding.name.removesuffix(".weight")] = values[0]
+    return replace(
+        parts,
+        factors={module: each for module, each in parts.factors.items() if module not in ends},
+        saved=kept,
+        copies={module: ref for module, ref in parts.copies.items() if module not in ends},
+    )
 
 
-def _pattern(text: str) -> bool:
-    try:
-        re.compile(text)
-    except re.error:
-        return False
-    return True
+def _modules(parts: Parts) -> set[str]:
+    return {*parts.factors, *parts.saved, *parts.copies}
 
 
-def _by_pattern(patterns: Any, module: str, default: Any) -> Any:
-    for pattern, value in (patterns or {}).items():
-        if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module):
-            return value
-    return default
+def _difference(copy: TensorRef, target: TensorRef) -> list[str]:
+    """What is wrong with the adapter's copy of a tensor of the base."""
+    if copy.shape != target.shape:
+        return [_misshapen(copy, target)]
+    if _same(copy, target):
+        return []
+    return [
+        f"{copy.file}: tensor {copy.name}: differs from the base's {target.name}, which it is a copy of: the adapter "
+        "was trained on another base; name that one as `source`"
+    ]
+
+
+def _same(one: TensorRef, other: TensorRef) -> bool:
+    """Whether two tensors of one shape have the same values, or the one's are the other's, rounded to its dtype."""
+    if one.dtype == other.dtype:
+        return same_bytes(one, other)
+    (left, right), (dtype, target) = (view(one), view(other)), (FLOATS[one.dtype][0], FLOATS[other.dtype][0])
+    forth = back = True
+    for rows in row_pieces(one.shape):
+        mine, others = np.ascontiguousarray(left[rows]), np.ascontiguousarray(right[rows])
+        forth = forth and np.array_equal(floats.cast(mine, dtype, target), others)
+        back = back and np.array_equal(floats.cast(others, target, dtype), mine)
+    return forth or back
+
+
+def _misshapen(ref: TensorRef, target: TensorRef) -> str:
+    resized = ref.shape[1:] == target.shape[1:]
+    return (
+        f"{ref.file}: tensor {ref.name}: shape {list(ref.shape)}, the base's {target.name} is {list(target.shape)}"
+        + ("; the vocabulary was resized: merge with PEFT and save the whole model" if resized else "")
+    )
+
+
+def _found(module: str, base: Mapping[str, TensorRef], needed: Collection[str]) -> list[str]:
+    """The base's tensors that the module's weight may be, by its whole name or the family's prefix more or less."""
+    name = f"{module}.weight"
+    if name in needed:
+        return [name] if name in base else []
+    return [n for n in needed if (n.endswith(f".{name}") or name.endswith(f".{n}")) and n in base]
 
 
 def _target(
     module: str, base: Mapping[str, TensorRef], needed: Collection[str], problems: list[str]
 ) -> TensorRef | None:
-    """The base's tensor that the module's weight is, by its whole name or with the family's prefix more or less."""
-    name = f"{module}.weight"
-    found = [name] if name in needed else [n for n in needed if n.endswith(f".{name}") or name.endswith(f".{n}")]
-    if len(found) == 1 and found[0] in base:
+    found = _found(module, base, needed)
+    if len(found) == 1:
         return base[found[0]]
+    name = f"{module}.weight"
     near = difflib.get_close_matches(name, sorted(needed)[:1000], n=1, cutoff=0.8)
     hint = f"; the model has {near[0]}" if near else ""
     problems.append(f"the adapter changes {name}, which is no tensor of the base that the model uses{hint}")

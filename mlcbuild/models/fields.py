@@ -57,6 +57,14 @@ SIZES = (
     "sliding_window_size",
 )
 COUNTS = ("shared_expert_intermediate_size", "rescale_every", "time_mix_extra_dim", "time_decay_extra_dim")
+# What no model comes near. Layers and experts are gone through one by one, and every one has tensors of its own.
+MOST_LAYERS, MOST_EXPERTS = 4096, 500_000  # experts of all layers together
+LARGEST_HEAD, LARGEST_SIZE = 1 << 16, (1 << 31) - 1  # of and in heads; of all other sizes
+_MOST = {
+    **dict.fromkeys((*SIZES, *COUNTS), LARGEST_SIZE),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim", "rotary_dim"), LARGEST_HEAD),
+    "num_hidden_layers": MOST_LAYERS,
+}
 NUMBERS = ("norm_offset", "embedding_scale", "residual_scale", "logits_scale", "routed_scaling_factor")
 _POSITIVE = ("final_logit_softcapping", "attention_scale", "attn_logit_softcapping", "clip_qkv", "alibi_bias_max")
 _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -158,7 +166,9 @@ def check(values: Values) -> list[str]:
         value = values.get(name)
         endless = (name, value) == ("context_window_size", -1)
         if value is not None and not endless and not fits(value):
-            problems.append(f"config.json: {name} is {value!r}, expected {expected}")
+            problems.append(f"config.json: {name} is {value!r:.100}, expected {expected}")
+        if type(value) is int and value > _MOST.get(name, value):
+            problems.append(f"config.json: {name} is {value:,}, and models of at most {_MOST[name]:,} are built")
     for name, words in (("norm_eps", "norm epsilon"), ("group_norm_eps", "epsilon of the norm over heads")):
         value = values.get(name, 0)
         if not is_number(value) or value < 0:
@@ -166,6 +176,11 @@ def check(values: Values) -> list[str]:
     experts, chosen = (values.get(name) for name in ("num_experts", "num_experts_per_tok"))
     if not problems and experts is not None and chosen is not None and chosen > experts:
         problems.append(f"config.json: num_experts_per_tok is {chosen}, but there are only {experts} experts")
+    if not problems and experts is not None and values["num_hidden_layers"] * experts > MOST_EXPERTS:
+        problems.append(
+            f"config.json: {values['num_hidden_layers']:,} layers of {experts:,} experts, and models of at most "
+            f"{MOST_EXPERTS:,} experts in all are built"
+        )
     for name, allowed in CHOICES.items():
         if name in values and values[name] not in allowed:
             problems.append(f"{name} is {values[name]!r}: the decoder computes only {', '.join(allowed)}")
@@ -222,7 +237,8 @@ def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
         case ast.IfExp(test=test, body=body, orelse=orelse):
             return _value(body if _value(test, names) else orelse, names)
         case ast.Call(func=ast.Name(id="each_layer"), args=[item], keywords=[]):
-            return tuple(_value(item, {**names, "layer": layer}) for layer in range(names["num_hidden_layers"]))
+            layers = min(names["num_hidden_layers"], MOST_LAYERS + 1)  # more are refused once all is read
+            return tuple(_value(item, {**names, "layer": layer}) for layer in range(layers))
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _FUNCTIONS:
             return _FUNCTIONS[name](*(_value(arg, names) for arg in args))
     raise SyntaxError(f"`{ast.unparse(node)}` is not allowed")

@@ -19,7 +19,7 @@ from mlcbuild.engine.graph import Goal, Graph, Input, Step
 from mlcbuild.errors import MlcBuildError, NotLocked, Unavailable
 from mlcbuild.models.kinds import DECODER
 from mlcbuild.planning.backends import COSTS, PAGES, backend
-from mlcbuild.planning.shapes import Form, Shape, config_of, shape_of
+from mlcbuild.planning.shapes import Form, Shape, config_of, inner, shape_of
 from mlcbuild.recipes.types import (
     Catalog,
     Locked,
@@ -143,7 +143,10 @@ class _Planner:
         inputs = [Input("checkpoint", step=download, select=_TENSOR_FILES)]
         for name, step in self._merged(model).items():
             inputs.append(Input(name, step=step, select=_TENSOR_FILES if name == "base" else _ADAPTER_FILES))
-        fields = {"structure": self._shape(model, {}).fields}
+        fields: dict[str, Any] = {"structure": self._shape(model, {}).fields}
+        if model.source.hf is not None:  # what the structure is made of is compared with the file, once it is here
+            fields["config"] = dict(self._config(model))
+            fields |= {"base": model.source.hf} if model.lora is not None else {}
         return self._add("convert", model.name, fields, tuple(inputs), (download,))
 
     def _merged(self, model: Model) -> dict[str, str]:
@@ -152,6 +155,10 @@ class _Planner:
         if model.delta_of is not None:
             steps["base"] = self._fetched(model, model.delta_of, f"{model.name}-base")
         if model.lora is not None:
+            folder = model.lora.path
+            if folder is not None and folder.is_dir() and not (folder / _ADAPTER_FILES[0]).is_file():
+                text = f"lora: {folder}: no {_ADAPTER_FILES[0]}: an adapter in PEFT's format has one"
+                raise MlcBuildError(text + inner(folder, _ADAPTER_FILES[0]))
             steps["lora"] = self._fetched(model, model.lora, f"{model.name}-lora", _ADAPTER_FILES)
         return steps
 
@@ -364,4 +371,11 @@ def _too_large(shape: Shape, verify: Verify) -> bool:
 def _checkpoint_files(folder: Path) -> tuple[str, ...]:
     """Patterns of a local folder's files: the same weights as pickles beside safetensors are not even hashed."""
     named = any(folder.glob("*.safetensors")) or not folder.is_dir()
+    if not named and not any(any(folder.glob(pattern)) for pattern in _TORCH_FILES):
+        inner = sorted({path.parent.name for path in folder.glob("*/*.safetensors")})
+        if inner:
+            raise MlcBuildError(
+                f"{folder}: no weights beside config.json: they lie in the folder {inner[0]}/: move them, with their "
+                "index, to config.json, or name the folder that has both as the source"
+            )
     return CHECKPOINT_FILES if named else (*CHECKPOINT_FILES, *_TORCH_FILES)

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlcbuild.errors import MlcBuildError, NotLocked
+from mlcbuild.errors import POINTER, MlcBuildError, NotLocked, pointer
 from mlcbuild.models import architecture as architectures
 from mlcbuild.models import parameters
 from mlcbuild.models.kinds import by_layer
 from mlcbuild.models.structure import Structure
 from mlcbuild.recipes.types import Catalog, Locked, Model
+
+LARGEST_CONFIG = 4 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -61,15 +63,31 @@ def config_of(model: Model, lock: Callable[[Model], Locked | None]) -> Mapping[s
 
 
 def read_config(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises MlcBuildError where it is none, or more than a configuration can be."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))  # as the steps read it, and transformers
+        size = path.stat().st_size
+        if not path.is_file():  # to open another kind of file may take for ever
+            raise MlcBuildError(f"{path}: not a regular file")
+        if size > LARGEST_CONFIG:
+            raise MlcBuildError(f"{path}: {size:,} bytes; a config.json has at most {LARGEST_CONFIG:,}")
+        content = path.read_bytes()
+        if content.startswith(POINTER):
+            raise MlcBuildError(pointer(str(path)))
+        config = json.loads(content.decode("utf-8"))  # as the steps read it, and transformers
     except FileNotFoundError:
-        raise MlcBuildError(f"{path}: no such file: a checkpoint in Hugging Face format has one") from None
+        text = f"{path}: no such file: a checkpoint in Hugging Face format has one"
+        raise MlcBuildError(text + inner(path.parent, path.name)) from None
     except (OSError, ValueError, RecursionError) as error:
         raise MlcBuildError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(config, dict):
         raise MlcBuildError(f"{path}: expected a JSON object, got {type(config).__name__}")
     return config
+
+
+def inner(folder: Path, file: str) -> str:
+    """What is added where a file is in folders of this one: the last that a training run wrote, `checkpoint-10`."""
+    found = sorted((path.parent.name for path in folder.glob(f"*/{file}")), key=lambda name: (len(name), name))
+    return f"; the folder {found[-1]}/ has it: name that one" if found else ""
 
 
 def _form(structure: Structure, blocks: bool = False) -> Form:

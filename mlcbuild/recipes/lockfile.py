@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
@@ -54,8 +55,12 @@ def read_lock(root: Path) -> dict[str, Locked]:
 
 
 def write_lock(root: Path, locked: Mapping[str, Locked]) -> None:
-    """Replaces the lock file, whole or not at all. Raises OSError."""
-    data = {"version": _VERSION, "repos": {name: asdict(each) for name, each in locked.items()}}
+    """Replaces the lock file, whole or not at all. Raises OSError, and RecipeError for what could not be read again."""
+    repos = {name: asdict(each) for name, each in locked.items()}
+    wrong = [(name, text) for name, fields in repos.items() for text in _wrong(name, fields)]
+    if wrong:
+        raise RecipeError([f"recipes.lock: repository `{show(name)}`: {text}" for name, text in wrong])
+    data = {"version": _VERSION, "repos": repos}
     write_atomically(lock_path(root), json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
@@ -71,6 +76,8 @@ def examine(root: Path) -> tuple[dict[str, Locked], list[Problem]]:
         return {}, [unreadable(name, error)]
     except json.JSONDecodeError as error:
         return {}, [Problem(name, error.lineno, error.colno, f"not valid JSON: {error.msg}; {_ADVICE}")]
+    except RecursionError:
+        return {}, [Problem(name, 1, 1, f"not valid: too many lists or objects in each other; {_ADVICE}")]
     except ValueError as error:  # not UTF-8, or a repeated key
         return {}, [Problem(name, 1, 1, f"not valid: {error}; {_ADVICE}")]
     if not isinstance(data, dict) or data.get("version") != _VERSION or not isinstance(data.get("repos"), dict):
@@ -122,6 +129,6 @@ def _stays_inside(name: str) -> bool:
 def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key `{next(name for name in data if names.count(name) > 1)}` is repeated")
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"key `{next(name for name in data if counts[name] > 1)}` is repeated")
     return data

@@ -1,9 +1,10 @@
 """convert: a checkpoint's tensors under the model's parameter names, as an index into the checkpoint's files.
 
-Fields: structure. Inputs: checkpoint (config.json, weights, their index); also `base` where the checkpoint is a delta,
-`lora` where an adapter is laid over it. Artifact: parameters.json, and tensors-N.bin for what no file has as it is:
-sums with a base or an adapter, tensors that are not row-major or that the architecture's file says to convert, and the
-numbers of weights that are quantized already.
+Fields: structure; `config` of a checkpoint on a hub as recipes.lock has it, of which the structure was made; `base`,
+the repository that an adapter is laid over. Inputs: checkpoint (config.json, weights, their index); also `base` where
+the checkpoint is a delta, `lora` where an adapter is laid over it. Artifact: parameters.json, and tensors-N.bin for
+what no file has as it is: sums with a base or an adapter, tensors that are not row-major or that the architecture's
+file says to convert, and the numbers of weights that are quantized already.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from typing import Any
 from mlcbuild.checkpoints import computed
 from mlcbuild.checkpoints.computed import Computed
 from mlcbuild.checkpoints.header import TensorRef
-from mlcbuild.checkpoints.index import as_stored, entry, index, with_prefix
+from mlcbuild.checkpoints.index import as_stored, entry, index, tied_embedding, with_prefix
+from mlcbuild.checkpoints.locked import check_config
 from mlcbuild.checkpoints.table import read_table
 from mlcbuild.engine.job import Entry, Job
 from mlcbuild.errors import CheckpointError
-from mlcbuild.merging import delta, lora, prequantized
+from mlcbuild.merging import adapter, delta, lora, prequantized
 from mlcbuild.merging.rearranged import rearranged
 from mlcbuild.models import structure
 from mlcbuild.models.parameters import Parameter, ignored, parameters
@@ -34,6 +36,8 @@ def run(job: Job) -> None:
     """Raises CheckpointError when the checkpoint does not hold the parameters that its structure has."""
     model = structure.from_json(job.fields["structure"])
     files = job.inputs["checkpoint"].files
+    if "config" in job.fields:
+        check_config(job.fields["config"], _config(files), "the model")
     table = _table(job, files, model)
     scheme = prequantized.scheme(_config(files))
     if scheme is None:
@@ -48,7 +52,7 @@ def run(job: Job) -> None:
 
 def _table(job: Job, files: Mapping[str, Entry], model: Structure) -> dict[str, TensorRef]:
     wanted = [name for parameter in parameters(model) for name in (*parameter.sources, *parameter.alternative)]
-    found = read_table(*_paths_and_digests(files))
+    found = read_table(*_paths_and_digests(files), job.note)
     return with_prefix(found, model.optional_prefix, [*wanted, *ignored(model)], job.note)
 
 
@@ -69,8 +73,13 @@ def _indexed(job: Job, model: Structure, table: Mapping[str, TensorRef]) -> dict
             raise CheckpointError("\n".join(f"delta_of: {line}" for line in str(error).splitlines())) from None
         changed = delta.merged(wanted, table, base, ignored(model))
     elif "lora" in job.inputs:
-        adapter = lora.read(*_paths_and_digests(job.inputs["lora"].files))
-        merged = lora.merged(adapter, table, needed)
+        tied = tied_embedding(wanted) if model.embedding is None else None  # a model of texts has no output matrix
+        read = adapter.read(*_paths_and_digests(job.inputs["lora"].files))
+        merged = lora.merged(read, table, needed, tied)
+        other = adapter.other_base(read, job.fields.get("base"))
+        if other is not None:
+            job.note(other)
+            document["notes"] = [other]
         names = {each.target.name for each in merged}
         changed = merged + [each for each in changed if each.target.name not in names]
     _write(job, document, wanted, table, changed)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from mlcbuild.engine.job import Job
+from mlcbuild.errors import CheckpointError
 
 VERSION = 1
 TOOLS = ()
@@ -21,7 +22,7 @@ def run(job: Job) -> None:
     """Artifact: the checkpoint's files under their own names. Local ones are referred to, never copied.
 
     fields: none for a local folder (input `files`); `repo`, `commit`, `files` (name -> sha256, size) for a hub's.
-    Raises CheckpointError when the hub's files are not the locked ones.
+    Raises CheckpointError when the hub's files are not the locked ones, and for a folder without any.
     """
     if "repo" in job.fields:
         from mlcbuild.checkpoints import hub
@@ -33,7 +34,10 @@ def run(job: Job) -> None:
         _sweep(job.partial)
         hub.fetch(job.fields["repo"], job.fields["commit"], files, job.output, job.progress, partial=job.partial / name)
         return
-    for name, entry in job.inputs["files"].files.items():
+    given = job.inputs["files"].files
+    if not given:
+        raise CheckpointError("the folder has nothing that is read of a checkpoint: no config.json, no *.safetensors")
+    for name, entry in given.items():
         job.reuse(entry, name)
 
 

@@ -57,3 +57,12 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         tree_of_folder(tmp_path / "gone")
     with pytest.raises(MlcBuildError, match="gone: cannot be read: No such file"):
         entry_of(tmp_path / "gone", None)
+
+
+def test_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
+    """FAULTS C: a UnicodeEncodeError. Files that nobody asked for may be called what they like."""
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/odd\xff.json")).write_text("{}")
+    assert not tree_of_folder(tmp_path, ["*.txt"]).files
+    with pytest.raises(MlcBuildError) as error:
+        tree_of_folder(tmp_path, ["*.json"])
+    assert str(error.value) == f"{tmp_path}: the file name b'odd\\xff.json' is not UTF-8: rename the file"

@@ -7,7 +7,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,6 +27,7 @@ class Fault:
     times: int = 1
     cut: int | None = None  # end the connection after so many bytes of the body
     pause: float = 0.0  # seconds, in the middle of the body
+    pieces: Callable[[], Iterable[bytes]] | None = None  # what is sent as the body, however long that takes
 
 
 @dataclass
@@ -118,7 +119,7 @@ def serving(hub: Hub) -> Iterator[Hub]:
             else:
                 sent = self.rfile.read(int(headers.get("content-length", 0)))
                 status, answer, body = hub.take(self.command, path, headers, sent) if not fault else (200, {}, b"")
-            if fault and fault.status != 200:
+            if fault and (fault.status != 200 or fault.pieces):
                 status, answer, body = fault.status, dict(fault.headers), b""
             begin = headers.get("range", "bytes=0-").removeprefix("bytes=").partition("-")[0]
             if status == 200 and int(begin or 0):
@@ -128,6 +129,13 @@ def serving(hub: Hub) -> Iterator[Hub]:
             self.send_response(status)
             for name, value in answer.items():
                 self.send_header(name, value)
+            if fault and fault.pieces is not None:
+                self.close_connection = True
+                self.end_headers()
+                with contextlib.suppress(ConnectionError):
+                    for piece in fault.pieces():
+                        self.wfile.write(piece)
+                return
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             if self.command == "HEAD":

@@ -138,3 +138,31 @@ def test_no_weights(tmp_path: Path) -> None:
     assert problems(tmp_path) == [
         f"{INDEX}: missing: the checkpoint has {ONE}, {TWO}, but nothing says how they belong together"
     ]
+
+
+def test_a_variant_alone_is_the_checkpoint(tmp_path: Path) -> None:
+    """FAULTS C: a single model.fp16.safetensors lacked an index, as was said."""
+    write(tmp_path / "model.fp16.safetensors", {"a": A})
+    assert read_table(folder(tmp_path))["a"].file == "model.fp16.safetensors"
+    write(tmp_path / "model.bf16.safetensors", {"a": A})
+    assert problems(tmp_path) == [
+        f"{INDEX}: missing: the checkpoint has model.bf16.safetensors, model.fp16.safetensors, but nothing says how "
+        "they belong together"
+    ]
+
+
+def test_an_index_that_is_a_pointer(tmp_path: Path) -> None:
+    (sharded(tmp_path) / INDEX).write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert problems(tmp_path) == [
+        f"{INDEX}: a Git LFS pointer and not the file itself: run `git lfs pull` in its folder"
+    ]
+
+
+def test_an_index_that_counts_other_bytes(tmp_path: Path) -> None:
+    """FAULTS A4, a sibling: total_size and the tensors. Published ones are wrong now and then, so it is a note."""
+    notes: list[str] = []
+    path = sharded(tmp_path) / INDEX
+    for size, expected in ((72, []), (7, [f"{INDEX}: total_size is 7, and the tensors of the shards have 72 bytes"])):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"metadata": {"total_size": size}}))
+        read_table(folder(tmp_path), note=notes.append)
+        assert notes == expected

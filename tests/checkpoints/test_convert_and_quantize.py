@@ -145,3 +145,22 @@ def test_the_checkpoint_is_an_input_of_files(tmp_path: Path) -> None:
     empty = local_job({"checkpoint": tree}, {"structure": structure(tmp_path / "model").to_json()}, tmp_path / "empty")
     with pytest.raises(CheckpointError, match=r"no weights: expected model\.safetensors"):
         convert.run(empty)
+
+
+def test_the_locked_config_is_that_of_the_file(tmp_path: Path) -> None:
+    """FAULTS A4: with another rope_theta in recipes.lock, the model was built with the wrong rotary base."""
+    save(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    shape = structure(tmp_path / "model").to_json()
+    fields = {"structure": shape, "config": config}
+    convert.run(local_job({"checkpoint": tmp_path / "model"}, fields, tmp_path / "same"))
+    del config["rope_parameters"]
+    fields = {"structure": shape, "config": {**config, "hidden_size": 64, "one": 1}}
+    with pytest.raises(CheckpointError) as error:
+        convert.run(local_job({"checkpoint": tmp_path / "model"}, fields, tmp_path / "other"))
+    assert str(error.value) == (
+        "recipes.lock: the config of the model is not that of the locked commit: `hidden_size` is 64, and 48 in "
+        "config.json; `one` is 1, and absent in config.json; `rope_parameters` is absent, and "
+        '{"rope_theta": 10000.0, "rope_type": "default"} in config.json; '
+        "restore recipes.lock from version control, or run `mlcbuild lock --update`"
+    )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mlcbuild.checkpoints.header import TensorRef
-from mlcbuild.checkpoints.index import index, with_prefix
+from mlcbuild.checkpoints.index import _natural, index, with_prefix
 from mlcbuild.checkpoints.table import read_table
 from mlcbuild.errors import CheckpointError
 from mlcbuild.models.parameters import Parameter
@@ -183,3 +183,8 @@ def test_a_prefix_that_all_tensors_have_or_lack(tmp_path: Path, saved: str, said
     wanted = {f"model.{name}" for name in values}
     assert set(found) == (wanted if saved != "encoder.{}" else set(refs))
     assert {ref.name for ref in found.values()} == set(refs), "for messages, a tensor keeps the name that the file has"
+
+
+def test_digits_that_are_no_numbers() -> None:
+    """`²` is a digit to str.isdigit and not to int."""
+    assert sorted(["layers.10.x", "layers.²", "layers.9.x"], key=_natural) == ["layers.9.x", "layers.10.x", "layers.²"]

@@ -165,3 +165,48 @@ def test_a_dtype_that_no_parameter_has(tmp_path: Path) -> None:
     path = write(tmp_path / "x.safetensors", {"ids": np.arange(3)})
     with pytest.raises(CheckpointError, match=r"x\.safetensors: tensor ids: dtype I64, expected F16 BF16 F32"):
         read(read_header(path, path.name)[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"shape": [2**62] * 32}, f"F32 {[2**62] * 32} takes more than 2^60 bytes, but its data_offsets [0, 24] hold"),
+        ({"shape": [1] * 33}, "its header entry is not {dtype, shape, data_offsets: [begin, end]}"),
+        ({"shape": [2**63]}, "its header entry is not {dtype, shape, data_offsets: [begin, end]}"),
+        ({"data_offsets": [0, 2**70]}, "its header entry is not {dtype, shape, data_offsets: [begin, end]}"),
+        ({"data_offsets": [-24, 0]}, "its header entry is not {dtype, shape, data_offsets: [begin, end]}"),
+        ({"shape": True}, "its header entry is not {dtype, shape, data_offsets: [begin, end]}"),
+    ],
+)
+def test_numbers_that_no_file_has(tmp_path: Path, change: dict[str, Any], text: str) -> None:
+    """FAULTS D: the size of such a shape was no number that could be shown."""
+    head = header(TENSORS)
+    head["a.weight"] |= change
+    path = write(tmp_path / "x.safetensors", TENSORS, head)
+    assert problem(path).startswith(f"x.safetensors: tensor a.weight: {text}")
+
+
+def test_very_many_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAULTS D: looking for the name that is there twice took time by the square of their number."""
+    entry = b'{"dtype":"F16","shape":[0],"data_offsets":[0,0]}'
+    names = [b'"n%d":' % i + entry for i in range(20_000)]
+    path = write(tmp_path / "x.safetensors", {}, b"{" + b",".join([*names, names[-1]]) + b"}")
+    assert problem(path) == "x.safetensors: 'n19999' occurs twice in the header"
+    path = write(tmp_path / "x.safetensors", {}, b"{" + b",".join(names) + b"}")
+    assert len(read_header(path, path.name)) == 20_000
+    path = write(tmp_path / "x.safetensors", {}, b"{" + b",".join(names).replace(b"F16", b"F9") + b"}")
+    *_, last = lines = problem(path).splitlines()
+    assert len(lines) == 13 and last == "and 19988 more of this kind"
+    monkeypatch.setattr("mlcbuild.checkpoints.header.MOST_TENSORS", 15_000)
+    assert problem(path) == "x.safetensors: 20,000 tensors in one file; at most 15,000 are read"
+
+
+def test_a_name_that_is_no_name(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.safetensors", {"a" * 1001: A})
+    assert problem(path) == (
+        f"x.safetensors: tensor name {'a' * 1001!r:.60}… is refused: it has 1,001 characters, of at most 1000"
+    )
+    path = write(tmp_path / "x.safetensors", {}, b'{"\\ud800":{"dtype":"F16","shape":[0],"data_offsets":[0,0]}}')
+    assert problem(path) == (
+        "x.safetensors: tensor name '\\ud800' is refused: as a path it would climb out of its folder"
+    )

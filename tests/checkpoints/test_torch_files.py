@@ -226,7 +226,7 @@ def test_damaged_files_of_the_older_format(tmp_path: Path) -> None:
     assert found.startswith(f"{FILE}: tensor a: truncated: the file ends before its storage ")
     assert found.endswith(" does; get it again")
     path.write_bytes(whole[:60])
-    assert problem(path) == f"{FILE}: not a PyTorch file of weights: UnpicklingError: pickle data was truncated"
+    assert problem(path) == f"{FILE}: truncated or damaged: it ends too early; get it again"
     path.write_bytes(b"")
     assert problem(path).startswith(f"{FILE}: truncated or damaged: ")
     path.write_bytes(pickle.dumps({"a": 1}))
@@ -249,3 +249,37 @@ def test_views_that_leave_their_storage_and_names_that_climb(tmp_path: Path) -> 
         archive.writestr("m/data.pkl", text.getvalue())
         archive.writestr("m/data/0", bytes(16))
     assert problem(path) == f"{FILE}: tensor a: [2, 2] from element 1 on leaves its storage"
+
+
+def crafted(path: Path, text: bytes) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("m/data.pkl", text)
+    return path
+
+
+DOUBLED = b"(I1\ntp0\n" + b"".join(b"0g%d\ng%d\n\x86p%d\n" % (i, i, i + 1) for i in range(60))  # t = (t, t)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (b"}" + DOUBLED + b"I1\ns.", "its pickle has tuples of more than 10,000 values in each other"),
+        (b"(" + DOUBLED + b"tQ.", "its pickle has tuples of more than 10,000 values in each other"),
+        (b"\x8f.", "its pickle has sets or objects of its own, which is refused: a file of weights holds tensors only"),
+        (b"(lp0\n" + b"".join(b"(lp%d\ng%d\nag%d\na" % (i + 1, i, i) for i in range(60)) + b".", "it holds a list"),
+        (b"(lp0\n" + b"".join(b"(lp%d\ng%d\nag%d\na" % (i + 1, i, i) for i in range(60)) + b"Q.", "not a PyTorch file"),
+        (b"}K\x01\x8b\x00\x00\x00\x40.", "truncated or damaged: it ends too early"),
+        (b"}r\xff\xff\xff\xffX\x01\x00\x00\x00aI1\ns.", "but 'a' is a int"),
+        (b"}\x8b\x00\x08\x00\x00" + b"\x7f" * 2048 + b"I1\ns.", "but a int is a int"),
+    ],
+)
+def test_pickles_that_would_never_end(tmp_path: Path, text: bytes, expected: str) -> None:
+    """FAULTS D: tuples in tuples are hashed and shown in 2^60 steps, memo places are counted in gigabytes."""
+    assert expected in problem(crafted(tmp_path / FILE, text))
+
+
+def test_a_pickle_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlcbuild.checkpoints.pickles.MAX_PICKLE", 1000)
+    assert problem(crafted(tmp_path / FILE, b"N0" * 600 + b"}.")) == (
+        f"{FILE}: its pickle has more than 1,000 bytes; save it as safetensors"
+    )

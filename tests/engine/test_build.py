@@ -172,6 +172,20 @@ def test_a_checkpoint_that_changes_under_the_step_fails_it(toy: Toy) -> None:
     assert toy.build() == {"download": "built", "quantize": "built"}
 
 
+@pytest.mark.parametrize("end", ["crash", "kill", "fail"])
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [("touch", "changed while it was read: build again"), ("remove", "was removed while it was read: bring it back, ")],
+)
+def test_a_step_that_ends_because_its_checkpoint_changed(toy: Toy, change: str, end: str, text: str) -> None:
+    """FAULTS C: it was a bug in the step, or a figure that the gate refused."""
+    (toy.tricks / f"quantize.{change}").write_text(str(toy.checkpoint / "model.safetensors"))
+    (toy.tricks / f"quantize.{end}").touch()
+    with pytest.raises(MlcBuildError, match=rf"quantize:m: .*model\.safetensors: {text}") as error:
+        toy.build()
+    assert not isinstance(error.value, StepBroke)
+
+
 def test_progress_and_notes_arrive(toy: Toy) -> None:
     toy.build()
     assert any(isinstance(event, StepProgress) and event.unit == "files" for event in toy.events)

@@ -30,8 +30,12 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
 
 
 def inspected(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
-    assert main(["inspect", *words, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
+    """What is said of a checkpoint; the exit code says whether a problem is."""
+    code = main(["inspect", *words, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    embedding = found["choices"].get("embedding") or {}
+    assert code == int("problem" in embedding or bool(found["tensors"] and found["tensors"]["problem"]))
+    return found
 
 
 def test_a_local_checkpoint(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,6 +115,16 @@ def test_fault_C_a_model_of_texts(
     assert found["template"]["remarks"] == []
 
 
+def test_a_problem_is_in_the_exit_code(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    """FAULTS C: 0 beside PROBLEM."""
+    config = json.loads((STORIES / "config.json").read_text())
+    shutil.copytree(STORIES, workspace.root / "large")
+    (workspace.root / "large/config.json").write_text(json.dumps(config | {"vocab_size": 2000}))
+    assert main(["inspect", "large"]) == 1
+    said = capsys.readouterr().out
+    assert said.count("PROBLEM: ") == 2 and "PROBLEM: the model has only 2,000 rows for them" in said
+
+
 def test_which_libraries_it_would_use(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(workspace.root / "recipes/models/tiny", workspace.root / "twin")
     config = {**CONFIG, "vocab_size": 64, "max_position_embeddings": 512}
@@ -122,7 +136,7 @@ def test_which_libraries_it_would_use(workspace: Workspace, capsys: pytest.Captu
     assert longer["libraries"] == {} and longer["libraries_with_other_limits"][f"library:{label}"] == limits
     (workspace.root / "twin/config.json").write_text(json.dumps({**config, "max_position_embeddings": 256}))
     assert inspected(capsys, "twin")["libraries"][f"library:{label}"] == ["tiny-q4f16_1-cpu"]
-    assert main(["inspect", "twin"]) == 0
+    assert main(["inspect", "twin"]) == 1  # it has no weights
     text = capsys.readouterr().out
     assert f"{label}  tiny-q4f16_1-cpu" in text and "tensors       0" in text
     assert "PROBLEM: model.safetensors" in text, "the weights of toy models are none"
@@ -138,6 +152,10 @@ def test_outside_of_a_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     [
         (["tinny"], "tinny: no folder and no model of this name; did you mean `tiny`? (hf:tinny means the repository)"),
         (["./nowhere"], "./nowhere: no such folder; a checkpoint is a folder in Hugging Face's format, or owner/name"),
+        (
+            ["a.gguf"],
+            "a.gguf: llama.cpp's format, which is not read: name what it was made from, a folder in Hugging F",
+        ),
         (["dodo.py"], "dodo.py: a file; a checkpoint is a folder in Hugging Face's format (config.json and safeten"),
         (["recipes"], "config.json: no such file: a checkpoint in Hugging Face format has one"),
         (["strange"], "model_type `lama` is an unknown architecture (did you mean `llama`?)"),

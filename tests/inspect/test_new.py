@@ -14,7 +14,7 @@ from mlcbuild.recipes.load import check, load
 from mlcbuild.recipes.lockfile import read_lock
 from tests.checkpoints.hub_server import COMMIT, Fault, Hub, serving
 from tests.engine.workspace import Workspace, make_workspace
-from tests.inspect.test_inspect import STORIES
+from tests.inspect.test_inspect import BERT, STORIES
 
 NEXT = "f" * 40
 
@@ -161,3 +161,29 @@ def test_inspecting_a_repository_locks_nothing(
     found = json.loads(capsys.readouterr().out)
     assert (found["commit"], found["locked"], found["tensors"]) == (COMMIT, False, None)
     assert read_lock(workspace.root) == {}
+
+
+def test_a_lock_file_that_was_edited(workspace: Workspace, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    """FAULTS A4: what is inspected is the locked config, which is compared with the file at the locked commit."""
+    assert main(["new", hub.repo]) == 0
+    lock = workspace.root / "recipes" / "recipes.lock"
+    document = json.loads(lock.read_text())
+    document["repos"][hub.repo]["config"]["hidden_size"] = 7
+    lock.write_text(json.dumps(document))
+    assert main(["inspect", "tale-1.5_chat"]) == 1
+    assert f"recipes.lock: the config of hf:{hub.repo} is not that of the locked commit: `hidden_size` is 7, and " in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_model_of_texts_needs_no_advice_on_templates(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """FAULTS C: nobody talks to it."""
+    workspace.write("texts/config.json", json.dumps(BERT))
+    workspace.write("texts/tokenizer.json", (STORIES / "tokenizer.json").read_text())
+    workspace.write("texts/tokenizer_config.json", json.dumps({"chat_template": "{{ messages[0].content }}"}))
+    for words in ([], ["--template", "llama-2"]):
+        assert main(["new", "texts", *words, "--dry-run"]) == 0
+        said = capsys.readouterr().out
+        assert "note       template" not in said and "weights do not fit: no weights" in said

@@ -14,7 +14,7 @@ import pytest
 from mlcbuild.checkpoints import computed, mapped
 from mlcbuild.checkpoints.header import TensorRef, read_header
 from mlcbuild.errors import CheckpointError
-from mlcbuild.merging import delta, lora
+from mlcbuild.merging import adapter, delta, lora
 from mlcbuild.models.parameters import Parameter
 from tests.checkpoints.files import write
 
@@ -121,8 +121,8 @@ def adapted(root: Path, tensors: Arrays, base: Arrays, **config: Any) -> dict[st
     folder = root / "adapter"
     write(folder / "adapter_model.safetensors", tensors)
     (folder / "adapter_config.json").write_text(json.dumps(CONFIG | config))
-    adapter = lora.read({path.name: path for path in folder.iterdir()}, {})
-    return written(root, lora.merged(adapter, table(root, "base", base), set(base)))
+    read = adapter.read({path.name: path for path in folder.iterdir()}, {})
+    return written(root, lora.merged(read, table(root, "base", base), set(base)))
 
 
 def adapter_problem(root: Path, tensors: Arrays, **config: Any) -> str:
@@ -251,12 +251,16 @@ def test_adapters_of_another_model(tmp_path: Path) -> None:
 def test_an_adapter_without_its_files(tmp_path: Path) -> None:
     def problem() -> str:
         with pytest.raises(CheckpointError) as error:
-            lora.read({path.name: path for path in tmp_path.iterdir()}, {})
+            adapter.read({path.name: path for path in tmp_path.iterdir()}, {})
         return str(error.value)
 
     assert problem() == "lora: adapter_config.json is missing: an adapter in PEFT's format has one"
     (tmp_path / "adapter_config.json").write_text("{")
     assert problem().startswith("lora: adapter_config.json: not valid JSON: ")
+    (tmp_path / "adapter_config.json").write_text("[" * 100_000)
+    assert problem().startswith("lora: adapter_config.json: not valid JSON: ")
+    (tmp_path / "adapter_config.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert problem().startswith("lora: adapter_config.json: a Git LFS pointer and not the file itself: ")
     (tmp_path / "adapter_config.json").write_text("[]")
     assert problem() == "lora: adapter_config.json: expected a mapping"
     (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIG))

@@ -99,6 +99,13 @@ def test_pickles_that_are_not_row_major_in_a_quantized_checkpoint(tmp_path: Path
     )
 
 
+def test_a_folder_without_files(tmp_path: Path) -> None:
+    """FAULTS C: `the step ended well but made nothing`."""
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="the folder has nothing that is read of a checkpoint: "):
+        download.run(local_job({"files": tmp_path / "empty"}, {}, tmp_path / "job"))
+
+
 def test_unfinished_downloads_are_given_up_after_a_month(tmp_path: Path) -> None:
     import os
     import time

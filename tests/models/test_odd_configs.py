@@ -55,6 +55,7 @@ CONFIGS = {
     "qwen2_moe": MOE, "gemma3_text": GEMMA3, "rwkv6": RWKV6,
 }  # fmt: skip
 ODD: tuple[Any, ...] = ("x", "64", -1, 0, 1.5, [], {}, ["a"], [1, 2], {"a": 1}, True, float("nan"), float("inf"))
+ODD += (10**8,)
 
 
 def places(config: dict[str, Any], at: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -121,6 +122,13 @@ def test_any_value_of_any_key_is_refused_or_understood(name: str) -> None:
         (MOE, ("shared_expert_intermediate_size",), 1.5, "shared_expert_intermediate_size is 1.5, expected a whole"),
         (MOE, ("norm_topk_prob",), "no", "norm_topk_prob is 'no', expected true or false"),
         (RWKV6, ("rescale_every",), "x", "rescale_every is 'x', expected a whole number"),
+        # FAULTS.md D: planning went through the layers one by one, and did not come back.
+        (LLAMA, ("num_hidden_layers",), 10**8, "num_hidden_layers is 100,000,000, and models of at most 4,096 are"),
+        (GEMMA3, ("num_hidden_layers",), 10**8, "num_hidden_layers is 100,000,000, and models of at most 4,096 are"),
+        (MOE, ("num_experts",), 10**6, "2 layers of 1,000,000 experts, and models of at most 500,000 experts in all"),
+        (LLAMA, ("quantization",), {"bits": 4, "group_size": 64},
+         "config.json: quantization: MLX packed the weights into 4 bits, which is not read: name the checkpoint that"),
+        (LLAMA, ("head_dim",), 10**6, "head_dim is 1,000,000, and models of at most 65,536 are built"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_named(config: dict[str, Any], place: tuple[str, ...], value: Any, problem: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from mlcbuild.engine.graph import Graph
@@ -45,7 +46,58 @@ def test_an_adapter_in_a_folder(tmp_path: Path) -> None:
     (files,) = found.steps["download:tiny-lora"].inputs
     assert files.path == folder
     assert files.select == ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-    assert found.steps["convert:tiny"].inputs[1].name == "lora"
+    convert = found.steps["convert:tiny"]
+    assert convert.inputs[1].name == "lora"
+    # What convert compares with the files, once they are here (FAULTS.md A4).
+    assert convert.fields["config"] == CONFIG and convert.fields["base"] == "owner/a"
+
+
+def test_the_folder_above(tmp_path: Path) -> None:
+    """FAULTS C: `the step ended well but made nothing`. What a training run leaves has a folder for each checkpoint."""
+    workspace = make_workspace(tmp_path)
+    folder = workspace.root / "recipes/models/run"
+    folder.mkdir()
+    lora = "source: {path: tiny}\nlora: {path: run}"
+
+    def said(text: str) -> str:
+        (found,) = planned(workspace, text).broken.values()
+        return found
+
+    expected = f"model tiny: lora: {folder}: no adapter_config.json: an adapter in PEFT's format has one"
+    assert said(lora) == expected
+    for name in ("checkpoint-9", "checkpoint-10"):
+        workspace.write(f"recipes/models/run/{name}/adapter_config.json", "{}")
+        workspace.write(f"recipes/models/run/{name}/config.json", "{}")
+    assert said(lora) == f"{expected}; the folder checkpoint-10/ has it: name that one"
+    assert said("source: {path: run}") == (
+        f"model tiny: {folder}/config.json: no such file: a checkpoint in Hugging Face format has one; the folder "
+        "checkpoint-10/ has it: name that one"
+    )
+
+
+def test_what_is_no_config(tmp_path: Path) -> None:
+    """FAULTS D: a fifo waits for ever, and a link to /dev/zero has no end."""
+    workspace = make_workspace(tmp_path)
+    config = workspace.root / "recipes/models/tiny/config.json"
+    config.write_text(config.read_text() + " " * (4 << 20))
+    (text,) = planned(workspace, "source: {path: tiny}").broken.values()
+    assert text.endswith(f"config.json: {config.stat().st_size:,} bytes; a config.json has at most 4,194,304")
+    for fifo in (True, False):
+        config.unlink()
+        os.mkfifo(config) if fifo else config.symlink_to("/dev/zero")
+        (text,) = planned(workspace, "source: {path: tiny}").broken.values()
+        assert text == f"model tiny: {config}: not a regular file"
+
+
+def test_weights_in_a_folder_of_their_own(tmp_path: Path) -> None:
+    """FAULTS C: it was `no weights`, though there are some."""
+    workspace = make_workspace(tmp_path)
+    folder = workspace.write("recipes/models/other/config.json", json.dumps(CONFIG)).parent
+    workspace.write("recipes/models/other/shards/model-00001-of-00002.safetensors", "")
+    assert planned(workspace, "source: {path: other}").broken == {
+        "tiny-q4f16_1-cpu": f"model tiny: {folder}: no weights beside config.json: they lie in the folder shards/: "
+        "move them, with their index, to config.json, or name the folder that has both as the source"
+    }
 
 
 def test_pickles_count_only_where_there_are_no_safetensors(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ def test_the_text_depends_on_the_content_only_and_has_a_line_for_each_value(root
         ('{"version": 1,\n<<<<<<< HEAD\n', "2:1: not valid JSON: Expecting property name enclosed in double quotes"),
         (b"\xff", "not valid: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
         ('{"version": 1, "version": 1, "repos": {}}', "not valid: key `version` is repeated"),
+        ("[" * 9999, "not valid: too many lists or objects in each other"),  # FAULTS.md D, found by tests/fuzz
         ("[]", "`version` is `null`, expected `1` and `repos`"),
         ('{"version": 2, "repos": {}}', "`version` is `2`, expected `1` and `repos`"),
     ],

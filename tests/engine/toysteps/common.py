@@ -46,6 +46,10 @@ def run(job: Job, kind: str) -> None:
 
 
 def _play(tricks: Path, kind: str, job: Job) -> None:
+    if (tricks / f"{kind}.touch").exists():
+        Path((tricks / f"{kind}.touch").read_text()).write_text("changed")
+    if (tricks / f"{kind}.remove").exists():
+        Path((tricks / f"{kind}.remove").read_text()).unlink()
     if (tricks / f"{kind}.fail").exists():
         raise MlcBuildError(f"{kind} cannot: the toy was told to fail; take {kind}.fail away")
     needle = tricks / f"{kind}.fail-with"
@@ -56,8 +60,6 @@ def _play(tricks: Path, kind: str, job: Job) -> None:
         raise ZeroDivisionError("a bug")
     if (tricks / f"{kind}.kill").exists():
         os.abort()
-    if (tricks / f"{kind}.touch").exists():
-        Path((tricks / f"{kind}.touch").read_text()).write_text("changed")
     if (tricks / f"{kind}.child").exists():
         script = "import time; time.sleep(600)"
         mark = (tricks / f"{kind}.child").read_text()

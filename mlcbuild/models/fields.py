@@ -55,9 +55,11 @@ SIZES = (
     "moe_intermediate_size",
     "rotary_dim",
     "sliding_window_size",
+    "expert_groups",
+    "expert_groups_per_tok",
 )
 COUNTS = ("shared_expert_intermediate_size", "rescale_every", "time_mix_extra_dim", "time_decay_extra_dim")
-NUMBERS = ("norm_offset", "embedding_scale", "residual_scale", "logits_scale", "routed_scaling_factor")
+NUMBERS = ("norm_offset", "embedding_scale", "residual_scale", "logits_scale", "routed_scaling_factor", "router_jitter")
 _POSITIVE = ("final_logit_softcapping", "attention_scale", "attn_logit_softcapping", "clip_qkv", "alibi_bias_max")
 _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(SIZES, ("a whole number of at least 1", lambda value: type(value) is int and value > 0)),
@@ -75,6 +77,7 @@ CHOICES = {
     "rope_pairing": ("halves", "neighbours"),
     "qk_norm": ("none", "head", "per_head", "all"),
     "gate": ("first", "second"),
+    "scoring": ("softmax", "sigmoid", "sparse_mixer"),
     "activation": ("silu", "gelu", "gelu_tanh", "relu", "relu2"),
 }
 

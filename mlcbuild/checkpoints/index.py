@@ -13,6 +13,7 @@ import difflib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from mlcbuild.checkpoints.header import TensorRef
@@ -96,14 +97,16 @@ def index(
 ) -> dict[str, Any]:
     """The content of `parameters.json`: each parameter's `sources`, joined along axis 0.
 
-    `ignored` tensors may be present and are dropped. So is an `lm_head.weight` of a model without one (tied
-    embeddings), if its bytes are the embedding's; `note` then says so. Raises CheckpointError with all problems:
-    tensors that are missing, of a wrong shape or dtype, or that belong to no parameter.
+    `ignored` tensors may be present and are dropped; `*` in a name is any text. So is an `lm_head.weight` of a model
+    without one (tied embeddings), if its bytes are the embedding's; `note` then says so. Raises CheckpointError with
+    all problems: tensors that are missing, of a wrong shape or dtype, or that belong to no parameter.
     """
     needed = {source for parameter in parameters for source in parameter.sources}
     names = Names(needed, table.keys())
     repeated, problems = _tied(parameters, table, needed, note)
-    problems += _missing(names) + _unexpected(names, {*ignored, *repeated})
+    wild = [pattern for pattern in ignored if "*" in pattern]
+    dropped = {name for name in table if any(fnmatchcase(name, pattern) for pattern in wild)}
+    problems += _missing(names) + _unexpected(names, {*ignored, *repeated, *dropped})
     entries = []
     for parameter in parameters:
         refs = [table[source] for source in parameter.sources if source in table]
@@ -168,6 +171,7 @@ def _mismatches(parameter: Parameter, refs: Sequence[TensorRef]) -> list[str]:
 
 def _fits(shape: tuple[int, ...], given: Sequence[tuple[int, ...]]) -> bool:
     """Whether tensors of the shapes `given`, one after the other, are a parameter: rows of it, its experts or heads."""
+    given = [each[1:] if each[:1] == (1,) and len(each) == len(shape) + 1 else each for each in given]  # one vector
     if len(shape) > 1 and all(len(each) == len(shape) - 1 for each in given):
         per_expert = len(given) // shape[0]
         return len(given) == per_expert * shape[0] and all(

@@ -57,8 +57,8 @@ def resolve(architecture: Architecture, config: Mapping[str, Any], overrides: Ma
     decoder cannot express. All such problems are in the one error.
     """
     _check_packing(config)
-    flat = normalise(config)
     data = architecture.data
+    flat = normalise(_text(data, config))
     kind = data.get("kind", DECODER)
     constants = {name: value for name, value in data.get("decoder", {}).items() if name != "rope_scaling"}
     if "embedding" in data:
@@ -75,7 +75,8 @@ def resolve(architecture: Architecture, config: Mapping[str, Any], overrides: Ma
     problems = _check_shape(values) + _check_limits(kind, values)
     if problems:
         raise MlcBuildError("\n".join(problems))
-    rules = tuple(each for rule in data["parameters"] for each in _rules(rule, values))
+    prefix = data.get("prefix", "")
+    rules = tuple(_under(prefix, each) for rule in data["parameters"] for each in _rules(rule, values))
     structure = Structure(
         architecture=architecture.name,
         model_type=architecture.model_type,
@@ -106,7 +107,7 @@ def model_config(architecture: Architecture, structure: Structure, config: Mappi
     What config.json does not have either is left out.
     """
     names = {field.name: getattr(structure, field.name) for field in fields(structure)}
-    flat = normalise(config)
+    flat = normalise(_text(architecture.data, config))
     found = {}
     for key, rule in architecture.data["model_config"].items():
         if not isinstance(rule, Mapping):
@@ -117,6 +118,17 @@ def model_config(architecture: Architecture, structure: Structure, config: Mappi
         theta = found.get(key)
         if isinstance(theta, float) and theta.is_integer():
             found[key] = int(theta)
+    return found
+
+
+def _text(data: Mapping[str, Any], config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a wrapper's config that describes its text model, which is the file's `config_in`; or all of it."""
+    place = data.get("config_in")
+    if place is None:
+        return config
+    found = config.get(place)
+    if not isinstance(found, Mapping):
+        raise MlcBuildError(f"config.json: `{place}` is missing: there the architecture finds its text model")
     return found
 
 
@@ -155,6 +167,12 @@ def _rules(rule: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[Param
         kept = tuple(each for each in convert if each != "transpose")
         others = tuple(map(_bias, made.alternative))
         yield replace(made, role=role, name=_bias(made.name), sources=tuple(names), convert=kept, alternative=others)
+
+
+def _under(prefix: str, rule: ParameterRule) -> ParameterRule:
+    """The rule with its checkpoint tensors under a wrapper's prefix."""
+    sources, others = (tuple(prefix + name for name in names) for names in (rule.sources, rule.alternative))
+    return replace(rule, sources=sources, alternative=others)
 
 
 def _bias(name: str) -> str:
@@ -201,6 +219,15 @@ def _check_shape(values: Mapping[str, Any]) -> list[str]:
     types, layers = values.get("layer_types"), values["num_hidden_layers"]
     if types is not None and (len(types) != layers or not {*types} <= {"full", "sliding"}):
         problems.append(f"config.json: layer_types are {types}, expected full or sliding for each of {layers} layers")
+    turned = values.get("rope_layers")
+    if turned is not None and len(turned) != layers:
+        problems.append(f"config.json: {len(turned)} numbers say which layers have rotary positions, not {layers}")
+    experts, groups, chosen = (values.get(k) or 1 for k in ("num_experts", "expert_groups", "expert_groups_per_tok"))
+    if groups > 1 and (experts % groups or experts // groups < 2 or chosen > groups):
+        problems.append(
+            f"config.json: {experts} experts in {groups} groups, of which a token sees {chosen}: expected whole groups "
+            "of at least 2, and as many of them or fewer"
+        )
     return problems
 
 
@@ -226,7 +253,9 @@ def _windows(values: Mapping[str, Any]) -> dict[str, Any]:
     local = values.get("rope_local_theta") is not None
     if types is not None and not local and (window is None or "full" not in types):
         types = None
-    return {"sliding_window_size": window, "layer_types": types}
+    turned = values.get("rope_layers")
+    turned = None if turned is None or all(turned) else tuple(map(bool, turned))
+    return {"sliding_window_size": window, "layer_types": types, "rope_layers": turned}
 
 
 def _check_limits(kind: str, values: Mapping[str, Any]) -> list[str]:

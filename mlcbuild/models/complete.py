@@ -59,13 +59,15 @@ def _outside(s: Structure) -> tuple[set[str], set[str]]:
 def _layer(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
     """The same for a layer, as far as its other parameters decide."""
     needed = {"o_proj", *(_ONE_BY_ONE if roles & _ONE_BY_ONE else {"qkv_proj"})}
-    used = {f"{name}_bias" for name in ("qkv", "q", "k", "v", "o", "gate_up", "gate", "up", "down")}
+    used = {f"{name}_bias" for name in ("qkv", "q", "k", "v", "o", "gate_up", "gate", "up", "down")} | {
+        "attention_gate"
+    }
     if s.qk_norm != "none":
         needed |= {"q_norm", "k_norm"}
         used |= {"q_norm_bias", "k_norm_bias"}
     if "router" in roles:
         needed |= {"experts_gate_up_proj", "experts_down_proj", *(_SHARED if roles & _SHARED else ())}
-        used |= {"router", "shared_gate"}
+        used |= {"router", "router_correction", "shared_gate", "shared_gate_up_bias", "shared_down_bias"}
     elif s.mlp == "plain":
         needed |= {"up_proj", "down_proj"}
     else:

@@ -55,6 +55,8 @@ SIZES = (
     "moe_intermediate_size",
     "rotary_dim",
     "sliding_window_size",
+    "expert_groups",
+    "expert_groups_per_tok",
 )
 COUNTS = ("shared_expert_intermediate_size", "rescale_every", "time_mix_extra_dim", "time_decay_extra_dim")
 # What no model comes near. Layers and experts are gone through one by one, and every one has tensors of its own.
@@ -65,7 +67,7 @@ _MOST = {
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim", "rotary_dim"), LARGEST_HEAD),
     "num_hidden_layers": MOST_LAYERS,
 }
-NUMBERS = ("norm_offset", "embedding_scale", "residual_scale", "logits_scale", "routed_scaling_factor")
+NUMBERS = ("norm_offset", "embedding_scale", "residual_scale", "logits_scale", "routed_scaling_factor", "router_jitter")
 _POSITIVE = ("final_logit_softcapping", "attention_scale", "attn_logit_softcapping", "clip_qkv", "alibi_bias_max")
 _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(SIZES, ("a whole number of at least 1", lambda value: type(value) is int and value > 0)),
@@ -83,6 +85,7 @@ CHOICES = {
     "rope_pairing": ("halves", "neighbours"),
     "qk_norm": ("none", "head", "per_head", "all"),
     "gate": ("first", "second"),
+    "scoring": ("softmax", "sigmoid", "sparse_mixer"),
     "activation": ("silu", "gelu", "gelu_tanh", "relu", "relu2"),
 }
 

@@ -7,6 +7,7 @@ from tvm import ir, relax, tirx
 from mlcbuild.models.decoder import Decoder, kv_cache
 from mlcbuild.models.operations import Expr
 from mlcbuild.models.rope import in_cache, inverse_frequencies, rotary
+from mlcbuild.models.routers import choose
 from mlcbuild.models.weights import Given
 
 
@@ -67,7 +68,7 @@ def _attention(d: Decoder, x: Expr, cache: Expr, layer_id: Expr, weight: Given, 
         weights = tuple(weight(role).plain if role in weight else None for role in roles)
         qkv = d.operations.norm_heads(qkv, weights, (heads, kv_heads), s.qk_norm, s.norm, s.norm_eps)
     kind = s.layer_type(number)
-    if s.rope != "none" and not in_cache(s):
+    if s.turns(number) and not in_cache(s):
         positions, table = query_positions(d, cache, n), inverse_frequencies(s, kind)
         qkv = d.operations.rope(qkv, positions, table, (heads, kv_heads), rotary(s, kind))
     scale = dim**-0.5 if s.attention_scale is None else s.attention_scale
@@ -80,6 +81,9 @@ def _attention(d: Decoder, x: Expr, cache: Expr, layer_id: Expr, weight: Given, 
         )
     )
     out = d.builder.emit(relax.op.reshape(out, [n, heads * dim]))
+    if "attention_gate" in weight:
+        gate = d.builder.emit(relax.op.sigmoid(d.operations.linear(x, weight("attention_gate"), d.operations.compute)))
+        out = d.builder.emit(relax.op.multiply(gate, d.cast(out, d.operations.compute)))
     return d.project(out, weight, "o")
 
 
@@ -112,11 +116,15 @@ def _experts(d: Decoder, x: Expr, weight: Given) -> Expr:
 
     y = sum over the chosen experts e of share_e * down_e(activation(gate_e(x)) * up_e(x)), and, where the model has
     shared experts, what those make of every token, times sigmoid(shared_gate · x) where there is such a gate (Jiang et
-    al., arXiv 2401.04088; Dai et al., arXiv 2401.06066). Routers compute in float32, as transformers' and MLC's do.
+    al., arXiv 2401.04088; Dai et al., arXiv 2401.06066). Routers compute in float32,
+    as transformers' and MLC's do (mlcbuild.models.routers).
     """
     s, o = d.structure, d.operations
     logits = o.linear(x, weight("router"), "float32")
-    chosen, share = o.choose_experts(logits, s.num_experts_per_tok, s.norm_topk_prob, s.routed_scaling_factor)
+    if s.scoring == "softmax" and s.expert_groups == 1 and "router_correction" not in weight:
+        chosen, share = o.choose_experts(logits, s.num_experts_per_tok, s.norm_topk_prob, s.routed_scaling_factor)
+    else:
+        chosen, share = choose(d, logits, weight)
     inner = o.gated(o.expert_linear(x, chosen, weight("experts_gate_up_proj")), s.activation)
     out = o.weighted_sum(o.expert_linear(inner, chosen, weight("experts_down_proj")), share)
     if "shared_gate_up_proj" not in weight:

@@ -100,7 +100,9 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "gate_proj": lambda s: (s.intermediate_size, s.hidden_size),
     "up_proj": lambda s: (s.intermediate_size, s.hidden_size),
     "down_proj": lambda s: (s.hidden_size, s.intermediate_size),
+    "attention_gate": lambda s: (_query(s), s.hidden_size),
     "router": lambda s: (s.num_experts, s.hidden_size),
+    "router_correction": lambda s: (s.num_experts,),
     "experts_gate_up_proj": lambda s: (s.num_experts, 2 * s.moe_intermediate_size, s.hidden_size),
     "experts_down_proj": lambda s: (s.num_experts, s.hidden_size, s.moe_intermediate_size),
     "shared_gate_up_proj": lambda s: (2 * s.shared_expert_intermediate_size, s.hidden_size),
@@ -162,10 +164,14 @@ def _groups(s: Structure) -> tuple[int, int, int, int]:
 
 
 def ignored(structure: Structure) -> tuple[str, ...]:
-    """Names of checkpoint tensors that may be present and are not needed."""
+    """Names of checkpoint tensors that may be present and are not needed; `*` in a name is any text.
+
+    `{n}` is the number of layers: the first of those that the model has beside its own.
+    """
     names = []
     for name in structure.ignored:
         layers = range(structure.num_hidden_layers) if "{i}" in name else (0,)
+        name = name.replace("{n}", str(structure.num_hidden_layers))
         names += [name.replace("{i}", str(layer)) for layer in layers]
     return tuple(names)
 

@@ -63,7 +63,7 @@ def _dim(structure: Structure) -> int:
 
 def in_cache(structure: Structure) -> bool:
     """Whether the KV cache turns queries and keys: it has one table for all layers."""
-    return structure.rope != "none" and structure.rope_local_theta is None
+    return structure.rope != "none" and structure.rope_local_theta is None and structure.rope_layers is None
 
 
 def inverse_frequencies(structure: Structure, layer_type: str = "full") -> Frequencies:

@@ -70,6 +70,7 @@ class Structure:
                       are turned (None: all); rope_pairing: halves, a dimension with that half of them further, or
                       neighbours
     rope_local_theta  theta of layers of type `sliding`, which then do not take part in rope_scaling
+    rope_layers       for each layer, whether it has rotary positions; None: all have
     attention_scale   of scores, None for head_dim ** -0.5; attn_logit_softcapping c: scores become c * tanh(scores / c)
     sliding_window_size  how many positions a token sees, its own included, in layers of type `sliding`: in all where
                       there are no layer_types (for each layer, full or sliding)
@@ -88,7 +89,8 @@ class Structure:
     optional_prefix   what checkpoint tensor names begin with, or leave out all together
     num_experts       experts of a layer that has a `router`. Each token goes to num_experts_per_tok of them, which
                       count by their probabilities (with norm_topk_prob divided by their sum), times
-                      routed_scaling_factor; and to shared ones, where there are parameters of them
+                      routed_scaling_factor; and to shared ones, where there are parameters of them. scoring,
+                      expert_groups, expert_groups_per_tok, router_jitter: mlcbuild.models.routers
     """
 
     architecture: str
@@ -137,9 +139,14 @@ class Structure:
     shared_expert_intermediate_size: int = choice(0)
     norm_topk_prob: bool = choice(False)
     routed_scaling_factor: float = choice(1.0)
+    scoring: str = choice("softmax")
+    router_jitter: float = choice(0.0)
+    expert_groups: int = choice(1)
+    expert_groups_per_tok: int = choice(1)
     rope_pairing: str = choice("halves")
     rotary_dim: int | None = choice(None)
     rope_local_theta: float | None = choice(None)
+    rope_layers: tuple[bool, ...] | None = choice(None)
     attention_scale: float | None = choice(None)
     attn_logit_softcapping: float | None = choice(None)
     sliding_window_size: int | None = choice(None)
@@ -179,6 +186,10 @@ class Structure:
             return self.layer_types[number]
         return "full" if self.sliding_window_size is None else "sliding"
 
+    def turns(self, number: int) -> bool:
+        """Whether a layer has rotary positions."""
+        return self.rope != "none" and (self.rope_layers is None or self.rope_layers[number])
+
     @property
     def layer_kinds(self) -> tuple[int, ...]:
         """For each layer the number of its kind, counted in the order in which kinds first occur: 0, 1, 1, 0 ..."""
@@ -187,7 +198,11 @@ class Structure:
 
     def _layer_kind(self, layer: int) -> Any:
         """What layers that compute differently differ in."""
-        return self.layer_type(layer), *(rule.layers is None or layer in rule.layers for rule in self.rules)
+        return (
+            self.layer_type(layer),
+            self.turns(layer),
+            *(rule.layers is None or layer in rule.layers for rule in self.rules),
+        )
 
     @property
     def one_layer(self) -> Structure:
@@ -205,6 +220,7 @@ class Structure:
             self,
             rules=tuple(rule.of_layers(firsts) for rule in self.rules),
             layer_types=None if self.layer_types is None else tuple(self.layer_types[first] for first in firsts),
+            rope_layers=None if self.rope_layers is None else tuple(self.rope_layers[first] for first in firsts),
             num_hidden_layers=len(firsts),
             rope_scaling=scaling,
             context_window_size=TEXT_WINDOW,

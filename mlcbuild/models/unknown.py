@@ -13,7 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mlcbuild.models.fields import keys, lookup
+from mlcbuild.errors import MlcBuildError
+from mlcbuild.models.fields import evaluate, keys, lookup, names_in, value_of
 from mlcbuild.recipes.types import Architecture
 
 _READ = (
@@ -47,16 +48,25 @@ def complaints(architecture: Architecture, config: Mapping[str, Any]) -> list[st
 
 
 def nearest(architectures: Iterable[Architecture], config: Mapping[str, Any]) -> str:
-    """Sentences: those that read most of the config, and what each does not know or does not find in it."""
+    """Sentences: those that read most of the config, and what each does not know or does not find in it.
+
+    Not those that refuse it. Among equals, the first is the one whose defaults are most like it.
+    """
     ranked = sorted(
-        ((missing_keys(each, config), unknown_keys(each, config), each.name) for each in architectures),
-        key=lambda found: (2 * len(found[0]) + len(found[1]), found[2]),
+        (
+            (missing_keys(each, config), unknown_keys(each, config), unlike(each, config), each.name)
+            for each in architectures
+            if not refuses(each, config)
+        ),
+        key=lambda found: (2 * len(found[0]) + len(found[1]), *found[2:]),
     )
     lines = []
-    for missing, unknown, name in ranked[:_SHOWN]:
+    for missing, unknown, _, name in ranked[:_SHOWN]:
         parts = [f"does not know {_list(unknown)}"] if unknown else []
         parts += [f"misses {_list(missing)}"] if missing else []
-        lines.append(f"  {name}: {'; '.join(parts) or 'reads every key'}")
+        lines.append(
+            f"  {name}: {'; '.join(parts) or 'reads every key, which is no promise that it computes the same'}"
+        )
     return "\n".join(lines)
 
 
@@ -64,6 +74,25 @@ def missing_keys(architecture: Architecture, config: Mapping[str, Any]) -> list[
     """Keys that the architecture needs and the config does not have."""
     rules = [rule for rule in architecture.data["config"].values() if "value" not in rule and "default" not in rule]
     return [" or ".join(keys(rule)) for rule in rules if all(lookup(config, key) is None for key in keys(rule))]
+
+
+def refuses(architecture: Architecture, config: Mapping[str, Any]) -> bool:
+    """Whether the config has a value that the architecture's `require` does not allow."""
+    required = architecture.data.get("require", {}).items()
+    return any(config.get(key) is not None and config[key] not in allowed for key, allowed in required)
+
+
+def unlike(architecture: Architecture, config: Mapping[str, Any]) -> int:
+    """How many values of the config are not what the architecture's rules have where there are none."""
+    count = 0
+    for rule in architecture.data["config"].values():
+        if "default" not in rule or names_in(rule["default"]) or all(lookup(config, key) is None for key in keys(rule)):
+            continue
+        try:
+            count += value_of(rule, config, {}) != evaluate(rule["default"], {})
+        except MlcBuildError:  # no value of its map
+            count += 1
+    return count
 
 
 def close_to(name: str, known: Iterable[str]) -> str:

@@ -98,8 +98,9 @@ def _explain(error: Any, root: Mapping[str, Any]) -> Iterator[_Explained]:
     if error.validator == "additionalProperties":
         known = tuple(schema["properties"])
         inside = f" in `{where(path)}`" if path else ""
+        forms = schema.get("patternProperties", ())
         for key in value:
-            if key not in known:
+            if key not in known and not any(re.search(form, str(key)) for form in forms):
                 hint = did_you_mean(key, known) or f"; expected {one_of(known)}"
                 yield _Explained((*path, key), True, f"unknown key `{show(key)}`{inside}{hint}", known=known)
     elif error.validator == "required":

@@ -10,6 +10,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,12 @@ class Case:
 
 
 def known_architectures() -> dict[str, Architecture]:
-    return architectures.known(ARCHITECTURES)
+    return _known(ARCHITECTURES)
+
+
+@cache
+def _known(folder: Path) -> dict[str, Architecture]:
+    return architectures.known(folder)
 
 
 def structure_of(case: Case, folder: Path, **changes: Any) -> Structure:
@@ -91,15 +97,26 @@ def save(case: Case, folder: Path) -> None:
         _write(folder, made)
         return
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = dict(case.config)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config)).float()
+    model = _class_of(case).from_config(AutoConfig.for_model(config.pop("model_type"), **config)).float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             start = float(parameter.flatten()[0]) if parameter.dim() < 2 or "norm" in name else 0.0
             parameter.copy_(torch.tensor(_random(random, name, tuple(parameter.shape), start)))
+        for name, buffer in model.named_buffers():
+            if "correction" in name:
+                buffer.copy_(torch.tensor(_random(random, name, tuple(buffer.shape), 0.0)))
     model.save_pretrained(folder)
+
+
+def _class_of(case: Case) -> Any:
+    """What transformers makes it with: of wrappers, what sees images, too."""
+    import transformers
+
+    wrapper = "text_config" in case.config
+    return transformers.AutoModelForImageTextToText if wrapper else transformers.AutoModelForCausalLM
 
 
 def _random(random: np.random.Generator, name: str, shape: tuple[int, ...], start: float) -> Array:
@@ -220,7 +237,7 @@ def originals(
         name = source if source in tensors else names.get(source, names.get(source.partition(".")[2], source))
         shape = tensors[name].shape if name in tensors else values.shape
         shape = shape[::-1] if "transpose" in parameter.convert else shape
-        rows = int(np.prod(shape[:-1])) if len(shape) > 1 else shape[0] if values.ndim == 1 else 1
+        rows = int(np.prod(shape)) if values.ndim == 1 else int(np.prod(shape[:-1])) if len(shape) > 1 else 1
         part = rows_of_all[start : start + rows].reshape(shape)
         found[name] = part.T if "transpose" in parameter.convert else part
         start += rows
@@ -237,14 +254,13 @@ def _read(folder: Path) -> dict[str, Array]:
 def reference_logits(case: Case, folder: Path, ids: list[int]) -> Array:
     """float32 [n, V] of the checkpoint in `folder`, by transformers or by the case's own reference."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     if case.reference is not None:
         tensors = {name: torch.tensor(values) for name, values in _read(folder).items()}
         with torch.no_grad():
             computed: Array = case.reference(case.config, tensors, ids).float().numpy()
         return computed
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = _class_of(case).from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
         logits: Array = model(torch.tensor([ids])).logits[0].float().numpy()
     return logits

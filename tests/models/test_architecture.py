@@ -62,8 +62,9 @@ def test_overrides_are_the_librarys_limits() -> None:
         ({"vocab_size": "320"}, {}, "vocab_size is '320', expected a whole number of at least 1"),
         ({"num_hidden_layers": 0}, {}, "num_hidden_layers is 0, expected a whole number of at least 1"),
         ({"num_key_value_heads": 3}, {}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
-        ({"hidden_act": "gelu"}, {}, "hidden_act is 'gelu', but this architecture computes only 'silu'"),
-        ({"attention_bias": True}, {}, "attention_bias is True, but this architecture computes only False"),
+        ({"hidden_act": "tanh"}, {}, "hidden_act is 'tanh', but this architecture computes only 'silu'"),
+        ({"rope_interleaved": True}, {}, "rope_interleaved is True, but this architecture computes only False"),
+        ({"attention_bias": 1}, {}, "attention_bias is 1, expected true or false"),
         (
             {"rope_scaling": {"type": "spiral", "factor": 4}},
             {},
@@ -81,7 +82,7 @@ def test_what_is_wrong_with_a_config(changes: dict[str, Any], overrides: dict[st
 
 def test_all_problems_at_once() -> None:
     with pytest.raises(MlcBuildError) as error:
-        resolve({"hidden_act": "gelu", "intermediate_size": -1, "vocab_size": "absent"})
+        resolve({"hidden_act": "tanh", "intermediate_size": -1, "vocab_size": "absent"})
     assert len(str(error.value).splitlines()) == 3
 
 

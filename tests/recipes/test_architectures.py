@@ -32,12 +32,12 @@ def test_a_file_is_for_the_model_type_of_its_name_unless_it_says_otherwise(works
 
 
 def test_what_is_left_out(workspace: Workspace) -> None:
-    places = "harmless, require.mlp_bias, parameters.lm_head"
+    places = "harmless, require.rope_interleaved, parameters.lm_head"
     workspace.write("architectures/mine.yaml", f"extends: llama\nwithout: [{places}]\n")
     known = workspace.load().architectures
     llama, mine = known["llama"].data, known["mine"].data
     assert "harmless" in llama and "harmless" not in mine
-    assert llama["require"] == {**mine["require"], "mlp_bias": [False]}
+    assert llama["require"] == {**mine["require"], "rope_interleaved": [False]}
     assert [line["role"] for line in mine["parameters"]] == [line["role"] for line in llama["parameters"]][:-1]
 
 

@@ -1,0 +1,109 @@
+"""A case of each architecture that is another one but for a few lines, and of the choices that its checkpoints use."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from tests.architectures.agreement import Case
+from tests.architectures.cases import GPT2_SIZES, like_llama
+
+SLIDING = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+SCALES = {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.1, "logits_scaling": 4.0}
+ONE_THETA = {"rope_type": "default", "rope_theta": 10000.0}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+NEO = {
+    **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), "absent"),
+    "num_layers": 3,
+    "num_heads": 4,
+    "attention_types": [[["global", "local"], 1], [["global"], 1]],
+}
+FALCON = {"num_key_value_heads": "absent", "intermediate_size": "absent", "ffn_hidden_size": 96}
+BIASES = {"attention_bias": True, "mlp_bias": True}
+
+
+def _case(model_type: str, **changes: Any) -> Case:
+    return replace(like_llama(model_type, **changes), quantizations=("q0f32",))
+
+
+def _gpt(model_type: str, **changes: Any) -> Case:
+    return Case(model_type, {"model_type": model_type, **GPT2_SIZES, **changes}, quantizations=("q0f32",))
+
+
+CASES: dict[str, Case] = {
+    "llama-biases": _case("llama", **BIASES, hidden_act="gelu"),
+    "arcee": _case("arcee", **BIASES),
+    "cwm": _case("cwm", head_dim=16, **SLIDING, rope_parameters=ONE_THETA),
+    "ernie4_5": _case("ernie4_5", use_bias=True, head_dim=16),
+    "exaone": _case("exaone", num_hidden_layers="absent", num_layers=3, head_dim=16),
+    "falcon": _case("falcon", **FALCON),
+    "falcon-40b": _case("falcon", **FALCON, new_decoder_architecture=True, num_kv_heads=2, bias=True),
+    "falcon-11b": _case("falcon", **FALCON, new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1),
+    "falcon-sequential": _case("falcon", **FALCON, multi_query=False, parallel_attn=False),
+    "flex_olmo": _case("flex_olmo", **EXPERTS),
+    "glm": _case("glm", head_dim=16),
+    "glm4": _case("glm4", head_dim=16),
+    "gpt_neo": _case("gpt_neo", window_size=16, **NEO),
+    "granite": _case("granite", **SCALES),
+    "granitemoe": _case("granitemoe", **SCALES, num_local_experts=4),
+    "granitemoeshared": _case("granitemoeshared", **SCALES, num_local_experts=4, shared_intermediate_size=48),
+    "helium": _case("helium", head_dim=16, attention_bias=True),
+    "hyperclovax": _case("hyperclovax", **SCALES, head_dim=16),
+    "hyperclovax-pre": _case("hyperclovax", head_dim=16, use_post_norm=False),
+    "internlm3": _case("internlm3", head_dim=16),
+    "iquestcoder": _case("iquestcoder", head_dim=16),
+    "jais2": _case("jais2", head_dim=16),
+    "mellum": _case(
+        "mellum", head_dim=16, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=40, **SLIDING
+    ),
+    "ministral": _case("ministral", head_dim=16, **SLIDING),
+    "olmo3": _case("olmo3", **SLIDING, rope_parameters={"full_attention": YARN, "sliding_attention": ONE_THETA}),
+    "olmoe": _case("olmoe", **EXPERTS),
+    "persimmon": _case("persimmon", num_key_value_heads="absent"),
+    "seed_oss": _case("seed_oss", head_dim=16, attention_out_bias=True, mlp_bias=True),
+    "vaultgemma": _case("vaultgemma", tie_word_embeddings=True, head_dim=16, query_pre_attn_scalar=24, **SLIDING),
+    "qwen2_moe-no-bias": _case(
+        "qwen2_moe", **EXPERTS, moe_intermediate_size=40, shared_expert_intermediate_size=48, qkv_bias=False
+    ),
+}
+NEXT = {"head_dim": 16, "moe_intermediate_size": 40, "num_experts_per_tok": 2}
+CASES |= {
+    "smollm3": _case("smollm3", no_rope_layers=[1, 0, 1]),
+    "cohere2": _case("cohere2", tie_word_embeddings=True, **SLIDING),
+    "exaone4": _case("exaone4", **SLIDING),
+    "exaone4-full": _case("exaone4", sliding_window=None, layer_types=["full_attention"] * 3),
+    "glm4_moe": _case("glm4_moe", **NEXT, n_routed_experts=8, n_group=4, topk_group=2, use_qk_norm=True),
+    "dots1": _case(
+        "dots1", **NEXT, n_routed_experts=4, n_shared_experts=2, norm_topk_prob=True, first_k_dense_replace=1
+    ),
+    "solar_open": _case("solar_open", **NEXT, n_routed_experts=4, routed_scaling_factor=1.5),
+    "sarvam_moe": _case("sarvam_moe", **NEXT, n_routed_experts=4),
+    "exaone_moe": _case("exaone_moe", **NEXT, num_experts=4, **SLIDING),
+    "hy_v3": _case("hy_v3", **NEXT, num_experts=4),
+    "minimax_m2": _case("minimax_m2", head_dim=16, num_local_experts=4, num_experts_per_tok=2),
+    "ernie4_5_moe": _case(
+        "ernie4_5_moe", use_bias=True, moe_num_experts=4, moe_k=2, moe_intermediate_size=40, moe_layer_end_index=1
+    ),
+    "phimoe": _case("phimoe", num_local_experts=4, attention_bias=True, lm_head_bias=True),
+    "afmoe": _case("afmoe", **NEXT, num_experts=4, mup_enabled=True, **SLIDING),
+}
+
+
+def _wrapped(model_type: str, vision: str, text: Case, **changes: Any) -> Case:
+    """A case of a wrapper whose text model is that of `text`."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    images = {"model_type": vision, "image_size": 28, "patch_size": 14, **sizes}
+    config = {"model_type": model_type, "text_config": dict(text.config), "vision_config": images, **changes}
+    return Case(model_type, config, quantizations=("q0f32",))
+
+
+CASES |= {
+    "gemma3": _wrapped(
+        "gemma3",
+        "siglip_vision_model",
+        _case("gemma3_text", tie_word_embeddings=True, head_dim=16, **SLIDING),
+        mm_tokens_per_image=4,
+    ),
+    "mistral3": _wrapped("mistral3", "pixtral", _case("mistral", head_dim=16), tie_word_embeddings=False),
+}

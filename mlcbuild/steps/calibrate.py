@@ -29,7 +29,7 @@ def run(job: Job) -> None:
     pieces = Pieces(library)
     (text,) = job.inputs["text"].files.values()
     tokenizer = load_tokenizer(job.folder(job.inputs["checkpoint"], job.scratch / "checkpoint"))
-    documents = evaluate.documents(text.path.read_text(encoding="utf-8"), tokenizer)
+    documents = evaluate.documents(evaluate.read_text(text.path), tokenizer)
     windows, tokens = [], 0
     for window in evaluate.windows(documents, min(pieces.window, model.context_window_size)):
         if tokens + len(window) > _TOKENS:

@@ -12,6 +12,7 @@ from mlcbuild.errors import MlcBuildError
 from mlcbuild.runtime import library_file, package, weights
 from mlcbuild.runtime.model import conversation
 from mlcbuild.verify import bounds, vector_bounds
+from mlcbuild.verify.tokens import token_ids
 
 # By method: the module whose `bounds`, `judge` and `advice` are for such figures.
 _CRITERIA: Mapping[str, Any] = {"whole": bounds, "layers": bounds, "embeddings": vector_bounds}
@@ -35,7 +36,10 @@ def judge(
     status, problems = criteria.judge(figures, limits)
     template, stops = TemplateReport({"checked": False, "reason": "a model of texts"}), list[str]()
     if method != "embeddings":
-        template, stops = check(conversation(package.read_config(files)), files)
+        chat = conversation(package.read_config(files))
+        template, stops = check(chat, files)
+        ids, differing = token_ids(chat, files)
+        template = TemplateReport({**template.report, "ids": ids}, (*template.warnings, *differing))
     status, problems = "failed" if stops else status, [*stops, *problems]
     if status == "failed" and gate == "fail":
         advice = criteria.advice(figures, limits)

@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 
 from mlcbuild.cache.files import tree_of_folder
+from mlcbuild.chat.conversation import from_data
 from mlcbuild.engine.job import Job, Tree, local_job
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.steps import measure, verify
+from mlcbuild.verify.tokens import token_ids
+from tests.chat import chats
 from tests.runtime import tiny_llama
-from tests.runtime.conftest import TEXT
+from tests.runtime.conftest import CHATML, TEXT
 
 FIELDS = {
     "method": "whole",
@@ -114,7 +117,11 @@ def test_a_package_equal_to_its_checkpoint(case: Case) -> None:
         "problems": [],
         "library_executed": True,
         "static_checks": [],
-        "template": {"checked": False, "reason": "the checkpoint has no chat_template"},
+        "template": {
+            "checked": False,
+            "reason": "the checkpoint has no chat_template",
+            "ids": {"prefix": [], "stops": {"2": "<|im_end|>"}},
+        },
     }
     assert quality["tokens"] > 50 and quality["perplexity"] > 100
 
@@ -175,6 +182,18 @@ def test_a_template_that_stops_at_unknown_tokens(case: Case) -> None:
     assert "template chatml: stop token id 32000 is not in the tokenizer (300 tokens)" in str(error.value)
     assert "stop token `<|eot_id|>` is unknown to the tokenizer" in str(error.value)
     assert "User:" not in str(error.value)
+
+
+def test_a_conversation_in_tokens_is_compared_with_the_checkpoints(tmp_path: Path, tokenizer: Any) -> None:
+    """FAULTS.md A15, A9: ids, and not only texts, that could look alike."""
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text(chats.CHATML)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    found, warnings = token_ids(from_data("chatml", CHATML), tmp_path)
+    assert (found, warnings) == ({"prefix": [], "stops": {"2": "<|im_end|>"}, "same": True}, [])
+    found, (warning,) = token_ids(from_data("chatml", {**CHATML, "system_prefix_token_ids": [0]}), tmp_path)
+    assert found["differs"] == {"at": 0, "package": 0, "checkpoint": 1}
+    assert "at 0, the package has 0 ('<|endoftext|>'), the checkpoint has 1 ('<|im_start|>')" in warning
 
 
 def test_a_library_for_another_machine(case: Case) -> None:

@@ -47,7 +47,10 @@ def complaints(architecture: Architecture, config: Mapping[str, Any]) -> list[st
 
 
 def nearest(architectures: Iterable[Architecture], config: Mapping[str, Any]) -> str:
-    """Sentences: those that read most of the config, and what each does not know or does not find in it."""
+    """Sentences: those that read most of the config, and what each does not know or does not find in it.
+
+    No key says how rope pairs dimensions, where positions begin or which norm is meant. So none is promised to fit.
+    """
     ranked = sorted(
         ((missing_keys(each, config), unknown_keys(each, config), each.name) for each in architectures),
         key=lambda found: (2 * len(found[0]) + len(found[1]), found[2]),
@@ -56,7 +59,7 @@ def nearest(architectures: Iterable[Architecture], config: Mapping[str, Any]) ->
     for missing, unknown, name in ranked[:_SHOWN]:
         parts = [f"does not know {_list(unknown)}"] if unknown else []
         parts += [f"misses {_list(missing)}"] if missing else []
-        lines.append(f"  {name}: {'; '.join(parts) or 'reads every key'}")
+        lines.append(f"  {name}: {'; '.join(parts) or 'knows every key, which does not say that it computes the same'}")
     return "\n".join(lines)
 
 

@@ -284,6 +284,7 @@ class _Planner:
             "model_dtype": recipe.quantization.model_dtype,
             "executed": method != "layers" and targets.runs_here(recipe.target),
             **{name: getattr(verify, name) for name in ("kl", "perplexity_increase", "perplexity", "cosine", "gate")},
+            "notes": list(shape.notes),
         }
         inputs = (Input("package", step=steps["package"]), Input("measure", step=steps["measure"]))
         return self._add("verify", recipe.name, fields, inputs)

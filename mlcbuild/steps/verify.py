@@ -13,8 +13,8 @@ TOOLS = ("apache-tvm", "apache-tvm-ffi", "jinja2", "tokenizers", "sentencepiece"
 
 def run(job: Job) -> None:
     """Fields: method (whole, layers, embeddings), class (q0, q3, q4, q8), model_dtype, executed (whether the figures
-    are of the package's own library), gate; the model's own bounds, null for the usual ones: kl, perplexity_increase,
-    perplexity, cosine.
+    are of the package's own library), notes (what a user has to know, in sentences), gate; the model's own bounds, null
+    for the usual ones: kl, perplexity_increase, perplexity, cosine.
 
     Inputs: `package`, `measure` (figures.json). Raises MlcBuildError for figures that are not finite, and with
     `gate: fail` for a miss.

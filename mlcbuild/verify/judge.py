@@ -41,10 +41,11 @@ def judge(
         ids, differing = token_ids(chat, files)
         template = TemplateReport({**template.report, "ids": ids}, (*template.warnings, *differing))
     status, problems = "failed" if stops else status, [*stops, *problems]
+    notes = [*fields["notes"], *measured["notes"]]
     if status == "failed" and gate == "fail":
         advice = criteria.advice(figures, limits)
         raise MlcBuildError(f"{name} does not pass verification: {'; '.join(problems)}.\n{advice}")
-    for text in (*problems, *(f"warning: {warning}" for warning in template.warnings)):
+    for text in (*fields["notes"], *problems, *(f"warning: {warning}" for warning in template.warnings)):
         note(f"{name}: {text}")
     return {
         "status": status,
@@ -54,7 +55,7 @@ def judge(
         **measured["details"],
         "thresholds": dataclasses.asdict(limits),
         "problems": problems,
-        **({"notes": measured["notes"]} if measured["notes"] else {}),
+        **({"notes": notes} if notes else {}),
         "library_executed": executed,
         "static_checks": static_checks,
         "template": template.report,

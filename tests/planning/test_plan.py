@@ -159,6 +159,40 @@ def test_targets_that_do_not_run_here_share_one_measurement(workspace: Workspace
     assert executed == {**dict.fromkeys(names, False), "tiny-q4f16_1-cpu": True}
 
 
+@pytest.mark.parametrize(
+    ("scaling", "noted"),
+    [
+        ({"rope_type": "dynamic", "factor": 4.0}, True),
+        ({"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "factor": 4.0}, True),
+        ({"rope_type": "linear", "factor": 4.0}, False),
+    ],
+)
+def test_rope_that_depends_on_the_length_of_a_text_is_said(
+    workspace: Workspace, scaling: dict[str, Any], noted: bool
+) -> None:
+    """FAULTS.md A13: it was in the docs and nowhere else."""
+    config = {**CONFIG, "max_position_embeddings": 64, "original_max_position_embeddings": 64, "rope_scaling": scaling}
+    workspace.write("recipes/models/long/config.json", json.dumps(config))
+    for window in (64, 256):
+        model = f"source: {{path: long}}\ntemplate: chatml\noverrides: {{context_window_size: {window}}}\n"
+        workspace.write(f"recipes/models/m{window}.yaml", model)
+        workspace.write(f"recipes/r{window}.yaml", f"model: m{window}\nquantization: q4f16_1\ntarget: cpu\n")
+    found = planned(workspace, "r64", "r256")
+    notes = {name: found.steps[goal.steps["verify"]].fields["notes"] for name, goal in found.goals.items()}
+    assert notes["r64"] == [] and bool(notes["r256"]) == noted
+    if noted:
+        assert "as one of 256 tokens" in notes["r256"][0] and "{context_window_size: 64}" in notes["r256"][0]
+
+
+def test_an_architecture_that_was_chosen_by_hand_is_said(workspace: Workspace) -> None:
+    """FAULTS.md A14: a model_type that the architecture does not know, and keys that do not tell what differs."""
+    workspace.write("recipes/models/other/config.json", json.dumps({**CONFIG, "model_type": "helium"}))
+    workspace.write("recipes/models/other.yaml", "source: {path: other}\ntemplate: chatml\narchitecture: llama\n")
+    workspace.write("recipes/other.yaml", "model: other\nquantization: q4f16_1\ntarget: cpu\n")
+    (note,) = planned(workspace, "other").steps["verify:other"].fields["notes"]
+    assert note.startswith("`architecture: llama` was chosen by hand for the model_type helium: nothing but")
+
+
 def test_models_that_differ_in_their_names_are_measured_once(workspace: Workspace) -> None:
     """FAULTS.md F."""
     for number in range(100):

@@ -20,7 +20,7 @@ from tests.chat import chats
 from tests.runtime import tiny_llama
 from tests.runtime.conftest import CHATML, TEXT
 
-FIELDS = {
+FIELDS: dict[str, Any] = {
     "method": "whole",
     "class": "q4",
     "model_dtype": "float32",
@@ -29,6 +29,7 @@ FIELDS = {
     "perplexity": 1e6,  # these models are random
     "cosine": None,
     "executed": True,
+    "notes": [],
     "gate": "fail",
 }
 
@@ -208,4 +209,4 @@ def test_what_convert_said_of_the_weights_is_in_the_report(case: Case) -> None:
     assert "notes" not in case.run("before")
     lossy = "12 matrices that AWQ quantized to 4 bits are dequantized; what was lost then stays lost"
     path.write_text(json.dumps({**json.loads(path.read_text()), "notes": [lossy]}))
-    assert case.run("after")["notes"] == [lossy]
+    assert case.run("after", notes=["rope …"])["notes"] == ["rope …", lossy]

@@ -30,7 +30,7 @@ class Bounds:
     fail_reference_perplexity: float = 0.0
 
 
-# docs/quantization.md says where the numbers come from. float32 arithmetic has no error that these figures could show.
+# docs/verification.md says where the numbers come from. float32 arithmetic has no error that these figures could show.
 BOUNDS = {
     "q0f32": Bounds(_BELOW_ROUNDING, 2 * _BELOW_ROUNDING, 0.001),
     "q0": Bounds(0.001, 0.005, 0.005),

@@ -118,15 +118,17 @@ def compare(
     """
     sums, came = np.zeros(4), Counter[int]()
     done, total = 0, sum(len(ids) for ids in texts)
-    with ThreadPoolExecutor(threads.choose()) as pool:
+    count = threads.choose()
+    with ThreadPoolExecutor(count) as pool:
         for number, ids in enumerate(texts):
             start = 0
             for q, p in _aligned(iter(model(ids)), iter(reference(ids))):
                 known = np.asarray(ids[start + 1 : start + 1 + len(q)], np.int64)
                 following = np.append(known, np.zeros(len(q) - len(known), np.int64))
-                step = max(_BLOCK // q.shape[-1], 1)
+                step = -(-len(q) // count)
                 cuts = [slice(at, at + step) for at in range(0, len(q), step)]
-                rows = np.concatenate(list(pool.map(lambda cut: _rows(q[cut], p[cut], following[cut]), cuts)), axis=1)  # noqa: B023
+                made = pool.map(_rows, *([side[cut] for cut in cuts] for side in (q, p, following)))
+                rows = np.concatenate(list(made), axis=1)
                 if not np.isfinite(rows).all():
                     _refuse(q, p, number, start)
                 sums += rows[:, : len(known)].sum(axis=1)  # the last token's row predicts nothing that is known
@@ -185,12 +187,25 @@ def _rows(q_logits: Logits, p_logits: Logits, following: npt.NDArray[np.int64]) 
 
     Not finite where a logit is not.
     """
+    found, step = np.empty((4, len(following))), max(_BLOCK // q_logits.shape[-1], 1)
+    scratch = np.empty((3, step, q_logits.shape[-1]), np.float32)  # once: fresh pages cost more than the arithmetic
+    for at in range(0, len(following), step):
+        cut = slice(at, at + step)
+        found[:, cut] = _block(q_logits[cut], p_logits[cut], following[cut], scratch)
+    return found
+
+
+def _block(
+    q_logits: Logits, p_logits: Logits, following: npt.NDArray[np.int64], scratch: Logits
+) -> npt.NDArray[np.float64]:
     at = np.arange(len(following))
+    q, p, weights = scratch[:, : len(following)]
     q_best, p_best = q_logits.argmax(axis=-1), p_logits.argmax(axis=-1)
     with np.errstate(invalid="ignore", over="ignore"):
-        q, p = q_logits - q_logits[at, q_best, None], p_logits - p_logits[at, p_best, None]
+        np.subtract(q_logits, q_logits[at, q_best, None], out=q)
+        np.subtract(p_logits, p_logits[at, p_best, None], out=p)
         q_came, p_came = q[at, following].astype(np.float64), p[at, following].astype(np.float64)
-        weights = np.exp(p)
+        np.exp(p, out=weights)
         p -= q
         p *= weights
         crossed = p.sum(axis=-1).astype(np.float64)

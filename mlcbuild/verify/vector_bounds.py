@@ -19,7 +19,7 @@ class Bounds:
     fail_cosine: float
 
 
-# docs/quantization.md says where the numbers come from.
+# docs/verification.md says where the numbers come from.
 BOUNDS = {
     "q0f32": Bounds(0.9999, 0.9999),
     "q0": Bounds(0.9995, 0.999),

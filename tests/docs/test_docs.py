@@ -107,7 +107,7 @@ def test_every_event_is_described_with_its_fields() -> None:
 
 
 def test_the_bounds_of_verification() -> None:
-    rows = table(page("quantization.md"), "class", "warn above KL", "fail above KL", "fail above increase")
+    rows = table(page("verification.md"), "class", "warn above KL", "fail above KL", "fail above increase")
     described = {code(row[0])[0]: tuple(row[1:]) for row in rows}
     real = {
         name: (f"{b.warn_kl:g}", f"{b.fail_kl:g}", f"{b.fail_perplexity_increase:.1%}")

@@ -47,6 +47,7 @@ FILES = {
     "lower": ("module.json", "metadata.json"),
     "library": ("model.so", "library.json"),
     "package": ("{model}-MLC/mlc-chat-config.json",),
+    "measure": ("figures.json",),
     "verify": ("quality.json",),
 }
 CHECKPOINT = ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json")

@@ -1,7 +1,7 @@
 """The quality of every quantization on a model, as a Markdown table: `python benchmarks/quality.py > table.md`.
 
 Builds the packages with doit, in a temporary workspace and a cache that can be kept, and reads their reports. The
-figures are those of quality.json: the same on every machine (docs/quantization.md says how they are rounded).
+figures are those of quality.json: the same on every machine (docs/verification.md says how they are rounded).
 """
 
 from __future__ import annotations

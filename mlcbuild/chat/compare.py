@@ -10,6 +10,7 @@ from typing import Any
 
 from mlcbuild.chat.checkpoint import CheckpointChat, read_checkpoint_chat
 from mlcbuild.chat.conversation import Conversation, Prompt, render
+from mlcbuild.chat.jinja import ChatTemplate
 from mlcbuild.chat.tokenizer_info import TokenizerFacts, unknown_stops
 from mlcbuild.errors import MlcBuildError
 
@@ -19,6 +20,17 @@ _TURNS = (
     {"role": "assistant", "content": "A ball of hot gas."},
     {"role": "user", "content": "And a planet?"},
 )
+_THIRD = ({"role": "assistant", "content": "A ball of rock."}, {"role": "user", "content": "What is a moon?"})
+# The commonest conversation first; all go up to where the assistant is to write.
+_WITHOUT = ("one turn", "two turns", "three turns")
+FULLEST = "system message, two turns"
+CONVERSATIONS: Mapping[str, Sequence[Mapping[str, str]]] = {
+    "one turn": _TURNS[:1],
+    "two turns": _TURNS,
+    "three turns": (*_TURNS, *_THIRD),
+    "system message, one turn": (_SYSTEM, *_TURNS[:1]),
+    FULLEST: (_SYSTEM, *_TURNS),
+}
 
 
 @dataclass(frozen=True)
@@ -40,8 +52,9 @@ def check(conversation: Conversation, folder: Path) -> tuple[TemplateReport, lis
 def compare(conversation: Conversation, checkpoint: CheckpointChat) -> TemplateReport:
     """The template against the checkpoint's Jinja.
 
-    `report`: `checked` (with a `reason` where it is not), `differs` (a diff of system message, two turns and the
-    beginning of a reply), `differs_by_default` (the same without a system message, where each has its own default),
+    `report`: `checked` (with a `reason` where it is not), `differs_in` (those of CONVERSATIONS that are not the same),
+    `differs` (a diff of one with a system message), `differs_by_default` (of one without, where each has its own
+    default),
     `stop_tokens` (where the template does not stop at all tokens that end the checkpoint's texts).
     """
     template, tokenizer = checkpoint.template, checkpoint.tokenizer
@@ -49,23 +62,28 @@ def compare(conversation: Conversation, checkpoint: CheckpointChat) -> TemplateR
         return TemplateReport({"checked": False, "reason": "the checkpoint has no chat_template"})
     report: dict[str, Any] = {"checked": True}
     warnings = []
+    names = (f"{template.origin}: chat_template", f"template {conversation.name}")
+    found: dict[str, str] = {}
     try:
-        by_default = template.render(_TURNS)
+        texts = template.render(_TURNS)
+        for name, messages in CONVERSATIONS.items():
+            theirs = _rendered(template, messages)
+            if theirs is not None:
+                texts = theirs if name == FULLEST else texts
+                found[name] = difference(theirs, full_text(render(conversation, messages), tokenizer), *names)
     except MlcBuildError as error:
         return TemplateReport({"checked": False, "reason": str(error)})
-    try:
-        texts = template.render([_SYSTEM, *_TURNS])
-        messages: Sequence[Mapping[str, str]] = [_SYSTEM, *_TURNS]
-    except MlcBuildError:  # a model without system messages
-        texts, messages = by_default, _TURNS
-    names = (f"{template.origin}: chat_template", f"template {conversation.name}")
-    found = difference(texts, full_text(render(conversation, messages), tokenizer), *names)
-    if found:
-        report["differs"] = found
+    without = [text for name, text in found.items() if text and name in _WITHOUT]
+    others = [text for name, text in reversed(found.items()) if text and name not in _WITHOUT]
+    if FULLEST not in found:  # a model without system messages
+        without, others = [], [found[name] for name in reversed(_WITHOUT) if found[name]]
+    if others:
+        report["differs"] = others[0]
         warnings.append(f"it does not write conversations as {names[0]} does (quality.json has the difference)")
-    found = difference(by_default, full_text(render(conversation, _TURNS), tokenizer), *names)
-    if found and found != report.get("differs"):
-        report["differs_by_default"] = found
+    if without and without[0] not in others:
+        report["differs_by_default"] = without[0]
+    if differs := [name for name, text in found.items() if text]:
+        report["differs_in"] = differs
     stops, problem = _compare_stops(conversation, checkpoint, texts)
     if stops:
         report["stop_tokens"] = stops
@@ -112,6 +130,16 @@ def end_of_turn(after_reply: str, tokenizer: TokenizerFacts) -> str | None:
     text = after_reply.lstrip()
     found = [token for token, i in tokenizer.tokens.items() if i in tokenizer.special and text.startswith(token)]
     return max(found, key=len, default=None)
+
+
+def _rendered(template: ChatTemplate, messages: Sequence[Mapping[str, str]]) -> str | None:
+    """None where the template refuses system messages. Raises MlcBuildError where it refuses any other conversation."""
+    try:
+        return template.render(messages)
+    except MlcBuildError:
+        if messages[0] is _SYSTEM:
+            return None
+        raise
 
 
 def _compare_stops(

@@ -58,6 +58,15 @@ def pack(vocabulary: Vocabulary) -> bytes:
     return b"".join(out)
 
 
+def write_packed(files: Mapping[str, Path], folder: Path) -> list[str]:
+    """Write `tokenizer_model` where a checkpoint's files have nothing but a vocabulary; the files that came of it."""
+    sources = [name for name in sorted(files) if SOURCE.fullmatch(name)]
+    if not sources or any(name in files for name in ("tokenizer.json", "tokenizer.model", FILE)):
+        return []
+    (folder / FILE).write_bytes(pack(read_source(files[sources[-1]])))
+    return [FILE]
+
+
 def read(path: Path) -> dict[int, bytes]:
     """A `tokenizer_model`. Raises MlcBuildError for a file that is not such a map."""
     data, at = path.read_bytes(), 0

@@ -17,7 +17,8 @@ GROUPS = {
     "runtime": "compile TVM's runtime for browsers",
     "library": "make the libraries only",
     "package": "put weights, tokenizer and library together",
-    "verify": "check packages against the unquantized model",
+    "measure": "compare weights with the unquantized model",
+    "verify": "check packages by what was measured",
     "publish": "upload verified packages to a hub; upload=1, without it only say what would be uploaded",
 }
 ALWAYS = {

@@ -50,7 +50,8 @@ def complaints(architecture: Architecture, config: Mapping[str, Any]) -> list[st
 def nearest(architectures: Iterable[Architecture], config: Mapping[str, Any]) -> str:
     """Sentences: those that read most of the config, and what each does not know or does not find in it.
 
-    Not those that refuse it. Among equals, the first is the one whose defaults are most like it.
+    Not those that refuse it. Among equals, the first is the one whose defaults are most like it. No key says how rope
+    pairs dimensions, where positions begin or which norm is meant. So none is promised to fit.
     """
     ranked = sorted(
         (
@@ -64,9 +65,7 @@ def nearest(architectures: Iterable[Architecture], config: Mapping[str, Any]) ->
     for missing, unknown, _, name in ranked[:_SHOWN]:
         parts = [f"does not know {_list(unknown)}"] if unknown else []
         parts += [f"misses {_list(missing)}"] if missing else []
-        lines.append(
-            f"  {name}: {'; '.join(parts) or 'reads every key, which is no promise that it computes the same'}"
-        )
+        lines.append(f"  {name}: {'; '.join(parts) or 'knows every key, which does not say that it computes the same'}")
     return "\n".join(lines)
 
 

@@ -41,10 +41,12 @@ _TORCH_FILES = ("pytorch_model*.bin", "*.pth")  # read where there are no safete
 _TENSOR_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.bin.index.json", *_TORCH_FILES)
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 STEPS = "mlcbuild.steps"  # the package with one module per kind of step
+_TOKEN_FILES = ("tokenizer.json", "tokenizer.model", "added_tokens.json", "tokenizer_config.json", "rwkv_vocab_v*.txt")
+_POOLING_FILES = ("modules.json", "*_Pooling/config.json", "sentence_bert_config.json")
 _TEXT_FILES = (
     *TOKENIZER_FILES,
     *("chat_template.jinja", "special_tokens_map.json", "config.json", "generation_config.json"),
-    *("rwkv_vocab_v*.txt", "modules.json", "*_Pooling/config.json", "sentence_bert_config.json"),
+    *("rwkv_vocab_v*.txt", *_POOLING_FILES),
 )
 # The reference that every package is compared with: unquantized, on a machine that everybody has.
 _UNQUANTIZED, _HERE = "q0f32", "cpu"
@@ -120,6 +122,7 @@ class _Planner:
         steps["lower"] = self._lower(shape.whole, quantization, target)
         steps["library"] = self._library(shape.whole, quantization, target)
         steps["package"] = self._package(recipe, shape, steps)
+        steps["measure"] = self._measure(recipe, shape, steps)
         steps["verify"] = self._verify(recipe, shape, steps)
         return Goal(recipe, steps)
 
@@ -266,22 +269,17 @@ class _Planner:
         page = PAGES.get(recipe.target.linker.kind, "")
         return self._add("package", recipe.name, fields, inputs, entry=page)
 
-    def _verify(self, recipe: Recipe, shape: Shape, steps: Mapping[str, str]) -> str:
+    def _measure(self, recipe: Recipe, shape: Shape, steps: Mapping[str, str]) -> str:
+        """Figures belong to weights and to the library that runs: one here, in place of every target that is not."""
         quantization, verify = recipe.quantization, recipe.verify
         here, unquantized = self.catalog.targets[_HERE], self.catalog.quantizations[_UNQUANTIZED]
-        vectors = shape.fields.get("embedding") is not None
-        layers = None if vectors or not _too_large(shape, verify) else shape.blocks
-        fields: dict[str, Any] = {
-            "method": "embeddings" if vectors else "layers" if layers else "whole",
-            "class": quantization.kind,
-            "model_dtype": quantization.model_dtype,
-            "kl": verify.kl,
-            "perplexity_increase": verify.perplexity_increase,
-            "gate": verify.gate,
-            **({"cosine": verify.cosine} if vectors else {}),
-        }
+        method = _method(shape, verify)
+        layers = shape.blocks if method == "layers" else None
+        runs = recipe.target if layers is None and targets.runs_here(recipe.target) else here
+        fields: dict[str, Any] = {"method": method}
         inputs = [
-            Input("package", step=steps["package"]),
+            Input("quantize", step=steps["quantize"]),
+            Input("checkpoint", step=steps["download"], select=_TOKEN_FILES),
             Input("convert", step=steps["convert"]),
             Input("text", path=verify.text or _EVALUATION_TEXT),
             Input("reference", step=self._library(layers or shape.whole, unquantized, here)),
@@ -290,9 +288,26 @@ class _Planner:
             fields["structure"] = self._shape(recipe.model, {}).fields
             fields["quantization"] = format_json(quantization)
             inputs.append(Input("blocks", step=self._library(layers, quantization, here)))
-        elif not targets.runs_here(recipe.target):
-            inputs.append(Input("cpu_library", step=self._library(shape.whole, quantization, here)))
-        return self._add("verify", recipe.name, fields, tuple(inputs), (steps["download"], steps["convert"]))
+        else:
+            inputs.append(Input("library", step=self._library(shape.whole, quantization, runs)))
+        if method == "embeddings":
+            fields["embedding"] = shape.fields["embedding"]
+            inputs[1] = Input("checkpoint", step=steps["download"], select=(*_TOKEN_FILES, *_POOLING_FILES))
+        label = f"{recipe.model.name}-{quantization.name}-{runs.name}"
+        return self._add("measure", label, fields, tuple(inputs), (steps["download"], steps["convert"]))
+
+    def _verify(self, recipe: Recipe, shape: Shape, steps: Mapping[str, str]) -> str:
+        method, verify = _method(shape, recipe.verify), recipe.verify
+        fields = {
+            "method": method,
+            "class": recipe.quantization.kind,
+            "model_dtype": recipe.quantization.model_dtype,
+            "executed": method != "layers" and targets.runs_here(recipe.target),
+            **{name: getattr(verify, name) for name in ("kl", "perplexity_increase", "perplexity", "cosine", "gate")},
+            "notes": list(shape.notes),
+        }
+        inputs = (Input("package", step=steps["package"]), Input("measure", step=steps["measure"]))
+        return self._add("verify", recipe.name, fields, inputs)
 
     # What is asked again and again
 
@@ -361,6 +376,13 @@ def _prefix(form: Form, quantization: str) -> str:
 def _format(quantization: Quantization) -> str:
     """The name of the format whose bytes these are: roundings and classes of one format share its libraries."""
     return quantization.format or quantization.name
+
+
+def _method(shape: Shape, verify: Verify) -> str:
+    """How a package is measured (mlcbuild.verify.measure)."""
+    if shape.fields.get("embedding") is not None:
+        return "embeddings"
+    return "layers" if shape.blocks is not None and _too_large(shape, verify) else "whole"
 
 
 def _too_large(shape: Shape, verify: Verify) -> bool:

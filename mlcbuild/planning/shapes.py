@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,10 @@ from mlcbuild.models import architecture as architectures
 from mlcbuild.models import parameters
 from mlcbuild.models.kinds import by_layer
 from mlcbuild.models.structure import Structure
-from mlcbuild.recipes.types import Catalog, Locked, Model
+from mlcbuild.recipes.types import Architecture, Catalog, Locked, Model
+
+# What config.json calls the length up to which such a scaling leaves texts as they are.
+_ORIGINAL = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
 
 LARGEST_CONFIG = 4 << 20  # bytes
 
@@ -37,6 +40,7 @@ class Shape:
     model_config: Mapping[str, Any]  # of mlc-chat-config.json
     whole: Form
     blocks: Form | None  # None for a kind of model that is not run one layer at a time
+    notes: tuple[str, ...]  # what a user of the package has to know
 
 
 def shape_of(catalog: Catalog, model: Model, config: Mapping[str, Any], overrides: Mapping[str, int]) -> Shape:
@@ -49,7 +53,30 @@ def shape_of(catalog: Catalog, model: Model, config: Mapping[str, Any], override
         architectures.model_config(chosen, structure, config),
         _form(structure),
         _form(structure.one_layer, blocks=True) if by_layer(structure) else None,
+        (*_chosen_by_hand(chosen, config), *_one_table(structure)),
     )
+
+
+def _chosen_by_hand(architecture: Architecture, config: Mapping[str, Any]) -> Iterator[str]:
+    model_type = config.get("model_type")
+    if model_type not in architecture.match.get("model_type", ()):
+        yield (
+            f"`architecture: {architecture.name}` was chosen by hand for the model_type {model_type}: nothing but the "
+            "unquantized model's own figures tells whether it computes what it was trained to"
+        )
+
+
+def _one_table(structure: Structure) -> Iterator[str]:
+    """Scalings of rope that depend on the text's length (mlcbuild.models.rope)."""
+    scaling = structure.rope_scaling or {}
+    kind, window = scaling.get("rope_type", ""), structure.context_window_size
+    original = scaling.get(_ORIGINAL.get(kind, ""), window)
+    if window > original:
+        yield (
+            f"rope scaling {kind}: this library turns every text as one of {window} tokens; transformers turns texts "
+            f"of up to {original:g} tokens otherwise, and so computes other numbers for them. For short texts use "
+            f"`overrides: {{context_window_size: {original:g}}}`"
+        )
 
 
 def config_of(model: Model, lock: Callable[[Model], Locked | None]) -> Mapping[str, Any]:

@@ -51,6 +51,7 @@ class Verify:
 
     kl: float | None = None  # nats per token, mean over the evaluation text
     perplexity_increase: float | None = None  # fraction: 0.1 is 10 %
+    perplexity: float | None = None  # the unquantized model's own; None: that of knowing only how often tokens come
     gate: Literal["fail", "report"] = "fail"
     text: Path | None = None  # evaluation text; None means the default text that ships with mlcbuild
     cosine: float | None = None  # models of texts: mean cosine to the unquantized model's vectors

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from mlcbuild.chat import rwkv_vocabulary
@@ -73,7 +72,7 @@ def run(job: Job) -> None:
     for file in [*present, *(name for name in (CHAT_TEMPLATE, SPECIAL_MAP) if name in checkpoint)]:
         # Copied: a local checkpoint's files belong to the user and may change after the package is made.
         shutil.copyfile(checkpoint.path(file), folder / file)
-    present += _rwkv_tokenizer(job, folder)
+    present += rwkv_vocabulary.write_packed({name: e.path for name, e in checkpoint.files.items()}, folder)
     config = chat_config(
         fields["model_type"],
         fields["format"],
@@ -88,17 +87,6 @@ def run(job: Job) -> None:
     (folder / "mlc-chat-config.json").write_text(to_text(config), encoding="utf-8")
     if job.has_entry:
         (job.output / "chat.html").write_text(job.entry(stem, weights, library), encoding="utf-8")
-
-
-def _rwkv_tokenizer(job: Job, folder: Path) -> list[str]:
-    """Write `tokenizer_model` where the checkpoint has nothing but a vocabulary of RWKV; the files that came of it."""
-    checkpoint = job.inputs["checkpoint"]
-    sources = [name for name in sorted(checkpoint.files) if rwkv_vocabulary.SOURCE.fullmatch(name)]
-    if not sources or any(name in checkpoint for name in ("tokenizer.json", "tokenizer.model", rwkv_vocabulary.FILE)):
-        return []
-    packed = rwkv_vocabulary.pack(rwkv_vocabulary.read_source(checkpoint.path(sources[-1])))
-    (folder / rwkv_vocabulary.FILE).write_bytes(packed)
-    return [rwkv_vocabulary.FILE]
 
 
 def _embedding(job: Job) -> dict[str, Any] | None:

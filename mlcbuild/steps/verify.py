@@ -1,51 +1,24 @@
-"""Verify: a package's own weights, run and compared with the unquantized model; the verdict is quality.json."""
+"""Verify: what is thought of a package's figures, its template and its files; the verdict is quality.json."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from mlcbuild.engine.job import Job
-from mlcbuild.errors import MlcBuildError
-from mlcbuild.verify.judge import Case, judge
+from mlcbuild.verify.judge import judge
 
-VERSION = 1
-TOOLS = ("apache-tvm", "apache-tvm-ffi", "jinja2", "numpy", "tokenizers", "sentencepiece")
-
-_LIBRARIES = ("reference", "cpu_library", "blocks")
+VERSION = 2
+TOOLS = ("apache-tvm", "apache-tvm-ffi", "jinja2", "tokenizers", "sentencepiece")
 
 
 def run(job: Job) -> None:
-    """Fields: method (whole, layers, embeddings), class (q0, q3, q4, q8), model_dtype, kl and perplexity_increase
-    (null: the class's), gate; for layers also structure and quantization, for embeddings cosine (null: the class's).
+    """Fields: method (whole, layers, embeddings), class (q0, q3, q4, q8), model_dtype, executed (whether the figures
+    are of the package's own library), notes (what a user has to know, in sentences), gate; the model's own bounds, null
+    for the usual ones: kl, perplexity_increase, perplexity, cosine.
 
-    Inputs: `package`, `convert` (parameters.json), `text` (one file), `reference`: a float32 library of the structure,
-    or of its pieces for method layers. For method whole, `cpu_library` of the same structure and quantization that this
-    machine can run, where the package's own is for another machine; for method layers, `blocks`: the library of pieces
-    of that quantization. Method embeddings takes what `whole` does. Raises MlcBuildError for logits or hidden states
-    that are not finite, and with `gate: fail` for a miss.
+    Inputs: `package`, `measure` (figures.json). Raises MlcBuildError for figures that are not finite, and with
+    `gate: fail` for a miss.
     """
-    texts = [entry.path for entry in job.inputs["text"].files.values()]
-    if len(texts) != 1:
-        raise MlcBuildError(f"the evaluation text is {len(texts)} files, expected one")
-    case = Case(
-        job.fields,
-        job.folder(job.inputs["package"], job.scratch / "package"),
-        job.inputs["convert"].read_json("parameters.json"),
-        job.materials,
-        {name: _library(job, name) for name in _LIBRARIES if name in job.inputs},
-        texts[0].read_text(encoding="utf-8"),
-        job.scratch,
-        job.progress,
-    )
-    job.note(f"{case.weights.name.removesuffix('-MLC')}: comparing with the unquantized model")
-    report = judge(case, job.note)
+    folder = job.folder(job.inputs["package"], job.scratch / "package")
+    report = judge(job.fields, folder, job.inputs["measure"].read_json("figures.json"), job.note)
     (job.output / "quality.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-
-
-def _library(job: Job, name: str) -> Path:
-    folder = job.folder(job.inputs[name], job.scratch / name)
-    found = sorted(folder.glob("model.*"))
-    if len(found) != 1:
-        raise MlcBuildError(f"{folder}: {len(found)} files model.*, expected one")
-    return found[0]

@@ -19,7 +19,7 @@ def opened(
     """The library in the folder `blocks`, and what it takes of a text: at most `TOKENS` tokens, `context` at once."""
     (library,) = blocks.glob("model.*")
     pieces = Pieces(library)
-    documents = evaluate.documents(text.read_text(encoding="utf-8"), load_tokenizer(tokenizer))
+    documents = evaluate.documents(evaluate.read_text(text), load_tokenizer(tokenizer))
     windows, tokens = [], 0
     for window in evaluate.windows(documents, min(pieces.window, context)):
         windows.append(window[: TOKENS - tokens])

@@ -13,7 +13,6 @@ from math import prod
 
 import numpy as np
 
-from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.parameters import Parameter
 from mlcbuild.models.structure import Structure
 from mlcbuild.runtime import tvm_runtime
@@ -123,7 +122,7 @@ def _apart(q: Sequence[Float32], p: Sequence[Float32], where: str) -> float:
     total = sum(_square(theirs) for theirs in p)
     if not np.isfinite(difference):
         whose = "the package's" if np.isfinite(total) else "the reference's"
-        raise MlcBuildError(f"{whose} hidden states are NaN or Inf after {where}")
+        raise evaluate.NotFinite(f"{whose} hidden states are NaN or Inf after {where}")
     return _relative(difference, total)
 
 

@@ -39,6 +39,14 @@ GEMMA = (
     + _EACH + "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content | trim "
     "+ '<end_of_turn>\n' }}" + _END + "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )  # fmt: skip
+# A system message is the beginning of the first user message (Gemma 3).
+GEMMA_3 = (
+    "{{ bos_token }}{% set prefix = '' %}{% if messages[0].role == 'system' %}"
+    "{% set prefix = messages[0].content + '\n\n' %}{% set messages = messages[1:] %}{% endif %}"
+    + _EACH + "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' "
+    "+ (prefix if loop.first else '') + m.content | trim + '<end_of_turn>\n' }}" + _END
+    + "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)  # fmt: skip
 # Plain words, and an end of text after replies (Vicuna).
 VICUNA = (
     "{{ bos_token }}" + _EACH + "{% if m.role == 'system' %}{{ m.content + ' ' }}"

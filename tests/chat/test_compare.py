@@ -13,7 +13,9 @@ from mlcbuild.chat.compare import check, compare, stop_problems
 from mlcbuild.chat.conversation import Conversation, from_data
 from mlcbuild.chat.derive import derive
 from mlcbuild.chat.jinja import ChatTemplate, read_chat_template
+from mlcbuild.inspect.template import guess
 from mlcbuild.recipes.load import load
+from mlcbuild.recipes.types import Template
 from tests.chat import chats
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +63,23 @@ def test_stories_is_chatml() -> None:
     assert "+A conversation between a user and an LLM-based AI assistant." in found.report["differs_by_default"]
     assert found.report["stop_tokens"] == {"checkpoint": ["<|im_end|>", "<|endoftext|>"], "template": ["<|im_end|>"]}
     assert stop_problems(stock("chatml"), checkpoint.tokenizer) == []
+
+
+def test_a_template_that_is_exact_without_a_system_message_comes_first() -> None:
+    """FAULTS.md A15: `auto` wrote two extra new lines in every chat without one, and yet won."""
+    checkpoint = chats.chat(chats.GEMMA_3)
+    data = {**TEMPLATES["gemma3_instruction"].data, "system_prefix_token_ids": [0], "stop_token_ids": [6, 1]}
+    found = guess(checkpoint, {"gemma3_instruction": Template("gemma3_instruction", data)}, "gemma-3-1b-it")
+    assert found.name == "gemma3_instruction"
+    named, auto = (compare(each, checkpoint).report for each in (from_data("x", data), derive(checkpoint).conversation))
+    assert named["differs_in"] == ["system message, one turn", "system message, two turns"]
+    assert auto["differs_in"] == ["one turn", "two turns", "three turns"] and "differs_by_default" in auto
+
+
+def test_a_system_message_of_its_own_is_no_reason_to_take_a_named_template_that_has_another() -> None:
+    """A sibling: ChatML with a default system message. The named one is right with a system message only."""
+    found = guess(chats.chat(chats.CHATML_DEFAULT), {"chatml": Template("chatml", TEMPLATES["chatml"].data)}, "qwen")
+    assert found.name == "auto"
 
 
 def test_a_package_is_checked_by_its_own_files(tmp_path: Path) -> None:

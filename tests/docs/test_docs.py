@@ -14,7 +14,7 @@ import yaml
 from mlcbuild.doit_face import variables
 from mlcbuild.recipes.load import check, render
 from mlcbuild.reporting import events
-from mlcbuild.verify import evaluate
+from mlcbuild.verify import bounds
 from tests.docs.pages import DOCS, PAGES, ROOT, Block, blocks, code, table
 
 # What a visitor of the repository reads before the pages of docs/.
@@ -109,11 +109,11 @@ def test_every_event_is_described_with_its_fields() -> None:
 
 
 def test_the_bounds_of_verification() -> None:
-    rows = table(page("quantization.md"), "class", "warn above KL", "fail above KL", "fail above increase")
+    rows = table(page("verification.md"), "class", "warn above KL", "fail above KL", "fail above increase")
     described = {code(row[0])[0]: tuple(row[1:]) for row in rows}
     real = {
         name: (f"{b.warn_kl:g}", f"{b.fail_kl:g}", f"{b.fail_perplexity_increase:.1%}")
-        for name, b in evaluate.BOUNDS.items()
+        for name, b in bounds.BOUNDS.items()
     }
     assert described == real
 

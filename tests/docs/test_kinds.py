@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from mlcbuild.models.kinds import KINDS
-from mlcbuild.verify.embeddings import BOUNDS
+from mlcbuild.verify.vector_bounds import BOUNDS
 from tests.architectures.agreement import known_architectures
 from tests.docs.pages import DOCS, code, table
 

@@ -9,8 +9,8 @@ import pytest
 
 from tests.engine.workspace import REPOSITORY, Workspace
 
-ALL = {"convert": 1, "quantize": 2, "lower": 3, "library": 3, "package": 2, "verify": 2}
-ONE = {"convert": 1, "quantize": 1, "lower": 2, "library": 2, "package": 1, "verify": 1}
+ALL = {"convert": 1, "quantize": 2, "lower": 3, "library": 3, "package": 2, "measure": 2, "verify": 2}
+ONE = {"convert": 1, "quantize": 1, "lower": 2, "library": 2, "package": 1, "measure": 1, "verify": 1}
 
 
 def test_every_recipe_is_built_and_the_second_time_nothing_is_done(workspace: Workspace) -> None:
@@ -20,7 +20,7 @@ def test_every_recipe_is_built_and_the_second_time_nothing_is_done(workspace: Wo
     digests = workspace.digests()
     output = workspace.doit("build")
     assert workspace.ran() == {}
-    assert output.splitlines()[-1].startswith("0 done, 16 up to date; ")
+    assert output.splitlines()[-1].startswith("0 done, 18 up to date; ")
     assert workspace.digests() == digests
 
 
@@ -162,6 +162,7 @@ def test_list(workspace: Workspace) -> None:
         "download",
         "library",
         "lower",
+        "measure",
         "package",
         "publish",
         "quantize",
@@ -202,7 +203,7 @@ def test_forget_names_what_others_share(built: Workspace) -> None:
     built.doit("recipe=tiny-q4f32_1-cpu")
     assert built.ran() == {"convert": 1, "lower": 1, "library": 1}
     built.doit()
-    assert built.ran() == {"quantize": 1, "lower": 1, "library": 1, "package": 1, "verify": 1}
+    assert built.ran() == {"quantize": 1, "lower": 1, "library": 1, "package": 1, "measure": 1, "verify": 1}
     built.doit("forget", "quantize:tiny-q4f32_1")
     built.doit()
     assert built.ran() == {"quantize": 1}
@@ -238,6 +239,17 @@ def test_a_template_reaches_package_and_verify_only(built: Workspace) -> None:
     built.write("recipes/models/tiny.yaml", "source: {path: tiny}\ntemplate: other\n")
     built.doit()
     assert built.ran() == {"package": 2, "verify": 2}
+
+
+def test_a_gate_that_failed_is_opened_without_measuring_again(workspace: Workspace) -> None:
+    """FAULTS.md F: a failed verify left nothing, so `gate: report` ran the same minutes again."""
+    failing = workspace.trick("verify.fail")
+    workspace.doit(status=1)
+    assert workspace.ran() == ALL
+    failing.unlink()
+    workspace.write("recipes/models/tiny.yaml", "source: {path: tiny}\ntemplate: chatml\nverify: {gate: report}\n")
+    workspace.doit()
+    assert workspace.ran() == {"verify": 2}
 
 
 def test_a_comment_in_a_step_rebuilds_nothing_and_code_rebuilds_what_used_it(workspace: Workspace) -> None:
@@ -308,9 +320,9 @@ def test_the_log_for_machines(workspace: Workspace, arguments: list[str]) -> Non
     workspace.doit(*arguments, "recipe=tiny-q4f16_1-cpu")
     events = [json.loads(line) for line in (workspace.root / "log.jsonl").read_text().splitlines()]
     outcomes = [event["outcome"] for event in events if event["event"] == "step_finished"]
-    assert outcomes == ["built"] * 9
+    assert outcomes == ["built"] * 10
     assert events[-1]["event"] == "run_finished"
-    assert events[-1]["built"] == 10
+    assert events[-1]["built"] == 11
 
 
 def test_unavailable_recipes_are_reported_and_fail_only_when_asked_for(workspace: Workspace) -> None:

@@ -37,10 +37,10 @@ def test_a_build_on_a_terminal_has_one_display_that_counts_right_and_goes(worksp
     assert status == 0, written
     check_end(after)
     assert after.hidden == 1
-    assert BAR in written and "14 built, 0 from the cache" in written
+    assert BAR in written and "16 built, 0 from the cache" in written
     *lines, last, _ = after.lines
-    assert last.startswith("16 done, 0 up to date; ")
-    assert len(lines) == 16 and all(line.startswith("ok ") for line in lines), lines
+    assert last.startswith("18 done, 0 up to date; ")
+    assert len(lines) == 18 and all(line.startswith("ok ") for line in lines), lines
 
 
 def test_what_was_found_before_the_first_step_ran_is_counted(built: Workspace) -> None:
@@ -49,7 +49,7 @@ def test_what_was_found_before_the_first_step_ran_is_counted(built: Workspace) -
     assert status == 0, written
     check_end(after)
     assert after.hidden == 1
-    assert "1 built, 14 from the cache" in written  # 13 steps and a package
+    assert "1 built, 16 from the cache" in written  # 15 steps and a package
 
 
 @pytest.mark.parametrize("words", [("-a", "--no-continue"), ("-a", "--continue")])

@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.skipif(s3_server.program() is None, reason="no juicefs beside this interpreter"),
 ]
 SOURCE = "owner/tiny"
-GENTLE = "verify: {kl: 90, perplexity_increase: 90}\n"  # random weights lose more to 4 bits than the gates allow
+GENTLE = "verify: {kl: 90, perplexity_increase: 90, perplexity: 9000}\n"  # random weights pass no gate
 
 
 class Day:

@@ -60,6 +60,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> tuple
     models = [write_rwkv(folder / "rwkv"), write_bert(folder / "bert")]
     workspace = make_workspace(folder / "workspace", shared_cache, folder / "rwkv")
     (workspace.root / "recipes/tiny-cpu.yaml").unlink()
+    workspace.model("tiny", folder / "rwkv", "verify: {gate: report, perplexity: 9000}\n")
     workspace.model("bert", folder / "bert", "verify: {gate: report}\n")
     workspace.write(
         "recipes/matrix/kinds.yaml",

@@ -87,7 +87,7 @@ def test_two_builds_in_two_fresh_folders_give_the_same_bytes(tmp_path: Path) -> 
 
 
 def test_a_miss_with_gate_fail_installs_nothing(workspace: Workspace, tiny_checkpoint: Path) -> None:
-    workspace.model("strict", tiny_checkpoint, "verify: {kl: 0.0000001}\n")
+    workspace.model("strict", tiny_checkpoint, "verify: {kl: 0.0000001, perplexity: 9000}\n")
     workspace.recipe("strict-cpu", model="strict")
     done = workspace.doit("build", "recipe=strict-cpu", check=False)
     assert done.returncode == 1

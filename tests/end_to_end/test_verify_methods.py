@@ -56,24 +56,24 @@ MEASURE = """
 import json, re, sys
 from pathlib import Path
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.steps import verify
+from mlcbuild.steps import measure
 from mlcbuild.engine.job import Job, Places, Request
 
 asked = json.loads(Path(sys.argv[1]).read_text())
-verify.run(Job(Request.from_json(asked["request"]), Places.from_json(asked["places"])))
+measure.run(Job(Request.from_json(asked["request"]), Places.from_json(asked["places"])))
 # VmHWM and not getrusage: that one also counts what the process that started this one had resident.
 print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024)
 """
 
 
 def peak_memory(workspace: Workspace, recipe: str, folder: Path) -> int:
-    """Bytes that a verification of the built recipe has resident at most, in a process of its own."""
+    """Bytes that the measurement of the built recipe has resident at most, in a process of its own."""
     from mlcbuild.engine.run_step import make_places
     from mlcbuild.recipes.select import Selection
     from mlcbuild.workspace.session import Settings, open_session
 
     session = open_session(workspace.root, lambda event: None, Selection(recipe), Settings(workspace.cache))
-    name = session.graph.goals[recipe].steps["verify"]
+    name = session.graph.goals[recipe].steps["measure"]
     folder.mkdir()
     request, places = session.builder.request(name), make_places(folder, session.store)
     asked = {"request": request.to_json(), "places": places.to_json()}

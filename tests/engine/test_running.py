@@ -63,14 +63,14 @@ def test_what_does_not_fit_waits_and_is_not_overtaken_by_its_like() -> None:
 def test_a_step_takes_what_its_kind_and_its_checkpoint_say() -> None:
     steps = [
         Step("download", "download:big", "m", {}, cost=COSTS["download"], brings=14 * 10**9),
-        Step("verify", "verify:big", "m", {}, (Input("package", step="download:big"),), cost=COSTS["verify"]),
-        Step("verify", "verify:small", "m", {}, cost=COSTS["verify"]),
+        Step("measure", "measure:big", "m", {}, (Input("package", step="download:big"),), cost=COSTS["measure"]),
+        Step("measure", "measure:small", "m", {}, cost=COSTS["measure"]),
         Step("library", "library:cuda", "m", {}, cost=Cost(takes=("nvcc",))),
     ]
     graph = Graph({step.name: step for step in steps})
     assert needs(graph, "download:big", 8) == {"network": 1, "memory": 200_000_000}
-    assert needs(graph, "verify:big", 8) == {"cores": 8, "memory": 12 * 10**9}
-    assert needs(graph, "verify:small", 8) == {"cores": 1, "memory": 5 * 10**8}
+    assert needs(graph, "measure:big", 8) == {"cores": 8, "memory": 12 * 10**9}
+    assert needs(graph, "measure:small", 8) == {"cores": 1, "memory": 5 * 10**8}
     assert needs(graph, "library:cuda", 8)["nvcc"] == 1
     assert {*TAGS} < {*LIMITS} < set(budget().totals())
 

@@ -54,6 +54,7 @@ def test_the_steps_of_one_recipe(workspace: Workspace) -> None:
         ("lower", f"lower:{label}-q4f16_1-cpu"),
         ("library", f"library:{label}-q4f16_1-cpu"),
         ("package", "package:tiny-q4f16_1-cpu"),
+        ("measure", "measure:tiny-q4f16_1-cpu"),
         ("verify", "verify:tiny-q4f16_1-cpu"),
     ]
     assert set(found.steps) - set(found.goals["tiny-q4f16_1-cpu"].steps.values()) == {
@@ -78,7 +79,16 @@ def test_a_variant_of_the_same_structure_shares_the_library(workspace: Workspace
     workspace.write("recipes/models/variant/config.json", json.dumps({**CONFIG, "vocab_size": 300}))
     workspace.write("recipes/variant.yaml", "model: variant\nquantization: q4f16_1\ntarget: cpu\n")
     counts = kinds(planned(workspace, "tiny-q4f16_1-cpu", "variant"))
-    assert counts == {"download": 2, "convert": 2, "quantize": 2, "lower": 2, "library": 2, "package": 2, "verify": 2}
+    assert counts == {
+        "download": 2,
+        "convert": 2,
+        "quantize": 2,
+        "lower": 2,
+        "library": 2,
+        "package": 2,
+        "measure": 2,
+        "verify": 2,
+    }
 
 
 def test_an_override_changes_the_library_and_not_the_weights(workspace: Workspace) -> None:
@@ -87,7 +97,16 @@ def test_an_override_changes_the_library_and_not_the_weights(workspace: Workspac
         "model: tiny\nquantization: q4f16_1\ntarget: cpu\noverrides: {context_window_size: 64}\n",
     )
     counts = kinds(planned(workspace, "tiny-q4f16_1-cpu", "small"))
-    assert counts == {"download": 1, "convert": 1, "quantize": 1, "lower": 4, "library": 4, "package": 2, "verify": 2}
+    assert counts == {
+        "download": 1,
+        "convert": 1,
+        "quantize": 1,
+        "lower": 4,
+        "library": 4,
+        "package": 2,
+        "measure": 2,
+        "verify": 2,
+    }
 
 
 def test_recipes_that_mean_the_same_are_one(workspace: Workspace) -> None:
@@ -106,23 +125,92 @@ def test_names_that_would_clash_are_told_apart(workspace: Workspace) -> None:
     assert len(set(modules)) == len(modules)
 
 
-def test_the_evaluation_text_and_the_bounds_reach_verify_only(workspace: Workspace) -> None:
+def test_what_reaches_the_measurement_and_what_only_the_verdict(workspace: Workspace) -> None:
+    """FAULTS.md F: neither bounds nor the gate nor a template measure anything again."""
+
     def digests(**changes: Any) -> dict[str, Any]:
         return {name: (step.fields, step.inputs) for name, step in planned(workspace, **changes).steps.items()}
 
+    def changed(**changes: Any) -> set[str]:
+        before, after = digests(), digests(**changes)
+        return {name.partition(":")[0] for name in before if before[name] != after[name]}
+
     text = workspace.write("text.txt", "Once upon a time")
     recipe: Recipe = load(workspace.root).recipes["tiny-q4f16_1-cpu"]
-    verify = dataclasses.replace(recipe.verify, kl=0.5, text=text)
-    before, after = digests(), digests(verify=verify)
-    assert {name.partition(":")[0] for name in before if before[name] != after[name]} == {"verify"}
+    for own in ({"kl": 0.5}, {"perplexity": 9.0}, {"gate": "report"}):
+        assert changed(verify=dataclasses.replace(recipe.verify, **own)) == {"verify"}
+    assert changed(verify=dataclasses.replace(recipe.verify, text=text)) == {"measure"}
+    template = dataclasses.replace(recipe.template, name="other")
+    assert changed(template=template) == {"package"}
 
 
-def test_a_target_that_does_not_run_here_is_verified_by_another_library(
+def test_targets_that_do_not_run_here_share_one_measurement(workspace: Workspace) -> None:
+    """FAULTS.md F: four GPUs of one model and format, and the CPU whose library stands in for them, measure once."""
+    names = ("opencl", "vulkan", "android", "metal")
+    for name in names:
+        workspace.write(f"recipes/{name}.yaml", f"model: tiny\nquantization: q4f16_1\ntarget: {name}\n")
+    found = planned(workspace, *names, "tiny-q4f16_1-cpu")
+    assert {name: kinds(found)[name] for name in ("package", "measure", "verify")} == {
+        "package": 5,
+        "measure": 1,
+        "verify": 5,
+    }
+    executed = {name: found.steps[goal.steps["verify"]].fields["executed"] for name, goal in found.goals.items()}
+    assert executed == {**dict.fromkeys(names, False), "tiny-q4f16_1-cpu": True}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "noted"),
+    [
+        ({"rope_type": "dynamic", "factor": 4.0}, True),
+        ({"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "factor": 4.0}, True),
+        ({"rope_type": "linear", "factor": 4.0}, False),
+    ],
+)
+def test_rope_that_depends_on_the_length_of_a_text_is_said(
+    workspace: Workspace, scaling: dict[str, Any], noted: bool
+) -> None:
+    """FAULTS.md A13: it was in the docs and nowhere else."""
+    config = {**CONFIG, "max_position_embeddings": 64, "original_max_position_embeddings": 64, "rope_scaling": scaling}
+    workspace.write("recipes/models/long/config.json", json.dumps(config))
+    for window in (64, 256):
+        model = f"source: {{path: long}}\ntemplate: chatml\noverrides: {{context_window_size: {window}}}\n"
+        workspace.write(f"recipes/models/m{window}.yaml", model)
+        workspace.write(f"recipes/r{window}.yaml", f"model: m{window}\nquantization: q4f16_1\ntarget: cpu\n")
+    found = planned(workspace, "r64", "r256")
+    notes = {name: found.steps[goal.steps["verify"]].fields["notes"] for name, goal in found.goals.items()}
+    assert notes["r64"] == [] and bool(notes["r256"]) == noted
+    if noted:
+        assert "as one of 256 tokens" in notes["r256"][0] and "{context_window_size: 64}" in notes["r256"][0]
+
+
+def test_an_architecture_that_was_chosen_by_hand_is_said(workspace: Workspace) -> None:
+    """FAULTS.md A14: a model_type that the architecture does not know, and keys that do not tell what differs."""
+    workspace.write("recipes/models/other/config.json", json.dumps({**CONFIG, "model_type": "helium"}))
+    workspace.write("recipes/models/other.yaml", "source: {path: other}\ntemplate: chatml\narchitecture: llama\n")
+    workspace.write("recipes/other.yaml", "model: other\nquantization: q4f16_1\ntarget: cpu\n")
+    (note,) = planned(workspace, "other").steps["verify:other"].fields["notes"]
+    assert note.startswith("`architecture: llama` was chosen by hand for the model_type helium: nothing but")
+
+
+def test_models_that_differ_in_their_names_are_measured_once(workspace: Workspace) -> None:
+    """FAULTS.md F."""
+    for number in range(100):
+        workspace.write(f"recipes/models/m{number}.yaml", "source: {path: tiny}\ntemplate: chatml\n")
+        workspace.write(f"recipes/r{number}.yaml", f"model: m{number}\nquantization: q4f16_1\ntarget: cpu\n")
+    counts = kinds(planned(workspace, *(f"r{number}" for number in range(100))))
+    assert (counts["quantize"], counts["measure"], counts["package"], counts["verify"]) == (1, 1, 100, 100)
+
+
+def test_a_target_that_does_not_run_here_is_measured_by_another_library(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mlcbuild.compiler.targets.runs_here", lambda target: False)
-    (verify,) = (step for step in planned(workspace, "tiny-q4f16_1-cpu").steps.values() if step.kind == "verify")
-    assert [item.name for item in verify.inputs][-1] == "cpu_library"
+    workspace.write("recipes/other.yaml", "model: tiny\nquantization: q4f16_1\ntarget: cpu-x86_64\n")
+    found = planned(workspace, "other")
+    (measure,) = (step for step in found.steps.values() if step.kind == "measure")
+    assert measure.name == "measure:tiny-q4f16_1-cpu"
+    assert [item.name for item in measure.inputs][-1] == "library"
 
 
 def test_roundings_of_one_format_share_its_library(workspace: Workspace) -> None:
@@ -181,11 +269,12 @@ def test_a_large_model_is_verified_layer_by_layer(workspace: Workspace) -> None:
 
     def method(memory: float) -> tuple[Any, list[str]]:
         verify = dataclasses.replace(recipe.verify, memory=memory)
-        (step,) = (s for s in planned(workspace, recipe.name, verify=verify).steps.values() if s.kind == "verify")
+        (step,) = (s for s in planned(workspace, recipe.name, verify=verify).steps.values() if s.kind == "measure")
         return step.fields["method"], [item.name for item in step.inputs]
 
-    assert method(2 * size) == ("whole", ["package", "convert", "text", "reference"])
-    assert method(size / 2) == ("layers", ["package", "convert", "text", "reference", "blocks"])
+    given = ["quantize", "checkpoint", "convert", "text", "reference"]
+    assert method(2 * size) == ("whole", [*given, "library"])
+    assert method(size / 2) == ("layers", [*given, "blocks"])
 
 
 def test_the_pieces_of_models_that_differ_in_layers_only_are_one_library(workspace: Workspace) -> None:

@@ -30,7 +30,7 @@ def built_once(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     (folder / "tiny" / "LICENSE").write_text("Apache License, version 2.0\n")
     # Random weights lose more to 4 bits than the gate allows, so these bounds are wide.
     workspace = make_workspace(folder / "workspace", folder / "cache", folder / "tiny")
-    workspace.model("tiny", folder / "tiny", "verify: {kl: 90, perplexity_increase: 90}\n")
+    workspace.model("tiny", folder / "tiny", "verify: {kl: 90, perplexity_increase: 90, perplexity: 9000}\n")
     workspace.recipe("tiny-portable", target="cpu-x86_64")
     workspace.doit("build")
     return workspace
@@ -116,7 +116,9 @@ def test_only_what_changed_is_sent_and_old_shards_go(workspace: Workspace, hub: 
     hub.repos[WEIGHTS]["params_shard_7.bin"] = b"of an earlier build"
     hub.repos[WEIGHTS]["notes.md"] = b"somebody's own"
     hub.uploaded.clear()
-    workspace.model("tiny", workspace.root.parent / "tiny", "verify: {kl: 90, perplexity_increase: 90}\n")
+    workspace.model(
+        "tiny", workspace.root.parent / "tiny", "verify: {kl: 90, perplexity_increase: 90, perplexity: 9000}\n"
+    )
     path = workspace.root / "recipes/models/tiny.yaml"
     path.write_text(path.read_text().replace("chatml", "llama-2"))  # the template is in mlc-chat-config.json alone
     said = publish(workspace, hub, "recipe=tiny-cpu", "upload=1").stdout

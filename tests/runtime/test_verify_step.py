@@ -1,4 +1,4 @@
-"""The step verify: what quality.json says, what stops a package, and what is only recorded."""
+"""The steps measure and verify: what quality.json says, what stops a package, and what is only recorded."""
 
 from __future__ import annotations
 
@@ -10,18 +10,26 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlcbuild.engine.job import Job, local_job
+from mlcbuild.cache.files import tree_of_folder
+from mlcbuild.chat.conversation import from_data
+from mlcbuild.engine.job import Job, Tree, local_job
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.steps import verify
+from mlcbuild.steps import measure, verify
+from mlcbuild.verify.tokens import token_ids
+from tests.chat import chats
 from tests.runtime import tiny_llama
-from tests.runtime.conftest import TEXT
+from tests.runtime.conftest import CHATML, TEXT
 
-FIELDS = {
+FIELDS: dict[str, Any] = {
     "method": "whole",
     "class": "q4",
     "model_dtype": "float32",
     "kl": None,
     "perplexity_increase": None,
+    "perplexity": 1e6,  # these models are random
+    "cosine": None,
+    "executed": True,
+    "notes": [],
     "gate": "fail",
 }
 
@@ -37,7 +45,7 @@ class Case:
         for name in ("convert", "reference", "text"):
             self.inputs[name].mkdir()
         shutil.copy(library, self.inputs["reference"] / "model.so")
-        (self.inputs["text"] / "text").write_text(f"{TEXT}\n<|endoftext|>\n{TEXT[:60]}")
+        (self.inputs["text"] / "text").write_text(f"{TEXT * 6}\n<|endoftext|>\n{TEXT[:60]}")
         data, parameters = bytearray(), []
         for name, array in self.parameters.items():
             part = {
@@ -68,7 +76,15 @@ class Case:
         tiny_llama.write_weights(self.weights, noisy)
 
     def run(self, name: str, **fields: Any) -> dict[str, Any]:
-        job: Job = local_job(self.inputs, {**FIELDS, **fields}, self.folder / name)
+        """Measure and verify."""
+        files = tree_of_folder(self.weights)
+        given: dict[str, Path | Tree] = {name: self.inputs[name] for name in ("convert", "reference", "text")}
+        given["quantize"] = files.select(("params*", "*-cache.json"))
+        given |= {"library": self.inputs["reference"], "checkpoint": files.select(("tokenizer.json",))}
+        measured = local_job(given, {"method": "whole"}, self.folder / f"{name}-measure")
+        measure.run(measured)
+        inputs = {"package": self.inputs["package"], "measure": measured.output}
+        job: Job = local_job(inputs, {**FIELDS, **fields}, self.folder / name)
         verify.run(job)
         found: dict[str, Any] = json.loads((job.output / "quality.json").read_text())
         return found
@@ -89,13 +105,24 @@ def test_a_package_equal_to_its_checkpoint(case: Case) -> None:
         "top1_agreement": 1.0,
         "perplexity": quality["reference_perplexity"],
         "reference_perplexity": quality["reference_perplexity"],
+        "unigram_perplexity": quality["unigram_perplexity"],
         "perplexity_increase": 0.0,
         "tokens": quality["tokens"],
-        "thresholds": {"warn_kl": 0.0001, "fail_kl": 0.0002, "fail_perplexity_increase": 0.001},
+        "thresholds": {
+            "warn_kl": 0.0001,
+            "fail_kl": 0.0002,
+            "fail_perplexity_increase": 0.001,
+            "warn_reference_perplexity": 1e6,
+            "fail_reference_perplexity": 1e6,
+        },
         "problems": [],
         "library_executed": True,
         "static_checks": [],
-        "template": {"checked": False, "reason": "the checkpoint has no chat_template"},
+        "template": {
+            "checked": False,
+            "reason": "the checkpoint has no chat_template",
+            "ids": {"prefix": [], "stops": {"2": "<|im_end|>"}},
+        },
     }
     assert quality["tokens"] > 50 and quality["perplexity"] > 100
 
@@ -122,7 +149,16 @@ def test_a_models_own_bounds(case: Case) -> None:
     case.disturb(0.5)
     quality = case.run("job", kl=50.0, perplexity_increase=1000.0)
     assert quality["status"] == "passed"
-    assert quality["thresholds"] == {"warn_kl": 50.0, "fail_kl": 50.0, "fail_perplexity_increase": 1000.0}
+    own = {"warn_kl": 50.0, "fail_kl": 50.0, "fail_perplexity_increase": 1000.0}
+    assert own.items() <= quality["thresholds"].items()
+
+
+def test_a_random_model_is_said_to_know_nothing(case: Case) -> None:
+    """FAULTS.md A3: package and reference agree, so nothing but the reference's own perplexity tells."""
+    with pytest.raises(MlcBuildError, match=r"the unquantized model itself has a perplexity of \d+, above \d+"):
+        case.run("job", perplexity=None, **{"class": "q0"})
+    quality = case.run("reported", perplexity=None, gate="report", **{"class": "q0"})
+    assert (quality["status"], quality["kl"]) == ("failed", 0)
 
 
 def test_the_same_package_gives_the_same_file(case: Case) -> None:
@@ -149,10 +185,21 @@ def test_a_template_that_stops_at_unknown_tokens(case: Case) -> None:
     assert "User:" not in str(error.value)
 
 
+def test_a_conversation_in_tokens_is_compared_with_the_checkpoints(tmp_path: Path, tokenizer: Any) -> None:
+    """FAULTS.md A15, A9: ids, and not only texts, that could look alike."""
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text(chats.CHATML)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    found, warnings = token_ids(from_data("chatml", CHATML), tmp_path)
+    assert (found, warnings) == ({"prefix": [], "stops": {"2": "<|im_end|>"}, "same": True}, [])
+    found, (warning,) = token_ids(from_data("chatml", {**CHATML, "system_prefix_token_ids": [0]}), tmp_path)
+    assert found["differs"] == {"at": 0, "package": 0, "checkpoint": 1}
+    assert "at 0, the package has 0 ('<|endoftext|>'), the checkpoint has 1 ('<|im_start|>')" in warning
+
+
 def test_a_library_for_another_machine(case: Case) -> None:
     """Its weights run through the CPU library of the same structure; of itself, only what its bytes say is checked."""
-    case.inputs["cpu_library"] = case.inputs["reference"]
-    quality = case.run("job")
+    quality = case.run("job", executed=False)
     assert quality["library_executed"] is False
     assert quality["static_checks"][0] == "file format: ELF x86-64"
 
@@ -162,4 +209,4 @@ def test_what_convert_said_of_the_weights_is_in_the_report(case: Case) -> None:
     assert "notes" not in case.run("before")
     lossy = "12 matrices that AWQ quantized to 4 bits are dequantized; what was lost then stays lost"
     path.write_text(json.dumps({**json.loads(path.read_text()), "notes": [lossy]}))
-    assert case.run("after")["notes"] == [lossy]
+    assert case.run("after", notes=["rope …"])["notes"] == ["rope …", lossy]

@@ -9,8 +9,9 @@ import pytest
 
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.runtime.embedding import Pooling, Vectors, truncated
-from mlcbuild.verify import embeddings
-from mlcbuild.verify.embeddings import Bounds, HiddenStates
+from mlcbuild.verify import embeddings, vector_bounds
+from mlcbuild.verify.embeddings import HiddenStates
+from mlcbuild.verify.vector_bounds import Bounds
 
 STATES = {1: [[3.0, 0.0], [0.0, 4.0]], 2: [[1.0, 1.0]]}
 
@@ -53,13 +54,38 @@ def test_what_is_not_finite_is_named() -> None:
     ("cosine", "status"), [(1.0, "passed"), (0.98, "passed"), (0.97, "warned"), (0.94, "warned"), (0.93, "failed")]
 )
 def test_the_verdict(cosine: float, status: str) -> None:
-    found, problems = embeddings.judge({"cosine": cosine}, embeddings.bounds("q4", "float16"))
+    found, problems = vector_bounds.judge(figures(cosine=cosine), limits("q4"))
     assert found == status and bool(problems) == (status != "passed")
 
 
 def test_a_models_own_bound_counts() -> None:
-    assert embeddings.bounds("q4", "float16", 0.99) == Bounds(0.99, 0.99)
-    assert embeddings.bounds("q0", "float32") == embeddings.BOUNDS["q0f32"]
+    assert limits("q4", cosine=0.99) == Bounds(0.99, 0.99)
+    assert limits("q0", "float32") == vector_bounds.BOUNDS["q0f32"]
+
+
+def figures(**changes: float) -> dict[str, float]:
+    found = {"cosine": 1.0, "lowest_cosine": 1.0, "hidden_error": 0.0, "likeness": 0.3, "texts": 9, "tokens": 500}
+    return found | changes
+
+
+def limits(kind: str, dtype: str = "float16", cosine: float | None = None) -> Bounds:
+    return vector_bounds.bounds({"class": kind, "model_dtype": dtype, "cosine": cosine}, {})
+
+
+def test_a_reference_that_cannot_tell_texts_apart() -> None:
+    """FAULTS.md A3, of vectors: the vectors depend on nothing but the number of tokens, on both sides alike."""
+
+    def blind(ids: Sequence[int]) -> Vectors:
+        return np.cos(np.outer(np.arange(len(ids)), np.arange(1, 9))).astype(np.float32)
+
+    found = embeddings.compare(blind, blind, Pooling("mean", True), [[1, 9, 4], [2, 8], [5, 6, 7]])
+    status, problems = vector_bounds.judge(embeddings.rounded(found), limits("q4"))
+    assert status == "failed"
+    assert problems == ["the unquantized model itself gives all 3 texts the same vector"]
+    assert "which tensor is which" in vector_bounds.advice(embeddings.rounded(found), limits("q4"))
+    sees = embeddings.compare(states(), states(), Pooling("cls", True), [[1, 9], [2], [1, 3]])
+    assert sees.likeness == pytest.approx(0.5**0.5)
+    assert vector_bounds.judge(figures(texts=1), limits("q4"))[0] == "failed"
 
 
 def test_a_text_that_is_cut_keeps_its_end() -> None:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlcbuild.errors import MlcBuildError
+from mlcbuild.errors import MlcBuildError, full
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -28,17 +27,6 @@ def room_in(folder: Path, needed: int | None = None) -> Iterator[None]:
         if error.errno not in _FULL:
             raise
         raise MlcBuildError(full(folder, needed)) from None
-
-
-def full(folder: Path, needed: int | None = None) -> str:
-    """The text for a disk (or quota) that `folder` lies on and that is full."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    want = f"{needed:,} bytes are needed, " if needed is not None else ""
-    return (
-        f"{folder}: the disk is full: {want}{shutil.disk_usage(folder).free:,} bytes are free. "
-        "Free some space, or put the cache elsewhere (cache=DIR); what is already built is kept"
-    )
 
 
 def make_folder(path: Path) -> None:

@@ -13,15 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from doit import doit_cmd, loader
-from doit.exceptions import InvalidCommand
 from doit.task import Task
 
 from mlcbuild.doit_face.argv import keeps_going, named_tasks, on_cluster, only_builds
 from mlcbuild.doit_face.groups import groups
 from mlcbuild.doit_face.reporter import Console, reporter_class
-from mlcbuild.doit_face.signals import die_with_parent_after_fork, end_cleanly, end_with_reader
+from mlcbuild.doit_face.signals import die_with_parent_after_fork, end_cleanly, end_with_reader, for_doit
 from mlcbuild.doit_face.variables import Variables, read_variables
-from mlcbuild.errors import MlcBuildError
 from mlcbuild.reporting.events import Event, PackageInstalled, RecipeUnavailable, StepFinished, json_log
 from mlcbuild.workspace.fastpath import recall
 from mlcbuild.workspace.reports import annotator, planned
@@ -47,7 +45,7 @@ def task_steps() -> Iterator[Task]:
     """All steps and goals of the selected recipes."""
     end_cleanly()
     die_with_parent_after_fork()
-    try:
+    with for_doit():
         words = sys.argv[1:]
         variables = read_variables(
             doit_cmd._CMDLINE_VARS or {}, Path(loader.initial_workdir or "."), named_tasks(words)
@@ -66,8 +64,6 @@ def task_steps() -> Iterator[Task]:
 
             tasks = open_run(variables, _console, began)
         _console.at_end.append(lambda: _write_reports(variables))
-    except MlcBuildError as error:
-        raise InvalidCommand(str(error)) from None
     return (task for task in tasks)
 
 

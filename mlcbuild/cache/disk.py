@@ -15,10 +15,9 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlcbuild.errors import MlcBuildError
+from mlcbuild.errors import MlcBuildError, full
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_FEW = 100  # files, and blocks
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -36,26 +35,6 @@ def room_in(folder: Path, needed: int | None = None) -> Iterator[None]:
         if error.errno in _CLOSED and isinstance(error.filename, str | bytes):
             raise MlcBuildError(closed(Path(os.fsdecode(error.filename)), error)) from None
         raise
-
-
-def full(folder: Path, needed: int | None = None) -> str:
-    """The text for a disk (or quota) that `folder` lies on and that is full: of bytes, or of files."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    disk = os.statvfs(folder)
-    free = disk.f_bavail * disk.f_frsize
-    # What could not be written has been tidied up by now, so a few are free again, of bytes as of files.
-    if disk.f_files and disk.f_favail < _FEW and free > max(needed or 0, _FEW * disk.f_frsize):
-        return (
-            f"{folder}: the disk can hold no more files: {disk.f_files - disk.f_favail:,} of its {disk.f_files:,} "
-            f"inodes are used, though {free:,} bytes are free. Remove files there (`mlcbuild gc` removes some of the "
-            "cache's), or put the cache elsewhere (cache=DIR); what is already built is kept"
-        )
-    want = f"{needed:,} bytes are needed, " if needed is not None else ""
-    return (
-        f"{folder}: the disk is full: {want}{free:,} bytes are free. "
-        "Free some space, or put the cache elsewhere (cache=DIR); what is already built is kept"
-    )
 
 
 def closed(path: Path, error: OSError) -> str:

@@ -6,6 +6,7 @@ Exit status: 0 fine, 1 problems were found, 2 the command line is wrong; that of
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 from mlcbuild import __version__
 from mlcbuild.cli import cache, models, talk, workspace
 from mlcbuild.cli.options import add, command
-from mlcbuild.errors import MlcBuildError
+from mlcbuild.errors import in_words
 
 _DESCRIPTION = "Declarative builds of compiled language models. Building itself is doit's: doit build recipe=NAME"
 
@@ -29,15 +30,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = run(options)
         sys.stdout.flush()
         return status
-    except MlcBuildError as error:
-        print(f"mlcbuild {options.command}: {error}", file=sys.stderr)
-        return 1
     except BrokenPipeError:  # whoever reads has seen enough: `mlcbuild plan | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+    except Exception as error:
+        text = in_words(error)
+        if text is None:
+            raise
+        print(f"mlcbuild {options.command}: {text}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            return 1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:

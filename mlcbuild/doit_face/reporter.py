@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from doit.exceptions import InvalidCommand, TaskFailed, UnmetDependency
 from doit.reporter import ConsoleReporter
 
-from mlcbuild.doit_face.signals import outlive_reader
-from mlcbuild.errors import MlcBuildError
+from mlcbuild.doit_face.signals import for_doit, outlive_reader
+from mlcbuild.errors import MlcBuildError, plainly
 from mlcbuild.reporting.events import (
     Event,
     PackageInstalled,
@@ -51,7 +52,11 @@ class Console:
         if self.records:
             event = self.annotate(event)
         if self.log is not None:
-            self.log(event)
+            try:
+                self.log(event)
+            except MlcBuildError as error:  # said once, at the end: the build itself goes on
+                self.log = None
+                self.at_end.append(partial(_fail, error))
         if self.collected is not None:
             self.collected.append((time.time(), event))
 
@@ -65,6 +70,10 @@ class Console:
         self._show = show
         for event in self._early:
             show(event)
+
+
+def _fail(error: MlcBuildError) -> None:
+    raise error
 
 
 def reporter_class(console: Console) -> type[ConsoleReporter]:
@@ -93,11 +102,9 @@ def reporter_class(console: Console) -> type[ConsoleReporter]:
             self.tasks = tasks
             wanted = {name for chosen in selected_tasks for name in (chosen, *needs(tasks, chosen))}
             self.wanted = sorted(name for name in wanted if name.startswith("build:"))
-            try:
+            with for_doit():
                 for start in console.at_start:
                     start(tasks, selected_tasks)
-            except MlcBuildError as error:
-                raise InvalidCommand(str(error)) from None
             for event in console.hits:
                 self.counts["hit"] += not isinstance(event, RecipeUnavailable)
                 console.report(event)
@@ -146,7 +153,8 @@ def reporter_class(console: Console) -> type[ConsoleReporter]:
             wrong = bool(self.failed or self.not_built)
             for end in console.at_end:
                 try:
-                    end()
+                    with plainly():
+                        end()
                 except MlcBuildError as error:
                     wrong = True
                     self.write(f"{error}\n")

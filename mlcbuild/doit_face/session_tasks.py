@@ -12,7 +12,7 @@ from doit.task import Task
 from mlcbuild.doit_face.groups import ALWAYS, GROUPS, groups
 from mlcbuild.doit_face.verbs import clean
 from mlcbuild.engine.process import StepBroke
-from mlcbuild.errors import MlcBuildError, StepFailed
+from mlcbuild.errors import MlcBuildError, StepFailed, plainly
 from mlcbuild.reporting.events import StepFinished
 from mlcbuild.workspace.session import Session
 
@@ -86,13 +86,15 @@ def _task(
 
     def uptodate() -> bool:
         try:
-            return is_done()
+            with plainly():
+                return is_done()
         except MlcBuildError:
             return False  # the action meets the same problem, and can report it
 
     def act(task: Task) -> Any:
         try:
-            do(task.meta["forced"])
+            with plainly():
+                do(task.meta["forced"])
         except MlcBuildError as error:
             return (TaskError if isinstance(error, StepBroke) else TaskFailed)(str(error))
         return None

@@ -10,6 +10,10 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from doit.exceptions import InvalidCommand
+
+from mlcbuild.errors import MlcBuildError, plainly
+
 _PATIENCE = 30  # seconds
 
 
@@ -56,8 +60,21 @@ def end_with_reader() -> None:
 
 @contextlib.contextmanager
 def outlive_reader() -> Iterator[None]:
-    """When nobody reads any more what is printed here, print into the void and go on."""
+    """When what is printed here cannot be written any more (nobody reads it, the disk is full), print into the void."""
     try:
         yield
-    except BrokenPipeError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            with contextlib.suppress(OSError):
+                sys.stderr.write(f"the output cannot be written: {error.strerror}; the build goes on without it\n")
+
+
+@contextlib.contextmanager
+def for_doit() -> Iterator[None]:
+    """What goes wrong in words ends doit as a wrong command line does: doit shows tracebacks of all else."""
+    try:
+        with plainly():
+            yield
+    except MlcBuildError as error:
+        raise InvalidCommand(str(error)) from None

@@ -10,6 +10,7 @@ from doit.task import Task
 
 from mlcbuild.doit_face.groups import GROUPS
 from mlcbuild.doit_face.reporter import needs
+from mlcbuild.doit_face.signals import for_doit
 from mlcbuild.engine.why import why
 from mlcbuild.workspace.install import uninstall
 from mlcbuild.workspace.session import Session
@@ -19,7 +20,8 @@ def clean(session: Session, recipe: str, dryrun: bool) -> None:
     if (session.dist / recipe).exists():
         print(f"build:{recipe} - removing dist/{recipe}")
         if not dryrun:
-            uninstall(session.dist, recipe)
+            with for_doit():
+                uninstall(session.dist, recipe)
 
 
 def lead_to_cache(manager: Any, session: Session, everything: Callable[[], Session]) -> None:
@@ -31,7 +33,8 @@ def lead_to_cache(manager: Any, session: Session, everything: Callable[[], Sessi
         nonlocal forced
         status = ask(task, tasks, get_log)
         if get_log:  # `doit info`: the reasons are ours, and our notes on the task are nobody's business
-            _explain(session, task)
+            with for_doit():
+                _explain(session, task)
             status.reasons.clear()
             task.meta, task.params = None, []
         if forced is None:
@@ -44,11 +47,13 @@ def lead_to_cache(manager: Any, session: Session, everything: Callable[[], Sessi
         return status
 
     def forget(name: str) -> None:
-        _forget(session, everything(), name)
+        with for_doit():
+            _forget(session, everything(), name)
 
     def forget_all() -> None:
-        for name in session.graph.goals:
-            session.forget(session.needed(name))
+        with for_doit():
+            for name in session.graph.goals:
+                session.forget(session.needed(name))
 
     manager.get_status = get_status
     manager.remove = forget

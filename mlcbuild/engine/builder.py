@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -20,7 +20,7 @@ from mlcbuild.engine.lookup import Lookup
 from mlcbuild.engine.process import StepBroke
 from mlcbuild.engine.resources import Pool, needs
 from mlcbuild.engine.run_step import log_of, run_step, tail
-from mlcbuild.errors import MlcBuildError, StepFailed
+from mlcbuild.errors import MlcBuildError, StepFailed, plainly
 from mlcbuild.reporting.events import Report, StepFinished, StepNote, StepStarted, StepWaiting
 
 if TYPE_CHECKING:
@@ -70,13 +70,18 @@ class Builder:
 
     def _bring(self, name: str, force: bool) -> Action:
         """The action of a step whose inputs are there: found, made by another process meanwhile, fetched, or run."""
-        found = None if force else self.lookup.find(name)
-        if found is not None:
-            return found
-        store, request = self.lookup.store, self.request(name)
-        key = request.ingredients.key
-        with room_in(store.root), locked(lock_path(store.root, key), waiting=lambda: self.report(StepWaiting(name))):
-            action = None if force else self._built_meanwhile(name, key) or self._fetched(request)
+        store = self.lookup.store
+        with contextlib.ExitStack() as held:
+            with self._failing(name):
+                found = None if force else self.lookup.find(name)
+                if found is not None:
+                    return found
+                request = self.request(name)
+                key = request.ingredients.key
+                held.enter_context(room_in(store.root))
+                lock = lock_path(store.root, key)
+                held.enter_context(locked(lock, waiting=lambda: self.report(StepWaiting(name))))
+                action = None if force else self._built_meanwhile(name, key) or self._fetched(request)
             action = action or self._run(request, force)
         self.lookup.learn(name, action)
         return action
@@ -85,12 +90,12 @@ class Builder:
         """What is to be run for the step. Raises StepFailed where an input is not there, Damaged where it changed."""
         step, ingredients = self.lookup.graph.steps[name], self.lookup.ingredients(name)
         if ingredients is None:
-            raise StepFailed(f"{name}: an input vanished from the cache while it was needed: build again")
+            raise StepFailed("an input vanished from the cache while it was needed: build again")
         materials: list[Entry] = []
         for producer in step.materials:
             action = self.lookup.find(producer)
             if action is None:
-                raise StepFailed(f"{name}: {producer}: vanished from the cache while it was needed: build again")
+                raise StepFailed(f"{producer}: vanished from the cache while it was needed: build again")
             materials += action.tree.files.values()
         request = Request(name, step.module, step.entry, ingredients, tuple(materials))
         for entry in request.given:
@@ -121,22 +126,29 @@ class Builder:
         cluster = None if self._refers_only(name) else self.cluster
         with self._room(name) if cluster is None else contextlib.nullcontext():
             self.report(StepStarted(name, kind))
-            started = time.monotonic()
-            try:
+            with self._failing(name, log_of(store, request.ingredients)):
                 if cluster is not None:
                     action = self._elsewhere(cluster, request, force)
                 else:
                     action = run_step(request, store, self.report, self.debug_dump)
-            except MlcBuildError as error:
-                seconds, log = time.monotonic() - started, tail(log_of(store, request.ingredients))
-                self.report(StepFinished(name, kind, "failed", seconds, 0, str(error), log=log))
-                broke = isinstance(error, StepBroke)
-                raise (StepBroke if broke else StepFailed)(f"{name}: {error}") from None
             self._finished(name, "built", action.seconds, action)
         store.index.add(kind, "built", 1)
         if self.shared is not None and cluster is None:
             self.shared.give(action, store, self._saying(name))
         return action
+
+    @contextlib.contextmanager
+    def _failing(self, name: str, log: Path | None = None) -> Iterator[None]:
+        """What goes wrong inside is an event, with the end of the log, and a StepFailed or StepBroke with its text."""
+        started = time.monotonic()
+        try:
+            with plainly():
+                yield
+        except MlcBuildError as error:
+            seconds, kind = time.monotonic() - started, self.lookup.graph.steps[name].kind
+            said = tail(log) if log else ""
+            self.report(StepFinished(name, kind, "failed", seconds, 0, str(error), log=said))
+            raise (StepBroke if isinstance(error, StepBroke) else StepFailed)(f"{name}: {error}") from None
 
     def _elsewhere(self, cluster: Cluster, request: Request, force: bool) -> Action:
         """The action, made by a worker and fetched from the shared cache."""

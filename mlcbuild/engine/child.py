@@ -89,15 +89,11 @@ def _work(events: int) -> NoReturn:
     import json
 
     faulthandler.enable()
-    last: dict[str, Any] = {"event": "broke", "text": ""}
+    last: dict[str, Any]
     try:
         last = _run(json.load(sys.stdin), events)
-    except BaseException:
-        import traceback
-
-        text = traceback.format_exc()
-        sys.stderr.write(text)
-        last["text"] = "\n".join(text.strip().splitlines()[-_LAST_LINES:])
+    except BaseException as error:
+        last = _failure(error)
     with contextlib.suppress(OSError, ValueError):  # a full disk may refuse the log's last words
         sys.stdout.flush()
         sys.stderr.flush()
@@ -110,7 +106,7 @@ def _run(document: dict[str, Any], events: int) -> dict[str, Any]:
 
     from mlcbuild.cache.disk import room_in
     from mlcbuild.engine.job import Job, Places, Request
-    from mlcbuild.errors import MlcBuildError
+    from mlcbuild.errors import MlcBuildError, bounded
 
     request, places = Request.from_json(document["request"]), Places.from_json(document["places"])
     job = Job(request, places, events)
@@ -118,9 +114,24 @@ def _run(document: dict[str, Any], events: int) -> dict[str, Any]:
         with room_in(places.cache):
             importlib.import_module(request.module).run(job)
     except MlcBuildError as error:
-        return {"event": "failed", "text": str(error)}
+        return {"event": "failed", "text": bounded(str(error))}
     reused = {name: entry.to_json() for name, entry in job.reused.items()}
     return {"event": "done", "reused": reused}
+
+
+def _failure(error: BaseException) -> dict[str, Any]:
+    """The event for what the step has no sentence for itself. The log gets the traceback, whatever it is."""
+    import traceback
+
+    from mlcbuild.errors import bounded, in_words
+
+    text = traceback.format_exc()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(text)
+    words = in_words(error)
+    if words is not None:
+        return {"event": "failed", "text": bounded(words), "logged": True}
+    return {"event": "broke", "text": bounded("\n".join(text.strip().splitlines()[-_LAST_LINES:]))}
 
 
 def _send(events: int, event: dict[str, Any]) -> None:

@@ -109,7 +109,7 @@ def _reap(process: subprocess.Popen[bytes]) -> None:
 
 def _failure(last: Mapping[str, Any], code: int, log: Path) -> StepFailed:
     if last.get("event") == "failed":
-        return StepFailed(last["text"])
+        return StepFailed(f"{last['text']}\nThe whole log: {log}" if last.get("logged") else last["text"])
     if last.get("event") == "broke":
         return StepBroke(f"{last['text']}\nThis is a bug in the step, not in the recipe. The whole log: {log}")
     if last.get("event") == "died":

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlcbuild.cache.action import Action, Ingredients
-from mlcbuild.cache.disk import full, room_in
+from mlcbuild.cache.disk import room_in
 from mlcbuild.cache.files import entry_of
 from mlcbuild.cache.layout import LOGS
 from mlcbuild.cache.locks import workplace
@@ -21,7 +21,7 @@ from mlcbuild.engine import process
 from mlcbuild.engine.code import declaration
 from mlcbuild.engine.job import Places, Request
 from mlcbuild.engine.process import StepBroke
-from mlcbuild.errors import StepFailed
+from mlcbuild.errors import StepFailed, full
 from mlcbuild.reporting.events import Report, StepNote, StepProgress
 
 _EXCERPT = 40  # lines of a failed step's log that reports show

@@ -27,14 +27,14 @@ from mlcbuild.engine.job import Request
 from mlcbuild.engine.process import StepBroke
 from mlcbuild.engine.run_step import log_of, run_step, tail
 from mlcbuild.engine.shared import SharedCache, open_shared
-from mlcbuild.errors import MlcBuildError, StepFailed
+from mlcbuild.errors import MlcBuildError, StepFailed, plainly
 
 
 def work(asked: Mapping[str, Any], remote: str, patience: float, force: bool) -> dict[str, Any]:
     """Run the request `asked` with the shared cache `remote`: {"seconds"}, or {"failed", "broke", "log", "worker"}."""
     store, request = Store(_cache()), Request.from_json(asked)
     try:
-        with room_in(store.root), locked(lock_path(store.root, request.ingredients.key)):
+        with plainly(), room_in(store.root), locked(lock_path(store.root, request.ingredients.key)):
             return {"seconds": _run(request, open_shared(remote, True, patience), store, force)}
     except MlcBuildError as error:
         return {

@@ -151,7 +151,8 @@ def from_json(record: Any) -> Event | None:
 def json_log(path: Path) -> Report:
     """A report that appends one line per event, with `time` (seconds since 1970) in front.
 
-    Each line is one write, so that several processes may share the file. Raises MlcBuildError when it cannot be opened.
+    Each line is one write, so that several processes may share the file. Raises MlcBuildError when it cannot be opened,
+    and the report when it cannot be written.
     """
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -160,6 +161,9 @@ def json_log(path: Path) -> Report:
 
     def report(event: Event) -> None:
         line = json.dumps({"time": round(time.time(), 3), **to_json(event)})
-        os.write(descriptor, line.encode() + b"\n")
+        try:
+            os.write(descriptor, line.encode() + b"\n")
+        except OSError as error:
+            raise MlcBuildError(f"{path}: the log cannot be written: {error.strerror}; it ends too early") from None
 
     return report

@@ -123,6 +123,7 @@ def sort(adapter: Adapter, problems: list[str]) -> Parts:
 def absent(adapter: Adapter, parts: Parts, modules: Collection[str]) -> list[str]:
     """Which of the base's `modules` the configuration says are trained, without a tensor of them in the file."""
     trained = {*parts.factors, *parts.saved}
+    endings = {ending for name in trained for ending in _endings(name)}
     problems = []
     for key in ("modules_to_save", "target_modules"):
         named = adapter.config.get(key)
@@ -130,8 +131,8 @@ def absent(adapter: Adapter, parts: Parts, modules: Collection[str]) -> list[str
             continue  # a pattern, or `all-linear`
         for target in map(str, named):
             # Experts are one tensor in newer versions of transformers, which PEFT then leaves alone.
-            meant = [name for name in modules if _is(name, target) and ".experts." not in name]
-            missing = [name for name in meant if not any(_is(name, each) or _is(each, name) for each in trained)]
+            meant = [name for name in modules if f".{name}".endswith(f".{target}") and ".experts." not in name]
+            missing = [name for name in meant if name not in endings and trained.isdisjoint(_endings(name))]
             if missing:
                 problems.append(
                     f"{CONFIG}: {key} names {target}, but the weights hold nothing of {missing[0]}"
@@ -153,8 +154,10 @@ def _narrowed(config: Mapping[str, Any]) -> bool:
     return any(config.get(key) for key in ("exclude_modules", "layers_to_transform", "layers_pattern"))
 
 
-def _is(name: str, ending: str) -> bool:
-    return name == ending or name.endswith(f".{ending}")
+def _endings(name: str) -> list[str]:
+    """The name, and what is left of it without its first parts."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def _unsupported(config: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from mlcbuild.errors import MlcBuildError, Unavailable
 from mlcbuild.runtime.model import Model, load
 
 KEY = "MLCBUILD_API_KEY"
-_LOOPBACK = ["127.0.0.1", "localhost", "[::1]"]
+_LOOPBACK = ["127.0.0.1", "localhost", "[::1]", "::1"]
 _SECONDS = 1  # that answers which are being written have when the server ends
 
 

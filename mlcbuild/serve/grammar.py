@@ -23,8 +23,11 @@ class JsonGrammars:
         if not isinstance(model.tokenizer, JsonTokenizer):
             raise MlcBuildError("response_format: only packages with a tokenizer.json can keep to a schema")
         self._size = model.vocab_size
-        ends = sorted(model.stop_ids())
-        self._tokenizer = LLTokenizer(model.tokenizer.to_json(), n_vocab=self._size, eos_token=ends)
+        ends = sorted(model.stop_ids()) or None  # else the tokenizer's own
+        try:
+            self._tokenizer = LLTokenizer(model.tokenizer.to_json(), n_vocab=self._size, eos_token=ends)
+        except ValueError as error:
+            raise MlcBuildError(f"response_format: llguidance cannot use this package's tokenizer: {error}") from None
 
     def follow(self, schema: Mapping[str, Any]) -> JsonGrammar:
         """The grammar of a JSON schema, at its beginning. Raises MlcBuildError for a schema that is none."""

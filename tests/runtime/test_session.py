@@ -69,6 +69,18 @@ def test_a_removed_sequence_leaves_room(tiny: Model, reference: Any) -> None:
     assert_close(session.decode(second, 1), expected(reference, [*IDS[20:40], 1])[-1])
 
 
+def test_a_sequence_goes_back_to_where_it_was(tiny: Model, reference: Any) -> None:
+    """In the middle of a page, to the beginning, and not forward."""
+    session = tiny.session()
+    sequence = session.add()
+    session.prefill(sequence, IDS[:40])
+    assert session.truncate(sequence, 25) == 25 == session.lengths[sequence]
+    assert_close(session.decode(sequence, 7), expected(reference, [*IDS[:25], 7])[-1])
+    assert session.truncate(sequence, 99) == 26
+    assert session.truncate(sequence, 0) == 0
+    assert_close(session.prefill(sequence, IDS[5:9]), expected(reference, IDS[5:9])[-1])
+
+
 @pytest.mark.parametrize("missing", ["batch_verify", "prefill", "decode"])
 def test_libraries_with_fewer_functions(
     tiny: Model, reference: Any, monkeypatch: pytest.MonkeyPatch, missing: str

@@ -11,7 +11,7 @@ from typing import Any
 from mlcbuild.chat.checkpoint import CheckpointChat, read_checkpoint_chat
 from mlcbuild.chat.conversation import Conversation, Prompt, render
 from mlcbuild.chat.jinja import ChatTemplate
-from mlcbuild.chat.tokenizer_info import TokenizerFacts, unknown_stops
+from mlcbuild.chat.tokenizer_info import TokenizerFacts, marks, unknown_stops
 from mlcbuild.errors import MlcBuildError
 
 _SYSTEM = {"role": "system", "content": "Answer in one sentence."}
@@ -39,6 +39,7 @@ class TemplateReport:
 
     report: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
+    lacks: bool = False  # marks such as <|im_start|> that the checkpoint writes
 
 
 def check(conversation: Conversation, folder: Path) -> tuple[TemplateReport, list[str]]:
@@ -64,13 +65,16 @@ def compare(conversation: Conversation, checkpoint: CheckpointChat) -> TemplateR
     warnings = []
     names = (f"{template.origin}: chat_template", f"template {conversation.name}")
     found: dict[str, str] = {}
+    lacks = False
     try:
         texts = template.render(_TURNS)
         for name, messages in CONVERSATIONS.items():
             theirs = _rendered(template, messages)
             if theirs is not None:
                 texts = theirs if name == FULLEST else texts
-                found[name] = difference(theirs, full_text(render(conversation, messages), tokenizer), *names)
+                ours = full_text(render(conversation, messages), tokenizer)
+                found[name] = difference(theirs, ours, *names)
+                lacks |= any(theirs.count(mark) > ours.count(mark) for mark in marks(theirs))
     except MlcBuildError as error:
         return TemplateReport({"checked": False, "reason": str(error)})
     without = [text for name, text in found.items() if text and name in _WITHOUT]
@@ -89,7 +93,8 @@ def compare(conversation: Conversation, checkpoint: CheckpointChat) -> TemplateR
         report["stop_tokens"] = stops
     if problem:
         warnings.append(problem)
-    return TemplateReport(report, tuple(f"template {conversation.name}: {warning}" for warning in warnings))
+    said = tuple(f"template {conversation.name}: {warning}" for warning in warnings)
+    return TemplateReport(report, said, lacks)
 
 
 def stop_problems(conversation: Conversation, tokenizer: TokenizerFacts) -> list[str]:

@@ -179,6 +179,11 @@ def unknown_stops(
     return problems
 
 
+def marks(text: str) -> set[str]:
+    """What in a text looks like a special token."""
+    return set(_SPECIAL.findall(text))
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a checkpoint. Raises MlcBuildError."""
     content = parse_json(path, path.name)

@@ -14,7 +14,7 @@ from mlcbuild.chat.derive import derive
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.recipes.types import AUTO_TEMPLATE, Template
 
-_FAULTS = 5  # parts of a rank that say what is wrong; what follows decides between equals
+_FAULTS = 6  # parts of a rank that say what is wrong; what follows decides between equals
 _PLAIN = "LM"  # text as it is: what a model without a chat template goes on with
 
 
@@ -91,9 +91,10 @@ def _ranked(conversation: Conversation, chat: CheckpointChat, like: str) -> _Ran
         return None
     stops = tuple(stop_problems(conversation, chat.tokenizer))
     goes_on = any("does not stop" in warning for warning in compared.warnings)
-    # Most conversations have one turn and no system message: a template that is right there comes first.
+    # Most conversations have one turn and no system message: a template that is right there comes first, unless it
+    # writes others without the marks that say who speaks.
     common = "one turn" in report.get("differs_in", ())
-    faults = (common, bool(stops), goes_on, "differs_by_default" in report, "differs" in report)
+    faults = (compared.lacks, bool(stops), goes_on, common, "differs_by_default" in report, "differs" in report)
     alike = difflib.SequenceMatcher(None, conversation.name.lower(), like.lower()).ratio()
     length = len(report.get("differs", ""))
     order = (*faults, "stop_tokens" in report, length, -alike, conversation.name)

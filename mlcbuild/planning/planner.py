@@ -287,6 +287,7 @@ class _Planner:
         if layers is not None:
             fields["structure"] = self._shape(recipe.model, {}).fields
             fields["quantization"] = format_json(quantization)
+            fields["context_window_size"] = shape.model_config.get("context_window_size", -1)  # pieces take more
             inputs.append(Input("blocks", step=self._library(layers, quantization, here)))
         else:
             inputs.append(Input("library", step=self._library(shape.whole, quantization, runs)))

@@ -23,8 +23,8 @@ _LIBRARIES = ("reference", "library", "blocks")
 
 
 def run(job: Job) -> None:
-    """Fields: method (whole, layers, embeddings); for layers also structure and quantization, for embeddings embedding:
-    the architecture's embedding_metadata.
+    """Fields: method (whole, layers, embeddings); for layers also structure, quantization and
+    context_window_size (the package's; -1: none), for embeddings embedding: the architecture's embedding_metadata.
 
     Inputs: `quantize` (params_shard_N.bin, tensor-cache.json), `checkpoint` (tokenizer files, for embeddings also those
     of sentence-transformers), `convert` (parameters.json), `text` (one file), `reference`: a float32 library of the

@@ -86,7 +86,7 @@ def _layers(case: Case) -> Measured:
         model,
         (theirs, Unquantized(case.convert, case.materials)),
         (ours, Packed(case.weights, parameters(model), format_)),
-        _windows(case, ours.window, theirs.window),
+        _windows(case, case.fields["context_window_size"], theirs.window),
         case.count("layers"),
     )
     errors = {"tensors": found.tensors, "blocks": found.blocks}

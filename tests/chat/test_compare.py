@@ -82,6 +82,13 @@ def test_a_system_message_of_its_own_is_no_reason_to_take_a_named_template_that_
     assert found.name == "auto"
 
 
+def test_a_template_that_leaves_marks_out_does_not_come_first() -> None:
+    """A sibling: without a system message `chatml_nosystem` is exact, but it would write one as if nobody said it."""
+    names = ("chatml", "chatml_nosystem")
+    templates = {name: Template(name, {**TEMPLATES[name].data, "stop_token_ids": [3]}) for name in names}
+    assert guess(chats.chat(chats.CHATML), templates, "tale").name == "chatml"
+
+
 def test_a_package_is_checked_by_its_own_files(tmp_path: Path) -> None:
     """What verification does: the chat template is packaged, and mlc-chat-config.json has the ends of text."""
     assert check(stock("chatml"), tmp_path)[0].report == {"checked": False, "reason": "there is no tokenizer"}

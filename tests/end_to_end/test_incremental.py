@@ -58,7 +58,7 @@ def test_editing_a_template_rebuilds_package_and_verify_only(workspace: Workspac
 def test_another_quantization_keeps_download_and_convert(workspace: Workspace) -> None:
     workspace.doit("build")
     workspace.recipe("tiny-cpu", quantization="q0f16")
-    assert sorted(kinds(workspace.built("build"))) == ["library", "lower", "package", "quantize", "verify"]
+    assert sorted(kinds(workspace.built("build"))) == ["library", "lower", "measure", "package", "quantize", "verify"]
 
 
 def test_a_limit_of_the_library_keeps_the_weights(workspace: Workspace) -> None:

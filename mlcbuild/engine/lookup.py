@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mlcbuild.cache.action import Action, Ingredients
@@ -15,12 +16,14 @@ from mlcbuild.errors import MlcBuildError
 
 
 class Lookup:
-    """Answers for one graph and one store. What is found is remembered, what is missing is looked for again."""
+    """Answers for one graph and one store. What is found is remembered; what is missing is looked for again, it may
+    have been built meanwhile. Whoever asks for many steps at once, and builds none, asks `at_once`."""
 
     def __init__(self, store: Store, graph: Graph) -> None:
         self.store = store
         self.graph = graph
         self._found: dict[str, Action] = {}
+        self._missing: set[str] | None = None  # while many are asked for at once
         self._sources = Sources(store.index)
         self._declarations: dict[tuple[str, str], Declaration] = {}
         self._versions: dict[tuple[str, ...], Mapping[str, str]] = {}
@@ -28,13 +31,26 @@ class Lookup:
     def find(self, name: str) -> Action | None:
         """The action of the step called `name`, if everything up to it is up to date."""
         if name not in self._found:
+            if self._missing is not None and name in self._missing:
+                return None
             ingredients = self.ingredients(name)
             action = self.store.action(ingredients.key) if ingredients else None
             if action is None:
+                if self._missing is not None:
+                    self._missing.add(name)
                 return None
             self._found[name] = action
             self.store.count_hit(action)
         return self._found[name]
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside, a step that is missing is looked for once, however many others need it."""
+        outer, self._missing = self._missing, set() if self._missing is None else self._missing
+        try:
+            yield
+        finally:
+            self._missing = outer
 
     def ingredients(self, name: str) -> Ingredients | None:
         """What the step's result depends on; None while an input has yet to be built.

@@ -93,7 +93,8 @@ def _before(session: Session, console: Console, tasks: Mapping[str, Task], selec
             console.record(event)
     names = {name for wanted in selected for name in (wanted, *needs(tasks, wanted))} & session.graph.steps.keys()
     try:
-        missing = [name for name in session.graph.steps if name in names and not session.is_built(name)]
+        with session.lookup.at_once():
+            missing = [name for name in session.graph.steps if name in names and not session.is_built(name)]
         if not missing:
             return
         if console.records:

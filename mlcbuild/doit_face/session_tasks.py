@@ -49,7 +49,7 @@ def _goal(session: Session, name: str) -> Task:
         steps = graph.goals[name].steps.values()
         return task(f"{what})", steps, partial(session.install, name), partial(session.is_installed, name))
     state = "unknown until locked" if name in graph.unlocked else "broken"
-    text = {**graph.unlocked, **graph.broken}[name]
+    text = graph.unlocked.get(name) or graph.broken[name]
     return task(f"{what}; {state})", [], partial(_refuse, session, name, text))
 
 

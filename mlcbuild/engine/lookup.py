@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mlcbuild.cache.action import Action, Ingredients
@@ -15,12 +16,14 @@ from mlcbuild.errors import MlcBuildError
 
 
 class Lookup:
-    """Answers for one graph and one store. What is found is remembered, what is missing is looked for again."""
+    """Answers for one graph and one store. What is found is remembered; what is missing is looked for again, it may
+    have been built meanwhile. Whoever asks for many steps at once, and builds none, asks `at_once`."""
 
     def __init__(self, store: Store, graph: Graph) -> None:
         self.store = store
         self.graph = graph
         self._found: dict[str, Action] = {}
+        self._missing: set[str] | None = None  # while many are asked for at once
         self._sources = Sources(store.index)
         self._declarations: dict[tuple[str, str], Declaration] = {}
         self._versions: dict[tuple[str, ...], Mapping[str, str]] = {}
@@ -29,13 +32,27 @@ class Lookup:
         """The action of the step called `name`, if everything up to it is up to date."""
         found = self._found.get(name)  # another thread may forget everything meanwhile
         if found is None:
+            missing = self._missing
+            if missing is not None and name in missing:
+                return None
             ingredients = self.ingredients(name)
             found = self.store.action(ingredients.key) if ingredients else None
             if found is None:
+                if missing is not None:
+                    missing.add(name)
                 return None
             self._found[name] = found
             self.store.count_hit(found)
         return found
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside, a step that is missing is looked for once, however many others need it."""
+        outer, self._missing = self._missing, set() if self._missing is None else self._missing
+        try:
+            yield
+        finally:
+            self._missing = outer
 
     def ingredients(self, name: str) -> Ingredients | None:
         """What the step's result depends on; None while an input has yet to be built.

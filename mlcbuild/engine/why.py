@@ -39,7 +39,8 @@ def why(lookup: Lookup, names: Iterable[str]) -> list[Answer]:
             records[kind] = list(lookup.store.recorded(kind))
         return records[kind]
 
-    return [_answer(lookup, name, recorded) for name in lookup.graph.closure(names)]
+    with lookup.at_once():
+        return [_answer(lookup, name, recorded) for name in lookup.graph.closure(names)]
 
 
 def _answer(lookup: Lookup, name: str, recorded: Recorded) -> Answer:

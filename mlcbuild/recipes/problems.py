@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -77,8 +78,8 @@ def where(path: Sequence[str | int]) -> str:
 
 def one_of(names: Iterable[object]) -> str:
     """`a`, `b` or `c`."""
-    every = list(names)
-    quoted = [f"`{show(name)}`" for name in every[:_SHOWN_NAMES]]
+    every = names if isinstance(names, Collection) else list(names)
+    quoted = [f"`{show(name)}`" for name in itertools.islice(every, _SHOWN_NAMES)]
     if len(every) > _SHOWN_NAMES:
         return f"one of {', '.join(quoted)} … ({len(every)} in all)"
     return " or ".join([", ".join(quoted[:-1]), quoted[-1]]) if len(quoted) > 1 else "".join(quoted)

@@ -76,6 +76,11 @@ def estimate(session: Session, names: Iterable[str] | None = None) -> BuildEstim
 
     Raises MlcBuildError when an input outside the cache cannot be read.
     """
+    with session.lookup.at_once():
+        return _estimate(session, names)
+
+
+def _estimate(session: Session, names: Iterable[str] | None) -> BuildEstimate:
     graph, lookup = session.graph, session.lookup
     every = (name for goal in graph.goals.values() for name in goal.steps.values())
     wanted = graph.closure(every if names is None else names)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # loading these takes longer than recalling
 
 Stamp = str | int | list[int]
 
-_FORMAT = 4  # raise it when memories are written differently
+_FORMAT = 5  # raise it when memories are written differently
 _SETTLED = 0.02  # seconds: more than a tick of a file system's clock
 _UNRELIABLE = "?"  # the stamp of what may have been written to again
 _SEARCHING = ("PATH", "CUDA_HOME", "TVM_SOURCE_DIR")  # variables that say where compilers are looked for
@@ -51,6 +51,7 @@ class Memory:
     """What is remembered of one workspace with one cache."""
 
     world: Mapping[str, Stamp]  # the workspace's YAML files and the program
+    contents: Mapping[str, str]  # sha256 of those that are files: one that was only touched is the same
     recipes: Mapping[str, Cell]
     manual: Sequence[str]
     unavailable: dict[str, str] = field(default_factory=dict)  # recipe -> what this machine lacks for it
@@ -92,7 +93,9 @@ def recall(root: Path, store: Path) -> Memory | None:
         data = json.loads(body)
         memory = Memory(**data["memory"])
         memory.recipes = {name: (model, quant, target) for name, (model, quant, target) in memory.recipes.items()}
-        if data["head"] != _head(root, memory) or any(_stamp(path) != known for path, known in memory.world.items()):
+        if data["head"] != _head(root, memory):
+            return None
+        if any(_stamp(path) != known and not _same(path, memory) for path, known in memory.world.items()):
             return None
         return memory
     except (OSError, ImportError, ValueError, KeyError, TypeError, AttributeError):
@@ -112,7 +115,8 @@ def remember(session: Session, began: float) -> None:
     world = {str(path): _settled(str(path), began) for path in (*_world(root, modules), *foreign)}
     memory = recall(root, store.root)
     if memory is None or memory.world != world:
-        memory = Memory(world, cells(session.catalog.recipes), manual(session.catalog.recipes))
+        contents = {path: digest for path, stamp in world.items() if (digest := _content(path, stamp))}
+        memory = Memory(world, contents, cells(session.catalog.recipes), manual(session.catalog.recipes))
     memory.modules = sorted({*memory.modules, *modules})
     tools = {tool for step in graph.steps.values() for tool in session.lookup.versions(step)}
     memory.tools = sorted({*memory.tools, *tools})
@@ -201,6 +205,20 @@ def _stamp(path: str, like: Stamp = "") -> Stamp:
     return signature(status)
 
 
+def _same(path: str, memory: Memory) -> bool:
+    """Whether a file with another stamp has the content that it had."""
+    known = memory.contents.get(path)
+    return known is not None and known == _content(path, _stamp(path))
+
+
+def _content(path: str, stamp: Stamp) -> str:
+    """sha256 of a file while it has this stamp; "" of what is no file, or had another one."""
+    with contextlib.suppress(OSError):
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        return digest if _stamp(path) == stamp else ""
+    return ""
+
+
 def _settled(path: str, since: float) -> Stamp:
     """The path's stamp, if it was last written to long enough before `since`."""
     with contextlib.suppress(OSError):
@@ -252,10 +270,19 @@ def _folder_of(module: str) -> Path | None:
 
 
 def _inside(path: Path) -> Sequence[Path]:
-    """A file, or a folder with the files directly in it: what an input outside the cache is."""
+    """A file, or a folder with what is in it: what an input outside the cache is. Of subfolders a pattern may name one
+    (`1_Pooling/config.json`), so all are looked at; linked ones are not, as no input reaches into them."""
     if not path.is_dir():
         return [path]
-    return [path, *sorted(entry for entry in path.iterdir() if not entry.name.startswith(".") and entry.is_file())]
+    found = [path]
+    for entry in sorted(path.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            found += _inside(entry)
+        elif entry.is_file():
+            found.append(entry)
+    return found
 
 
 def _wait_until_settled(folder: Path) -> None:

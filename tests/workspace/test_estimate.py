@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mlcbuild.cache.files import tree_of_folder
+from mlcbuild.cache.tree import Tree
 from mlcbuild.cli.main import main
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.planning import planner as graph
@@ -48,6 +51,24 @@ def test_before_the_first_build_everything_is_to_run_and_nothing_is_known_of_tim
     assert not workspace.dist.exists() and not workspace.ran()
     (row,) = [line.split() for line in render(found).splitlines() if line.startswith("verify ")]
     assert row == ["verify", "2", "0", "2", "unknown", "unknown"], "fault C: not 0 B and 0.0 s, as it said"
+
+
+def test_what_many_recipes_need_is_looked_at_once(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAULTS.md E: a checkpoint that was not built yet was hashed anew for every step that needs it, 72 times of 20."""
+    looked = list[Path]()
+
+    def counted(folder: Path, *arguments: Any, **named: Any) -> Tree:
+        looked.append(folder)
+        return tree_of_folder(folder, *arguments, **named)
+
+    monkeypatch.setattr("mlcbuild.engine.lookup.tree_of_folder", counted)
+    few = len(plan(workspace).recipes), len(looked)
+    formats = "[q4f16_1, q4f32_1, q3f16_1, q8f16_1, q0f16, q0f32]"
+    workspace.write(
+        "recipes/matrix/tiny.yaml", f"matrix: {{model: [tiny], quantization: {formats}, target: [cpu, cpu-x86_64]}}\n"
+    )
+    looked.clear()
+    assert (few, (len(plan(workspace).recipes), len(looked))) == ((2, 1), (12, 1))
 
 
 def test_after_a_build_nothing_is_to_run(built: Workspace) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mlcbuild.planning import planner as graph
-from mlcbuild.workspace.fastpath import Memory, recall
+from mlcbuild.workspace.fastpath import Memory, _inside, recall
 from tests.engine.workspace import REPOSITORY, Workspace
 
 F16, F32 = "tiny-q4f16_1-cpu", "tiny-q4f32_1-cpu"
@@ -116,6 +116,21 @@ CHANGES: dict[str, Callable[[Workspace], object]] = {
 def test_any_change_is_noticed(settled: Workspace, change: str) -> None:
     CHANGES[change](settled)
     assert not holds(settled, F16, F32)
+
+
+def test_a_touched_file_with_the_same_content_is_no_change(settled: Workspace) -> None:
+    """FAULTS.md E: one touched YAML file of thousands, and all was planned again."""
+    for name in ("recipes/matrix/tiny.yaml", "recipes/models/tiny.yaml", "dodo.py"):
+        (settled.root / name).touch()
+    assert holds(settled, F16, F32)
+
+
+def test_subfolders_of_a_checkpoint_are_watched(tmp_path: Path) -> None:
+    pooling = tmp_path / "1_Pooling" / "config.json"
+    pooling.parent.mkdir()
+    pooling.write_text("{}")
+    (tmp_path / "linked").symlink_to(tmp_path)
+    assert {*_inside(tmp_path)} == {tmp_path, pooling.parent, pooling}
 
 
 @pytest.mark.parametrize("change", ["PATH", "tools", "program"])

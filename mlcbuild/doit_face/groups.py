@@ -15,6 +15,7 @@ GROUPS = {
     "lower": "make optimised modules",
     "runtime": "compile TVM's runtime for browsers",
     "library": "make the libraries only",
+    "execute": "run the kernels of GPU libraries, on a GPU or on an emulated one",
     "package": "put weights, tokenizer and library together",
     "verify": "check packages against the unquantized model",
     "publish": "upload verified packages to a hub; upload=1, without it only say what would be uploaded",

@@ -117,6 +117,8 @@ class _Planner:
         steps["quantize"] = self._quantize(model, quantization)
         steps["lower"] = self._lower(shape.whole, quantization, target)
         steps["library"] = self._library(shape.whole, quantization, target)
+        executed = self._execute(shape, quantization, target)
+        steps |= {"execute": executed} if executed else {}
         steps["package"] = self._package(recipe, shape, steps)
         steps["verify"] = self._verify(recipe, shape, steps)
         return Goal(recipe, steps)
@@ -226,6 +228,24 @@ class _Planner:
         fields = {"emscripten": emscripten.version(), "sources": emscripten.source_tree()}
         return self._add("runtime", "webgpu", fields)
 
+    def _execute(self, shape: Shape, quantization: Quantization, target: Target) -> str | None:
+        """The step that tries the kernels of a library for a GPU; None where nothing here can run them."""
+        if targets.not_executed(target):
+            return None
+        here = self.catalog.targets[_HERE]
+        form, device = shape.two_layers, targets.real_device(target)
+        inputs = [Input("cpu_library", step=self._library(form, quantization, here))]
+        fields: dict[str, Any] = {"structure": form.fields, "quantization": format_json(quantization)}
+        if device:
+            fields["device"] = device
+            inputs.append(Input("library", step=self._library(form, quantization, target)))
+        else:
+            fields |= {"device": self._device(target), "host": dict(target.host)}
+            fields["linker"] = dataclasses.asdict(target.linker)
+            inputs.append(Input("lower", step=self._lower(form, quantization, target)))
+        label = f"{shape.whole.label}-{_format(quantization)}-{target.name}"
+        return self._add("execute", label, fields, tuple(inputs))
+
     def _package(self, recipe: Recipe, shape: Shape, steps: Mapping[str, str]) -> str:
         fields = {
             "model": recipe.model.name,
@@ -272,6 +292,10 @@ class _Planner:
             inputs.append(Input("blocks", step=self._library(layers, quantization, here)))
         elif not targets.runs_here(recipe.target):
             inputs.append(Input("cpu_library", step=self._library(shape.whole, quantization, here)))
+        if "execute" in steps:
+            inputs.append(Input("execution", step=steps["execute"]))
+        elif targets.is_gpu(recipe.target):
+            fields["not_executed"] = targets.not_executed(recipe.target)
         return self._add("verify", recipe.name, fields, tuple(inputs), (steps["download"], steps["convert"]))
 
     # What is asked again and again

@@ -34,6 +34,7 @@ class Shape:
     parameters: int  # how many numbers they are
     model_config: Mapping[str, Any]  # of mlc-chat-config.json
     whole: Form
+    two_layers: Form  # with the kernels of `whole`
     blocks: Form | None  # None for a kind of model that is not run one layer at a time
 
 
@@ -46,7 +47,8 @@ def shape_of(catalog: Catalog, model: Model, config: Mapping[str, Any], override
         parameters.count(structure),
         architectures.model_config(chosen, structure, config),
         _form(structure),
-        _form(structure.one_layer, blocks=True) if by_layer(structure) else None,
+        _form(structure.two_layers, "-two-layers"),
+        _form(structure.one_layer, "-blocks", blocks=True) if by_layer(structure) else None,
     )
 
 
@@ -72,6 +74,5 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _form(structure: Structure, blocks: bool = False) -> Form:
-    ending = "-blocks" if blocks else ""
+def _form(structure: Structure, ending: str = "", blocks: bool = False) -> Form:
     return Form(f"{structure.digest}{ending}", f"{structure.label}{ending}", structure.library_json(), blocks)

@@ -22,8 +22,9 @@ def run(job: Job) -> None:
     Inputs: `package`, `convert` (parameters.json), `text` (one file), `reference`: a float32 library of the structure,
     or of its pieces for method layers. For method whole, `cpu_library` of the same structure and quantization that this
     machine can run, where the package's own is for another machine; for method layers, `blocks`: the library of pieces
-    of that quantization. Method embeddings takes what `whole` does. Raises MlcBuildError for logits or hidden states
-    that are not finite, and with `gate: fail` for a miss.
+    of that quantization. Method embeddings takes what `whole` does. `execution`: what the step execute found of a
+    GPU's library; field not_executed: why there is none. Raises MlcBuildError for logits or hidden states that are not
+    finite, and with `gate: fail` for a miss.
     """
     texts = [entry.path for entry in job.inputs["text"].files.values()]
     if len(texts) != 1:
@@ -37,6 +38,7 @@ def run(job: Job) -> None:
         texts[0].read_text(encoding="utf-8"),
         job.scratch,
         job.progress,
+        job.inputs["execution"].read_json("execution.json") if "execution" in job.inputs else None,
     )
     job.note(f"{case.weights.name.removesuffix('-MLC')}: comparing with the unquantized model")
     report = judge(case, job.note)

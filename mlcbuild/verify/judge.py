@@ -45,6 +45,7 @@ class Case:
     text: str
     scratch: Path
     progress: Callable[[int, int, str], None]
+    execution: Mapping[str, Any] | None = None  # of the library's kernels, where they were tried apart
 
     @cached_property
     def weights(self) -> Path:
@@ -120,10 +121,19 @@ def judge(case: Case, note: Callable[[str], None]) -> dict[str, Any]:
         "thresholds": dataclasses.asdict(limits),
         "problems": problems,
         **({"notes": notes} if notes else {}),  # what is true of the weights before this build touched them
-        "library_executed": executed,
+        **_execution(case, executed),
         "static_checks": static_checks,
         "template": template.report,
     }
+
+
+def _execution(case: Case, executed: bool) -> dict[str, Any]:
+    """Whether the library was run: true for this very one with these weights, else what ran its kernels."""
+    if case.execution is not None:
+        found = dict(case.execution)
+        return {"library_executed": found.pop("executed"), "execution": found}
+    reason = case.fields.get("not_executed")
+    return {"library_executed": executed, **({"execution": {"reason": reason}} if reason else {})}
 
 
 def _whole(case: Case) -> Measured:

@@ -76,7 +76,7 @@ def is_gpu(target: Target) -> bool:
 
 def runs_here(target: Target) -> bool:
     """Whether this machine can execute a library of `target`."""
-    if target.executes == "native":
+    if target.executes == "native" or real_device(target) is not None:
         return True
     if target.executes == "aarch64":
         return platform.machine() in ("aarch64", "arm64") and platform.system() == "Linux"

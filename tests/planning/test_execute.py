@@ -55,7 +55,10 @@ def test_a_gpu_of_this_machine_takes_the_emulated_ones_place(
     (emulated,) = executions(planned(workspace, "tiny-cuda"))
     assert [item.name for item in emulated.inputs] == ["cpu_library", "lower"]
     monkeypatch.setattr("mlcbuild.compiler.targets.real_device", lambda target: "NVIDIA H100")
-    (real,) = executions(planned(workspace, "tiny-cuda"))
+    found = planned(workspace, "tiny-cuda")
+    (real,) = executions(found)
+    verify = found.steps[found.goals["tiny-cuda"].steps["verify"]]
+    assert "cpu_library" not in {item.name for item in verify.inputs}  # the package's own library runs there
     assert [item.name for item in real.inputs] == ["cpu_library", "library"]
     assert real.fields["device"] == "NVIDIA H100"
 

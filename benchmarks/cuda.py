@@ -47,9 +47,14 @@ CONFIG_8B = {
 def bundle(folder: Path, target_name: str, architectures: Sequence[str], python: str) -> None:
     """Everything that `run` needs, in `folder`."""
     sys.path.insert(0, str(ROOT))
+    for name in ("runtime", "scratch"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    if _target(target_name).device["kind"] == "cuda":
+        from mlcbuild.compiler.gpu import cuda
+
+        cuda.load_runtime(cuda.toolkit(), folder / "scratch")  # before TVM is imported, which looks for it then
     from benchmarks import shape_1b
 
-    (folder / "runtime").mkdir(parents=True, exist_ok=True)
     shutil.copy(__file__, folder / "cuda.py")
     _stories(folder, target_name)
     for name, changes in (("1b", {}), ("8b", CONFIG_8B)):
@@ -82,14 +87,10 @@ def _stories(folder: Path, target_name: str) -> None:
 def _library(shape: Any, target_name: str, architectures: Sequence[str], output: Path, scratch: Path) -> None:
     from dataclasses import replace
 
-    import yaml
-
     from benchmarks import shape_1b
-    from mlcbuild.recipes import convert
 
     scratch.mkdir(parents=True, exist_ok=True)
-    data = yaml.safe_load((ROOT / "recipes" / "targets" / f"{target_name}.yaml").read_text())
-    target = convert.target(target_name, data)
+    target = _target(target_name)
     if target.device["kind"] == "llvm":
         return shape_1b.build(QUANTIZATION, output, scratch, shape)
     from mlcbuild.compiler import assemble
@@ -101,6 +102,14 @@ def _library(shape: Any, target_name: str, architectures: Sequence[str], output:
     assemble.save(module, scratch / "module.json")
     given = (scratch / "module.json", target.device, target.host, target.linker)
     build(*given, output, scratch, architectures=architectures)
+
+
+def _target(name: str) -> Any:
+    import yaml
+
+    from mlcbuild.recipes import convert
+
+    return convert.target(name, yaml.safe_load((ROOT / "recipes" / "targets" / f"{name}.yaml").read_text()))
 
 
 def _runtime(folder: Path, python: str) -> None:

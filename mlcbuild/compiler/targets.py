@@ -76,7 +76,7 @@ def is_gpu(target: Target) -> bool:
 
 def runs_here(target: Target) -> bool:
     """Whether this machine can execute a library of `target`."""
-    if target.executes == "native":
+    if target.executes == "native" or real_device(target) is not None:
         return True
     if target.executes == "aarch64":
         return platform.machine() in ("aarch64", "arm64") and platform.system() == "Linux"
@@ -84,6 +84,27 @@ def runs_here(target: Target) -> bool:
     if target.executes not in levels or platform.machine() != "x86_64":
         return False
     return levels.index(target.executes) <= levels.index(cpu_level(cpu_flags()))
+
+
+def real_device(target: Target) -> str | None:
+    """The name of the GPU of this machine that libraries of `target` run on; None where there is none."""
+    if target.device["kind"] != "cuda" or not Path("/dev/nvidiactl").exists():
+        return None
+    found = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    names = [line.partition(":")[2].strip() for line in found[0].read_text().splitlines()] if found else []
+    return names[0] if names else None
+
+
+def not_executed(target: Target) -> str | None:
+    """Why the kernels of a GPU's library are not run before it is shipped; None where they are."""
+    kind = target.device["kind"]
+    if not is_gpu(target):
+        return "a CPU's library is verified whole, where this machine can run it"
+    if kind != "cuda":
+        return f"there is no emulated device of kind {kind} yet"
+    if real_device(target) is not None or (platform.system(), platform.machine()) == ("Linux", "x86_64"):
+        return None
+    return f"the emulated device runs on x86-64 Linux, not on {platform.machine()} {platform.system()}"
 
 
 def zig_cpu(device: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ GROUPS = {
     "lower": "make optimised modules",
     "runtime": "compile TVM's runtime for browsers",
     "library": "make the libraries only",
+    "execute": "run the kernels of GPU libraries, on a GPU or on an emulated one",
     "package": "put weights, tokenizer and library together",
     "measure": "compare weights with the unquantized model",
     "verify": "check packages by what was measured",

@@ -211,21 +211,33 @@ class Structure:
         It has a single layer of each kind and limits that suit whoever goes through a text, so that models which differ
         in these only share it.
         """
+        return self._of([self.layer_kinds.index(kind) for kind in sorted(set(self.layer_kinds))], 1)
+
+    @property
+    def two_layers(self) -> Structure:
+        """The structure of a small model whose library has this one's kernels: a layer of each kind, and two at least.
+
+        Its limits suit short texts, two at once.
+        """
         firsts = [self.layer_kinds.index(kind) for kind in sorted(set(self.layer_kinds))]
+        second = [1] if len(firsts) == 1 and self.num_hidden_layers > 1 else []
+        return self._of([*firsts, *second], 2)
+
+    def _of(self, layers: Sequence[int], texts: int) -> Structure:
         # Frequencies that depend on the longest text (mlcbuild.models.rope) stay what they are.
         scaling = self.rope_scaling
         if scaling is not None and scaling["rope_type"] in ("dynamic", "longrope"):
             scaling = {**scaling, "length": self.context_window_size}
         return dataclasses.replace(
             self,
-            rules=tuple(rule.of_layers(firsts) for rule in self.rules),
-            layer_types=None if self.layer_types is None else tuple(self.layer_types[first] for first in firsts),
-            rope_layers=None if self.rope_layers is None else tuple(self.rope_layers[first] for first in firsts),
-            num_hidden_layers=len(firsts),
+            rules=tuple(rule.of_layers(layers) for rule in self.rules),
+            layer_types=None if self.layer_types is None else tuple(self.layer_types[layer] for layer in layers),
+            rope_layers=None if self.rope_layers is None else tuple(self.rope_layers[layer] for layer in layers),
+            num_hidden_layers=len(layers),
             rope_scaling=scaling,
             context_window_size=TEXT_WINDOW,
             prefill_chunk_size=TEXT_CHUNK,
-            max_batch_size=1,
+            max_batch_size=texts,
         )
 
     @property

@@ -18,6 +18,7 @@ COSTS = {
     "lower": Cost(base=1.0e9),
     "runtime": Cost(base=1.0e9),
     "library": Cost(base=0.7e9),
+    "execute": Cost(base=1.0e9, factor=0.3, most=4e9),
     "package": Cost(base=0.2e9),
     "measure": Cost(threads=True, base=0.5e9, factor=3.0, most=12e9),
     "verify": Cost(base=0.3e9),

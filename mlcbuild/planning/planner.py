@@ -121,6 +121,8 @@ class _Planner:
         steps["quantize"] = self._quantize(model, quantization)
         steps["lower"] = self._lower(shape.whole, quantization, target)
         steps["library"] = self._library(shape.whole, quantization, target)
+        executed = self._execute(shape, quantization, target)
+        steps |= {"execute": executed} if executed else {}
         steps["package"] = self._package(recipe, shape, steps)
         steps["measure"] = self._measure(recipe, shape, steps)
         steps["verify"] = self._verify(recipe, shape, steps)
@@ -249,6 +251,24 @@ class _Planner:
         fields = {"emscripten": emscripten.version(), "sources": emscripten.source_tree()}
         return self._add("runtime", "webgpu", fields)
 
+    def _execute(self, shape: Shape, quantization: Quantization, target: Target) -> str | None:
+        """The step that tries the kernels of a library for a GPU; None where nothing here can run them."""
+        if targets.not_executed(target):
+            return None
+        here = self.catalog.targets[_HERE]
+        form, device = shape.two_layers, targets.real_device(target)
+        inputs = [Input("cpu_library", step=self._library(form, quantization, here))]
+        fields: dict[str, Any] = {"structure": form.fields, "quantization": format_json(quantization)}
+        if device:
+            fields["device"] = device
+            inputs.append(Input("library", step=self._library(form, quantization, target)))
+        else:
+            fields |= {"device": self._device(target), "host": dict(target.host)}
+            fields["linker"] = dataclasses.asdict(target.linker)
+            inputs.append(Input("lower", step=self._lower(form, quantization, target)))
+        label = f"{shape.whole.label}-{_format(quantization)}-{target.name}"
+        return self._add("execute", label, fields, tuple(inputs))
+
     def _package(self, recipe: Recipe, shape: Shape, steps: Mapping[str, str]) -> str:
         fields = {
             "model": recipe.model.name,
@@ -299,7 +319,7 @@ class _Planner:
 
     def _verify(self, recipe: Recipe, shape: Shape, steps: Mapping[str, str]) -> str:
         method, verify = _method(shape, recipe.verify), recipe.verify
-        fields = {
+        fields: dict[str, Any] = {
             "method": method,
             "class": recipe.quantization.kind,
             "model_dtype": recipe.quantization.model_dtype,
@@ -307,8 +327,10 @@ class _Planner:
             **{name: getattr(verify, name) for name in ("kl", "perplexity_increase", "perplexity", "cosine", "gate")},
             "notes": list(shape.notes),
         }
-        inputs = (Input("package", step=steps["package"]), Input("measure", step=steps["measure"]))
-        return self._add("verify", recipe.name, fields, inputs)
+        inputs = [Input(name, step=steps[name]) for name in ("package", "measure", "execute") if name in steps]
+        if targets.is_gpu(recipe.target) and "execute" not in steps:
+            fields["not_executed"] = targets.not_executed(recipe.target)
+        return self._add("verify", recipe.name, fields, tuple(inputs))
 
     # What is asked again and again
 

@@ -39,6 +39,7 @@ class Shape:
     parameters: int  # how many numbers they are
     model_config: Mapping[str, Any]  # of mlc-chat-config.json
     whole: Form
+    two_layers: Form  # with the kernels of `whole`
     blocks: Form | None  # None for a kind of model that is not run one layer at a time
     notes: tuple[str, ...]  # what a user of the package has to know
 
@@ -52,7 +53,8 @@ def shape_of(catalog: Catalog, model: Model, config: Mapping[str, Any], override
         parameters.count(structure),
         architectures.model_config(chosen, structure, config),
         _form(structure),
-        _form(structure.one_layer, blocks=True) if by_layer(structure) else None,
+        _form(structure.two_layers, "-two-layers"),
+        _form(structure.one_layer, "-blocks", blocks=True) if by_layer(structure) else None,
         (*_chosen_by_hand(chosen, config), *_one_table(structure)),
     )
 
@@ -117,6 +119,5 @@ def inner(folder: Path, file: str) -> str:
     return f"; the folder {found[-1]}/ has it: name that one" if found else ""
 
 
-def _form(structure: Structure, blocks: bool = False) -> Form:
-    ending = "-blocks" if blocks else ""
+def _form(structure: Structure, ending: str = "", blocks: bool = False) -> Form:
     return Form(f"{structure.digest}{ending}", f"{structure.label}{ending}", structure.library_json(), blocks)

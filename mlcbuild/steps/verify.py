@@ -16,9 +16,11 @@ def run(job: Job) -> None:
     are of the package's own library), notes (what a user has to know, in sentences), gate; the model's own bounds, null
     for the usual ones: kl, perplexity_increase, perplexity, cosine.
 
-    Inputs: `package`, `measure` (figures.json). Raises MlcBuildError for figures that are not finite, and with
-    `gate: fail` for a miss.
+    Inputs: `package`, `measure` (figures.json); `execute` (execution.json), what was found of a GPU's library, or the
+    field not_executed: why there is none. Raises MlcBuildError for figures that are not finite, and with `gate: fail`
+    for a miss.
     """
     folder = job.folder(job.inputs["package"], job.scratch / "package")
-    report = judge(job.fields, folder, job.inputs["measure"].read_json("figures.json"), job.note)
+    execution = job.inputs["execute"].read_json("execution.json") if "execute" in job.inputs else None
+    report = judge(job.fields, folder, job.inputs["measure"].read_json("figures.json"), execution, job.note)
     (job.output / "quality.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -19,9 +19,15 @@ _CRITERIA: Mapping[str, Any] = {"whole": bounds, "layers": bounds, "embeddings":
 
 
 def judge(
-    fields: Mapping[str, Any], folder: Path, measured: Mapping[str, Any], note: Callable[[str], None]
+    fields: Mapping[str, Any],
+    folder: Path,
+    measured: Mapping[str, Any],
+    execution: Mapping[str, Any] | None,
+    note: Callable[[str], None],
 ) -> dict[str, Any]:
     """The content of quality.json for the package in `folder`, whose figures.json is `measured`.
+
+    `execution` is of the library's kernels, where they were tried apart.
 
     Raises MlcBuildError for logits or hidden states that are not finite, and with `gate: fail` for a miss.
     """
@@ -56,10 +62,19 @@ def judge(
         "thresholds": dataclasses.asdict(limits),
         "problems": problems,
         **({"notes": notes} if notes else {}),
-        "library_executed": executed,
+        **_execution(fields, execution),
         "static_checks": static_checks,
         "template": template.report,
     }
+
+
+def _execution(fields: Mapping[str, Any], execution: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Whether the library was run: true for this very one with these weights, else what ran its kernels."""
+    if execution is not None:
+        found = dict(execution)
+        return {"library_executed": found.pop("executed"), "execution": found}
+    reason = fields.get("not_executed")
+    return {"library_executed": fields["executed"], **({"execution": {"reason": reason}} if reason else {})}
 
 
 def _static_checks(folder: Path, files: Path) -> list[str]:

@@ -160,6 +160,7 @@ def test_list(workspace: Workspace) -> None:
         "calibrate",
         "convert",
         "download",
+        "execute",
         "library",
         "lower",
         "measure",

@@ -65,6 +65,7 @@ def test_a_package_says_that_its_library_did_not_run_here(gpus: Workspace, targe
     format_name, source = TARGETS[target]
     quality = json.loads((gpus.root / f"dist/stories-{target}/quality.json").read_text())
     assert quality["status"] in ("passed", "warned") and not quality["library_executed"]
+    assert quality["execution"]["reason"].startswith("there is no emulated device of kind ")
     assert quality["static_checks"][0] == f"file format: {format_name}"
     content = library(gpus, target).read_bytes()
     assert source is None or source in content
@@ -116,6 +117,8 @@ def test_cuda_libraries_hold_machine_code(gpus: Workspace) -> None:
     assert b"cuda_graph_alloc_init" in content
     quality = json.loads((gpus.root / "dist/stories-one-cuda/quality.json").read_text())
     assert quality["static_checks"][0] == "file format: ELF x86-64"
+    assert quality["library_executed"] == "emulated" and quality["execution"]["kernels"] > 20
+    assert max(quality["execution"]["errors"].values()) < quality["execution"]["bound"] == 0.01
 
 
 def test_a_target_whose_tools_are_missing_is_unavailable(gpus: Workspace, tmp_path: Path) -> None:

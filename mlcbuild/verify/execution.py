@@ -1,0 +1,108 @@
+"""A library on its device against the CPU's library of the same structure, over random weights and a few tokens."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlcbuild.errors import MlcBuildError
+from mlcbuild.models.parameters import count
+from mlcbuild.models.structure import Structure
+from mlcbuild.runtime import weights
+from mlcbuild.runtime.model import network
+from mlcbuild.runtime.session import Logits, Session
+
+VOCABULARY = 520  # tokens: the head's kernel takes any number; no multiple of a tile
+# Of the CPU's logits' deviation, what a model dtype may be off by: its precision times a few operations.
+BOUNDS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}
+_MANY_PRODUCTS = 20_000_000  # for a row of activations: above, one takes an emulated device seconds
+
+
+@dataclass(frozen=True)
+class Texts:
+    """How many tokens are tried: of one text `first`, then `more` onto it, then `steps` one by one; then two texts."""
+
+    first: int = 24
+    more: int = 11
+    steps: int = 3
+    two: tuple[int, int] = (7, 13)
+
+
+SMALL = Texts()
+FEW = Texts(first=9, more=3, steps=2, two=(1, 4))  # for large matrices; more than 8 rows take the kernel for many
+
+
+def texts(structure: Structure) -> Texts:
+    """What is tried on a device that is slow."""
+    return FEW if _products(structure) > _MANY_PRODUCTS else SMALL
+
+
+def described(structure: Structure, tried: Texts) -> dict[str, Any]:
+    """What was run, for quality.json: what it is less than the whole model is said."""
+    return {
+        "layers": structure.num_hidden_layers,
+        "vocabulary": VOCABULARY,
+        "weights": "random",
+        "tokens": {"prefill": tried.first, "onto a history": tried.more, "decode": tried.steps, "batch": [*tried.two]},
+    }
+
+
+def compare(library: Path, cpu_library: Path, folder: Path, texts: Texts) -> dict[str, float]:
+    """The largest difference of logits by what was called, over the deviation of the CPU's.
+
+    `folder` holds the weights. Raises MlcBuildError where a number is not finite.
+    """
+    records = weights.read_index(folder)
+    ours = Session(network(library, records, folder, VOCABULARY), 2, 64)
+    theirs = Session(network(cpu_library, records, folder, VOCABULARY), 2, 64)
+    errors = {}
+    for (name, got), (_, expected) in zip(_logits(ours, texts), _logits(theirs, texts), strict=True):
+        if not np.isfinite(got).all():
+            raise MlcBuildError(f"{name}: logits are not finite")
+        errors[name] = _error(got, expected)
+    return errors
+
+
+def problems(errors: Mapping[str, float], structure: Structure, model_dtype: str) -> list[str]:
+    """What is further off than the model dtype explains.
+
+    Of two experts that count nearly the same, rounding may choose either, and that token's logits are others then. So
+    of a model with experts it is the median of the calls that counts.
+    """
+    bound = BOUNDS[model_dtype]
+    judged = {"the median of all calls": statistics.median(errors.values())} if structure.num_experts else errors
+    return [
+        f"{name}: logits are off by {error:.2g} of their deviation; {model_dtype} explains {bound:g}"
+        for name, error in judged.items()
+        if not error <= bound
+    ]
+
+
+def _logits(session: Session, texts: Texts) -> Iterator[tuple[str, Logits]]:
+    """The logits of each call, under its name."""
+    random = np.random.default_rng(0)
+
+    def tokens(count: int) -> list[int]:
+        return [int(token) for token in random.integers(0, VOCABULARY, count)]
+
+    text = session.add()
+    yield "prefill", session.prefill(text, tokens(texts.first))
+    yield "prefill onto a history", session.prefill(text, tokens(texts.more))
+    yield "decode", np.stack([session.decode(text, token) for token in tokens(texts.steps)])
+    session.remove(text)
+    two = [session.add() for _ in range(min(2, session.max_sequences))]
+    yield "batch prefill", session.batch_prefill(two, [tokens(count) for count in texts.two[: len(two)]])
+    yield "batch decode", session.batch_decode(two, tokens(len(two)))
+
+
+def _error(got: Logits, expected: Logits) -> float:
+    return float(np.abs(got - expected).max() / expected.std())
+
+
+def _products(structure: Structure) -> int:
+    return count(replace(structure, vocab_size=VOCABULARY))

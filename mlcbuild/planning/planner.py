@@ -6,7 +6,6 @@ Planning reads a model's `config.json` (from its folder, or from recipes.lock) a
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -19,7 +18,16 @@ from mlcbuild.engine.graph import Goal, Graph, Input, Step
 from mlcbuild.errors import MlcBuildError, NotLocked, Unavailable
 from mlcbuild.models.kinds import DECODER
 from mlcbuild.planning.backends import COSTS, PAGES, backend
-from mlcbuild.planning.shapes import Form, Shape, config_of, inner, shape_of
+from mlcbuild.planning.files import (
+    ADAPTER_FILES,
+    POOLING_FILES,
+    TENSOR_FILES,
+    TEXT_FILES,
+    TOKEN_FILES,
+    check_adapter,
+    checkpoint_files,
+)
+from mlcbuild.planning.shapes import Form, Shape, config_of, method_of, prefix, shape_of
 from mlcbuild.recipes.types import (
     Catalog,
     Locked,
@@ -28,7 +36,6 @@ from mlcbuild.recipes.types import (
     Recipe,
     Source,
     Target,
-    Verify,
     format_json,
     quantization_json,
 )
@@ -36,18 +43,7 @@ from mlcbuild.recipes.types import (
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*_Pooling/config.json")
-_TORCH_FILES = ("pytorch_model*.bin", "*.pth")  # read where there are no safetensors
-_TENSOR_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.bin.index.json", *_TORCH_FILES)
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 STEPS = "mlcbuild.steps"  # the package with one module per kind of step
-_TOKEN_FILES = ("tokenizer.json", "tokenizer.model", "added_tokens.json", "tokenizer_config.json", "rwkv_vocab_v*.txt")
-_POOLING_FILES = ("modules.json", "*_Pooling/config.json", "sentence_bert_config.json")
-_TEXT_FILES = (
-    *TOKENIZER_FILES,
-    *("chat_template.jinja", "special_tokens_map.json", "config.json", "generation_config.json"),
-    *("rwkv_vocab_v*.txt", *_POOLING_FILES),
-)
 # The reference that every package is compared with: unquantized, on a machine that everybody has.
 _UNQUANTIZED, _HERE = "q0f32", "cpu"
 # Calibration decides what weights become, so it runs on code that is the same on every machine of a kind.
@@ -134,7 +130,7 @@ class _Planner:
     @_once
     def _fetched(self, model: Model, source: Source, label: str, files: tuple[str, ...] | None = None) -> str:
         if source.path is not None:
-            patterns = files if files is not None else _checkpoint_files(source.path)
+            patterns = files if files is not None else checkpoint_files(source.path)
             return self._add("download", label, {}, (Input("files", path=source.path, select=patterns),))
         locked = self._locked(model, source)
         contents = {name: {"sha256": file.sha256, "size": file.size} for name, file in locked.files.items()}
@@ -145,9 +141,9 @@ class _Planner:
     def _convert(self, model: Model) -> str:
         # The recipe's overrides are limits of the library; what the weights are does not depend on them.
         download = self._download(model)
-        inputs = [Input("checkpoint", step=download, select=_TENSOR_FILES)]
+        inputs = [Input("checkpoint", step=download, select=TENSOR_FILES)]
         for name, step in self._merged(model).items():
-            inputs.append(Input(name, step=step, select=_TENSOR_FILES if name == "base" else _ADAPTER_FILES))
+            inputs.append(Input(name, step=step, select=TENSOR_FILES if name == "base" else ADAPTER_FILES))
         fields: dict[str, Any] = {"structure": self._shape(model, {}).fields}
         if model.source.hf is not None:  # what the structure is made of is compared with the file, once it is here
             fields["config"] = dict(self._config(model))
@@ -160,11 +156,8 @@ class _Planner:
         if model.delta_of is not None:
             steps["base"] = self._fetched(model, model.delta_of, f"{model.name}-base")
         if model.lora is not None:
-            folder = model.lora.path
-            if folder is not None and folder.is_dir() and not (folder / _ADAPTER_FILES[0]).is_file():
-                text = f"lora: {folder}: no {_ADAPTER_FILES[0]}: an adapter in PEFT's format has one"
-                raise MlcBuildError(text + inner(folder, _ADAPTER_FILES[0]))
-            steps["lora"] = self._fetched(model, model.lora, f"{model.name}-lora", _ADAPTER_FILES)
+            check_adapter(model.lora.path)
+            steps["lora"] = self._fetched(model, model.lora, f"{model.name}-lora", ADAPTER_FILES)
         return steps
 
     @_once
@@ -235,7 +228,7 @@ class _Planner:
         }
         options = {
             "architectures": list(target.architectures),
-            "prefix": _prefix(form, name) if target.library == "tar" else "",
+            "prefix": prefix(form, name) if target.library == "tar" else "",
         }
         chosen = backend(target)
         fields |= {name: options[name] for name in chosen.options}
@@ -284,7 +277,7 @@ class _Planner:
         inputs = (
             Input("quantize", step=steps["quantize"]),
             Input("library", step=steps["library"]),
-            Input("checkpoint", step=steps["download"], select=_TEXT_FILES),
+            Input("checkpoint", step=steps["download"], select=TEXT_FILES),
         )
         page = PAGES.get(recipe.target.linker.kind, "")
         return self._add("package", recipe.name, fields, inputs, entry=page)
@@ -293,13 +286,13 @@ class _Planner:
         """Figures belong to weights and to the library that runs: one here, in place of every target that is not."""
         quantization, verify = recipe.quantization, recipe.verify
         here, unquantized = self.catalog.targets[_HERE], self.catalog.quantizations[_UNQUANTIZED]
-        method = _method(shape, verify)
-        layers = shape.blocks if method == "layers" else None
+        how = method_of(shape, verify)
+        layers = shape.blocks if how == "layers" else None
         runs = recipe.target if layers is None and targets.runs_here(recipe.target) else here
-        fields: dict[str, Any] = {"method": method}
+        fields: dict[str, Any] = {"method": how}
         inputs = [
             Input("quantize", step=steps["quantize"]),
-            Input("checkpoint", step=steps["download"], select=_TOKEN_FILES),
+            Input("checkpoint", step=steps["download"], select=TOKEN_FILES),
             Input("convert", step=steps["convert"]),
             Input("text", path=verify.text or _EVALUATION_TEXT),
             Input("reference", step=self._library(layers or shape.whole, unquantized, here)),
@@ -311,19 +304,19 @@ class _Planner:
             inputs.append(Input("blocks", step=self._library(layers, quantization, here)))
         else:
             inputs.append(Input("library", step=self._library(shape.whole, quantization, runs)))
-        if method == "embeddings":
+        if how == "embeddings":
             fields["embedding"] = shape.fields["embedding"]
-            inputs[1] = Input("checkpoint", step=steps["download"], select=(*_TOKEN_FILES, *_POOLING_FILES))
+            inputs[1] = Input("checkpoint", step=steps["download"], select=(*TOKEN_FILES, *POOLING_FILES))
         label = f"{recipe.model.name}-{quantization.name}-{runs.name}"
         return self._add("measure", label, fields, tuple(inputs), (steps["download"], steps["convert"]))
 
     def _verify(self, recipe: Recipe, shape: Shape, steps: Mapping[str, str]) -> str:
-        method, verify = _method(shape, recipe.verify), recipe.verify
+        how, verify = method_of(shape, recipe.verify), recipe.verify
         fields: dict[str, Any] = {
-            "method": method,
+            "method": how,
             "class": recipe.quantization.kind,
             "model_dtype": recipe.quantization.model_dtype,
-            "executed": method != "layers" and targets.runs_here(recipe.target),
+            "executed": how != "layers" and targets.runs_here(recipe.target),
             **{name: getattr(verify, name) for name in ("kl", "perplexity_increase", "perplexity", "cosine", "gate")},
             "notes": list(shape.notes),
         }
@@ -390,37 +383,6 @@ class _Planner:
         return name
 
 
-def _prefix(form: Form, quantization: str) -> str:
-    """What the symbols of a static library begin with: an app may hold several, and variants share one."""
-    model, _, digest = form.label.rpartition("-")
-    return re.sub(r"[^A-Za-z0-9_]", "_", f"{model}_{quantization}_{digest}_")
-
-
 def _format(quantization: Quantization) -> str:
     """The name of the format whose bytes these are: roundings and classes of one format share its libraries."""
     return quantization.format or quantization.name
-
-
-def _method(shape: Shape, verify: Verify) -> str:
-    """How a package is measured (mlcbuild.verify.measure)."""
-    if shape.fields.get("embedding") is not None:
-        return "embeddings"
-    return "layers" if shape.blocks is not None and _too_large(shape, verify) else "whole"
-
-
-def _too_large(shape: Shape, verify: Verify) -> bool:
-    """By a declared bound and not by this machine's memory: `quality.json` shall be the same everywhere."""
-    return 4 * shape.parameters > verify.memory * 1e9
-
-
-def _checkpoint_files(folder: Path) -> tuple[str, ...]:
-    """Patterns of a local folder's files: the same weights as pickles beside safetensors are not even hashed."""
-    named = any(folder.glob("*.safetensors")) or not folder.is_dir()
-    if not named and not any(any(folder.glob(pattern)) for pattern in _TORCH_FILES):
-        inner = sorted({path.parent.name for path in folder.glob("*/*.safetensors")})
-        if inner:
-            raise MlcBuildError(
-                f"{folder}: no weights beside config.json: they lie in the folder {inner[0]}/: move them, with their "
-                "index, to config.json, or name the folder that has both as the source"
-            )
-    return CHECKPOINT_FILES if named else (*CHECKPOINT_FILES, *_TORCH_FILES)

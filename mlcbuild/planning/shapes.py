@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from mlcbuild.models import architecture as architectures
 from mlcbuild.models import parameters
 from mlcbuild.models.kinds import by_layer
 from mlcbuild.models.structure import Structure
-from mlcbuild.recipes.types import Architecture, Catalog, Locked, Model
+from mlcbuild.recipes.types import Architecture, Catalog, Locked, Model, Verify
 
 # What config.json calls the length up to which such a scaling leaves texts as they are.
 _ORIGINAL = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
@@ -121,3 +122,21 @@ def inner(folder: Path, file: str) -> str:
 
 def _form(structure: Structure, ending: str = "", blocks: bool = False) -> Form:
     return Form(f"{structure.digest}{ending}", f"{structure.label}{ending}", structure.library_json(), blocks)
+
+
+def prefix(form: Form, quantization: str) -> str:
+    """What the symbols of a static library begin with: an app may hold several, and variants share one."""
+    model, _, digest = form.label.rpartition("-")
+    return re.sub(r"[^A-Za-z0-9_]", "_", f"{model}_{quantization}_{digest}_")
+
+
+def method_of(shape: Shape, verify: Verify) -> str:
+    """How a package is measured (mlcbuild.verify.measure)."""
+    if shape.fields.get("embedding") is not None:
+        return "embeddings"
+    return "layers" if shape.blocks is not None and _too_large(shape, verify) else "whole"
+
+
+def _too_large(shape: Shape, verify: Verify) -> bool:
+    """By a declared bound and not by this machine's memory: `quality.json` shall be the same everywhere."""
+    return 4 * shape.parameters > verify.memory * 1e9

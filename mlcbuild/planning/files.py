@@ -1,0 +1,42 @@
+"""Which files of a checkpoint a step takes: by patterns, so that another file changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlcbuild.chat.config import TOKENIZER_FILES
+from mlcbuild.errors import MlcBuildError
+from mlcbuild.planning.shapes import inner
+
+CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*_Pooling/config.json")
+_TORCH_FILES = ("pytorch_model*.bin", "*.pth")  # read where there are no safetensors
+TENSOR_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.bin.index.json", *_TORCH_FILES)
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+TOKEN_FILES = ("tokenizer.json", "tokenizer.model", "added_tokens.json", "tokenizer_config.json", "rwkv_vocab_v*.txt")
+POOLING_FILES = ("modules.json", "*_Pooling/config.json", "sentence_bert_config.json")
+TEXT_FILES = (
+    *TOKENIZER_FILES,
+    *("chat_template.jinja", "special_tokens_map.json", "config.json", "generation_config.json"),
+    *("rwkv_vocab_v*.txt", *POOLING_FILES),
+)
+
+
+def checkpoint_files(folder: Path) -> tuple[str, ...]:
+    """Patterns of a local folder's files: the same weights as pickles beside safetensors are not even hashed."""
+    named = any(folder.glob("*.safetensors")) or not folder.is_dir()
+    if not named and not any(any(folder.glob(pattern)) for pattern in _TORCH_FILES):
+        folders = sorted({path.parent.name for path in folder.glob("*/*.safetensors")})
+        if folders:
+            raise MlcBuildError(
+                f"{folder}: no weights beside config.json: they lie in the folder {folders[0]}/: move them, with their "
+                "index, to config.json, or name the folder that has both as the source"
+            )
+    return CHECKPOINT_FILES if named else (*CHECKPOINT_FILES, *_TORCH_FILES)
+
+
+def check_adapter(folder: Path | None) -> None:
+    """Raises MlcBuildError for a local folder in which no adapter is."""
+    name = ADAPTER_FILES[0]
+    if folder is not None and folder.is_dir() and not (folder / name).is_file():
+        text = f"lora: {folder}: no {name}: an adapter in PEFT's format has one"
+        raise MlcBuildError(text + inner(folder, name))

@@ -13,8 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 HIDDEN = "[hidden]"
-# GIT_AUTHOR_NAME, TOKENIZERS_PARALLELISM and MAX_TOKENS are none.
-_SECRET = re.compile(r"KEY|TOKEN(?!IZER|S$)|SECRET|PASSW|CREDENTIAL|AUTH(?!OR)", re.IGNORECASE)
+# GIT_AUTHOR_NAME, TOKENIZERS_PARALLELISM, MAX_TOKENS, PWD and OLDPWD are none.
+_SECRET = re.compile(
+    r"KEY|TOKEN(?!IZER|S$)|SECRET|PASSW|PASSPHRASE|_PWD$|_PASS$|_SAS$|SIGNATURE|CREDENTIAL|CONN(ECTION)?_?STR|AUTH(?!OR)",
+    re.IGNORECASE,
+)
 _SHORTEST = 6  # characters: a shorter value would blot out half of the text
 _USERINFO = re.compile(r"(\w://)[^\s/?#\"']+@")
 _QUERY = re.compile(r"(\w://[^\s?\"']+)\?[^\s\"']*")
@@ -28,7 +31,9 @@ def redact(text: str, *more: str) -> str:
 def redactor(*more: str) -> Callable[[str], str]:
     """`redact` for many texts: what is secret is found out once."""
     named = {value for name, value in os.environ.items() if _SECRET.search(name)}
-    known = {value for value in {*named, *more, _hub_token()} if len(value) >= _SHORTEST}
+    pairs = (pair.partition("=") for value in named for pair in value.split(";"))  # of a connection string
+    parts = {value for name, _, value in pairs if value and _SECRET.search(name)}
+    known = {value for value in {*named, *parts, *more, _hub_token()} if len(value) >= _SHORTEST}
     secrets = sorted(known, key=len, reverse=True)  # one may lie within another
 
     def redact(text: str) -> str:

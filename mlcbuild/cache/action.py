@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +16,11 @@ from mlcbuild.cache.tree import Entry, Tree, check_name, digest_json
 from mlcbuild.errors import MlcBuildError
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
+MOST_BYTES = 16 << 20  # of an entry
 _MODES = (0o644, 0o755)
+_MOST_FILES, _LARGEST = 50_000, 1 << 44  # of an artifact; bytes of one file
+_LONGEST = 1000  # characters of a name
+_TEXTS, _OBJECTS = ("tree", "step", "name", "code"), ("files", "fields", "inputs", "toolchain")
 _NOWHERE = Path()
 
 
@@ -68,25 +74,16 @@ class Action:
 
         Raises Damaged for an entry that is not whole.
         """
-        try:
-            record = json.loads(text)
-            if digest_json(record["files"]) != record["tree"]:
-                raise Damaged("its entry is of something else")
-            return cls(
-                key=key,
-                step=str(record["step"]),
-                name=str(record["name"]),
-                code=record["code"],
-                fields=record["fields"],
-                inputs=dict(record["inputs"]),
-                toolchain=record["toolchain"],
-                seconds=float(record["seconds"]),
-                tree=Tree({check_name(name): _entry(name, *file) for name, file in record["files"].items()}),
-            )
-        except Damaged:
-            raise
-        except (TypeError, KeyError, ValueError, AttributeError, MlcBuildError):
-            raise Damaged("its entry cannot be read") from None
+        record: Any = None
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(text) if len(text) <= MOST_BYTES else None
+        if problem := _problem(record):
+            raise Damaged(f"its entry {problem}")
+        if digest_json(record["files"]) != record["tree"]:
+            raise Damaged("its entry is of something else")
+        given = {name: record[name] for name in ("step", "name", "code", "fields", "inputs", "toolchain")}
+        files = {name: Entry(digest, size, mode, _NOWHERE) for name, (digest, size, mode) in record["files"].items()}
+        return cls(key=key, **given, seconds=float(record["seconds"]), tree=Tree(files))
 
     def to_json(self) -> bytes:
         """The text of its entry."""
@@ -99,7 +96,7 @@ class Action:
         """Whether `key` is what follows from what went in."""
         try:
             return _key(self.step, self.code, self.fields, self.inputs, self.toolchain) == self.key
-        except (TypeError, ValueError):  # what no canonical JSON can hold
+        except (TypeError, ValueError, RecursionError):  # what no canonical JSON can hold
             return False
 
 
@@ -110,7 +107,37 @@ def _key(
     return digest_json({**made_of, "inputs": [[name, digest] for name, digest in sorted(inputs.items())]})
 
 
-def _entry(name: str, digest: str, size: int, mode: int) -> Entry:
-    if not DIGEST.fullmatch(digest) or not isinstance(size, int) or mode not in _MODES:
-        raise Damaged(f"its entry has a file {name!r} that cannot be")
-    return Entry(digest, size, mode, _NOWHERE)
+def _problem(record: Any) -> str | None:
+    """What an entry has that cannot be; None when nothing. Nothing is believed of it, read for it or removed before."""
+    if not isinstance(record, dict) or record.keys() != {*_TEXTS, *_OBJECTS, "seconds"}:
+        return "cannot be read"
+    texts = [record[name] for name in _TEXTS]
+    objects = [record[name] for name in _OBJECTS]
+    if not all(isinstance(text, str) and len(text) <= _LONGEST for text in texts):
+        return "cannot be read"
+    if not all(isinstance(each, dict) for each in objects) or type(record["seconds"]) not in (int, float):
+        return "cannot be read"
+    if not all(isinstance(text, str) for name in ("inputs", "toolchain") for text in record[name].values()):
+        return "cannot be read"
+    files = record["files"]
+    if not 0 <= record["seconds"] < math.inf or not 0 < len(files) <= _MOST_FILES:
+        return f"has {len(files):,} files, made in {record['seconds']:g} seconds, which cannot be"
+    for name, file in files.items():
+        if not _can_be(name, file) or any(name[:end] in files for end in _slashes(name)):
+            return f"has a file {name[:80]!r} that cannot be"
+    return None
+
+
+def _can_be(name: str, file: Any) -> bool:
+    """Whether it is `[digest, size, mode]` of a file that may be called so."""
+    try:
+        check_name(name)
+        digest, size, mode = file
+        plain = type(digest) is str and type(size) is int and type(mode) is int
+        return plain and bool(DIGEST.fullmatch(digest)) and 0 <= size <= _LARGEST and mode in _MODES
+    except (MlcBuildError, TypeError, ValueError):
+        return False
+
+
+def _slashes(name: str) -> list[int]:
+    return [place for place, letter in enumerate(name) if letter == "/"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +9,7 @@ from pathlib import Path
 from mlcbuild.cache.files import hash_file
 from mlcbuild.cache.index import signature
 from mlcbuild.cache.inventory import Blob, Inventory, inventory
-from mlcbuild.cache.materialise import BLOB_TIME
-from mlcbuild.cache.store import Store, borrowed_places
+from mlcbuild.cache.store import Store, borrowed_places, evict
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ def audit(store: Store, progress: Callable[[int, int], None] = lambda done, tota
     for digest, record in found.borrowed.items():
         places = borrowed_places(record.path)
         if not any(_still_holds(store, digest, path, stat) for path, stat in places):
-            _remove(record.path)
+            evict(record.path)
             lost.add(digest)
             where = ", ".join(path for path, _ in places) or "an unreadable record"
             text = f"borrowed from {where}, which is gone or has changed: forgotten"
@@ -68,7 +65,7 @@ def audit(store: Store, progress: Callable[[int, int], None] = lambda done, tota
 def _broken_files(found: Inventory) -> Iterator[Problem]:
     for file in found.junk:
         kind = "a damaged entry" if file.path.suffix == ".json" else "not a file of the cache"
-        yield Problem(file.path, f"{kind}: {_remove(file.path)}", ())
+        yield Problem(file.path, f"{kind}: {evict(file.path)}", ())
 
 
 def _check_blob(digest: str, blob: Blob) -> str | None:
@@ -80,15 +77,10 @@ def _check_blob(digest: str, blob: Blob) -> str | None:
     except PermissionError:
         return "cannot be read: permission denied; left alone"
     except OSError as error:
-        return f"cannot be read: {error.strerror}: {_remove(blob.path)}"
+        return f"cannot be read: {error.strerror}: {evict(blob.path)}"
     if actual == digest:
         return None
-    # A hard link in dist/ is the same file, with the same damage. With another time than it was installed with it is
-    # not believed any more, and the next build installs the package again.
-    with contextlib.suppress(OSError):
-        if blob.path.stat().st_mtime == BLOB_TIME:
-            os.utime(blob.path)
-    return f"damaged: its sha256 is {actual}: {_remove(blob.path)}"
+    return f"damaged: its sha256 is {actual}: {evict(blob.path)}"
 
 
 def _still_holds(store: Store, digest: str, path: str, recorded: str) -> bool:
@@ -104,14 +96,6 @@ def _still_holds(store: Store, digest: str, path: str, recorded: str) -> bool:
     if actual != digest:
         store.index.put("sha256", path, stat, actual)  # the same stat, other bytes: what was remembered is wrong
     return actual == digest
-
-
-def _remove(path: Path) -> str:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        return f"cannot be removed: {error.strerror}"
-    return "removed"
 
 
 def _users(found: Inventory) -> Mapping[str, tuple[str, ...]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from mlcbuild.cache.index import Index, signature
@@ -16,13 +17,39 @@ from mlcbuild.errors import MlcBuildError
 # hashed only when it has been left alone for longer than that.
 _SETTLED = 0.02
 _ATTEMPTS = 5
+_BLOCK = 1 << 20  # bytes
+AT_ONCE = min(8, os.cpu_count() or 1)  # files that are hashed
+Progress = Callable[[int, int], None]  # is told bytes: how many of how many
+
+
+def nobody(done: int, total: int) -> None:
+    """A progress that nobody waits for."""
+
+
+def counting(progress: Progress, entries: Iterable[Entry]) -> Callable[[int], None]:
+    """A function, for several threads, that is told of bytes as they come and passes on how many of all that makes."""
+    total, done, lock = sum(entry.size for entry in entries), 0, threading.Lock()
+
+    def count(number: int) -> None:
+        nonlocal done
+        with lock:
+            done += number
+            progress(done, total)
+
+    return count
+
+
 _PLAIN = 0o644  # outside files count by content only: a chmod rebuilds nothing
 
 
-def hash_file(path: Path) -> str:
-    """sha256 (hex) of the content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def hash_file(path: Path, read: Callable[[int], None] = lambda count: None) -> str:
+    """sha256 (hex) of the content; `read` is told, block by block, how many bytes have come."""
+    digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])  # other threads run meanwhile
+            read(count)
+    return digest.hexdigest()
 
 
 def digest_of(path: Path, index: Index | None) -> tuple[str, os.stat_result]:

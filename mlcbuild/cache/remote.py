@@ -10,13 +10,16 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from mlcbuild.cache.action import MOST_BYTES, Damaged
 from mlcbuild.cache.layout import action_name, blob_name
 from mlcbuild.redact import redact
 
@@ -25,6 +28,7 @@ _T = TypeVar("_T")
 _SLOWEST = 500_000  # bytes a second, on average: what is slower than that is not worth waiting for
 _WINDOW = 100_000_000  # bytes: an upload of up to this much may come without a sign of life in between
 _TICK = 0.05  # seconds
+_CHUNK = 1 << 20  # bytes
 # Here an object appears whole or not at all. Elsewhere it is written under another name and renamed.
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "hf", "memory"}
 
@@ -62,30 +66,38 @@ class Remote:
         self._opened: tuple[int, Any, str] | None = None  # process, file system, the URL's path in it
 
     def entry(self, key: str) -> bytes | None:
-        """The entry's text; None when there is none. Raises what the file system raises, or TooSlow."""
+        """The entry's text; None when there is none.
+
+        Raises what the file system raises, TooSlow, or Damaged for more text than an entry can have.
+        """
+        meter = self.meter()
 
         def read(fs: Any, root: str) -> bytes | None:
             name = f"{root}/{action_name(key)}"
             fs.invalidate_cache(name)  # another builder may have put it there since a listing was kept
-            try:
-                content: bytes = fs.cat_file(name)
-            except FileNotFoundError:
-                return None
-            return content
+            with tempfile.TemporaryDirectory() as folder, contextlib.suppress(FileNotFoundError):
+                _get(fs, name, Path(folder, "entry"), _Count(meter, MOST_BYTES))
+                return Path(folder, "entry").read_bytes()
+            return None
 
-        return self._within(read)
+        return self._within(read, meter)
 
     def is_there(self) -> bool:
         """Whether there is anything at this place. Raises what the file system raises, or TooSlow."""
         return self._within(lambda fs, root: bool(fs.exists(root)))
 
-    def download(self, digest: str, destination: Path, meter: Meter) -> None:
-        """Fetch a blob. What comes is not looked at. Raises what the file system raises, or TooSlow."""
+    def download(self, digest: str, size: int, destination: Path, meter: Meter) -> None:
+        """Fetch a blob. What comes is not looked at, but that there are `size` bytes of it.
+
+        Raises what the file system raises, TooSlow, or Damaged when there are more or fewer; no more are read.
+        """
 
         def get(fs: Any, root: str) -> None:
-            fs.get_file(f"{root}/{blob_name(digest)}", str(destination), callback=_callback(meter))
+            _get(fs, f"{root}/{blob_name(digest)}", destination, _Count(meter, size))
 
         self._within(get, meter)
+        if destination.stat().st_size != size:
+            raise Damaged(f"it has {destination.stat().st_size:,} bytes, not {size:,}")
 
     def has(self, digest: str, size: int) -> bool:
         """Whether a blob of this size is there. Raises what the file system raises, or TooSlow."""
@@ -106,7 +118,7 @@ class Remote:
 
         def put(fs: Any, root: str) -> None:
             with self._name(fs, f"{root}/{blob_name(digest)}") as name:
-                fs.put_file(str(source), name, callback=_callback(meter))
+                fs.put_file(str(source), name, callback=_callback(_Count(meter)))
 
         self._within(put, meter, min(size, _WINDOW))
 
@@ -172,8 +184,7 @@ class Remote:
     @contextlib.contextmanager
     def _name(self, fs: Any, name: str) -> Any:
         """What to write to so that `name` is never there by half."""
-        protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
-        if protocols & _OBJECT_STORES:
+        if _protocols(fs) & _OBJECT_STORES:
             yield name
             return
         part = f"{name}.{secrets.token_hex(4)}.part"
@@ -215,17 +226,51 @@ def shown(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}" if parts.scheme else url
 
 
-def _callback(meter: Meter) -> Any:
+@dataclass
+class _Count:
+    """Bytes of one file as they come or go, told to a meter that several may share."""
+
+    meter: Meter
+    most: int | None = None
+    seen: int = 0
+
+    def add(self, number: int) -> None:
+        """Raises Damaged when there are more than there may be: an answer need not end."""
+        self.seen += number
+        self.meter.count(number)
+        self.check(self.seen)
+
+    def check(self, size: int | None) -> None:
+        if self.most is not None and size is not None and size > self.most:
+            raise Damaged(f"it has more than {self.most:,} bytes")
+
+
+def _get(fs: Any, name: str, destination: Path, count: _Count) -> None:
+    """Fetch one file. Raises Damaged when there are too many bytes, and reads no further."""
+    if not _protocols(fs) & {"file", "local"}:
+        fs.get_file(name, str(destination), callback=_callback(count))
+        return
+    with fs.open(name, "rb") as source, destination.open("wb") as target:  # which fsspec would copy without counting
+        while chunk := source.read(_CHUNK):
+            count.add(len(chunk))
+            target.write(chunk)
+
+
+def _protocols(fs: Any) -> set[str]:
+    return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+
+
+def _callback(count: _Count) -> Any:
     from fsspec.callbacks import Callback
 
-    class Count(Callback):  # type: ignore[misc]
-        seen = 0
+    class Told(Callback):  # type: ignore[misc]
+        def set_size(self, size: int | None) -> None:
+            count.check(size)
 
         def relative_update(self, inc: int = 1) -> None:
-            meter.count(inc)
+            count.add(inc)
 
         def absolute_update(self, value: int) -> None:
-            meter.count(max(0, value - self.seen))
-            self.seen = value
+            count.add(max(0, value - count.seen))
 
-    return Count()
+    return Told()

@@ -2,6 +2,8 @@
 
 An action entry is written last and by one rename, after the content of every blob is on the disk: what can be read is
 whole. An entry with a blob that is missing, of another size, or changed behind the store's back counts as absent.
+By size and time that is, which saves work; what goes into a package, to a hub, or to a shared cache is read and hashed
+(`prove`), and what a step is given is hashed if its stat has changed since that was done (`check`).
 Where what lies is said by `mlcbuild.cache.layout`.
 """
 
@@ -9,19 +11,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
+import errno
 import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from mlcbuild.cache import layout
 from mlcbuild.cache.action import Action, Damaged
 from mlcbuild.cache.disk import make_folder, share
-from mlcbuild.cache.files import digest_of, hash_file
+from mlcbuild.cache.files import AT_ONCE, digest_of, hash_file
 from mlcbuild.cache.index import Index, note_use, signature
 from mlcbuild.cache.locks import workplace
 from mlcbuild.cache.materialise import BLOB_MODE, BLOB_TIME
@@ -54,31 +57,77 @@ class Store:
             return self._find_borrowed(path, size)
         if stat.st_size == size and stat.st_mtime == BLOB_TIME:
             return path
-        # Somebody wrote to it, perhaps through a hard link in dist/: believe nothing but the content.
+        # Somebody wrote to it, perhaps through a hard link in dist/: believe nothing but the content. Or whoever asks
+        # is wrong about its size, which is no reason to lose it.
         with contextlib.suppress(OSError):  # another user's: it is hashed again the next time
-            if stat.st_size == size and hash_file(path) == digest:
+            if hash_file(path) != digest:
+                path.unlink()
+            else:
                 with contextlib.suppress(PermissionError):
                     os.utime(path, (BLOB_TIME, BLOB_TIME))
-                return path
-            path.unlink()
+                if stat.st_size == size:
+                    return path
         return self._find_borrowed(path, size)
+
+    def prove(self, entries: Iterable[Entry], read: Callable[[int], None] = lambda count: None) -> None:
+        """Read and hash the content of all; `read` is told of bytes. What is damaged is removed from the store.
+
+        Raises Damaged, with a line for each of these.
+        """
+        unique = {entry.digest: entry for entry in entries}
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            wrong = filter(None, pool.map(lambda entry: self._prove(entry, read), unique.values()))
+            if said := list(wrong):
+                raise Damaged("\n".join(said))
+
+    def check(self, entry: Entry) -> None:
+        """As `prove`, but what was hashed before is read again only where its stat, ctime included, has changed."""
+        try:
+            digest, _ = digest_of(entry.path, self.index)
+        except FileNotFoundError:
+            raise Damaged(f"{entry.path}: it is gone") from None
+        if digest != entry.digest:
+            raise Damaged(self.discard(entry, digest))
+
+    def discard(self, entry: Entry, actual: str) -> str:
+        """Forget content that was found to be something else, so that nobody uses it and what made it runs again.
+
+        A sentence about it.
+        """
+        words = f"{entry.path}: damaged: its sha256 is {actual[:16]}…, not {entry.digest[:16]}…"
+        if self.owns(entry.path):
+            return f"{words}: {evict(entry.path)}"
+        with contextlib.suppress(OSError):
+            self.index.put("sha256", entry.path, entry.path.stat(), actual)  # the same stat, and other bytes
+        return f"{words}: {evict(self._borrowed_path(entry.digest))}, as far as the cache knew of it"
+
+    def _prove(self, entry: Entry, read: Callable[[int], None]) -> str | None:
+        try:
+            actual = hash_file(entry.path, read)
+        except FileNotFoundError:
+            return f"{entry.path}: it is gone"
+        except OSError as error:
+            if error.errno != errno.EIO or not self.owns(entry.path):
+                raise
+            return f"{entry.path}: cannot be read: {error.strerror}: {evict(entry.path)}"
+        return None if actual == entry.digest else self.discard(entry, actual)
 
     def ingest(self, file: Path, expected: str | None = None) -> Entry:
         """Move a file into the store, durably. `file` must be on the store's file system, and is gone afterwards.
 
         Raises Damaged, and leaves the file where it is, when its digest is not the `expected` one.
         """
-        stat = file.stat()
-        with file.open("rb", buffering=0) as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
-            if expected not in (None, digest):
-                raise Damaged(f"its sha256 is {digest}, not {expected}")
+        stat, digest = file.stat(), hash_file(file)
+        if expected not in (None, digest):
+            raise Damaged(f"its sha256 is {digest}, not {expected}")
+        with file.open("rb") as content:
             os.fsync(content.fileno())
         path = self.blob_path(digest)
         make_folder(path.parent)
         file.chmod(BLOB_MODE)
         os.utime(file, (BLOB_TIME, BLOB_TIME))
         file.replace(path)
+        self.index.put("sha256", path, path.stat(), digest)
         return Entry(digest, stat.st_size, mode_of(stat), path)
 
     def borrow(self, entry: Entry) -> None:
@@ -193,6 +242,24 @@ def borrowed_places(record: Path) -> list[tuple[str, str]]:
         return [(str(path), str(stat)) for path, stat in json.loads(record.read_bytes())["places"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []
+
+
+def evict(path: Path) -> str:
+    """Remove a damaged blob, or a record; what came of that.
+
+    A hard link in dist/ is the same file, with the same damage. With another time than it was installed with it is not
+    believed any more, and the next build installs the package again.
+    """
+    try:
+        if path.stat().st_mtime == BLOB_TIME:
+            os.utime(path)
+    except OSError:
+        pass
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        return f"cannot be removed: {error.strerror}"
+    return "removed"
 
 
 def total_size(entries: Iterable[Entry]) -> int:

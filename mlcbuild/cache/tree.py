@@ -6,12 +6,16 @@ import fnmatch
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from mlcbuild.errors import MlcBuildError
+
+_LONGEST, _DEEPEST = 255, 32  # bytes of a part of a name, parts
+_ODD = re.compile(r"[\x00-\x1f\x7f\\]")
 
 
 @dataclass(frozen=True)
@@ -96,10 +100,16 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def check_name(name: str) -> str:
-    """`name`, if it is a plain relative path. Raises MlcBuildError when it is absolute, empty or climbs out."""
-    pure = PurePosixPath(name)
-    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or str(pure) != name:
+    """`name`, if it is a plain relative path that every file system can hold. Raises MlcBuildError when it is absolute,
+    empty, climbs out, is no text, or is longer than names can be."""
+    parts = name.split("/")
+    try:
+        plain = max(map(len, name.encode().split(b"/"))) <= _LONGEST and len(parts) <= _DEEPEST
+    except UnicodeEncodeError:
+        plain = False
+    if not plain or not {"", ".", ".."}.isdisjoint(parts) or _ODD.search(name):
         raise MlcBuildError(
-            f"{name!r}: not a plain relative file name (absolute, `..`, `\\` and empty parts are refused)"
+            f"{name[:100]!r}: not a plain relative file name (absolute, `..`, `\\`, control characters, empty parts, "
+            f"and what is not UTF-8, are refused, and more than {_LONGEST} bytes or {_DEEPEST} folders)"
         )
     return name

@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-from mlcbuild.cache.action import Action
+from mlcbuild.cache.action import Action, Damaged
 from mlcbuild.cache.disk import room_in
 from mlcbuild.cache.layout import lock_path
 from mlcbuild.cache.locks import locked
@@ -26,6 +26,9 @@ from mlcbuild.reporting.events import Report, StepFinished, StepNote, StepStarte
 if TYPE_CHECKING:
     from mlcbuild.engine.cluster import Cluster
     from mlcbuild.engine.shared import SharedCache
+
+_T = TypeVar("_T")
+_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,25 @@ class Builder:
         Raises StepFailed (StepBroke for a bug or a crash); the text is for the user.
         """
         *needed, _ = self.lookup.graph.closure([name])
-        for producer in needed:
-            self._bring(producer, False)
-        return self._bring(name, force)
+
+        def bring() -> Action:
+            for producer in needed:
+                self._bring(producer, False)
+            return self._bring(name, force)
+
+        return self.mending(name, bring)
+
+    def mending(self, name: str, work: Callable[[], _T]) -> _T:
+        """What `work` gives, done again where it meets content that is damaged: the store has forgotten that, so what
+        made it runs again. Raises StepFailed where this does not help."""
+        for _ in range(_TRIES):
+            try:
+                return work()
+            except Damaged as error:
+                said = str(error)
+                self.report(StepNote(name, f"{said}; what made it runs again"))
+                self.lookup.forget()
+        raise StepFailed(f"{name}: {said}. It was built again, and is damaged again: check the disk")
 
     def _bring(self, name: str, force: bool) -> Action:
         """The action of a step whose inputs are there: found, made by another process meanwhile, fetched, or run."""
@@ -63,7 +82,7 @@ class Builder:
         return action
 
     def request(self, name: str) -> Request:
-        """What is to be run for the step. Raises StepFailed where an input is not there."""
+        """What is to be run for the step. Raises StepFailed where an input is not there, Damaged where it changed."""
         step, ingredients = self.lookup.graph.steps[name], self.lookup.ingredients(name)
         if ingredients is None:
             raise StepFailed(f"{name}: an input vanished from the cache while it was needed: build again")
@@ -73,7 +92,11 @@ class Builder:
             if action is None:
                 raise StepFailed(f"{name}: {producer}: vanished from the cache while it was needed: build again")
             materials += action.tree.files.values()
-        return Request(name, step.module, step.entry, ingredients, tuple(materials))
+        request = Request(name, step.module, step.entry, ingredients, tuple(materials))
+        for entry in request.given:
+            if self.lookup.store.owns(entry.path):  # others were looked at for the key
+                self.lookup.store.check(entry)
+        return request
 
     def _built_meanwhile(self, name: str, key: str) -> Action | None:
         action = self.lookup.store.action(key)
@@ -118,7 +141,7 @@ class Builder:
     def _elsewhere(self, cluster: Cluster, request: Request, force: bool) -> Action:
         """The action, made by a worker and fetched from the shared cache."""
         say = self._saying(request.name)
-        cluster.run(request, self.lookup.graph, force, say)
+        cluster.run(request, self.lookup.graph, self.lookup.store, force, say)
         action = self.shared.fetch(request.ingredients, self.lookup.store, say) if self.shared is not None else None
         if action is None:
             raise StepFailed("a worker has built it, but the shared cache does not give it to this machine")

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from mlcbuild.cache.store import Store
 from mlcbuild.cache.tree import Entry
 from mlcbuild.engine.graph import Graph
 from mlcbuild.engine.job import Request
@@ -69,9 +70,9 @@ class Cluster:
                 'Start a worker that has it: dask worker ADDRESS --resources "nvcc=1 memory=64e9"'
             )
 
-    def run(self, request: Request, graph: Graph, force: bool, say: Callable[[str], None]) -> None:
+    def run(self, request: Request, graph: Graph, store: Store, force: bool, say: Callable[[str], None]) -> None:
         """Run the step on a worker; its result is then in the shared cache. Raises StepFailed, StepBroke."""
-        self._send(request.given, say)
+        self._send(request.given, store, say)
         answer = self._result(request, graph, force)
         if "failed" in answer:
             log = f"\nThe last lines of its log, on {answer['worker']}:\n{answer['log']}" if answer["log"] else ""
@@ -109,11 +110,11 @@ class Cluster:
             raise StepBroke(f"the cluster could not run it: {type(error).__name__}: {error}") from None
         return answer
 
-    def _send(self, entries: Iterable[Entry], say: Callable[[str], None]) -> None:
+    def _send(self, entries: Iterable[Entry], store: Store, say: Callable[[str], None]) -> None:
         """Put content into the shared cache that workers may not have; what this build has put there, once."""
         with self._lock:
             wanted = {entry.digest: entry for entry in entries if entry.digest not in self._sent}
-            if wanted and not self._shared.send(wanted.values(), say):
+            if wanted and not self._shared.send(wanted.values(), store, say):
                 raise StepFailed("its inputs could not be put into the shared cache, so no worker can have them")
             self._sent |= wanted.keys()
 

@@ -27,14 +27,15 @@ class Lookup:
 
     def find(self, name: str) -> Action | None:
         """The action of the step called `name`, if everything up to it is up to date."""
-        if name not in self._found:
+        found = self._found.get(name)  # another thread may forget everything meanwhile
+        if found is None:
             ingredients = self.ingredients(name)
-            action = self.store.action(ingredients.key) if ingredients else None
-            if action is None:
+            found = self.store.action(ingredients.key) if ingredients else None
+            if found is None:
                 return None
-            self._found[name] = action
-            self.store.count_hit(action)
-        return self._found[name]
+            self._found[name] = found
+            self.store.count_hit(found)
+        return found
 
     def ingredients(self, name: str) -> Ingredients | None:
         """What the step's result depends on; None while an input has yet to be built.

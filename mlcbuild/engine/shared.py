@@ -76,13 +76,14 @@ class SharedCache:
 
     def put(self, action: Action, store: Store, say: Say) -> bool:
         """`give`, also of what lies outside the store."""
-        return self._send(action.tree.files.values(), {action.key: action.to_json()}, say)
+        return self._send(action.tree.files.values(), {action.key: action.to_json()}, store, say)
 
-    def send(self, entries: Iterable[Entry], say: Say) -> bool:
+    def send(self, entries: Iterable[Entry], store: Store, say: Say) -> bool:
         """Put blobs there without an entry; whether they are there now."""
-        return self._send(entries, {}, say)
+        return self._send(entries, {}, store, say)
 
-    def _send(self, entries: Iterable[Entry], records: Mapping[str, bytes], say: Say) -> bool:
+    def _send(self, entries: Iterable[Entry], records: Mapping[str, bytes], store: Store, say: Say) -> bool:
+        """Every byte that leaves is hashed before; `store` forgets what is damaged."""
         if not self._writing:
             return False
         unique = {entry.digest: entry for entry in entries}
@@ -90,6 +91,7 @@ class SharedCache:
             with ThreadPoolExecutor(_AT_ONCE) as pool:
                 there = pool.map(self._is_there, unique.values())
                 missing = [entry for entry, is_there in zip(unique.values(), there, strict=True) if not is_there]
+                store.prove(missing)
                 if self.remote.commits:
                     self.remote.commit({entry.digest: entry.path for entry in missing}, records)
                     return True
@@ -98,6 +100,9 @@ class SharedCache:
                     pass
             for key, content in records.items():
                 self.remote.put_entry(key, content)
+        except Damaged as error:
+            say(f"{error}; not put into the shared cache: the next build makes it again")
+            return False
         except Exception as error:
             self._stop(error, "write", say)
             return False
@@ -154,7 +159,7 @@ class SharedCache:
         if found is None:
             file = folder / entry.digest
             try:
-                self.remote.download(entry.digest, file, meter)
+                self.remote.download(entry.digest, entry.size, file, meter)
                 found = store.ingest(file, expected=entry.digest).path
             except (Damaged, FileNotFoundError) as error:
                 raise Damaged(f"blob {entry.digest[:16]}: {error}") from None

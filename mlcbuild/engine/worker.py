@@ -6,6 +6,7 @@ make something else under the same key.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import tempfile
@@ -14,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mlcbuild.cache.action import Damaged
 from mlcbuild.cache.disk import room_in
 from mlcbuild.cache.files import entry_of
 from mlcbuild.cache.layout import lock_path
@@ -73,8 +75,11 @@ def _check_same(request: Request, store: Store) -> None:
 def _here(entry: Entry, store: Store, shared: SharedCache) -> Entry:
     """The content, in this machine's store, at its place if that is reached from here, or fetched."""
     found = store.find(entry.digest, entry.size)
-    if found is not None:
-        return Entry(entry.digest, entry.size, entry.mode, found)
+    with contextlib.suppress(Damaged):
+        if found is not None:
+            here = Entry(entry.digest, entry.size, entry.mode, found)
+            store.check(here)
+            return here
     try:
         if entry.path.stat().st_size == entry.size and entry_of(entry.path, store.index).digest == entry.digest:
             return entry

@@ -6,12 +6,14 @@ off goes on where it was; files appear with the commit, all at once.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlcbuild.cache.files import hash_file
 from mlcbuild.cache.hub_commit import commit
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.redact import redact
@@ -47,20 +49,23 @@ def changes(
 ) -> Changes:
     """What differs between `files` and the repository. Files there that `owns` names and that are none of these go.
 
-    `known` are sha256 of files, so that large ones need not be read.
+    `known` are sha256 of files, so that large ones that are there need not be read. What is sent has them.
 
     Raises MlcBuildError when the hub does not answer, or refuses.
     """
     from huggingface_hub import CommitOperationAdd
 
     head, there = _listing(repository)
-    wanted = {name: CommitOperationAdd(name, content) for name, content in files.items()}
-    same = {name for name in wanted.keys() & there.keys() if _is_same(wanted[name], there[name], known.get(name))}
+    same = {name for name in files.keys() & there.keys() if _is_same(files[name], there[name], known.get(name))}
+    wanted = {name: CommitOperationAdd(name, content) for name, content in files.items() if name not in same}
+    for name, each in wanted.items():  # its sha256 is of bytes that were read just now
+        if known.get(name, each.upload_info.sha256.hex()) != each.upload_info.sha256.hex():
+            raise MlcBuildError(f"{each.path_or_fileobj!s}: changed while it was published: run it again")
     return Changes(
         repository,
         head,
         new={name: each for name, each in wanted.items() if name not in there},
-        changed={name: each for name, each in wanted.items() if name in there and name not in same},
+        changed={name: each for name, each in wanted.items() if name in there},
         deleted=tuple(sorted(name for name in there if name not in files and owns(name))),
         same=len(same),
     )
@@ -100,15 +105,18 @@ def _listing(repository: str) -> tuple[str | None, dict[str, Any]]:
     return info.sha, {each.rfilename: each for each in info.siblings or ()}
 
 
-def _is_same(wanted: CommitOperationAdd, there: Any, sha256: str | None) -> bool:
+def _is_same(wanted: Content, there: Any, sha256: str | None) -> bool:
     from huggingface_hub.utils.sha import git_hash
 
-    if there.size is not None and there.size != wanted.upload_info.size:
+    if there.size is not None and there.size != (len(wanted) if isinstance(wanted, bytes) else wanted.stat().st_size):
         return False
     if there.lfs is not None:
-        return bool((sha256 or wanted.upload_info.sha256.hex()) == there.lfs.sha256)
-    with wanted.as_file() as file:
-        return bool(git_hash(file.read()) == there.blob_id)
+        return bool((sha256 or _sha256(wanted)) == there.lfs.sha256)
+    return bool(git_hash(wanted if isinstance(wanted, bytes) else wanted.read_bytes()) == there.blob_id)
+
+
+def _sha256(content: Content) -> str:
+    return hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else hash_file(content)
 
 
 @contextmanager

@@ -101,8 +101,7 @@ def read_package(folder: Path) -> Package:
     )
 
 
-def installed(dist: Path, weights: str = "") -> list[Package]:
-    """All packages in dist/, by recipe; with `weights`, those with a folder of weights of that name."""
-    pattern = f"*/{weights}" if weights else "*/manifest.json"
-    folders = sorted(path.parent for path in dist.glob(pattern) if not path.parent.name.startswith("."))
+def installed(dist: Path) -> list[Package]:
+    """All packages in dist/, by recipe."""
+    folders = sorted(path.parent for path in dist.glob("*/manifest.json") if not path.parent.name.startswith("."))
     return [read_package(folder) for folder in folders]

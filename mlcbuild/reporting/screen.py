@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.live import Live
 
+_INSTALL = "build:"  # packages are put into dist/ without a start being told
 _PROGRESS_EVERY = 10.0  # seconds: a log needs signs of life, not a film
 _STYLES = {"ok": "green", "--": "dim", "!!": "bold red", "??": "yellow"}
 _SHOWN_AS_BARS = events.StepStarted | events.StepProgress | events.StepNote | events.StepWaiting
@@ -105,8 +106,8 @@ def update(board: _Board, event: Event) -> None:
             board.steps[step] = _Running(time.monotonic())
         case events.StepWaiting(step):
             board.steps[step] = _Running(time.monotonic(), note="another process is building it")
-        case events.StepProgress(step, done, total, unit) if step in board.steps:
-            running = board.steps[step]
+        case events.StepProgress(step, done, total, unit) if step in board.steps or step.startswith(_INSTALL):
+            running = board.steps.setdefault(step, _Running(time.monotonic()))
             running.done, running.total, running.unit = done, total, unit
         case events.StepNote(step, text) if step in board.steps:
             board.steps[step].note = text
@@ -114,8 +115,9 @@ def update(board: _Board, event: Event) -> None:
             board.steps.pop(step, None)
             board.built += outcome == "built"
             board.hits += outcome == "hit"
-        case events.PackageInstalled(_, _, "hit"):
-            board.hits += 1
+        case events.PackageInstalled(recipe, _, outcome):
+            board.steps.pop(f"{_INSTALL}{recipe}", None)
+            board.hits += outcome == "hit"
         case events.RunFinished():
             board.steps.clear()
             board.ended = True
@@ -140,7 +142,7 @@ def plain(stream: TextIO) -> Report:
             shown[event.step] = time.monotonic()
         if isinstance(event, events.StepProgress):
             now = time.monotonic()
-            if now - shown.get(event.step, now) < _PROGRESS_EVERY:
+            if now - shown.setdefault(event.step, now) < _PROGRESS_EVERY:
                 return
             shown[event.step] = now
         text = line(event)

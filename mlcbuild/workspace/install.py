@@ -9,11 +9,13 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from mlcbuild.cache.action import Damaged
 from mlcbuild.cache.disk import room_in
-from mlcbuild.cache.files import hash_file
+from mlcbuild.cache.files import AT_ONCE, Progress, counting, hash_file, nobody
 from mlcbuild.cache.materialise import BLOB_MODE, BLOB_TIME, materialise
 from mlcbuild.cache.store import Store, total_size
 from mlcbuild.cache.tree import Entry
@@ -31,25 +33,58 @@ def is_installed(dist: Path, name: str, files: Mapping[str, Entry], manifest: by
     """
     folder = dist / name
     try:
-        if (folder / MANIFEST).read_bytes() != manifest or staging(dist, name).exists():
-            return False
-        if _names(folder) - set(BESIDE) != {MANIFEST, *files}:
-            return False
-        return all(_is_whole(folder / file, entry) for file, entry in files.items())
+        return _has_names(dist, name, files, manifest) and all(
+            _is_whole(folder / file, entry) for file, entry in files.items()
+        )
     except OSError:
         return False
 
 
-def install(dist: Path, name: str, files: Mapping[str, Entry], manifest: bytes, store: Store) -> None:
+def damages(
+    dist: Path, name: str, files: Mapping[str, Entry], manifest: bytes, progress: Progress = nobody
+) -> list[str]:
+    """What of dist/<name> is not these files and this manifest, a line each: every byte is read.
+
+    Raises OSError for a file that cannot be read.
+    """
+    folder = dist / name
+    if not (folder / MANIFEST).is_file() or not _has_names(dist, name, files, manifest):
+        return [f"{folder}: its manifest or its names are not what was built"]
+    told = counting(progress, files.values())
+
+    def look(item: tuple[str, Entry]) -> str | None:
+        path, entry = folder / item[0], item[1]
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return f"{path}: is no plain file"
+        digest = hash_file(path, told)
+        return None if digest == entry.digest else f"{path}: its sha256 is {digest[:16]}…, not {entry.digest[:16]}…"
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return [*filter(None, pool.map(look, files.items()))]
+
+
+def install(
+    dist: Path,
+    name: str,
+    files: Mapping[str, Entry],
+    manifest: bytes,
+    store: Store,
+    progress: Progress = nobody,
+) -> None:
     """Make dist/<name> hold these files and this manifest, at once: a reader sees the old package or the new one.
 
-    Raises MlcBuildError when the disk is full or a blob turns out to be damaged.
+    Every byte is hashed on its way. Raises Damaged when a blob turns out not to be what its name says; it is gone from
+    the store then. Raises MlcBuildError when the disk is full.
     """
     with room_in(dist, total_size(files.values())), _locked(dist):
         new = staging(dist, name)
         remove_tree(new)  # left by a process that was killed: whoever lives would hold the lock
-        for file, entry in files.items():
-            materialise(entry, new / file, link=store.owns(entry.path))
+        told = counting(progress, files.values())
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            made = [pool.submit(_put, store, entry, new / file, told) for file, entry in files.items()]
+        if wrong := [text for each in made if (text := each.result())]:
+            remove_tree(new)
+            raise Damaged("\n".join(dict.fromkeys(wrong)))
         (new / MANIFEST).write_bytes(manifest)
         (new / MANIFEST).chmod(BLOB_MODE)
         os.utime(new / MANIFEST, (BLOB_TIME, BLOB_TIME))
@@ -78,6 +113,20 @@ def remove_tree(folder: Path) -> None:
 def staging(dist: Path, name: str) -> Path:
     """Where the package is put together. It is only there while somebody does that, or was killed at it."""
     return dist / f".new-{name}"
+
+
+def _put(store: Store, entry: Entry, place: Path, told: Callable[[int], None]) -> str | None:
+    """Make the file; what is wrong with its content in the store, where that is so."""
+    try:
+        materialise(entry, place, link=store.owns(entry.path), read=told)
+    except (Damaged, FileNotFoundError):
+        place.unlink(missing_ok=True)  # if it is a link, it is the same file
+        try:
+            store.prove([entry])
+        except Damaged as error:
+            return str(error)
+        return f"{place}: was written, and reads back as something else: check the disk"
+    return None
 
 
 @contextlib.contextmanager
@@ -111,6 +160,14 @@ def _exchange(one: Path, other: Path) -> bool:
         return False
     code: int = renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
     return code == 0
+
+
+def _has_names(dist: Path, name: str, files: Mapping[str, Entry], manifest: bytes) -> bool:
+    """Whether dist/<name> has this manifest and files of these names, and nobody was killed at putting it there."""
+    folder = dist / name
+    if (folder / MANIFEST).read_bytes() != manifest or staging(dist, name).exists():
+        return False
+    return _names(folder) - set(BESIDE) == {MANIFEST, *files}
 
 
 def _names(folder: Path) -> set[str]:

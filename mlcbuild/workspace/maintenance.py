@@ -70,6 +70,8 @@ def push(session: Session) -> tuple[int, int, list[str]]:
     steps = session.graph.closure(name for goal in session.graph.goals.values() for name in goal.steps.values())
     for name in steps:
         action = session.lookup.find(name)
+        if action is None and problems:
+            continue  # it has content that was found damaged, or comes of what has
         if action is None:
             raise MlcBuildError(f"{name} is not built: doit build, then push")
         if shared is None or not shared.usable:

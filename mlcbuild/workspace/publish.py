@@ -29,6 +29,7 @@ from mlcbuild.redact import redact
 from mlcbuild.reporting.events import StepFinished, StepNote, StepStarted
 from mlcbuild.text import amount
 from mlcbuild.workspace.install import BESIDE
+from mlcbuild.workspace.manifest import NAME as MANIFEST
 from mlcbuild.workspace.session import Session
 
 assert {PUBLISHED, STATEMENT, MATERIALS} == set(BESIDE)
@@ -67,6 +68,7 @@ class Publisher:
 
     def _publish(self, recipe: str) -> int:
         """Bytes that were uploaded."""
+        self.session.prove(recipe, f"publish:{recipe}")  # nothing leaves by its size and date alone
         package = read_package(self.session.dist / recipe)
         if not package.passed:
             raise StepFailed(
@@ -102,6 +104,14 @@ class Publisher:
             write_atomically(path, content.decode())
         if found:
             self._bring("lists", self.libraries, dict(found), {})
+
+    @cached_property
+    def _by_weights(self) -> dict[str, set[str]]:
+        """Packages in dist/ by the name of their folder of weights, seen once: each recipe asks for its own."""
+        found: dict[str, set[str]] = {}
+        for config in self.session.dist.glob("[!.]*/*/mlc-chat-config.json"):
+            found.setdefault(config.parent.name, set()).add(config.parent.parent.name)
+        return found
 
     @property
     def libraries(self) -> str:
@@ -145,12 +155,16 @@ class Publisher:
         self, package: Package, origin: Origin, documents: Mapping[str, bytes], where: Mapping[str, str]
     ) -> dict[str, hub.Content]:
         """What the repository of weights holds: the folder as it is, the card, licences, and where it all came from."""
-        others = installed(self.session.dist, where["name"])
+        with self._lock:
+            names = self._by_weights.setdefault(where["name"], set())
+            names.add(package.recipe)
+            folders = [self.session.dist / name for name in sorted(names)]
+        others = [read_package(folder) for folder in folders if (folder / MANIFEST).is_file()]
         same = [each for each in others if each.weights_tree == package.weights_tree and each.passed]
         libraries = {each.recipe: each.published["library_url"] for each in same if each.published}
         libraries = {name: url for name, url in {**libraries, package.recipe: where["library_url"]}.items() if url}
         files: dict[str, hub.Content] = {**origin.files}
-        files |= {path.name: path for path in sorted(package.weights.iterdir())}
+        files |= {path.name: path for path in sorted(package.weights.iterdir())}  # proven to be those of the manifest
         files["README.md"] = card(where["weights"], same, origin, libraries).encode()
         beside = {"manifest.json": (package.folder / "manifest.json").read_bytes(), **documents}
         return files | {f"provenance/{package.recipe}/{name}": content for name, content in beside.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from mlcbuild.cache.action import Action
 from mlcbuild.cache.disk import room_in
+from mlcbuild.cache.files import Progress
 from mlcbuild.cache.layout import RECIPES_MEMO
 from mlcbuild.cache.locks import sweep_dead
 from mlcbuild.cache.pins import hold_package
@@ -24,9 +26,9 @@ from mlcbuild.recipes.changed import changed_since
 from mlcbuild.recipes.load import load
 from mlcbuild.recipes.select import Selection, cells, manual
 from mlcbuild.recipes.types import Catalog
-from mlcbuild.reporting.events import PackageInstalled, RecipeUnavailable, Report
+from mlcbuild.reporting.events import PackageInstalled, RecipeUnavailable, Report, StepNote, StepProgress
 from mlcbuild.workspace.hub_locks import lock_missing, locker
-from mlcbuild.workspace.install import install, is_installed
+from mlcbuild.workspace.install import damages, install, is_installed
 from mlcbuild.workspace.manifest import manifest
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from mlcbuild.engine.shared import SharedCache
 
 QUALITY = "quality.json"
+_PROGRESS_EVERY = 0.5  # seconds
 
 
 @dataclass(frozen=True)
@@ -80,18 +83,38 @@ class Session:
         return package is not None and is_installed(self.dist, recipe, *package)
 
     def install(self, recipe: str, force: bool = False) -> None:
-        """Bring the recipe's steps up to date and install the package. Raises MlcBuildError."""
-        goal = self.graph.goals[recipe]
+        """Bring the recipe's steps up to date and install the package, from bytes that are hashed on their way.
+
+        What turns out to be damaged in the cache is built again. Raises MlcBuildError.
+        """
+        self.builder.mending(f"build:{recipe}", lambda: self._install(recipe, force))
+        hold_package(self.store, self.dist / recipe, self.keys(recipe) or ())
+
+    def prove(self, recipe: str, step: str) -> None:
+        """Read every byte of the package in dist/, and put it there anew where one is not what was built.
+
+        `step` is what the progress of this and the notes are reported of. Raises MlcBuildError.
+        """
+        report = self.builder.report
+        package = self._package(self.graph.goals[recipe])
+        wrong = ["it is not built"]
+        if package is not None:
+            with room_in(self.dist):
+                wrong = damages(self.dist, recipe, *package, _progress(report, step))
+        if wrong:
+            report(StepNote(step, "; ".join(wrong[:3]) + ": installed again from the cache"))
+            self.install(recipe, force=True)
+
+    def _install(self, recipe: str, force: bool) -> None:
+        goal, report = self.graph.goals[recipe], self.builder.report
         self.builder.build(goal.steps["verify"])
         package = self._package(goal)
         if package is None:
             raise StepFailed(f"build:{recipe}: a step's files vanished from the cache: build again")
-        installed = is_installed(self.dist, recipe, *package)
-        if force or not installed:
-            install(self.dist, recipe, *package, self.store)
+        if force or not is_installed(self.dist, recipe, *package):
+            install(self.dist, recipe, *package, self.store, _progress(report, f"build:{recipe}"))
             size = total_size(package[0].values())
-            self.builder.report(PackageInstalled(recipe, f"dist/{recipe}", "installed", size))
-        hold_package(self.store, self.dist / recipe, self.keys(recipe) or ())
+            report(PackageInstalled(recipe, f"dist/{recipe}", "installed", size))
 
     def needed(self, recipe: str) -> list[str]:
         """The recipe's steps and everything that they need, in running order."""
@@ -119,6 +142,19 @@ class Session:
         files = {**actions["package"].tree.files, QUALITY: quality.files[QUALITY]}
         device = self.graph.steps[goal.steps["library"]].fields["device"]
         return files, manifest(goal, actions, files, quality.read_json(QUALITY), device)
+
+
+def _progress(report: Report, step: str) -> Progress:
+    """A progress that is reported of `step`, where a person has to wait for it."""
+    shown = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal shown
+        if time.monotonic() - shown > _PROGRESS_EVERY:
+            shown = time.monotonic()
+            report(StepProgress(step, done, total, "bytes"))
+
+    return progress
 
 
 def open_store(root: Path, cache: Path | None = None) -> Store:

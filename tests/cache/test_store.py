@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mlcbuild.cache.action import Action
+from mlcbuild.cache.action import Action, Damaged
 from mlcbuild.cache.files import entry_of
+from mlcbuild.cache.materialise import BLOB_TIME
 from mlcbuild.cache.store import Store
-from mlcbuild.cache.tree import Entry, Tree
+from mlcbuild.cache.tree import Entry, Tree, digest_json
 from mlcbuild.errors import MlcBuildError
+from tests.cache.test_materialise import damage
 
 
 @pytest.fixture
@@ -71,6 +75,94 @@ def test_a_blob_that_was_only_touched_is_believed_again(store: Store) -> None:
     os.utime(action.tree.path("file"))
     assert store.action(action.key) == action
     assert store.action(action.key) == action
+
+
+def test_who_is_wrong_about_a_size_takes_no_blob_away(store: Store) -> None:
+    """FAULTS.md D: an entry of a shared cache with another size."""
+    entry = ingested(store)
+    assert store.find(entry.digest, entry.size + 1) is None
+    assert store.find(entry.digest, -1) is None
+    assert store.find(entry.digest, entry.size) == entry.path
+    entry.path.chmod(0o644)
+    with entry.path.open("ab") as file:
+        file.write(b"more")
+    assert store.find(entry.digest, entry.size + 4) is None
+    assert not entry.path.exists()
+
+
+def test_what_is_proven_is_read_and_what_is_damaged_is_forgotten(store: Store, tmp_path: Path) -> None:
+    """FAULTS.md A2. Nothing is to be seen from outside: neither of blobs, nor of a file that was borrowed."""
+    whole, damaged, small = ingested(store, b"whole"), ingested(store, b"damaged by somebody"), ingested(store, b"1")
+    borrowed = Entry(whole.digest, whole.size, whole.mode, tmp_path / "mine")
+    borrowed.path.write_bytes(b"whole")
+    read: list[int] = []
+    store.prove([whole, damaged, whole, small], read.append)
+    assert sum(read) == whole.size + damaged.size + small.size, "each once"
+    damage(damaged.path)
+    small.path.unlink()
+    with pytest.raises(Damaged) as error:
+        store.prove([whole, damaged, small])
+    told = [rf"{damaged.path}: damaged: its sha256 is [0-9a-f]{{16}}…, not {damaged.digest[:16]}…: removed"]
+    assert re.fullmatch("\n".join([*told, f"{small.path}: it is gone"]), str(error.value))
+    assert store.find(damaged.digest, damaged.size) is None
+    with pytest.raises(Damaged, match="mine: damaged"):
+        store.prove([Entry(damaged.digest, 5, 0o644, borrowed.path)])
+    assert borrowed.path.exists(), "what is not the store's own is forgotten, not removed"
+
+
+def test_what_a_step_is_given_is_hashed_where_its_stat_has_changed(store: Store) -> None:
+    """Its date may be as before: the change time is not. FAULTS.md A2."""
+    entry = ingested(store, b"content of a blob")
+    store.check(entry)
+    (store.root / "link").hardlink_to(entry.path)
+    store.check(entry)
+    damage(store.root / "link")
+    with pytest.raises(Damaged, match=f"{entry.path}: damaged: .*: removed"):
+        store.check(entry)
+    with pytest.raises(Damaged, match="it is gone"):
+        store.check(entry)
+    assert (store.root / "link").stat().st_mtime != BLOB_TIME, "not believed any more where it is linked to"
+
+
+_GOOD = {"a/b": ["ab" * 32, 1, 0o644]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"files": {"a": ["ab" * 32, size, 0o644]}} for size in (10**18, -1, True, 1.0, "1", None)),
+        *({"files": {"a": ["ab" * 32, 1, mode]}} for mode in (0o4755, 0, True, 420.0)),
+        *({"files": {"a": file}} for file in ([], "abc", ["ab" * 32, 1], ["AB" * 32, 1, 0o644], None)),
+        *({"files": {name: ["ab" * 32, 1, 0o644]}} for name in ("../a", "/a", "a//b", "a/.", "a\\b", "a\nb", "\ud800")),
+        *({"files": {name: ["ab" * 32, 1, 0o644]}} for name in ("n" * 300, "é" * 128, "d/" * 40 + "f", "")),
+        {"files": {**_GOOD, "a": ["ab" * 32, 1, 0o644]}},  # a file, and a folder of that name
+        {"files": {f"{number}": ["ab" * 32, 1, 0o644] for number in range(50_001)}},
+        {"files": {}},
+        {"extra": 1},
+        {"seconds": True},
+        {"seconds": -1},
+        {"seconds": float("nan")},
+        {"name": "n" * 1001},
+        {"inputs": {"in": 1}},
+        {"toolchain": []},
+    ],
+)
+def test_no_entry_is_believed_that_cannot_be(change: dict[str, Any]) -> None:
+    """FAULTS.md D: one check, for entries from here and from a shared cache."""
+    record = {"step": "toy", "name": "toy:x", "code": "", "fields": {}, "inputs": {}, "toolchain": {}, "seconds": 1}
+    good = {**record, "files": _GOOD, "tree": digest_json(_GOOD)}
+    assert Action.from_json("ab" * 32, json.dumps(good).encode()).tree.files["a/b"].size == 1
+    bad = {**good, **change}
+    bad["tree"] = digest_json(bad["files"])
+    with pytest.raises(Damaged, match=r"^its entry (has|cannot be read)") as error:
+        Action.from_json("ab" * 32, json.dumps(bad).encode())
+    assert len(str(error.value)) < 200
+
+
+def test_an_entry_without_end_or_bottom_is_damaged() -> None:
+    for text in (b"[" * 100_000, b" " * (16 << 20) + b"{}", b"1" * 10_000, b"\xff"):
+        with pytest.raises(Damaged, match="its entry cannot be read"):
+            Action.from_json("ab" * 32, text)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"files": {"../x": ["a", 1, 420]}}', "\xff"])

@@ -13,6 +13,7 @@ import pytest
 
 from mlcbuild.publishing.origin import front_matter
 from mlcbuild.workspace.install import BESIDE
+from tests.cache.test_materialise import damage
 from tests.checkpoints.hub_server import Fault, serving
 from tests.checkpoints.hub_writes import WritableHub
 from tests.end_to_end.workspace import Workspace, digests, make_workspace, write_checkpoint
@@ -207,3 +208,27 @@ def test_provenance_is_what_other_tools_read_and_the_same_every_time(workspace: 
     shutil.rmtree(folder)
     publish(workspace, hub, "recipe=tiny-cpu")
     assert digests(folder) == before
+
+
+def test_what_was_damaged_is_not_published(workspace: Workspace, hub: WritableHub) -> None:
+    """Eight bytes of dist/ changed and the date set back, in the cache as well: good bytes leave. FAULTS.md A2."""
+    folder = workspace.root / "dist/tiny-cpu"
+    (shard,) = folder.glob("*/params_shard_0.bin")
+    good = shard.read_bytes()
+    digest = sha256(good)
+    (blob,) = workspace.root.parent.glob(f"cache/cas/*/{digest}")
+    damage(shard)
+    if not blob.samefile(shard):
+        damage(blob)
+    publish(workspace, hub, "recipe=tiny-portable", "upload=1")
+    weights = json.loads((folder.parent / "tiny-portable/published.json").read_bytes())["weights"]
+    assert hub.repos[weights]["params_shard_0.bin"] == good, "the sound package of the same weights"
+    said = publish(workspace, hub, "recipe=tiny-cpu", "upload=1").stdout
+    assert f"{shard}: its sha256 is " in said and ": installed again from the cache" in said
+    assert f"{blob}: damaged: its sha256 is " in said and "ok quantize:" in said
+    assert shard.read_bytes() == blob.read_bytes() == good
+    assert hub.repos[weights]["params_shard_0.bin"] == good
+    (folder / "manifest.json").chmod(0o644)
+    (folder / "manifest.json").write_text((folder / "manifest.json").read_text().replace(digest, "0" * 64))
+    publish(workspace, hub, "recipe=tiny-cpu", "upload=1")
+    assert digest in hub.repos[weights]["provenance/tiny-cpu/manifest.json"].decode()

@@ -12,17 +12,33 @@ SECRET = "hf_planted"
 
 
 @pytest.mark.parametrize(
-    "name", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MY_API_KEY", "DB_PASSWORD", "PGPASSWD", "CREDENTIALS", "PROXY_AUTH"]
+    "name",
+    [
+        *("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MY_API_KEY", "DB_PASSWORD", "PGPASSWD", "CREDENTIALS", "PROXY_AUTH"),
+        *("AZURE_STORAGE_CONNECTION_STRING", "MYSQL_PWD", "SMTP_PASS", "BLOB_SAS", "DB_CONN_STR", "SSH_PASSPHRASE"),
+    ],
 )
 def test_values_of_variables_that_are_called_secrets(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, SECRET)
     assert redact(f"401 for {SECRET}!") == "401 for [hidden]!"
 
 
+def test_the_keys_in_a_connection_string(monkeypatch: pytest.MonkeyPatch) -> None:
+    value = (
+        "DefaultEndpointsProtocol=https;AccountName=builders;AccountKey=cGxhbnRlZA==;EndpointSuffix=core.windows.net"
+    )
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", value)
+    assert redact(
+        f"({value}): cGxhbnRlZA== is refused at core.windows.net"
+    ) == "([hidden]): [hidden] is refused at " + ("core.windows.net")
+
+
 def test_an_author_and_a_short_value_are_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_AUTHOR_NAME", "Alice")
     monkeypatch.setenv("KEYMAP", "us")
-    assert redact("Alice, because") == "Alice, because"
+    monkeypatch.setenv("PWD", "/home/alice")
+    monkeypatch.setenv("OLDPWD", "/home/alice/old")
+    assert redact("Alice, because of /home/alice/old") == "Alice, because of /home/alice/old"
 
 
 def test_a_secret_within_a_secret_leaves_no_rest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -42,13 +43,49 @@ def full(folder: Path, needed: int | None = None) -> str:
 
 
 def make_folder(path: Path) -> None:
-    """Make the folder and its parents. Each new one takes the group and the group's rights of the one it is in."""
+    """Make the folder and its parents. Each new one takes the group and the group's rights of the one it is in.
+
+    It has them when it appears: made first and given rights then, it would be closed to the group for a moment, and for
+    ever if that moment is this process's last.
+    """
     if path.is_dir():
         return
     make_folder(path.parent)
-    with contextlib.suppress(FileExistsError):
-        path.mkdir()
-        share(path)
+    if not is_shared(path.parent):
+        path.mkdir(exist_ok=True)
+        return
+    new = path.with_name(f".{secrets.token_hex(8)}")
+    new.mkdir()
+    share(new)
+    try:
+        new.rename(path)  # onto an empty folder too, which is then as good as that one was
+    except OSError:
+        new.rmdir()
+        if not path.is_dir():
+            raise
+
+
+def make_file(path: Path) -> bool:
+    """Make an empty file in a group's folder, if there is none; it is the group's when it appears (`make_folder`).
+
+    False where the folder is no group's, or its file system has no links: nothing is made then.
+    """
+    if not is_shared(path.parent):
+        return False
+    if path.exists():
+        return True
+    new = path.with_name(f".{secrets.token_hex(8)}")
+    new.touch(exist_ok=False)
+    try:
+        share(new)
+        path.hardlink_to(new)  # unlike a rename, this replaces nothing
+    except FileExistsError:
+        pass
+    except OSError:
+        return False
+    finally:
+        new.unlink()
+    return True
 
 
 def share(path: Path) -> None:

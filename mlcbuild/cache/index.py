@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from mlcbuild.cache.disk import share
+from mlcbuild.cache.disk import make_file, share
 
 _T = TypeVar("_T")
 
@@ -102,6 +102,8 @@ class Index:
                 return None
 
     def _connect(self) -> sqlite3.Connection:
+        with contextlib.suppress(OSError):  # sqlite gives its journal the rights of this file
+            make_file(self._path)
         connection = sqlite3.connect(self._path, timeout=_PATIENCE, check_same_thread=False)
         connection.execute("pragma synchronous = off")  # a memo needs no durability
         connection.execute(_TABLE)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlcbuild.cache.disk import make_folder, share
+from mlcbuild.cache.disk import make_file, make_folder, share
 from mlcbuild.cache.layout import WORKPLACES, lock_path, run_marks, run_path
 
 
@@ -149,12 +149,19 @@ def running_since(root: Path) -> float | None:
 
 
 def _open(path: Path) -> int:
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except PermissionError:  # another user's; only some network file systems want a lock to be writable
-        return os.open(path, os.O_RDONLY)
+    while make_file(path):
+        with contextlib.suppress(FileNotFoundError):  # its holder has just removed it
+            return _open_there(path, 0)
+    descriptor = _open_there(path, os.O_CREAT)
     share(path)
     return descriptor
+
+
+def _open_there(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, os.O_RDWR | flags, 0o666)
+    except PermissionError:  # another user's; only some network file systems want a lock to be writable
+        return os.open(path, os.O_RDONLY)
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -40,6 +42,28 @@ def work(root: Path, number: int, *texts: str) -> str:
             store.index.add("toy", "built", 1)
         store.index.put("kind", "path", root.parent.stat(), "remembered")
         return f"{'built' if found is None else 'found'} {store.index.get('kind', 'path', root.parent.stat())}"
+
+
+def watched(root: Path, number: int, *texts: str) -> str:
+    """As `work`; before each of its system calls that Python tells of, everything that is there has its rights.
+
+    So whoever else looks meanwhile, or goes on where this process was killed, is never shut out.
+    """
+    shut: set[str] = set()
+
+    def look(event: str, arguments: tuple[Any, ...]) -> None:
+        if not event.startswith(("os.mkdir", "os.chmod", "os.chown", "os.rename", "os.link", "os.remove", "open")):
+            return
+        for folder, folders, names in os.walk(root):
+            folders[:] = [name for name in folders if not name.startswith(".") and Path(folder).name != "tmp"]
+            for name in (*folders, *(name for name in names if not name.startswith("."))):
+                status = Path(folder, name).lstat()
+                wanted = 0o2070 if stat.S_ISDIR(status.st_mode) else 0o060 if "cas" not in folder else 0o040
+                if status.st_mode & wanted != wanted or status.st_gid != GROUP:
+                    shut.add(f"{name}: {status.st_mode:o}")
+
+    sys.addaudithook(look)  # in this child only
+    return f"{work(root, number, *texts)} {sorted(shut)}"
 
 
 def clean(root: Path) -> str:
@@ -97,6 +121,14 @@ def test_users_of_a_group_share_what_they_build(shared: Path, umask: int) -> Non
     os.utime(entry, (0, 0))
     assert run(BOB, work, shared, 1, umask=umask) == "found remembered"
     assert entry.stat().st_mtime > 0  # another user's use of it counts
+
+
+def test_nothing_of_a_groups_is_closed_to_it_even_for_a_moment(shared: Path) -> None:
+    """FAULTS.md C: `cas/XX` was without the group's rights between being made and being given them."""
+    expected = "built remembered []"
+    assert run(ALICE, watched, shared, 1, "one", "both", umask=0o077) == expected
+    assert run(BOB, watched, shared, 2, "two", "both", umask=0o077) == expected
+    assert not list(shared.rglob(".*"))
 
 
 def test_one_user_collects_what_another_left(shared: Path) -> None:

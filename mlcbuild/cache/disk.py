@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import pwd
 import secrets
-import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,28 +18,72 @@ from pathlib import Path
 from mlcbuild.errors import MlcBuildError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_FEW = 100  # files, and blocks
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @contextlib.contextmanager
 def room_in(folder: Path, needed: int | None = None) -> Iterator[None]:
-    """Turns "no space left" inside the block into a MlcBuildError that names `folder` and what is needed and free."""
+    """Turns "no space left" inside the block into a MlcBuildError that names `folder` and what is needed and free.
+
+    Also what may not be written or read, where the error names the file: that one, whose it is, and what to do.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise MlcBuildError(full(folder, needed)) from None
+        if error.errno in _FULL:
+            raise MlcBuildError(full(folder, needed)) from None
+        if error.errno in _CLOSED and isinstance(error.filename, str | bytes):
+            raise MlcBuildError(closed(Path(os.fsdecode(error.filename)), error)) from None
+        raise
 
 
 def full(folder: Path, needed: int | None = None) -> str:
-    """The text for a disk (or quota) that `folder` lies on and that is full."""
+    """The text for a disk (or quota) that `folder` lies on and that is full: of bytes, or of files."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
+    disk = os.statvfs(folder)
+    free = disk.f_bavail * disk.f_frsize
+    # What could not be written has been tidied up by now, so a few are free again, of bytes as of files.
+    if disk.f_files and disk.f_favail < _FEW and free > max(needed or 0, _FEW * disk.f_frsize):
+        return (
+            f"{folder}: the disk can hold no more files: {disk.f_files - disk.f_favail:,} of its {disk.f_files:,} "
+            f"inodes are used, though {free:,} bytes are free. Remove files there (`mlcbuild gc` removes some of the "
+            "cache's), or put the cache elsewhere (cache=DIR); what is already built is kept"
+        )
     want = f"{needed:,} bytes are needed, " if needed is not None else ""
     return (
-        f"{folder}: the disk is full: {want}{shutil.disk_usage(folder).free:,} bytes are free. "
+        f"{folder}: the disk is full: {want}{free:,} bytes are free. "
         "Free some space, or put the cache elsewhere (cache=DIR); what is already built is kept"
     )
+
+
+def closed(path: Path, error: OSError) -> str:
+    """The text for a file or folder that this user may not write, or read."""
+    there = path
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    if error.errno == errno.EROFS:
+        return (
+            f"{path}: cannot be written: its file system is read-only. Put the cache elsewhere (cache=DIR), or the "
+            "workspace if it is its dist/"
+        )
+    try:
+        status = there.lstat()
+        whose = f"{there} belongs to {_user(status.st_uid)} and has mode {stat.S_IMODE(status.st_mode):o}"
+    except OSError:
+        whose = f"{there} cannot be looked at"
+    return (
+        f"{path}: {error.strerror}: {whose}; this is {_user(os.geteuid())}. Have it given to you (`chown -R`), or to a "
+        "group of yours (`chmod -R g+rwX`), or use another folder (cache=DIR for the cache)"
+    )
+
+
+def _user(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"user {number}"
 
 
 def make_folder(path: Path) -> None:

@@ -8,6 +8,7 @@ workspace that shares the cache is heard, and a removed package lets go by itsel
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlcbuild.cache.disk import room_in
 from mlcbuild.cache.layout import package_path, pin_path
 from mlcbuild.cache.store import Store
 from mlcbuild.cache.tree import canonical
@@ -36,13 +38,15 @@ class Hold:
 def pin(store: Store, workspace: Path, recipe: str, keys: Iterable[str]) -> None:
     """Keep these actions until `unpin`. A pin of this recipe that was there before is replaced."""
     record = {"recipe": recipe, "workspace": str(workspace), "keys": sorted(keys)}
-    store.write(_pin_path(store.root, workspace, recipe), canonical(record))
+    with room_in(store.root):
+        store.write(_pin_path(store.root, workspace, recipe), canonical(record))
 
 
 def unpin(store: Store, workspace: Path, recipe: str) -> None:
     """Let go. Raises MlcBuildError when the recipe is not pinned."""
     try:
-        _pin_path(store.root, workspace, recipe).unlink()
+        with room_in(store.root):
+            _pin_path(store.root, workspace, recipe).unlink()
     except FileNotFoundError:
         names = ", ".join(sorted(pinned(store.root, workspace))) or "nothing"
         raise MlcBuildError(f"{recipe} is not pinned; pinned here: {names}") from None
@@ -56,14 +60,21 @@ def pinned(root: Path, workspace: Path) -> dict[str, Hold]:
 
 
 def hold_package(store: Store, folder: Path, keys: Iterable[str]) -> None:
-    """Note that these actions are behind the package that is installed in `folder`."""
+    """Note that these actions are behind the package that is installed in `folder`.
+
+    A cache that may only be read is not told: who may write to it has the say of what it keeps.
+    """
     path = package_path(store.root, _short(folder))
     record = {"folder": str(folder), "manifest": _digest(folder / MANIFEST), "keys": sorted(keys)}
     content = canonical(record)
     with contextlib.suppress(OSError):
         if path.read_bytes() == content:
             return
-    store.write(path, content)
+    try:
+        store.write(path, content)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
 
 
 def holds(root: Path) -> list[Hold]:

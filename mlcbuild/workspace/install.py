@@ -96,7 +96,7 @@ def uninstall(dist: Path, name: str) -> bool:
     """Remove dist/<name>; whether it was there."""
     if not (dist / name).exists():
         return False
-    with _locked(dist):
+    with room_in(dist), _locked(dist):
         new = staging(dist, name)
         remove_tree(new)
         (dist / name).rename(new)  # no half-removed package under the real name

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from mlcbuild.cache.disk import room_in
 from mlcbuild.cache.layout import lock_path
 from mlcbuild.cache.locks import locked
 from mlcbuild.engine.graph import Step
@@ -60,7 +61,8 @@ class Publisher:
         step, started, report = f"publish:{recipe}", time.monotonic(), self.session.builder.report
         report(StepStarted(step, "publish"))
         try:
-            size = self._publish(recipe)
+            with room_in(self.session.dist):
+                size = self._publish(recipe)
         except MlcBuildError as error:
             report(StepFinished(step, "publish", "failed", time.monotonic() - started, 0, str(error)))
             raise StepFailed(f"{step}: {error}") from None

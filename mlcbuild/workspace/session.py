@@ -88,7 +88,8 @@ class Session:
         What turns out to be damaged in the cache is built again. Raises MlcBuildError.
         """
         self.builder.mending(f"build:{recipe}", lambda: self._install(recipe, force))
-        hold_package(self.store, self.dist / recipe, self.keys(recipe) or ())
+        with room_in(self.store.root):
+            hold_package(self.store, self.dist / recipe, self.keys(recipe) or ())
 
     def prove(self, recipe: str, step: str) -> None:
         """Read every byte of the package in dist/, and put it there anew where one is not what was built.
@@ -128,7 +129,8 @@ class Session:
     def forget(self, names: list[str]) -> list[str]:
         """Remove the action entries of these steps; the steps that had one."""
         actions = [(name, self.lookup.find(name)) for name in names]
-        return [name for name, action in actions if action is not None and self.store.forget(action.key)]
+        with room_in(self.store.root):
+            return [name for name, action in actions if action is not None and self.store.forget(action.key)]
 
     def _package(self, goal: Goal) -> tuple[Mapping[str, Entry], bytes] | None:
         """The files to install and the manifest's text; None while a step is not up to date."""
@@ -166,6 +168,8 @@ def open_store(root: Path, cache: Path | None = None) -> Store:
             sweep_dead(store.root)
     except OSError as error:
         raise MlcBuildError(f"{folder}: cannot be used as a cache: {error.strerror}") from None
+    except MlcBuildError as error:
+        raise MlcBuildError(f"{folder}: cannot be used as a cache: {error}") from None
     return store
 
 

@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 
 from mlcbuild.cache.action import Action
-from mlcbuild.cache.disk import made_for
+from mlcbuild.cache.disk import made_for, room_in
 from mlcbuild.cache.gc import collect, plan
 from mlcbuild.cache.inventory import inventory
 from mlcbuild.cache.locks import locked, sweep_dead, workplace
 from mlcbuild.cache.store import Store
-from mlcbuild.cache.tree import Tree
+from mlcbuild.cache.tree import Entry, Tree
+from mlcbuild.errors import MlcBuildError
+from mlcbuild.workspace.install import install
 
 GROUP = 61234
 ALICE, BOB = 61001, 61002
@@ -156,6 +158,34 @@ def test_one_user_replaces_what_another_tried(shared: Path) -> None:
 
     assert run(ALICE, make, "alice", umask=0o077) == "alice"
     assert run(BOB, make, "bob", umask=0o077) == "bob"
+
+
+def test_what_belongs_to_another_is_said(tmp_path: Path, shared: Path) -> None:
+    """FAULTS.md C: other users' cache/ and dist/."""
+    shared.chmod(0o755)
+    dist = tmp_path / "dist"
+    dist.mkdir()
+
+    def lock() -> str:
+        with room_in(shared), locked(shared / "locks" / "key"):
+            return "locked"
+
+    def put() -> str:
+        install(dist, "r", {"a/b": Entry("ab" * 32, 1, 0o644, tmp_path)}, b"{}", Store(shared))
+        return "installed"
+
+    def told(what: Callable[[], str]) -> str:
+        try:
+            return what()
+        except MlcBuildError as error:
+            return str(error)
+
+    said = run(BOB, told, lock)
+    whose = f"{shared} belongs to user {ALICE} and has mode 755; this is user {BOB}. Have it given to you (`chown -R`)"
+    assert said.startswith(f"{shared}/locks: Permission denied: {whose}"), said
+    assert "or use another folder (cache=DIR for the cache)" in said
+    said = run(BOB, told, put)
+    assert said.startswith(f"{dist}/.new-r: Permission denied: {dist} belongs to root and has mode 755; this is "), said
 
 
 def test_a_folder_of_ones_own_stays_so(tmp_path: Path, shared: Path) -> None:

@@ -12,7 +12,7 @@ import fcntl
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,7 @@ class Plan:
     after: int
     held: dict[str, int]  # reason (dist, pin, run) -> bytes of blobs that stay for it
     reached: bool
+    known: Mapping[str, Record]  # all entries that were read for it, by path: not to read them twice
 
 
 def plan(found: Inventory, limit: int, holds: Iterable[Hold], running_since: float | None, now: float) -> Plan:
@@ -90,7 +91,8 @@ def plan(found: Inventory, limit: int, holds: Iterable[Hold], running_since: flo
     for digest, reason in kept.items():
         if digest in found.blobs:
             held[reason] += found.blobs[digest].size
-    return Plan(now, tuple(records), tuple(going), found.size, size, dict(held), size <= limit)
+    known = {str(record.path): record for record in found.records}
+    return Plan(now, tuple(records), tuple(going), found.size, size, dict(held), size <= limit, known)
 
 
 def collect(root: Path, todo: Plan) -> int:
@@ -101,17 +103,17 @@ def collect(root: Path, todo: Plan) -> int:
             if record.path.stat().st_mtime == record.used:
                 record.path.unlink()
                 freed += record.size
-    needed = _needed(root)
+    needed = _needed(root, todo.known)
     for file in todo.files:
         with contextlib.suppress(OSError):
             if file.path.name.partition(".")[0] not in needed and file.path.stat().st_ctime == file.made:
                 file.path.unlink()
                 freed += file.size
-    emptied = {parent for file in todo.files for parent in file.path.parents}
-    tops = [root / name for name in layout.LOOSE]
-    for folder in sorted((each for each in emptied if {*each.parents} & {*tops}), reverse=True):
-        with contextlib.suppress(OSError):  # not empty
-            folder.rmdir()
+    for top in (root / name for name in layout.LOOSE):
+        emptied = {parent for file in todo.files if file.path.is_relative_to(top) for parent in file.path.parents}
+        for folder in sorted((each for each in emptied if top in each.parents), reverse=True):
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
     return freed
 
 
@@ -142,7 +144,15 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def _needed(root: Path) -> set[str]:
-    """Digests that entries refer to, those that came since the plan included."""
-    records = (read_record(path) for path in layout.action_files(root))
-    return {digest for record in records if record is not None for digest in record.blobs}
+def _needed(root: Path, known: Mapping[str, Record]) -> set[str]:
+    """Digests that entries refer to now. Those that came since the plan, or were written again, are read."""
+    needed: set[str] = set()
+    for path in layout.action_files(root):
+        record = known.get(str(path))
+        with contextlib.suppress(OSError):
+            status = path.stat()
+            if record is None or record.made != (status.st_ino, status.st_ctime_ns):
+                record = read_record(path)
+        if record is not None:
+            needed.update(record.blobs)
+    return needed

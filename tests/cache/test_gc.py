@@ -14,7 +14,7 @@ from mlcbuild.cache import gc
 from mlcbuild.cache.action import Action
 from mlcbuild.cache.files import entry_of
 from mlcbuild.cache.gc import Plan, collect, only_one, parse_size, plan
-from mlcbuild.cache.inventory import inventory, read_record, stats
+from mlcbuild.cache.inventory import Record, inventory, read_record, stats
 from mlcbuild.cache.locks import begin, running_since
 from mlcbuild.cache.pins import Hold, hold_package, holds, installed, pin, pinned, unpin
 from mlcbuild.cache.store import Store
@@ -168,7 +168,12 @@ def test_what_is_used_between_the_plan_and_the_deed_stays(four: Cache) -> None:
 def test_an_entry_is_read_once(four: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     """FAULTS.md E: only what came or was written again since the plan is read again."""
     read: list[str] = []
-    monkeypatch.setattr(gc, "read_record", lambda path: read.append(path.stem) or read_record(path))
+
+    def reading(path: Path) -> Record | None:
+        read.append(path.stem)
+        return read_record(path)
+
+    monkeypatch.setattr(gc, "read_record", reading)
     todo = four.plan(2.5 * BLOB)
     four.add("again", "b")
     collect(four.store.root, todo)

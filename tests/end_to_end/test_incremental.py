@@ -144,12 +144,19 @@ def test_debug_dump_writes_the_compiler_phases_and_changes_no_key(workspace: Wor
 
 @pytest.mark.skipif(os.name != "posix" or sys.platform != "linux", reason="hard links are checked on Linux")
 def test_weights_are_not_copied_into_dist(workspace: Workspace) -> None:
-    """A package of 40 GB must not need 80: its shards are the cache's own files (a reflink, or else a hard link)."""
+    """A package of 40 GB must not need 80: its shards are the cache's own files (a reflink, or else a hard link).
+
+    Root gets copies where there are no reflinks: a link would be a way into the cache (FAULTS.md A2). That others get
+    links is shown in tests/cache/test_materialise.py.
+    """
     workspace.doit("build")
     shard = workspace.root / "dist/tiny-cpu/tiny-q4f16_1-MLC/params_shard_0.bin"
     cached = workspace.cache / "cas"
     same = [p for p in cached.rglob("*") if p.is_file() and p.stat().st_size == shard.stat().st_size]
     assert same
+    if os.geteuid() == 0:
+        assert not any(shard.samefile(path) for path in same)
+        return
     if shard.stat().st_nlink == 1:
         pytest.skip("this file system has reflinks: nothing to see in the link count")
     assert any(shard.samefile(path) for path in same)

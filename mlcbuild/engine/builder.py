@@ -18,7 +18,7 @@ from mlcbuild.cache.tree import Entry
 from mlcbuild.engine.job import Request
 from mlcbuild.engine.lookup import Lookup
 from mlcbuild.engine.process import StepBroke
-from mlcbuild.engine.resources import Pool, needs
+from mlcbuild.engine.resources import Pool, memory_limit, needs
 from mlcbuild.engine.run_step import log_of, run_step, tail
 from mlcbuild.errors import MlcBuildError, StepFailed, plainly
 from mlcbuild.reporting.events import Report, StepFinished, StepNote, StepStarted, StepWaiting
@@ -97,7 +97,8 @@ class Builder:
             if action is None:
                 raise StepFailed(f"{producer}: vanished from the cache while it was needed: build again")
             materials += action.tree.files.values()
-        request = Request(name, step.module, step.entry, ingredients, tuple(materials))
+        limit = memory_limit(self.lookup.graph, name)
+        request = Request(name, step.module, step.entry, ingredients, tuple(materials), limit)
         for entry in request.given:
             if self.lookup.store.owns(entry.path):  # others were looked at for the key
                 self.lookup.store.check(entry)

@@ -1,4 +1,4 @@
-"""`python -m mlcbuild.engine.child EVENTS LIFE`: one step in a process of its own, which never outlives its parent.
+"""`python -m mlcbuild.engine.child EVENTS LIFE MEMORY`: one step in a process of its own; it never outlives its parent.
 
 Two processes come of this. The one that was started stays small and only watches: it holds the reading end of a pipe
 whose writing end exists in the parent alone, so that the end of that pipe is the end of the parent, however it came.
@@ -21,11 +21,19 @@ from types import FrameType
 from typing import Any, NoReturn
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_EVERY = 0.5  # seconds between two looks at the memory that a step has taken
+_RAN_AWAY = (
+    "it took more than {:.1f} GB of memory, far more than a step of its kind needs, and was stopped "
+    "(MLCBUILD_STEP_MEMORY=24G lets steps take more)"
+)
 _LAST_LINES = 3  # of a traceback, for the user; the log has all of it
 
 
-def main(events: int, life: int) -> NoReturn:
-    """Watch a forked worker until it ends or the parent does. Exits with the worker's status."""
+def main(events: int, life: int, memory: int = 0) -> NoReturn:
+    """Watch a forked worker until it ends, the parent does, or it takes more bytes than `memory` (0: any number).
+
+    Exits with the worker's status.
+    """
     wakeup, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake)
@@ -52,10 +60,16 @@ def main(events: int, life: int) -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, end)
     while True:
-        ready, _, _ = select.select([life, wakeup], [], [])
+        ready, _, _ = select.select([life, wakeup], [], [], _EVERY if memory else None)
         if life in ready:  # nothing is ever written there, so this is its end
             _kill(worker)
             os._exit(1)
+        if not ready:
+            if _taken(worker) > memory:
+                _kill(worker)
+                _send(events, {"event": "failed", "text": _RAN_AWAY.format(memory / 1e9)})
+                os._exit(1)
+            continue
         os.read(wakeup, 64)
         ended = os.waitid(os.P_PID, worker, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if ended is not None:
@@ -72,6 +86,19 @@ def _kill(worker: int) -> None:
     for kill in (os.killpg, os.kill):
         with contextlib.suppress(OSError):
             kill(worker, signal.SIGKILL)
+
+
+def _taken(group: int) -> int:
+    """Bytes that the processes of the group have for themselves alone: files that they have mapped do not count."""
+    from pathlib import Path
+
+    total = 0
+    for process in Path("/proc").iterdir() if sys.platform == "linux" else ():
+        with contextlib.suppress(OSError, ValueError):
+            if process.name.isdigit() and os.getpgid(int(process.name)) == group:
+                lines = (process / "status").read_text(encoding="utf-8").splitlines()
+                total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+    return total
 
 
 def _die_with(parent: int) -> None:
@@ -144,4 +171,4 @@ def _send(events: int, event: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(*map(int, sys.argv[1:]))

@@ -36,7 +36,8 @@ class Cluster:
             from distributed import Client
         except ImportError:
             raise MlcBuildError("scheduler= needs one package more: pip install 'mlcbuild[dask]'") from None
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters is said by what fails
+        for name in ("distributed", "asyncio", "tornado.application"):
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # what matters is said by what fails
         self._shared = shared
         self._sent: set[str] = set()
         self._lock = threading.Lock()

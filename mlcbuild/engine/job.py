@@ -30,6 +30,7 @@ class Request:
     entry: str
     ingredients: Ingredients
     materials: tuple[Entry, ...] = ()
+    memory: int = 0  # bytes of its own that it may take before it is stopped; 0: any number
 
     @property
     def given(self) -> list[Entry]:

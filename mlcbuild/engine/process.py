@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -16,7 +17,9 @@ import mlcbuild
 from mlcbuild.cache.disk import is_shared, make_folder
 from mlcbuild.cache.locks import Workplace
 from mlcbuild.engine.job import Places, Request
+from mlcbuild.engine.resources import silence_limit
 from mlcbuild.errors import StepFailed
+from mlcbuild.text import duration
 
 _PATIENCE = 10.0  # seconds for a killed step to be gone; it takes milliseconds
 
@@ -44,7 +47,7 @@ def run(
     try:
         with asked.open("rb") as stdin, log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "mlcbuild.engine.child", str(events_end), str(life)],
+                [sys.executable, "-P", "-m", "mlcbuild.engine.child", str(events_end), str(life), str(request.memory)],
                 stdin=stdin,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -59,7 +62,7 @@ def run(
         os.close(life)
         events_end = life = -1
         last: dict[str, Any] = {}
-        for event in _lines(events):
+        for event in _lines(events, silence_limit()):
             if event.get("event") in ("progress", "note"):
                 on_event(event)
             else:
@@ -87,10 +90,21 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONHASHSEED": "0"}
 
 
-def _lines(events: int) -> Iterator[dict[str, Any]]:
-    """The JSON objects that arrive, until every writer is gone. Half a line of a killed writer is passed over."""
+def _lines(events: int, patience: float) -> Iterator[dict[str, Any]]:
+    """The JSON objects that arrive, until every writer is gone. Half a line of a killed writer is passed over.
+
+    Raises StepFailed where nothing has arrived for so many seconds.
+    """
     rest = b""
-    while chunk := os.read(events, 1 << 16):
+    while True:
+        if not select.select([events], [], [], patience)[0]:
+            raise StepFailed(
+                f"it gave no sign of life for {duration(patience)} and was stopped: it hangs, or this machine is too "
+                "slow for it (MLCBUILD_STEP_SILENCE=MINUTES waits longer)"
+            )
+        chunk = os.read(events, 1 << 16)
+        if not chunk:
+            return
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
             with contextlib.suppress(ValueError):

@@ -14,13 +14,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlcbuild.cache.gc import parse_size
 from mlcbuild.cache.tree import matches
 from mlcbuild.engine.graph import Graph
+from mlcbuild.errors import MlcBuildError
 
 # Of these a machine has a number that does not depend on its size. A download waits for the network, not for a core.
 LIMITS = {"network": 4, "nvcc": 1}
 TAGS = ("nvcc",)  # what not every machine has: Dask resources of workers
 _SMALL = 200_000_000  # bytes of a checkpoint: below, a step's time is its start, and that uses one core
+_FAR_MORE, _LEAST_LIMIT = 4, 8 * 10**9  # times what a step declares; bytes that any step may take
 _RESERVE = 0.9  # of the free memory
 
 
@@ -60,6 +63,21 @@ def needs(graph: Graph, name: str, cores: int) -> dict[str, int]:
     if "network" not in found:
         found["cores"] = cores if cost.threads and size >= _SMALL else 1
     return found
+
+
+def memory_limit(graph: Graph, name: str) -> int:
+    """Bytes at which the step called `name` has run away: far more than it declares. Raises MlcBuildError."""
+    given = os.environ.get("MLCBUILD_STEP_MEMORY")
+    return parse_size(given) if given else max(_LEAST_LIMIT, _FAR_MORE * needs(graph, name, 1)["memory"])
+
+
+def silence_limit() -> float:
+    """Seconds without a word after which a step hangs. Raises MlcBuildError."""
+    text = os.environ.get("MLCBUILD_STEP_SILENCE") or "120"
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return 60 * float(text)
+    raise MlcBuildError(f"MLCBUILD_STEP_SILENCE={text}: expected a number of minutes")
 
 
 def checkpoint_bytes(graph: Graph, name: str) -> int:

@@ -153,6 +153,18 @@ def test_a_crash_names_the_signal(toy: Toy) -> None:
         toy.build()
 
 
+def test_a_step_that_runs_away_or_hangs_is_stopped(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAULTS.md D: steps had no limit of memory, nor of silence."""
+    (toy.tricks / "quantize.greedy").write_text("300")
+    monkeypatch.setenv("MLCBUILD_STEP_MEMORY", "200M")
+    with pytest.raises(StepFailed, match=r"it took more than 0.2 GB of memory, .*MLCBUILD_STEP_MEMORY"):
+        toy.build()
+    (toy.tricks / "quantize.greedy").write_text("0")
+    monkeypatch.setenv("MLCBUILD_STEP_SILENCE", "0.02")
+    with pytest.raises(StepFailed, match=r"it gave no sign of life for 1\.2 s and was stopped"):
+        toy.build()
+
+
 def test_an_output_must_be_plain_files(toy: Toy) -> None:
     (toy.tricks / "convert.link").touch()
     with pytest.raises(StepBroke, match=r"convert:m: link: the step made something that is not a plain file"):

@@ -22,7 +22,7 @@ from mlcbuild.zig import run_zig
 from tests.engine.workspace import Workspace
 
 CALLS = ("open", "read", "write", "rename", "mkdir", "link", "unlink", "fsync", "stat", "utime", "chmod")
-FEW = ("open", "write", "rename", "unlink", "fsync", "stat")
+FEW = ("open", "write", "rename", "stat")
 CODES = (errno.EACCES, errno.ENOSPC, errno.EIO, errno.EMFILE)
 RECIPE = "recipe=tiny-q4f16_1-cpu"
 

@@ -58,6 +58,10 @@ def _play(tricks: Path, kind: str, job: Job) -> None:
         raise MlcBuildError(f"{kind} cannot: the toy was told to fail with what it was given")
     if (tricks / f"{kind}.crash").exists():
         raise ZeroDivisionError("a bug")
+    if (tricks / f"{kind}.greedy").exists():
+        held = [bytearray(b"x") * 1_000_000 for _ in range(int((tricks / f"{kind}.greedy").read_text()))]
+        time.sleep(600)
+        assert held
     if (tricks / f"{kind}.kill").exists():
         os.abort()
     if (tricks / f"{kind}.child").exists():

@@ -18,7 +18,8 @@ from mlcbuild.models.parameters import parameters
 from mlcbuild.models.structure import Structure
 from mlcbuild.quantization.schemes import quantized_parameters
 from mlcbuild.recipes import convert
-from mlcbuild.recipes.types import Architecture, Linker, Quantization, Target
+from mlcbuild.recipes.load import load
+from mlcbuild.recipes.types import Linker, Quantization, Target
 
 ROOT = Path(__file__).parents[1]
 CONFIG: dict[str, Any] = {
@@ -48,9 +49,7 @@ CPU = Target("cpu", {"kind": "llvm", "mcpu": "native"}, "so", _LINKER, "native")
 
 
 def structure(config: dict[str, Any] = CONFIG, **changes: Any) -> Structure:
-    data = yaml.safe_load((ROOT / "recipes" / "architectures" / "llama.yaml").read_text())
-    match = {key: tuple(values) for key, values in data["match"].items()}
-    return resolve(Architecture("llama", data["model_type"], match, data), {**config, **changes}, {"max_batch_size": 8})
+    return resolve(load(ROOT).architectures["llama"], {**config, **changes}, {"max_batch_size": 8})
 
 
 def quantization(name: str) -> Quantization:

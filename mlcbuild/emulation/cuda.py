@@ -11,6 +11,7 @@ import functools
 import platform
 import struct
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,9 +43,10 @@ def compile_source(code: str, scratch: Path) -> bytes:
     """
     source, image = scratch / "kernels.cpp", scratch / "kernels.so"
     source.write_text(translated(code))
-    _link(
-        [_compile(source, scratch, *_KERNEL_FLAGS), _compile(_DEVICE / "threads.cpp", scratch, "-O2")], image, scratch
-    )
+    with ThreadPoolExecutor() as pool:
+        threads = pool.submit(_compile, _DEVICE / "threads.cpp", scratch, "-O2")
+        kernels = _compile(source, scratch, *_KERNEL_FLAGS)
+    _link([kernels, threads.result()], image, scratch)
     content = image.read_bytes()
     return _HEADER + struct.pack("<Q", len(content)) + content
 

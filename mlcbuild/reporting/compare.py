@@ -26,6 +26,7 @@ _ROWS: tuple[tuple[str, Callable[[Package], object]], ...] = (
     ("cosine of vectors", lambda p: p["quality"].get("cosine")),
     ("error of hidden states", lambda p: p["quality"].get("hidden_error")),
     ("tokens compared", lambda p: p["quality"]["tokens"]),
+    ("library executed", lambda p: str(p["quality"].get("library_executed", "unknown")).lower()),
     ("bits per parameter", lambda p: p["bits_per_parameter"]),
     ("weights, bytes", lambda p: p["weights_bytes"]),
     ("library, bytes", lambda p: p["library_bytes"]),

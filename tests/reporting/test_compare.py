@@ -35,6 +35,7 @@ def package(folder: Path, quantization: str, kl: float, size: int) -> Path:
             "reference_perplexity": 4.8,
             "perplexity_increase": 0.042,
             "tokens": 9000,
+            "library_executed": "device",
         },
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -48,6 +49,7 @@ def test_two_packages_side_by_side(tmp_path: Path) -> None:
     assert "quantization            q4f16_1  q8f16_1" in table
     assert "KL divergence              0.04    0.002            0.05" in table
     assert "same likeliest token      91.0%    91.0%           +0.0%" in table
+    assert "library executed         device   device" in table
     assert "weights, bytes            2,000    4,000               2" in table
     assert "library, bytes            4,000    4,000               1" in table
 

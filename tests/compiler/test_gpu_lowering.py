@@ -64,7 +64,8 @@ def test_routers_lower_for_cuda() -> None:
     case = family_cases.CASES["glm4_moe"]
     structure = resolve(llama.architecture("glm4_moe"), {**config_of(case), "head_dim": 32}, {})
     module = lower.lower(structure, llama.QUANTIZATIONS["q4f16_1"], "q4f16_1", CUDA)
-    kernels = [str(f) for f in module.functions.values() if isinstance(f, tirx.PrimFunc)]
+    functions = [str(f) for f in module.functions.values() if isinstance(f, tirx.PrimFunc)]
+    kernels = [text for text in functions if "tirx.is_host_func" not in text]  # those compute shapes
     assert kernels and all("blockIdx" in text or "thread_binding" in text for text in kernels)
 
 

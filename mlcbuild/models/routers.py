@@ -19,6 +19,7 @@ from mlcbuild.models.decoder import Decoder
 from mlcbuild.models.operations import Expr
 from mlcbuild.models.weights import Given
 
+BLOCK = "router_"  # what the names of its blocks begin with: on GPUs each row is one thread's
 _NONE = -3.0e38  # below every score
 _TINY = 1e-20  # what transformers adds to the sum that shares are divided by
 
@@ -60,7 +61,7 @@ def _ranks(x: te.Tensor) -> te.Tensor:
         a, b = x[i, other], x[i, e]
         return te.sum(tirx.any(a > b, tirx.all(a == b, other < e)).astype("int32"), axis=other)
 
-    return te.compute((x.shape[0], x.shape[1]), before, name="ranks")
+    return te.compute((x.shape[0], x.shape[1]), before, name=f"{BLOCK}ranks")
 
 
 def _chosen(rank: te.Tensor, count: int) -> te.Tensor:
@@ -70,7 +71,7 @@ def _chosen(rank: te.Tensor, count: int) -> te.Tensor:
     def number(i: Any, c: Any) -> Any:
         return te.max(tirx.Select(rank[i, e] == c.astype("int32"), e.astype("int32"), tirx.const(0, "int32")), axis=e)
 
-    return te.compute((rank.shape[0], count), number, name="chosen")
+    return te.compute((rank.shape[0], count), number, name=f"{BLOCK}chosen")
 
 
 def _picked(rank: te.Tensor, scores: te.Tensor, count: int) -> te.Tensor:
@@ -79,7 +80,7 @@ def _picked(rank: te.Tensor, scores: te.Tensor, count: int) -> te.Tensor:
     def score(i: Any, c: Any) -> Any:
         return te.sum(tirx.Select(rank[i, e] == c.astype("int32"), scores[i, e], tirx.const(0, "float32")), axis=e)
 
-    return te.compute((rank.shape[0], count), score, name="shares")
+    return te.compute((rank.shape[0], count), score, name=f"{BLOCK}shares")
 
 
 def _best_two(x: te.Tensor, groups: int) -> te.Tensor:
@@ -91,7 +92,7 @@ def _best_two(x: te.Tensor, groups: int) -> te.Tensor:
         both = x[i, g * size + a] + x[i, g * size + b]
         return te.max(tirx.Select(a < b, both, tirx.const(_NONE, "float32")), axis=[a, b])
 
-    return te.compute((x.shape[0], groups), best, name="groups")
+    return te.compute((x.shape[0], groups), best, name=f"{BLOCK}groups")
 
 
 def _of_groups(x: te.Tensor, rank: te.Tensor, count: int) -> te.Tensor:
@@ -114,5 +115,7 @@ def _mixed(rank: te.Tensor, logits: te.Tensor, count: int, jitter: float) -> te.
         left_out = tirx.any(rank[i, e] < c.astype("int32"), far)
         return te.sum(tirx.Select(left_out, tirx.const(0, "float32"), tirx.exp(x - top)), axis=e)
 
-    total = te.compute((rank.shape[0], count), weight, name="total")
-    return te.compute((rank.shape[0], count), lambda i, c: tirx.const(1, "float32") / total[i, c], name="shares")
+    total = te.compute((rank.shape[0], count), weight, name=f"{BLOCK}total")
+    return te.compute(
+        (rank.shape[0], count), lambda i, c: tirx.const(1, "float32") / total[i, c], name=f"{BLOCK}shares"
+    )

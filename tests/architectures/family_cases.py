@@ -69,6 +69,8 @@ CASES: dict[str, Case] = {
 }
 NEXT = {"head_dim": 16, "moe_intermediate_size": 40, "num_experts_per_tok": 2}
 CASES |= {
+    "gemma-untied": _case("gemma", head_dim=16),
+    "cohere-biases": _case("cohere", tie_word_embeddings=True, attention_bias=True),
     "smollm3": _case("smollm3", no_rope_layers=[1, 0, 1]),
     "cohere2": _case("cohere2", tie_word_embeddings=True, **SLIDING),
     "exaone4": _case("exaone4", **SLIDING),

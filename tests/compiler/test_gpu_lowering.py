@@ -13,9 +13,15 @@ from mlcbuild.compiler.gpu import lower
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.architecture import resolve
 from mlcbuild.models.structure import Structure
+from tests.architectures import family_cases
+from tests.architectures.agreement import config_of
 from tests.support import llama, wgsl
 
 CONFIG = Path(__file__).parents[2] / "recipes" / "models" / "stories" / "config.json"
+CUDA = {
+    **{"kind": "cuda", "arch": "sm_80", "max_threads_per_block": 1024, "max_shared_memory_per_block": 49152},
+    **{"thread_warp_size": 32, "host": {"kind": "llvm", "mtriple": "x86_64-linux-gnu"}},
+}
 METAL = {"kind": "metal", "max_threads_per_block": 256, "max_shared_memory_per_block": 32768, "thread_warp_size": 1}
 
 
@@ -48,6 +54,19 @@ def test_formats_that_a_device_cannot_read(
 ) -> None:
     with pytest.raises(MlcBuildError, match=problem):
         lower.lower(stories, llama.QUANTIZATIONS[quantization], quantization, target)
+
+
+@pytest.mark.slow
+def test_routers_lower_for_cuda() -> None:
+    """Groups, a correction and shared experts: every kernel is shared out among threads."""
+    from tvm import tirx
+
+    case = family_cases.CASES["glm4_moe"]
+    structure = resolve(llama.architecture("glm4_moe"), {**config_of(case), "head_dim": 32}, {})
+    module = lower.lower(structure, llama.QUANTIZATIONS["q4f16_1"], "q4f16_1", CUDA)
+    functions = [str(f) for f in module.functions.values() if isinstance(f, tirx.PrimFunc)]
+    kernels = [text for text in functions if "tirx.is_host_func" not in text]  # those compute shapes
+    assert kernels and all("blockIdx" in text or "thread_binding" in text for text in kernels)
 
 
 @pytest.mark.slow

@@ -149,3 +149,11 @@ def test_the_chat_configs_model_config_has_numbers_of_the_config_and_of_ours() -
               "rotary_dim": 8, "activation_function": "gelu_new"}  # fmt: skip
     found = architecture.model_config(llama.architecture("gptj"), resolve("gptj", config), config)
     assert found["activation_function"] == "gelu_new" and found["n_inner"] == 256 and found["rotary_dim"] == 8
+
+
+def test_a14_no_hint_names_an_architecture_that_would_refuse() -> None:
+    known = {name: llama.architecture(name) for name in ("llama", "mistral")}
+    with pytest.raises(MlcBuildError) as raised:
+        architecture.choose(known, {**CONFIG, "model_type": "helium2", "attention_bias": True})
+    (line,) = str(raised.value).splitlines()[1:]
+    assert line == "  llama: reads every key, which is no promise that it computes the same"

@@ -16,6 +16,7 @@ from mlcbuild.compiler.gpu import experts, metal
 from mlcbuild.compiler.gpu.device import Device
 from mlcbuild.compiler.gpu.few_rows import few_rows
 from mlcbuild.compiler.gpu.products import PRODUCT, STEP
+from mlcbuild.models import routers
 
 _FEW = ((1, 1), (8, 4))  # up to so many rows of x: a kernel whose blocks of threads take so many of them
 
@@ -30,6 +31,8 @@ def schedule(module: IRModule, device: Device) -> IRModule:
             module[gv] = _linear(function, device)
         elif _product(function, experts.PRODUCT) is not None:
             module[gv] = experts.schedule(function, device)
+        elif any(name.startswith(routers.BLOCK) for name in _blocks(function)):  # dlight's reductions do not take them
+            module[gv] = dlight.ApplyDefaultSchedule(dlight.gpu.Fallback())(IRModule({"main": function}))["main"]
     rules = dlight.gpu.Reduction(), dlight.gpu.GeneralReduction(), dlight.gpu.Fallback()
     return dlight.ApplyDefaultSchedule(*rules)(module)
 
@@ -49,9 +52,14 @@ def _scheduled(function: tirx.PrimFunc) -> bool:
 
 def _product(function: tirx.PrimFunc, name: str = PRODUCT) -> Any:
     """The block of that name, which is a matrix product's, or None."""
+    return _blocks(function).get(name)
+
+
+def _blocks(function: tirx.PrimFunc) -> dict[str, Any]:
+    """The function's blocks by name."""
     sch = s_tir.Schedule(function)
     blocks = [sch.get(block) for block in sch.get_child_blocks(sch.get_sblock("root"))]
-    return next((block for block in blocks if block.name_hint == name), None)
+    return {block.name_hint: block for block in blocks}
 
 
 def _linear(function: tirx.PrimFunc, device: Device) -> tirx.PrimFunc:

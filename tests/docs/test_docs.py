@@ -99,7 +99,7 @@ def test_every_variable_of_the_environment_is_described() -> None:
 
 
 def test_every_event_is_described_with_its_fields() -> None:
-    described = {code(row[0])[0]: code(row[1]) for row in table(page("building.md"), "event", "fields", "when")}
+    described = {code(row[0])[0]: code(row[1]) for row in table(page("reports.md"), "event", "fields", "when")}
     real = {}
     for kind in typing.get_args(events.Event):
         example: Any = kind(**{field.name: "" for field in dataclasses.fields(kind)})

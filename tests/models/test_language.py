@@ -156,4 +156,4 @@ def test_a14_no_hint_names_an_architecture_that_would_refuse() -> None:
     with pytest.raises(MlcBuildError) as raised:
         architecture.choose(known, {**CONFIG, "model_type": "helium2", "attention_bias": True})
     (line,) = str(raised.value).splitlines()[1:]
-    assert line == "  llama: reads every key, which is no promise that it computes the same"
+    assert line == "  llama: knows every key, which does not say that it computes the same"

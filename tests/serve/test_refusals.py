@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -162,7 +163,8 @@ def test_an_error_of_the_engine_ends_its_texts_and_not_the_server(
 def test_the_command_serves_until_ctrl_c(tiny_package: Path, tiny: Model) -> None:
     command = [sys.executable, "-m", "mlcbuild.cli", "serve", str(tiny_package), "--port", "0"]
     environment = {**os.environ, "MLCBUILD_API_KEY": KEY}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # whatever the shell has told the tests
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heard) as process:
         assert process.stderr is not None
         lines = iter(process.stderr.readline, "")
         url = next(found[0] for line in lines if (found := re.search(r"http://[\d.]+:\d+", line)))

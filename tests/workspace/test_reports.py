@@ -42,7 +42,7 @@ def test_a_build_with_nothing_to_do_has_a_report_too(built: Workspace, remembere
     ]
     assert all(cell.size > 1000 and cell.kl == 0.0 for cell in run.cells)
     assert f"| `{F32}` | ☑️ hit |" in (built.root / "out.md").read_text()
-    assert {len(event["steps"]) for event in events(log, "recipe_planned")} == {9}
+    assert {len(event["steps"]) for event in events(log, "recipe_planned")} == {10}
 
 
 def test_the_page_shows_earlier_runs_of_the_same_log(built: Workspace) -> None:

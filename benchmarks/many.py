@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlcbuild.workspace.init import init
+
 QUANTIZATIONS = (
     "q4f16_1",
     "q4f32_1",
@@ -24,6 +26,10 @@ QUANTIZATIONS = (
 )
 TARGETS = ("cpu", "cpu-x86_64")
 PER_MODEL = len(QUANTIZATIONS) * len(TARGETS)
+CONFIG = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
+          "num_key_value_heads": 2, "vocab_size": 128, "rms_norm_eps": 1e-5, "max_position_embeddings": 256,
+          "hidden_act": "silu"}  # fmt: skip
+CHECKPOINT = ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,22 @@ class Cost:
 
     cpu: float
     wall: float
+
+
+def write_workspace(root: Path, count: int) -> None:
+    """A workspace with `count` recipes of tiny models, one in five with a structure of its own; nothing is built."""
+    init(root)
+    (root / "recipes" / "stories-cpu.yaml").unlink()
+    names = [f"m{number:04}" for number in range(models(count))]
+    for number, name in enumerate(names):
+        checkpoint = root / "recipes" / "models" / name
+        checkpoint.mkdir(parents=True)
+        layers = 2 + number // 5
+        (checkpoint / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}))
+        for file in CHECKPOINT:
+            (checkpoint / file).write_text(f"{name} {file}")
+        (checkpoint.parent / f"{name}.yaml").write_text(f"source: {{path: {name}}}\ntemplate: chatml\n")
+    write_matrices(root, names, count)
 
 
 def write_matrices(root: Path, names: Sequence[str], count: int) -> None:
@@ -50,15 +72,15 @@ def models(count: int) -> int:
     return max(1, -(-count // PER_MODEL))
 
 
-def run(command: Sequence[str], where: Path, more: Mapping[str, str], log: Path) -> Cost:
-    """What the command costs. Raises RuntimeError, with the end of what it wrote to `log`, when it fails."""
+def run(command: Sequence[str], where: Path, more: Mapping[str, str], log: Path, status: int = 0) -> Cost:
+    """What the command costs. Raises RuntimeError, with the end of what it wrote to `log`, where it ends otherwise."""
     started = time.perf_counter()
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=where, env={**environment(), **more}, stdout=output, stderr=output)
-        _, status, usage = os.wait4(process.pid, 0)
+        _, ended, usage = os.wait4(process.pid, 0)
     wall = time.perf_counter() - started
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
+    process.returncode = os.waitstatus_to_exitcode(ended)
+    if process.returncode != status:
         tail = "\n".join(log.read_text().splitlines()[-20:])
         raise RuntimeError(f"{' '.join(command)}: exit status {process.returncode}\n{tail}")
     return Cost(usage.ru_utime + usage.ru_stime, wall)

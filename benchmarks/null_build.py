@@ -30,16 +30,12 @@ from pathlib import Path
 from mlcbuild.cache.action import Action
 from mlcbuild.cache.tree import Tree
 from mlcbuild.engine.graph import Step
-from mlcbuild.workspace.init import init
 from mlcbuild.workspace.session import Session, open_session
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import many
 from benchmarks.many import Cost
 
-CONFIG = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
-          "num_key_value_heads": 2, "vocab_size": 128, "rms_norm_eps": 1e-5, "max_position_embeddings": 256,
-          "hidden_act": "silu"}  # fmt: skip
 # What a step of each kind makes; a package also passes on the files of its weights and its library.
 FILES = {
     "convert": ("parameters.json",),
@@ -50,7 +46,6 @@ FILES = {
     "measure": ("figures.json",),
     "verify": ("quality.json",),
 }
-CHECKPOINT = ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
 def main() -> None:
@@ -111,18 +106,7 @@ def check(command: Sequence[str], where: Path) -> None:
 
 def make_workspace(root: Path, count: int) -> Session:
     """A workspace with `count` recipes, all of them built and installed."""
-    init(root)
-    (root / "recipes" / "stories-cpu.yaml").unlink()
-    names = [f"m{number:04}" for number in range(many.models(count))]
-    for number, name in enumerate(names):
-        checkpoint = root / "recipes" / "models" / name
-        checkpoint.mkdir(parents=True)
-        layers = 2 + number // 5
-        (checkpoint / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}))
-        for file in CHECKPOINT:
-            (checkpoint / file).write_text(f"{name} {file}")
-        (checkpoint.parent / f"{name}.yaml").write_text(f"source: {{path: {name}}}\ntemplate: chatml\n")
-    many.write_matrices(root, names, count)
+    many.write_workspace(root, count)
     sync, os.fsync = os.fsync, lambda descriptor: None  # a benchmark's cache need not survive a power cut
     try:
         session = open_session(root, lambda event: None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -29,6 +30,15 @@ def lead_to_cache(manager: Any, session: Session, everything: Callable[[], Sessi
     ask = manager.get_status
     forced: set[str] | None = None
 
+    @functools.cache
+    def users() -> Mapping[str, list[str]]:
+        """By step: the recipes that need it, of all that there are."""
+        whole, found = everything(), dict[str, list[str]]()
+        for recipe in whole.graph.goals:
+            for step in whole.needed(recipe):
+                found.setdefault(step, []).append(recipe)
+        return found
+
     def get_status(task: Task, tasks: Mapping[str, Task], get_log: bool = False) -> Any:
         nonlocal forced
         status = ask(task, tasks, get_log)
@@ -48,7 +58,7 @@ def lead_to_cache(manager: Any, session: Session, everything: Callable[[], Sessi
 
     def forget(name: str) -> None:
         with for_doit():
-            _forget(session, everything(), name)
+            _forget(session, users, name)
 
     def forget_all() -> None:
         with for_doit():
@@ -82,7 +92,7 @@ def _explain(session: Session, task: Task) -> None:
         sys.stdout.write(("hit   dist/{}\n" if session.is_installed(goal) else missing).format(goal))
 
 
-def _forget(session: Session, everything: Session, name: str) -> None:
+def _forget(session: Session, users: Callable[[], Mapping[str, list[str]]], name: str) -> None:
     """Forget a step, or all steps of a goal, and say which of those other recipes use too."""
     graph = session.graph
     recipe = name.removeprefix("build:")
@@ -90,6 +100,6 @@ def _forget(session: Session, everything: Session, name: str) -> None:
         return
     names = session.needed(recipe) if name.startswith("build:") else [name]
     for step in session.forget(names):
-        users = [other for other in everything.graph.goals if other != recipe and step in everything.needed(other)]
-        shared = f", which is shared with {', '.join(users)}" if users else ""
+        others = [other for other in users().get(step, ()) if other != recipe]
+        shared = f", which is shared with {', '.join(others)}" if others else ""
         print(f"forgetting {step}{shared}")

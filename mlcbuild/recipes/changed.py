@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from mlcbuild.errors import MlcBuildError
@@ -23,34 +24,52 @@ def changed_since(root: Path, catalog: Catalog, revision: str) -> set[str]:
     files = _changed_files(root, revision)
     locked = _changed_entries(root, revision) if lock_path(root).resolve() in files else set()
     touched = {parent for file in files for parent in (file, *file.parents)}
+
+    @cache
+    def is_touched(path: Path) -> bool:
+        return path.resolve() in touched
+
+    @cache
+    def is_written_anew(kind: str, name: str) -> bool:
+        return any(map(is_touched, _written_in(root, kind, name)))
+
     return {
         name
         for name, recipe in catalog.recipes.items()
         if any(key(source) in locked for source in recipe.model.hub_sources)
-        or any(path.resolve() in touched for path in _files(root, recipe))
+        or is_touched(root / recipe.origin)
+        or any(is_written_anew(*part) for part in _parts(recipe))
+        or any(map(is_touched, _read_by(recipe)))
     }
 
 
-def _files(root: Path, recipe: Recipe) -> Iterator[Path]:
-    """What the recipe is written in; a folder stands for everything in it."""
-    yield root / recipe.origin
-    model = recipe.model
-    parts = [("quantization", recipe.quantization.name), ("target", recipe.target.name)]
-    parts += [("quantization", recipe.quantization.format), ("template", recipe.template.name)]
-    yield from (path for kind, name in parts if (path := _yaml(root, kind, name)) is not None)
-    yield from _ancestors(root, "model", model.name)
-    yield from _ancestors(root, "architecture", model.architecture or "")
-    yield from (source.path for source in model.sources if source.path is not None)
-    yield from (path for path in (recipe.verify.text, model.calibration) if path is not None)
+def _parts(recipe: Recipe) -> list[tuple[str, str]]:
+    """Kind and name of what the recipe names."""
+    quantization, model = recipe.quantization, recipe.model
+    parts = [("quantization", quantization.name), ("target", recipe.target.name), ("template", recipe.template.name)]
+    return [
+        *parts,
+        ("quantization", quantization.format),
+        ("model", model.name),
+        ("architecture", model.architecture or ""),
+    ]
 
 
-def _ancestors(root: Path, kind: str, name: str) -> Iterator[Path]:
-    """The file of a model or an architecture and those that it extends."""
+def _read_by(recipe: Recipe) -> list[Path]:
+    """Checkpoints and texts outside the files of recipes; a folder stands for everything in it."""
+    paths = [*(source.path for source in recipe.model.sources), recipe.verify.text, recipe.model.calibration]
+    return [path for path in paths if path is not None]
+
+
+def _written_in(root: Path, kind: str, name: str) -> Iterator[Path]:
+    """The file of a part of a recipe, and those that a model or an architecture extends."""
     import yaml  # not on the way of a build that has nothing to do
 
     stocks_own = False
     while (path := yaml_file(stock().recipes, kind, name) if stocks_own else _yaml(root, kind, name)) is not None:
         yield path
+        if kind not in ("model", "architecture"):
+            return
         data = yaml.safe_load(path.read_bytes())
         name = data.get("extends", "") if isinstance(data, dict) else ""
         # A stock architecture extends a stock one.

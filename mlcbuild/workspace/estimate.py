@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import math
 import shutil
@@ -68,7 +69,10 @@ class _Past:
     mass: int
     size: int
     seconds: float
-    quantization: Any
+
+
+# By kind of step and by format (as text; None: all of them): the recorded actions, the smallest mass first.
+_Runs = Mapping[tuple[str, str | None], Sequence[_Past]]
 
 
 def estimate(session: Session, names: Iterable[str] | None = None) -> BuildEstimate:
@@ -119,16 +123,13 @@ def check_room(coming: BuildEstimate, folder: Path) -> None:
         )
 
 
-def _estimated(
-    session: Session, step: Step, past: Mapping[str, Sequence[_Past]], sizes: Mapping[str, int]
-) -> StepEstimate:
+def _estimated(session: Session, step: Step, past: _Runs, sizes: Mapping[str, int]) -> StepEstimate:
     """The step, after everything that it needs (`sizes`)."""
     action = session.lookup.known(step.name)
     if action is not None:
         return StepEstimate(step.name, step.kind, True, total_size(action.tree.files.values()), 0, action.seconds)
     mass = sum(sizes[name] for name in session.graph.closure([step.name]) if name != step.name)
-    format_ = json.loads(canonical(step.fields.get("quantization")))  # as it is recorded: tuples are lists there
-    nearest = min(past.get(step.kind, ()), key=lambda each: _distance(each, format_, mass), default=None)
+    nearest = _nearest(past, step, mass)
     size, seconds = _first_guess(step, mass), None
     if nearest is not None:
         # Work and results grow with what goes in; where nothing does (lower), they stay what they were.
@@ -163,13 +164,17 @@ def _download_bytes(step: Step) -> int:
     return total
 
 
-def _distance(past: _Past, quantization: Any, mass: int) -> tuple[bool, float]:
-    """How unlike a past run is: another format, then another size."""
-    return past.quantization != quantization, abs(math.log((mass + 1) / (past.mass + 1)))
+def _nearest(past: _Runs, step: Step, mass: int) -> _Past | None:
+    """The past run that is least unlike the step: of the same format where there is one, then of the nearest size."""
+    format_ = canonical(step.fields.get("quantization")).decode()
+    runs = past.get((step.kind, format_)) or past.get((step.kind, None), ())
+    at = bisect.bisect_left(runs, mass, key=lambda each: each.mass)
+    beside = runs[max(0, at - 1) : at + 1]
+    return min(beside, key=lambda each: abs(math.log((mass + 1) / (each.mass + 1))), default=None)
 
 
-def _past(store: Store, graph: Graph) -> dict[str, list[_Past]]:
-    """The recorded actions by kind of step, each entry read once."""
+def _past(store: Store, graph: Graph) -> _Runs:
+    """The recorded actions, each entry read once."""
     records = [record for path in action_files(store.root) if (record := _read(path)) is not None]
     makers = {record["tree"]: record for record in records}
     # An input may be a part of what a step made: by the patterns that steps of today select with.
@@ -179,11 +184,14 @@ def _past(store: Store, graph: Graph) -> dict[str, list[_Past]]:
             chosen = {name: file for name, file in record["files"].items() if matches(name, patterns)}
             if chosen:
                 makers.setdefault(digest_json(chosen), record)
-    past: dict[str, list[_Past]] = {}
+    past: dict[tuple[str, str | None], list[_Past]] = {}
     for record in records:
         mass = sum(_size(maker) for maker in _ancestry(record, makers))
-        quantization = record["fields"].get("quantization")
-        past.setdefault(record["step"], []).append(_Past(mass, _size(record), record["seconds"], quantization))
+        format_ = canonical(record["fields"].get("quantization")).decode()
+        for of in (format_, None):
+            past.setdefault((record["step"], of), []).append(_Past(mass, _size(record), record["seconds"]))
+    for runs in past.values():
+        runs.sort(key=lambda each: each.mass)
     return past
 
 

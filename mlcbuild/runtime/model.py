@@ -113,6 +113,10 @@ class Model:
         """
         yield from self.pieces(self.writer(prompt, max_tokens, stop, Sampling(**sampling)))
 
+    def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """What the model reads for `prompt`. Raises MlcBuildError for an empty one without a token to begin with."""
+        return self._beginning(self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt))
+
     def writer(
         self,
         prompt: str | Sequence[int],
@@ -122,7 +126,7 @@ class Model:
         grammar: Grammar | None = None,
     ) -> Writer:
         """A text that is to be written after `prompt`. Raises MlcBuildError for one that does not fit."""
-        ids = self._beginning(self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt))
+        ids = self.prompt_ids(prompt)
         self._check_length(len(ids))
         limit = self.context_window_size
         room = max_tokens if limit < 0 else min(max_tokens, limit - len(ids))

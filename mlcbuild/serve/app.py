@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from anyio import CapacityLimiter, to_thread
 from sse_starlette import EventSourceResponse
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
@@ -26,19 +26,11 @@ from mlcbuild.errors import MlcBuildError
 from mlcbuild.serve import answers
 from mlcbuild.serve.engine import Engine, QueueFull
 from mlcbuild.serve.metrics import Metrics
-from mlcbuild.serve.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, parse, several
+from mlcbuild.serve.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, Refused, parse, several
 
 MOST_BYTES = 4 * 2**20  # of a request
 _PAGE = Path(__file__).parent / "page.html"
 _OPEN = ("/", "/health")  # without a key
-
-
-class Refused(MlcBuildError):
-    """A request that is answered with an error of this status."""
-
-    def __init__(self, status: int, message: str, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code = status, code
 
 
 class Server:
@@ -47,6 +39,7 @@ class Server:
     def __init__(self, engines: Mapping[str, Engine], key: str | None = None) -> None:
         self._engines, self._key = engines, key
         self._metrics = Metrics(engines)
+        self._tokenizing = CapacityLimiter(2)
         self._started = int(time.time())
 
     def app(self, hosts: list[str]) -> Starlette:
@@ -88,10 +81,11 @@ class Server:
         return guarded
 
     def _check_key(self, request: Request) -> None:
-        if self._key is None or request.url.path in _OPEN:
+        # Not request.url, which older versions of starlette make of what the client says in `Host`.
+        if self._key is None or request.scope["path"] in _OPEN:
             return
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), self._key.encode()):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._key.encode()):
             raise Refused(
                 401, "the API key is missing or wrong: send it as `Authorization: Bearer KEY`", "invalid_api_key"
             )
@@ -130,8 +124,8 @@ class Server:
 
     async def _write(self, request: Request, asked: ChatRequest | CompletionRequest) -> Response:
         engine = self._engine(asked.model)
-        # Tokenizing a long prompt takes a while, in which others are to be answered.
-        answer = await run_in_threadpool(answers.answer, engine, asked.model, asked)
+        # Tokenizing a long prompt takes a while, in which others are to be answered, and 200 times its memory.
+        answer = await to_thread.run_sync(answers.answer, engine, asked.model, asked, limiter=self._tokenizing)
         answers.listen(answer)
         answer.begin()
         if asked.stream:
@@ -141,6 +135,8 @@ class Server:
         try:
             await asyncio.wait([gone, whole], return_when=asyncio.FIRST_COMPLETED)
             return JSONResponse(await whole) if whole.done() else Response(status_code=499)
+        except MlcBuildError as error:  # not the request's fault
+            raise Refused(500, str(error)) from None
         finally:
             answer.cancel()
             gone.cancel()
@@ -162,6 +158,10 @@ class Server:
                 loop.call_soon_threadsafe(_settle, done, found, None)
             except MlcBuildError as error:
                 loop.call_soon_threadsafe(_settle, done, None, error)
+            except Exception:
+                failed = Refused(500, "the vectors could not be computed: the server's output says why")
+                loop.call_soon_threadsafe(_settle, done, None, failed)
+                raise
 
         engine.call(compute)
         vectors, count = await done

@@ -26,7 +26,7 @@ class Choice:
     pieces: asyncio.Queue[Piece | MlcBuildError]
 
 
-@dataclass
+@dataclass(eq=False)
 class Answer:
     """All texts of a request, under one id. `chat`: it is a conversation's."""
 
@@ -47,6 +47,11 @@ class Answer:
         """Nobody reads any more. What is complete stays so."""
         for choice in self.choices:
             choice.job.cancelled = True
+
+    def fail(self, error: MlcBuildError) -> None:
+        """What is not complete ends with an error."""
+        for choice in self.choices:
+            choice.job.tell(error)
 
     async def whole(self) -> dict[str, Any]:
         """The answer when all texts are complete. Raises MlcBuildError where one failed."""

@@ -132,12 +132,14 @@ class Engine:
             self._calls.append(function)
             self._changed.notify()
 
-    def close(self) -> None:
-        """End the thread; texts that are not complete end with an error."""
+    def close(self, patience: float | None = None) -> bool:
+        """End the thread; texts that are not complete end with an error. Whether it ended within `patience` seconds:
+        a step cannot be interrupted."""
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(patience)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         while True:

@@ -108,14 +108,16 @@ class Dialogue:
         system = [message for message in self.messages if message["role"] == "system"]
         turns = self.messages[len(system) :]
         limit = self.window
-        ids = self.model.chat_prompt([*system, *turns[self.dropped :]])
+        dropped = self.dropped
+        ids = self.model.chat_prompt([*system, *turns[dropped:]])
         if len(ids) + min(self._max_tokens, limit // 4) <= limit:
             return ids
-        while len(ids) > limit // 2 and self.dropped + 2 < len(turns):
-            self.dropped += 2
-            ids = self.model.chat_prompt([*system, *turns[self.dropped :]])
+        while len(ids) > limit // 2 and dropped + 2 < len(turns):
+            dropped += 2
+            ids = self.model.chat_prompt([*system, *turns[dropped:]])
         if len(ids) >= limit:
             raise MlcBuildError(
                 f"the message is too long: with it the prompt has {len(ids)} tokens, the window {limit}"
             )
+        self.dropped = dropped  # not before: a message that is refused forgets nothing
         return ids

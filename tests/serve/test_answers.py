@@ -39,10 +39,13 @@ def test_a_completion_is_generate_s_text(client: openai.OpenAI, tiny: Model) -> 
 def test_a_conversation_is_chat_s_text(client: openai.OpenAI, tiny: Model) -> None:
     messages: Any = [
         {"role": "developer", "content": "Sing."},
-        {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}], "name": None, "audio": None},
+        {"role": "system", "content": "Loud."},
     ]
-    answer = client.chat.completions.create(model=MODEL, messages=messages, temperature=0, max_completion_tokens=9)
-    told = [{"role": "system", "content": "Sing."}, *HI]
+    answer = client.chat.completions.create(
+        model=MODEL, messages=messages, temperature=0, max_completion_tokens=9, n=None
+    )
+    told = [{"role": "system", "content": "Sing.\n\nLoud."}, *HI]
     assert answer.choices[0].message.content == tiny.chat(told, max_tokens=9)
     assert answer.choices[0].message.role == "assistant" and answer.object == "chat.completion"
 

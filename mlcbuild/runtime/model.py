@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,6 +93,20 @@ class Model:
         if how.strategy == "last" and isinstance(eos, int) and self.tokenizer.encode("") == []:
             return [*ids, eos]
         return ids
+
+    def token_text(self, token: int) -> str:
+        """The text of one token as it is inside a text, with its space; of a special one its name."""
+        before = self._ordinary
+        text = self.tokenizer.decode([*before, token]).removeprefix(self.tokenizer.decode(before))
+        return text or self._names.get(token, "")
+
+    @functools.cached_property
+    def _ordinary(self) -> list[int]:
+        return self.tokenizer.encode("a", add_special_tokens=False)
+
+    @functools.cached_property
+    def _names(self) -> dict[int, str]:
+        return {i: text for text, i in self.tokenizer.tokens().items()}
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> str:
         """The text that the model writes after `prompt`; options as in `stream`."""

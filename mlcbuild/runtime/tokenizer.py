@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -113,8 +114,12 @@ class SentencePieceTokenizer:
         pieces = {self._model.id_to_piece(i): i for i in range(self._model.vocab_size())}
         return {**pieces, **self._added}
 
+    @functools.cached_property
+    def _by_text(self) -> dict[str, int]:
+        return self.tokens()
+
     def token_to_id(self, token: str) -> int | None:
-        return self.tokens().get(token)
+        return self._by_text.get(token)
 
 
 class RwkvTokenizer:
@@ -147,8 +152,12 @@ class RwkvTokenizer:
     def tokens(self) -> dict[str, int]:
         return {**{rwkv_vocabulary.text_of(token): i for token, i in self._ids.items()}, rwkv_vocabulary.END_TEXT: 0}
 
+    @functools.cached_property
+    def _by_text(self) -> dict[str, int]:
+        return self.tokens()
+
     def token_to_id(self, token: str) -> int | None:
-        return self.tokens().get(token)
+        return self._by_text.get(token)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -136,10 +136,11 @@ class Answer:
 
     def _chance(self, token: int, chance: float) -> dict[str, Any]:
         text = self._text(token)
-        return {"token": text, "logprob": chance, "bytes": list(text.encode())}
+        known = "\N{REPLACEMENT CHARACTER}" not in text  # else it is a part of a character
+        return {"token": text, "logprob": chance, "bytes": list(text.encode()) if known else None}
 
     def _text(self, token: int) -> str:
-        return self.engine.model.tokenizer.decode([token])
+        return self.engine.model.token_text(token)
 
 
 def answer(engine: Engine, name: str, request: ChatRequest | CompletionRequest) -> Answer:

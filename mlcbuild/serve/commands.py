@@ -16,7 +16,7 @@ KEY = "MLCBUILD_API_KEY"
 _PORTS = 65535
 _LOOPBACK = ["127.0.0.1", "localhost", "[::1]", "::1"]
 _SECONDS = 1  # that answers which are being written have when the server ends
-_STEP = 0.3  # seconds that an engine's step may take then
+_STEP = 0.2  # seconds that an engine has for its last step
 
 
 def serve(
@@ -78,14 +78,21 @@ def serve(
         server.app(_LOOPBACK if local else ["*"]),
         host,
         port,
+        http="h11",  # whose headers have a bound
+        ws="none",
         log_level="info",
         access_log=False,
         timeout_graceful_shutdown=_SECONDS + 1,
     )
     try:
         Ending(config).run()
+    except KeyboardInterrupt:
+        # Nothing is left to be done. To take the interpreter and the libraries down is a second, under load several,
+        # and it must not happen under a thread that is still in a step, which cannot be interrupted.
+        for engine in engines.values():
+            engine.close(_STEP)
+        print(file=sys.stderr, flush=True)
+        os._exit(130)
     finally:
-        if not all(engine.close(_STEP) for engine in engines.values()):
-            # In the middle of a step, which may take long: the interpreter's end under a thread that computes is none.
-            sys.stderr.flush()
-            os._exit(130)
+        for engine in engines.values():
+            engine.close()

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.runtime.model import Model
 from mlcbuild.runtime.sampling import log_probabilities
-from mlcbuild.runtime.session import Session
+from mlcbuild.runtime.session import Session, common
 from mlcbuild.runtime.writing import Writer
 from mlcbuild.serve.grammar import JsonGrammars
 
@@ -132,14 +132,13 @@ class Engine:
             self._calls.append(function)
             self._changed.notify()
 
-    def close(self, patience: float | None = None) -> bool:
-        """End the thread; texts that are not complete end with an error. Whether it ended within `patience` seconds:
-        a step cannot be interrupted."""
+    def close(self, patience: float | None = None) -> None:
+        """End the thread; texts that are not complete end with an error. Its last step is waited for, for `patience`
+        seconds."""
         with self._changed:
             self._closing = True
             self._changed.notify()
         self._thread.join(patience)
-        return not self._thread.is_alive()
 
     def _run(self) -> None:
         while True:
@@ -190,7 +189,7 @@ class Engine:
     def _place(self, session: Session, ids: Sequence[int]) -> tuple[int, int]:
         """A sequence for a prompt, and how many of its tokens are there: those that it has in common with a text which
         is kept, unless most of that would be lost."""
-        shared = {sequence: _common(tokens, ids) for sequence, tokens in self._kept.items()}
+        shared = {sequence: common(tokens, ids) for sequence, tokens in self._kept.items()}
         best = max(shared, key=lambda sequence: shared[sequence], default=None)
         if best is not None and shared[best] >= max(_SHORTEST, len(self._kept[best]) // 2):
             del self._kept[best]
@@ -266,9 +265,3 @@ def _likeliest(logits: npt.NDArray[Any], token: int, count: int) -> tuple[tuple[
     chances = log_probabilities(logits)
     top = np.argsort(-chances, kind="stable")[:count]
     return tuple((int(i), float(chances[i])) for i in (token, *top))
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.runtime.model import Model
 from mlcbuild.runtime.sampling import Sampling
+from mlcbuild.runtime.session import common
 from mlcbuild.runtime.writing import Writer
 
 Message = dict[str, str]
@@ -81,8 +82,7 @@ class Dialogue:
 
     def _write(self, writer: Writer) -> Iterator[str]:
         ids = writer.ids
-        same = next((i for i, (a, b) in enumerate(zip(self._cached, ids, strict=False)) if a != b), None)
-        same = min(len(self._cached), len(ids) - 1) if same is None else min(same, len(ids) - 1)  # one gives the logits
+        same = min(common(self._cached, ids), len(ids) - 1)  # one gives the logits
         kept = self._session.truncate(self._sequence, same)
         self._cached = list(ids[:kept])
         writer.speed.start(kept)

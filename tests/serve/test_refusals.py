@@ -176,7 +176,8 @@ def test_where_no_cache_can_be_made_all_are_told(engine: Engine, capfd: pytest.C
     other.submit([Job(engine.model.writer([5], 3), told.append) for _ in range(2)])
     wait_until(lambda: len(told) == 2)
     assert [re.search("compiled for at most 3 sequences at once", str(each)) for each in told].count(None) == 0
-    assert other.close() and other.waiting == 0
+    other.close()
+    assert other.waiting == 0
 
 
 @pytest.mark.parametrize("stream", [True, False])

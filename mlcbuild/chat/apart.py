@@ -20,7 +20,7 @@ SECONDS = 5  # of a processor; a template takes a thousandth of one
 MEMORY = 1 << 30  # bytes beside what this process has
 LONGEST = 4 << 20  # bytes of a text
 _PATIENCE = 300.0  # seconds of silence: of a process that neither computes nor ends
-_FINE, _WRONG, _FULL = b"+", b"-", b"!"
+_FINE, _WRONG, _FULL = b"\xfd", b"\xfe", b"\xff"  # what ends an answer that is complete: no text has these bytes
 
 
 def text_of(make: Callable[[], str], what: str) -> str:
@@ -39,9 +39,9 @@ def text_of(make: Callable[[], str], what: str) -> str:
         os.close(reading)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-    if len(answer) <= LONGEST and answer[:1] in (_FINE, _WRONG):
-        text = answer[1:].decode("utf-8", "surrogatepass")
-        if answer[:1] == _WRONG:
+    if len(answer) <= LONGEST and answer[-1:] in (_FINE, _WRONG):
+        text = answer[:-1].decode("utf-8", "surrogatepass")
+        if answer[-1:] == _WRONG:
             raise MlcBuildError(text)
         return text
     if len(answer) > LONGEST:
@@ -77,13 +77,13 @@ def _work(make: Callable[[], str], what: str, writing: int) -> NoReturn:
             wanted = size + MEMORY
             resource.setrlimit(resource.RLIMIT_AS, (wanted if hard < 0 else min(wanted, hard), hard))
         try:
-            answer = _FINE + make().encode("utf-8", "surrogatepass")
+            answer = make().encode("utf-8", "surrogatepass") + _FINE
         except MlcBuildError as error:
-            answer = _WRONG + str(error).encode("utf-8", "surrogatepass")
+            answer = str(error).encode("utf-8", "surrogatepass") + _WRONG
         except MemoryError:
             answer = _FULL
         except Exception as error:  # of ours: not to be told as if it were the template's
-            answer = _WRONG + f"{what}: {type(error).__name__}: {error}".encode("utf-8", "replace")
+            answer = f"{what}: {type(error).__name__}: {error}".encode("utf-8", "replace") + _WRONG
         with open(writing, "wb") as pipe:
             pipe.write(answer)
     finally:

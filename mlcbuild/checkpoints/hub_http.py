@@ -280,7 +280,7 @@ def _refused(request: Request, response: Any, with_token: bool) -> Exception:
 def _wait(headers: Mapping[str, str]) -> float | None:
     """Seconds that the hub asks for, as a number or a date (RFC 9110, 10.2.3), or until its quota is renewed."""
     text = headers.get("retry-after", "")
-    if text.isdigit():
+    if text.isdecimal():  # ² is a digit, too
         return float(text)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,6 +94,20 @@ class Model:
             return [*ids, eos]
         return ids
 
+    def token_text(self, token: int) -> str:
+        """The text of one token as it is inside a text, with its space; of a special one its name."""
+        before = self._ordinary
+        text = self.tokenizer.decode([*before, token]).removeprefix(self.tokenizer.decode(before))
+        return text or self._names.get(token, "")
+
+    @functools.cached_property
+    def _ordinary(self) -> list[int]:
+        return self.tokenizer.encode("a", add_special_tokens=False)
+
+    @functools.cached_property
+    def _names(self) -> dict[int, str]:
+        return {i: text for text, i in self.tokenizer.tokens().items()}
+
     def generate(self, prompt: str | Sequence[int], **options: Any) -> str:
         """The text that the model writes after `prompt`; options as in `stream`."""
         return "".join(self.stream(prompt, **options))
@@ -113,6 +128,10 @@ class Model:
         """
         yield from self.pieces(self.writer(prompt, max_tokens, stop, Sampling(**sampling)))
 
+    def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """What the model reads for `prompt`. Raises MlcBuildError for an empty one without a token to begin with."""
+        return self._beginning(self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt))
+
     def writer(
         self,
         prompt: str | Sequence[int],
@@ -122,7 +141,7 @@ class Model:
         grammar: Grammar | None = None,
     ) -> Writer:
         """A text that is to be written after `prompt`. Raises MlcBuildError for one that does not fit."""
-        ids = self._beginning(self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt))
+        ids = self.prompt_ids(prompt)
         self._check_length(len(ids))
         limit = self.context_window_size
         room = max_tokens if limit < 0 else min(max_tokens, limit - len(ids))

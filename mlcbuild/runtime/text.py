@@ -55,6 +55,6 @@ class TextStream:
     def _overlap(self, text: str) -> int:
         """The length of the longest tail of `text` with which a stop string begins."""
         return max(
-            (size for stop in self._stop for size in range(1, len(stop)) if text.endswith(stop[:size])),
+            (n for stop in self._stop for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])),
             default=0,
         )

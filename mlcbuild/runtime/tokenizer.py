@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -64,7 +65,7 @@ class JsonTokenizer:
         return text
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        ids: list[int] = self._tokenizer.encode(_checked(text), add_special_tokens=add_special_tokens).ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -98,7 +99,9 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         ids: list[int] = []
-        pieces = self._marks.split(text) if self._added else [text]  # added tokens stand for themselves
+        pieces = (
+            self._marks.split(_checked(text)) if self._added else [_checked(text)]
+        )  # added tokens stand for themselves
         for piece in filter(None, pieces):
             ids += [self._added[piece]] if piece in self._added else self._model.encode(piece)
         if not add_special_tokens:
@@ -113,8 +116,12 @@ class SentencePieceTokenizer:
         pieces = {self._model.id_to_piece(i): i for i in range(self._model.vocab_size())}
         return {**pieces, **self._added}
 
+    @functools.cached_property
+    def _by_text(self) -> dict[str, int]:
+        return self.tokens()
+
     def token_to_id(self, token: str) -> int | None:
-        return self.tokens().get(token)
+        return self._by_text.get(token)
 
 
 class RwkvTokenizer:
@@ -130,7 +137,7 @@ class RwkvTokenizer:
         self._lengths = {start: sorted(found, reverse=True) for start, found in lengths.items()}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        data, at, ids = text.encode("utf-8"), 0, []
+        data, at, ids = _checked(text).encode("utf-8"), 0, []
         while at < len(data):
             starts = (data[at : at + 2], data[at : at + 1])
             tokens = (data[at : at + length] for start in starts for length in self._lengths.get(start, ()))
@@ -147,8 +154,21 @@ class RwkvTokenizer:
     def tokens(self) -> dict[str, int]:
         return {**{rwkv_vocabulary.text_of(token): i for token, i in self._ids.items()}, rwkv_vocabulary.END_TEXT: 0}
 
+    @functools.cached_property
+    def _by_text(self) -> dict[str, int]:
+        return self.tokens()
+
     def token_to_id(self, token: str) -> int | None:
-        return self.tokens().get(token)
+        return self._by_text.get(token)
+
+
+def _checked(text: str) -> str:
+    """Bytes that are no UTF-8 come in from a terminal or a pipe as surrogates. Raises MlcBuildError for them."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise MlcBuildError("the text is not Unicode: some of it is not UTF-8, or half of a surrogate pair") from None
+    return text
 
 
 def _read_json(path: Path) -> dict[str, Any]:

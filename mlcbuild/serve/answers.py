@@ -12,7 +12,7 @@ from typing import Any
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.runtime.sampling import Sampling, defaults
 from mlcbuild.serve.engine import Engine, Job, Piece
-from mlcbuild.serve.protocol import ChatRequest, CompletionRequest, several
+from mlcbuild.serve.protocol import ChatMessage, ChatRequest, CompletionRequest, Refused, several
 
 _COMPLETION = 16  # tokens of a completion that says no number, as OpenAI has it
 
@@ -26,7 +26,7 @@ class Choice:
     pieces: asyncio.Queue[Piece | MlcBuildError]
 
 
-@dataclass
+@dataclass(eq=False)
 class Answer:
     """All texts of a request, under one id. `chat`: it is a conversation's."""
 
@@ -47,6 +47,11 @@ class Answer:
         """Nobody reads any more. What is complete stays so."""
         for choice in self.choices:
             choice.job.cancelled = True
+
+    def fail(self, error: MlcBuildError) -> None:
+        """What is not complete ends with an error."""
+        for choice in self.choices:
+            choice.job.tell(error)
 
     async def whole(self) -> dict[str, Any]:
         """The answer when all texts are complete. Raises MlcBuildError where one failed."""
@@ -131,10 +136,11 @@ class Answer:
 
     def _chance(self, token: int, chance: float) -> dict[str, Any]:
         text = self._text(token)
-        return {"token": text, "logprob": chance, "bytes": list(text.encode())}
+        known = "\N{REPLACEMENT CHARACTER}" not in text  # else it is a part of a character
+        return {"token": text, "logprob": chance, "bytes": list(text.encode()) if known else None}
 
     def _text(self, token: int) -> str:
-        return self.engine.model.tokenizer.decode([token])
+        return self.engine.model.token_text(token)
 
 
 def answer(engine: Engine, name: str, request: ChatRequest | CompletionRequest) -> Answer:
@@ -150,24 +156,27 @@ def answer(engine: Engine, name: str, request: ChatRequest | CompletionRequest) 
     prompts: list[Any]
     schema = None
     if isinstance(request, ChatRequest):
-        prompts = [model.chat_prompt([message.plain() for message in request.messages])]
+        prompts = [model.chat_prompt(_told(request.messages))]
         schema = request.response_format.schema_of_answer if request.response_format else None
         most = request.max_completion_tokens or request.max_tokens or engine.window
     else:
         prompts = several(request.prompt)
         most = request.max_tokens or _COMPLETION
+    if len(prompts) * request.n > engine.most_texts:
+        raise MlcBuildError(
+            f"the request asks for {len(prompts) * request.n} texts; this server takes {engine.most_texts} at once"
+        )
     settings = {**defaults(model.config), **request.sampling}
     choices: list[Choice] = []
     prompt_tokens = 0
     for prompt in prompts:
-        ids = model.writer(prompt).ids
+        ids = model.prompt_ids(prompt)
         wrong = [i for i in ids if not 0 <= i < model.vocab_size]
         if wrong:
             raise MlcBuildError(f"token id {wrong[0]} is not in this model's vocabulary of {model.vocab_size}")
         if len(ids) >= engine.window:
-            raise MlcBuildError(
-                f"the prompt has {len(ids)} tokens, too many for this server's window of {engine.window}"
-            )
+            text = f"the prompt has {len(ids)} tokens, too many for this server's window of {engine.window}"
+            raise Refused(400, text, "context_length_exceeded")
         prompt_tokens += len(ids)
         for i in range(request.n):
             seed = None if request.seed is None else request.seed + i  # or all would be the same
@@ -178,6 +187,14 @@ def answer(engine: Engine, name: str, request: ChatRequest | CompletionRequest) 
             choices.append(_choice(len(choices), Job(writer, print, request.likeliest)))
     usage = request.stream_options is not None and request.stream_options.include_usage
     return Answer(engine, name, chat, choices, prompt_tokens, usage)
+
+
+def _told(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
+    """Messages as a template takes them: it has a place for one system message, which gets the texts of all."""
+    plain = [message.plain() for message in messages]
+    system = [message["content"] for message in plain if message["role"] == "system"]
+    turns = [message for message in plain if message["role"] != "system"]
+    return [{"role": "system", "content": "\n\n".join(system)}, *turns] if system else turns
 
 
 def _choice(index: int, job: Job) -> Choice:

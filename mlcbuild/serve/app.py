@@ -16,6 +16,7 @@ import numpy as np
 from sse_starlette import EventSourceResponse
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
@@ -26,19 +27,12 @@ from mlcbuild.errors import MlcBuildError
 from mlcbuild.serve import answers
 from mlcbuild.serve.engine import Engine, QueueFull
 from mlcbuild.serve.metrics import Metrics
-from mlcbuild.serve.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, parse, several
+from mlcbuild.serve.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, Refused, parse, several
 
 MOST_BYTES = 4 * 2**20  # of a request
 _PAGE = Path(__file__).parent / "page.html"
 _OPEN = ("/", "/health")  # without a key
-
-
-class Refused(MlcBuildError):
-    """A request that is answered with an error of this status."""
-
-    def __init__(self, status: int, message: str, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code = status, code
+_PATIENCE = 10  # seconds: more than uvicorn has
 
 
 class Server:
@@ -47,6 +41,8 @@ class Server:
     def __init__(self, engines: Mapping[str, Engine], key: str | None = None) -> None:
         self._engines, self._key = engines, key
         self._metrics = Metrics(engines)
+        self._tokenizing = asyncio.Semaphore(2)
+        self._going: set[answers.Answer] = set()
         self._started = int(time.time())
 
     def app(self, hosts: list[str]) -> Starlette:
@@ -62,7 +58,9 @@ class Server:
             Route("/v1/embeddings", self._guarded(self._embed), methods=["POST"]),
         ]
         trusted = Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
-        return Starlette(routes=routes, middleware=[trusted])
+        return Starlette(
+            routes=routes, middleware=[trusted], exception_handlers={HTTPException: _missed, Exception: _failed}
+        )
 
     def _guarded(self, answer: Callable[[Request], Any]) -> Callable[[Request], Any]:
         """`answer` for whoever has the key; errors as JSON; counted."""
@@ -88,10 +86,11 @@ class Server:
         return guarded
 
     def _check_key(self, request: Request) -> None:
-        if self._key is None or request.url.path in _OPEN:
+        # Not request.url, which older versions of starlette make of what the client says in `Host`.
+        if self._key is None or request.scope["path"] in _OPEN:
             return
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), self._key.encode()):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._key.encode()):
             raise Refused(
                 401, "the API key is missing or wrong: send it as `Authorization: Bearer KEY`", "invalid_api_key"
             )
@@ -130,21 +129,47 @@ class Server:
 
     async def _write(self, request: Request, asked: ChatRequest | CompletionRequest) -> Response:
         engine = self._engine(asked.model)
-        # Tokenizing a long prompt takes a while, in which others are to be answered.
-        answer = await run_in_threadpool(answers.answer, engine, asked.model, asked)
+        # Tokenizing a long prompt takes a while, in which others are to be answered, and 200 times its memory.
+        async with self._tokenizing:
+            answer = await run_in_threadpool(answers.answer, engine, asked.model, asked)
         answers.listen(answer)
         answer.begin()
+        self._going.add(answer)
         if asked.stream:
-            return EventSourceResponse(_events(answer), sep="\n")
+            # At its end the server tells streams by `end`, so they need not be cut off before.
+            return EventSourceResponse(self._events(answer), sep="\n", shutdown_grace_period=_PATIENCE)
         gone = asyncio.create_task(_disconnected(request))
         whole = asyncio.create_task(answer.whole())
         try:
             await asyncio.wait([gone, whole], return_when=asyncio.FIRST_COMPLETED)
             return JSONResponse(await whole) if whole.done() else Response(status_code=499)
+        except MlcBuildError as error:  # not the request's fault
+            raise (error if isinstance(error, Refused) else Refused(500, str(error))) from None
         finally:
-            answer.cancel()
+            self._finish(answer)
             gone.cancel()
             whole.cancel()
+
+    async def _events(self, answer: answers.Answer) -> AsyncIterator[dict[str, str]]:
+        """Server-sent events, up to `[DONE]`; where the client goes, the generator is closed, and the texts with it."""
+        try:
+            async for chunk in answer.stream():
+                yield {"data": json.dumps(chunk)}
+            yield {"data": "[DONE]"}
+        except MlcBuildError as error:
+            status = error.status if isinstance(error, Refused) else 500
+            yield {"data": json.dumps(_described_error(status, str(error), None))}
+        finally:
+            self._finish(answer)
+
+    def _finish(self, answer: answers.Answer) -> None:
+        self._going.discard(answer)
+        answer.cancel()
+
+    def end(self) -> None:
+        """Answers that are not complete end with an error: the server ends."""
+        for answer in list(self._going):
+            answer.fail(Refused(503, "the server ends before the answer is complete"))
 
     async def _embed(self, request: Request) -> Response:
         asked = parse(EmbeddingRequest, await _body(request))
@@ -162,6 +187,10 @@ class Server:
                 loop.call_soon_threadsafe(_settle, done, found, None)
             except MlcBuildError as error:
                 loop.call_soon_threadsafe(_settle, done, None, error)
+            except Exception:
+                failed = Refused(500, "the vectors could not be computed: the server's output says why")
+                loop.call_soon_threadsafe(_settle, done, None, failed)
+                raise
 
         engine.call(compute)
         vectors, count = await done
@@ -173,16 +202,18 @@ class Server:
         return JSONResponse({"object": "list", "data": data, "model": asked.model, "usage": usage})
 
 
-async def _events(answer: answers.Answer) -> AsyncIterator[dict[str, str]]:
-    """Server-sent events, up to `[DONE]`; where the client goes, the generator is closed, and the texts with it."""
-    try:
-        async for chunk in answer.stream():
-            yield {"data": json.dumps(chunk)}
-        yield {"data": "[DONE]"}
-    except MlcBuildError as error:
-        yield {"data": json.dumps(_described_error(500, str(error), None))}
-    finally:
-        answer.cancel()
+async def _missed(request: Request, error: Exception) -> Response:
+    """What starlette answers itself: no such path, or not with that method."""
+    assert isinstance(error, HTTPException)
+    path = request.scope["path"]
+    said = {404: f"there is nothing at {path}", 405: f"{path} does not take {request.method}"}
+    response = _error(error.status_code, said.get(error.status_code, error.detail))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _failed(_: Request, error: Exception) -> Response:
+    return _error(500, "the request could not be answered: the server's output says why")
 
 
 async def _body(request: Request) -> bytes:

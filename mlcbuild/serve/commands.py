@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +13,10 @@ from mlcbuild.errors import MlcBuildError, Unavailable
 from mlcbuild.runtime.model import Model, load
 
 KEY = "MLCBUILD_API_KEY"
+_PORTS = 65535
 _LOOPBACK = ["127.0.0.1", "localhost", "[::1]", "::1"]
 _SECONDS = 1  # that answers which are being written have when the server ends
+_STEP = 0.2  # seconds that an engine has for its last step
 
 
 def serve(
@@ -47,6 +51,11 @@ def serve(
     ):
         if value < least:
             raise MlcBuildError(f"--{name} is {value}: expected {least} or more")
+    if port > _PORTS:
+        raise MlcBuildError(f"--port is {port}: expected {_PORTS} or less")
+    key = os.environ.get(KEY) or None
+    if key is not None and not (key.isascii() and key.isprintable() and key == key.strip()):
+        raise MlcBuildError(f"{KEY} has characters that no header can carry: expected ASCII, without blanks around it")
     models: dict[str, Model] = {}
     for folder in folders:
         name = folder.resolve().name
@@ -54,17 +63,36 @@ def serve(
             raise MlcBuildError(f"two packages are called {name}; rename one of the folders")
         models[name] = load(folder, None, threads, device)
         models[name].tokenizer  # noqa: B018  read now, not at the first request
-    key = os.environ.get(KEY) or None
     local = host in ("127.0.0.1", "localhost", "::1")
     if not local and key is None:
         print(f"mlcbuild serve: anybody who reaches {host} can use it; {KEY} sets a key", file=sys.stderr)
     engines = {name: Engine(model, Limits(sequences, window, queue)) for name, model in models.items()}
+    server = Server(engines, key)
+
+    class Ending(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            asyncio.get_running_loop().call_later(_SECONDS, server.end)
+            await super().shutdown(sockets)
+
+    config = uvicorn.Config(
+        server.app(_LOOPBACK if local else ["*"]),
+        host,
+        port,
+        http="h11",  # whose headers have a bound
+        ws="none",
+        log_level="info",
+        access_log=False,
+        timeout_graceful_shutdown=_SECONDS + 1,
+    )
     try:
-        application = Server(engines, key).app(_LOOPBACK if local else ["*"])
-        config = uvicorn.Config(
-            application, host, port, log_level="info", access_log=False, timeout_graceful_shutdown=_SECONDS
-        )
-        uvicorn.Server(config).run()
+        Ending(config).run()
+    except KeyboardInterrupt:
+        # Nothing is left to be done. To take the interpreter and the libraries down is a second, under load several,
+        # and it must not happen under a thread that is still in a step, which cannot be interrupted.
+        for engine in engines.values():
+            engine.close(_STEP)
+        print(file=sys.stderr, flush=True)
+        os._exit(130)
     finally:
         for engine in engines.values():
             engine.close()

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.runtime.model import Model
 from mlcbuild.runtime.sampling import log_probabilities
-from mlcbuild.runtime.session import Session
+from mlcbuild.runtime.session import Session, common
 from mlcbuild.runtime.writing import Writer
 from mlcbuild.serve.grammar import JsonGrammars
 
@@ -83,6 +83,7 @@ class Engine:
         self._most = min(limits.sequences, metadata.max_batch_size)
         self._chunk = min(limits.chunk, metadata.prefill_chunk_size)
         self._queue = limits.queue
+        self.most_texts = self._most + limits.queue  # of one request
         self.counts = dict.fromkeys(
             ("prompt_tokens", "reused_tokens", "completion_tokens", "steps", "cancelled", "failed"), 0
         )
@@ -114,7 +115,9 @@ class Engine:
     def submit(self, jobs: Sequence[Job]) -> None:
         """Begin all of `jobs` as soon as there is room. Raises QueueFull where there is not even room to wait."""
         with self._changed:
-            self._waiting = deque(job for job in self._waiting if not job.cancelled)
+            waiting = deque(job for job in self._waiting if not job.cancelled)
+            self.counts["cancelled"] += len(self._waiting) - len(waiting)
+            self._waiting = waiting
             free = max(self._most - len(self._running), 0)
             if len(self._waiting) + len(jobs) > self._queue + free:
                 raise QueueFull(f"{len(self._waiting)} requests wait already: try again later")
@@ -129,12 +132,13 @@ class Engine:
             self._calls.append(function)
             self._changed.notify()
 
-    def close(self) -> None:
-        """End the thread; texts that are not complete end with an error."""
+    def close(self, patience: float | None = None) -> None:
+        """End the thread; texts that are not complete end with an error. Its last step is waited for, for `patience`
+        seconds."""
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(patience)
 
     def _run(self) -> None:
         while True:
@@ -151,7 +155,8 @@ class Engine:
                     self._step()
             except Exception as error:  # the next texts must not suffer from it
                 traceback.print_exc(file=sys.stderr)
-                self._fail(f"{type(error).__name__}: {error}")
+                known = isinstance(error, MlcBuildError)
+                self._fail(str(error) if known else "the text could not be computed: the server's output says why")
 
     def _step(self) -> None:
         session = self._session = self._session or Session(self.model.network, self._most, self.window)
@@ -176,15 +181,15 @@ class Engine:
                 if job.cancelled:
                     self.counts["cancelled"] += 1
                     continue
+                self._running.append(job)  # before anything can fail: whoever waits must be told
                 job.sequence, job.computed = self._place(session, job.writer.ids)
                 job.writer.speed.start(job.computed)
                 self.counts["reused_tokens"] += job.computed
-                self._running.append(job)
 
     def _place(self, session: Session, ids: Sequence[int]) -> tuple[int, int]:
         """A sequence for a prompt, and how many of its tokens are there: those that it has in common with a text which
         is kept, unless most of that would be lost."""
-        shared = {sequence: _common(tokens, ids) for sequence, tokens in self._kept.items()}
+        shared = {sequence: common(tokens, ids) for sequence, tokens in self._kept.items()}
         best = max(shared, key=lambda sequence: shared[sequence], default=None)
         if best is not None and shared[best] >= max(_SHORTEST, len(self._kept[best]) // 2):
             del self._kept[best]
@@ -235,11 +240,17 @@ class Engine:
             self._kept[job.sequence] = tokens[: self._session.lengths[job.sequence]]  # the last one was not computed
 
     def _fail(self, reason: str) -> None:
-        """All texts in the KV cache end with an error; the cache may be broken, so the next step makes a new one."""
-        failed, self._running, self._session = self._running, [], None
+        """All texts in the KV cache end with an error; the cache may be broken, so the next step makes a new one.
+
+        Those that wait fail, too, where there was no cache: it could not be made, and trying again would never end.
+        """
+        with self._changed:
+            failed, self._running = self._running, []
+            if self._closing or self._session is None:
+                failed = [*failed, *self._waiting]
+                self._waiting.clear()
+        self._session = None
         self._kept.clear()
-        if self._closing:
-            failed = [*failed, *self._waiting]
         self.counts["failed"] += len(failed)
         for job in failed:
             with contextlib.suppress(Exception):  # that may be what failed
@@ -252,11 +263,6 @@ class Engine:
 
 def _likeliest(logits: npt.NDArray[Any], token: int, count: int) -> tuple[tuple[int, float], ...]:
     chances = log_probabilities(logits)
-    top = np.argsort(-chances, kind="stable")[:count]
+    near = np.argpartition(-chances, min(count, len(chances) - 1))[:count]  # all in order take eight times as long
+    top = near[np.argsort(-chances[near], kind="stable")]
     return tuple((int(i), float(chances[i])) for i in (token, *top))
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

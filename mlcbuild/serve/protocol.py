@@ -7,21 +7,39 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.runtime.sampling import SETTINGS
 
 MOST_TEXTS = 256  # prompts or inputs of a request
+Stop = Annotated[str, Field(max_length=1024)]  # each is looked for after every token
 R = TypeVar("R", bound="Request")
 Ids = Annotated[list[int], Field(min_length=1)]
 Texts = str | Annotated[list[str], Field(min_length=1, max_length=MOST_TEXTS)]
 Tokens = Ids | Annotated[list[Ids], Field(min_length=1, max_length=MOST_TEXTS)]
 
 
-class Request(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class Refused(MlcBuildError):
+    """A request that is answered with an error of this status."""
 
+    def __init__(self, status: int, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
+class Strict(BaseModel):
+    """Fields that are known. One that is null is one that was left out, whatever its name: clients send them so."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _said(cls, data: Any) -> Any:
+        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+
+class Request(Strict):
     model: str
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -29,9 +47,7 @@ class Request(BaseModel):
     service_tier: str | None = None
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class StreamOptions(Strict):
     include_usage: bool = False
     include_obfuscation: bool = False
 
@@ -49,7 +65,7 @@ class Writing(Request):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     seed: int | None = None
     logit_bias: Annotated[dict[int, float], Field(max_length=1024)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     n: Annotated[int, Field(ge=1, le=16)] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -70,9 +86,7 @@ class Part(BaseModel):
     text: str
 
 
-class ChatMessage(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] | None = None
     name: str | None = None

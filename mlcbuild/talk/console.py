@@ -5,6 +5,7 @@ Answers go to standard output, everything else to standard error: through a pipe
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -141,6 +142,8 @@ def _greeting(model: Model, folder: Path) -> Sequence[str]:
 def _lines() -> Iterator[str]:
     """Lines of a person at a terminal, with editing and history, or of a pipe, until they end."""
     if not sys.stdin.isatty():
+        if isinstance(sys.stdin, io.TextIOWrapper):  # what is not UTF-8 is refused line by line
+            sys.stdin.reconfigure(errors="surrogateescape")
         yield from (line.rstrip("\r\n") for line in sys.stdin)
         return
     from prompt_toolkit import PromptSession

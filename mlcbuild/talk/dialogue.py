@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.runtime.model import Model
 from mlcbuild.runtime.sampling import Sampling
+from mlcbuild.runtime.session import common
 from mlcbuild.runtime.writing import Writer
 
 Message = dict[str, str]
@@ -81,8 +82,7 @@ class Dialogue:
 
     def _write(self, writer: Writer) -> Iterator[str]:
         ids = writer.ids
-        same = next((i for i, (a, b) in enumerate(zip(self._cached, ids, strict=False)) if a != b), None)
-        same = min(len(self._cached), len(ids) - 1) if same is None else min(same, len(ids) - 1)  # one gives the logits
+        same = min(common(self._cached, ids), len(ids) - 1)  # one gives the logits
         kept = self._session.truncate(self._sequence, same)
         self._cached = list(ids[:kept])
         writer.speed.start(kept)
@@ -108,14 +108,16 @@ class Dialogue:
         system = [message for message in self.messages if message["role"] == "system"]
         turns = self.messages[len(system) :]
         limit = self.window
-        ids = self.model.chat_prompt([*system, *turns[self.dropped :]])
+        dropped = self.dropped
+        ids = self.model.chat_prompt([*system, *turns[dropped:]])
         if len(ids) + min(self._max_tokens, limit // 4) <= limit:
             return ids
-        while len(ids) > limit // 2 and self.dropped + 2 < len(turns):
-            self.dropped += 2
-            ids = self.model.chat_prompt([*system, *turns[self.dropped :]])
+        while len(ids) > limit // 2 and dropped + 2 < len(turns):
+            dropped += 2
+            ids = self.model.chat_prompt([*system, *turns[dropped:]])
         if len(ids) >= limit:
             raise MlcBuildError(
                 f"the message is too long: with it the prompt has {len(ids)} tokens, the window {limit}"
             )
+        self.dropped = dropped  # not before: a message that is refused forgets nothing
         return ids

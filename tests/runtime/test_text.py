@@ -59,3 +59,9 @@ def test_stop_strings_across_tokens() -> None:
 
 def test_what_looked_like_a_stop_string_is_shown_at_the_end() -> None:
     assert "".join(streamed(lambda ids: "".join("ab"[i] for i in ids), [0, 1], ["bc"])) == "ab"
+
+
+def test_a_long_stop_string_costs_no_more_than_the_text() -> None:
+    """All its beginnings were tried at every token, and a server's other texts waited."""
+    long = "b" * 200_000
+    assert "".join(streamed(lambda ids: "".join("ab"[i] for i in ids), [0, 1] * 50, [long])) == "ab" * 50

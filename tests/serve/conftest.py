@@ -22,10 +22,11 @@ KEY = "a key"
 
 
 @contextmanager
-def serving(engine: Engine, name: str) -> Iterator[str]:
+def serving(engine: Engine, name: str, made: Server | None = None) -> Iterator[str]:
     """The address of a server of one package, while it runs."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(Server({name: engine}, KEY).app(["127.0.0.1"]), log_level="warning"))
+        made = made or Server({name: engine}, KEY)
+        server = uvicorn.Server(uvicorn.Config(made.app(["127.0.0.1"]), log_level="warning"))
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         try:
@@ -43,8 +44,13 @@ def engine(tiny_package: Path) -> Engine:
 
 
 @pytest.fixture(scope="session")
-def address(engine: Engine) -> Iterator[str]:
-    with serving(engine, "tiny-cpu") as url:
+def server(engine: Engine) -> Server:
+    return Server({"tiny-cpu": engine}, KEY)
+
+
+@pytest.fixture(scope="session")
+def address(engine: Engine, server: Server) -> Iterator[str]:
+    with serving(engine, "tiny-cpu", server) as url:
         yield url
 
 

@@ -39,10 +39,13 @@ def test_a_completion_is_generate_s_text(client: openai.OpenAI, tiny: Model) -> 
 def test_a_conversation_is_chat_s_text(client: openai.OpenAI, tiny: Model) -> None:
     messages: Any = [
         {"role": "developer", "content": "Sing."},
-        {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}], "name": None, "audio": None},
+        {"role": "system", "content": "Loud."},
     ]
-    answer = client.chat.completions.create(model=MODEL, messages=messages, temperature=0, max_completion_tokens=9)
-    told = [{"role": "system", "content": "Sing."}, *HI]
+    answer = client.chat.completions.create(
+        model=MODEL, messages=messages, temperature=0, max_completion_tokens=9, n=None
+    )
+    told = [{"role": "system", "content": "Sing.\n\nLoud."}, *HI]
     assert answer.choices[0].message.content == tiny.chat(told, max_tokens=9)
     assert answer.choices[0].message.role == "assistant" and answer.object == "chat.completion"
 
@@ -132,5 +135,10 @@ def test_log_probabilities_are_those_of_transformers(client: openai.OpenAI, refe
     assert [top.logprob for top in entry.top_logprobs] == pytest.approx(expected.values.tolist(), abs=1e-4)
     assert entry.token == tokenizer.decode([int(expected.indices[0])]) == entry.top_logprobs[0].token
     assert len(answer.choices[0].logprobs.content) == 3
+    banned: Any = {str(i): -100 for i in range(300) if i not in tokenizer.encode("日").ids[:1]}
+    part = client.chat.completions.create(
+        model=MODEL, messages=HI, temperature=0, max_tokens=1, logprobs=True, top_logprobs=0, logit_bias=banned
+    )
+    assert part.choices[0].logprobs.content[0].bytes is None  # type: ignore[index, union-attr]  # no whole character
     old = complete(client, "The", max_tokens=2, logprobs=1).choices[0].logprobs
     assert len(old.tokens) == 2 and old.top_logprobs[0][old.tokens[0]] == old.token_logprobs[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import http.client
 import json
 import os
 import re
@@ -21,8 +22,9 @@ import pytest
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.runtime import Model
 from mlcbuild.runtime.sampling import Sampling
+from mlcbuild.serve.app import Server
 from mlcbuild.serve.commands import serve
-from mlcbuild.serve.engine import Engine, Job, Piece
+from mlcbuild.serve.engine import Engine, Job, Limits, Piece
 from tests.serve.conftest import KEY, held
 from tests.serve.test_answers import HI, MODEL, complete, wait_until
 
@@ -49,6 +51,8 @@ def ask(url: str, body: bytes | None = None, **headers: str) -> tuple[int, Any]:
         ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1"),
         ({"extra_body": {"grammar": "x"}}, "grammar: Extra inputs are not permitted"),
         ({"suffix": "x"}, "suffix: Input should be null"),
+        ({"stop": "x" * 1025}, "stop: String should have at most 1024 characters"),
+        ({"prompt": ["a", "b"], "n": 8}, "the request asks for 16 texts; this server takes 15 at once"),
     ],
     ids=str,
 )
@@ -81,13 +85,18 @@ def test_what_is_no_request(address: str) -> None:
     status, said = ask(url, b" " * (2**22 + 1))
     assert status == 413 and said["error"]["message"] == "the request is longer than 4 MiB"
     assert ask(address, Host="evil.example") == (400, "Invalid host header")
-    assert ask(f"{address}/v1/nothing")[0] == 404
+    status, said = ask(f"{address}/v1/nothing")
+    assert status == 404 and said["error"]["message"] == "there is nothing at /v1/nothing"
+    status, said = ask(f"{address}/v1/models", b"{}")
+    assert status == 405 and said["error"]["message"] == "/v1/models does not take POST"
 
 
 def test_only_the_key_opens(address: str) -> None:
     status, said = ask(f"{address}/v1/models", Authorization="Bearer wrong")
     assert status == 401 and said["error"]["code"] == "invalid_api_key"
     assert ask(f"{address}/metrics", Authorization="")[0] == 401
+    assert ask(f"{address}/metrics", Authorization="", Host="127.0.0.1:/health?")[0] in (400, 401)
+    assert ask(f"{address}/metrics", Authorization=f"bearer {KEY}")[0] == 200
     assert ask(f"{address}/health", Authorization="") == (200, {"status": "ok", "models": [MODEL]})
     status, page = ask(address, Authorization="")
     assert status == 200 and "/v1/chat/completions" in page
@@ -111,14 +120,19 @@ def test_metrics_count_tokens_and_requests(client: openai.OpenAI, address: str) 
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_text_that_nobody_waits_for_is_not_written(client: openai.OpenAI, engine: Engine, stream: bool) -> None:
+def test_a_text_that_nobody_waits_for_is_not_written(
+    client: openai.OpenAI, address: str, engine: Engine, stream: bool
+) -> None:
     cancelled, tokens = engine.counts["cancelled"], engine.counts["completion_tokens"]
     with held(engine):
         if stream:
             complete(client, "The", stream=True).close()
         else:
-            with pytest.raises(openai.APITimeoutError):
-                complete(client, "The", timeout=0.3)
+            connection = http.client.HTTPConnection(address.removeprefix("http://"))
+            headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+            connection.request("POST", "/v1/completions", json.dumps({"model": MODEL, "prompt": "The"}), headers)
+            wait_until(lambda: engine.waiting)
+            connection.close()
         wait_until(lambda: engine.waiting and all(job.cancelled for job in engine._waiting))
     wait_until(lambda: not engine.waiting)
     assert (engine.counts["cancelled"], engine.counts["completion_tokens"]) == (cancelled + 1, tokens)
@@ -160,6 +174,34 @@ def test_an_error_of_the_engine_ends_its_texts_and_not_the_server(
     assert "token id 999" in capfd.readouterr().err
 
 
+def test_where_no_cache_can_be_made_all_are_told(engine: Engine, capfd: pytest.CaptureFixture[str]) -> None:
+    """Those that wait, too, or the engine would try for ever."""
+    other = Engine(engine.model, Limits(sequences=3))
+    other._most = 1000
+    told: list[Piece | MlcBuildError] = []
+    other.submit([Job(engine.model.writer([5], 3), told.append) for _ in range(2)])
+    wait_until(lambda: len(told) == 2)
+    assert [re.search("compiled for at most 3 sequences at once", str(each)) for each in told].count(None) == 0
+    other.close()
+    assert other.waiting == 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_is_not_complete_when_the_server_ends(
+    client: openai.OpenAI, engine: Engine, server: Server, stream: bool
+) -> None:
+    """A client is told, with a status or in its stream."""
+    wait_until(lambda: not server._going)
+    with ThreadPoolExecutor() as pool, held(engine):
+        begun = pool.submit(lambda: list(complete(client, "The", stream=stream)))
+        wait_until(lambda: server._going)
+        server.end()
+        with pytest.raises(openai.APIError, match="the server ends before the answer is complete") as error:
+            begun.result()
+    assert stream or (isinstance(error.value, openai.InternalServerError) and error.value.status_code == 503)
+    wait_until(lambda: not server._going)
+
+
 def test_the_command_serves_until_ctrl_c(tiny_package: Path, tiny: Model) -> None:
     command = [sys.executable, "-m", "mlcbuild.cli", "serve", str(tiny_package), "--port", "0"]
     environment = {**os.environ, "MLCBUILD_API_KEY": KEY}
@@ -179,3 +221,5 @@ def test_packages_that_cannot_be_served(tiny_package: Path) -> None:
         serve([tiny_package, tiny_package])
     with pytest.raises(MlcBuildError, match="--sequences is 0: expected 1 or more"):
         serve([tiny_package], sequences=0)
+    with pytest.raises(MlcBuildError, match="--port is 70000: expected 65535 or less"):
+        serve([tiny_package], port=70000)

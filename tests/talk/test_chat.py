@@ -48,12 +48,12 @@ def test_the_oldest_turns_go_when_the_window_is_full(tiny: Model) -> None:
     kept = talk.messages[talk.dropped : -1]
     assert talk.messages[-1]["content"] == tiny.chat(kept, max_tokens=5)
     assert talk.in_window <= talk.window == 96
-    before = list(talk.messages)
+    before, dropped = list(talk.messages), talk.dropped
     with pytest.raises(
         MlcBuildError, match=r"the message is too long: with it the prompt has .* tokens, the window 96"
     ):
         said(talk, "sea " * 90)
-    assert talk.messages == before
+    assert (talk.messages, talk.dropped) == (before, dropped)
 
 
 def test_the_system_message_outlives_a_reset(tiny: Model) -> None:
@@ -91,17 +91,19 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(
 
 def chat(package: Path, lines: str, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "mlcbuild.cli", "chat", str(package), "--temperature", "0", *options]
-    return subprocess.run(command, input=lines, capture_output=True, text=True)
+    done = subprocess.run(command, input=lines.encode(errors="surrogateescape"), capture_output=True)
+    return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 def test_lines_of_a_pipe_are_answered_and_commands_obeyed(tiny: Model, tiny_package: Path) -> None:
-    done = chat(tiny_package, "Hi\n/stats\n/nothing\n/help\n/exit\nnever\n", "--max-tokens", "6")
+    done = chat(tiny_package, "\udcff\nHi\n/stats\n/nothing\n/help\n/exit\nnever\n", "--max-tokens", "6")
     assert done.returncode == 0, done.stderr
     assert done.stdout == tiny.chat("Hi", max_tokens=6) + "\n"
     for text in (
         "tiny-cpu: template chatml; /help shows the commands.",
         "[at its limit; prompt: ",
         "1 questions; ",
+        "the text is not Unicode: some of it is not UTF-8",
         "of 96 tokens of the window",
         "/nothing is no command; /help lists them",
         "/regenerate  write the last answer once more",

@@ -80,14 +80,19 @@ class Store:
             if said := list(wrong):
                 raise Damaged("\n".join(said))
 
-    def check(self, entry: Entry) -> None:
+    def check(self, entries: Iterable[Entry]) -> None:
         """As `prove`, but what was hashed before is read again only where its stat, ctime included, has changed."""
-        try:
-            digest, _ = digest_of(entry.path, self.index)
-        except FileNotFoundError:
-            raise Damaged(f"{entry.path}: it is gone") from None
-        if digest != entry.digest:
-            raise Damaged(self.discard(entry, digest))
+        said = list[str]()
+        for entry in {entry.digest: entry for entry in entries}.values():
+            try:
+                digest, _ = digest_of(entry.path, self.index)
+            except FileNotFoundError:
+                said.append(f"{entry.path}: it is gone")
+                continue
+            if digest != entry.digest:
+                said.append(self.discard(entry, digest))
+        if said:
+            raise Damaged("\n".join(said))
 
     def discard(self, entry: Entry, actual: str) -> str:
         """Forget content that was found to be something else, so that nobody uses it and what made it runs again.

@@ -113,14 +113,14 @@ def test_what_is_proven_is_read_and_what_is_damaged_is_forgotten(store: Store, t
 def test_what_a_step_is_given_is_hashed_where_its_stat_has_changed(store: Store) -> None:
     """Its date may be as before: the change time is not. FAULTS.md A2."""
     entry = ingested(store, b"content of a blob")
-    store.check(entry)
+    store.check([entry])
     (store.root / "link").hardlink_to(entry.path)
-    store.check(entry)
+    store.check([entry])
     damage(store.root / "link")
     with pytest.raises(Damaged, match=f"{entry.path}: damaged: .*: removed"):
-        store.check(entry)
+        store.check([entry])
     with pytest.raises(Damaged, match="it is gone"):
-        store.check(entry)
+        store.check([entry])
     assert (store.root / "link").stat().st_mtime != BLOB_TIME, "not believed any more where it is linked to"
 
 

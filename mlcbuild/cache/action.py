@@ -74,11 +74,7 @@ class Action:
 
         Raises Damaged for an entry that is not whole.
         """
-        record: Any = None
-        with contextlib.suppress(ValueError, RecursionError):
-            record = json.loads(text) if len(text) <= MOST_BYTES else None
-        if problem := _problem(record):
-            raise Damaged(f"its entry {problem}")
+        record = record_of(text)
         if digest_json(record["files"]) != record["tree"]:
             raise Damaged("its entry is of something else")
         given = {name: record[name] for name in ("step", "name", "code", "fields", "inputs", "toolchain")}
@@ -105,6 +101,17 @@ def _key(
 ) -> str:
     made_of = {"step": kind, "code": code, "fields": fields, "toolchain": toolchain}
     return digest_json({**made_of, "inputs": [[name, digest] for name, digest in sorted(inputs.items())]})
+
+
+def record_of(text: bytes) -> dict[str, Any]:
+    """What an entry's text says, not compared with its digests yet. Raises Damaged for what no entry can say."""
+    record: Any = None
+    with contextlib.suppress(ValueError, RecursionError):
+        record = json.loads(text) if len(text) <= MOST_BYTES else None
+    if problem := _problem(record):
+        raise Damaged(f"its entry {problem}")
+    found: dict[str, Any] = record
+    return found
 
 
 def _problem(record: Any) -> str | None:

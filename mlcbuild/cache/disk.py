@@ -74,7 +74,7 @@ def make_file(path: Path) -> bool:
     except OSError:
         return False
     finally:
-        new.unlink(missing_ok=True)  # `running_since` takes what nobody holds
+        new.unlink()
     return True
 
 

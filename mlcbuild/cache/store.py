@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mlcbuild.cache import layout
-from mlcbuild.cache.action import Action, Damaged
+from mlcbuild.cache.action import Action, Damaged, record_of
 from mlcbuild.cache.disk import make_folder, share
 from mlcbuild.cache.files import AT_ONCE, digest_of, hash_file
 from mlcbuild.cache.index import Index, note_use, signature
@@ -208,8 +208,11 @@ class Store:
         Each has its `key` added; whether its blobs are still here is not looked at.
         """
         for path in sorted(layout.action_files(self.root), key=_modified):
-            record = _read_json(path)
-            if isinstance(record, dict) and record.get("step") == step:
+            try:
+                record = record_of(path.read_bytes())
+            except (OSError, Damaged):
+                continue
+            if record["step"] == step:
                 yield {**record, "key": path.stem}
 
     def _action_path(self, key: str) -> Path:
@@ -278,13 +281,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
 
 
 def _modified(path: Path) -> float:

@@ -175,6 +175,15 @@ def test_a_damaged_entry_is_absent(store: Store, text: str) -> None:
     assert store.action(action.key) is None
 
 
+def test_a_damaged_entry_is_no_record_either(store: Store) -> None:
+    """`why` and estimates read entries too: one whose inputs had become a list ended every build with a traceback."""
+    action = commit(store, file=ingested(store))
+    (found,) = store.recorded(action.step)
+    path = store.root / "ac" / "ab" / f"{action.key}.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "inputs": ["x"]}))
+    assert found["key"] == action.key and not [*store.recorded(action.step)]
+
+
 def test_an_entry_whose_files_were_edited_is_absent(store: Store) -> None:
     action = commit(store, file=ingested(store), more=ingested(store, b"more"))
     path = store.root / "ac" / "ab" / f"{action.key}.json"

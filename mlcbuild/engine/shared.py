@@ -77,7 +77,7 @@ class SharedCache:
         return self._send(action.tree.files.values(), {action.key: action.to_json()}, store, say)
 
     def send(self, entries: Iterable[Entry], store: Store, say: Say) -> bool:
-        """Put blobs there without an entry; whether they are there now."""
+        """Put blobs there without an entry; whether they are there now. Raises Damaged for what is to be made again."""
         return self._send(entries, {}, store, say)
 
     def _send(self, entries: Iterable[Entry], records: Mapping[str, bytes], store: Store, say: Say) -> bool:
@@ -99,6 +99,8 @@ class SharedCache:
             for key, content in records.items():
                 self.remote.put_entry(key, content)
         except Damaged as error:
+            if not records:  # a step waits for it
+                raise
             say(f"{error}; not put into the shared cache: the next build makes it again")
             return False
         except Exception as error:

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import io
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -57,9 +58,6 @@ NO_MEMORY = (
 )
 _NO_MORE = "close other programs or raise the limit"
 _SENTENCES = {
-    errno.EACCES: "permission denied{owner}: let the owner give you the right, or use a folder of your own (cache=DIR)",
-    errno.EPERM: "that is not permitted{owner}: let the owner do it, or use a folder of your own (cache=DIR)",
-    errno.EROFS: "the file system can only be read: use a folder elsewhere (cache=DIR for the cache)",
     errno.EFBIG: "the file gets larger than is allowed here: raise the limit (`ulimit -f unlimited`)",
     errno.ELOOP: "a symbolic link leads back to itself: remove it",
     errno.ENAMETOOLONG: "the name is longer than the file system takes: choose a shorter one",
@@ -78,6 +76,8 @@ _SENTENCES = {
     errno.ETXTBSY: "it is a program that is running: end that, then try again",
     errno.EPIPE: "whoever was to read this has ended: try again",
 }
+FULL = (errno.ENOSPC, errno.EDQUOT)
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _MAKE_ROOM = "Free some space, or put the cache elsewhere (cache=DIR); what is already built is kept"
 _FEW = 100  # files, and blocks
 _MOST_LINES, _WIDEST = 100, 2_000  # of a message: lines, characters of each
@@ -109,12 +109,12 @@ def in_words(error: BaseException) -> str | None:
         return f"{place}the connection was lost or not made ({_short(error)}): try again when the other side answers"
     if not isinstance(error, OSError):
         return None
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL:
         return full(Path(_named(error) or Path.cwd()))
+    if error.errno in CLOSED:
+        return closed(_named(error), error)
     sentence = _SENTENCES.get(error.errno or 0)
-    if sentence is None:
-        return f"{place}{_short(error)}: check what lies there, then try again"
-    return f"{place}{sentence.format(owner=_owner(_named(error)))}"
+    return f"{place}{sentence or f'{_short(error)}: check what lies there, then try again'}"
 
 
 @contextlib.contextmanager
@@ -159,6 +159,20 @@ def full(folder: Path, needed: int | None = None) -> str:
     return f"{folder}: the disk is full: {want}{free:,} bytes are free. {_MAKE_ROOM}"
 
 
+def closed(name: str, error: OSError) -> str:
+    """The text for a file or folder that this user may not write, or read; `name` is empty where it is not known."""
+    place = f"{name}: " if name else ""
+    if error.errno == errno.EROFS:
+        return (
+            f"{place}cannot be written: its file system is read-only. Put the cache elsewhere (cache=DIR), or the "
+            "workspace if it is its dist/"
+        )
+    return (
+        f"{place}{_short(error)}{_whose(name) if name else ''}. Have it given to you (`chown -R`), or to a "
+        "group of yours (`chmod -R g+rwX`), or use another folder (cache=DIR for the cache)"
+    )
+
+
 def _place(error: BaseException) -> str:
     name = _named(error)
     return f"{name}: " if name else ""
@@ -189,18 +203,26 @@ def _name(file: io.IOBase) -> object:
     return None
 
 
-def _owner(name: str) -> str:
-    """`; it belongs to root`, where it is another's."""
-    with contextlib.suppress(OSError, KeyError, ValueError):
-        import pwd
+def _whose(name: str) -> str:
+    """`: DIR belongs to root and has mode 755; this is alice`, of what lies there or the folder that it would be in."""
+    there = Path(name)
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    try:
+        status = there.lstat()
+    except OSError:
+        return f": {there} cannot be looked at; this is {_user(os.geteuid())}"
+    mode = stat.S_IMODE(status.st_mode)
+    return f": {there} belongs to {_user(status.st_uid)} and has mode {mode:o}; this is {_user(os.geteuid())}"
 
-        place = Path(name)
-        while not os.path.lexists(place) and place != place.parent:
-            place = place.parent
-        owner = place.lstat().st_uid
-        if name and owner != os.getuid():
-            return f" ({place} belongs to {pwd.getpwuid(owner).pw_name})"
-    return ""
+
+def _user(number: int) -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"user {number}"
 
 
 def _is_of_network(error: BaseException) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ MOST_BYTES = 16 << 20  # of an entry
 _MODES = (0o644, 0o755)
 _MOST_FILES, _LARGEST = 50_000, 1 << 44  # of an artifact; bytes of one file
 _LONGEST = 1000  # characters of a name
+_LONGEST_RUN = 1e10  # seconds: an integer of JSON may be larger than any float
 _TEXTS, _OBJECTS = ("tree", "step", "name", "code"), ("files", "fields", "inputs", "toolchain")
 _NOWHERE = Path()
 
@@ -74,11 +74,7 @@ class Action:
 
         Raises Damaged for an entry that is not whole.
         """
-        record: Any = None
-        with contextlib.suppress(ValueError, RecursionError):
-            record = json.loads(text) if len(text) <= MOST_BYTES else None
-        if problem := _problem(record):
-            raise Damaged(f"its entry {problem}")
+        record = record_of(text)
         if digest_json(record["files"]) != record["tree"]:
             raise Damaged("its entry is of something else")
         given = {name: record[name] for name in ("step", "name", "code", "fields", "inputs", "toolchain")}
@@ -107,6 +103,17 @@ def _key(
     return digest_json({**made_of, "inputs": [[name, digest] for name, digest in sorted(inputs.items())]})
 
 
+def record_of(text: bytes) -> dict[str, Any]:
+    """What an entry's text says, not compared with its digests yet. Raises Damaged for what no entry can say."""
+    record: Any = None
+    with contextlib.suppress(ValueError, RecursionError):
+        record = json.loads(text) if len(text) <= MOST_BYTES else None
+    if problem := _problem(record):
+        raise Damaged(f"its entry {problem}")
+    found: dict[str, Any] = record
+    return found
+
+
 def _problem(record: Any) -> str | None:
     """What an entry has that cannot be; None when nothing. Nothing is believed of it, read for it or removed before."""
     if not isinstance(record, dict) or record.keys() != {*_TEXTS, *_OBJECTS, "seconds"}:
@@ -120,8 +127,10 @@ def _problem(record: Any) -> str | None:
     if not all(isinstance(text, str) for name in ("inputs", "toolchain") for text in record[name].values()):
         return "cannot be read"
     files = record["files"]
-    if not 0 <= record["seconds"] < math.inf or not 0 < len(files) <= _MOST_FILES:
-        return f"has {len(files):,} files, made in {record['seconds']:g} seconds, which cannot be"
+    if not 0 <= record["seconds"] <= _LONGEST_RUN:
+        return "was made in a time that cannot be"
+    if not 0 < len(files) <= _MOST_FILES:
+        return f"has {len(files):,} files, which cannot be"
     for name, file in files.items():
         if not _can_be(name, file) or any(name[:end] in files for end in _slashes(name)):
             return f"has a file {name[:80]!r} that cannot be"

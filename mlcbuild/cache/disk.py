@@ -7,18 +7,13 @@ Like a git repository with `core.sharedRepository=group`, but the folder itself 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import pwd
 import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlcbuild.errors import MlcBuildError, full
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+from mlcbuild.errors import CLOSED, FULL, MlcBuildError, closed, full
 
 
 @contextlib.contextmanager
@@ -30,39 +25,11 @@ def room_in(folder: Path, needed: int | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise MlcBuildError(full(folder, needed)) from None
-        if error.errno in _CLOSED and isinstance(error.filename, str | bytes):
-            raise MlcBuildError(closed(Path(os.fsdecode(error.filename)), error)) from None
+        if error.errno in CLOSED and isinstance(error.filename, str | bytes | os.PathLike):
+            raise MlcBuildError(closed(os.fsdecode(error.filename), error)) from None
         raise
-
-
-def closed(path: Path, error: OSError) -> str:
-    """The text for a file or folder that this user may not write, or read."""
-    there = path
-    while not os.path.lexists(there) and there != there.parent:
-        there = there.parent
-    if error.errno == errno.EROFS:
-        return (
-            f"{path}: cannot be written: its file system is read-only. Put the cache elsewhere (cache=DIR), or the "
-            "workspace if it is its dist/"
-        )
-    try:
-        status = there.lstat()
-        whose = f"{there} belongs to {_user(status.st_uid)} and has mode {stat.S_IMODE(status.st_mode):o}"
-    except OSError:
-        whose = f"{there} cannot be looked at"
-    return (
-        f"{path}: {error.strerror}: {whose}; this is {_user(os.geteuid())}. Have it given to you (`chown -R`), or to a "
-        "group of yours (`chmod -R g+rwX`), or use another folder (cache=DIR for the cache)"
-    )
-
-
-def _user(number: int) -> str:
-    try:
-        return pwd.getpwuid(number).pw_name
-    except KeyError:
-        return f"user {number}"
 
 
 def make_folder(path: Path) -> None:

@@ -8,7 +8,6 @@ workspace that shares the cache is heard, and a removed package lets go by itsel
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -20,7 +19,7 @@ from mlcbuild.cache.disk import room_in
 from mlcbuild.cache.layout import package_path, pin_path
 from mlcbuild.cache.store import Store
 from mlcbuild.cache.tree import canonical
-from mlcbuild.errors import MlcBuildError
+from mlcbuild.errors import CLOSED, MlcBuildError
 
 MANIFEST = "manifest.json"
 
@@ -73,7 +72,7 @@ def hold_package(store: Store, folder: Path, keys: Iterable[str]) -> None:
     try:
         store.write(path, content)
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno not in CLOSED:
             raise
 
 

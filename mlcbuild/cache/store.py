@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mlcbuild.cache import layout
-from mlcbuild.cache.action import Action, Damaged
+from mlcbuild.cache.action import Action, Damaged, record_of
 from mlcbuild.cache.disk import make_folder, share
 from mlcbuild.cache.files import AT_ONCE, digest_of, hash_file
 from mlcbuild.cache.index import Index, note_use, signature
@@ -80,14 +80,19 @@ class Store:
             if said := list(wrong):
                 raise Damaged("\n".join(said))
 
-    def check(self, entry: Entry) -> None:
+    def check(self, entries: Iterable[Entry]) -> None:
         """As `prove`, but what was hashed before is read again only where its stat, ctime included, has changed."""
-        try:
-            digest, _ = digest_of(entry.path, self.index)
-        except FileNotFoundError:
-            raise Damaged(f"{entry.path}: it is gone") from None
-        if digest != entry.digest:
-            raise Damaged(self.discard(entry, digest))
+        said = list[str]()
+        for entry in {entry.digest: entry for entry in entries}.values():
+            try:
+                digest, _ = digest_of(entry.path, self.index)
+            except FileNotFoundError:
+                said.append(f"{entry.path}: it is gone")
+                continue
+            if digest != entry.digest:
+                said.append(self.discard(entry, digest))
+        if said:
+            raise Damaged("\n".join(said))
 
     def discard(self, entry: Entry, actual: str) -> str:
         """Forget content that was found to be something else, so that nobody uses it and what made it runs again.
@@ -203,8 +208,11 @@ class Store:
         Each has its `key` added; whether its blobs are still here is not looked at.
         """
         for path in sorted(layout.action_files(self.root), key=_modified):
-            record = _read_json(path)
-            if isinstance(record, dict) and record.get("step") == step:
+            try:
+                record = record_of(path.read_bytes())
+            except (OSError, Damaged):
+                continue
+            if record["step"] == step:
                 yield {**record, "key": path.stem}
 
     def _action_path(self, key: str) -> Path:
@@ -273,13 +281,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
 
 
 def _modified(path: Path) -> float:

@@ -51,12 +51,14 @@ class Console:
         """Tell the log and the reports, not the screen."""
         if self.records:
             event = self.annotate(event)
-        if self.log is not None:
+        log = self.log  # another thread may be the one that finds that it cannot be written
+        if log is not None:
             try:
-                self.log(event)
+                log(event)
             except MlcBuildError as error:  # said once, at the end: the build itself goes on
+                if self.log is not None:
+                    self.at_end.append(partial(_fail, error))
                 self.log = None
-                self.at_end.append(partial(_fail, error))
         if self.collected is not None:
             self.collected.append((time.time(), event))
 

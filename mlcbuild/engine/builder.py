@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from mlcbuild.engine.shared import SharedCache
 
 _T = TypeVar("_T")
-_TRIES = 3
+_TRIES, _MOST_DAMAGES = 3, 1000
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,19 @@ class Builder:
 
     def mending(self, name: str, work: Callable[[], _T]) -> _T:
         """What `work` gives, done again where it meets content that is damaged: the store has forgotten that, so what
-        made it runs again. Raises StepFailed where this does not help."""
-        for _ in range(_TRIES):
+        made it runs again. Raises StepFailed where the same file is damaged again and again."""
+        met = Counter[str]()
+        while True:
             try:
                 return work()
             except Damaged as error:
                 said = str(error)
-                self.report(StepNote(name, f"{said}; what made it runs again"))
-                self.lookup.forget()
-        raise StepFailed(f"{name}: {said}. It was built again, and is damaged again: check the disk")
+            met.update(line.partition(": ")[0] for line in said.splitlines())
+            # Of a step that never gives the same bytes, each damaged file is another one.
+            if max(met.values()) == _TRIES or met.total() > _MOST_DAMAGES:
+                raise StepFailed(f"{name}: {said}. It was built again, and is damaged again: check the disk")
+            self.report(StepNote(name, f"{said}; what made it runs again"))
+            self.lookup.forget()
 
     def _bring(self, name: str, force: bool) -> Action:
         """The action of a step whose inputs are there: found, made by another process meanwhile, fetched, or run."""
@@ -99,9 +104,8 @@ class Builder:
             materials += action.tree.files.values()
         limit = memory_limit(self.lookup.graph, name)
         request = Request(name, step.module, step.entry, ingredients, tuple(materials), limit)
-        for entry in request.given:
-            if self.lookup.store.owns(entry.path):  # others were looked at for the key
-                self.lookup.store.check(entry)
+        store = self.lookup.store
+        store.check(entry for entry in request.given if store.owns(entry.path))  # others were looked at for the key
         return request
 
     def _built_meanwhile(self, name: str, key: str) -> Action | None:
@@ -140,11 +144,16 @@ class Builder:
 
     @contextlib.contextmanager
     def _failing(self, name: str, log: Path | None = None) -> Iterator[None]:
-        """What goes wrong inside is an event, with the end of the log, and a StepFailed or StepBroke with its text."""
+        """What goes wrong inside is an event, with the end of the log, and a StepFailed or StepBroke with its text.
+
+        But for content that is damaged, which `mending` knows how to mend.
+        """
         started = time.monotonic()
         try:
             with plainly():
                 yield
+        except Damaged:
+            raise
         except MlcBuildError as error:
             seconds, kind = time.monotonic() - started, self.lookup.graph.steps[name].kind
             said = tail(log) if log else ""

@@ -92,11 +92,13 @@ def _taken(group: int) -> int:
     """Bytes that the processes of the group have for themselves alone: files that they have mapped do not count."""
     from pathlib import Path
 
-    total = 0
-    for process in Path("/proc").iterdir() if sys.platform == "linux" else ():
-        with contextlib.suppress(OSError, ValueError):
-            if process.name.isdigit() and os.getpgid(int(process.name)) == group:
-                lines = (process / "status").read_text(encoding="utf-8").splitlines()
+    total, numbers = 0, list[str]()
+    with contextlib.suppress(OSError), os.scandir("/proc") as entries:  # where there is none, there is no limit
+        numbers = [entry.name for entry in entries if entry.name.isdigit()]
+    for number in numbers:
+        with contextlib.suppress(OSError, ValueError):  # it has just ended
+            if os.getpgid(int(number)) == group:
+                lines = Path("/proc", number, "status").read_text(encoding="utf-8").splitlines()
                 total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
     return total
 

@@ -72,7 +72,10 @@ class Cluster:
             )
 
     def run(self, request: Request, graph: Graph, store: Store, force: bool, say: Callable[[str], None]) -> None:
-        """Run the step on a worker; its result is then in the shared cache. Raises StepFailed, StepBroke."""
+        """Run the step on a worker; its result is then in the shared cache.
+
+        Raises StepFailed, StepBroke, and Damaged for an input that has to be made again.
+        """
         self._send(request.given, store, say)
         answer = self._result(request, graph, force)
         if "failed" in answer:

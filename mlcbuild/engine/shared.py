@@ -6,7 +6,6 @@ after a failed write (or read). A damaged entry or blob is no trouble of that ki
 
 from __future__ import annotations
 
-import errno
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,10 +17,9 @@ from mlcbuild.cache.locks import workplace
 from mlcbuild.cache.remote import Meter, Remote
 from mlcbuild.cache.store import Store
 from mlcbuild.cache.tree import Entry, Tree
-from mlcbuild.errors import StepFailed
+from mlcbuild.errors import FULL, StepFailed
 
 _AT_ONCE = 8  # transfers
-_LOCAL = (errno.ENOSPC, errno.EDQUOT)
 Say = Callable[[str], None]
 
 
@@ -60,7 +58,7 @@ class SharedCache:
         except (Damaged, FileNotFoundError) as error:
             say(f"{self.remote.shown}: what it has of this is damaged ({self.remote.words(error)}): building it here")
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in _LOCAL:
+            if isinstance(error, OSError) and error.errno in FULL:
                 raise
             self._stop(error, "read", say)
         return None
@@ -79,7 +77,7 @@ class SharedCache:
         return self._send(action.tree.files.values(), {action.key: action.to_json()}, store, say)
 
     def send(self, entries: Iterable[Entry], store: Store, say: Say) -> bool:
-        """Put blobs there without an entry; whether they are there now."""
+        """Put blobs there without an entry; whether they are there now. Raises Damaged for what is to be made again."""
         return self._send(entries, {}, store, say)
 
     def _send(self, entries: Iterable[Entry], records: Mapping[str, bytes], store: Store, say: Say) -> bool:
@@ -101,6 +99,8 @@ class SharedCache:
             for key, content in records.items():
                 self.remote.put_entry(key, content)
         except Damaged as error:
+            if not records:  # a step waits for it
+                raise
             say(f"{error}; not put into the shared cache: the next build makes it again")
             return False
         except Exception as error:
@@ -114,7 +114,7 @@ class SharedCache:
             try:
                 return self._get(entry, place.path, store, self.remote.meter())[1]
             except Exception as error:
-                if isinstance(error, OSError) and error.errno in _LOCAL:
+                if isinstance(error, OSError) and error.errno in FULL:
                     raise
                 words = self.remote.words(error)
                 raise StepFailed(f"{self.remote.shown}: an input cannot be fetched: {words}") from None

@@ -78,7 +78,7 @@ def _here(entry: Entry, store: Store, shared: SharedCache) -> Entry:
     with contextlib.suppress(Damaged):
         if found is not None:
             here = Entry(entry.digest, entry.size, entry.mode, found)
-            store.check(here)
+            store.check([here])
             return here
     try:
         if entry.path.stat().st_size == entry.size and entry_of(entry.path, store.index).digest == entry.digest:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlcbuild.cache.action import Damaged, record_of
 from mlcbuild.cache.layout import action_files
 from mlcbuild.cache.store import Store, total_size
 from mlcbuild.cache.tree import canonical, digest_json, matches
@@ -212,10 +213,8 @@ def _size(record: Mapping[str, Any]) -> int:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        record: dict[str, Any] = json.loads(path.read_bytes())
-        whole = {"tree", "files", "step", "fields", "inputs", "seconds"} <= record.keys()
-        return record if whole else None
-    except (OSError, ValueError, AttributeError):
+        return record_of(path.read_bytes())
+    except (OSError, Damaged):
         return None
 
 

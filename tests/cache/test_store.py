@@ -113,14 +113,14 @@ def test_what_is_proven_is_read_and_what_is_damaged_is_forgotten(store: Store, t
 def test_what_a_step_is_given_is_hashed_where_its_stat_has_changed(store: Store) -> None:
     """Its date may be as before: the change time is not. FAULTS.md A2."""
     entry = ingested(store, b"content of a blob")
-    store.check(entry)
+    store.check([entry])
     (store.root / "link").hardlink_to(entry.path)
-    store.check(entry)
+    store.check([entry])
     damage(store.root / "link")
     with pytest.raises(Damaged, match=f"{entry.path}: damaged: .*: removed"):
-        store.check(entry)
+        store.check([entry])
     with pytest.raises(Damaged, match="it is gone"):
-        store.check(entry)
+        store.check([entry])
     assert (store.root / "link").stat().st_mtime != BLOB_TIME, "not believed any more where it is linked to"
 
 
@@ -141,6 +141,8 @@ _GOOD = {"a/b": ["ab" * 32, 1, 0o644]}
         {"extra": 1},
         {"seconds": True},
         {"seconds": -1},
+        {"seconds": 10**400},
+        {"seconds": -(10**400)},
         {"seconds": float("nan")},
         {"name": "n" * 1001},
         {"inputs": {"in": 1}},
@@ -154,7 +156,7 @@ def test_no_entry_is_believed_that_cannot_be(change: dict[str, Any]) -> None:
     assert Action.from_json("ab" * 32, json.dumps(good).encode()).tree.files["a/b"].size == 1
     bad = {**good, **change}
     bad["tree"] = digest_json(bad["files"])
-    with pytest.raises(Damaged, match=r"^its entry (has|cannot be read)") as error:
+    with pytest.raises(Damaged, match=r"^its entry (has|cannot be read|was made in a time)") as error:
         Action.from_json("ab" * 32, json.dumps(bad).encode())
     assert len(str(error.value)) < 200
 
@@ -171,6 +173,15 @@ def test_a_damaged_entry_is_absent(store: Store, text: str) -> None:
     path = store.root / "ac" / "ab" / f"{action.key}.json"
     path.write_text(text, encoding="latin-1")
     assert store.action(action.key) is None
+
+
+def test_a_damaged_entry_is_no_record_either(store: Store) -> None:
+    """`why` and estimates read entries too: one whose inputs had become a list ended every build with a traceback."""
+    action = commit(store, file=ingested(store))
+    (found,) = store.recorded(action.step)
+    path = store.root / "ac" / "ab" / f"{action.key}.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "inputs": ["x"]}))
+    assert found["key"] == action.key and not [*store.recorded(action.step)]
 
 
 def test_an_entry_whose_files_were_edited_is_absent(store: Store) -> None:

@@ -6,9 +6,10 @@ import os
 import shutil
 import stat
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,15 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="becomes other users, 
 
 
 @pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """Not in pytest's own folder: that is closed to others, again with every other run of pytest that starts."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o711)
+        yield Path(folder)
+
+
+@pytest.fixture
 def shared(tmp_path: Path) -> Path:
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.owner() == "root" and folder.stat().st_mode & 0o077 == 0:
-            folder.chmod(0o711)  # pytest's own folders are closed to others
     root = tmp_path / "cache"
     root.mkdir()
     os.chown(root, ALICE, GROUP)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mlcbuild.cache.action import Damaged
 from mlcbuild.cache.store import Store
 from mlcbuild.engine.builder import Builder
 from mlcbuild.engine.graph import Graph, Input, Step
@@ -15,6 +16,7 @@ from mlcbuild.engine.lookup import Lookup
 from mlcbuild.engine.process import StepBroke
 from mlcbuild.errors import MlcBuildError, StepFailed
 from mlcbuild.reporting.events import Event, StepFinished, StepNote, StepProgress
+from tests.cache.test_materialise import damage
 
 TOY = "tests.engine.toysteps"
 
@@ -125,6 +127,35 @@ def test_a_lost_blob_is_made_again(toy: Toy) -> None:
     toy.build()
     next(iter(toy.builder().build("convert:m").tree.files.values())).path.unlink()
     assert toy.build() == {"convert": "built"}
+
+
+def test_damage_in_what_a_step_is_given_is_mended(toy: Toy) -> None:
+    """FAULTS.md A2: without it the step failed, and only the next build was well."""
+    toy.build()
+    (blob,) = {entry.path for entry in toy.builder().build("convert:m").tree.files.values()}
+    damage(blob)
+    toy.fields["quantize"]["b"] = {"c": 3}
+    assert toy.build() == {"convert": "built", "quantize": "built"}
+    (text,) = [event.text for event in toy.events if isinstance(event, StepNote) and "damaged" in event.text]
+    assert text.startswith(f"{blob}: damaged: its sha256 is ") and text.endswith(": removed; what made it runs again")
+
+
+def test_only_what_is_damaged_again_and_again_ends_a_build(toy: Toy) -> None:
+    """Five files of five steps, each damaged once, are no failing disk; one that is damaged each time is."""
+    found = iter([*(f"/cache/{number}: damaged: removed" for number in range(5)), None])
+
+    def work() -> str:
+        if text := next(found, "/cache/0: damaged: removed"):
+            raise Damaged(text)
+        return "done"
+
+    builder = toy.builder()
+    assert builder.mending("quantize:m", work) == "done"
+    with pytest.raises(
+        StepFailed, match=r"^quantize:m: /cache/0: damaged: removed\. It was built again, and is damaged"
+    ):
+        builder.mending("quantize:m", work)
+    assert sum(isinstance(event, StepNote) for event in toy.events) == 5 + 2
 
 
 def test_a_steps_own_error_is_shown_as_it_is(toy: Toy) -> None:

@@ -14,7 +14,9 @@ from mlcbuild.errors import MlcBuildError, bounded, in_words, plainly
 @pytest.mark.parametrize(
     ("number", "text"),
     [
-        (errno.EACCES, "permission denied: let the owner give you the right"),
+        (errno.EACCES, "Permission denied: /"),
+        (errno.EPERM, "; this is "),
+        (errno.EROFS, ": cannot be written: its file system is read-only"),
         (errno.ELOOP, "a symbolic link leads back to itself"),
         (errno.ENOSPC, "the disk is full"),
         (errno.EDQUOT, "the disk is full"),

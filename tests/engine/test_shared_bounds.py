@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from mlcbuild.cache.action import Action, Ingredients
+from mlcbuild.cache.action import Action, Damaged, Ingredients
 from mlcbuild.cache.layout import action_name, blob_name
 from mlcbuild.cache.store import Store
 from mlcbuild.cache.tree import Entry, Tree
 from mlcbuild.engine.shared import SharedCache, open_shared
+from tests.cache.test_materialise import damage
 
 WANTED = Ingredients("toy", "code", {"a": 1}, {}, {})
 CONTENT = b"what a step has made"
@@ -111,6 +112,20 @@ def test_no_more_of_a_blob_is_read_than_was_announced(
 def test_an_entry_need_not_end(store: Store, folder: Path) -> None:
     put(folder, action_name(WANTED.key), Path("/dev/zero"))
     assert "it has more than 16,777,216 bytes" in fetched(open_shared(str(folder), False, 20), store)
+
+
+def test_damage_in_what_a_worker_is_to_be_given_is_mended(store: Store, folder: Path) -> None:
+    """FAULTS.md A2: the build failed, though it knew what to build again. What is only given away is no reason to."""
+    mine, said = made(store), list[str]()
+    shared = open_shared(str(folder), True, 20)
+    damage(mine.path)
+    with pytest.raises(Damaged, match=r": damaged: its sha256 is .*: removed$"):
+        shared.send([mine], store, said.append)
+    assert store.find(mine.digest, mine.size) is None and not said
+    mine = made(store)
+    damage(mine.path)
+    assert not shared.give(Action.of(WANTED, "toy:x", 1.0, Tree({"file": mine})), store, said.append)
+    assert said[0].endswith("; not put into the shared cache: the next build makes it again")
 
 
 @pytest.fixture

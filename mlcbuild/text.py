@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def plural(number: int, one: str, many: str = "") -> str:
@@ -32,6 +33,18 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def executed(quality: Mapping[str, Any]) -> str:
+    """What ran a package's library, by its quality report: `yes`, `no` with the reason, or its kernels on what."""
+    found, execution = quality.get("library_executed"), quality.get("execution") or {}
+    if found == "emulated":
+        return "its kernels, on an emulated device"
+    if found == "device":
+        return f"its kernels, on {execution.get('device', 'a GPU')}"
+    if found is False and execution.get("reason"):
+        return f"no: {execution['reason']}"
+    return "unknown" if found is None else "yes" if found else "no"
 
 
 def ago(then: float) -> str:

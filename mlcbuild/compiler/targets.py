@@ -90,6 +90,8 @@ def real_device(target: Target) -> str | None:
     """The name of the GPU of this machine that libraries of `target` run on; None where there is none."""
     if target.device["kind"] != "cuda" or not Path("/dev/nvidiactl").exists():
         return None
+    if not str(target.host.get("mtriple", "")).startswith(f"{platform.machine()}-linux"):
+        return None  # a library is code of its host, too
     found = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
     names = [line.partition(":")[2].strip() for line in found[0].read_text().splitlines()] if found else []
     return names[0] if names else None

@@ -12,6 +12,7 @@ from typing import Any
 from mlcbuild.publishing.memory import MIB, memory
 from mlcbuild.publishing.origin import Origin
 from mlcbuild.publishing.package import Package
+from mlcbuild.text import executed
 
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 _NO_LIBRARY = "the address of a .wasm library of this model's structure"
@@ -43,7 +44,7 @@ def card(repository: str, packages: Sequence[Package], origin: Origin, libraries
         source=" and ".join(bases) or f"a local checkpoint called `{package.model}`",
         licence=f"Its licence is carried over: {said}." if said else "The base states no licence that could be read.",
         figures=_figures(package),
-        libraries=list(dict.fromkeys(f"- [{each.target['name']}]({libraries[each.recipe]})" for each in published)),
+        libraries=list(dict.fromkeys(_line(each, libraries[each.recipe]) for each in published)),
         web_library=web[0] if web else _NO_LIBRARY,
         tools=", ".join(f"{name} {version}" for name, version in sorted(tools.items())),
     )
@@ -83,6 +84,10 @@ def _figures(package: Package) -> dict[str, str]:
         "weights": f"{needed.parameters / MIB:.1f} MiB",
         "context window": f"{package.config['context_window_size']} tokens, {needed.kv_cache / MIB:.1f} MiB",
     }
+
+
+def _line(package: Package, address: str) -> str:
+    return f"- [{package.target['name']}]({address}); executed before it was shipped: {executed(package.quality)}"
 
 
 def _number(value: Any, unit: str = "") -> str:

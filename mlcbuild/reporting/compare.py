@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.text import table
+from mlcbuild.text import executed, table
 
 Package = Mapping[str, Any]
 
@@ -26,7 +26,7 @@ _ROWS: tuple[tuple[str, Callable[[Package], object]], ...] = (
     ("cosine of vectors", lambda p: p["quality"].get("cosine")),
     ("error of hidden states", lambda p: p["quality"].get("hidden_error")),
     ("tokens compared", lambda p: p["quality"]["tokens"]),
-    ("library executed", lambda p: str(p["quality"].get("library_executed", "unknown")).lower()),
+    ("library executed", lambda p: executed(p["quality"])),
     ("bits per parameter", lambda p: p["bits_per_parameter"]),
     ("weights, bytes", lambda p: p["weights_bytes"]),
     ("library, bytes", lambda p: p["library_bytes"]),

@@ -62,6 +62,7 @@ class PackageInstalled:
     size: int
     kl: float | None = None  # nats per token, from the quality report
     status: str = ""  # of the quality report
+    executed: str = ""  # what ran the library before it was shipped, in words
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class Cell:
     size: int = 0  # bytes of the package
     kl: float | None = None
     quality: str = ""  # status of the quality report
+    executed: str = ""  # what ran the library before it was shipped
     why: tuple[str, ...] = ()  # why steps ran
     failure: str = ""
     log: str = ""
@@ -150,6 +151,7 @@ def _cell(name: str, now: _Reading) -> Cell:
         size=package.size if package else 0,
         kl=package.kl if package else None,
         quality=package.status if package else "",
+        executed=package.executed if package else "",
         why=tuple(reason for reason in reasons if "has to run first" not in reason),
         failure="\n".join(step.text for step in failures) or now.unavailable.get(name, ""),
         log="\n".join(step.log for step in failures if step.log),

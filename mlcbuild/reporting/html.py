@@ -68,6 +68,7 @@ def _facts(cell: Cell) -> str:
         amount(cell.size) if cell.size else "",
         f"KL {cell.kl:.4f}" if cell.kl is not None else "",
         cell.quality if cell.quality != "passed" else "",
+        f"executed: {cell.executed}" if cell.executed not in ("", "yes") else "",
     )
     return " · ".join(fact for fact in facts if fact)
 

@@ -39,6 +39,18 @@ BOUNDS = {
     "q3": Bounds(0.2, 0.4, 0.35),
 }
 
+# By class and model dtype: stock quantizations that lose less, the smallest first (docs/rounding.md has their figures).
+FINER = {
+    ("q3", "float16"): "`q3f16_1-gptq` loses least in 3.7 bits a number, `q4f16_1-gptq` in 4.5",
+    ("q4", "float16"): "`q4f16_1-gptq` loses least in 4.5 bits a number, `q4f16_mixed` has 5 to 8, `q8f16_1` 8.5",
+    ("q4", "float32"): "`q4f32_1-calibrated` loses least in 5 bits a number, `q8f32_1` has 9",
+    ("q4", "bfloat16"): "`q4bf16_1-calibrated` loses least in 4.5 bits a number, `q0bf16` is unquantized",
+    ("q8", "float16"): "`q0f16` is unquantized",
+    ("q8", "float32"): "`q0f32` is unquantized",
+    ("q0", "float16"): "`q0f32` computes as the reference does",
+    ("q0", "bfloat16"): "`q0f32` computes as the reference does",
+}
+
 
 def bounds(fields: Mapping[str, Any], figures: Mapping[str, float]) -> Bounds:
     """The bounds of a quantization class, with the model's own in their place where `fields` (of verify) has some.
@@ -90,8 +102,8 @@ def judge(figures: Mapping[str, float], limits: Bounds) -> tuple[str, list[str]]
     return "warned" if warnings else "passed", warnings
 
 
-def advice(figures: Mapping[str, float], limits: Bounds) -> str:
-    """What a user is told of a package that missed a bound."""
+def advice(figures: Mapping[str, float], limits: Bounds, fields: Mapping[str, Any]) -> str:
+    """What a user is told of a package that missed a bound; `fields` are verify's."""
     said = (
         f"KL divergence {figures['kl']:g} (at most {limits.fail_kl:g}), "
         f"perplexity {figures['perplexity']:g} against {figures['reference_perplexity']:g} unquantized "
@@ -103,13 +115,16 @@ def advice(figures: Mapping[str, float], limits: Bounds) -> str:
     if _knows_nothing(figures, limits):
         return (
             f"{said}Knowing only how often each token comes in the text would give a perplexity of "
-            f"{figures['unigram_perplexity']:g}. {_PLACES}, the evaluation text (one that this model was not trained "
-            "for?). Where it is right for the model, say so in its YAML file: `verify: {perplexity: ...}` for the most "
-            "that the unquantized model may have, `verify: {gate: report}` to record a miss only"
+            f"{figures['unigram_perplexity']:g}. {_PLACES}, the evaluation text (of a kind or language that this "
+            "model was not trained for? So short that counting its own tokens tells most of it? Name another: "
+            "`verify: {text: ...}`). Where it is right for the model, say so in its YAML file: "
+            "`verify: {perplexity: ...}` for the most that the unquantized model may have, `verify: {gate: report}` to "
+            "record a miss only"
         )
+    finer = FINER.get((fields["class"], fields["model_dtype"]))
     return (
-        f"{said}Use a finer quantization, or, where this is right for the model, say so in its YAML file: "
-        "`verify: {kl: ...}` for other bounds, `verify: {gate: report}` to record a miss only"
+        f"{said}Use a finer quantization{f' ({finer})' if finer else ''}, or, where this is right for the model, say "
+        "so in its YAML file: `verify: {kl: ...}` for other bounds, `verify: {gate: report}` to record a miss only"
     )
 
 

@@ -49,7 +49,7 @@ def judge(
     status, problems = "failed" if stops else status, [*stops, *problems]
     notes = [*fields["notes"], *measured["notes"]]
     if status == "failed" and gate == "fail":
-        advice = criteria.advice(figures, limits)
+        advice = criteria.advice(figures, limits, fields)
         raise MlcBuildError(f"{name} does not pass verification: {'; '.join(problems)}.\n{advice}")
     for text in (*fields["notes"], *problems, *(f"warning: {warning}" for warning in template.warnings)):
         note(f"{name}: {text}")

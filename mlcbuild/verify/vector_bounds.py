@@ -28,6 +28,13 @@ BOUNDS = {
     "q3": Bounds(0.93, 0.8),
 }
 
+# Stock quantizations of the next class; rounding by a text is for models that write.
+FINER = {
+    **{("q3", "float16"): "q4f16_1", ("q4", "float16"): "q8f16_1", ("q4", "float32"): "q8f32_1"},
+    **{("q4", "bfloat16"): "q0bf16", ("q8", "float16"): "q0f16", ("q8", "float32"): "q0f32"},
+    **{("q0", "float16"): "q0f32", ("q0", "bfloat16"): "q0f32"},
+}
+
 
 def bounds(fields: Mapping[str, Any], figures: Mapping[str, float]) -> Bounds:
     """The bounds of a quantization class, or the model's own (in verify's `fields`), which warns of no more."""
@@ -57,8 +64,8 @@ def judge(figures: Mapping[str, float], limits: Bounds) -> tuple[str, list[str]]
     return "passed", []
 
 
-def advice(figures: Mapping[str, float], limits: Bounds) -> str:
-    """What a user is told of a package that missed a bound."""
+def advice(figures: Mapping[str, float], limits: Bounds, fields: Mapping[str, Any]) -> str:
+    """What a user is told of a package that missed a bound; `fields` are verify's."""
     said = (
         f"Cosine {figures['cosine']:g} (at least {limits.fail_cosine:g}), lowest {figures['lowest_cosine']:g}, "
         f"error of hidden states {figures['hidden_error']:.1%}, "
@@ -72,9 +79,10 @@ def advice(figures: Mapping[str, float], limits: Bounds) -> str:
             "architecture's YAML file), config.json, the tokenizer (another model's?). `verify: {gate: report}` in the "
             "model's YAML file records a miss only"
         )
+    finer = FINER.get((fields["class"], fields["model_dtype"]))
     return (
-        f"{said}Use a finer quantization, or, where this is right for the model, say so in its YAML file: "
-        "`verify: {cosine: ...}` for another bound, `verify: {gate: report}` to record a miss only"
+        f"{said}Use a finer quantization{f' (`{finer}`)' if finer else ''}, or, where this is right for the model, say "
+        "so in its YAML file: `verify: {cosine: ...}` for another bound, `verify: {gate: report}` to record a miss only"
     )
 
 

@@ -16,6 +16,7 @@ from mlcbuild.errors import MlcBuildError
 from mlcbuild.recipes.select import Cell, cells
 from mlcbuild.redact import redactor
 from mlcbuild.reporting.events import Event, PackageInstalled, RecipePlanned, StepFinished
+from mlcbuild.text import executed
 
 if TYPE_CHECKING:
     from mlcbuild.reporting.history import Run
@@ -84,6 +85,7 @@ def _figures(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
         quality = manifest["quality"]
-        return {"size": manifest["size"], "kl": quality.get("kl"), "status": quality.get("status", "")}
+        known = {"kl": quality.get("kl"), "status": quality.get("status", ""), "executed": executed(quality)}
+        return {"size": manifest["size"], **known}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mlcbuild.compiler import targets
 from mlcbuild.engine.graph import Graph, Step
 from mlcbuild.planning.planner import plan
 from mlcbuild.recipes.load import load
@@ -61,6 +62,18 @@ def test_a_gpu_of_this_machine_takes_the_emulated_ones_place(
     assert "cpu_library" not in {item.name for item in verify.inputs}  # the package's own library runs there
     assert [item.name for item in real.inputs] == ["cpu_library", "library"]
     assert real.fields["device"] == "NVIDIA H100"
+
+
+def test_a_gpu_beside_another_processor_runs_no_library(monkeypatch: pytest.MonkeyPatch, workspace: Workspace) -> None:
+    """As a GH200's: the library's host code is x86-64."""
+    cuda = load(workspace.root).targets["cuda"]
+    monkeypatch.undo()
+    monkeypatch.setattr("pathlib.Path.exists", lambda path: True)
+    monkeypatch.setattr("pathlib.Path.glob", lambda folder, pattern: [folder / "information"])
+    monkeypatch.setattr("pathlib.Path.read_text", lambda path: "Model: \t\t NVIDIA GH200\n")
+    for machine, found in (("x86_64", "NVIDIA GH200"), ("aarch64", None)):
+        monkeypatch.setattr("platform.machine", lambda machine=machine: machine)
+        assert targets.real_device(cuda) == found
 
 
 def test_where_nothing_runs_it_the_build_goes_on_and_says_why(

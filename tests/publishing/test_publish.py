@@ -98,7 +98,7 @@ def test_it_says_first_and_uploads_when_told(workspace: Workspace, hub: Writable
         f"mlc_llm chat HF://{WEIGHTS}",
         f'MLCEngine("HF://{WEIGHTS}")',
         "@mlc-ai/web-llm",
-        f"[cpu-x86_64]({hub.url}/{LIBRARIES}/resolve/main/{library})",
+        f"[cpu-x86_64]({hub.url}/{LIBRARIES}/resolve/main/{library}); executed before it was shipped: ",
         "Its licence is carried over: apache-2.0.",
         "apache-tvm 0.27",
     ):

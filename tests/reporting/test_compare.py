@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.reporting.compare import compare
+from mlcbuild.text import executed
 
 
 def package(folder: Path, quantization: str, kl: float, size: int) -> Path:
@@ -35,7 +37,7 @@ def package(folder: Path, quantization: str, kl: float, size: int) -> Path:
             "reference_perplexity": 4.8,
             "perplexity_increase": 0.042,
             "tokens": 9000,
-            "library_executed": "device",
+            "library_executed": True,
         },
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -49,9 +51,25 @@ def test_two_packages_side_by_side(tmp_path: Path) -> None:
     assert "quantization            q4f16_1  q8f16_1" in table
     assert "KL divergence              0.04    0.002            0.05" in table
     assert "same likeliest token      91.0%    91.0%           +0.0%" in table
-    assert "library executed         device   device" in table
+    assert "library executed            yes      yes" in table
     assert "weights, bytes            2,000    4,000               2" in table
     assert "library, bytes            4,000    4,000               1" in table
+
+
+@pytest.mark.parametrize(
+    ("quality", "words"),
+    [
+        ({"library_executed": True}, "yes"),
+        ({"library_executed": False}, "no"),
+        ({"library_executed": False, "execution": {"reason": "no GPU"}}, "no: no GPU"),
+        ({"library_executed": "device", "execution": {"device": "NVIDIA H100"}}, "its kernels, on NVIDIA H100"),
+        ({"library_executed": "emulated", "execution": {}}, "its kernels, on an emulated device"),
+        ({}, "unknown"),
+    ],
+)
+def test_what_ran_a_library_in_words(quality: dict[str, Any], words: str) -> None:
+    """`emulated` and `device` are true in Python, and are not `yes`."""
+    assert executed(quality) == words
 
 
 def test_a_folder_that_is_no_package(tmp_path: Path) -> None:

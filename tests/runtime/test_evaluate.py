@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.runtime.tokenizer import JsonTokenizer
-from mlcbuild.verify import bounds, evaluate
+from mlcbuild.verify import bounds, evaluate, vector_bounds
 
 VOCAB = 50
 TEXTS = [list(range(20)), [3, 1, 4, 1, 5, 9, 2, 6], [7, 8]]
@@ -143,6 +144,9 @@ FIGURES = {
 }
 
 
+Q4 = {"class": "q4", "model_dtype": "float16"}
+
+
 def limits(kind: str, dtype: str = "float16", figures: dict[str, float] = FIGURES, **own: float) -> bounds.Bounds:
     return bounds.bounds({"class": kind, "model_dtype": dtype, **own}, figures)
 
@@ -163,14 +167,31 @@ def test_a_models_own_bounds() -> None:
     ]
 
 
+def test_a_miss_names_what_would_lose_less() -> None:
+    said = bounds.advice(FIGURES, limits("q4"), Q4)
+    assert "`q4f16_1-gptq` loses least in 4.5 bits a number, `q4f16_mixed` has 5 to 8, `q8f16_1` 8.5)" in said
+
+
+def test_what_is_named_is_stock() -> None:
+    names = {name for said in bounds.FINER.values() for name in re.findall("`(.*?)`", said)}
+    files = {path.stem for path in (Path(__file__).parents[2] / "recipes/quantizations").iterdir()}
+    assert names | set(vector_bounds.FINER.values()) <= files
+
+
 def test_a_reference_that_knows_nothing_is_no_reference() -> None:
     """FAULTS.md A3: both sides may be equal and worthless. A model's own bound takes the unigram's place."""
     lost = {**FIGURES, "kl": 0.0, "perplexity_increase": 0.0, "perplexity": 2050.0, "reference_perplexity": 2050.0}
     status, problems = bounds.judge(lost, limits("q4", figures=lost))
     assert (status, problems) == ("failed", ["the unquantized model itself has a perplexity of 2050, above 300"])
-    said = bounds.advice(lost, limits("q4", figures=lost))
+    said = bounds.advice(lost, limits("q4", figures=lost), Q4)
     assert "would give a perplexity of 300" in said and "finer quantization" not in said
-    for place in ("which tensor is which", "rope: theta", "the tokenizer (another model's?)", "verify: {perplexity: "):
+    for place in (
+        "which tensor is which",
+        "rope: theta",
+        "the tokenizer (another model's?)",
+        "verify: {perplexity: ",
+        "verify: {text: ",
+    ):
         assert place in said
     assert bounds.judge(lost, limits("q4", figures=lost, perplexity=3000))[0] == "passed"
     poor = {**FIGURES, "kl": 0.0, "reference_perplexity": 80.0}
@@ -186,7 +207,7 @@ def test_a_text_of_four_words_says_nothing() -> None:
     few = {**FIGURES, "kl": 0.0, "tokens": 3}
     status, problems = bounds.judge(few, limits("q4"))
     assert (status, problems) == ("failed", ["the evaluation text gave 3 tokens to score, fewer than 256"])
-    assert "Name a longer text in the model's YAML file: `verify: {text: ...}`" in bounds.advice(few, limits("q4"))
+    assert "Name a longer text in the model's YAML file: `verify: {text: ...}`" in bounds.advice(few, limits("q4"), Q4)
 
 
 def test_the_unigram_is_that_of_the_tokens_that_are_scored() -> None:

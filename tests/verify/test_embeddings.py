@@ -68,6 +68,9 @@ def figures(**changes: float) -> dict[str, float]:
     return found | changes
 
 
+Q4 = {"class": "q4", "model_dtype": "float16"}
+
+
 def limits(kind: str, dtype: str = "float16", cosine: float | None = None) -> Bounds:
     return vector_bounds.bounds({"class": kind, "model_dtype": dtype, "cosine": cosine}, {})
 
@@ -82,7 +85,8 @@ def test_a_reference_that_cannot_tell_texts_apart() -> None:
     status, problems = vector_bounds.judge(embeddings.rounded(found), limits("q4"))
     assert status == "failed"
     assert problems == ["the unquantized model itself gives all 3 texts the same vector"]
-    assert "which tensor is which" in vector_bounds.advice(embeddings.rounded(found), limits("q4"))
+    assert "which tensor is which" in vector_bounds.advice(embeddings.rounded(found), limits("q4"), Q4)
+    assert "finer quantization (`q8f16_1`)" in vector_bounds.advice(figures(cosine=0.9), limits("q4"), Q4)
     sees = embeddings.compare(states(), states(), Pooling("cls", True), [[1, 9], [2], [1, 3]])
     assert sees.likeness == pytest.approx(0.5**0.5)
     assert vector_bounds.judge(figures(texts=1), limits("q4"))[0] == "failed"

@@ -1,0 +1,74 @@
+"""Keys of checkpoints on the hub beside those that transformers writes today: each is known, none is passed over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mlcbuild.errors import MlcBuildError
+from mlcbuild.models.architecture import resolve
+from mlcbuild.models.parameters import parameters
+from tests.architectures.agreement import config_of, known_architectures
+from tests.architectures.family_cases import CASES
+
+HUB: dict[str, dict[str, Any]] = {
+    "cohere2": {
+        **{"layer_switch": 4, "order_of_interleaved_layers": "local_attn_first", "use_qk_norm": False},
+        **{"position_embedding_type": "rope_gptj", "rotary_pct": 1.0, "use_embedding_sharing": True},
+        **{"use_gated_activation": True, "use_parallel_block": True, "use_parallel_embedding": False},
+    },
+    "dots1": {"scoring_func": "noaux_tc", "n_group": None, "topk_group": None, "moe_layer_freq": 1},
+    "ernie4_5_moe": {
+        **{"moe_capacity": [64, 64, 64], "moe_gate": "topk", "moe_use_aux_free": True, "moe_gate_act": None},
+        **{"num_nextn_predict_layers": 1, "use_rmsnorm": True},
+    },
+    "exaone": {"embed_dropout": 0.0},
+    "hy_v3": {
+        **{"expert_hidden_dim": 40, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1, "qk_norm": True},
+        **{"route_norm": True, "moe_router_use_sigmoid": True, "moe_router_enable_expert_bias": True},
+        **{"enable_lm_head_fp32": True, "use_grouped_mm": False},
+    },
+    "minimax_m2": {
+        **{"attn_type_list": [1, 1, 1], "scoring_func": "sigmoid", "use_qk_norm": True, "qk_norm_type": "per_layer"},
+        **{"use_routing_bias": True, "shared_intermediate_size": 0, "shared_moe_mode": "sigmoid", "rotary_dim": 8},
+        **{"num_mtp_modules": 3, "mtp_transformer_layers": 1, "use_mtp": True, "mlp_intermediate_size": 8192},
+        **dict.fromkeys((f"layernorm_{of}_beta" for of in ("full_attention", "linear_attention", "mlp")), 1.0),
+        "attention_bias": False,
+    },
+    "sarvam_moe": {
+        **{
+            "score_function": "sigmoid",
+            "use_bias": False,
+            "use_qkv_bias": False,
+            "moe_router_enable_expert_bias": True,
+        },
+        **{"output_dropout": 0.0, "embedding_dropout": 0.0, "max_window_layers": 3},
+    },
+}
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_keys_of_the_hub_are_known(name: str) -> None:
+    resolve(known_architectures()[name], config_of(CASES[name]) | HUB[name], {})
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("cohere2", "order_of_interleaved_layers", "global_attn_first"),
+        ("hy_v3", "route_norm", False),
+        ("minimax_m2", "layernorm_mlp_beta", 0.5),
+        ("sarvam_moe", "score_function", "softmax"),
+    ],
+)
+def test_what_would_compute_something_else_is_refused(name: str, key: str, value: Any) -> None:
+    with pytest.raises(MlcBuildError, match=key):
+        resolve(known_architectures()[name], config_of(CASES[name]) | {key: value}, {})
+
+
+def test_plain_layers_of_hy_v3() -> None:
+    """Before transformers had `mlp_layer_types`, `first_k_dense_replace` said it."""
+    config = config_of(CASES["hy_v3"]) | {"mlp_layer_types": None, "first_k_dense_replace": 2}
+    names = [each.name for each in parameters(resolve(known_architectures()["hy_v3"], config, {}))]
+    assert [f"model.layers.{i}.mlp.gate.weight" in names for i in range(3)] == [False, False, True]

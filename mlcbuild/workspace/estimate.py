@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import json
 import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence

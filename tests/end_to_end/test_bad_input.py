@@ -119,7 +119,7 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "fewer_layers": (config(num_hidden_layers=1), ["num_hidden_layers", "layer 1"]),
     "more_layers": (config(num_hidden_layers=3), ["model.layers.2."]),
     "unknown_architecture": (config(model_type="lama"), ["`lama`", "did you mean `llama`?"]),
-    "not_computed": (config(hidden_act="gelu"), ["hidden_act", "'silu'"]),
+    "not_computed": (config(hidden_act="tanh"), ["hidden_act", "'silu'"]),
     "no_config": (remove("config.json"), ["config.json", "no such file"]),
     "tensor_name_that_climbs": (add("../../x"), ["../../x"]),
     "file_name_that_climbs": (climbing_file, ["../../secret.safetensors"]),

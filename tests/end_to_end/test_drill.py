@@ -54,7 +54,7 @@ class Day:
             "MLCBUILD_LOG_JSON": str(folder / "log.jsonl"),
             "MLCBUILD_REPORT": str(folder / "report.html"),
             "MLCBUILD_SUMMARY": str(folder / "summary.md"),
-            "MLCBUILD_REMOTE_TIMEOUT": "3",
+            "MLCBUILD_REMOTE_TIMEOUT": "12",
         }
         self.said = ""
 

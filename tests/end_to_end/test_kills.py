@@ -83,5 +83,5 @@ def test_two_builds_at_once_run_each_step_once(tmp_path: Path, tiny_checkpoint: 
     assert [process.wait(timeout=300) for process in processes] == [0, 0]
     events = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
     built = Counter(e["step"] for e in events if e["event"] == "step_finished" and e["outcome"] == "built")
-    assert len(built) == 9 and set(built.values()) == {1}
+    assert len(built) == 10 and set(built.values()) == {1}
     assert (workspace.root / "dist" / "tiny-cpu" / "manifest.json").exists()

@@ -28,7 +28,9 @@ def stories(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path, tiny_c
         # Also where MLCBUILD_TEST_TOOLS=required: no package has such a runtime, so CI cannot install one.
         pytest.skip(f"{RUNTIME} names no TVM runtime with Vulkan")
     workspace = make_workspace(tmp_path_factory.mktemp("vulkan"), shared_cache, tiny_checkpoint)
-    workspace.model("stories", ROOT / "recipes" / "models" / "stories", "")
+    stories = ROOT / "recipes" / "models" / "stories"
+    text = os.path.relpath(stories / "evaluation.txt", workspace.root / "recipes" / "models")
+    workspace.model("stories", stories, f"verify: {{text: {text}}}\n")
     names = [(quantization, target) for quantization in LIMITS for target in ("vulkan", "cpu")]
     for quantization, target in names:
         workspace.recipe(f"{quantization}-{target}", model="stories", quantization=quantization, target=target)

@@ -96,7 +96,7 @@ def _print(what: str, count: int, cost: Cost, ratio: str) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--recipes", type=int, nargs="+", default=[1000, 10000, 30000], metavar="N")
+    parser.add_argument("--recipes", type=int, nargs="*", default=[1000, 10000, 30000], metavar="N")
     parser.add_argument("--touched", type=int, nargs="*", default=[10000], metavar="N")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
     return parser.parse_args()

@@ -128,6 +128,8 @@ def _failure(last: Mapping[str, Any], code: int, log: Path) -> StepFailed:
         return StepBroke(f"{last['text']}\nThis is a bug in the step, not in the recipe. The whole log: {log}")
     if last.get("event") == "died":
         return StepBroke(f"killed by {_signal_name(last['signal'])}{_hint(last['signal'])}. Its log: {log}")
+    if code is not None and code < 0:  # the process that watches the step was killed itself
+        return StepBroke(f"killed by {_signal_name(-code)}{_hint(-code)}. Its log: {log}")
     return StepBroke(f"its process ended without a result (exit status {code}). Its log: {log}")
 
 

@@ -145,20 +145,20 @@ def _ref(
 ) -> TensorRef | None:
     where = f"{file}: tensor {name}"
     storage, size = tensor.storage, BITS[tensor.storage.dtype] // 8
-    place = places.get(storage.key)
+    place, key = places.get(storage.key), f"{storage.key!s:.60}"
     if refused := refused_name(name):
         problems.append(f"{file}: {refused}")
     elif place is None:
-        problems.append(f"{where}: its storage {storage.key} is not in the file; get it again")
+        problems.append(f"{where}: its storage {key} is not in the file; get it again")
     elif place.nbytes != storage.numel * size:
         problems.append(
-            f"{where}: its storage {storage.key} has {place.nbytes} bytes, but {storage.numel} values of "
+            f"{where}: its storage {key} has {place.nbytes} bytes, but {storage.numel} values of "
             f"{storage.dtype} take {storage.numel * size}"
         )
     elif place.offset + place.nbytes > path.stat().st_size:
-        problems.append(f"{where}: truncated: the file ends before its storage {storage.key} does; get it again")
+        problems.append(f"{where}: truncated: the file ends before its storage {key} does; get it again")
     elif prod(tensor.shape) and _last(tensor) >= storage.numel:
-        problems.append(f"{where}: {list(tensor.shape)} from element {tensor.offset} on leaves its storage")
+        problems.append(f"{where}: {short(list(tensor.shape))} from element {tensor.offset} on leaves its storage")
     else:
         begin = place.offset + tensor.offset * size
         strides = None if _row_major(tensor) else tensor.strides

@@ -49,7 +49,7 @@ def chat(
     for line in _greeting(model, folder):
         _say(line)
     console = Console(dialogue)
-    for line in _lines():
+    for line in _typed(dialogue) if sys.stdin.isatty() else _piped():
         if not console.obey(line):
             return
 
@@ -139,25 +139,32 @@ def _greeting(model: Model, folder: Path) -> Sequence[str]:
     return [f"{folder}: template {model.conversation.name}; /help shows the commands."]
 
 
-def _lines() -> Iterator[str]:
-    """Lines of a person at a terminal, with editing and history, or of a pipe, until they end."""
-    if not sys.stdin.isatty():
-        if isinstance(sys.stdin, io.TextIOWrapper):  # what is not UTF-8 is refused line by line
-            sys.stdin.reconfigure(errors="surrogateescape")
-        yield from (line.rstrip("\r\n") for line in sys.stdin)
-        return
+def _piped() -> Iterator[str]:
+    if isinstance(sys.stdin, io.TextIOWrapper):  # what is not UTF-8 is refused line by line
+        sys.stdin.reconfigure(errors="surrogateescape")
+    yield from (line.rstrip("\r\n") for line in sys.stdin)
+
+
+def _typed(dialogue: Dialogue) -> Iterator[str]:
+    """Lines of a person at a terminal, with editing and history, until Ctrl-D.
+
+    Ctrl-C is the dialogue's from the moment that a line is entered until the next one is asked for: at no instant
+    between does it end the program.
+    """
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
 
     completer = WordCompleter([*_COMMANDS], sentence=True)
     session: PromptSession[str] = PromptSession(completer=completer, complete_while_typing=False)
-    while True:
-        try:
-            yield session.prompt("> ")
-        except KeyboardInterrupt:
-            _say("(Ctrl-D or /exit ends)")
-        except EOFError:
-            return
+    with _interrupts(dialogue.stop):
+        while True:
+            dialogue.listen()
+            try:
+                yield session.prompt("> ")
+            except KeyboardInterrupt:
+                _say("(Ctrl-D or /exit ends)")
+            except EOFError:
+                return
 
 
 @contextmanager

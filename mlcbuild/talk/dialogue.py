@@ -60,11 +60,14 @@ class Dialogue:
         self.last, self.dropped = None, 0
 
     def stop(self) -> None:
-        """End the answer that is being written, before its next token. A signal handler may call it."""
+        """End the answer that is being written, or about to be, before its next token. A signal handler may call it."""
         self._stopped = True
 
-    def _answer(self) -> Iterator[str]:
+    def listen(self) -> None:
+        """What was stopped so far is over: a `stop` from now on ends the answer to what is asked next."""
         self._stopped = False
+
+    def _answer(self) -> Iterator[str]:
         try:
             ids = self._fitting()
         except MlcBuildError:
@@ -78,6 +81,7 @@ class Dialogue:
                 said.append(piece)
                 yield piece
         finally:  # what was written before an interruption was said
+            self.listen()
             self.messages.append({"role": "assistant", "content": "".join(said)})
 
     def _write(self, writer: Writer) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import re
+import select
 import struct
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from fcntl import ioctl
 from pathlib import Path
 from termios import TIOCSWINSZ
 from typing import Any
+
+SILENCE = 120  # seconds
 
 _PIECES = re.compile(r"\x1b\[\??([\d;]*)([A-Za-z])|([\r\n])|([^\x1b\r\n]+)")
 
@@ -88,9 +91,10 @@ class Terminal:
         self._main, end = pty.openpty()
         ioctl(end, TIOCSWINSZ, struct.pack("HHHH", 50, 140, 0, 0))
         settings: dict[str, Any] = {"stdin": end, "stdout": end, "stderr": end, "start_new_session": True}
-        # The terminal is its own, so that Ctrl-C reaches it.
+        # The terminal is its own, so that Ctrl-C reaches it, whatever the shell has told the tests to do with that.
         own = (
-            "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+            "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+            "signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
         )
         program = [sys.executable, "-c", own, *command]
         self._process = subprocess.Popen(program, cwd=where, env=environment, **settings)
@@ -102,7 +106,7 @@ class Terminal:
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
-        self.wait()
+        self._process.wait()
         os.close(self._main)
 
     def type(self, keys: str) -> None:
@@ -111,16 +115,21 @@ class Terminal:
     def expect(self, pattern: str) -> None:
         """Wait until what was written since the last call matches."""
         while (found := re.search(pattern, self._new)) is None:
-            chunk = _read(self._main)
+            chunk = self._read()
             assert chunk, f"it ended and never said {pattern}: {self._new}"
             self._new += re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", chunk.decode(errors="replace"))
         self._new = self._new[found.end() :]
 
     def wait(self) -> int:
         """The exit status, once the program has ended."""
-        while _read(self._main):
+        while self._read():
             pass
         return self._process.wait()
+
+    def _read(self) -> bytes:
+        ready, _, _ = select.select([self._main], [], [], SILENCE)
+        assert ready, f"it said nothing more for {SILENCE} s: {self._new}"
+        return _read(self._main)
 
 
 def _read(terminal: int) -> bytes:

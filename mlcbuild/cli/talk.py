@@ -1,11 +1,11 @@
-"""The commands that talk: `chat` and `serve`."""
+"""The commands that run a package: `chat`, `serve` and `evaluate`."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from mlcbuild.cli.options import SAMPLING, arg, command, given
+from mlcbuild.cli.options import JSON, SAMPLING, arg, command, given
 
 
 def _chat(options: argparse.Namespace) -> int:
@@ -19,6 +19,13 @@ def _serve(options: argparse.Namespace) -> int:
     from mlcbuild.serve.commands import serve
 
     serve(**given(options))
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from mlcbuild.evaluation.commands import evaluate
+
+    evaluate(**given(options))
     return 0
 
 
@@ -49,6 +56,22 @@ COMMANDS = (
         arg("--sequences", type=int, metavar="N", help="texts that are written at once (default 8)"),
         arg("--window", type=int, metavar="N", help="most tokens of a text with its prompt (default 8192)"),
         arg("--queue", type=int, metavar="N", help="requests that may wait; more are refused (default 64)"),
+        *_RUNNING,
+    ),
+    command(
+        "evaluate",
+        _evaluate,
+        "score a package on tasks, and on texts of your own",
+        arg("folder", type=Path, help="a package (dist/NAME), or a folder of weights with --library"),
+        arg(
+            "--tasks", metavar="NAMES", help="tasks of lm-evaluation-harness, with commas (default: small ones of ours)"
+        ),
+        arg("--text", type=Path, action="append", metavar="FILE", help="tell a text's perplexity; may be repeated"),
+        arg("--include", type=Path, metavar="DIR", help="a folder with tasks of your own, as YAML files"),
+        arg("--few-shot", type=int, metavar="N", help="examples before each question (default: what the task says)"),
+        arg("--limit", type=int, metavar="N", help="ask N questions of each task at most"),
+        JSON,
+        arg("--library", type=Path, help="the compiled library, where it is not in the folder"),
         *_RUNNING,
     ),
 )

@@ -56,6 +56,12 @@ class Model:
         """The most tokens of one sequence; -1 where a sliding window leaves it open."""
         return self.network.library.metadata.context_window_size
 
+    @property
+    def active_vocab_size(self) -> int:
+        """How many of the vocabulary's tokens there are: what a model is padded with is never written."""
+        active = self.config.get("active_vocab_size")
+        return active if isinstance(active, int) and 0 < active < self.vocab_size else self.vocab_size
+
     def session(self, max_sequences: int = 1, length: int | None = None) -> Session:
         """A fresh KV cache, for those who drive prefill and decode themselves."""
         return Session(self.network, max_sequences, length)
@@ -145,7 +151,7 @@ class Model:
         self._check_length(len(ids))
         limit = self.context_window_size
         room = max_tokens if limit < 0 else min(max_tokens, limit - len(ids))
-        ending = Ending(self.tokenizer.decode, self.stop_ids(), self._stop_strings(), self._active_vocab_size())
+        ending = Ending(self.tokenizer.decode, self.stop_ids(), self._stop_strings(), self.active_vocab_size)
         return Writer(ids, ending, sampling, room, stop, grammar)
 
     def pieces(self, writer: Writer) -> Iterator[str]:
@@ -201,10 +207,6 @@ class Model:
         if not isinstance(bos, int):
             raise MlcBuildError("the prompt is empty, and this model has no bos_token_id to begin with")
         return [bos]
-
-    def _active_vocab_size(self) -> int:
-        active = self.config.get("active_vocab_size")
-        return active if isinstance(active, int) and 0 < active < self.vocab_size else self.vocab_size
 
     def _template_stops(self, key: str) -> Sequence[Any]:
         template = self.config.get("conv_template")

@@ -1,0 +1,166 @@
+"""Tasks of lm-evaluation-harness (EleutherAI), asked of a package; and small ones of our own that need no download."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import Dataset
+from datasets.utils.logging import disable_progress_bar
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+from mlcbuild.errors import MlcBuildError
+from mlcbuild.evaluation.likelihood import continuations, first_token, windows
+from mlcbuild.runtime.model import Model
+
+_QUESTIONS = Path(__file__).with_name("questions.yaml")
+_MAX_TOKENS = 256  # of an answer, where a task does not say; the harness' own models have it
+
+
+@dataclass(frozen=True)
+class Score:
+    """One figure of a task, with its standard error where the harness has one."""
+
+    task: str
+    metric: str
+    value: float
+    error: float | None
+    questions: int
+
+
+class Harness(TemplateLM):  # type: ignore[misc]  # the harness has no types
+    """A package as the harness wants a model."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self._model = model
+        self._first = first_token(model)
+
+    @property
+    def eot_token_id(self) -> int:
+        """What stands before a text that has nothing before it. Raises MlcBuildError where the model has no such."""
+        if self._first is None:
+            raise MlcBuildError(
+                "this task begins with nothing, and the model has neither bos_token_id nor eos_token_id"
+            )
+        return self._first
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        return self._model.tokenizer.encode(string, add_special_tokens=add_special_tokens is not False)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        judged = continuations(self._model, [(given, wanted) for _, given, wanted in requests])
+        return [(each.log_probability, each.likeliest) for each in judged]
+
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
+        limit = self._model.context_window_size
+        totals = []
+        for request in requests:
+            ids = [self.eot_token_id, *self.tok_encode(request.args[0], add_special_tokens=False)]
+            pairs = list(windows(ids, limit if limit > 0 else len(ids)))
+            totals.append(sum(each.log_probability for each in continuations(self._model, pairs)))
+        return totals
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        return [self._written(*request.args) for request in requests]
+
+    def _written(self, prompt: str, settings: Mapping[str, Any]) -> str:
+        until = settings.get("until") or []
+        most = int(settings.get("max_gen_toks", _MAX_TOKENS))
+        sampled = bool(settings.get("do_sample", False))
+        sampling = {k: settings[k] for k in ("temperature", "top_p", "top_k") if sampled and k in settings}
+        limit = self._model.context_window_size
+        ids = self.tok_encode(prompt)
+        ids = ids if limit < 0 else ids[-max(1, limit - most) :]
+        return self._model.generate(
+            ids, max_tokens=most, stop=[until] if isinstance(until, str) else until, seed=0, **sampling
+        )
+
+
+def own_tasks() -> tuple[str, ...]:
+    """The names of our own tasks."""
+    return tuple(_questions())
+
+
+def evaluate(
+    model: Model,
+    tasks: Iterable[str],
+    include: Path | None = None,
+    few_shot: int | None = None,
+    limit: int | None = None,
+) -> list[Score]:
+    """The scores of tasks, by name: the harness' own, those of YAML files in `include`, and ours.
+
+    `few_shot` examples stand before each question, and `limit` is the most questions of a task. Raises MlcBuildError
+    for a name that there is no task of.
+    """
+    names = list(dict.fromkeys(tasks))
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    disable_progress_bar()
+    others = [name for name in names if name not in _questions()]
+    manager = _manager(others, include)
+    for name in others:
+        if not manager.match_tasks([name]):
+            raise MlcBuildError(
+                f"no task is called {name}: `lm_eval ls tasks` lists those of lm-evaluation-harness; without a "
+                f"download there are {', '.join(own_tasks())}"
+            )
+    specs = [*(_task(name) for name in names if name in _questions()), *manager.match_tasks(others)]
+    found = simple_evaluate(
+        Harness(model), tasks=specs, num_fewshot=few_shot, limit=limit, task_manager=manager, log_samples=False
+    )
+    return [score for task, figures in found["results"].items() for score in _scores(task, figures, found)]
+
+
+def _manager(names: Sequence[str], include: Path | None) -> TaskManager:
+    """What knows these tasks. To read all that the harness has takes seconds, so it is done where it is needed."""
+    path = str(include) if include else None
+    manager = TaskManager(include_path=path, include_defaults=False)
+    return manager if all(manager.match_tasks([name]) for name in names) else TaskManager(include_path=path)
+
+
+def _scores(task: str, figures: Mapping[str, Any], found: Mapping[str, Any]) -> Iterable[Score]:
+    questions = found["n-samples"].get(task, {}).get("effective", 0)
+    for key, value in figures.items():
+        metric, _, how = key.partition(",")
+        if how and not metric.endswith("_stderr") and isinstance(value, int | float):
+            error = figures.get(f"{metric}_stderr,{how}")
+            name = metric if how == "none" else f"{metric} ({how})"
+            yield Score(task, name, float(value), float(error) if isinstance(error, int | float) else None, questions)
+
+
+@functools.cache
+def _questions() -> Mapping[str, list[list[str]]]:
+    return yaml.safe_load(_QUESTIONS.read_text("utf-8"))  # type: ignore[no-any-return]
+
+
+def _task(name: str) -> dict[str, Any]:
+    """One of our own tasks, as the harness takes it: the answer that is likeliest after the question counts.
+
+    `acc_norm` divides by the answer's length, as the harness defines it.
+    """
+    rows = [{"question": question, "answers": answers} for question, *answers in _questions()[name]]
+    return {
+        "task": name,
+        "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
+        "test_split": "test",
+        "fewshot_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{answers}}",
+        "doc_to_target": 0,
+        "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in _METRICS],
+    }
+
+
+_METRICS = ("acc", "acc_norm")

@@ -1,0 +1,78 @@
+"""Tasks of lm-evaluation-harness: ours, and one from a YAML file with each kind of request."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mlcbuild.errors import MlcBuildError
+from mlcbuild.evaluation.commands import evaluate
+from mlcbuild.evaluation.likelihood import continuations, of_text
+from mlcbuild.runtime import Model
+
+QUESTIONS = Path(__file__).parents[2] / "mlcbuild/evaluation/questions.yaml"
+
+
+def test_the_likeliest_answer_counts(tiny: Model, tiny_package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate(tiny_package, tasks="basic_opposites,basic_order", limit=12, json=True)
+    scores = {(s["task"], s["metric"]): s for s in json.loads(capsys.readouterr().out)["scores"]}
+    assert {metric for _, metric in scores} == {"acc", "acc_norm"}
+    for task in ("basic_opposites", "basic_order"):
+        right = 0
+        for question, *answers in yaml.safe_load(QUESTIONS.read_text())[task][:12]:
+            before = tiny.tokenizer.encode(question)
+            wholes = [tiny.tokenizer.encode(f"{question} {answer}") for answer in answers]
+            found = continuations(tiny, [(before, whole[len(before) :]) for whole in wholes])
+            right += max(range(len(answers)), key=lambda i: found[i].log_probability) == 0
+        assert scores[task, "acc"]["value"] == pytest.approx(right / 12) and scores[task, "acc"]["questions"] == 12
+
+
+def test_questions_have_one_right_answer_among_others() -> None:
+    for task, rows in yaml.safe_load(QUESTIONS.read_text()).items():
+        assert len(rows) >= 30, task
+        assert all(4 <= len(row) == len(set(row)) and all(isinstance(text, str) for text in row) for row in rows)
+    for question, *answers in yaml.safe_load(QUESTIONS.read_text())["basic_arithmetic"]:
+        assert eval(question.removesuffix("=")) == int(answers[0])
+
+
+def test_tasks_of_ones_own(tiny: Model, tiny_package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Answers that are written, and a text whose likelihood is told."""
+    prompt, text = "The sea was", "The sky was grey."
+    answer = tiny.generate(prompt, max_tokens=4)
+    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": prompt, "answer": answer, "text": text}))
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}}}
+    writing = {
+        **data,
+        "task": "writing",
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": 4},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    reading = {
+        **data,
+        "task": "reading",
+        "test_split": "test",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "bits_per_byte"}],
+    }
+    for task in (writing, reading):
+        (tmp_path / f"{task['task']}.yaml").write_text(yaml.safe_dump(task))
+    evaluate(tiny_package, tasks="writing,reading", include=tmp_path)
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    assert rows["TASK"] == ["TASK", "METRIC", "VALUE", "ERROR", "QUESTIONS"]
+    assert rows["writing"][1:3] == ["exact_match", "1"]
+    assert float(rows["reading"][2]) == pytest.approx(of_text(tiny, text).bits_per_byte, rel=1e-3)
+
+
+@pytest.mark.slow  # the harness reads all that it has
+def test_a_task_that_there_is_none_of(tiny_package: Path) -> None:
+    with pytest.raises(MlcBuildError, match=r"^no task is called hellasvag: `lm_eval ls tasks` lists .* basic_facts, "):
+        evaluate(tiny_package, tasks="hellasvag")

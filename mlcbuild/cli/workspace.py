@@ -46,10 +46,16 @@ def _lock(options: argparse.Namespace) -> int:
 
 def _doctor(options: argparse.Namespace) -> int:
     from mlcbuild.recipes.load import load
-    from mlcbuild.workspace.doctor import diagnose, render
+    from mlcbuild.workspace.doctor import diagnose, remedy, render
 
     root = workspace()
     found = diagnose(load(root).targets.values(), cache_of(options, root))
+    if options.fix:
+        command, helpless = remedy(found)
+        print(command or "# nothing that can be installed is missing")
+        for name in helpless:
+            print(f"mlcbuild doctor: {name}: {found.targets[name]}", file=sys.stderr)
+        return 1 if helpless else 0
     sys.stdout.write(json.dumps(found.to_json(), indent=2) + "\n" if options.json else render(found))
     return 0 if found.ok else 1
 
@@ -157,7 +163,14 @@ COMMANDS = (
         arg("--update", action="store_true", help="also move locked models to the newest commit of their branch"),
         CACHE,
     ),
-    command("doctor", _doctor, "say which targets this machine can build for, and what the others need", JSON, CACHE),
+    command(
+        "doctor",
+        _doctor,
+        "say which targets this machine can build for, and what the others need",
+        arg("--fix", action="store_true", help="print one command that installs what the others need"),
+        JSON,
+        CACHE,
+    ),
     command("plan", _plan, "show what a build would do: steps, what is cached, bytes and time", *_SELECTING),
     command(
         "matrix",

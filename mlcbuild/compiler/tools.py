@@ -43,7 +43,7 @@ def missing(target: Target) -> str | None:
     if kind == "cuda" and cuda.find_nvcc() is None:
         return f"no nvcc here: {cuda.ADVICE}"
     if kind == "cuda" and not any(map(shutil.which, _HOST_COMPILERS)):
-        return "nvcc needs a C++ compiler beside it: install g++"
+        return "nvcc needs a C++ compiler beside it: install g++ (Debian: `apt-get install g++`)"
     if target.linker.kind == "wasm" and emscripten.find_emcc() is None:
         return f"no emcc here: {emscripten.ADVICE}"
     return None

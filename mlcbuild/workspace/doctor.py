@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from mlcbuild.compiler.web import emscripten
 from mlcbuild.errors import Unavailable
 from mlcbuild.recipes.types import Target
 
+_COMMANDS = re.compile(r"`(apt-get|pip) install ([^`]+)`")  # as the sentences about what is missing name them
 _DISTRIBUTIONS = ("apache-tvm", "apache-tvm-ffi", "ziglang")
 
 
@@ -52,6 +54,20 @@ def render(diagnosis: Diagnosis) -> str:
     lines = [f"{name:{width}}  {value}" for name, value in diagnosis.machine.items()]
     lines += ["", *(f"{name:{width}}  {missing or 'ok'}" for name, missing in diagnosis.targets.items())]
     return "\n".join(lines) + "\n"
+
+
+def remedy(diagnosis: Diagnosis) -> tuple[str | None, list[str]]:
+    """One command that brings what the targets lack (None: nothing would), and the targets that it does not help."""
+    wanted: dict[str, dict[str, None]] = {"apt-get": {}, "pip": {}}
+    helpless = []
+    for name, missing in diagnosis.targets.items():
+        found = _COMMANDS.search(missing or "")
+        if found:
+            wanted[found[1]].update(dict.fromkeys(found[2].split()))
+        elif missing:
+            helpless.append(name)
+    command = " && ".join(f"{program} install {' '.join(words)}" for program, words in wanted.items() if words)
+    return command or None, helpless
 
 
 def _missing(target: Target, present: Generators | str) -> str | None:

@@ -9,7 +9,7 @@ import pytest
 
 from mlcbuild.cli.main import main
 from mlcbuild.compiler.web import emscripten
-from mlcbuild.workspace.doctor import Diagnosis, render
+from mlcbuild.workspace.doctor import Diagnosis, remedy, render
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,12 +29,26 @@ def test_each_target_builds_or_says_what_it_needs(
     assert found["targets"]["cpu-x86_64"] == found["targets"]["windows-x86_64"] == {"missing": None}
     assert found["targets"]["webgpu"] == {"missing": f"no emcc here: {emscripten.ADVICE}"}
     assert found["targets"]["vulkan"] == found["targets"]["vulkan-windows"] == {"missing": None}
+    assert main(["doctor", "--fix"]) == 0
+    assert capsys.readouterr().out == "apt-get install g++ emscripten\n"
     assert found["machine"]["spirv-val"] == "none (Vulkan libraries are built without being validated)"
 
 
 def test_the_answer_for_people() -> None:
     shown = render(Diagnosis({"emcc": "none"}, {"metal": None, "webgpu": "no emcc here"}))
     assert shown == "emcc    none\n\nmetal   ok\nwebgpu  no emcc here\n"
+
+
+def test_one_command_brings_all_that_can_be_brought() -> None:
+    targets = {
+        "metal": None,
+        "cuda": "nvcc needs g++ (Debian: `apt-get install g++`)",
+        "old": "architecture sm_52: nvcc of CUDA 13 knows sm_75",
+        "web": "no emcc: `apt-get install emscripten`",
+        "again": "no emcc: `apt-get install emscripten`",
+    }
+    assert remedy(Diagnosis({}, targets)) == ("apt-get install g++ emscripten", ["old"])
+    assert remedy(Diagnosis({}, {"metal": None})) == (None, [])
 
 
 def test_a_tvm_that_does_not_load(

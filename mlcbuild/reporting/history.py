@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +39,7 @@ class Cell:
     why: tuple[str, ...] = ()  # why steps ran
     failure: str = ""
     log: str = ""
+    steps: tuple[StepFinished, ...] = ()  # those that were looked at, in the order of the plan
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Run:
     failed: int = 0
     skipped: int = 0
     ended: bool = True  # False: the log ends before the build does
+    kinds: Mapping[str, float] = field(default_factory=dict)  # seconds of the steps that ran, by their kind
 
     def count(self, status: str) -> int:
         return sum(cell.status == status for cell in self.cells)
@@ -103,10 +105,10 @@ def runs_of(events: Iterable[tuple[float, Event]]) -> list[Run]:
             case RecipeUnavailable(recipe, text):
                 now.unavailable[recipe] = text
             case RunFinished():
-                runs.append(Run(when, _cells(now), **vars(event)))
+                runs.append(Run(when, _cells(now), **vars(event), kinds=_kinds(now)))
                 now = _Reading()
     if now.steps or now.packages:
-        runs.append(Run(when, _cells(now), ended=False))
+        runs.append(Run(when, _cells(now), ended=False, kinds=_kinds(now)))
     return runs
 
 
@@ -122,6 +124,11 @@ def _events(path: Path, lines: Sequence[str]) -> Iterator[tuple[float, Event]]:
             raise MlcBuildError(f"{path}:{number}: not a line of a build's JSON log") from None
         if event is not None:
             yield when, event
+
+
+def _kinds(now: _Reading) -> dict[str, float]:
+    ran = [step for step in now.steps.values() if step.outcome != "hit" and step.seconds]
+    return {kind: sum(step.seconds for step in ran if step.kind == kind) for kind in sorted({s.kind for s in ran})}
 
 
 def _cells(now: _Reading) -> list[Cell]:
@@ -155,4 +162,5 @@ def _cell(name: str, now: _Reading) -> Cell:
         why=tuple(reason for reason in reasons if "has to run first" not in reason),
         failure="\n".join(step.text for step in failures) or now.unavailable.get(name, ""),
         log="\n".join(step.log for step in failures if step.log),
+        steps=tuple(steps),
     )

@@ -1,7 +1,7 @@
-"""Builds as one static HTML page: the matrix as a grid, failures with their logs, trends as small plots.
+"""Builds as one static HTML page: the matrix as a grid, failures with their logs, what changed, quality against size.
 
-Nothing is loaded from anywhere: styles and plots are in the page (page.html.j2), there is no script, and it is readable
-on a phone.
+Nothing is loaded from anywhere: styles, plots and the few lines that filter the grid are in the page (page.html.j2).
+It is readable on a phone, and without scripts.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from mlcbuild.reporting import plots
+from mlcbuild.reporting.changes import changes
 from mlcbuild.reporting.history import STATUSES, Cell, Run
-from mlcbuild.text import amount
+from mlcbuild.text import amount, duration
 
-_WIDTH, _HEIGHT, _MARGIN = 220, 56, 5  # of a plot
+_FEW, _MOST_CHANGES, _MOST_CLOUDS = 10, 200, 60  # changes that are seen at once; what is shown at all
 # What is plotted over the runs, and how a value is shown; the worst KL is of all packages.
 _TRENDS: tuple[tuple[str, Callable[[Run], float], Callable[[float], str]], ...] = (
     ("seconds", lambda run: run.seconds, lambda value: f"{value:.1f} s"),
@@ -32,18 +34,25 @@ def html(runs: Sequence[Run]) -> str:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"when": _when, "facts": _facts, "worst": _worst}
-    targets = sorted({cell.target for cell in runs[-1].cells})
+    environment.filters |= {"when": _when, "amount": amount, "duration": duration, "facts": _facts, "worst": _worst}
+    run, changed = runs[-1], changes(runs[-2], runs[-1]) if len(runs) > 1 else []
+    clouds = plots.clouds(run.cells)
+    targets = sorted({cell.target for cell in run.cells})
     return environment.get_template("page.html.j2").render(
-        run=runs[-1],
+        run=run,
         runs=runs,
-        counts=runs[-1].counts,
+        counts=run.counts,
         statuses=list(STATUSES),
         targets=targets,
-        rows=_rows(runs[-1], targets),
-        plots=[_plot(name, [get(run) for run in runs], show) for name, get, show in _TRENDS] if len(runs) > 1 else [],
-        width=_WIDTH,
-        height=_HEIGHT,
+        rows=_rows(run, targets),
+        lines=[plots.line(name, [get(each) for each in runs], show) for name, get, show in _TRENDS if len(runs) > 1],
+        changes=changed,
+        few=_FEW,
+        most=_MOST_CHANGES,
+        clouds=clouds[:_MOST_CLOUDS],
+        more_clouds=len(clouds) - _MOST_CLOUDS,
+        longest=max(run.kinds.values(), default=0.0),
+        sizes=plots,
     )
 
 
@@ -71,18 +80,6 @@ def _facts(cell: Cell) -> str:
         f"executed: {cell.executed}" if cell.executed not in ("", "yes") else "",
     )
     return " · ".join(fact for fact in facts if fact)
-
-
-def _plot(name: str, values: Sequence[float], show: Callable[[float], str]) -> dict[str, str]:
-    """A line through the values, and a dot on the last one."""
-    top, step = max(values) or 1.0, (_WIDTH - 2 * _MARGIN) / (len(values) - 1)
-    points = [
-        f"{_MARGIN + i * step:.1f},{_HEIGHT - _MARGIN - value / top * (_HEIGHT - 2 * _MARGIN):.1f}"
-        for i, value in enumerate(values)
-    ]
-    x, y = points[-1].split(",")
-    caption = f"{name}: {show(values[-1])} (largest {show(max(values))})"
-    return {"caption": caption, "points": " ".join(points), "x": x, "y": y}
 
 
 def _when(seconds: float) -> str:

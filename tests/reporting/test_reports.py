@@ -14,10 +14,13 @@ import pytest
 
 from mlcbuild.cli.main import main
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.reporting.changes import changes
 from mlcbuild.reporting.events import Event, from_json
-from mlcbuild.reporting.history import Run, read_logs, runs_of
+from mlcbuild.reporting.history import Cell, Run, read_logs, runs_of
 from mlcbuild.reporting.html import html
+from mlcbuild.reporting.plots import clouds
 from mlcbuild.reporting.summary import markdown
+from tests.support.chromium import browser
 from tests.support.tools import missing
 
 TARGETS = ("cpu", "cuda")
@@ -163,7 +166,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "polyline", "circle"):
+        if tag not in ("meta", "polyline", "line", "input"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -201,9 +204,75 @@ def test_the_page_is_a_grid_with_reasons_failures_and_plots(log: Path) -> None:
     assert {f"#{anchor}" for anchor in anchors} == {attributes["href"] for tag, attributes in page.tags if tag == "a"}
 
 
-def test_the_page_loads_nothing_and_runs_nothing(log: Path) -> None:
+def test_a_recipe_shows_its_steps_and_the_page_where_time_went(log: Path) -> None:
+    texts = Page(html(read_logs([log]))).texts
+    assert texts[texts.index("2 steps") :][1:3] == [
+        "quantize:tiny: built, 1.5 s, 10 B",
+        "library:tiny-q4-cpu: up to date, 10 B",
+    ]
+    start = texts.index("Time by step")
+    assert [text for text in texts[start : start + 14] if text.strip()][1:5] == ["quantize", "1.5 s", "verify", "1.5 s"]
+
+
+def run_of(*cells: tuple[str, str, int, float | None, str]) -> Run:
+    """A run of recipes of one model: their names, quantizations, bytes, KL and statuses."""
+    return Run(0.0, [Cell(n, "m", q, "cpu", status, size=size, kl=kl) for n, q, size, kl, status in cells])
+
+
+def test_what_is_otherwise_than_in_the_run_before() -> None:
+    before = run_of(
+        ("a", "q4", 2_000_000, 0.01, "built"),
+        ("b", "q4", 2_000_000, 0.01, "failed"),
+        ("c", "q4", 2_000_000, 0.01, "hit"),
+        ("d", "q4", 2_000_000, 0.01, "built"),
+        ("e", "q4", 2_000_000, None, "hit"),
+    )
+    after = run_of(
+        ("a", "q4", 2_000_001, 0.01, "hit"),
+        ("b", "q4", 2_000_000, 0.01, "built"),
+        ("c", "q4", 3_000_000, 0.03, "built"),
+        ("e", "q4", 2_000_000, None, "unavailable"),
+        ("f", "q4", 2_000_000, 0.01, "built"),
+    )
+    expected = [
+        ("b", "failed → built"),
+        ("c", "KL 0.0100 → 0.0300, 2.0 MB → 3.0 MB"),
+        ("d", "is not among the recipes any more"),
+        ("e", "hit → unavailable"),
+        ("f", "is new"),
+    ]
+    assert changes(before, after) == expected
+    texts = "".join(Page(html([before, after])).texts)
+    assert all(f"{recipe}: {change}" in texts for recipe, change in expected)
+    assert changes(after, after) == [] and "Since the run before" not in html([after, after])
+
+
+def test_quality_over_size_for_each_model_that_has_several() -> None:
+    run = run_of(
+        ("x-cpu", "q4", 2_000_000, 0.05, "hit"),
+        ("x-gpu", "q4", 2_100_000, 0.05, "hit"),
+        ("y", "q8", 4_000_000, 0.0005, "hit"),
+        ("z", "q0", 8_000_000, 0.0, "hit"),
+        ("w", "q3", 1_000_000, None, "failed"),
+    )
+    (cloud,) = clouds(run.cells)
+    assert [(dot.name, dot.size, dot.anchor) for dot in cloud.dots] == [
+        ("q4", 2_000_000, "start"),
+        ("q8", 4_000_000, "start"),
+        ("q0", 8_000_000, "end"),
+    ]
+    assert cloud.dots[0].y < cloud.dots[1].y < cloud.dots[2].y == cloud.ticks[0][0], "down to the floor"
+    assert [text for _, text in cloud.ticks] == ["0.0001", "0.001", "0.01", "0.1"]
+    page = Page(html([run]))
+    assert "q8: 4.0 MB, KL 0.0005" in page.texts and {"0.01", "2.0 MB", "8.0 MB"} <= set(page.texts)
+    assert clouds([run.cells[0]]) == []
+
+
+def test_the_page_loads_nothing_and_only_filters(log: Path) -> None:
     page = Page(html(read_logs([log])))
-    assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object", "base", "form"}
+    assert not {tag for tag, _ in page.tags} & {"link", "img", "iframe", "object", "base", "form"}
+    (script,) = html(read_logs([log])).split("<script>")[1:]
+    assert not any(word in script for word in ("fetch", "XMLHttpRequest", "import", "http", "innerHTML", "eval"))
     assert not [name for _, attributes in page.tags for name in attributes if name == "src" or name.startswith("on")]
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
     style = html(read_logs([log])).split("<style>")[1].split("</style>")[0]
@@ -241,18 +310,40 @@ def test_the_command(log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "r.pdf: expected a name that ends in .html or .md" in capsys.readouterr().err
 
 
-def test_the_page_in_a_browser_on_a_phone(log: Path, tmp_path: Path) -> None:
+def chromium() -> str:
     names = ("chromium", "chromium-browser", "google-chrome", "chrome", "chromium-headless-shell")
-    browser = next((found for name in names if (found := shutil.which(name))), None)
-    if browser is None:
-        missing("a Chromium browser")
+    return next((found for name in names if (found := shutil.which(name))), None) or missing("a Chromium browser")
+
+
+def test_the_grid_is_filtered_by_words_and_status(log: Path, tmp_path: Path) -> None:
+    chromium()
+    (tmp_path / "r.html").write_text(html(read_logs([log])))
+    with browser(tmp_path / "profile") as page:
+        page.open((tmp_path / "r.html").as_uri())
+        assert page.texts(".filter output") == ["3 of 3 rows"]
+
+        def shown(words: str, status: str) -> list[str]:
+            values = f"[words.value, status.value] = {json.dumps([words, status])}"
+            page.evaluate(f"{values}; words.dispatchEvent(new Event('input')); 0")
+            return page.texts(".recipes tbody tr:not([hidden]) th")
+
+        assert shown("", "") == ["large q4", "phone", "tiny q4"]
+        assert shown("TINY-q4-cuda", "") == ["tiny q4"], "a recipe's name"
+        assert shown("q4 lar", "") == ["large q4"]
+        assert shown("", "failed") == ["tiny q4"]
+        assert shown("", "not-tried") == ["large q4"]
+        assert shown("phone", "failed") == []
+        assert page.texts(".filter output") == ["0 of 3 rows"]
+
+
+def test_the_page_in_a_browser_on_a_phone(log: Path, tmp_path: Path) -> None:
     page = tmp_path / "r.html"
     # The browser itself says how wide the page is: nothing but the grid may be wider than the screen.
     probe = "<script>document.title = 'WIDTH ' + document.documentElement.scrollWidth</script>"
     page.write_text(html(read_logs([log])).replace("</body>", f"{probe}</body>"))
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     options += ["--window-size=500,900", "--dump-dom", page.as_uri()]
-    done = subprocess.run([browser, *options], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([chromium(), *options], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     width = int(done.stdout.split("<title>WIDTH ")[1].split("<")[0])
     assert width <= 500

@@ -10,6 +10,7 @@ import atexit
 import os
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TextIO
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 _INSTALL = "build:"  # packages are put into dist/ without a start being told
+_ROWS = 20  # of the table at the end, at most
 _PROGRESS_EVERY = 10.0  # seconds: a log needs signs of life, not a film
 _STYLES = {"ok": "green", "--": "dim", "!!": "bold red", "??": "yellow"}
 _SHOWN_AS_BARS = events.StepStarted | events.StepProgress | events.StepNote | events.StepWaiting
@@ -44,6 +46,7 @@ class _Board:
     built: int = 0
     hits: int = 0
     ended: bool = False
+    installed: list[events.PackageInstalled] = field(default_factory=list)
 
     def __rich__(self) -> RenderableType:
         from rich.console import Group
@@ -80,11 +83,29 @@ def screen(stream: TextIO) -> Report:
                 return
             if board.ended:
                 display.stop()  # nothing happens if it has been stopped
+                if board.installed:
+                    display.console.print(_packages(board.installed))
+                    board.installed.clear()
             text = "" if isinstance(event, _SHOWN_AS_BARS) else line(event)
             if text:
                 display.console.print(text, style=_STYLES.get(text[:2], ""))
 
     return report
+
+
+def _packages(installed: Sequence[events.PackageInstalled]) -> RenderableType:
+    """What the run made, as a table, and what to do with it."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*("package", "size", "KL", "library executed"), box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for each in installed[:_ROWS]:
+        kl = "" if each.kl is None else f"{each.kl:.4f}"
+        table.add_row(Text(each.folder), amount(each.size), kl, Text(each.executed))
+    more = [Text(f"and {len(installed) - _ROWS} more")] if len(installed) > _ROWS else []
+    runs = next((each.folder for each in installed if each.executed == "yes" and each.kl is not None), None)
+    return Group(table, *more, *([Text(f"try it: mlcbuild chat {runs}")] if runs else []))
 
 
 def _start(board: _Board, stream: TextIO) -> Live:
@@ -118,6 +139,8 @@ def update(board: _Board, event: Event) -> None:
         case events.PackageInstalled(recipe, _, outcome):
             board.steps.pop(f"{_INSTALL}{recipe}", None)
             board.hits += outcome == "hit"
+            if outcome == "installed":
+                board.installed.append(event)
         case events.RunFinished():
             board.steps.clear()
             board.ended = True

@@ -40,7 +40,9 @@ def test_a_build_on_a_terminal_has_one_display_that_counts_right_and_goes(worksp
     assert BAR in written and "16 built, 0 from the cache" in written
     *lines, last, _ = after.lines
     assert last.startswith("18 done, 0 up to date; ")
-    assert len(lines) == 18 and all(line.startswith("ok ") for line in lines), lines
+    assert all(line.startswith("ok ") for line in lines[:18]), lines
+    assert lines[18].startswith("package ") and all(line.startswith("dist/tiny-q4") for line in lines[19:]), lines
+    assert len(lines) == 21
 
 
 def test_what_was_found_before_the_first_step_ran_is_counted(built: Workspace) -> None:
@@ -133,6 +135,31 @@ def test_a_step_that_reports_after_the_end_brings_no_display_back(terminal: Term
         "!! lower:y  failed after 1.0 s",
         "",
     ]
+
+
+def test_what_was_made_stands_at_the_end_and_what_to_do_with_it(terminal: Terminal) -> None:
+    report = screen(terminal)
+    report(events.StepStarted("lower:x", "lower"))
+    report(events.PackageInstalled("old", "dist/old", "hit", 5, 0.1, "passed", "yes"))
+    report(events.PackageInstalled("gpu", "dist/gpu", "installed", 9_000_000, 0.1, "passed", "no: no GPU here"))
+    report(events.PackageInstalled("e", "dist/e", "installed", 3_000_000, None, "passed", "yes"))
+    report(events.PackageInstalled("a", "dist/a", "installed", 7_000_000, 0.0123, "passed", "yes"))
+    report(events.RunFinished(1.0, 3, 1, 0, 0))
+    assert terminal.seen().lines[-7:] == [
+        "package   size    KL      library executed",
+        "dist/gpu  9.0 MB  0.1000  no: no GPU here",
+        "dist/e    3.0 MB          yes",
+        "dist/a    7.0 MB  0.0123  yes",
+        "try it: mlcbuild chat dist/a",
+        "3 done, 1 up to date; 1.0 s",
+        "",
+    ]
+    many = screen(second := type(terminal)())
+    many(events.StepStarted("lower:x", "lower"))
+    for number in range(25):
+        many(events.PackageInstalled(str(number), f"dist/{number}", "installed", 9, None, "passed", "no"))
+    many(events.RunFinished(1.0, 25, 0, 0, 0))
+    assert second.seen().lines[-4:] == ["dist/19  9 B       no", "and 5 more", "25 done, 0 up to date; 1.0 s", ""]
 
 
 def test_a_program_that_ends_without_a_word_takes_its_display_along(tmp_path: Path) -> None:

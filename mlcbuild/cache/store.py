@@ -86,8 +86,8 @@ class Store:
         for entry in {entry.digest: entry for entry in entries}.values():
             try:
                 digest, _ = digest_of(entry.path, self.index)
-            except FileNotFoundError:
-                said.append(f"{entry.path}: it is gone")
+            except OSError as error:
+                said.append(self._lost(entry, error))
                 continue
             if digest != entry.digest:
                 said.append(self.discard(entry, digest))
@@ -109,13 +109,18 @@ class Store:
     def _prove(self, entry: Entry, read: Callable[[int], None]) -> str | None:
         try:
             actual = hash_file(entry.path, read)
-        except FileNotFoundError:
-            return f"{entry.path}: it is gone"
         except OSError as error:
-            if error.errno != errno.EIO or not self.owns(entry.path):
-                raise
-            return f"{entry.path}: cannot be read: {error.strerror}: {evict(entry.path)}"
+            return self._lost(entry, error)
         return None if actual == entry.digest else self.discard(entry, actual)
+
+    def _lost(self, entry: Entry, error: OSError) -> str:
+        """What is said of content that is gone, or that the disk does not give back, which is forgotten. Raises the
+        error where it is about something else."""
+        if isinstance(error, FileNotFoundError):
+            return f"{entry.path}: it is gone"
+        if error.errno != errno.EIO or not self.owns(entry.path):
+            raise error
+        return f"{entry.path}: cannot be read: {error.strerror}: {evict(entry.path)}"
 
     def ingest(self, file: Path, expected: str | None = None) -> Entry:
         """Move a file into the store, durably. `file` must be on the store's file system, and is gone afterwards.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import secrets
@@ -119,7 +120,9 @@ def _put(store: Store, entry: Entry, place: Path, told: Callable[[int], None]) -
     """Make the file; what is wrong with its content in the store, where that is so."""
     try:
         materialise(entry, place, link=store.owns(entry.path), read=told)
-    except (Damaged, FileNotFoundError):
+    except (Damaged, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.EIO):
+            raise
         place.unlink(missing_ok=True)  # if it is a link, it is the same file
         try:
             store.prove([entry])

@@ -231,3 +231,17 @@ def test_no_temporary_files_stay(store: Store) -> None:
     commit(store, file=ingested(store))
     assert not list((store.root / "tmp").iterdir())
     assert not list((store.root / "locks").iterdir())
+
+
+@pytest.mark.parametrize("gate", ["prove", "check"])
+def test_what_the_disk_does_not_give_back_is_forgotten(store: Store, gate: str) -> None:
+    """And so is made again. /proc/self/mem is a file of which no byte can be read: EIO."""
+    entry = ingested(store)
+    entry.path.unlink()
+    entry.path.symlink_to("/proc/self/mem")
+    with pytest.raises(Damaged, match=f"^{entry.path}: cannot be read: Input/output error: removed"):
+        getattr(store, gate)([entry])
+    assert not entry.path.is_symlink()
+    outside = Entry(entry.digest, entry.size, entry.mode, Path("/proc/self/mem"))
+    with pytest.raises(OSError, match="Input/output error"):
+        getattr(store, gate)([outside])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mlcbuild.cache.action import Damaged
 from mlcbuild.cache.store import Store
 from mlcbuild.cache.tree import Entry
 from mlcbuild.workspace import install as module
@@ -109,3 +110,15 @@ def test_what_a_killed_install_left_is_swept(store: Store, tmp_path: Path) -> No
     assert not is_installed(tmp_path / "dist", "r", package, b"{}")
     install(tmp_path / "dist", "r", package, b"{}", store)
     assert [path.name for path in (tmp_path / "dist").iterdir()] == ["r"]
+
+
+def test_a_blob_that_the_disk_does_not_give_back_is_forgotten_and_nothing_installed(
+    store: Store, tmp_path: Path
+) -> None:
+    package = files(store, "one")
+    blob = package["library.so"].path
+    blob.unlink()
+    blob.symlink_to("/proc/self/mem")  # no byte of it can be read
+    with pytest.raises(Damaged, match=f"^{blob}: cannot be read: Input/output error: removed"):
+        install(tmp_path / "dist", "r", package, b"{}", store)
+    assert not blob.is_symlink() and not (tmp_path / "dist" / "r").exists()

@@ -61,8 +61,18 @@ class ChatTemplate:
             raise MlcBuildError(str(found))
         return found
 
-    def _render(self, messages: Sequence[Mapping[str, str]], reply: bool) -> str:
-        names = {**self.special, "tools": None, "documents": None}
+    def with_tools(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
+        """The text of `messages` up to where the assistant is to write, and of functions that it may call (JSON schemas
+        as OpenAI and transformers have them).
+
+        In this process: in a server with its threads a fork would be no safe place. Raises MlcBuildError as `render`.
+        """
+        return self._render(messages, True, tools)
+
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], reply: bool, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> str:
+        names = {**self.special, "tools": tools or None, "documents": None}
         try:
             template = _environment().from_string(self.source)
             return template.render(messages=[dict(m) for m in messages], add_generation_prompt=reply, **names)
@@ -75,17 +85,19 @@ class ChatTemplate:
             raise MlcBuildError(f"{self.origin}: chat_template: {error}") from None
 
 
-def read_chat_template(files: Mapping[str, Path]) -> ChatTemplate | None:
+def read_chat_template(files: Mapping[str, Path], names: Sequence[str] = ("default",)) -> ChatTemplate | None:
     """The template of a checkpoint's files (name -> path): chat_template.jinja, or a field of tokenizer_config.json.
 
-    None where the checkpoint has none (base models, and models from before 2023). Raises MlcBuildError.
+    Where that field has several by name, the first of `names` that is there. None where the checkpoint has none (base
+    models, and models from before 2023). Raises MlcBuildError.
     """
     config, special = read_json(files[CONFIG]) if CONFIG in files else {}, special_tokens(files)
     if CHAT_TEMPLATE in files:
         return ChatTemplate(_text(files[CHAT_TEMPLATE]), CHAT_TEMPLATE, special)
     found = config.get("chat_template")
     if isinstance(found, list):  # several by name, such as `default` and `tool_use`
-        found = next((item["template"] for item in found if item.get("name") == "default"), None)
+        known = {item.get("name"): item["template"] for item in found}
+        found = next((known[name] for name in names if name in known), None)
     return ChatTemplate(found, CONFIG, special) if isinstance(found, str) and found else None
 
 

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from mlcbuild.runtime.sampling import Sampling
 from mlcbuild.runtime.session import Logits, Session
 from mlcbuild.runtime.tokenizer import Tokenizer, load_tokenizer
 from mlcbuild.runtime.writing import Ending, Grammar, Writer
+
+if TYPE_CHECKING:
+    from mlcbuild.chat.jinja import ChatTemplate
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -50,6 +53,18 @@ class Model:
         if self._conversation is None:
             self._conversation = conversation(self.config)
         return self._conversation
+
+    @functools.cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """The checkpoint's own template, the one for tools if there are several; None: it has none."""
+        from mlcbuild.chat.jinja import read_chat_template
+
+        folder = self._tokenizer_folder
+        return (
+            None
+            if folder is None
+            else read_chat_template({path.name: path for path in folder.iterdir()}, ("tool_use", "default"))
+        )
 
     @property
     def context_window_size(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.runtime.sampling import Sampling, defaults
+from mlcbuild.serve import tools
 from mlcbuild.serve.engine import Engine, Job, Piece
 from mlcbuild.serve.protocol import ChatMessage, ChatRequest, CompletionRequest, Refused, several
 
@@ -24,6 +25,17 @@ class Choice:
     index: int
     job: Job
     pieces: asyncio.Queue[Piece | MlcBuildError]
+    calls: tools.Calls | None = None  # what reads calls of functions out of the text, where the request names some
+
+    def deltas(self, piece: Piece) -> list[dict[str, Any]]:
+        """What a piece of a conversation's answer adds to it, as OpenAI's streams have it."""
+        if self.calls is None:
+            return [{"content": piece.text}] if piece.text or not piece.finish_reason else []
+        return [*self.calls.feed(piece.text), *(self.calls.end() if piece.finish_reason else ())]
+
+    def reason(self, piece: Piece) -> str | None:
+        called = self.calls is not None and self.calls.made and piece.finish_reason == "stop"
+        return "tool_calls" if called else piece.finish_reason
 
 
 @dataclass(eq=False)
@@ -58,11 +70,13 @@ class Answer:
         found = []
         for choice in self.choices:
             pieces = [piece async for piece in _until_end(choice)]
-            text = "".join(piece.text for piece in pieces)
-            body: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+            if self.chat:
+                body: dict[str, Any] = {"message": _message([d for piece in pieces for d in choice.deltas(piece)])}
+            else:
+                body = {"text": "".join(piece.text for piece in pieces)}
             chances = self._chances(choice, pieces)
             found.append(
-                {"index": choice.index, **body, "logprobs": chances, "finish_reason": pieces[-1].finish_reason}
+                {"index": choice.index, **body, "logprobs": chances, "finish_reason": choice.reason(pieces[-1])}
             )
         return {**self._head(""), "choices": found, "usage": self._usage()}
 
@@ -91,9 +105,15 @@ class Answer:
                 elif isinstance(piece, MlcBuildError):
                     raise piece
                 elif piece.text or piece.likeliest or piece.finish_reason:
-                    said = {"content": piece.text} if piece.text or not piece.finish_reason else {}
-                    body = {"delta": said} if self.chat else {"text": piece.text}
-                    yield self._chunk(choice, body, piece.finish_reason, self._chances(choice, [piece]))
+                    chances = self._chances(choice, [piece])
+                    if not self.chat:
+                        yield self._chunk(choice, {"text": piece.text}, piece.finish_reason, chances)
+                        continue
+                    *first, last = choice.deltas(piece) or [{}]
+                    for delta in first:
+                        yield self._chunk(choice, {"delta": delta})
+                    if last or chances or piece.finish_reason:
+                        yield self._chunk(choice, {"delta": last}, choice.reason(piece), chances)
             if self.usage_at_end:
                 yield {**self._head(".chunk"), "choices": [], "usage": self._usage()}
         finally:
@@ -154,9 +174,14 @@ def answer(engine: Engine, name: str, request: ChatRequest | CompletionRequest) 
         raise MlcBuildError(f"{name} gives vectors of texts (/v1/embeddings), it does not write")
     chat = isinstance(request, ChatRequest)
     prompts: list[Any]
-    schema = None
+    schema, template = None, None
     if isinstance(request, ChatRequest):
-        prompts = [model.chat_prompt(_told(request.messages))]
+        if request.about_tools:
+            template = model.chat_template
+            text = tools.prompt(template, request.messages, request.offered)
+            prompts = [model.tokenizer.encode(text, add_special_tokens=False)]
+        else:
+            prompts = [model.chat_prompt(_told(request.messages))]
         schema = request.response_format.schema_of_answer if request.response_format else None
         most = request.max_completion_tokens or request.max_tokens or engine.window
     else:
@@ -184,7 +209,8 @@ def answer(engine: Engine, name: str, request: ChatRequest | CompletionRequest) 
             room = min(most, engine.window - len(ids))
             grammar = None if schema is None else engine.grammars.follow(schema)
             writer = model.writer(ids, room, request.stops, sampling, grammar)
-            choices.append(_choice(len(choices), Job(writer, print, request.likeliest)))
+            calls = tools.reader(template) if template is not None else None
+            choices.append(Choice(len(choices), Job(writer, print, request.likeliest), asyncio.Queue(), calls))
     usage = request.stream_options is not None and request.stream_options.include_usage
     return Answer(engine, name, chat, choices, prompt_tokens, usage)
 
@@ -197,9 +223,14 @@ def _told(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
     return [{"role": "system", "content": "\n\n".join(system)}, *turns] if system else turns
 
 
-def _choice(index: int, job: Job) -> Choice:
-    pieces: asyncio.Queue[Piece | MlcBuildError] = asyncio.Queue()
-    return Choice(index, job, pieces)
+def _message(deltas: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The whole of what these say one after another."""
+    text = "".join(delta.get("content", "") for delta in deltas)
+    calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    if not calls:
+        return {"role": "assistant", "content": text}
+    whole = [{key: value for key, value in call.items() if key != "index"} for call in calls]
+    return {"role": "assistant", "content": text or None, "tool_calls": whole}
 
 
 def listen(found: Answer) -> None:

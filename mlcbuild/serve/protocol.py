@@ -5,6 +5,7 @@ A field that would be ignored is an error, except those that only label a reques
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -86,11 +87,49 @@ class Part(BaseModel):
     text: str
 
 
+class Function(Strict):
+    """What may be called; `parameters` is a JSON schema."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")]
+    description: str = ""
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    strict: Literal[False] = False  # what a model writes is not held to the schema
+
+
+class Tool(Strict):
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class Called(BaseModel):
+    name: str
+    arguments: str = "{}"
+
+    @property
+    def values(self) -> Any:
+        """Raises MlcBuildError where the arguments are no JSON object."""
+        try:
+            found = json.loads(self.arguments or "{}")
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise MlcBuildError(f"messages: the arguments of a call of {self.name} are no JSON object")
+        return found
+
+
+class ToolCall(BaseModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: Called
+
+
 class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] | None = None
     name: str | None = None
     refusal: None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
+    tool_call_id: str | None = None
 
     def plain(self) -> dict[str, str]:
         """As a template takes it."""
@@ -125,6 +164,18 @@ class ChatRequest(Writing):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+
+    @property
+    def about_tools(self) -> bool:
+        """Whether the prompt tells of tools, or of calls that were made."""
+        return bool(self.tools) or any(message.tool_call_id or message.tool_calls for message in self.messages)
+
+    @property
+    def offered(self) -> list[Tool]:
+        return [] if self.tool_choice == "none" else self.tools or []
 
     @property
     def likeliest(self) -> int | None:

@@ -1,0 +1,170 @@
+"""Functions that a model may call: told by the checkpoint's template, their calls read out of what is written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from mlcbuild.runtime import load
+from mlcbuild.serve.engine import Engine, Limits
+from mlcbuild.serve.tools import Calls
+from tests.serve.conftest import KEY, serving
+
+TAGS = (
+    "{% for t in tools or [] %}{{ t.function.name }}: <tool_call>\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments.x }}{% endfor %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+OBJECT = '{# {"name": …, "parameters": …} #}' + TAGS.replace("<tool_call>", "")
+FUNCTION = {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}
+TOOLS: Any = [{"type": "function", "function": FUNCTION}]
+HI: Any = [{"role": "user", "content": "Hi"}]
+CALLED: Any = [
+    *HI,
+    {
+        "role": "assistant",
+        "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 5}'}}],
+    },
+    {"role": "tool", "tool_call_id": "c1", "content": "€"},
+]
+
+
+@pytest.fixture(scope="module")
+def clients(tiny_package: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, openai.OpenAI]]:
+    """Servers of the tiny model, with a template for each habit of calling."""
+    found = {}
+    with contextlib.ExitStack() as stack:
+        for name, template in (("tags", TAGS), ("object", OBJECT)):
+            package = tmp_path_factory.mktemp(name) / "tiny-cpu"
+            shutil.copytree(tiny_package, package)
+            (weights,) = package.glob("*-MLC")
+            (weights / "chat_template.jinja").write_text(template)
+            url = stack.enter_context(serving(Engine(load(package, threads=1), Limits(chunk=16)), "tiny-cpu"))
+            found[name] = stack.enter_context(openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0))
+        yield found
+
+
+def ask(client: openai.OpenAI, messages: Any = HI, **settings: Any) -> Any:
+    options = {"temperature": 0, "max_tokens": 50, **settings}
+    return client.chat.completions.create(model="tiny-cpu", messages=messages, **options)
+
+
+def read(calls: Calls, pieces: list[str]) -> tuple[str, list[tuple[str, Any]]]:
+    deltas = [delta for piece in pieces for delta in calls.feed(piece)] + list(calls.end())
+    made = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    assert [call["index"] for call in made] == list(range(len(made)))
+    assert len({call["id"] for call in made}) == len(made)
+    said = "".join(delta.get("content", "") for delta in deltas)
+    return said, [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in made]
+
+
+ONE = '<tool_call>\n{"name": "f", "arguments": {"x": "<tool"}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("tags", "text", "said", "made"),
+    [
+        (True, "a <b> c", "a <b> c", []),
+        (True, f"Wait.\n{ONE}\n{ONE}\n", "Wait.\n", [("f", {"x": "<tool"})] * 2),
+        (True, f"{ONE}Done.", "Done.", [("f", {"x": "<tool"})]),
+        (True, ONE.removesuffix("</tool_call>"), "", [("f", {"x": "<tool"})]),  # it forgot to close it
+        (True, "<tool_call>{oops}</tool_call>", "<tool_call>{oops}</tool_call>", []),
+        (True, '<tool_call>{"name": 1}</tool_call>', '<tool_call>{"name": 1}</tool_call>', []),
+        (True, "it ends <tool_c", "it ends <tool_c", []),
+        (True, '<tool_call>{"name": "g"}</tool_call>', "", [("g", {})]),
+        (False, '\n{"name": "f", "parameters": {"x": 1}}', "", [("f", {"x": 1})]),
+        (False, 'See {"name": "f"}', 'See {"name": "f"}', []),
+        (False, '{"x": 1}', '{"x": 1}', []),
+        (False, '{"name": "f", "parameters": 3}', '{"name": "f", "parameters": 3}', []),
+        (False, " \n", " \n", []),
+    ],
+)
+def test_calls_are_read_however_the_text_comes(tags: bool, text: str, said: str, made: list[Any]) -> None:
+    dice = random.Random(0)
+    for _ in range(20):
+        cuts = sorted(dice.sample(range(1, len(text)), dice.randint(0, len(text) - 1)))
+        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        assert read(Calls(tags), pieces) == (said, made), pieces
+
+
+def test_text_is_not_held_back_that_cannot_be_a_call() -> None:
+    calls = Calls(tags=True)
+    assert [list(calls.feed(text)) for text in ("a <", "b <tool", "s")] == [
+        [{"content": "a "}],
+        [{"content": "<b "}],
+        [{"content": "<tools"}],
+    ]
+
+
+def test_the_prompt_is_the_checkpoint_s_template(
+    clients: Mapping[str, openai.OpenAI], tiny: Any, tokenizer: Any
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    for messages, settings, tools in (
+        (HI, {"tools": TOOLS}, TOOLS),
+        (CALLED, {"tools": TOOLS}, TOOLS),
+        (CALLED, {}, None),
+    ):
+        known = [{"content": "", **message} for message in messages]
+        for message in known:
+            if "tool_calls" in message:
+                message["tool_calls"] = [{"function": {"name": "f", "arguments": {"x": 5}}}]
+        ids = theirs.apply_chat_template(
+            known, tools=tools, chat_template=TAGS, add_generation_prompt=True, return_dict=False
+        )
+        answer = ask(clients["tags"], messages, max_tokens=6, **settings)
+        assert answer.usage.prompt_tokens == len(ids)
+        assert answer.choices[0].message.content == tiny.generate(ids, max_tokens=6)
+    unheard = ask(clients["tags"], tools=TOOLS, tool_choice="none", max_tokens=6)
+    assert unheard.usage.prompt_tokens < len(ids)
+
+
+def test_a_call_that_is_written_is_told_as_one(clients: Mapping[str, openai.OpenAI]) -> None:
+    """A schema makes the tiny model, which knows nothing, write what a good one would."""
+    schema = {
+        "type": "object",
+        "properties": {
+            "name": {"const": "f"},
+            "parameters": {"type": "object", "properties": {"x": {"const": 7}}, "required": ["x"]},
+        },
+        "required": ["name", "parameters"],
+        "additionalProperties": False,
+    }
+    settings: Any = {
+        "tools": TOOLS,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "call", "schema": schema}},
+    }
+    (choice,) = ask(clients["object"], **settings).choices
+    assert choice.finish_reason == "tool_calls" and choice.message.content is None
+    (call,) = choice.message.tool_calls
+    assert (call.type, call.function.name, json.loads(call.function.arguments)["x"]) == ("function", "f", 7)
+    chunks = [chunk.choices[0] for chunk in ask(clients["object"], **settings, stream=True)]
+    made = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
+    assert [(call.index, call.function.name, json.loads(call.function.arguments)) for call in made] == [
+        (0, "f", {"x": 7})
+    ]
+    assert chunks[-1].finish_reason == "tool_calls"
+    assert not any(chunk.delta.content for chunk in chunks)
+
+
+def test_what_cannot_be_is_refused(clients: Mapping[str, openai.OpenAI], client: openai.OpenAI) -> None:
+    wrong = [{**CALLED[1], "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "[1"}}]}]
+    for asked, settings, said in (
+        (client, {"tools": TOOLS}, "tools: the chat template of this package's checkpoint has no place for them"),
+        (clients["tags"], {"tools": TOOLS, "tool_choice": "required"}, "tool_choice: Input should be 'none' or 'auto'"),
+        (clients["tags"], {"messages": [*HI, *wrong]}, "messages: the arguments of a call of f are no JSON object"),
+        (clients["tags"], {"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name: "),
+    ):
+        with pytest.raises(openai.BadRequestError, match=said.replace("(", r"\(")):
+            ask(asked, **settings)

@@ -21,7 +21,10 @@ from mlcbuild.recipes.types import Catalog, Quantization, Target
 
 COMMAND = "python scripts/supported.py"
 BEGIN, END = "<!-- supported: begin -->", "<!-- supported: end -->"
-_CHOSEN = (*CHOICES, *NUMBERS, "rotary_dim", "sliding_window_size", "layer_types", "max_position_embeddings")
+_CHOSEN = (
+    *(*CHOICES, *NUMBERS, "rotary_dim", "kv_lora_rank", "q_lora_rank", "sliding_window_size", "layer_types"),
+    "max_position_embeddings",
+)
 
 _TESTED = {"transformers": "transformers", "reference": "a reference of the tests", None: "–"}
 

@@ -210,9 +210,10 @@ def _check_shape(values: Mapping[str, Any]) -> list[str]:
     problems = []
     if heads % kv_heads:
         problems.append(f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-    rotary, dim = values.get("rotary_dim"), values["head_dim"]
+    name = "qk_head_dim" if "qk_head_dim" in values else "head_dim"
+    rotary, dim = values.get("rotary_dim"), values[name]
     if rotary is not None and (rotary > dim or rotary % 2):
-        problems.append(f"config.json: rotary_dim is {rotary}, expected an even number up to head_dim {dim}")
+        problems.append(f"config.json: rotary_dim is {rotary}, expected an even number up to {name} {dim}")
     scaling = values["rope_scaling"]
     if scaling is not None:
         problems += scaling_problems(scaling, (dim if rotary is None else rotary) // 2)

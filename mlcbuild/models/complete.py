@@ -13,6 +13,8 @@ from mlcbuild.models.kinds import DECODER
 from mlcbuild.models.structure import ParameterRule, Structure
 
 _ONE_BY_ONE = {"q_proj", "k_proj", "v_proj"}
+_LATENT = {"kv_a_proj", "kv_a_norm", "kv_b_proj"}
+_NARROW_QUERY = {"q_a_proj", "q_a_norm", "q_b_proj"}
 _SHARED = {"shared_gate_up_proj", "shared_down_proj"}
 
 
@@ -58,8 +60,11 @@ def _outside(s: Structure) -> tuple[set[str], set[str]]:
 
 def _layer(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
     """The same for a layer, as far as its other parameters decide."""
-    needed = {"o_proj", *(_ONE_BY_ONE if roles & _ONE_BY_ONE else {"qkv_proj"})}
-    used = {f"{name}_bias" for name in ("qkv", "q", "k", "v", "o", "gate_up", "gate", "up", "down")} | {
+    if s.kv_lora_rank:
+        needed = {"o_proj", *_LATENT, *(_NARROW_QUERY if s.q_lora_rank else {"q_proj"})}
+    else:
+        needed = {"o_proj", *(_ONE_BY_ONE if roles & _ONE_BY_ONE else {"qkv_proj"})}
+    used = {f"{name}_bias" for name in ("qkv", "q", "k", "v", "q_a", "kv_a", "o", "gate_up", "gate", "up", "down")} | {
         "attention_gate"
     }
     if s.qk_norm != "none":

@@ -9,7 +9,7 @@ from typing import Any
 from mlcbuild.errors import MlcBuildError
 
 _ROPE_META = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
-_KINDS = {"su": "longrope"}  # what older Phi-3 checkpoints call it
+_KINDS = {"su": "longrope", "deepseek_yarn": "yarn"}  # what older checkpoints of Phi-3 and Sarvam call them
 _WITH_LENGTHS = ("dynamic", "yarn", "longrope")  # scalings that depend on how long texts the model was trained for
 
 # Numbers that a kind needs, and those that it may have.

@@ -57,14 +57,26 @@ SIZES = (
     "sliding_window_size",
     "expert_groups",
     "expert_groups_per_tok",
+    "kv_lora_rank",
+    "qk_head_dim",
+    "value_head_dim",
 )
-COUNTS = ("shared_expert_intermediate_size", "rescale_every", "time_mix_extra_dim", "time_decay_extra_dim")
+COUNTS = (
+    "q_lora_rank",
+    "shared_expert_intermediate_size",
+    "rescale_every",
+    "time_mix_extra_dim",
+    "time_decay_extra_dim",
+)
 # What no model comes near. Layers and experts are gone through one by one, and every one has tensors of its own.
 MOST_LAYERS, MOST_EXPERTS = 4096, 500_000  # experts of all layers together
 LARGEST_HEAD, LARGEST_SIZE = 1 << 16, (1 << 31) - 1  # of and in heads; of all other sizes
 _MOST = {
     **dict.fromkeys((*SIZES, *COUNTS), LARGEST_SIZE),
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim", "rotary_dim"), LARGEST_HEAD),
+    **dict.fromkeys(
+        ("num_attention_heads", "num_key_value_heads", "head_dim", "qk_head_dim", "value_head_dim", "rotary_dim"),
+        LARGEST_HEAD,
+    ),
     "num_hidden_layers": MOST_LAYERS,
 }
 NUMBERS = ("norm_offset", "embedding_scale", "residual_scale", "logits_scale", "routed_scaling_factor", "router_jitter")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from tvm import ir, relax, tirx
 
+from mlcbuild.models import latent
 from mlcbuild.models.decoder import Decoder, kv_cache
 from mlcbuild.models.operations import Expr
-from mlcbuild.models.rope import in_cache, inverse_frequencies, rotary
+from mlcbuild.models.rope import in_cache, inverse_frequencies, latent_factor, rotary
 from mlcbuild.models.routers import choose
 from mlcbuild.models.weights import Given
 
@@ -55,7 +56,9 @@ def _attention(d: Decoder, x: Expr, cache: Expr, layer_id: Expr, weight: Given, 
     """
     s = d.structure
     heads, kv_heads, dim = s.num_attention_heads, s.num_key_value_heads, s.head_dim
-    if "qkv_proj" in weight:
+    if s.kv_lora_rank:
+        qkv = latent.heads_of(d, x, weight)
+    elif "qkv_proj" in weight:
         qkv = d.project(x, weight, "qkv", d.dtype)
     else:
         parts = [d.project(x, weight, name, d.dtype) for name in ("q", "k", "v")]
@@ -71,7 +74,8 @@ def _attention(d: Decoder, x: Expr, cache: Expr, layer_id: Expr, weight: Given, 
     if s.turns(number) and not in_cache(s):
         positions, table = query_positions(d, cache, n), inverse_frequencies(s, kind)
         qkv = d.operations.rope(qkv, positions, table, (heads, kv_heads), rotary(s, kind))
-    scale = dim**-0.5 if s.attention_scale is None else s.attention_scale
+    width = s.qk_head_dim or dim
+    scale = width**-0.5 * latent_factor(s) if s.attention_scale is None else s.attention_scale
     slides = kind == "sliding" and s.sliding_window_size is not None
     out = d.builder.emit(
         relax.call_dps_packed(
@@ -80,7 +84,10 @@ def _attention(d: Decoder, x: Expr, cache: Expr, layer_id: Expr, weight: Given, 
             out_ty=relax.TensorType([n, heads, dim], d.dtype),
         )
     )
-    out = d.builder.emit(relax.op.reshape(out, [n, heads * dim]))
+    if s.value_head_dim not in (0, dim):
+        out = latent.values_of(d, out)
+    else:
+        out = d.builder.emit(relax.op.reshape(out, [n, heads * dim]))
     if "attention_gate" in weight:
         gate = d.builder.emit(relax.op.sigmoid(d.operations.linear(x, weight("attention_gate"), d.operations.compute)))
         out = d.builder.emit(relax.op.multiply(gate, d.cast(out, d.operations.compute)))

@@ -71,7 +71,7 @@ def shape_of(role: str, structure: Structure) -> tuple[int, ...]:
 
 
 def _query(s: Structure) -> int:
-    return s.num_attention_heads * s.head_dim
+    return s.num_attention_heads * (s.qk_head_dim or s.head_dim)
 
 
 def _key(s: Structure) -> int:
@@ -95,7 +95,16 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "q_proj": lambda s: (_query(s), s.hidden_size),
     "k_proj": lambda s: (_key(s), s.hidden_size),
     "v_proj": lambda s: (_key(s), s.hidden_size),
-    "o_proj": lambda s: (s.hidden_size, _query(s)),
+    "o_proj": lambda s: (s.hidden_size, s.num_attention_heads * (s.value_head_dim or s.head_dim)),
+    "q_a_proj": lambda s: (s.q_lora_rank, s.hidden_size),
+    "q_a_norm": lambda s: (s.q_lora_rank,),
+    "q_b_proj": lambda s: (_query(s), s.q_lora_rank),
+    "kv_a_proj": lambda s: (s.kv_lora_rank + (s.rotary_dim or 0), s.hidden_size),
+    "kv_a_norm": lambda s: (s.kv_lora_rank,),
+    "kv_b_proj": lambda s: (
+        s.num_attention_heads * (s.qk_head_dim - (s.rotary_dim or 0) + s.value_head_dim),
+        s.kv_lora_rank,
+    ),
     "gate_up_proj": lambda s: (2 * s.intermediate_size, s.hidden_size),
     "gate_proj": lambda s: (s.intermediate_size, s.hidden_size),
     "up_proj": lambda s: (s.intermediate_size, s.hidden_size),

@@ -87,6 +87,14 @@ def attention_factor(structure: Structure) -> float:
     return 1.0 if factor is None else factor(scaling)
 
 
+def latent_factor(structure: Structure) -> float:
+    """What scores of latent attention are multiplied with besides: the square of the scale by `mscale_all_dim`."""
+    scaling = structure.rope_scaling or {}
+    if not structure.kv_lora_rank or not scaling.get("mscale_all_dim"):
+        return 1.0
+    return _yarn_scale(scaling, float(scaling["mscale_all_dim"])) ** 2
+
+
 def _wavelengths(structure: Structure, theta: float) -> Frequencies:
     """float32 [rotary_dim / 2]: theta ** (2 d / rotary_dim), the wavelength over 2 pi."""
     dim = _dim(structure)
@@ -167,14 +175,15 @@ def _yarn_attention(scaling: Settings) -> float:
     """`attention_factor`, or 0.1 ln(factor) + 1; with `mscale` and `mscale_all_dim`, the quotient of both scales."""
     if scaling.get("attention_factor") is not None:
         return float(scaling["attention_factor"])
-    factor = _yarn_factor(scaling)
-
-    def scale(by: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0
-
     if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        return scale(float(scaling["mscale"])) / scale(float(scaling["mscale_all_dim"]))
-    return scale(1.0)
+        above, below = (_yarn_scale(scaling, float(scaling[key])) for key in ("mscale", "mscale_all_dim"))
+        return above / below
+    return _yarn_scale(scaling, 1.0)
+
+
+def _yarn_scale(scaling: Settings, by: float) -> float:
+    factor = _yarn_factor(scaling)
+    return 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0
 
 
 def _longrope_attention(scaling: Settings) -> float:

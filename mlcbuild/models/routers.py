@@ -2,7 +2,8 @@
 
 scores    softmax or sigmoid of the router's logits; `router_correction` is added where experts are chosen, and does not
           count in their shares (Wang et al., arXiv 2408.15664)
-groups    experts of the few groups only whose two best are best together (DeepSeek-V3, arXiv 2412.19437, 2.1.2)
+groups    experts of the few groups only whose `expert_group_best` best are best together: two of them (DeepSeek-V3,
+          arXiv 2412.19437, 2.1.2) or one (DeepSeek-V2, arXiv 2405.04434, 2.2.2)
 sparse_mixer  one after the other: a softmax over those that are not far below the best one left (Liu et al.,
           arXiv 2409.12136, as Phi-3.5-MoE computes it)
 
@@ -35,7 +36,9 @@ def choose(d: Decoder, logits: Expr, weight: Given) -> tuple[Expr, Expr]:
     if "router_correction" in weight:
         wanted = emit(relax.op.add(scores, d.cast(weight("router_correction").plain, "float32")))
     if s.expert_groups > 1:
-        best = d.builder.emit_te(_best_two, wanted, s.expert_groups, primfunc_name_hint="expert_groups")
+        best = d.builder.emit_te(
+            _best, wanted, s.expert_groups, s.expert_group_best, primfunc_name_hint="expert_groups"
+        )
         ranks = d.builder.emit_te(_ranks, best, primfunc_name_hint="group_ranks")
         wanted = d.builder.emit_te(_of_groups, wanted, ranks, s.expert_groups_per_tok, primfunc_name_hint="grouped")
     rank = d.builder.emit_te(_ranks, wanted, primfunc_name_hint="expert_ranks")
@@ -83,10 +86,13 @@ def _picked(rank: te.Tensor, scores: te.Tensor, count: int) -> te.Tensor:
     return te.compute((rank.shape[0], count), score, name=f"{BLOCK}shares")
 
 
-def _best_two(x: te.Tensor, groups: int) -> te.Tensor:
-    """[n, E] -> [n, groups]: the largest sum of two experts of each group."""
+def _best(x: te.Tensor, groups: int, count: int) -> te.Tensor:
+    """[n, E] -> [n, groups]: the largest sum of `count` experts of each group, 1 or 2."""
     size = int(x.shape[1]) // groups
     a, b = te.reduce_axis((0, size), "a"), te.reduce_axis((0, size), "b")
+
+    if count == 1:
+        return te.compute((x.shape[0], groups), lambda i, g: te.max(x[i, g * size + a], axis=a), name=f"{BLOCK}groups")
 
     def best(i: Any, g: Any) -> Any:
         both = x[i, g * size + a] + x[i, g * size + b]

@@ -80,6 +80,8 @@ class Structure:
     alibi_bias_max    b: a score is lowered by the distance of query and key, times 2 ** (-b * h / heads) in the h-th
                       head (where heads are no power of two: compiler/cpu/kernels/attention.c)
     clip_qkv          c: queries, keys and values become min(max(x, -c), c)
+    kv_lora_rank      width of the vector that a token's keys and values are made of (mlcbuild.models.latent, with
+                      q_lora_rank, qk_head_dim, value_head_dim); 0: they are made of hidden states
     final_logit_softcapping  c: logits become c * tanh(logits / c)
     max_position_embeddings  rows of a learned `position_embedding`
     embedding         of a model of texts: MLC's embedding_metadata, as its library tells it
@@ -90,7 +92,7 @@ class Structure:
     num_experts       experts of a layer that has a `router`. Each token goes to num_experts_per_tok of them, which
                       count by their probabilities (with norm_topk_prob divided by their sum), times
                       routed_scaling_factor; and to shared ones, where there are parameters of them. scoring,
-                      expert_groups, expert_groups_per_tok, router_jitter: mlcbuild.models.routers
+                      expert_groups, expert_groups_per_tok, expert_group_best, router_jitter: mlcbuild.models.routers
     """
 
     architecture: str
@@ -143,6 +145,7 @@ class Structure:
     router_jitter: float = choice(0.0)
     expert_groups: int = choice(1)
     expert_groups_per_tok: int = choice(1)
+    expert_group_best: int = choice(2)
     rope_pairing: str = choice("halves")
     rotary_dim: int | None = choice(None)
     rope_local_theta: float | None = choice(None)
@@ -154,6 +157,10 @@ class Structure:
     qk_norm: str = choice("none")
     clip_qkv: float | None = choice(None)
     alibi_bias_max: float | None = choice(None)
+    kv_lora_rank: int = choice(0)
+    q_lora_rank: int = choice(0)
+    qk_head_dim: int = choice(0)
+    value_head_dim: int = choice(0)
     kind: str = choice("decoder")
     embedding: Mapping[str, Any] | None = choice(None)
     rescale_every: int = choice(0)

@@ -67,6 +67,11 @@ CASES: dict[str, Case] = {
         "qwen2_moe", **EXPERTS, moe_intermediate_size=40, shared_expert_intermediate_size=48, qkv_bias=False
     ),
 }
+RANKS = {"q_lora_rank": 24, "kv_lora_rank": 32}
+LATENT = {**RANKS, "num_key_value_heads": 4, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 20}
+V2 = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "first_k_dense_replace": 1}
+V3 = {**V2, "moe_intermediate_size": 24}
+DEEPSEEK_YARN = {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0}
 NEXT = {"head_dim": 16, "moe_intermediate_size": 40, "num_experts_per_tok": 2}
 CASES |= {
     "gemma-untied": _case("gemma", head_dim=16),
@@ -88,6 +93,19 @@ CASES |= {
         "ernie4_5_moe", use_bias=True, moe_num_experts=4, moe_k=2, moe_intermediate_size=40, moe_layer_end_index=1
     ),
     "phimoe": _case("phimoe", num_local_experts=4, attention_bias=True, lm_head_bias=True),
+    "deepseek_v2": _case("deepseek_v2", **LATENT, **V2, topk_method="group_limited_greedy", n_group=4, topk_group=2),
+    "deepseek_v2-lite": _case(
+        "deepseek_v2", **{**LATENT, "q_lora_rank": None, "v_head_dim": 36}, **V2, attention_bias=True
+    ),
+    "deepseek_v3": replace(
+        _case("deepseek_v3", **LATENT, **V3, n_group=4, topk_group=2, rope_parameters=DEEPSEEK_YARN),
+        quantizations=("q0f32", "q4f32_1"),
+    ),
+    "deepseek_v3-plain": _case("deepseek_v3", **LATENT, **V3, n_group=1, topk_group=1, rope_interleave=False),
+    "youtu": _case("youtu", **LATENT, tie_word_embeddings=True, pad_token_id=None),
+    "minicpm3": _case("minicpm3", **LATENT, scale_emb=3, dim_model_base=16, rms_norm_eps=1e-5, attention_bias=True),
+    "glm4_moe_lite": _case("glm4_moe_lite", **LATENT, **V3),
+    "sarvam_mla": _case("sarvam_mla", **LATENT, **V3, rope_parameters=DEEPSEEK_YARN),
     "afmoe": _case("afmoe", **NEXT, num_experts=4, mup_enabled=True, **SLIDING),
 }
 

@@ -8,16 +8,19 @@ import pytest
 
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.architecture import resolve
-from mlcbuild.models.parameters import parameters
+from mlcbuild.models.parameters import ignored, parameters
 from tests.architectures.agreement import config_of, known_architectures
 from tests.architectures.family_cases import CASES
 
+MOE = {"ep_size": 1, "moe_layer_freq": 1, "aux_loss_alpha": 0.001, "seq_aux": True}
 HUB: dict[str, dict[str, Any]] = {
     "cohere2": {
         **{"layer_switch": 4, "order_of_interleaved_layers": "local_attn_first", "use_qk_norm": False},
         **{"position_embedding_type": "rope_gptj", "rotary_pct": 1.0, "use_embedding_sharing": True},
         **{"use_gated_activation": True, "use_parallel_block": True, "use_parallel_embedding": False},
     },
+    "deepseek_v2": {**MOE, "scoring_func": "softmax", "norm_topk_prob": False},
+    "deepseek_v3": {**MOE, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "num_nextn_predict_layers": 1},
     "dots1": {"scoring_func": "noaux_tc", "n_group": None, "topk_group": None, "moe_layer_freq": 1},
     "ernie4_5_moe": {
         **{"moe_capacity": [64, 64, 64], "moe_gate": "topk", "moe_use_aux_free": True, "moe_gate_act": None},
@@ -35,6 +38,10 @@ HUB: dict[str, dict[str, Any]] = {
         **{"num_mtp_modules": 3, "mtp_transformer_layers": 1, "use_mtp": True, "mlp_intermediate_size": 8192},
         **dict.fromkeys((f"layernorm_{of}_beta" for of in ("full_attention", "linear_attention", "mlp")), 1.0),
         "attention_bias": False,
+    },
+    "sarvam_mla": {
+        **{"head_dim": 40, "q_head_dim": 32, "num_experts": 8, "num_shared_experts": 1, "rope_parameters": None},
+        "rope_scaling": {"type": "deepseek_yarn", "factor": 40, "original_max_position_embeddings": 4096},
     },
     "sarvam_moe": {
         **{
@@ -57,6 +64,9 @@ def test_keys_of_the_hub_are_known(name: str) -> None:
     ("name", "key", "value"),
     [
         ("cohere2", "order_of_interleaved_layers", "global_attn_first"),
+        ("deepseek_v2", "norm_topk_prob", True),
+        ("deepseek_v2", "topk_method", "noaux_tc"),
+        ("deepseek_v3", "moe_layer_freq", 2),
         ("hy_v3", "route_norm", False),
         ("minimax_m2", "layernorm_mlp_beta", 0.5),
         ("sarvam_moe", "score_function", "softmax"),
@@ -65,6 +75,11 @@ def test_keys_of_the_hub_are_known(name: str) -> None:
 def test_what_would_compute_something_else_is_refused(name: str, key: str, value: Any) -> None:
     with pytest.raises(MlcBuildError, match=key):
         resolve(known_architectures()[name], config_of(CASES[name]) | {key: value}, {})
+
+
+def test_layers_that_guess_further_tokens_are_left_out() -> None:
+    structure = resolve(known_architectures()["deepseek_v3"], config_of(CASES["deepseek_v3"]), {})
+    assert "model.layers.3.*" in ignored(structure)
 
 
 def test_plain_layers_of_hy_v3() -> None:

@@ -11,6 +11,8 @@ import pytest
 
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models import architecture
+from tests.architectures.agreement import config_of
+from tests.architectures.family_cases import CASES
 from tests.models.test_architecture import CONFIG
 from tests.support import llama
 
@@ -89,6 +91,20 @@ def test_parameters_that_are_not_those_of_the_decoder(change: Change, problems: 
     with pytest.raises(MlcBuildError) as error:
         architecture.resolve(replace(known, data=data), CONFIG, {})
     assert str(error.value).splitlines() == [f"recipes/architectures/llama.yaml: {problem}" for problem in problems]
+
+
+def test_latent_attention_needs_its_parameters() -> None:
+    known = llama.architecture("deepseek_v3")
+    config = config_of(CASES["deepseek_v3"])
+    kept = [each for each in known.data["parameters"] if each["role"] not in ("q_a_norm", "kv_b_proj")]
+    with pytest.raises(MlcBuildError) as error:
+        architecture.resolve(replace(known, data={**known.data, "parameters": kept}), config, {})
+    lines = [
+        f"no parameter has the role `{role}` in layer {i}, {NEEDED}"
+        for i in (0, 1)
+        for role in ("kv_b_proj", "q_a_norm")
+    ]
+    assert str(error.value).splitlines() == [f"recipes/architectures/deepseek_v3.yaml: {line}" for line in lines]
 
 
 def test_what_a_choice_makes_optional() -> None:

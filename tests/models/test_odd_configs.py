@@ -37,6 +37,12 @@ RWKV6: dict[str, Any] = {
     "layer_norm_epsilon": 1e-5, "head_size_divisor": 8, "rescale_every": 2, "intermediate_size": 96,
 }  # fmt: skip
 
+DEEPSEEK: dict[str, Any] = {
+    **LLAMA, "model_type": "deepseek_v3", "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 32,
+    "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 20, "n_routed_experts": 8, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32, "n_group": 4, "topk_group": 2, "rope_interleave": True, "first_k_dense_replace": 1,
+}  # fmt: skip
+
 
 def scaled(**settings: Any) -> dict[str, Any]:
     return {**LLAMA, "rope_parameters": {"rope_theta": 1e4, **settings}}
@@ -52,7 +58,7 @@ LONGROPE = scaled(
 DYNAMIC = scaled(rope_type="dynamic", factor=2.0)
 CONFIGS = {
     "llama": LLAMA, "llama3": LLAMA3, "yarn": YARN, "longrope": LONGROPE, "dynamic": DYNAMIC,
-    "qwen2_moe": MOE, "gemma3_text": GEMMA3, "rwkv6": RWKV6,
+    "qwen2_moe": MOE, "gemma3_text": GEMMA3, "rwkv6": RWKV6, "deepseek_v3": DEEPSEEK,
 }  # fmt: skip
 ODD: tuple[Any, ...] = ("x", "64", -1, 0, 1.5, [], {}, ["a"], [1, 2], {"a": 1}, True, float("nan"), float("inf"))
 ODD += (10**8,)

@@ -51,9 +51,10 @@ def _outside(s: Structure) -> tuple[set[str], set[str]]:
     needed = {"embedding"}
     if s.embedding is None and not s.tie_word_embeddings:
         needed.add("lm_head")
-    norms = {"final_norm"} if s.norm == "rms" else set()
-    biases = _biases(s, ("final_norm", "embedding_norm"))
-    return needed | norms, {"final_norm", "embedding_norm", "position_embedding", "lm_head", "lm_head_bias", *biases}
+    last = set() if s.norm_position == "sum" else {"final_norm"}
+    norms = last if s.norm == "rms" else set()
+    biases = _biases(s, (*last, "embedding_norm"))
+    return needed | norms, {*last, "embedding_norm", "position_embedding", "lm_head", "lm_head_bias", *biases}
 
 
 def _layer(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
@@ -73,7 +74,7 @@ def _layer(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
     else:
         needed |= {"down_proj", *({"gate_proj", "up_proj"} if "gate_proj" in roles else {"gate_up_proj"})}
     norms = {f"{part}_norm" for part in ("attention", "mlp") if s.norm_position != "post"}
-    norms |= {f"{part}_post_norm" for part in ("attention", "mlp") if s.norm_position != "pre"}
+    norms |= {f"{part}_post_norm" for part in ("attention", "mlp") if s.norm_position in ("post", "both")}
     used |= norms | set(_biases(s, norms))
     if s.norm == "rms":
         needed |= norms - ({"mlp_norm"} if s.residual == "parallel" else set())

@@ -58,7 +58,13 @@ SIZES = (
     "expert_groups",
     "expert_groups_per_tok",
 )
-COUNTS = ("shared_expert_intermediate_size", "rescale_every", "time_mix_extra_dim", "time_decay_extra_dim")
+COUNTS = (
+    "shared_expert_intermediate_size",
+    "rescale_every",
+    "time_mix_extra_dim",
+    "time_decay_extra_dim",
+    "position_offset",
+)
 # What no model comes near. Layers and experts are gone through one by one, and every one has tensors of its own.
 MOST_LAYERS, MOST_EXPERTS = 4096, 500_000  # experts of all layers together
 LARGEST_HEAD, LARGEST_SIZE = 1 << 16, (1 << 31) - 1  # of and in heads; of all other sizes
@@ -78,7 +84,7 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 CHOICES = {
     "norm": ("rms", "layer"),
-    "norm_position": ("pre", "post", "both"),
+    "norm_position": ("pre", "post", "both", "sum"),
     "residual": ("sequential", "parallel"),
     "mlp": ("gated", "plain"),
     "rope": ("full", "none"),

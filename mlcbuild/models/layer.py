@@ -22,7 +22,7 @@ def layer(decoder: Decoder, x: Expr, cache: Expr, layer_id: Expr, *given: Expr, 
     """One layer's computation on what `layer_inputs` describes: [n, H]. `number` is a layer of the same kind."""
     d, s = decoder, decoder.structure
     weight = d.given(number, given)
-    pre, post = s.norm_position != "post", s.norm_position != "pre"
+    pre, post, sums = (s.norm_position in kinds for kinds in (("pre", "both"), ("post", "both"), ("sum",)))
 
     def returned(y: Expr, role: str) -> Expr:
         """What attention or the MLP returns, as it is added."""
@@ -32,12 +32,14 @@ def layer(decoder: Decoder, x: Expr, cache: Expr, layer_id: Expr, *given: Expr, 
     normed = d.norm(x, weight, "attention_norm") if pre else x
     attended = _attention(d, normed, cache, layer_id, weight, x.ty.shape[0], number)
     x1 = d.builder.emit(relax.op.add(x, returned(attended, "attention_post_norm")))
+    x1 = d.norm(x1, weight, "attention_norm") if sums else x1
     parallel = s.residual == "parallel"
     if not parallel:
         normed = d.norm(x1, weight, "mlp_norm") if pre else x1
     elif "mlp_norm" in weight:
         normed = d.norm(x, weight, "mlp_norm")
-    return relax.op.add(x1, returned(_mlp(d, normed, weight), "mlp_post_norm"))
+    x2 = relax.op.add(x1, returned(_mlp(d, normed, weight), "mlp_post_norm"))
+    return d.norm(d.builder.emit(x2), weight, "mlp_norm") if sums else x2
 
 
 def query_positions(d: Decoder, cache: Expr, n: Expr) -> Expr:

@@ -58,7 +58,8 @@ class Structure:
 
     kind              decoder; others (mlcbuild.models.kinds) leave most of what follows as it is
     norm              rms, layer (with a bias and a weight where parameters play these roles)
-    norm_position     pre: of what attention and MLP are given; post: of what they return; both
+    norm_position     pre: of what attention and MLP are given; post: of what they return; both; sum: of the sums with
+                      what they were given, and no norm before the head
     norm_offset       what is added to a norm's weight
     residual          sequential: attention, then the MLP; parallel: both of the same x, normed once where there is no
                       `mlp_norm`
@@ -81,7 +82,8 @@ class Structure:
                       head (where heads are no power of two: compiler/cpu/kernels/attention.c)
     clip_qkv          c: queries, keys and values become min(max(x, -c), c)
     final_logit_softcapping  c: logits become c * tanh(logits / c)
-    max_position_embeddings  rows of a learned `position_embedding`
+    max_position_embeddings  rows of a learned `position_embedding`. position_offset: the row of a text's first token
+    sinusoidal        whether positions are sines and cosines, added to embeddings: of position + position_offset
     embedding         of a model of texts: MLC's embedding_metadata, as its library tells it
     rescale_every     recurrent: layers after which hidden states are halved; 0: never. group_norm_eps: of the norm over
                       each head's output. time_mix_extra_dim, time_decay_extra_dim: widths of low-rank products
@@ -132,6 +134,8 @@ class Structure:
     logits_scale: float = choice(1.0)
     final_logit_softcapping: float | None = choice(None)
     max_position_embeddings: int | None = choice(None)
+    position_offset: int = choice(0)
+    sinusoidal: bool = choice(False)
     optional_prefix: str = choice("")
     num_experts: int = choice(0)
     num_experts_per_tok: int = choice(0)

@@ -90,6 +90,17 @@ CASES |= {
     "phimoe": _case("phimoe", num_local_experts=4, attention_bias=True, lm_head_bias=True),
     "afmoe": _case("afmoe", **NEXT, num_experts=4, mup_enabled=True, **SLIDING),
 }
+FAIRSEQ = dict.fromkeys(("num_key_value_heads", "intermediate_size", "tie_word_embeddings"), "absent")
+CASES |= {
+    "opt": _case("opt", **FAIRSEQ, ffn_dim=96),
+    "opt-sums": _case("opt", **FAIRSEQ, ffn_dim=96, do_layer_norm_before=False, activation_function="gelu"),
+    "opt-plain": _case("opt", **FAIRSEQ, ffn_dim=96, enable_bias=False, layer_norm_elementwise_affine=False),
+    "biogpt": _case("biogpt", num_key_value_heads="absent"),
+    "xglm": _case(
+        "xglm", **FAIRSEQ, hidden_size="absent", num_hidden_layers="absent", num_attention_heads="absent", d_model=64,
+        num_layers=3, attention_heads=4, ffn_dim=96,
+    ),
+}  # fmt: skip
 
 
 def _wrapped(model_type: str, vision: str, text: Case, **changes: Any) -> Case:

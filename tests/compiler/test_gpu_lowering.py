@@ -57,12 +57,14 @@ def test_formats_that_a_device_cannot_read(
 
 
 @pytest.mark.slow
-def test_routers_lower_for_cuda() -> None:
-    """Groups, a correction and shared experts: every kernel is shared out among threads."""
+@pytest.mark.parametrize("name", ["glm4_moe", "xglm"])
+def test_what_one_architecture_has_lowers_for_cuda(name: str) -> None:
+    """Groups, a correction and shared experts; sines of positions: every kernel is shared out among threads."""
     from tvm import tirx
 
-    case = family_cases.CASES["glm4_moe"]
-    structure = resolve(llama.architecture("glm4_moe"), {**config_of(case), "head_dim": 32}, {})
+    case = family_cases.CASES[name]
+    sizes = {"attention_heads": 2} if name == "xglm" else {"head_dim": 32}
+    structure = resolve(llama.architecture(name), {**config_of(case), **sizes}, {})
     module = lower.lower(structure, llama.QUANTIZATIONS["q4f16_1"], "q4f16_1", CUDA)
     functions = [str(f) for f in module.functions.values() if isinstance(f, tirx.PrimFunc)]
     kernels = [text for text in functions if "tirx.is_host_func" not in text]  # those compute shapes

@@ -52,7 +52,7 @@ def _outside(s: Structure) -> tuple[set[str], set[str]]:
     if s.embedding is None and not s.tie_word_embeddings:
         needed.add("lm_head")
     last = set() if s.norm_position == "sum" else {"final_norm"}
-    norms = last if s.norm == "rms" else set()
+    norms = last if s.norm == "rms" and s.norm_weights else set()
     biases = _biases(s, (*last, "embedding_norm"))
     return needed | norms, {*last, "embedding_norm", "position_embedding", "lm_head", "lm_head_bias", *biases}
 
@@ -63,7 +63,7 @@ def _layer(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
     used = {f"{name}_bias" for name in ("qkv", "q", "k", "v", "o", "gate_up", "gate", "up", "down")} | {
         "attention_gate"
     }
-    if s.qk_norm != "none":
+    if s.qk_norm != "none" and s.norm_weights:
         needed |= {"q_norm", "k_norm"}
         used |= {"q_norm_bias", "k_norm_bias"}
     if "router" in roles:
@@ -76,7 +76,7 @@ def _layer(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
     norms = {f"{part}_norm" for part in ("attention", "mlp") if s.norm_position != "post"}
     norms |= {f"{part}_post_norm" for part in ("attention", "mlp") if s.norm_position in ("post", "both")}
     used |= norms | set(_biases(s, norms))
-    if s.norm == "rms":
+    if s.norm == "rms" and s.norm_weights:
         needed |= norms - ({"mlp_norm"} if s.residual == "parallel" else set())
     return needed, used
 

@@ -16,6 +16,7 @@ _WITH_LENGTHS = ("dynamic", "yarn", "longrope")  # scalings that depend on how l
 _SCALING_NUMBERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": (("factor",), ()),
     "dynamic": (("factor", "max_position_embeddings"), ()),
+    "alpha": (("alpha",), ()),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
     "yarn": (("original_max_position_embeddings",), ("factor", "attention_factor", "beta_fast", "beta_slow")),
     "longrope": (("original_max_position_embeddings",), ("factor", "attention_factor")),
@@ -81,6 +82,8 @@ def _scaling(scaling: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str,
     kind = _KINDS.get(kind, kind)
     if kind == "default":
         return None
+    if kind == "dynamic" and scaling.get("alpha") is not None:
+        kind = "alpha"  # what Hunyuan's checkpoints mean by it
     values = {key: value for key, value in scaling.items() if key not in _ROPE_META}
     if kind in _WITH_LENGTHS:
         longest = config.get("max_position_embeddings")

@@ -71,8 +71,12 @@ class Decoder:
     def _plain_norm(self, x: Expr, weight: Expr | None, bias: Expr | None) -> Expr:
         eps = self.structure.norm_eps
         if self.structure.norm == "rms":
-            return self.operations.rms_norm(x, weight, eps)
+            return self.operations.rms_norm(x, self.ones(x.ty.shape[1]) if weight is None else weight, eps)
         return self.operations.layer_norm(x, weight, bias, eps)
+
+    def ones(self, width: Any) -> Expr:
+        """The weight of a norm that has none: [width] in the model dtype."""
+        return self.builder.emit(relax.op.ones([width], self.dtype))
 
     def project(self, x: Expr, weights: Given | Weights, name: str, dtype: str | None = None) -> Expr:
         """x [n, K] times the matrix of role `name`_proj, plus its `name`_bias where there is one: [n, N].
@@ -107,7 +111,8 @@ class Decoder:
     def has_beginning(self) -> bool:
         """Whether anything is done to embeddings before the first layer."""
         s = self.structure
-        return s.embedding_scale != 1 or s.sinusoidal or bool(s.roles() & {"position_embedding", "embedding_norm"})
+        choices = s.embedding_scale != 1 or s.sinusoidal or s.norm_embeddings
+        return choices or bool(s.roles() & {"position_embedding", "embedding_norm"})
 
     def beginning(self, x: Expr, positions: Callable[[], Expr], weights: Given | Weights) -> Expr:
         """Embeddings [n, H] -> what the first layer is given; `positions`: the tokens' in their sequence, int32 [n]."""
@@ -118,7 +123,8 @@ class Decoder:
             x = self.builder.emit(relax.op.add(x, self.cast(rows, compute)))
         if s.sinusoidal:
             x = self.builder.emit(relax.op.add(x, self.cast(self._sinusoids(positions(), s.hidden_size), compute)))
-        return self.norm(x, weights, "embedding_norm") if "embedding_norm" in weights else x
+        normed = s.norm_embeddings or "embedding_norm" in weights
+        return self.norm(x, weights, "embedding_norm") if normed else x
 
     def rows(self, positions: Expr) -> Expr:
         """The rows of a table of positions: int32 [n]."""

@@ -38,7 +38,14 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.In: lambda item, of: item in of,
     ast.NotIn: lambda item, of: item not in of,
 }
-_FUNCTIONS: dict[str, Callable[..., Any]] = {"int": int, "min": min, "max": max, "len": len}
+
+
+def _same(value: Any) -> Any:
+    """The one value of a list that has it for every layer; any other value as it is."""
+    return value[0] if isinstance(value, list | tuple) and value and all(v == value[0] for v in value) else value
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {"int": int, "min": min, "max": max, "len": len, "same": _same}
 
 SIZES = (
     "hidden_size",
@@ -200,7 +207,7 @@ def evaluate(expression: object, names: Mapping[str, Any]) -> Any:
     """The value of an expression over `names`; anything but a string is its own value.
 
     Beside names, numbers, texts, tuples, True, False and None it may have `+ - * / // % **`, comparisons, `in`,
-    `and or not`, `a if b else c`, int min max len, and `each_layer(x)`: a tuple of x for `layer` from 0 to
+    `and or not`, `a if b else c`, int min max len, same(list), and `each_layer(x)`: a tuple of x for `layer` from 0 to
     num_hidden_layers - 1. Raises MlcBuildError for anything else, and for a name that is not known.
     """
     if not isinstance(expression, str):
@@ -210,7 +217,8 @@ def evaluate(expression: object, names: Mapping[str, Any]) -> Any:
     except (SyntaxError, KeyError, ZeroDivisionError, OverflowError, TypeError, ValueError, IndexError) as error:
         raise MlcBuildError(
             f"cannot evaluate `{expression}` ({error}); it may use numbers, `+ - * / // % **`, comparisons, "
-            f"`and or not`, `a if b else c`, int, min, max, len, each_layer, and the names {', '.join(sorted(names))}"
+            f"`and or not`, `a if b else c`, {', '.join(_FUNCTIONS)}, each_layer, "
+            f"and the names {', '.join(sorted(names))}"
         ) from None
 
 

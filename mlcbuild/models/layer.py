@@ -65,14 +65,14 @@ def _attention(d: Decoder, x: Expr, cache: Expr, layer_id: Expr, weight: Given, 
     if s.clip_qkv is not None:
         qkv = d.builder.emit(relax.op.clip(qkv, -s.clip_qkv, s.clip_qkv))
     qkv = d.builder.emit(relax.op.reshape(qkv, [n, heads + 2 * kv_heads, dim]))
-    if s.qk_norm != "none":
-        roles = ("q_norm", "k_norm", "q_norm_bias", "k_norm_bias")
-        weights = tuple(weight(role).plain if role in weight else None for role in roles)
-        qkv = d.operations.norm_heads(qkv, weights, (heads, kv_heads), s.qk_norm, s.norm, s.norm_eps)
+    if not s.qk_norm_last:
+        qkv = _normed_heads(d, qkv, weight)
     kind = s.layer_type(number)
     if s.turns(number) and not in_cache(s):
         positions, table = query_positions(d, cache, n), inverse_frequencies(s, kind)
         qkv = d.operations.rope(qkv, positions, table, (heads, kv_heads), rotary(s, kind))
+    if s.qk_norm_last:
+        qkv = _normed_heads(d, qkv, weight)
     scale = dim**-0.5 if s.attention_scale is None else s.attention_scale
     slides = kind == "sliding" and s.sliding_window_size is not None
     out = d.builder.emit(
@@ -87,6 +87,19 @@ def _attention(d: Decoder, x: Expr, cache: Expr, layer_id: Expr, weight: Given, 
         gate = d.builder.emit(relax.op.sigmoid(d.operations.linear(x, weight("attention_gate"), d.operations.compute)))
         out = d.builder.emit(relax.op.multiply(gate, d.cast(out, d.operations.compute)))
     return d.project(out, weight, "o")
+
+
+def _normed_heads(d: Decoder, qkv: Expr, weight: Given) -> Expr:
+    """Fused heads with queries and keys normed, where the model does that."""
+    s = d.structure
+    if s.qk_norm == "none":
+        return qkv
+    roles = ("q_norm", "k_norm", "q_norm_bias", "k_norm_bias")
+    weights = [weight(role).plain if role in weight else None for role in roles]
+    if not s.norm_weights:
+        weights[:2] = [d.ones(s.head_dim)] * 2
+    heads = s.num_attention_heads, s.num_key_value_heads
+    return d.operations.norm_heads(qkv, tuple(weights), heads, s.qk_norm, s.norm, s.norm_eps)
 
 
 def _mlp(d: Decoder, x: Expr, weight: Given) -> Expr:

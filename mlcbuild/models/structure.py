@@ -60,16 +60,18 @@ class Structure:
     norm              rms, layer (with a bias and a weight where parameters play these roles)
     norm_position     pre: of what attention and MLP are given; post: of what they return; both; sum: of the sums with
                       what they were given, and no norm before the head
-    norm_offset       what is added to a norm's weight
+    norm_offset       what is added to a norm's weight; norm_weights: whether rms norms have any
     residual          sequential: attention, then the MLP; parallel: both of the same x, normed once where there is no
                       `mlp_norm`
     mlp               gated: down(activation(gate(x)) * up(x)); plain: down(activation(up(x)))
     gate              which half of gate_up_proj is the gate: first, second
+    norm_embeddings   whether embeddings are normed without a parameter in the role `embedding_norm`
     embedding_scale   what hidden states are multiplied with before the first layer, residual_scale what attention
                       and MLP return, logits_scale what the head is given
     rope              full: rotary positions; none: of another kind, or none. rotary_dim: how many dimensions of a head
                       are turned (None: all); rope_pairing: halves, a dimension with that half of them further, or
                       neighbours
+    rope_backwards    whether pairs are turned the other way
     rope_local_theta  theta of layers of type `sliding`, which then do not take part in rope_scaling
     rope_layers       for each layer, whether it has rotary positions; None: all have
     attention_scale   of scores, None for head_dim ** -0.5; attn_logit_softcapping c: scores become c * tanh(scores / c)
@@ -77,7 +79,7 @@ class Structure:
                       there are no layer_types (for each layer, full or sliding)
     qk_norm           of queries and keys before they are turned: none; head: each head by the one weight; per_head: by
                       its own; all: all heads as one vector. Its kind is `norm`'s, with a bias where parameters play
-                      these roles
+                      these roles. qk_norm_last: after they are turned
     alibi_bias_max    b: a score is lowered by the distance of query and key, times 2 ** (-b * h / heads) in the h-th
                       head (where heads are no power of two: compiler/cpu/kernels/attention.c)
     clip_qkv          c: queries, keys and values become min(max(x, -c), c)
@@ -127,6 +129,8 @@ class Structure:
     # choices that not every decoder has
     norm_position: str = choice("pre")
     norm_offset: float = choice(0.0)
+    norm_weights: bool = choice(True)
+    norm_embeddings: bool = choice(False)
     residual: str = choice("sequential")
     gate: str = choice("first")
     embedding_scale: float = choice(1.0)
@@ -156,6 +160,8 @@ class Structure:
     sliding_window_size: int | None = choice(None)
     layer_types: tuple[str, ...] | None = choice(None)
     qk_norm: str = choice("none")
+    qk_norm_last: bool = choice(False)
+    rope_backwards: bool = choice(False)
     clip_qkv: float | None = choice(None)
     alibi_bias_max: float | None = choice(None)
     kind: str = choice("decoder")

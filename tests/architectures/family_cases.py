@@ -101,6 +101,16 @@ CASES |= {
         num_layers=3, attention_heads=4, ffn_dim=96,
     ),
 }  # fmt: skip
+CASES |= {
+    "hunyuan_v1_dense": _case("hunyuan_v1_dense", head_dim=16, attention_bias=True),
+    "hunyuan_v1_dense-alpha": _case(
+        "hunyuan_v1_dense",
+        head_dim=16,
+        rope_parameters={**ONE_THETA, "rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0},
+    ),
+    "hunyuan_v1_moe": _case("hunyuan_v1_moe", head_dim=16, num_experts=4, moe_topk=2),
+    "nanochat": _case("nanochat"),
+}
 
 
 def _wrapped(model_type: str, vision: str, text: Case, **changes: Any) -> Case:

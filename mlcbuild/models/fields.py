@@ -62,6 +62,7 @@ SIZES = (
     "moe_intermediate_size",
     "rotary_dim",
     "sliding_window_size",
+    "embedding_size",
     "expert_groups",
     "expert_groups_per_tok",
 )

@@ -82,15 +82,21 @@ def _width(s: Structure) -> tuple[int, ...]:
     return (s.hidden_size,)
 
 
+def _table(s: Structure) -> int:
+    """The width of tables that are looked up in."""
+    return s.embedding_size or s.hidden_size
+
+
 def _head_norm(s: Structure, heads: int) -> tuple[int, ...]:
     return {"head": (s.head_dim,), "per_head": (heads, s.head_dim), "all": (heads * s.head_dim,)}[s.qk_norm]
 
 
 _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
-    "embedding": lambda s: (s.vocab_size, s.hidden_size),
-    "position_embedding": lambda s: (s.max_position_embeddings or s.context_window_size, s.hidden_size),
-    "token_type_embedding": lambda s: (s.type_vocab_size, s.hidden_size),
-    "embedding_norm": _width,
+    "embedding": lambda s: (s.vocab_size, _table(s)),
+    "position_embedding": lambda s: (s.max_position_embeddings or s.context_window_size, _table(s)),
+    "token_type_embedding": lambda s: (s.type_vocab_size, _table(s)),
+    "embedding_norm": lambda s: (_table(s),),
+    "embedding_proj": lambda s: (s.hidden_size, _table(s)),
     "qkv_proj": lambda s: (_query(s) + 2 * _key(s), s.hidden_size),
     "q_proj": lambda s: (_query(s), s.hidden_size),
     "k_proj": lambda s: (_key(s), s.hidden_size),

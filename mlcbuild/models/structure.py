@@ -89,7 +89,7 @@ class Structure:
     embedding         of a model of texts: MLC's embedding_metadata, as its library tells it
     rescale_every     recurrent: layers after which hidden states are halved; 0: never. group_norm_eps: of the norm over
                       each head's output. time_mix_extra_dim, time_decay_extra_dim: widths of low-rank products
-    type_vocab_size   encoder: rows of `token_type_embedding`
+    type_vocab_size   encoder: rows of `token_type_embedding`. embedding_size: width of its tables, where it is another
     optional_prefix   what checkpoint tensor names begin with, or leave out all together
     num_experts       experts of a layer that has a `router`. Each token goes to num_experts_per_tok of them, which
                       count by their probabilities (with norm_topk_prob divided by their sum), times
@@ -171,6 +171,7 @@ class Structure:
     time_mix_extra_dim: int = choice(0)
     time_decay_extra_dim: int = choice(0)
     type_vocab_size: int = choice(0)
+    embedding_size: int | None = choice(None)
 
     def to_json(self) -> dict[str, Any]:
         """Every field but choices at their default, JSON-able, such that `from_json` gives an equal structure."""

@@ -9,6 +9,7 @@ from typing import Any
 from mlcbuild.errors import MlcBuildError
 
 _ROPE_META = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
+_SCORES = "llama_4_scaling_beta"  # of scores, not of rope: `normalise` puts it beside the scaling
 _KINDS = {"su": "longrope"}  # what older Phi-3 checkpoints call it
 _WITH_LENGTHS = ("dynamic", "yarn", "longrope")  # scalings that depend on how long texts the model was trained for
 
@@ -59,7 +60,10 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
             flat["rope_scaling"] = parameters
     if is_number(flat.get("rope_theta")):
         flat["rope_theta"] = float(flat["rope_theta"])
-    flat["rope_scaling"] = _scaling(_mapping(flat.get("rope_scaling"), "rope_scaling"), flat)
+    scaling = _mapping(flat.get("rope_scaling"), "rope_scaling")
+    if _SCORES in scaling:
+        flat[_SCORES] = scaling[_SCORES]
+    flat["rope_scaling"] = _scaling(scaling, flat)
     return flat
 
 
@@ -84,7 +88,7 @@ def _scaling(scaling: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str,
         return None
     if kind == "dynamic" and scaling.get("alpha") is not None:
         kind = "alpha"  # what Hunyuan's checkpoints mean by it
-    values = {key: value for key, value in scaling.items() if key not in _ROPE_META}
+    values = {key: value for key, value in scaling.items() if key not in (*_ROPE_META, _SCORES)}
     if kind in _WITH_LENGTHS:
         longest = config.get("max_position_embeddings")
         values.setdefault("max_position_embeddings", longest)

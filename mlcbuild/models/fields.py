@@ -72,6 +72,7 @@ COUNTS = (
     "time_mix_extra_dim",
     "time_decay_extra_dim",
     "position_offset",
+    "position_scale_length",
 )
 # What no model comes near. Layers and experts are gone through one by one, and every one has tensors of its own.
 MOST_LAYERS, MOST_EXPERTS = 4096, 500_000  # experts of all layers together
@@ -82,7 +83,14 @@ _MOST = {
     "num_hidden_layers": MOST_LAYERS,
 }
 NUMBERS = ("norm_offset", "embedding_scale", "residual_scale", "logits_scale", "routed_scaling_factor", "router_jitter")
-_POSITIVE = ("final_logit_softcapping", "attention_scale", "attn_logit_softcapping", "clip_qkv", "alibi_bias_max")
+_POSITIVE = (
+    "final_logit_softcapping",
+    "attention_scale",
+    "attn_logit_softcapping",
+    "clip_qkv",
+    "alibi_bias_max",
+    "position_scale",
+)
 _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(SIZES, ("a whole number of at least 1", lambda value: type(value) is int and value > 0)),
     **dict.fromkeys(COUNTS, ("a whole number", lambda value: type(value) is int and value >= 0)),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from tvm import ir, relax, tirx
+from functools import partial
+
+from tvm import ir, relax, te, tirx
 
 from mlcbuild.models.decoder import Decoder, kv_cache
 from mlcbuild.models.operations import Expr
 from mlcbuild.models.rope import in_cache, inverse_frequencies, rotary
 from mlcbuild.models.routers import choose
+from mlcbuild.models.structure import Structure
 from mlcbuild.models.weights import Given
 
 
@@ -67,6 +70,10 @@ def _attention(d: Decoder, x: Expr, cache: Expr, layer_id: Expr, weight: Given, 
     qkv = d.builder.emit(relax.op.reshape(qkv, [n, heads + 2 * kv_heads, dim]))
     if not s.qk_norm_last:
         qkv = _normed_heads(d, qkv, weight)
+    if s.position_scale is not None:
+        qkv = d.builder.emit_te(
+            partial(_scaled_queries, s), qkv, query_positions(d, cache, n), primfunc_name_hint="scaled"
+        )
     kind = s.layer_type(number)
     if s.turns(number) and not in_cache(s):
         positions, table = query_positions(d, cache, n), inverse_frequencies(s, kind)
@@ -83,10 +90,24 @@ def _attention(d: Decoder, x: Expr, cache: Expr, layer_id: Expr, weight: Given, 
         )
     )
     out = d.builder.emit(relax.op.reshape(out, [n, heads * dim]))
+    if "attention_inner_norm" in weight:
+        out = d.norm(d.cast(out, d.operations.compute), weight, "attention_inner_norm")
     if "attention_gate" in weight:
         gate = d.builder.emit(relax.op.sigmoid(d.operations.linear(x, weight("attention_gate"), d.operations.compute)))
         out = d.builder.emit(relax.op.multiply(gate, d.cast(out, d.operations.compute)))
     return d.project(out, weight, "o")
+
+
+def _scaled_queries(s: Structure, qkv: te.Tensor, positions: te.Tensor) -> te.Tensor:
+    """Fused heads with queries multiplied with a number that grows with their position (Llama 4's, Ministral 3's)."""
+
+    def value(i: tirx.Var, h: tirx.Var, j: tirx.Var) -> Expr:
+        times = tirx.floordiv(positions[i], s.position_scale_length).astype("float32")
+        factor = 1 + tirx.const(s.position_scale, "float32") * tirx.log(1 + times)
+        x = qkv[i, h, j]
+        return tirx.if_then_else(h < s.num_attention_heads, (x.astype("float32") * factor).astype(x.dtype), x)
+
+    return te.compute(qkv.shape, value, name="scaled")
 
 
 def _normed_heads(d: Decoder, qkv: Expr, weight: Given) -> Expr:
@@ -123,6 +144,7 @@ def _mlp(d: Decoder, x: Expr, weight: Given) -> Expr:
         inner = d.builder.emit(relax.op.multiply(gate, d.project(x, weight, "up")))
     else:
         inner = operations.activation(d.project(x, weight, "up"), activation)
+    inner = d.norm(inner, weight, "mlp_inner_norm") if "mlp_inner_norm" in weight else inner
     return d.project(inner, weight, "down")
 
 

@@ -119,6 +119,8 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "attention_norm": _width,
     "attention_post_norm": _width,
     "mlp_norm": _width,
+    "attention_inner_norm": lambda s: (_query(s),),
+    "mlp_inner_norm": lambda s: (s.intermediate_size,),
     "mlp_post_norm": _width,
     "final_norm": _width,
     "lm_head": lambda s: (s.vocab_size, s.hidden_size),

@@ -75,6 +75,7 @@ class Structure:
     rope_local_theta  theta of layers of type `sliding`, which then do not take part in rope_scaling
     rope_layers       for each layer, whether it has rotary positions; None: all have
     attention_scale   of scores, None for head_dim ** -0.5; attn_logit_softcapping c: scores become c * tanh(scores / c)
+    position_scale    b: a query at position p counts 1 + b * ln(1 + floor(p / position_scale_length)) times
     sliding_window_size  how many positions a token sees, its own included, in layers of type `sliding`: in all where
                       there are no layer_types (for each layer, full or sliding)
     qk_norm           of queries and keys before they are turned: none; head: each head by the one weight; per_head: by
@@ -157,6 +158,8 @@ class Structure:
     rope_layers: tuple[bool, ...] | None = choice(None)
     attention_scale: float | None = choice(None)
     attn_logit_softcapping: float | None = choice(None)
+    position_scale: float | None = choice(None)
+    position_scale_length: int = choice(0)
     sliding_window_size: int | None = choice(None)
     layer_types: tuple[str, ...] | None = choice(None)
     qk_norm: str = choice("none")

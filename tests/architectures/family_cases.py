@@ -28,7 +28,9 @@ def _case(model_type: str, **changes: Any) -> Case:
 
 
 def _gpt(model_type: str, **changes: Any) -> Case:
-    return Case(model_type, {"model_type": model_type, **GPT2_SIZES, **changes}, quantizations=("q0f32",))
+    config = {"model_type": model_type, **GPT2_SIZES, **changes}
+    found = {key: value for key, value in config.items() if value != "absent"}
+    return Case(model_type, found, quantizations=("q0f32",))
 
 
 CASES: dict[str, Case] = {
@@ -110,6 +112,10 @@ CASES |= {
     ),
     "hunyuan_v1_moe": _case("hunyuan_v1_moe", head_dim=16, num_experts=4, moe_topk=2),
     "nanochat": _case("nanochat"),
+    "bitnet": _case("bitnet", attention_bias=True),
+    "gpt_neox_japanese": _case("gpt_neox_japanese", num_key_value_heads="absent", intermediate_size="absent"),
+    "openai-gpt": _gpt("openai-gpt", n_inner="absent"),
+    "ministral3": _case("ministral3", head_dim=16, rope_parameters={**YARN, "llama_4_scaling_beta": 0.4}),
 }
 
 
@@ -128,5 +134,6 @@ CASES |= {
         _case("gemma3_text", tie_word_embeddings=True, head_dim=16, **SLIDING),
         mm_tokens_per_image=4,
     ),
+    "mistral3-ministral3": _wrapped("mistral3", "pixtral", CASES["ministral3"], tie_word_embeddings=False),
     "mistral3": _wrapped("mistral3", "pixtral", _case("mistral", head_dim=16), tie_word_embeddings=False),
 }

@@ -75,6 +75,8 @@ def _layer(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
         needed |= {"up_proj", "down_proj"}
     else:
         needed |= {"down_proj", *({"gate_proj", "up_proj"} if "gate_proj" in roles else {"gate_up_proj"})}
+    if s.activation == "xielu":
+        needed |= {"xielu_positive", "xielu_negative"}
     norms = {f"{part}_norm" for part in ("attention", "mlp") if s.norm_position != "post"}
     norms |= {f"{part}_post_norm" for part in ("attention", "mlp") if s.norm_position in ("post", "both")}
     used |= norms | set(_biases(s, norms))

@@ -60,10 +60,10 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
             flat["rope_scaling"] = parameters
     if is_number(flat.get("rope_theta")):
         flat["rope_theta"] = float(flat["rope_theta"])
-    scaling = _mapping(flat.get("rope_scaling"), "rope_scaling")
-    if _SCORES in scaling:
-        flat[_SCORES] = scaling[_SCORES]
-    flat["rope_scaling"] = _scaling(scaling, flat)
+    given = _mapping(flat.get("rope_scaling"), "rope_scaling")
+    if _SCORES in given:
+        flat[_SCORES] = given[_SCORES]
+    flat["rope_scaling"] = _scaling(given, flat)
     return flat
 
 

@@ -143,9 +143,25 @@ def _mlp(d: Decoder, x: Expr, weight: Given) -> Expr:
         gate = operations.activation(d.project(x, weight, "gate"), activation)
         inner = d.builder.emit(relax.op.multiply(gate, d.project(x, weight, "up")))
     else:
-        inner = operations.activation(d.project(x, weight, "up"), activation)
+        inner = d.project(x, weight, "up")
+        inner = _xielu(d, inner, weight) if activation == "xielu" else operations.activation(inner, activation)
     inner = d.norm(inner, weight, "mlp_inner_norm") if "mlp_inner_norm" in weight else inner
     return d.project(inner, weight, "down")
+
+
+def _xielu(d: Decoder, x: Expr, weight: Given) -> Expr:
+    """x [n, I] -> p * x ** 2 + x / 2 above 0, else (1 / 2 + n) * (exp(x) - 1 - x) + x / 2 (Huang, arXiv 2411.13010)."""
+
+    def value(given: Expr, p: Expr, n: Expr) -> Expr:
+        x, half = given.astype("float32"), tirx.const(0.5, "float32")
+        low = tirx.exp(tirx.min(x, tirx.const(0, "float32"))) - 1 - x
+        return (half * x + tirx.if_then_else(x > 0, p * x * x, (half + n) * low)).astype(given.dtype)
+
+    def table(x: te.Tensor, p: te.Tensor, n: te.Tensor) -> te.Tensor:
+        return te.compute(x.shape, lambda i, j: value(x[i, j], p[0], n[0]), name="xielu")
+
+    trained = (d.cast(weight(f"xielu_{side}").plain, "float32") for side in ("positive", "negative"))
+    return d.builder.emit_te(table, x, *trained, primfunc_name_hint="xielu")
 
 
 def _experts(d: Decoder, x: Expr, weight: Given) -> Expr:

@@ -20,7 +20,9 @@ class Parameter:
 
     transpose    the checkpoint has [K, N]
     ungroup_qkv  its rows are, for each of `groups` key-value heads: that group's queries, its key, its value
+    ungroup_qvk  its rows are, for each of four groups: queries, values, keys
     add_one      the checkpoint has w - 1
+    softplus     the checkpoint has w where ln(1 + exp(w)) is wanted
     unit_rows    its rows are divided by their lengths
     negative_exp, exp_negative_exp
                  the checkpoint has w where -exp(w) or exp(-exp(w)) is wanted
@@ -119,6 +121,8 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "attention_norm": _width,
     "attention_post_norm": _width,
     "mlp_norm": _width,
+    "xielu_positive": lambda s: (1,),
+    "xielu_negative": lambda s: (1,),
     "attention_inner_norm": lambda s: (_query(s),),
     "mlp_inner_norm": lambda s: (s.intermediate_size,),
     "mlp_post_norm": _width,

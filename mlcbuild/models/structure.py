@@ -64,6 +64,7 @@ class Structure:
     residual          sequential: attention, then the MLP; parallel: both of the same x, normed once where there is no
                       `mlp_norm`
     mlp               gated: down(activation(gate(x)) * up(x)); plain: down(activation(up(x)))
+    activation        silu, gelu, gelu_tanh, relu, relu2; xielu, of plain ones: with two trained numbers for each layer
     gate              which half of gate_up_proj is the gate: first, second
     norm_embeddings   whether embeddings are normed without a parameter in the role `embedding_norm`
     embedding_scale   what hidden states are multiplied with before the first layer, residual_scale what attention

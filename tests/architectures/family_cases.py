@@ -19,6 +19,8 @@ NEO = {
     "num_heads": 4,
     "attention_types": [[["global", "local"], 1], [["global"], 1]],
 }
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 32}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 FALCON = {"num_key_value_heads": "absent", "intermediate_size": "absent", "ffn_hidden_size": 96}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 
@@ -115,6 +117,11 @@ CASES |= {
     "bitnet": _case("bitnet", attention_bias=True),
     "gpt_neox_japanese": _case("gpt_neox_japanese", num_key_value_heads="absent", intermediate_size="absent"),
     "openai-gpt": _gpt("openai-gpt", n_inner="absent"),
+    "apertus": replace(
+        _case("apertus", attention_bias=True, rope_parameters=LLAMA3), quantizations=("q0f32", "q4f32_1")
+    ),
+    "apertus1p5": replace(_case("apertus1p5_text", rope_parameters=LLAMA3), architecture="apertus"),
+    "codegen": _gpt("codegen", rotary_dim=8),
     "ministral3": _case("ministral3", head_dim=16, rope_parameters={**YARN, "llama_4_scaling_beta": 0.4}),
 }
 

@@ -53,8 +53,9 @@ def _outside(s: Structure) -> tuple[set[str], set[str]]:
         needed.add("lm_head")
     last = set() if s.norm_position == "sum" else {"final_norm"}
     norms = last if s.norm == "rms" and s.norm_weights else set()
-    biases = _biases(s, (*last, "embedding_norm"))
-    return needed | norms, {*last, "embedding_norm", "position_embedding", "lm_head", "lm_head_bias", *biases}
+    biases = _biases(s, (*last, "embedding_norm", "head_norm"))
+    used = {*last, "embedding_norm", "position_embedding", "lm_head", "lm_head_bias", *biases}
+    return needed | norms, used | {"head_proj", "head_bias", "head_norm"}
 
 
 def _layer(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:

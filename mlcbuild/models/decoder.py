@@ -153,7 +153,12 @@ class Decoder:
 
     def finished(self, hidden: Expr, weights: Given | Weights) -> Expr:
         """What the last layer gives [n, H], as the head is given it."""
-        return hidden if self.structure.norm_position == "sum" else self.norm(hidden, weights, "final_norm")
+        s = self.structure
+        hidden = hidden if s.norm_position == "sum" else self.norm(hidden, weights, "final_norm")
+        if "head_proj" not in weights:
+            return hidden
+        hidden = self.operations.activation(self.project(hidden, weights, "head"), s.head_activation)
+        return self.norm(hidden, weights, "head_norm")
 
 
 def kv_cache(name: str = "paged_kv_cache") -> relax.Var:

@@ -108,6 +108,7 @@ CHOICES = {
     "qk_norm": ("none", "head", "per_head", "all"),
     "gate": ("first", "second"),
     "scoring": ("softmax", "sigmoid", "sparse_mixer"),
+    "head_activation": ("silu", "gelu", "gelu_tanh", "relu", "relu2"),
     "activation": ("silu", "gelu", "gelu_tanh", "relu", "relu2", "xielu"),
 }
 

@@ -32,7 +32,7 @@ def layer(decoder: Decoder, x: Expr, cache: Expr, layer_id: Expr, *given: Expr, 
         y = d.norm(y, weight, role) if post else y
         return d.scaled(y, s.residual_scale)
 
-    normed = d.norm(x, weight, "attention_norm") if pre else x
+    normed = d.norm(x, weight, "attention_norm") if pre and (number or s.norm_first) else x
     attended = _attention(d, normed, cache, layer_id, weight, x.ty.shape[0], number)
     x1 = d.builder.emit(relax.op.add(x, returned(attended, "attention_post_norm")))
     x1 = d.norm(x1, weight, "attention_norm") if sums else x1

@@ -60,19 +60,20 @@ class Structure:
     norm              rms, layer (with a bias and a weight where parameters play these roles)
     norm_position     pre: of what attention and MLP are given; post: of what they return; both; sum: of the sums with
                       what they were given, and no norm before the head
-    norm_offset       what is added to a norm's weight; norm_weights: whether rms norms have any
+    norm_offset       what is added to a norm's weight; norm_weights: whether rms norms have any; norm_first: whether
+                      the first layer's attention is given its input normed; norm_embeddings: whether embeddings are
+                      normed without a parameter in the role `embedding_norm`
     residual          sequential: attention, then the MLP; parallel: both of the same x, normed once where there is no
                       `mlp_norm`
     mlp               gated: down(activation(gate(x)) * up(x)); plain: down(activation(up(x)))
     activation        silu, gelu, gelu_tanh, relu, relu2; xielu, of plain ones: with two trained numbers for each layer
     gate              which half of gate_up_proj is the gate: first, second
-    norm_embeddings   whether embeddings are normed without a parameter in the role `embedding_norm`
+    head_activation   between a matrix before the head (`head_proj`) and its norm (`head_norm`)
     embedding_scale   what hidden states are multiplied with before the first layer, residual_scale what attention
                       and MLP return, logits_scale what the head is given
     rope              full: rotary positions; none: of another kind, or none. rotary_dim: how many dimensions of a head
                       are turned (None: all); rope_pairing: halves, a dimension with that half of them further, or
-                      neighbours
-    rope_backwards    whether pairs are turned the other way
+                      neighbours; rope_backwards: turned the other way
     rope_local_theta  theta of layers of type `sliding`, which then do not take part in rope_scaling
     rope_layers       for each layer, whether it has rotary positions; None: all have
     attention_scale   of scores, None for head_dim ** -0.5; attn_logit_softcapping c: scores become c * tanh(scores / c)
@@ -133,6 +134,8 @@ class Structure:
     norm_offset: float = choice(0.0)
     norm_weights: bool = choice(True)
     norm_embeddings: bool = choice(False)
+    norm_first: bool = choice(True)
+    head_activation: str = choice("gelu")
     residual: str = choice("sequential")
     gate: str = choice("first")
     embedding_scale: float = choice(1.0)

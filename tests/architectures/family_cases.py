@@ -21,6 +21,7 @@ NEO = {
 }
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 32}
 LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+MODERN = dict.fromkeys(("num_key_value_heads", "tie_word_embeddings"), "absent")
 FALCON = {"num_key_value_heads": "absent", "intermediate_size": "absent", "ffn_hidden_size": 96}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 
@@ -122,6 +123,19 @@ CASES |= {
     ),
     "apertus1p5": replace(_case("apertus1p5_text", rope_parameters=LLAMA3), architecture="apertus"),
     "codegen": _gpt("codegen", rotary_dim=8),
+    "modernbert-decoder": replace(
+        _case(
+            "modernbert-decoder",
+            **MODERN,
+            local_attention=32,
+            norm_bias=True,
+            attention_bias=True,
+            mlp_bias=True,
+            classifier_bias=True,
+        ),
+        quantizations=("q0f32", "q4f32_1"),
+    ),
+    "modernbert-decoder-plain": _case("modernbert-decoder", num_key_value_heads="absent", decoder_bias=False),
     "ministral3": _case("ministral3", head_dim=16, rope_parameters={**YARN, "llama_4_scaling_beta": 0.4}),
 }
 

@@ -59,7 +59,7 @@ def test_formats_that_a_device_cannot_read(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["glm4_moe", "xglm", "apertus", "ministral3"])
 def test_what_one_architecture_has_lowers_for_cuda(name: str) -> None:
-    """Groups, a correction and shared experts; sines of positions, an activation and scores of their own: every kernel is shared out among threads."""
+    """What no other test lowers: every kernel is shared out among threads."""
     from tvm import tirx
 
     case = family_cases.CASES[name]

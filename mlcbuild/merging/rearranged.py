@@ -1,6 +1,6 @@
 """Parameters that are not a checkpoint's tensors as they are: transposed, with rows in another order, or shifted.
 
-    transpose    [K, N] -> [N, K], as GPT-2's Conv1D keeps its matrices
+    transpose    [K, N] -> [N, K], as GPT-2's Conv1D keeps its matrices, and Aria each expert's
     ungroup_qkv  rows `q.. k v` of each key-value head -> all queries, all keys, all values
     ungroup_qvk  the same of four groups with rows `q.. v.. k..`, CodeGen's
     add_one      w -> 1 + w, for norms that are stored as what they differ from 1 (Gemma)
@@ -82,7 +82,7 @@ def _dtype(parameter: Parameter, source: str) -> str:
 def _rows(parameter: Parameter, refs: Sequence[TensorRef]) -> Iterator[Array]:
     arrays = [view(ref) for ref in refs]
     if "transpose" in parameter.convert:
-        arrays = [array.T for array in arrays]
+        arrays = [np.swapaxes(array, -1, -2) for array in arrays]
     starts = np.cumsum([0, *(len(array) for array in arrays)])
     order = np.arange(parameter.shape[0])
     if "ungroup_qkv" in parameter.convert:

@@ -241,10 +241,10 @@ def originals(
     for source in sources:
         name = source if source in tensors else names.get(source, names.get(source.partition(".")[2], source))
         shape = tensors[name].shape if name in tensors else values.shape
-        shape = shape[::-1] if "transpose" in parameter.convert else shape
+        shape = (*shape[:-2], *shape[:-3:-1]) if "transpose" in parameter.convert else shape
         rows = int(np.prod(shape)) if values.ndim == 1 else int(np.prod(shape[:-1])) if len(shape) > 1 else 1
         part = rows_of_all[start : start + rows].reshape(shape)
-        found[name] = part.T if "transpose" in parameter.convert else part
+        found[name] = np.swapaxes(part, -1, -2) if "transpose" in parameter.convert else part
         start += rows
     return found
 

@@ -136,6 +136,7 @@ CASES |= {
         quantizations=("q0f32", "q4f32_1"),
     ),
     "modernbert-decoder-plain": _case("modernbert-decoder", num_key_value_heads="absent", decoder_bias=False),
+    "aria_text": replace(_case("aria_text", mlp_bias=True), quantizations=("q0f32", "q4f32_1")),
     "ministral3": _case("ministral3", head_dim=16, rope_parameters={**YARN, "llama_4_scaling_beta": 0.4}),
 }
 
@@ -156,5 +157,6 @@ CASES |= {
         mm_tokens_per_image=4,
     ),
     "mistral3-ministral3": _wrapped("mistral3", "pixtral", CASES["ministral3"], tie_word_embeddings=False),
+    "aria": _wrapped("aria", "idefics3_vision", CASES["aria_text"], projector_patch_to_query_dict={4: 4}),
     "mistral3": _wrapped("mistral3", "pixtral", _case("mistral", head_dim=16), tie_word_embeddings=False),
 }

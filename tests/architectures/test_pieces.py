@@ -19,12 +19,15 @@ from mlcbuild.verify.packed import Packed
 from mlcbuild.verify.pieces import Pieces
 from mlcbuild.verify.tensors import Unquantized
 from tests.architectures.agreement import IDS, Agreement, Array
-from tests.architectures.cases import CASES
+from tests.architectures.cases import CASES as OWN
+from tests.architectures.family_cases import CASES as FAMILIES
 from tests.support.llama import QUANTIZATIONS
 from tests.verify.conftest import build_blocks
 
-# Learned positions; a head's bias; norms without weights; norms of all heads; scales; windows, caps and norms after.
-NAMES = ("gpt2", "phi", "olmo", "cohere-norms", "minicpm-tied", "gemma2")
+CASES = {**OWN, **FAMILIES}
+# Learned positions; a head's bias; norms without weights; norms of all heads; scales; windows, caps and norms after; a
+# matrix before the head.
+NAMES = ("gpt2", "phi", "olmo", "cohere-norms", "minicpm-tied", "gemma2", "modernbert-decoder")
 WINDOWS = [IDS, IDS[::-1][:17]]
 
 

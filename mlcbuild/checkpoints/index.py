@@ -142,7 +142,7 @@ def part(ref: TensorRef) -> dict[str, Any]:
 
 def _mismatches(parameter: Parameter, refs: Sequence[TensorRef]) -> list[str]:
     if "transpose" in parameter.convert:
-        refs = [replace(ref, shape=ref.shape[::-1]) for ref in refs]
+        refs = [replace(ref, shape=(*ref.shape[:-2], *ref.shape[:-3:-1])) for ref in refs]
     problems = [
         f"{ref.file}: tensor {ref.name}: dtype {ref.dtype}, expected one of {', '.join(FLOATS)}"
         for ref in refs

@@ -1,9 +1,11 @@
 """Parameters that are not a checkpoint's tensors as they are: transposed, with rows in another order, or shifted.
 
-    transpose    [K, N] -> [N, K], as GPT-2's Conv1D keeps its matrices
+    transpose    [K, N] -> [N, K], as GPT-2's Conv1D keeps its matrices, and Aria each expert's
     ungroup_qkv  rows `q.. k v` of each key-value head -> all queries, all keys, all values
+    ungroup_qvk  the same of four groups with rows `q.. v.. k..`, CodeGen's
     add_one      w -> 1 + w, for norms that are stored as what they differ from 1 (Gemma)
     unit_rows    w -> w / |w| row by row, as Baichuan 2 does with its head in every call
+    softplus     w -> ln(1 + exp(w)), for numbers that are above 0 (Apertus)
     negative_exp, exp_negative_exp
                  w -> -exp(w) and exp(-exp(w)): the decay of RWKV-4 and RWKV-5, which is trained as w
     halve        w -> w / 2 ** halvings, so that hidden states stay small enough for float16 (RWKV)
@@ -59,6 +61,7 @@ def ungrouped(groups: tuple[int, int, int, int]) -> npt.NDArray[np.int64]:
 _ARITHMETIC: dict[str, Callable[[Array, Parameter], Array]] = {
     "add_one": lambda values, _: values + np.float32(1),
     "unit_rows": lambda values, _: _unit_rows(values),
+    "softplus": lambda values, _: np.logaddexp(values, np.float32(0)),
     "negative_exp": lambda values, _: -np.exp(values),
     "exp_negative_exp": lambda values, _: np.exp(-np.exp(values)),
     "halve": lambda values, parameter: values * np.float32(0.5**parameter.halvings),
@@ -79,12 +82,16 @@ def _dtype(parameter: Parameter, source: str) -> str:
 def _rows(parameter: Parameter, refs: Sequence[TensorRef]) -> Iterator[Array]:
     arrays = [view(ref) for ref in refs]
     if "transpose" in parameter.convert:
-        arrays = [array.T for array in arrays]
+        arrays = [np.swapaxes(array, -1, -2) for array in arrays]
     starts = np.cumsum([0, *(len(array) for array in arrays)])
     order = np.arange(parameter.shape[0])
     if "ungroup_qkv" in parameter.convert:
         assert parameter.groups is not None
         order = ungrouped(parameter.groups)
+    if "ungroup_qvk" in parameter.convert:
+        part = parameter.shape[0] // 12
+        queries, rest, keys = np.split(ungrouped((4, part, part, part)), 3)
+        order = np.concatenate([queries, keys, rest])
     dtype = FLOATS[refs[0].dtype][0]
     for piece in row_pieces(parameter.shape):
         wanted = order[piece]

@@ -190,10 +190,10 @@ def _tensors(names: str | Sequence[str]) -> tuple[str, ...]:
 def _check_requirements(data: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     problems = []
     for key, allowed in data.get("require", {}).items():
-        if key in config and config[key] is not None and config[key] not in allowed:
+        if not unknown.allows(allowed, config, key):
             problems.append(
                 f"config.json: {key} is {config[key]!r}, but this architecture computes only "
-                f"{' or '.join(map(repr, allowed))}"
+                f"{' or '.join(f'the `{a}` of {config[a]!r}' if str(a) in config else repr(a) for a in allowed)}"
             )
     scaling = config["rope_scaling"]
     known = data.get("decoder", {}).get("rope_scaling", ())
@@ -274,7 +274,8 @@ def _check_limits(kind: str, values: Mapping[str, Any]) -> list[str]:
             f"overrides: prefill_chunk_size {values['prefill_chunk_size']} is larger than context_window_size "
             f"{values['context_window_size']}"
         )
-    positions = values.get("max_position_embeddings")
+    rows = values.get("max_position_embeddings")
+    positions = None if rows is None else rows - values.get("position_offset", 0)
     if positions is not None and values["context_window_size"] > positions:
         problems.append(
             f"overrides: context_window_size {values['context_window_size']} is larger than the {positions} positions "

@@ -53,9 +53,11 @@ def _outside(s: Structure) -> tuple[set[str], set[str]]:
     needed = {"embedding"}
     if s.embedding is None and not s.tie_word_embeddings:
         needed.add("lm_head")
-    norms = {"final_norm"} if s.norm == "rms" else set()
-    biases = _biases(s, ("final_norm", "embedding_norm"))
-    return needed | norms, {"final_norm", "embedding_norm", "position_embedding", "lm_head", "lm_head_bias", *biases}
+    last = set() if s.norm_position == "sum" else {"final_norm"}
+    norms = last if s.norm == "rms" and s.norm_weights else set()
+    biases = _biases(s, (*last, "embedding_norm", "head_norm"))
+    used = {*last, "embedding_norm", "position_embedding", "lm_head", "lm_head_bias", *biases}
+    return needed | norms, used | {"head_proj", "head_bias", "head_norm"}
 
 
 def _layer(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
@@ -65,9 +67,11 @@ def _layer(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
     else:
         needed = {"o_proj", *(_ONE_BY_ONE if roles & _ONE_BY_ONE else {"qkv_proj"})}
     used = {f"{name}_bias" for name in ("qkv", "q", "k", "v", "q_a", "kv_a", "o", "gate_up", "gate", "up", "down")} | {
-        "attention_gate"
+        "attention_gate",
+        "attention_inner_norm",
+        "mlp_inner_norm",
     }
-    if s.qk_norm != "none":
+    if s.qk_norm != "none" and s.norm_weights:
         needed |= {"q_norm", "k_norm"}
         used |= {"q_norm_bias", "k_norm_bias"}
     if "router" in roles:
@@ -77,10 +81,12 @@ def _layer(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
         needed |= {"up_proj", "down_proj"}
     else:
         needed |= {"down_proj", *({"gate_proj", "up_proj"} if "gate_proj" in roles else {"gate_up_proj"})}
+    if s.activation == "xielu":
+        needed |= {"xielu_positive", "xielu_negative"}
     norms = {f"{part}_norm" for part in ("attention", "mlp") if s.norm_position != "post"}
-    norms |= {f"{part}_post_norm" for part in ("attention", "mlp") if s.norm_position != "pre"}
+    norms |= {f"{part}_post_norm" for part in ("attention", "mlp") if s.norm_position in ("post", "both")}
     used |= norms | set(_biases(s, norms))
-    if s.norm == "rms":
+    if s.norm == "rms" and s.norm_weights:
         needed |= norms - ({"mlp_norm"} if s.residual == "parallel" else set())
     return needed, used
 

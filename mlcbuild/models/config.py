@@ -9,6 +9,7 @@ from typing import Any
 from mlcbuild.errors import MlcBuildError
 
 _ROPE_META = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
+_SCORES = "llama_4_scaling_beta"  # of scores, not of rope: `normalise` puts it beside the scaling
 _KINDS = {"su": "longrope", "deepseek_yarn": "yarn"}  # what older checkpoints of Phi-3 and Sarvam call them
 _WITH_LENGTHS = ("dynamic", "yarn", "longrope")  # scalings that depend on how long texts the model was trained for
 
@@ -16,6 +17,7 @@ _WITH_LENGTHS = ("dynamic", "yarn", "longrope")  # scalings that depend on how l
 _SCALING_NUMBERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": (("factor",), ()),
     "dynamic": (("factor", "max_position_embeddings"), ()),
+    "alpha": (("alpha",), ()),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
     "yarn": (("original_max_position_embeddings",), ("factor", "attention_factor", "beta_fast", "beta_slow")),
     "longrope": (("original_max_position_embeddings",), ("factor", "attention_factor")),
@@ -58,7 +60,10 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
             flat["rope_scaling"] = parameters
     if is_number(flat.get("rope_theta")):
         flat["rope_theta"] = float(flat["rope_theta"])
-    flat["rope_scaling"] = _scaling(_mapping(flat.get("rope_scaling"), "rope_scaling"), flat)
+    given = _mapping(flat.get("rope_scaling"), "rope_scaling")
+    if _SCORES in given:
+        flat[_SCORES] = given[_SCORES]
+    flat["rope_scaling"] = _scaling(given, flat)
     return flat
 
 
@@ -81,7 +86,9 @@ def _scaling(scaling: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str,
     kind = _KINDS.get(kind, kind)
     if kind == "default":
         return None
-    values = {key: value for key, value in scaling.items() if key not in _ROPE_META}
+    if kind == "dynamic" and scaling.get("alpha") is not None:
+        kind = "alpha"  # what Hunyuan's checkpoints mean by it
+    values = {key: value for key, value in scaling.items() if key not in (*_ROPE_META, _SCORES)}
     if kind in _WITH_LENGTHS:
         longest = config.get("max_position_embeddings")
         values.setdefault("max_position_embeddings", longest)

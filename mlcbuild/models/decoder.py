@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tvm import relax
+import numpy as np
+from tvm import relax, te, tirx
 
 from mlcbuild.models.operations import Expr, Operations
 from mlcbuild.models.structure import Structure
@@ -69,8 +71,12 @@ class Decoder:
     def _plain_norm(self, x: Expr, weight: Expr | None, bias: Expr | None) -> Expr:
         eps = self.structure.norm_eps
         if self.structure.norm == "rms":
-            return self.operations.rms_norm(x, weight, eps)
+            return self.operations.rms_norm(x, self.ones(x.ty.shape[1]) if weight is None else weight, eps)
         return self.operations.layer_norm(x, weight, bias, eps)
+
+    def ones(self, width: Any) -> Expr:
+        """The weight of a norm that has none: [width] in the model dtype."""
+        return self.builder.emit(relax.op.ones([width], self.dtype))
 
     def project(self, x: Expr, weights: Given | Weights, name: str, dtype: str | None = None) -> Expr:
         """x [n, K] times the matrix of role `name`_proj, plus its `name`_bias where there is one: [n, N].
@@ -105,16 +111,54 @@ class Decoder:
     def has_beginning(self) -> bool:
         """Whether anything is done to embeddings before the first layer."""
         s = self.structure
-        return s.embedding_scale != 1 or bool(s.roles() & {"position_embedding", "embedding_norm"})
+        choices = s.embedding_scale != 1 or s.sinusoidal or s.norm_embeddings
+        return choices or bool(s.roles() & {"position_embedding", "embedding_norm"})
 
     def beginning(self, x: Expr, positions: Callable[[], Expr], weights: Given | Weights) -> Expr:
         """Embeddings [n, H] -> what the first layer is given; `positions`: the tokens' in their sequence, int32 [n]."""
         s, compute = self.structure, self.operations.compute
         x = self.scaled(x, s.embedding_scale)
         if "position_embedding" in weights:
-            rows = self.operations.embedding(positions(), weights("position_embedding"), s.hidden_size)
+            rows = self.operations.embedding(self.rows(positions()), weights("position_embedding"), s.hidden_size)
             x = self.builder.emit(relax.op.add(x, self.cast(rows, compute)))
-        return self.norm(x, weights, "embedding_norm") if "embedding_norm" in weights else x
+        if s.sinusoidal:
+            x = self.builder.emit(relax.op.add(x, self.cast(self._sinusoids(positions(), s.hidden_size), compute)))
+        normed = s.norm_embeddings or "embedding_norm" in weights
+        return self.norm(x, weights, "embedding_norm") if normed else x
+
+    def rows(self, positions: Expr) -> Expr:
+        """The rows of a table of positions: int32 [n]."""
+        offset = self.structure.position_offset
+        return self.builder.emit(relax.op.add(positions, relax.const(offset, "int32"))) if offset else positions
+
+    def _sinusoids(self, positions: Expr, width: int) -> Expr:
+        """float32 [n, width]: sines of position times each frequency, then cosines (tensor2tensor's, as XGLM has them).
+
+        Angles are kept small, for GPUs whose sines are coarse otherwise.
+        """
+        half, high = width // 2, 6.28125  # high times a whole number is exact
+        step = np.float32(-math.log(10000) / (half - 1))
+        frequencies = relax.const(np.exp(np.arange(half, dtype=np.float32) * step))
+
+        def value(i: tirx.Var, j: tirx.Var, at: te.Tensor, by: te.Tensor) -> Expr:
+            angle = at[i].astype("float32") * by[j % half]
+            turns = tirx.round(angle * tirx.const(1 / math.tau, "float32"))
+            angle = angle - turns * tirx.const(high, "float32") - turns * tirx.const(math.tau - high, "float32")
+            return tirx.if_then_else(j < half, tirx.sin(angle), tirx.cos(angle))
+
+        def table(at: te.Tensor, by: te.Tensor) -> te.Tensor:
+            return te.compute((at.shape[0], width), lambda i, j: value(i, j, at, by), name="sinusoids")
+
+        return self.builder.emit_te(table, self.rows(positions), frequencies, primfunc_name_hint="sinusoids")
+
+    def finished(self, hidden: Expr, weights: Given | Weights) -> Expr:
+        """What the last layer gives [n, H], as the head is given it."""
+        s = self.structure
+        hidden = hidden if s.norm_position == "sum" else self.norm(hidden, weights, "final_norm")
+        if "head_proj" not in weights:
+            return hidden
+        hidden = self.operations.activation(self.project(hidden, weights, "head"), s.head_activation)
+        return self.norm(hidden, weights, "head_norm")
 
 
 def kv_cache(name: str = "paged_kv_cache") -> relax.Var:

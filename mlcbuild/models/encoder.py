@@ -39,17 +39,24 @@ def emit_encoder(decoder: Decoder, attend: Attend) -> None:
 
 
 def _embedded(d: Decoder, weight: Weights, flat: Expr, ids: Expr) -> Expr:
-    """Token, position and the first type's embedding, normalised: [n, H]. `flat` has the ids of all sequences."""
-    operations, width = d.operations, d.structure.hidden_size
+    """Token, position and the first type's embedding, normalised: [n, H]. `flat` has the ids of all sequences.
+
+    Narrow tables (ELECTRA's, Clark et al., arXiv 2003.10555) are followed by a matrix.
+    """
+    operations, width = d.operations, d.structure.embedding_size or d.structure.hidden_size
 
     def looked_up(ids: Expr, role: str) -> Expr:
         return d.cast(operations.embedding(ids, weight(role), width), operations.compute)
 
     positions = d.builder.emit_te(_positions, ids, primfunc_name_hint="positions")
-    first = d.builder.emit_te(lambda: te.compute((1,), lambda _: tirx.const(0, "int32")), primfunc_name_hint="first")
-    total = relax.op.add(looked_up(flat, "embedding"), looked_up(positions, "position_embedding"))
-    total = d.builder.emit(relax.op.add(total, looked_up(first, "token_type_embedding")))
-    return d.norm(total, weight, "embedding_norm")
+    total = relax.op.add(looked_up(flat, "embedding"), looked_up(d.rows(positions), "position_embedding"))
+    if "token_type_embedding" in weight:
+        first = d.builder.emit_te(
+            lambda: te.compute((1,), lambda _: tirx.const(0, "int32")), primfunc_name_hint="first"
+        )
+        total = relax.op.add(d.builder.emit(total), looked_up(first, "token_type_embedding"))
+    total = d.norm(d.builder.emit(total), weight, "embedding_norm")
+    return d.project(total, weight, "embedding") if "embedding_proj" in weight else total
 
 
 def _positions(ids: te.Tensor) -> te.Tensor:

@@ -53,7 +53,7 @@ def _emit_layers(d: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalV
         hidden: Expr = d.beginning(x, lambda: query_positions(d, cache, x.ty.shape[0]), weights)
         for i, function in enumerate(layers):
             hidden = d.builder.emit(relax.Call(function, [hidden, cache, relax.prim_value(i), *weights.layer(i)]))
-        return d.norm(hidden, weights, "final_norm")
+        return d.finished(hidden, weights)
 
     return d.function("decoder", [x, cache, params], body, private=True)
 

@@ -38,7 +38,14 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.In: lambda item, of: item in of,
     ast.NotIn: lambda item, of: item not in of,
 }
-_FUNCTIONS: dict[str, Callable[..., Any]] = {"int": int, "min": min, "max": max, "len": len}
+
+
+def _same(value: Any) -> Any:
+    """The one value of a list that has it for every layer; any other value as it is."""
+    return value[0] if isinstance(value, list | tuple) and value and all(v == value[0] for v in value) else value
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {"int": int, "min": min, "max": max, "len": len, "same": _same}
 
 SIZES = (
     "hidden_size",
@@ -55,6 +62,7 @@ SIZES = (
     "moe_intermediate_size",
     "rotary_dim",
     "sliding_window_size",
+    "embedding_size",
     "expert_groups",
     "expert_groups_per_tok",
     "kv_lora_rank",
@@ -67,6 +75,8 @@ COUNTS = (
     "rescale_every",
     "time_mix_extra_dim",
     "time_decay_extra_dim",
+    "position_offset",
+    "position_scale_length",
 )
 # What no model comes near. Layers and experts are gone through one by one, and every one has tensors of its own.
 MOST_LAYERS, MOST_EXPERTS = 4096, 500_000  # experts of all layers together
@@ -80,7 +90,14 @@ _MOST = {
     "num_hidden_layers": MOST_LAYERS,
 }
 NUMBERS = ("norm_offset", "embedding_scale", "residual_scale", "logits_scale", "routed_scaling_factor", "router_jitter")
-_POSITIVE = ("final_logit_softcapping", "attention_scale", "attn_logit_softcapping", "clip_qkv", "alibi_bias_max")
+_POSITIVE = (
+    "final_logit_softcapping",
+    "attention_scale",
+    "attn_logit_softcapping",
+    "clip_qkv",
+    "alibi_bias_max",
+    "position_scale",
+)
 _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(SIZES, ("a whole number of at least 1", lambda value: type(value) is int and value > 0)),
     **dict.fromkeys(COUNTS, ("a whole number", lambda value: type(value) is int and value >= 0)),
@@ -90,7 +107,7 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 CHOICES = {
     "norm": ("rms", "layer"),
-    "norm_position": ("pre", "post", "both"),
+    "norm_position": ("pre", "post", "both", "sum"),
     "residual": ("sequential", "parallel"),
     "mlp": ("gated", "plain"),
     "rope": ("full", "none"),
@@ -98,7 +115,8 @@ CHOICES = {
     "qk_norm": ("none", "head", "per_head", "all"),
     "gate": ("first", "second"),
     "scoring": ("softmax", "sigmoid", "sparse_mixer"),
-    "activation": ("silu", "gelu", "gelu_tanh", "relu", "relu2"),
+    "head_activation": ("silu", "gelu", "gelu_tanh", "relu", "relu2"),
+    "activation": ("silu", "gelu", "gelu_tanh", "relu", "relu2", "xielu"),
 }
 
 
@@ -206,7 +224,7 @@ def evaluate(expression: object, names: Mapping[str, Any]) -> Any:
     """The value of an expression over `names`; anything but a string is its own value.
 
     Beside names, numbers, texts, tuples, True, False and None it may have `+ - * / // % **`, comparisons, `in`,
-    `and or not`, `a if b else c`, int min max len, and `each_layer(x)`: a tuple of x for `layer` from 0 to
+    `and or not`, `a if b else c`, int min max len, same(list), and `each_layer(x)`: a tuple of x for `layer` from 0 to
     num_hidden_layers - 1. Raises MlcBuildError for anything else, and for a name that is not known.
     """
     if not isinstance(expression, str):
@@ -216,7 +234,8 @@ def evaluate(expression: object, names: Mapping[str, Any]) -> Any:
     except (SyntaxError, KeyError, ZeroDivisionError, OverflowError, TypeError, ValueError, IndexError) as error:
         raise MlcBuildError(
             f"cannot evaluate `{expression}` ({error}); it may use numbers, `+ - * / // % **`, comparisons, "
-            f"`and or not`, `a if b else c`, int, min, max, len, each_layer, and the names {', '.join(sorted(names))}"
+            f"`and or not`, `a if b else c`, {', '.join(_FUNCTIONS)}, each_layer, "
+            f"and the names {', '.join(sorted(names))}"
         ) from None
 
 

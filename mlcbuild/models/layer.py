@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from tvm import ir, relax, tirx
+from functools import partial
+
+from tvm import ir, relax, te, tirx
 
 from mlcbuild.models import latent
 from mlcbuild.models.decoder import Decoder, kv_cache
 from mlcbuild.models.operations import Expr
 from mlcbuild.models.rope import in_cache, inverse_frequencies, latent_factor, rotary
 from mlcbuild.models.routers import choose
+from mlcbuild.models.structure import Structure
 from mlcbuild.models.weights import Given
 
 
@@ -23,22 +26,24 @@ def layer(decoder: Decoder, x: Expr, cache: Expr, layer_id: Expr, *given: Expr, 
     """One layer's computation on what `layer_inputs` describes: [n, H]. `number` is a layer of the same kind."""
     d, s = decoder, decoder.structure
     weight = d.given(number, given)
-    pre, post = s.norm_position != "post", s.norm_position != "pre"
+    pre, post, sums = (s.norm_position in kinds for kinds in (("pre", "both"), ("post", "both"), ("sum",)))
 
     def returned(y: Expr, role: str) -> Expr:
         """What attention or the MLP returns, as it is added."""
         y = d.norm(y, weight, role) if post else y
         return d.scaled(y, s.residual_scale)
 
-    normed = d.norm(x, weight, "attention_norm") if pre else x
+    normed = d.norm(x, weight, "attention_norm") if pre and (number or s.norm_first) else x
     attended = _attention(d, normed, cache, layer_id, weight, x.ty.shape[0], number)
     x1 = d.builder.emit(relax.op.add(x, returned(attended, "attention_post_norm")))
+    x1 = d.norm(x1, weight, "attention_norm") if sums else x1
     parallel = s.residual == "parallel"
     if not parallel:
         normed = d.norm(x1, weight, "mlp_norm") if pre else x1
     elif "mlp_norm" in weight:
         normed = d.norm(x, weight, "mlp_norm")
-    return relax.op.add(x1, returned(_mlp(d, normed, weight), "mlp_post_norm"))
+    x2 = relax.op.add(x1, returned(_mlp(d, normed, weight), "mlp_post_norm"))
+    return d.norm(d.builder.emit(x2), weight, "mlp_norm") if sums else x2
 
 
 def query_positions(d: Decoder, cache: Expr, n: Expr) -> Expr:
@@ -66,14 +71,18 @@ def _attention(d: Decoder, x: Expr, cache: Expr, layer_id: Expr, weight: Given, 
     if s.clip_qkv is not None:
         qkv = d.builder.emit(relax.op.clip(qkv, -s.clip_qkv, s.clip_qkv))
     qkv = d.builder.emit(relax.op.reshape(qkv, [n, heads + 2 * kv_heads, dim]))
-    if s.qk_norm != "none":
-        roles = ("q_norm", "k_norm", "q_norm_bias", "k_norm_bias")
-        weights = tuple(weight(role).plain if role in weight else None for role in roles)
-        qkv = d.operations.norm_heads(qkv, weights, (heads, kv_heads), s.qk_norm, s.norm, s.norm_eps)
+    if not s.qk_norm_last:
+        qkv = _normed_heads(d, qkv, weight)
+    if s.position_scale is not None:
+        qkv = d.builder.emit_te(
+            partial(_scaled_queries, s), qkv, query_positions(d, cache, n), primfunc_name_hint="scaled"
+        )
     kind = s.layer_type(number)
     if s.turns(number) and not in_cache(s):
         positions, table = query_positions(d, cache, n), inverse_frequencies(s, kind)
         qkv = d.operations.rope(qkv, positions, table, (heads, kv_heads), rotary(s, kind))
+    if s.qk_norm_last:
+        qkv = _normed_heads(d, qkv, weight)
     width = s.qk_head_dim or dim
     scale = width**-0.5 * latent_factor(s) if s.attention_scale is None else s.attention_scale
     slides = kind == "sliding" and s.sliding_window_size is not None
@@ -88,10 +97,37 @@ def _attention(d: Decoder, x: Expr, cache: Expr, layer_id: Expr, weight: Given, 
         out = latent.values_of(d, out)
     else:
         out = d.builder.emit(relax.op.reshape(out, [n, heads * dim]))
+    if "attention_inner_norm" in weight:
+        out = d.norm(d.cast(out, d.operations.compute), weight, "attention_inner_norm")
     if "attention_gate" in weight:
         gate = d.builder.emit(relax.op.sigmoid(d.operations.linear(x, weight("attention_gate"), d.operations.compute)))
         out = d.builder.emit(relax.op.multiply(gate, d.cast(out, d.operations.compute)))
     return d.project(out, weight, "o")
+
+
+def _scaled_queries(s: Structure, qkv: te.Tensor, positions: te.Tensor) -> te.Tensor:
+    """Fused heads with queries multiplied with a number that grows with their position (Llama 4's, Ministral 3's)."""
+
+    def value(i: tirx.Var, h: tirx.Var, j: tirx.Var) -> Expr:
+        times = tirx.floordiv(positions[i], s.position_scale_length).astype("float32")
+        factor = 1 + tirx.const(s.position_scale, "float32") * tirx.log(1 + times)
+        x = qkv[i, h, j]
+        return tirx.if_then_else(h < s.num_attention_heads, (x.astype("float32") * factor).astype(x.dtype), x)
+
+    return te.compute(qkv.shape, value, name="scaled")
+
+
+def _normed_heads(d: Decoder, qkv: Expr, weight: Given) -> Expr:
+    """Fused heads with queries and keys normed, where the model does that."""
+    s = d.structure
+    if s.qk_norm == "none":
+        return qkv
+    roles = ("q_norm", "k_norm", "q_norm_bias", "k_norm_bias")
+    weights = [weight(role).plain if role in weight else None for role in roles]
+    if not s.norm_weights:
+        weights[:2] = [d.ones(s.head_dim)] * 2
+    heads = s.num_attention_heads, s.num_key_value_heads
+    return d.operations.norm_heads(qkv, tuple(weights), heads, s.qk_norm, s.norm, s.norm_eps)
 
 
 def _mlp(d: Decoder, x: Expr, weight: Given) -> Expr:
@@ -114,8 +150,25 @@ def _mlp(d: Decoder, x: Expr, weight: Given) -> Expr:
         gate = operations.activation(d.project(x, weight, "gate"), activation)
         inner = d.builder.emit(relax.op.multiply(gate, d.project(x, weight, "up")))
     else:
-        inner = operations.activation(d.project(x, weight, "up"), activation)
+        inner = d.project(x, weight, "up")
+        inner = _xielu(d, inner, weight) if activation == "xielu" else operations.activation(inner, activation)
+    inner = d.norm(inner, weight, "mlp_inner_norm") if "mlp_inner_norm" in weight else inner
     return d.project(inner, weight, "down")
+
+
+def _xielu(d: Decoder, x: Expr, weight: Given) -> Expr:
+    """x [n, I] -> p * x ** 2 + x / 2 above 0, else (1 / 2 + n) * (exp(x) - 1 - x) + x / 2 (Huang, arXiv 2411.13010)."""
+
+    def value(given: Expr, p: Expr, n: Expr) -> Expr:
+        x, half = given.astype("float32"), tirx.const(0.5, "float32")
+        low = tirx.exp(tirx.min(x, tirx.const(0, "float32"))) - 1 - x
+        return (half * x + tirx.if_then_else(x > 0, p * x * x, (half + n) * low)).astype(given.dtype)
+
+    def table(x: te.Tensor, p: te.Tensor, n: te.Tensor) -> te.Tensor:
+        return te.compute(x.shape, lambda i, j: value(x[i, j], p[0], n[0]), name="xielu")
+
+    trained = (d.cast(weight(f"xielu_{side}").plain, "float32") for side in ("positive", "negative"))
+    return d.builder.emit_te(table, x, *trained, primfunc_name_hint="xielu")
 
 
 def _experts(d: Decoder, x: Expr, weight: Given) -> Expr:

@@ -45,7 +45,7 @@ def emit_layer_pieces(decoder: Decoder) -> None:
         positions = d.tensor("positions", [first.ty.shape[0]], "int32")
         _emit(d, "beginning", [first, positions], BEGINNING, lambda w: d.beginning(first, lambda: positions, w))
     last, normed = rows("x"), rows("normed")
-    _emit(d, "final_norm", [last], FINAL_NORM, lambda w: d.norm(last, w, "final_norm"))
+    _emit(d, "final_norm", [last], FINAL_NORM, lambda w: d.finished(last, w))
     _emit(d, "head", [normed], (head_role(d.structure), "lm_head_bias"), lambda w: d.logits(normed, w))
     for kind in range(d.structure.num_hidden_layers):
         _emit_layer(d, kind, with_inputs=False)

@@ -20,7 +20,9 @@ class Parameter:
 
     transpose    the checkpoint has [K, N]
     ungroup_qkv  its rows are, for each of `groups` key-value heads: that group's queries, its key, its value
+    ungroup_qvk  its rows are, for each of four groups: queries, values, keys
     add_one      the checkpoint has w - 1
+    softplus     the checkpoint has w where ln(1 + exp(w)) is wanted
     unit_rows    its rows are divided by their lengths
     negative_exp, exp_negative_exp
                  the checkpoint has w where -exp(w) or exp(-exp(w)) is wanted
@@ -51,7 +53,7 @@ TABLES = ("embedding", "position_embedding", "token_type_embedding")  # roles th
 # Roles outside the layers, by the pieces of a decoder that use them (mlcbuild.models.layer_pieces).
 EMBED = ("embedding",)
 BEGINNING = ("position_embedding", "embedding_norm", "embedding_norm_bias")
-FINAL_NORM = ("final_norm", "final_norm_bias")
+FINAL_NORM = ("final_norm", "final_norm_bias", "head_proj", "head_bias", "head_norm", "head_norm_bias")
 
 
 def shape_of(role: str, structure: Structure) -> tuple[int, ...]:
@@ -82,15 +84,21 @@ def _width(s: Structure) -> tuple[int, ...]:
     return (s.hidden_size,)
 
 
+def _table(s: Structure) -> int:
+    """The width of tables that are looked up in."""
+    return s.embedding_size or s.hidden_size
+
+
 def _head_norm(s: Structure, heads: int) -> tuple[int, ...]:
     return {"head": (s.head_dim,), "per_head": (heads, s.head_dim), "all": (heads * s.head_dim,)}[s.qk_norm]
 
 
 _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
-    "embedding": lambda s: (s.vocab_size, s.hidden_size),
-    "position_embedding": lambda s: (s.max_position_embeddings or s.context_window_size, s.hidden_size),
-    "token_type_embedding": lambda s: (s.type_vocab_size, s.hidden_size),
-    "embedding_norm": _width,
+    "embedding": lambda s: (s.vocab_size, _table(s)),
+    "position_embedding": lambda s: (s.max_position_embeddings or s.context_window_size, _table(s)),
+    "token_type_embedding": lambda s: (s.type_vocab_size, _table(s)),
+    "embedding_norm": lambda s: (_table(s),),
+    "embedding_proj": lambda s: (s.hidden_size, _table(s)),
     "qkv_proj": lambda s: (_query(s) + 2 * _key(s), s.hidden_size),
     "q_proj": lambda s: (_query(s), s.hidden_size),
     "k_proj": lambda s: (_key(s), s.hidden_size),
@@ -122,9 +130,15 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "attention_norm": _width,
     "attention_post_norm": _width,
     "mlp_norm": _width,
+    "xielu_positive": lambda s: (1,),
+    "xielu_negative": lambda s: (1,),
+    "attention_inner_norm": lambda s: (_query(s),),
+    "mlp_inner_norm": lambda s: (s.intermediate_size,),
     "mlp_post_norm": _width,
     "final_norm": _width,
     "lm_head": lambda s: (s.vocab_size, s.hidden_size),
+    "head_proj": lambda s: (s.hidden_size, s.hidden_size),
+    "head_norm": _width,
 }
 
 

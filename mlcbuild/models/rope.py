@@ -62,16 +62,22 @@ def _dim(structure: Structure) -> int:
 
 
 def in_cache(structure: Structure) -> bool:
-    """Whether the KV cache turns queries and keys: it has one table for all layers."""
-    return structure.rope != "none" and structure.rope_local_theta is None and structure.rope_layers is None
+    """Whether the KV cache turns queries and keys: it has one table for all layers, and turns them last."""
+    one_table = structure.rope_local_theta is None and structure.rope_layers is None
+    return structure.rope != "none" and one_table and not structure.qk_norm_last
 
 
 def inverse_frequencies(structure: Structure, layer_type: str = "full") -> Frequencies:
     """float32 [rotary_dim / 2]: position times entry d is the angle that turns the d-th pair of dimensions.
 
     Layers of type `sliding` have their own theta, unscaled, where the structure has `rope_local_theta`. Computed in
-    float32 step by step, as transformers does, so that both turn alike.
+    float32 step by step, as transformers does, so that both turn alike. Below 0 where pairs turn backwards.
     """
+    frequencies = _forwards(structure, layer_type)
+    return -frequencies if structure.rope_backwards else frequencies
+
+
+def _forwards(structure: Structure, layer_type: str) -> Frequencies:
     if _is_local(structure, layer_type):
         return 1 / _wavelengths(structure, structure.rope_local_theta or 0)
     wavelengths, scaling = _wavelengths(structure, structure.rope_theta), structure.rope_scaling
@@ -123,6 +129,12 @@ def _dynamic(structure: Structure, _: Frequencies, scaling: Settings) -> Frequen
     length, dim = max(_length(structure), trained), _dim(structure)
     theta = structure.rope_theta * (factor * length / trained - (factor - 1)) ** (dim / (dim - 2))
     return 1 / _wavelengths(structure, theta)
+
+
+def _alpha(structure: Structure, _: Frequencies, scaling: Settings) -> Frequencies:
+    """NTK-aware with a theta that no text's length changes: Hunyuan's."""
+    dim = _dim(structure)
+    return 1 / _wavelengths(structure, structure.rope_theta * _number(scaling, "alpha") ** (dim / (dim - 2)))
 
 
 def _llama3(_: Structure, wavelengths: Frequencies, scaling: Settings) -> Frequencies:
@@ -197,6 +209,7 @@ def _longrope_attention(scaling: Settings) -> float:
 _SCALINGS: dict[str, Callable[[Structure, Frequencies, Settings], Frequencies]] = {
     "linear": _linear,
     "dynamic": _dynamic,
+    "alpha": _alpha,
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,

@@ -58,36 +58,43 @@ class Structure:
 
     kind              decoder; others (mlcbuild.models.kinds) leave most of what follows as it is
     norm              rms, layer (with a bias and a weight where parameters play these roles)
-    norm_position     pre: of what attention and MLP are given; post: of what they return; both
-    norm_offset       what is added to a norm's weight
+    norm_position     pre: of what attention and MLP are given; post: of what they return; both; sum: of the sums with
+                      what they were given, and no norm before the head
+    norm_offset       what is added to a norm's weight; norm_weights: whether rms norms have any; norm_first: whether
+                      the first layer's attention is given its input normed; norm_embeddings: whether embeddings are
+                      normed without a parameter in the role `embedding_norm`
     residual          sequential: attention, then the MLP; parallel: both of the same x, normed once where there is no
                       `mlp_norm`
     mlp               gated: down(activation(gate(x)) * up(x)); plain: down(activation(up(x)))
+    activation        silu, gelu, gelu_tanh, relu, relu2; xielu, of plain ones: with two trained numbers for each layer
     gate              which half of gate_up_proj is the gate: first, second
+    head_activation   between a matrix before the head (`head_proj`) and its norm (`head_norm`)
     embedding_scale   what hidden states are multiplied with before the first layer, residual_scale what attention
                       and MLP return, logits_scale what the head is given
     rope              full: rotary positions; none: of another kind, or none. rotary_dim: how many dimensions of a head
                       are turned (None: all); rope_pairing: halves, a dimension with that half of them further, or
-                      neighbours
+                      neighbours; rope_backwards: turned the other way
     rope_local_theta  theta of layers of type `sliding`, which then do not take part in rope_scaling
     rope_layers       for each layer, whether it has rotary positions; None: all have
     attention_scale   of scores, None for head_dim ** -0.5; attn_logit_softcapping c: scores become c * tanh(scores / c)
+    position_scale    b: a query at position p counts 1 + b * ln(1 + floor(p / position_scale_length)) times
     sliding_window_size  how many positions a token sees, its own included, in layers of type `sliding`: in all where
                       there are no layer_types (for each layer, full or sliding)
     qk_norm           of queries and keys before they are turned: none; head: each head by the one weight; per_head: by
                       its own; all: all heads as one vector. Its kind is `norm`'s, with a bias where parameters play
-                      these roles
+                      these roles. qk_norm_last: after they are turned
     alibi_bias_max    b: a score is lowered by the distance of query and key, times 2 ** (-b * h / heads) in the h-th
                       head (where heads are no power of two: compiler/cpu/kernels/attention.c)
     clip_qkv          c: queries, keys and values become min(max(x, -c), c)
     kv_lora_rank      width of the vector that a token's keys and values are made of (mlcbuild.models.latent, with
                       q_lora_rank, qk_head_dim, value_head_dim); 0: they are made of hidden states
     final_logit_softcapping  c: logits become c * tanh(logits / c)
-    max_position_embeddings  rows of a learned `position_embedding`
+    max_position_embeddings  rows of a learned `position_embedding`. position_offset: the row of a text's first token
+    sinusoidal        whether positions are sines and cosines, added to embeddings: of position + position_offset
     embedding         of a model of texts: MLC's embedding_metadata, as its library tells it
     rescale_every     recurrent: layers after which hidden states are halved; 0: never. group_norm_eps: of the norm over
                       each head's output. time_mix_extra_dim, time_decay_extra_dim: widths of low-rank products
-    type_vocab_size   encoder: rows of `token_type_embedding`
+    type_vocab_size   encoder: rows of `token_type_embedding`. embedding_size: width of its tables, where it is another
     optional_prefix   what checkpoint tensor names begin with, or leave out all together
     num_experts       experts of a layer that has a `router`. Each token goes to num_experts_per_tok of them, which
                       count by their probabilities (with norm_topk_prob divided by their sum), times
@@ -127,6 +134,10 @@ class Structure:
     # choices that not every decoder has
     norm_position: str = choice("pre")
     norm_offset: float = choice(0.0)
+    norm_weights: bool = choice(True)
+    norm_embeddings: bool = choice(False)
+    norm_first: bool = choice(True)
+    head_activation: str = choice("gelu")
     residual: str = choice("sequential")
     gate: str = choice("first")
     embedding_scale: float = choice(1.0)
@@ -134,6 +145,8 @@ class Structure:
     logits_scale: float = choice(1.0)
     final_logit_softcapping: float | None = choice(None)
     max_position_embeddings: int | None = choice(None)
+    position_offset: int = choice(0)
+    sinusoidal: bool = choice(False)
     optional_prefix: str = choice("")
     num_experts: int = choice(0)
     num_experts_per_tok: int = choice(0)
@@ -152,9 +165,13 @@ class Structure:
     rope_layers: tuple[bool, ...] | None = choice(None)
     attention_scale: float | None = choice(None)
     attn_logit_softcapping: float | None = choice(None)
+    position_scale: float | None = choice(None)
+    position_scale_length: int = choice(0)
     sliding_window_size: int | None = choice(None)
     layer_types: tuple[str, ...] | None = choice(None)
     qk_norm: str = choice("none")
+    qk_norm_last: bool = choice(False)
+    rope_backwards: bool = choice(False)
     clip_qkv: float | None = choice(None)
     alibi_bias_max: float | None = choice(None)
     kv_lora_rank: int = choice(0)
@@ -168,6 +185,7 @@ class Structure:
     time_mix_extra_dim: int = choice(0)
     time_decay_extra_dim: int = choice(0)
     type_vocab_size: int = choice(0)
+    embedding_size: int | None = choice(None)
 
     def to_json(self) -> dict[str, Any]:
         """Every field but choices at their default, JSON-able, such that `from_json` gives an equal structure."""

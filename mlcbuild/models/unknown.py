@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -77,8 +77,13 @@ def missing_keys(architecture: Architecture, config: Mapping[str, Any]) -> list[
 
 def refuses(architecture: Architecture, config: Mapping[str, Any]) -> bool:
     """Whether the config has a value that the architecture's `require` does not allow."""
-    required = architecture.data.get("require", {}).items()
-    return any(config.get(key) is not None and config[key] not in allowed for key, allowed in required)
+    return not all(allows(allowed, config, key) for key, allowed in architecture.data.get("require", {}).items())
+
+
+def allows(allowed: Sequence[Any], config: Mapping[str, Any], key: str) -> bool:
+    """Whether `config` has one of these values at `key`, or that of a key that is named there; or none at all."""
+    value = config.get(key)
+    return value is None or value in allowed or any(isinstance(a, str) and config.get(a) == value for a in allowed)
 
 
 def unlike(architecture: Architecture, config: Mapping[str, Any]) -> int:

@@ -131,7 +131,7 @@ def _random(random: np.random.Generator, name: str, shape: tuple[int, ...], star
 def _write(folder: Path, tensors: Mapping[str, Array]) -> None:
     from safetensors.numpy import save_file
 
-    contiguous = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
+    contiguous = {name: np.ascontiguousarray(values).reshape(values.shape) for name, values in tensors.items()}
     save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -221,6 +221,11 @@ def originals(
         values = np.log(-np.log(values))
     if "halve" in parameter.convert:
         values = values * np.float32(2**parameter.halvings)
+    if "softplus" in parameter.convert:
+        values = np.log(np.expm1(values))
+    if "ungroup_qvk" in parameter.convert:
+        queries, keys, rest = (part.reshape(4, -1, *values.shape[1:]) for part in np.split(values, 3))
+        values = np.concatenate([queries, rest, keys], axis=1).reshape(values.shape)
     if "ungroup_qkv" in parameter.convert:
         assert parameter.groups is not None
         count, query, key, value = parameter.groups
@@ -236,10 +241,10 @@ def originals(
     for source in sources:
         name = source if source in tensors else names.get(source, names.get(source.partition(".")[2], source))
         shape = tensors[name].shape if name in tensors else values.shape
-        shape = shape[::-1] if "transpose" in parameter.convert else shape
+        shape = (*shape[:-2], *shape[:-3:-1]) if "transpose" in parameter.convert else shape
         rows = int(np.prod(shape)) if values.ndim == 1 else int(np.prod(shape[:-1])) if len(shape) > 1 else 1
         part = rows_of_all[start : start + rows].reshape(shape)
-        found[name] = part.T if "transpose" in parameter.convert else part
+        found[name] = np.swapaxes(part, -1, -2) if "transpose" in parameter.convert else part
         start += rows
     return found
 

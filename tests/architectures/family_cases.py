@@ -19,6 +19,9 @@ NEO = {
     "num_heads": 4,
     "attention_types": [[["global", "local"], 1], [["global"], 1]],
 }
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 32}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+MODERN = dict.fromkeys(("num_key_value_heads", "tie_word_embeddings"), "absent")
 FALCON = {"num_key_value_heads": "absent", "intermediate_size": "absent", "ffn_hidden_size": 96}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 
@@ -28,7 +31,9 @@ def _case(model_type: str, **changes: Any) -> Case:
 
 
 def _gpt(model_type: str, **changes: Any) -> Case:
-    return Case(model_type, {"model_type": model_type, **GPT2_SIZES, **changes}, quantizations=("q0f32",))
+    config = {"model_type": model_type, **GPT2_SIZES, **changes}
+    found = {key: value for key, value in config.items() if value != "absent"}
+    return Case(model_type, found, quantizations=("q0f32",))
 
 
 CASES: dict[str, Case] = {
@@ -108,6 +113,50 @@ CASES |= {
     "sarvam_mla": _case("sarvam_mla", **LATENT, **V3, rope_parameters=DEEPSEEK_YARN),
     "afmoe": _case("afmoe", **NEXT, num_experts=4, mup_enabled=True, **SLIDING),
 }
+FAIRSEQ = dict.fromkeys(("num_key_value_heads", "intermediate_size", "tie_word_embeddings"), "absent")
+CASES |= {
+    "opt": _case("opt", **FAIRSEQ, ffn_dim=96),
+    "opt-sums": _case("opt", **FAIRSEQ, ffn_dim=96, do_layer_norm_before=False, activation_function="gelu"),
+    "opt-plain": _case("opt", **FAIRSEQ, ffn_dim=96, enable_bias=False, layer_norm_elementwise_affine=False),
+    "biogpt": _case("biogpt", num_key_value_heads="absent"),
+    "xglm": _case(
+        "xglm", **FAIRSEQ, hidden_size="absent", num_hidden_layers="absent", num_attention_heads="absent", d_model=64,
+        num_layers=3, attention_heads=4, ffn_dim=96,
+    ),
+}  # fmt: skip
+CASES |= {
+    "hunyuan_v1_dense": _case("hunyuan_v1_dense", head_dim=16, attention_bias=True),
+    "hunyuan_v1_dense-alpha": _case(
+        "hunyuan_v1_dense",
+        head_dim=16,
+        rope_parameters={**ONE_THETA, "rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0},
+    ),
+    "hunyuan_v1_moe": _case("hunyuan_v1_moe", head_dim=16, num_experts=4, moe_topk=2),
+    "nanochat": _case("nanochat"),
+    "bitnet": _case("bitnet", attention_bias=True),
+    "gpt_neox_japanese": _case("gpt_neox_japanese", num_key_value_heads="absent", intermediate_size="absent"),
+    "openai-gpt": _gpt("openai-gpt", n_inner="absent"),
+    "apertus": replace(
+        _case("apertus", attention_bias=True, rope_parameters=LLAMA3), quantizations=("q0f32", "q4f32_1")
+    ),
+    "apertus1p5": replace(_case("apertus1p5_text", rope_parameters=LLAMA3), architecture="apertus"),
+    "codegen": _gpt("codegen", rotary_dim=8),
+    "modernbert-decoder": replace(
+        _case(
+            "modernbert-decoder",
+            **MODERN,
+            local_attention=32,
+            norm_bias=True,
+            attention_bias=True,
+            mlp_bias=True,
+            classifier_bias=True,
+        ),
+        quantizations=("q0f32", "q4f32_1"),
+    ),
+    "modernbert-decoder-plain": _case("modernbert-decoder", num_key_value_heads="absent", decoder_bias=False),
+    "aria_text": replace(_case("aria_text", mlp_bias=True), quantizations=("q0f32", "q4f32_1")),
+    "ministral3": _case("ministral3", head_dim=16, rope_parameters={**YARN, "llama_4_scaling_beta": 0.4}),
+}
 
 
 def _wrapped(model_type: str, vision: str, text: Case, **changes: Any) -> Case:
@@ -125,5 +174,7 @@ CASES |= {
         _case("gemma3_text", tie_word_embeddings=True, head_dim=16, **SLIDING),
         mm_tokens_per_image=4,
     ),
+    "mistral3-ministral3": _wrapped("mistral3", "pixtral", CASES["ministral3"], tie_word_embeddings=False),
+    "aria": _wrapped("aria", "idefics3_vision", CASES["aria_text"], projector_patch_to_query_dict={4: 4}),
     "mistral3": _wrapped("mistral3", "pixtral", _case("mistral", head_dim=16), tie_word_embeddings=False),
 }

@@ -12,9 +12,11 @@ import pytest
 from mlcbuild.models.parameters import parameters
 from mlcbuild.runtime.session import Session
 from tests.architectures.agreement import IDS, Agreement, error, network, save, structure_of
-from tests.architectures.cases import CASES
+from tests.architectures.cases import CASES as OWN
+from tests.architectures.family_cases import CASES as FAMILIES
 from tests.support import llama
 
+CASES = {**OWN, **FAMILIES}
 pytestmark = pytest.mark.slow
 
 # The case, and the fields of its structure that are changed; roles are parameters that are left out.
@@ -29,6 +31,10 @@ WITHOUT: dict[str, tuple[str, dict[str, Any]]] = {
     "the final soft cap": ("gemma2", {"final_logit_softcapping": None}),
     "the gate in the second half": ("qwen", {"gate": "first"}),
     "the activation": ("gemma", {"activation": "silu"}),
+    "the row where positions begin": ("opt", {"position_offset": 0}),
+    "sines of positions": ("xglm", {"sinusoidal": False}),
+    "norms after queries and keys are turned": ("hunyuan_v1_dense", {"qk_norm_last": False}),
+    "the scale of positions": ("ministral3", {"position_scale": None}),
     "learned positions": ("gpt2", {"roles": ("position_embedding",)}),
     "biases of attention": ("qwen2", {"roles": ("qkv_bias",)}),
     "the bias of the head": ("phi", {"roles": ("lm_head_bias",)}),

@@ -12,7 +12,7 @@ import pytest
 
 from mlcbuild.engine.job import local_job
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.models.architecture import resolve
+from mlcbuild.models.architecture import choose, resolve
 from mlcbuild.models.parameters import parameters
 from mlcbuild.quantization.dequantize import dequantized
 from mlcbuild.runtime import tvm_runtime, weights
@@ -20,6 +20,7 @@ from mlcbuild.runtime.embedding import Pooling, pooled
 from mlcbuild.runtime.library import Library, Network
 from mlcbuild.runtime.model import Model
 from mlcbuild.steps import convert, quantize
+from tests.architectures.agreement import known_architectures
 from tests.compiler.built import Built as BuiltLlama
 from tests.runtime.conftest import byte_level_tokenizer
 from tests.support import llama
@@ -38,13 +39,18 @@ IDS = [int(i) for i in np.random.default_rng(1).integers(3, 90, 55)]  # more tha
 
 def transformers_bert(**changes: Any) -> Any:
     """A seeded random BertModel in float32, biases, norms and types random too."""
+    return transformers_encoder("bert", **{**SIZES, **changes})
+
+
+def transformers_encoder(model_type: str, **changes: Any) -> Any:
+    """A seeded random encoder in float32, biases and norms random too."""
     import torch
-    from transformers import BertConfig, BertModel
+    from transformers import AutoConfig, AutoModel
 
     torch.manual_seed(0)
-    model = BertModel(BertConfig(**{**SIZES, **changes}), add_pooling_layer=False).eval().float()
+    model = AutoModel.from_config(AutoConfig.for_model(model_type, **changes)).eval().float()
     for name, parameter in model.named_parameters():
-        low, high = (0.5, 1.5) if name.endswith("LayerNorm.weight") else (-0.2, 0.2)
+        low, high = (0.5, 1.5) if "norm.weight" in name.lower() else (-0.2, 0.2)
         torch.nn.init.uniform_(parameter, low, high)
     return model
 
@@ -132,6 +138,24 @@ def test_hidden_states_agree(built: Built) -> None:
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu", "silu"])
 def test_they_agree_quantized_with_every_activation(tmp_path: Path, activation: str) -> None:
     built = Built(tmp_path, "q4f32_1", transformers_bert(hidden_act=activation))
+    assert error(built.model.hidden_states(IDS), hidden_states(built.reference, IDS)) < 1e-4
+
+
+DISTIL = {"dim": 64, "n_layers": 3, "n_heads": 4, "hidden_dim": 96, "vocab_size": 96, "max_position_embeddings": 60}
+KIN: dict[str, dict[str, Any]] = {
+    "roberta": {**SIZES, "type_vocab_size": 1},
+    "xlm-roberta": {**SIZES, "pad_token_id": 3, "type_vocab_size": 1},  # rows begin behind the padding's
+    "camembert": SIZES,
+    "electra": {**SIZES, "embedding_size": 32},
+    "distilbert": DISTIL,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", KIN)
+def test_its_kin_agree(model_type: str, tmp_path: Path) -> None:
+    chosen = choose(known_architectures(), {"model_type": model_type}).name
+    built = Built(tmp_path, "q4f32_1", transformers_encoder(model_type, **KIN[model_type]), chosen)
     assert error(built.model.hidden_states(IDS), hidden_states(built.reference, IDS)) < 1e-4
 
 

@@ -19,14 +19,15 @@ from mlcbuild.verify.packed import Packed
 from mlcbuild.verify.pieces import Pieces
 from mlcbuild.verify.tensors import Unquantized
 from tests.architectures.agreement import IDS, Agreement, Array
-from tests.architectures.cases import CASES
+from tests.architectures.cases import CASES as OWN
 from tests.architectures.family_cases import CASES as FAMILIES
 from tests.support.llama import QUANTIZATIONS
 from tests.verify.conftest import build_blocks
 
+CASES = {**OWN, **FAMILIES}
 # Learned positions; a head's bias; norms without weights; norms of all heads; scales; windows, caps and norms after;
-# latent attention.
-NAMES = ("gpt2", "phi", "olmo", "cohere-norms", "minicpm-tied", "gemma2", "minicpm3")
+# latent attention; a matrix before the head.
+NAMES = ("gpt2", "phi", "olmo", "cohere-norms", "minicpm-tied", "gemma2", "minicpm3", "modernbert-decoder")
 WINDOWS = [IDS, IDS[::-1][:17]]
 
 
@@ -37,7 +38,7 @@ def in_one_piece(logits: Callable[[list[int]], Array]) -> Callable[[Sequence[int
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_figures_are_those_of_the_whole_model(name: str, tmp_path: Path) -> None:
-    agreement = Agreement({**CASES, **FAMILIES}[name], "q4f32_1", tmp_path, build=None)
+    agreement = Agreement(CASES[name], "q4f32_1", tmp_path, build=None)
     structure, form = agreement.structure, QUANTIZATIONS["q4f32_1"]
     reference, package = (Pieces(build_blocks(structure, q, tmp_path / q)) for q in ("q0f32", "q4f32_1"))
     checkpoint = Unquantized(agreement.document, agreement.blobs)

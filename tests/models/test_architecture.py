@@ -127,3 +127,12 @@ def test_the_chat_configs_model_config_has_mlcs_keys() -> None:
     assert list(config)[:4] == ["hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"]
     assert config["rms_norm_eps"] == 1e-5 and config["position_embedding_base"] == 10000
     assert isinstance(config["position_embedding_base"], int)
+
+
+def test_a_required_value_may_be_that_of_another_key() -> None:
+    """OPT 350m has embeddings of another width."""
+    absent = ("intermediate_size", "rms_norm_eps")
+    config = {**{k: v for k, v in CONFIG.items() if k not in absent}, "ffn_dim": 96, "word_embed_proj_dim": 64}
+    assert architecture.resolve(llama.architecture("opt"), config, {}).position_offset == 2
+    with pytest.raises(MlcBuildError, match=r"word_embed_proj_dim is 32, but .* computes only the `hidden_size` of 64"):
+        architecture.resolve(llama.architecture("opt"), {**config, "word_embed_proj_dim": 32}, {})

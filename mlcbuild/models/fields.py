@@ -57,23 +57,34 @@ SIZES = (
     "sliding_window_size",
     "expert_groups",
     "expert_groups_per_tok",
+    "state_size",
+    "time_step_rank",
 )
 COUNTS = ("shared_expert_intermediate_size", "rescale_every", "time_mix_extra_dim", "time_decay_extra_dim")
 # What no model comes near. Layers and experts are gone through one by one, and every one has tensors of its own.
 MOST_LAYERS, MOST_EXPERTS = 4096, 500_000  # experts of all layers together
 LARGEST_HEAD, LARGEST_SIZE = 1 << 16, (1 << 31) - 1  # of and in heads; of all other sizes
 _MOST = {
-    **dict.fromkeys((*SIZES, *COUNTS), LARGEST_SIZE),
+    **dict.fromkeys((*SIZES, *COUNTS, "conv_kernel"), LARGEST_SIZE),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim", "rotary_dim"), LARGEST_HEAD),
     "num_hidden_layers": MOST_LAYERS,
 }
 NUMBERS = ("norm_offset", "embedding_scale", "residual_scale", "logits_scale", "routed_scaling_factor", "router_jitter")
-_POSITIVE = ("final_logit_softcapping", "attention_scale", "attn_logit_softcapping", "clip_qkv", "alibi_bias_max")
+_POSITIVE = (
+    "state_norm_eps",
+    "final_logit_softcapping",
+    "attention_scale",
+    "attn_logit_softcapping",
+    "clip_qkv",
+    "alibi_bias_max",
+)
 _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(SIZES, ("a whole number of at least 1", lambda value: type(value) is int and value > 0)),
     **dict.fromkeys(COUNTS, ("a whole number", lambda value: type(value) is int and value >= 0)),
     **dict.fromkeys(NUMBERS, ("a number", is_number)),
     **dict.fromkeys(_POSITIVE, ("a number above 0", partial(is_above, 0))),
+    "conv_kernel": ("a whole number of at least 2", lambda value: type(value) is int and value > 1),
+    "time_step_limits": ("two numbers, the least and the largest step", lambda value: _is_range(value)),
     **dict.fromkeys(("rope_theta", "rope_local_theta"), ("a number above 1", partial(is_above, 1))),
 }
 CHOICES = {
@@ -88,6 +99,10 @@ CHOICES = {
     "scoring": ("softmax", "sigmoid", "sparse_mixer"),
     "activation": ("silu", "gelu", "gelu_tanh", "relu", "relu2"),
 }
+
+
+def _is_range(value: Any) -> bool:
+    return all(map(is_number, value)) and value[0] <= value[1]
 
 
 def read(rules: Mapping[str, Any], config: Values, given: Values) -> tuple[dict[str, Any], list[str]]:

@@ -1,4 +1,4 @@
-"""RWKV's state: sequences side by side and one after the other, and what the contract says of its libraries."""
+"""A recurrent state: sequences side by side and one after the other, and what the contract says of its libraries."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from tests.support.llama import Array
 OTHER = IDS[5:20]
 
 
-@pytest.fixture(scope="module")
-def rwkv(tmp_path_factory: pytest.TempPathFactory) -> tuple[Agreement, Array, Array]:
+@pytest.fixture(scope="module", params=["rwkv5", "mamba2"])
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Agreement, Array, Array]:
     """A library for two sequences, and what its reference says of two texts."""
-    agreement = Agreement(CASES["rwkv5"], "q0f32", tmp_path_factory.mktemp("rwkv"))
+    agreement = Agreement(CASES[request.param], "q0f32", tmp_path_factory.mktemp("recurrent"))
     return agreement, agreement.expected(IDS), agreement.expected(OTHER)
 
 
-def test_sequences_do_not_mix(rwkv: tuple[Agreement, Array, Array]) -> None:
-    agreement, one, other = rwkv
+def test_sequences_do_not_mix(built: tuple[Agreement, Array, Array]) -> None:
+    agreement, one, other = built
     session = agreement.session(2)
     a, b = session.add(), session.add()
     # One is longer than a chunk: it goes in as several, and neither shares a call with the other.
@@ -39,8 +39,8 @@ def test_sequences_do_not_mix(rwkv: tuple[Agreement, Array, Array]) -> None:
         assert error(logits, np.stack([other[4 + i], one[CHUNK + 5 + i]])) < 1e-4
 
 
-def test_a_new_sequence_begins_with_nothing(rwkv: tuple[Agreement, Array, Array]) -> None:
-    agreement, _, other = rwkv
+def test_a_new_sequence_begins_with_nothing(built: tuple[Agreement, Array, Array]) -> None:
+    agreement, _, other = built
     session = agreement.session(1)
     first = session.add()
     session.prefill(first, IDS)
@@ -48,18 +48,18 @@ def test_a_new_sequence_begins_with_nothing(rwkv: tuple[Agreement, Array, Array]
     assert error(session.prefill(session.add(), OTHER), other[-1]) < 1e-4
 
 
-def test_a_text_may_be_longer_than_any_window(rwkv: tuple[Agreement, Array, Array]) -> None:
-    agreement = rwkv[0]
+def test_a_text_may_be_longer_than_any_window(built: tuple[Agreement, Array, Array]) -> None:
+    agreement = built[0]
     model = Model(agreement.network, {})
     ids = [int(i) for i in np.random.default_rng(2).integers(3, 90, 150)]
     assert error(model.logits(ids), agreement.expected(ids)) < 1e-4
     assert agreement.session().limit == -1
 
 
-def test_the_contract_is_mlcs(rwkv: tuple[Agreement, Array, Array]) -> None:
-    library = rwkv[0].network.library
+def test_the_contract_is_mlcs(built: tuple[Agreement, Array, Array]) -> None:
+    library = built[0].network.library
     metadata = json.loads(str(library["_metadata"]()))
-    assert metadata["model_type"] == "rwkv5" and metadata["kv_state_kind"] == "rnn_state"
+    assert metadata["model_type"] == built[0].case.architecture and metadata["kv_state_kind"] == "rnn_state"
     assert metadata["context_window_size"] == -1 and "kv_cache" not in metadata
     for name in ("embed", "prefill", "decode", "batch_prefill", "batch_decode", "batch_verify", "create_rnn_state"):
         assert library.has(name), name

@@ -140,7 +140,12 @@ CASES: dict[str, Case] = {
         overrides=NO_WINDOW,
         quantizations=("q0f32",),
     ),
-    "falcon_mamba": Case("falcon_mamba", {"model_type": "falcon_mamba", **MAMBA}, overrides=NO_WINDOW),
+    # The norm of steps of rank 3 would multiply what rounding leaves.
+    "falcon_mamba": Case(
+        "falcon_mamba",
+        {"model_type": "falcon_mamba", **MAMBA, "state_size": 9, "time_step_rank": 8},
+        overrides=NO_WINDOW,
+    ),
     "mamba2": Case("mamba2", MAMBA2, overrides=NO_WINDOW),
     "mamba2-limits": Case(
         "mamba2",

@@ -94,7 +94,7 @@ def test_convolve(kernels: Kernels, tokens: int, taps: int, biased: bool) -> Non
     state = normal(3, SEQUENCES, before, width)
     out, after = np.full_like(x, np.nan), np.full_like(state, np.nan)
     for task in range(SEQUENCES * 2):
-        given = (x, w, bias if biased else None, state, out, after, tokens, width, taps, 64, task)
+        given = (x, w, bias if biased else None, state, out, after, tokens, width, taps, task)
         kernels("mlcbuild_convolve", *given)
     for s in range(SEQUENCES):
         seen = np.concatenate([state[s], x[s * tokens : (s + 1) * tokens]]).astype(np.float64)

@@ -19,7 +19,7 @@ from mlcbuild.models.weights import Declared
 from mlcbuild.recipes.types import Quantization
 
 _MAX_HEAD_DIM = 512  # MAX_HEAD_DIM and MAX_ROTARY in the CPU kernels
-_MAX_STATE = 256  # MAX_STATE there
+_MAX_STATE, _MAX_TAPS = 256, 32  # MAX_STATE and MAX_TAPS there
 _BACKEND = Backend(factories, attention.cache_kernels, recurrent.recurrence, encoder.attend)
 
 
@@ -66,3 +66,5 @@ def _check(structure: Structure) -> None:
         )
     if structure.state_size > _MAX_STATE:
         raise MlcBuildError(f"state_size is {structure.state_size}: the CPU kernels keep up to {_MAX_STATE} values")
+    if structure.conv_kernel > _MAX_TAPS:
+        raise MlcBuildError(f"conv_kernel is {structure.conv_kernel}: the CPU kernels take up to {_MAX_TAPS} tokens")

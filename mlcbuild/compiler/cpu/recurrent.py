@@ -15,7 +15,7 @@ from mlcbuild.compiler.cpu import calls
 from mlcbuild.models.operations import Expr
 from mlcbuild.models.recurrent.operations import Recurrence, Scanned
 
-_CHANNELS = 64  # of one task, where a task may have any: a few vectors
+_CHANNELS = 64  # of one task, where a task may have any: a few vectors; CHANNELS in state_space.c
 
 
 def recurrence(builder: relax.BlockBuilder, dtype: str) -> Recurrence:
@@ -115,7 +115,7 @@ def _convolve(width: int, taps: int, biased: bool) -> Any:
         calls.for_each(
             symbols["b"] * ((width + _CHANNELS - 1) // _CHANNELS),
             lambda task: calls.call(
-                "mlcbuild_convolve", x, w, *(bias or [None]), before, *outputs, tokens, width, taps, _CHANNELS, task
+                "mlcbuild_convolve", x, w, *(bias or [None]), before, *outputs, tokens, width, taps, task
             ),
         )
 

@@ -5,6 +5,8 @@
 #include "common.h"
 
 #define MAX_STATE 256  // values that a channel keeps
+#define MAX_TAPS 32    // tokens that a convolution sees
+#define CHANNELS 64    // of a convolution's task
 
 // The first `count` values, LANES at most.
 INLINE f32v take(const f32 *p, i64 count) {
@@ -37,38 +39,34 @@ INLINE f32v softplus_v(f32v x) {
 
 // y[t, c] = silu(bias[c] + sum_j w[c, j] x[t - (taps - 1) + j, c]). Before the first token come the last taps - 1 inputs
 // of the call before, oldest first, which state_in keeps: [sequences, taps - 1, width]. x, y: [sequences * tokens,
-// width]; bias may be null. One task: channels `task % blocks * block` and on of sequence `task / blocks`.
+// width]; bias may be null. One task: channels `task % blocks * CHANNELS` and on of sequence `task / blocks`.
 EXPORT void mlcbuild_convolve(const f32 *x, const f32 *w, const f32 *bias, const f32 *state_in, f32 *y, f32 *state_out,
-                              i64 tokens, i64 width, i64 taps, i64 block, i64 task) {
-    i64 blocks = (width + block - 1) / block, sequence = task / blocks, at = task % blocks * block;
-    i64 end = min_i64(at + block, width), before = taps - 1;
+                              i64 tokens, i64 width, i64 taps, i64 task) {
+    i64 blocks = (width + CHANNELS - 1) / CHANNELS, sequence = task / blocks, at = task % blocks * CHANNELS;
+    i64 end = min_i64(at + CHANNELS, width), before = taps - 1;
     x += sequence * tokens * width;
     y += sequence * tokens * width;
     state_in += sequence * before * width;
     state_out += sequence * before * width;
-    for (; at < end; at += LANES) {
-        i64 count = min_i64(end - at, LANES);
-        f32v first = bias ? take(bias + at, count) : splat(0.0f);
-        for (i64 t = 0; t < tokens; t++) give(y + t * width + at, first, count);
-        for (i64 j = 0; j < taps; j++) {
-            f32v factor = splat(0.0f);
-            for (i64 lane = 0; lane < count; lane++) factor[lane] = w[(at + lane) * taps + j];
-            for (i64 t = 0; t < tokens; t++) {
+    f32 factor[MAX_TAPS][CHANNELS];
+    for (i64 c = at; c < end; c++)
+        for (i64 j = 0; j < taps; j++) factor[j][c - at] = w[c * taps + j];
+    for (i64 t = 0; t < tokens; t++) {
+        for (i64 c = at; c < end; c += LANES) {
+            i64 count = min_i64(end - c, LANES);
+            f32v out = bias ? take(bias + c, count) : splat(0.0f);
+            for (i64 j = 0; j < taps; j++) {
                 i64 from = t + j - before;
                 const f32 *row = from < 0 ? state_in + (from + before) * width : x + from * width;
-                f32 *out = y + t * width + at;
-                give(out, take(out, count) + factor * take(row + at, count), count);
+                out += take(factor[j] + c - at, count) * take(row + c, count);
             }
+            give(y + t * width + c, out / (splat(1.0f) + exp_v(-out)), count);
         }
-        for (i64 t = 0; t < tokens; t++) {
-            f32v out = take(y + t * width + at, count);
-            give(y + t * width + at, out / (splat(1.0f) + exp_v(-out)), count);
-        }
-        for (i64 j = 0; j < before; j++) {
-            i64 from = tokens + j - before;
-            const f32 *row = from < 0 ? state_in + (from + before) * width : x + from * width;
-            give(state_out + j * width + at, take(row + at, count), count);
-        }
+    }
+    for (i64 j = 0; j < before; j++) {
+        i64 from = tokens + j - before;
+        const f32 *row = from < 0 ? state_in + (from + before) * width : x + from * width;
+        for (i64 c = at; c < end; c++) state_out[j * width + c] = row[c];
     }
 }
 

@@ -10,9 +10,21 @@ import numpy as np
 import pytest
 
 from mlcbuild.compiler.assemble import declare
+from mlcbuild.compiler.cpu.lower import lower
+from mlcbuild.errors import MlcBuildError
+from mlcbuild.models.architecture import resolve
 from mlcbuild.models.parameters import parameters
 from mlcbuild.runtime.model import Model
-from tests.architectures.agreement import CHUNK, IDS, Agreement, error, save, structure_of
+from tests.architectures.agreement import (
+    CHUNK,
+    IDS,
+    Agreement,
+    config_of,
+    error,
+    known_architectures,
+    save,
+    structure_of,
+)
 from tests.architectures.cases import CASES
 from tests.support import llama
 from tests.support.llama import Array
@@ -67,6 +79,19 @@ def test_the_contract_is_mlcs(built: tuple[Agreement, Array, Array]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"state_size": 257}, "state_size is 257: the CPU kernels keep up to 256 values"),
+        ({"conv_kernel": 33}, "conv_kernel is 33: the CPU kernels take up to 32 tokens"),
+    ],
+)
+def test_what_the_kernels_cannot_keep_is_refused(changes: dict[str, int], problem: str) -> None:
+    structure = resolve(known_architectures()["mamba2"], {**config_of(CASES["mamba2"]), **changes}, {})
+    with pytest.raises(MlcBuildError, match=problem):
+        lower(structure, llama.QUANTIZATIONS["q0f32"], "mamba2", llama.CPU)
+
+
+@pytest.mark.parametrize(
     ("name", "attention"),
     [
         ("rwkv", ["time_decay", "time_first", "time_mix_key", "time_mix_value", "time_mix_receptance",
@@ -95,6 +120,18 @@ def test_parameters_have_mlcs_names_order_and_dtypes(name: str, attention: list[
     kept = {"time_decay", "time_first", "time_faaaa", "ln_x.weight", "ln_x.bias"}
     assert {each for each in attention if dtypes.get(f"attention.{each}") == "float32"} == kept & set(attention)
     assert dtypes["attention.key.q_weight"] == "uint32" and dtypes["head.q_scale"] == "float16"
+
+
+@pytest.mark.parametrize(
+    ("name", "step_bias"), [("mamba", "dt_proj.bias"), ("falcon_mamba", "dt_proj.bias"), ("mamba2", "dt_bias")]
+)
+def test_what_a_scan_computes_with_is_float32_in_16_bits(name: str, step_bias: str) -> None:
+    structure = resolve(known_architectures()[name], config_of(CASES[name]), {})
+    declared = declare(structure, llama.QUANTIZATIONS["q4f16_1"])
+    kept = {p.name.removeprefix("backbone.layers.0.mixer.") for p in declared if p.layer == 0 and p.dtype == "float32"}
+    assert kept == {"conv1d.weight", "conv1d.bias", "A_log", "D", step_bias}
+    packed = {p.name.split(".")[-2] for p in declared if p.layer == 0 and p.part == "q_weight"}
+    assert packed == {"in_proj", "out_proj", *({"x_proj", "dt_proj"} if name != "mamba2" else ())}
 
 
 @pytest.mark.slow

@@ -60,6 +60,25 @@ def test_a_new_sequence_begins_with_nothing(built: tuple[Agreement, Array, Array
     assert error(session.prefill(session.add(), OTHER), other[-1]) < 1e-4
 
 
+def test_steps_are_taken_back_and_sequences_fork(
+    built: tuple[Agreement, Array, Array], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a longer history than our sessions ask for, as MLC's engine does."""
+    agreement, one, _ = built
+    monkeypatch.setattr("mlcbuild.runtime.session._HISTORY", 4)
+    session = agreement.session(2)
+    first = session.add()
+    session.prefill(first, IDS[:30])
+    for token in OTHER[:3]:
+        session.decode(first, token)
+    session._state("popn", first, 3)
+    assert error(session.decode(first, IDS[30]), one[30]) < 1e-4
+    session._state("fork_sequence", first, 7, -1)
+    session.lengths[7] = session.lengths[first]
+    session.decode(first, OTHER[0])
+    assert error(session.decode(7, IDS[31]), one[31]) < 1e-4
+
+
 def test_a_text_may_be_longer_than_any_window(built: tuple[Agreement, Array, Array]) -> None:
     agreement = built[0]
     model = Model(agreement.network, {})

@@ -97,8 +97,7 @@ def _emit_model(d: Decoder, backend: Backend) -> None:
 
         emit_encoder(d, backend.attend(d.builder, d.dtype))
     elif kind in RECURRENT and backend.recurrence is not None:
-        from mlcbuild.models.recurrent.layers import slots
-        from mlcbuild.models.recurrent.model import emit_recurrent
+        from mlcbuild.models.recurrent.model import emit_recurrent, slots
 
         emit_recurrent(d, backend.recurrence(d.builder, d.dtype))
         rnn_state.emit_create(d.builder, d.structure.num_hidden_layers, slots(d.structure))

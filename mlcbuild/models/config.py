@@ -40,7 +40,7 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
     `rope_local_base_freq`, as in transformers 4. Raises MlcBuildError where one of them is no mapping, and for a
     scaling of layers with a window.
     """
-    flat = dict(config)
+    flat = {key: _finite_or_not(value) for key, value in config.items()}
     parameters = _mapping(flat.pop("rope_parameters", None), "rope_parameters")
     if "full_attention" in parameters:
         local = _mapping(parameters.get("sliding_attention"), "rope_parameters.sliding_attention")
@@ -65,6 +65,14 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
         flat[_SCORES] = given[_SCORES]
     flat["rope_scaling"] = _scaling(given, flat)
     return flat
+
+
+def _finite_or_not(value: Any) -> Any:
+    """transformers 5 writes infinity, which JSON has not, as {"__float__": "Infinity"}, in lists too."""
+    if isinstance(value, list):
+        return [_finite_or_not(each) for each in value]
+    special = value.get("__float__") if isinstance(value, Mapping) else None
+    return float(special) if special in ("Infinity", "-Infinity", "NaN") else value
 
 
 def _mapping(value: Any, key: str) -> Mapping[str, Any]:

@@ -68,6 +68,8 @@ SIZES = (
     "kv_lora_rank",
     "qk_head_dim",
     "value_head_dim",
+    "state_size",
+    "time_step_rank",
 )
 COUNTS = (
     "q_lora_rank",
@@ -82,7 +84,7 @@ COUNTS = (
 MOST_LAYERS, MOST_EXPERTS = 4096, 500_000  # experts of all layers together
 LARGEST_HEAD, LARGEST_SIZE = 1 << 16, (1 << 31) - 1  # of and in heads; of all other sizes
 _MOST = {
-    **dict.fromkeys((*SIZES, *COUNTS), LARGEST_SIZE),
+    **dict.fromkeys((*SIZES, *COUNTS, "conv_kernel"), LARGEST_SIZE),
     **dict.fromkeys(
         ("num_attention_heads", "num_key_value_heads", "head_dim", "qk_head_dim", "value_head_dim", "rotary_dim"),
         LARGEST_HEAD,
@@ -91,6 +93,7 @@ _MOST = {
 }
 NUMBERS = ("norm_offset", "embedding_scale", "residual_scale", "logits_scale", "routed_scaling_factor", "router_jitter")
 _POSITIVE = (
+    "state_norm_eps",
     "final_logit_softcapping",
     "attention_scale",
     "attn_logit_softcapping",
@@ -103,6 +106,8 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(COUNTS, ("a whole number", lambda value: type(value) is int and value >= 0)),
     **dict.fromkeys(NUMBERS, ("a number", is_number)),
     **dict.fromkeys(_POSITIVE, ("a number above 0", partial(is_above, 0))),
+    "conv_kernel": ("a whole number of at least 2", lambda value: type(value) is int and value > 1),
+    "time_step_limits": ("two numbers, the least and the largest step", lambda value: _is_range(value)),
     **dict.fromkeys(("rope_theta", "rope_local_theta"), ("a number above 1", partial(is_above, 1))),
 }
 CHOICES = {
@@ -118,6 +123,10 @@ CHOICES = {
     "head_activation": ("silu", "gelu", "gelu_tanh", "relu", "relu2"),
     "activation": ("silu", "gelu", "gelu_tanh", "relu", "relu2", "xielu"),
 }
+
+
+def _is_range(value: Any) -> bool:
+    return all(map(is_number, value)) and value[0] <= value[1]
 
 
 def read(rules: Mapping[str, Any], config: Values, given: Values) -> tuple[dict[str, Any], list[str]]:

@@ -94,6 +94,9 @@ class Structure:
     embedding         of a model of texts: MLC's embedding_metadata, as its library tells it
     rescale_every     recurrent: layers after which hidden states are halved; 0: never. group_norm_eps: of the norm over
                       each head's output. time_mix_extra_dim, time_decay_extra_dim: widths of low-rank products
+    state_size        mamba, mamba2: values that a channel keeps. conv_kernel: tokens that a convolution sees;
+                      time_step_rank: width of a low-rank product; time_step_limits: between which steps are kept;
+                      state_norm_eps: of norms over steps, B and C, None: none. mamba2 has num_key_value_heads groups
     type_vocab_size   encoder: rows of `token_type_embedding`. embedding_size: width of its tables, where it is another
     optional_prefix   what checkpoint tensor names begin with, or leave out all together
     num_experts       experts of a layer that has a `router`. Each token goes to num_experts_per_tok of them, which
@@ -186,6 +189,11 @@ class Structure:
     time_decay_extra_dim: int = choice(0)
     type_vocab_size: int = choice(0)
     embedding_size: int | None = choice(None)
+    state_size: int = choice(0)
+    conv_kernel: int = choice(0)
+    time_step_rank: int = choice(0)
+    time_step_limits: tuple[float, float] = choice((0.0, 1e30))
+    state_norm_eps: float | None = choice(None)
 
     def to_json(self) -> dict[str, Any]:
         """Every field but choices at their default, JSON-able, such that `from_json` gives an equal structure."""

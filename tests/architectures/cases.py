@@ -115,11 +115,44 @@ RWKV: dict[str, Any] = {
 }
 RWKV5 = {"model_type": "rwkv5", "model_version": "5_2", "head_size": rwkv.HEAD, "head_size_divisor": 8, **RWKV}
 RWKV6 = {"model_type": "rwkv6", "head_size": rwkv.HEAD, **RWKV}
+MAMBA: dict[str, Any] = {  # 69 and 92 channels fill no whole vectors, 69 no whole task
+    "vocab_size": 96, "hidden_size": 46, "intermediate_size": 69, "state_size": 5, "num_hidden_layers": 3,
+    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+}  # fmt: skip
+MAMBA2 = {"model_type": "mamba2", **MAMBA, "intermediate_size": 92, "num_heads": 4, "head_dim": 23, "n_groups": 2}
 NO_WINDOW = {"context_window_size": -1}
 CASES: dict[str, Case] = {
     "rwkv": Case("rwkv", {"model_type": "rwkv", "context_length": 64, **RWKV}, overrides=NO_WINDOW),
     "rwkv5": Case("rwkv5", RWKV5, rwkv.shapes_5, rwkv.logits_5, NO_WINDOW),
     "rwkv6": Case("rwkv6", RWKV6, rwkv.shapes_6, rwkv.logits_6, NO_WINDOW),
+    "mamba": Case("mamba", {"model_type": "mamba", **MAMBA}, overrides=NO_WINDOW),
+    "mamba-biases": Case(
+        "mamba",
+        {
+            "model_type": "mamba",
+            **MAMBA,
+            "use_bias": True,
+            "use_conv_bias": False,
+            "conv_kernel": 3,
+            "time_step_rank": 7,
+            "tie_word_embeddings": False,
+        },
+        overrides=NO_WINDOW,
+        quantizations=("q0f32",),
+    ),
+    # The norm of steps of rank 3 would multiply what rounding leaves.
+    "falcon_mamba": Case(
+        "falcon_mamba",
+        {"model_type": "falcon_mamba", **MAMBA, "state_size": 9, "time_step_rank": 8},
+        overrides=NO_WINDOW,
+    ),
+    "mamba2": Case("mamba2", MAMBA2, overrides=NO_WINDOW),
+    "mamba2-limits": Case(
+        "mamba2",
+        {**MAMBA2, "time_step_limit": [0.6, 0.9], "use_bias": True, "use_conv_bias": False, "n_groups": 4},
+        overrides=NO_WINDOW,
+        quantizations=("q0f32",),
+    ),
     "llama": like_llama("llama"),
     "qwen2": like_llama("qwen2"),
     "qwen2-tied": like_llama("qwen2", tie_word_embeddings=True),

@@ -40,7 +40,14 @@ def test_every_architecture_has_a_case() -> None:
     """Encoders, and decoders that give vectors, have theirs in test_encoder.py."""
     known = {name: each.data for name, each in known_architectures().items() if "embedding" not in each.data}
     decoders = {name for name, data in known.items() if data.get("kind", "decoder") == "decoder"}
-    assert {case.architecture for case in CASES.values()} >= decoders | {"rwkv", "rwkv5", "rwkv6"}
+    assert {case.architecture for case in CASES.values()} >= decoders | {
+        "rwkv",
+        "rwkv5",
+        "rwkv6",
+        "mamba",
+        "falcon_mamba",
+        "mamba2",
+    }
 
 
 @pytest.mark.parametrize("name", CASES)

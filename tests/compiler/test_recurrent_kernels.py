@@ -86,6 +86,57 @@ def test_project(kernels: Kernels) -> None:
     np.testing.assert_allclose(y, np.einsum("ngk,gkm->gnm", x.reshape(n, groups, depth), w), atol=1e-5)
 
 
+@pytest.mark.parametrize(("tokens", "taps", "biased"), [(7, 4, True), (1, 4, False), (2, 3, True)])
+def test_convolve(kernels: Kernels, tokens: int, taps: int, biased: bool) -> None:
+    """Of fewer tokens than the convolution sees, too; channels that fill no vector, more than one task."""
+    width, before = 69, taps - 1
+    x, w, bias = normal(0, SEQUENCES * tokens, width), normal(1, width, 1, taps), normal(2, width)
+    state = normal(3, SEQUENCES, before, width)
+    out, after = np.full_like(x, np.nan), np.full_like(state, np.nan)
+    for task in range(SEQUENCES * 2):
+        given = (x, w, bias if biased else None, state, out, after, tokens, width, taps, task)
+        kernels("mlcbuild_convolve", *given)
+    for s in range(SEQUENCES):
+        seen = np.concatenate([state[s], x[s * tokens : (s + 1) * tokens]]).astype(np.float64)
+        total = sum(seen[j : j + tokens] * w[:, 0, j] for j in range(taps)) + bias * biased
+        np.testing.assert_allclose(out[s * tokens : (s + 1) * tokens], total / (1 + np.exp(-total)), atol=1e-6)
+        np.testing.assert_array_equal(after[s], seen[tokens:].astype(np.float32))
+
+
+@pytest.mark.parametrize("each", [True, False])
+def test_scan(kernels: Kernels, each: bool) -> None:
+    """Mamba's channels have rates for each value of their states, Mamba-2's heads one; steps are kept in limits."""
+    heads, dim, groups, size = (69, 1, 1, 17) if each else (6, 23, 3, 16)
+    rows, width, limits = SEQUENCES * TOKENS, heads * dim, (0.001, 3.0)
+    x, step, bias, skip = normal(0, rows, width), 9 * normal(1, rows, heads), normal(2, heads), normal(3, heads)
+    rate = -np.exp(normal(4, *([size] if each else []), heads))
+    b, c = (normal(seed, rows, groups, size) for seed in (5, 6))
+    before = normal(7, SEQUENCES, size, width)
+    out, after = np.full_like(x, np.nan), np.full_like(before, np.nan)
+    block = 64 if each else dim
+    for task in range(SEQUENCES * -(-width // block)):
+        given = (x, step, bias, rate, b, c, skip, before, out, after)
+        kernels("mlcbuild_scan", *given, TOKENS, heads, dim, groups, size, int(each), block, task, *limits)
+    t = np.repeat(np.clip(np.logaddexp(0, step.astype(np.float64) + bias), *limits), dim, axis=1)
+    for s in range(SEQUENCES):
+        state = before[s].astype(np.float64)
+        for row in range(s * TOKENS, (s + 1) * TOKENS):
+            mine_b, mine_c = (np.repeat(v[row].T, width // groups, axis=1) for v in (b, c))
+            state = np.exp(t[row] * (rate if each else np.repeat(rate, dim))) * state + mine_b * (t[row] * x[row])
+            expected = (state * mine_c).sum(0) + np.repeat(skip, dim) * x[row]
+            np.testing.assert_allclose(out[row], expected, rtol=1e-5, atol=2e-5)
+        np.testing.assert_allclose(after[s], state, rtol=1e-5, atol=1e-5)
+
+
+def test_small_steps_keep_their_digits(kernels: Kernels) -> None:
+    """softplus(x) is about exp(x) far below zero, and x far above; a state that begins as 0 becomes the step itself."""
+    step = np.linspace(-60, 60, 64, dtype=np.float32)
+    zero, one, out = np.zeros((1, 64), np.float32), np.ones((1, 64), np.float32), np.full((1, 64), np.nan, np.float32)
+    given = (one, step, zero, zero, one, one, zero, zero, out, np.empty_like(out))
+    kernels("mlcbuild_scan", *given, 1, 64, 1, 1, 1, 1, 64, 0, 0.0, 1e30)
+    np.testing.assert_allclose(out[0], np.logaddexp(0, step.astype(np.float64)), rtol=5e-6)
+
+
 def test_masked_attention(kernels: Kernels) -> None:
     """Rows of two tasks; keys in several blocks with holes; a sequence of which nobody sees anything."""
     tokens, heads, dim = 77, 2, 20

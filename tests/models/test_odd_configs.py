@@ -42,6 +42,15 @@ DEEPSEEK: dict[str, Any] = {
     "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 20, "n_routed_experts": 8, "num_experts_per_tok": 2,
     "moe_intermediate_size": 32, "n_group": 4, "topk_group": 2, "rope_interleave": True, "first_k_dense_replace": 1,
 }  # fmt: skip
+MAMBA2: dict[str, Any] = {  # as transformers 5 writes it
+    "model_type": "mamba2", "hidden_size": 64, "num_hidden_layers": 3, "num_heads": 4, "head_dim": 32, "vocab_size": 90,
+    "n_groups": 2, "state_size": 16, "conv_kernel": 4, "time_step_limit": [0.0, {"__float__": "Infinity"}],
+    "use_conv_bias": True,
+}  # fmt: skip
+FALCON_MAMBA: dict[str, Any] = {
+    "model_type": "falcon_mamba", "hidden_size": 64, "num_hidden_layers": 3, "vocab_size": 90, "expand": 2,
+    "mixer_rms_eps": 1e-6, "time_step_rank": "auto",
+}  # fmt: skip
 
 
 def scaled(**settings: Any) -> dict[str, Any]:
@@ -58,7 +67,8 @@ LONGROPE = scaled(
 DYNAMIC = scaled(rope_type="dynamic", factor=2.0)
 CONFIGS = {
     "llama": LLAMA, "llama3": LLAMA3, "yarn": YARN, "longrope": LONGROPE, "dynamic": DYNAMIC,
-    "qwen2_moe": MOE, "gemma3_text": GEMMA3, "rwkv6": RWKV6, "deepseek_v3": DEEPSEEK,
+    "qwen2_moe": MOE, "gemma3_text": GEMMA3, "rwkv6": RWKV6, "deepseek_v3": DEEPSEEK, "mamba2": MAMBA2,
+    "falcon_mamba": FALCON_MAMBA,
 }  # fmt: skip
 ODD: tuple[Any, ...] = ("x", "64", -1, 0, 1.5, [], {}, ["a"], [1, 2], {"a": 1}, True, float("nan"), float("inf"))
 ODD += (10**8,)
@@ -128,6 +138,9 @@ def test_any_value_of_any_key_is_refused_or_understood(name: str) -> None:
         (MOE, ("shared_expert_intermediate_size",), 1.5, "shared_expert_intermediate_size is 1.5, expected a whole"),
         (MOE, ("norm_topk_prob",), "no", "norm_topk_prob is 'no', expected true or false"),
         (RWKV6, ("rescale_every",), "x", "rescale_every is 'x', expected a whole number"),
+        (MAMBA2, ("conv_kernel",), 1, "conv_kernel is 1, expected a whole number of at least 2"),
+        (MAMBA2, ("time_step_limit",), [2, 1], "time_step_limits is (2, 1), expected two numbers, the least and the"),
+        (MAMBA2, ("n_groups",), 3, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
         # FAULTS.md D: planning went through the layers one by one, and did not come back.
         (LLAMA, ("num_hidden_layers",), 10**8, "num_hidden_layers is 100,000,000, and models of at most 4,096 are"),
         (GEMMA3, ("num_hidden_layers",), 10**8, "num_hidden_layers is 100,000,000, and models of at most 4,096 are"),

@@ -13,12 +13,13 @@ from mlcbuild.compiler.cpu import attention, encoder, formats, recurrent, source
 from mlcbuild.compiler.cpu.operations import factories
 from mlcbuild.compiler.cpu.sources import Source
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.models.kinds import RECURRENT
+from mlcbuild.models.kinds import RECURRENT, STATE_SPACES
 from mlcbuild.models.structure import Structure
 from mlcbuild.models.weights import Declared
 from mlcbuild.recipes.types import Quantization
 
 _MAX_HEAD_DIM = 512  # MAX_HEAD_DIM and MAX_ROTARY in the CPU kernels
+_MAX_STATE, _MAX_TAPS = 256, 32  # MAX_STATE and MAX_TAPS there
 _BACKEND = Backend(factories, attention.cache_kernels, recurrent.recurrence, encoder.attend)
 
 
@@ -45,7 +46,8 @@ def lower(
 
 def _files(structure: Structure) -> tuple[str, ...]:
     """The C sources of a kind of model, without .c, beside those of its formats."""
-    return ("recurrent", "rows") if structure.kind in RECURRENT else ("attention", "rows")
+    own = "state_space" if structure.kind in STATE_SPACES else "recurrent"
+    return (own, "rows") if structure.kind in RECURRENT else ("attention", "rows")
 
 
 def _kernels(
@@ -62,3 +64,7 @@ def _check(structure: Structure) -> None:
         raise MlcBuildError(
             f"head_dim is {structure.head_dim}: the CPU kernels take even numbers up to {_MAX_HEAD_DIM}"
         )
+    if structure.state_size > _MAX_STATE:
+        raise MlcBuildError(f"state_size is {structure.state_size}: the CPU kernels keep up to {_MAX_STATE} values")
+    if structure.conv_kernel > _MAX_TAPS:
+        raise MlcBuildError(f"conv_kernel is {structure.conv_kernel}: the CPU kernels take up to {_MAX_TAPS} tokens")

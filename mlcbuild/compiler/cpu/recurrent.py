@@ -1,4 +1,6 @@
-"""Recurrences on the CPU: TIR functions around kernels/recurrent.c, and the table that recurrent models take."""
+"""Recurrences on the CPU: TIR functions around kernels/recurrent.c and state_space.c, and the table that recurrent
+models take.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,9 @@ from tvm import relax, tirx
 from mlcbuild.compiler import operations
 from mlcbuild.compiler.cpu import calls
 from mlcbuild.models.operations import Expr
-from mlcbuild.models.recurrent.operations import Recurrence
+from mlcbuild.models.recurrent.operations import Recurrence, Scanned
 
-_CHANNELS = 64  # of one task of wkv4: a few vectors
+_CHANNELS = 64  # of one task, where a task may have any: a few vectors; CHANNELS in state_space.c
 
 
 def recurrence(builder: relax.BlockBuilder, dtype: str) -> Recurrence:
@@ -37,7 +39,19 @@ def recurrence(builder: relax.BlockBuilder, dtype: str) -> Recurrence:
         shape = [groups, x.ty.shape[0], width]
         return call(_project(groups, depth, width, dtype), "project", [x, w], [shape])[0]
 
-    return Recurrence(wkv4, wkv, project)
+    def convolve(x: Expr, w: Expr, bias: Expr | None, state: Expr) -> tuple[Expr, ...]:
+        width, _, taps = (int(size) for size in w.ty.shape)
+        inputs = [x, w, *([] if bias is None else [bias]), state]
+        shapes = [list(x.ty.shape), list(state.ty.shape)]
+        return tuple(call(_convolve(width, taps, bias is not None), "convolve", inputs, shapes))
+
+    def scan(
+        x: Expr, step: Expr, step_bias: Expr, rate: Expr, b: Expr, c: Expr, skip: Expr, state: Expr, scanned: Scanned
+    ) -> tuple[Expr, ...]:
+        inputs = [x, step, step_bias, rate, b, c, skip, state]
+        return tuple(call(_scan(scanned), "scan", inputs, [list(x.ty.shape), list(state.ty.shape)]))
+
+    return Recurrence(wkv4, wkv, project, convolve, scan)
 
 
 def _is_one(size: Any) -> bool:
@@ -88,3 +102,39 @@ def _project(groups: int, depth: int, width: int, dtype: str) -> Any:
 
     inputs = [(("n", groups * depth), "float32"), ((groups, depth, width), dtype)]
     return calls.function("project", inputs, [((groups, "n", width), "float32")], body)
+
+
+@functools.cache
+def _convolve(width: int, taps: int, biased: bool) -> Any:
+    rows, state = (("n", width), "float32"), (("b", (taps - 1) * width), "float32")
+    bias = [((width,), "float32")] if biased else []
+
+    def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
+        x, w, *bias, before = inputs
+        tokens = symbols["n"] // symbols["b"]
+        calls.for_each(
+            symbols["b"] * ((width + _CHANNELS - 1) // _CHANNELS),
+            lambda task: calls.call(
+                "mlcbuild_convolve", x, w, *(bias or [None]), before, *outputs, tokens, width, taps, task
+            ),
+        )
+
+    return calls.function("convolve", [rows, ((width, 1, taps), "float32"), *bias, state], [rows, state], body)
+
+
+@functools.cache
+def _scan(s: Scanned) -> Any:
+    width, block = s.heads * s.dim, _CHANNELS if s.each else s.dim
+    rows, state, steps = (("n", width), "float32"), (("b", s.size * width), "float32"), (("n", s.heads), "float32")
+    per_head, inner = ((s.heads,), "float32"), (("n", s.groups * s.size), "float32")
+    limits = [tirx.const(limit, "float32") for limit in s.limits]
+
+    def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
+        sizes = (symbols["n"] // symbols["b"], s.heads, s.dim, s.groups, s.size, int(s.each), block)
+        calls.for_each(
+            symbols["b"] * ((width + block - 1) // block),
+            lambda task: calls.call("mlcbuild_scan", *inputs, *outputs, *sizes, task, *limits),
+        )
+
+    rate = ((s.size, s.heads), "float32") if s.each else per_head
+    return calls.function("scan", [rows, steps, per_head, rate, inner, inner, per_head, state], [rows, state], body)

@@ -1,1 +1,1 @@
-"""RWKV: models whose state does not grow with the text."""
+"""RWKV and Mamba: models whose state does not grow with the text."""

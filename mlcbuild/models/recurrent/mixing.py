@@ -1,4 +1,4 @@
-"""Elementwise pieces of RWKV, as TE: each becomes one loop on any device.
+"""Elementwise pieces of recurrent models, as TE: each becomes one loop on any device.
 
 `n` tokens are those of `b` sequences of equal length, t = n / b tokens each, one sequence after the other. Parameters
 come in the shapes of the checkpoints, [1, 1, H] and the like; all arithmetic is in float32.
@@ -61,6 +61,16 @@ def scaled_and_gated(x: te.Tensor, weight: te.Tensor, bias: te.Tensor, gate: te.
         return y * gate[i, j] * te.sigmoid(gate[i, j])
 
     return te.compute(x.shape, value, name="scaled_and_gated")
+
+
+def gated(x: te.Tensor, gate: te.Tensor) -> te.Tensor:
+    """x silu(gate) [n, A]"""
+    return te.compute(x.shape, lambda i, j: x[i, j] * gate[i, j] * te.sigmoid(gate[i, j]), name="gated")
+
+
+def scaled(x: te.Tensor, weight: te.Tensor) -> te.Tensor:
+    """x weight [n, A]"""
+    return te.compute(x.shape, lambda i, j: x[i, j] * weight[j].astype("float32"), name="scaled")
 
 
 def received(receptance: te.Tensor, x: te.Tensor) -> te.Tensor:

@@ -11,9 +11,17 @@ from tvm import ir, relax, tirx
 
 from mlcbuild.models.decoder import Decoder, numbered, one_per_kind
 from mlcbuild.models.entry_points import emit_entry_points
+from mlcbuild.models.kinds import STATE_SPACES
 from mlcbuild.models.operations import Expr
-from mlcbuild.models.recurrent.layers import Layer, layer, slots
-from mlcbuild.models.recurrent.operations import Recurrence, State
+from mlcbuild.models.recurrent import layers, state_space
+from mlcbuild.models.recurrent.layers import Layer
+from mlcbuild.models.recurrent.operations import Recurrence, Slot, State
+from mlcbuild.models.structure import Structure
+
+
+def slots(s: Structure) -> tuple[Slot, ...]:
+    """What each layer keeps per sequence."""
+    return state_space.slots(s) if s.kind in STATE_SPACES else layers.slots(s)
 
 
 def emit_recurrent(decoder: Decoder, recurrence: Recurrence) -> None:
@@ -38,13 +46,14 @@ def _emit_layer(d: Decoder, recurrence: Recurrence, number: int) -> relax.Global
 
     def body() -> Expr:
         held = State(d.builder, state, layer_id, batch, slots(d.structure))
-        hidden = layer(Layer(d, recurrence, held, d.given(number, given)), x)
+        at = Layer(d, recurrence, held, d.given(number, given))
+        hidden = state_space.layer(at, x) if d.structure.kind in STATE_SPACES else layers.layer(at, x)
         return relax.Tuple([hidden, held.expression])
 
     return d.function(numbered("recurrent_layer", number), inputs, body, private=True)
 
 
-def _emit_model(d: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalVar:
+def _emit_model(d: Decoder, functions: Sequence[relax.GlobalVar]) -> relax.GlobalVar:
     """Add `model(x [n, H], batch shape, state, params) -> ([n, H], state)`: all layers and the norms around them."""
     s = d.structure
     x, state, params = _hidden(d), _state(), d.params()
@@ -52,8 +61,8 @@ def _emit_model(d: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalVa
 
     def body() -> Expr:
         weights = d.weights(params)
-        hidden, after = d.norm(x, weights, "first_norm"), state
-        for number, function in enumerate(layers):
+        hidden, after = d.norm(x, weights, "first_norm") if "first_norm" in weights else x, state
+        for number, function in enumerate(functions):
             inputs = [hidden, shape, after, relax.prim_value(number), *weights.layer(number)]
             both = d.builder.emit(relax.Call(function, inputs))
             hidden, after = (d.builder.emit(relax.TupleGetItem(both, i)) for i in (0, 1))

@@ -17,6 +17,22 @@ from mlcbuild.models.operations import Expr
 
 
 @dataclass(frozen=True)
+class Scanned:
+    """A selective scan: `heads` of `dim` channels, each with a state of `size` values; a step is kept within `limits`.
+
+    `groups` of neighbouring heads share what goes into a state and what is read from it. `each`: a head is a channel,
+    whose state has a rate for each of its values, not one for all.
+    """
+
+    heads: int
+    dim: int
+    groups: int
+    size: int
+    limits: tuple[float, float]
+    each: bool
+
+
+@dataclass(frozen=True)
 class Recurrence:
     """Builders of relax expressions.
 
@@ -30,11 +46,20 @@ class Recurrence:
         then S_ij becomes decay_j S_ij + k_j v_i.
     project(x [n, G * K], w [G, K, N]) -> [G, n, N]
         G products of narrow matrices: reshape x to [n, G, K], permute to [G, n, K], matmul.
+    convolve(x [n, C], w [C, 1, K], bias [C] or None, state [b, (K - 1) * C]) -> (out [n, C], state)
+        silu of the sum over the K last inputs x_t of a channel, each times its weight, and the bias. The state holds
+        the last K - 1 inputs, [K - 1, C], the oldest first.
+    scan(x [n, heads * dim], step [n, heads], step_bias [heads], rate [heads] or [size, heads], b, c [n, groups * size],
+        skip [heads], state [b, size * heads * dim], scanned) -> (out [n, heads * dim], state)
+        For each channel, over the tokens in order, with s its state and t = softplus(step + step_bias) within limits:
+        s becomes exp(t rate) s + t x b; then out = s . c + skip x.
     """
 
     wkv4: Callable[..., tuple[Expr, Expr, Expr, Expr]]
     wkv: Callable[..., tuple[Expr, Expr]]
     project: Callable[[Expr, Expr], Expr]
+    convolve: Callable[[Expr, Expr, Expr | None, Expr], tuple[Expr, Expr]]
+    scan: Callable[..., tuple[Expr, Expr]]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+from huggingface_hub.errors import StrictDataclassClassValidationError
 
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.architecture import resolve
@@ -62,7 +63,10 @@ def test_a11_a_key_that_is_absent_has_the_default_of_its_class(architecture: str
     logging.getLogger("transformers").setLevel(logging.ERROR)
     parted = {}
     for key in read_keys(architecture):
-        config = whole(OF_TRANSFORMERS[architecture], key)
+        try:
+            config = whole(OF_TRANSFORMERS[architecture], key)
+        except StrictDataclassClassValidationError:  # with this default, the case's other sizes are no such model
+            continue
         ours = outcome(architecture, less(config, key))
         if ours != (theirs := outcome(architecture, config)):
             parted[key] = (ours, theirs)

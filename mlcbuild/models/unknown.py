@@ -50,7 +50,7 @@ def complaints(architecture: Architecture, config: Mapping[str, Any]) -> list[st
 def nearest(architectures: Iterable[Architecture], config: Mapping[str, Any]) -> str:
     """Sentences: those that read most of the config, and what each does not know or does not find in it.
 
-    Not those that refuse it. Among equals, the first is the one whose choices are most like it. No key says how rope
+    Not those that refuse it. Among equals, the first is the one whose defaults are most like it. No key says how rope
     pairs dimensions, where positions begin or which norm is meant. So none is promised to fit.
     """
     ranked = sorted(
@@ -87,13 +87,10 @@ def allows(allowed: Sequence[Any], config: Mapping[str, Any], key: str) -> bool:
 
 
 def unlike(architecture: Architecture, config: Mapping[str, Any]) -> int:
-    """How many of the architecture's rules with a default find another value in the config, or none at all."""
+    """How many values of the config are not what the architecture's rules have where there are none."""
     count = 0
     for rule in architecture.data["config"].values():
-        if "default" not in rule or names_in(rule["default"]):
-            continue
-        if all(lookup(config, key) is None for key in keys(rule)):
-            count += 1  # the config of another architecture has no such choice
+        if "default" not in rule or names_in(rule["default"]) or all(lookup(config, key) is None for key in keys(rule)):
             continue
         try:
             count += value_of(rule, config, {}) != evaluate(rule["default"], {})

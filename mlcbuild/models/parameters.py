@@ -64,7 +64,7 @@ def shape_of(role: str, structure: Structure) -> tuple[int, ...]:
     """
     if structure.kind in RECURRENT:
         return recurrent_shapes(structure)[role]
-    if role.endswith("_bias"):
+    if role.endswith("_bias") and role not in _SHAPES:
         of = role.removesuffix("_bias")
         if of.endswith("_norm"):
             return shape_of(of, structure)
@@ -116,6 +116,7 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "shared_gate_up_proj": lambda s: (2 * s.shared_expert_intermediate_size, s.hidden_size),
     "shared_down_proj": lambda s: (s.hidden_size, s.shared_expert_intermediate_size),
     "shared_gate": lambda s: (1, s.hidden_size),
+    "relative_bias": lambda s: (32, s.num_attention_heads),
     "q_norm": lambda s: _head_norm(s, s.num_attention_heads),
     "k_norm": lambda s: _head_norm(s, s.num_key_value_heads),
     "attention_norm": _width,

@@ -57,7 +57,7 @@ def _outside(s: Structure) -> tuple[set[str], set[str]]:
     norms = last if s.norm == "rms" and s.norm_weights else set()
     biases = _biases(s, (*last, "embedding_norm", "head_norm"))
     used = {*last, "embedding_norm", "position_embedding", "lm_head", "lm_head_bias", *biases}
-    return needed | norms, used | {"head_proj", "head_bias", "head_norm"}
+    return needed | norms, used | {"head_dense", "head_dense_bias", "head_norm"}
 
 
 def _layer(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:

@@ -155,10 +155,10 @@ class Decoder:
         """What the last layer gives [n, H], as the head is given it."""
         s = self.structure
         hidden = hidden if s.norm_position == "sum" else self.norm(hidden, weights, "final_norm")
-        if "head_proj" not in weights:
+        if "head_dense" not in weights:
             return hidden
-        hidden = self.operations.activation(self.project(hidden, weights, "head"), s.head_activation)
-        return self.norm(hidden, weights, "head_norm")
+        hidden = self.biased(hidden, weights, "head_dense", "head_dense_bias", self.operations.compute)
+        return self.norm(self.operations.activation(hidden, s.head_activation), weights, "head_norm")
 
 
 def kv_cache(name: str = "paged_kv_cache") -> relax.Var:

@@ -7,18 +7,22 @@ n = b * s.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
+import numpy.typing as npt
 from tvm import relax, te, tirx
 
 from mlcbuild.models.decoder import Decoder, numbered, one_per_kind
 from mlcbuild.models.operations import Expr
 from mlcbuild.models.weights import Weights
 
-# attend(qkv [n, 3 * heads * D] of the model dtype, mask int32 [b, s], heads) -> [n, heads * D] of that dtype:
-# softmax(q kᵀ / sqrt(D)) v of each head, among the tokens of its sequence whose mask is not 0. As relax operations:
+# attend(qkv [n, 3 * heads * D] of the model dtype, mask int32 [b, s], bias float32 [heads, 2 * C - 1] or None, heads)
+# -> [n, heads * D] of that dtype: softmax(q kᵀ / sqrt(D) + bias) v of each head, among the tokens of its sequence whose
+# mask is not 0. Entry j - i + C - 1 of a head's bias is for the query i and the key j. As relax operations:
 # reshape to [b, s, 3, heads, D], split, permute, matmul, where(mask), softmax, matmul.
-Attend = Callable[[Expr, Expr, int], Expr]
+Attend = Callable[[Expr, Expr, Expr | None, int], Expr]
 
 
 def emit_encoder(decoder: Decoder, attend: Attend) -> None:
@@ -32,7 +36,7 @@ def emit_encoder(decoder: Decoder, attend: Attend) -> None:
     def body() -> Expr:
         weights = d.weights(params)
         flat = d.builder.emit(relax.op.reshape(ids, [b * s]))
-        hidden = d.builder.emit(relax.Call(run, [_embedded(d, weights, flat, ids), mask, params]))
+        hidden = d.builder.emit(relax.Call(run, [_embedded(d, weights, flat, ids), mask, *_bias(d, weights), params]))
         return relax.op.reshape(d.cast(hidden, d.dtype), [b, s, hidden_size])
 
     d.function("prefill", [ids, mask, params], body)
@@ -59,6 +63,31 @@ def _embedded(d: Decoder, weight: Weights, flat: Expr, ids: Expr) -> Expr:
     return d.project(total, weight, "embedding") if "embedding_proj" in weight else total
 
 
+def _bias(d: Decoder, weight: Weights) -> list[Expr]:
+    """MPNet's biases of scores by distance, the same for all layers: float32 [heads, 2 * C - 1], or none."""
+    if "relative_bias" not in weight:
+        return []
+    rows = relax.const(buckets(d.structure.context_window_size))
+
+    def table(of: te.Tensor, w: te.Tensor) -> te.Tensor:
+        return te.compute((w.shape[1], of.shape[0]), lambda h, j: w[of[j], h].astype("float32"), name="biases")
+
+    return [d.builder.emit_te(table, rows, weight("relative_bias").plain, primfunc_name_hint="biases")]
+
+
+def buckets(longest: int) -> npt.NDArray[np.int32]:
+    """int32 [2 * C - 1]: the row of 32 for each distance of a key from the query, as T5 has them (arXiv 1910.10683).
+
+    Half of them are for keys behind the query; up to 8 each distance has its own, and those from 128 on share one.
+    """
+    distance = np.arange(1 - longest, longest)
+    far = np.maximum(np.abs(distance), 1).astype(np.float32)
+    large = 8 + (np.log(far / np.float32(8)) / np.float32(math.log(16)) * 8).astype(np.int32)
+    rows = np.where(np.abs(distance) < 8, np.abs(distance), np.minimum(large, 15))
+    found: npt.NDArray[np.int32] = (rows + 16 * (distance > 0)).astype(np.int32)
+    return found
+
+
 def _positions(ids: te.Tensor) -> te.Tensor:
     tokens = ids.shape[1]
     return te.compute((ids.shape[0] * tokens,), lambda i: (i % tokens).astype("int32"), name="positions")
@@ -66,37 +95,42 @@ def _positions(ids: te.Tensor) -> te.Tensor:
 
 def _emit_layer(d: Decoder, attend: Attend, number: int) -> relax.GlobalVar:
     """Add `encoder_layer(x [n, H], mask [b, s], the layer's parameters...) -> [n, H]`."""
-    x, mask = _inputs(d)
+    x, mask, *bias = _inputs(d)
     given = d.layer_parameters(number)
     weight = d.given(number, given)
 
     def body() -> Expr:
-        attended = attend(d.project(x, weight, "qkv", d.dtype), mask, d.structure.num_attention_heads)
+        attended = attend(
+            d.project(x, weight, "qkv", d.dtype), mask, bias[0] if bias else None, d.structure.num_attention_heads
+        )
         x1 = d.builder.emit(relax.op.add(x, d.project(attended, weight, "o")))
         x1 = d.norm(x1, weight, "attention_norm")
         inner = d.operations.activation(d.project(x1, weight, "up"), d.structure.activation)
         x2 = d.builder.emit(relax.op.add(x1, d.project(inner, weight, "down")))
         return d.norm(x2, weight, "mlp_norm")
 
-    return d.function(numbered("encoder_layer", number), [x, mask, *given], body, private=True)
+    return d.function(numbered("encoder_layer", number), [x, mask, *bias, *given], body, private=True)
 
 
 def _emit_model(d: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalVar:
     """Add `encoder(x [n, H], mask [b, s], params) -> [n, H]`: all layers."""
-    x, mask = _inputs(d)
+    x, mask, *bias = _inputs(d)
     params = d.params()
 
     def body() -> Expr:
         weights = d.weights(params)
         hidden: Expr = x
         for number, function in enumerate(layers):
-            hidden = d.builder.emit(relax.Call(function, [hidden, mask, *weights.layer(number)]))
+            hidden = d.builder.emit(relax.Call(function, [hidden, mask, *bias, *weights.layer(number)]))
         return hidden
 
-    return d.function("encoder", [x, mask, params], body, private=True)
+    return d.function("encoder", [x, mask, *bias, params], body, private=True)
 
 
-def _inputs(d: Decoder) -> tuple[relax.Var, relax.Var]:
+def _inputs(d: Decoder) -> list[relax.Var]:
+    """What a layer is given beside its parameters: x, the mask, and biases where there are."""
     x = d.tensor("x", [tirx.Var("rows", "int64"), d.structure.hidden_size], d.operations.compute)
-    sizes = [tirx.Var(name, "int64") for name in ("batch_size", "seq_len")]
-    return x, d.tensor("mask", sizes, "int32")
+    sizes: list[Expr] = [tirx.Var(name, "int64") for name in ("batch_size", "seq_len")]
+    heads, distances = d.structure.num_attention_heads, 2 * d.structure.context_window_size - 1
+    biased = "relative_bias" in d.structure.roles()
+    return [x, d.tensor("mask", sizes, "int32"), *([d.tensor("bias", [heads, distances], "float32")] if biased else [])]

@@ -53,7 +53,7 @@ TABLES = ("embedding", "position_embedding", "token_type_embedding")  # roles th
 # Roles outside the layers, by the pieces of a decoder that use them (mlcbuild.models.layer_pieces).
 EMBED = ("embedding",)
 BEGINNING = ("position_embedding", "embedding_norm", "embedding_norm_bias")
-FINAL_NORM = ("final_norm", "final_norm_bias", "head_proj", "head_bias", "head_norm", "head_norm_bias")
+FINAL_NORM = ("final_norm", "final_norm_bias", "head_dense", "head_dense_bias", "head_norm", "head_norm_bias")
 
 
 def shape_of(role: str, structure: Structure) -> tuple[int, ...]:
@@ -64,11 +64,11 @@ def shape_of(role: str, structure: Structure) -> tuple[int, ...]:
     """
     if structure.kind in RECURRENT:
         return recurrent_shapes(structure)[role]
-    if role.endswith("_bias"):
+    if role.endswith("_bias") and role not in _SHAPES:
         of = role.removesuffix("_bias")
         if of.endswith("_norm"):
             return shape_of(of, structure)
-        return shape_of(of if of == "lm_head" else f"{of}_proj", structure)[:1]
+        return shape_of(of if of in ("lm_head", "head_dense") else f"{of}_proj", structure)[:1]
     return _SHAPES[role](structure)
 
 
@@ -125,6 +125,7 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "shared_gate_up_proj": lambda s: (2 * s.shared_expert_intermediate_size, s.hidden_size),
     "shared_down_proj": lambda s: (s.hidden_size, s.shared_expert_intermediate_size),
     "shared_gate": lambda s: (1, s.hidden_size),
+    "relative_bias": lambda s: (32, s.num_attention_heads),
     "q_norm": lambda s: _head_norm(s, s.num_attention_heads),
     "k_norm": lambda s: _head_norm(s, s.num_key_value_heads),
     "attention_norm": _width,
@@ -137,7 +138,7 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "mlp_post_norm": _width,
     "final_norm": _width,
     "lm_head": lambda s: (s.vocab_size, s.hidden_size),
-    "head_proj": lambda s: (s.hidden_size, s.hidden_size),
+    "head_dense": lambda s: (s.hidden_size, s.hidden_size),
     "head_norm": _width,
 }
 

@@ -68,7 +68,7 @@ class Structure:
     mlp               gated: down(activation(gate(x)) * up(x)); plain: down(activation(up(x)))
     activation        silu, gelu, gelu_tanh, relu, relu2; xielu, of plain ones: with two trained numbers for each layer
     gate              which half of gate_up_proj is the gate: first, second
-    head_activation   between a matrix before the head (`head_proj`) and its norm (`head_norm`)
+    head_activation   between a matrix before the head (`head_dense`) and its norm (`head_norm`)
     embedding_scale   what hidden states are multiplied with before the first layer, residual_scale what attention
                       and MLP return, logits_scale what the head is given
     rope              full: rotary positions; none: of another kind, or none. rotary_dim: how many dimensions of a head

@@ -51,7 +51,7 @@ def compare(
     given = packed.tensors(model.embedding)
     beginning = packed.tensors(model.beginning)
     q = [ours.begin(ours.embed(ids, given), beginning) for ids in windows]
-    tables = [each for each in (*model.embedding, *model.beginning) if each.is_matrix]
+    tables = [each for each in (*model.embedding, *model.beginning, *model.norm) if each.is_matrix]
     tensors = {each.name: _error(each, checkpoint, packed) for each in tables}
     blocks = {"embedding": _apart(q, p, "the embedding")}
     for number in range(model.layers):

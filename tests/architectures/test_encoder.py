@@ -13,6 +13,7 @@ import pytest
 from mlcbuild.engine.job import local_job
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.architecture import choose, resolve
+from mlcbuild.models.encoder import buckets
 from mlcbuild.models.parameters import parameters
 from mlcbuild.quantization.dequantize import dequantized
 from mlcbuild.runtime import tvm_runtime, weights
@@ -148,6 +149,7 @@ KIN: dict[str, dict[str, Any]] = {
     "camembert": SIZES,
     "electra": {**SIZES, "embedding_size": 32},
     "distilbert": DISTIL,
+    "mpnet": SIZES,
 }
 
 
@@ -233,6 +235,14 @@ def test_a_model_that_writes_has_hidden_states_but_no_vectors(tmp_path: Path) ->
     assert error(model.hidden_states(IDS), hidden_states(built.reference.model, IDS)) < 1e-4
     with pytest.raises(MlcBuildError, match="which says how hidden states become the vector of a text"):
         model.embed(["a"])
+
+
+def test_biases_are_those_of_every_distance() -> None:
+    import torch
+    from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
+
+    expected = MPNetEncoder.relative_position_bucket(torch.arange(-511, 512), num_buckets=32)
+    np.testing.assert_array_equal(buckets(512), expected.numpy())
 
 
 @pytest.mark.parametrize(

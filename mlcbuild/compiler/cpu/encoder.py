@@ -17,17 +17,18 @@ from mlcbuild.models.operations import Expr
 def attend(builder: relax.BlockBuilder, dtype: str) -> Attend:
     """What mlcbuild.models.encoder calls so, emitted into `builder`; `dtype` is the model dtype."""
 
-    def masked(qkv: Expr, mask: Expr, heads: int) -> Expr:
+    def masked(qkv: Expr, mask: Expr, bias: Expr | None, heads: int) -> Expr:
         width = int(qkv.ty.shape[1]) // 3
-        function = _masked(heads, width // heads, dtype)
-        return operations.call(builder, function, "attention", [qkv, mask], [qkv.ty.shape[0], width], dtype)
+        function = _masked(heads, width // heads, dtype, 0 if bias is None else int(bias.ty.shape[1]))
+        given = [qkv, mask] if bias is None else [qkv, mask, bias]
+        return operations.call(builder, function, "attention", given, [qkv.ty.shape[0], width], dtype)
 
     return masked
 
 
 @functools.cache
-def _masked(heads: int, dim: int, dtype: str) -> Any:
-    """qkv [n, 3 * heads * dim], mask int32 [b, s] -> [n, heads * dim]."""
+def _masked(heads: int, dim: int, dtype: str, distances: int) -> Any:
+    """qkv [n, 3 * heads * dim], mask int32 [b, s], bias float32 [heads, distances] if any -> [n, heads * dim]."""
     width = heads * dim
 
     def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
@@ -36,9 +37,21 @@ def _masked(heads: int, dim: int, dtype: str) -> Any:
         calls.for_each(
             symbols["b"] * ((tokens + QUERIES - 1) // QUERIES) * heads,
             lambda task: calls.call(
-                "mlcbuild_attention_masked", *inputs, *outputs, tokens, heads, dim, QUERIES, task, scale
+                "mlcbuild_attention_masked",
+                *inputs,
+                *absent,
+                *outputs,
+                distances,
+                tokens,
+                heads,
+                dim,
+                QUERIES,
+                task,
+                scale,
             ),
         )
 
-    inputs: list[tuple[calls.Shape, str]] = [(("n", 3 * width), dtype), (("b", "s"), "int32")]
-    return calls.function("attention", inputs, [(("n", width), dtype)], body)
+    described: list[tuple[calls.Shape, str]] = [(("n", 3 * width), dtype), (("b", "s"), "int32")]
+    described += [((heads, distances), "float32")] if distances else []
+    absent = [] if distances else [None]
+    return calls.function("attention", described, [(("n", width), dtype)], body)

@@ -32,6 +32,8 @@ typedef struct {
     i64 dim, count;
     f32 cap;     // scores are capped to it, in powers of two; 0: they are not
     i32 biased;  // whether scores have linear biases
+    const f32 *table;  // of biases by a key's position less the query's own; or null
+    i64 at[ROWS];      // the positions of keys, where there is a table
 } state;
 
 INLINE void begin(state *s, i64 dim, f32 cap) {
@@ -39,6 +41,7 @@ INLINE void begin(state *s, i64 dim, f32 cap) {
     s->count = 0;
     s->cap = cap * LOG2E;
     s->biased = 0;
+    s->table = 0;
 }
 
 INLINE f32v tanh_v(f32v x) {
@@ -136,6 +139,9 @@ NOINLINE void add_keys(state *s, const model *const *key, const model *const *va
                 f32v distance = __builtin_convertvector(at, f32v) + splat((f32)(position - s->own[q]));
                 score[v] += splat(s->slope[q]) * distance;
             }
+            if (s->table)
+                for (int i = 0; i < LANES; i++)
+                    if (v * LANES + i < held) score[v][i] += s->table[s->at[v * LANES + i] - s->own[q]] * LOG2E;
             score[v] = select_v((at >= from) & (at < to), score[v], splat(2 * LOWEST));
             largest_v = select_v(score[v] > largest_v, score[v], largest_v);
         }
@@ -307,9 +313,10 @@ EXPORT void mlcbuild_attention_merge(model *out, f32 *lse, const model *other, c
 }
 
 // Attention within each sequence of a batch of encoders, both ways: qkv [sequences * tokens, 3, heads, dim], mask
-// [sequences, tokens]. A token whose mask is 0 is seen by nobody. One task: one head of `block` rows of a sequence.
-EXPORT void mlcbuild_attention_masked(const model *qkv, const i32 *mask, model *out, i64 tokens, i64 heads, i64 dim,
-                                      i64 block, i64 task, f32 scale) {
+// [sequences, tokens]. A token whose mask is 0 is seen by nobody. bias [heads, width], or null, is added to scores by
+// distance: that of the own position in its middle. One task: one head of `block` rows of a sequence.
+EXPORT void mlcbuild_attention_masked(const model *qkv, const i32 *mask, const f32 *bias, model *out, i64 width,
+                                      i64 tokens, i64 heads, i64 dim, i64 block, i64 task, f32 scale) {
     i64 blocks = (tokens + block - 1) / block, head = task % heads, sequence = task / heads / blocks;
     i64 row = task / heads % blocks * block, stride = 3 * heads * dim;
     qkv += sequence * tokens * stride + head * dim;
@@ -318,12 +325,15 @@ EXPORT void mlcbuild_attention_masked(const model *qkv, const i32 *mask, model *
     begin(&s, dim, 0.0f);
     for (i64 r = row; r < min_i64(row + block, tokens); r++) add_query(&s, 0, tokens);
     for (i64 i = 0; i < s.count; i++) set_query(&s, i, qkv + (row + i) * stride, scale);
+    for (i64 i = 0; i < s.count; i++) s.own[i] = row + i;
+    if (bias) s.table = bias + head * width + width / 2;
     clear(&s);
     for (i64 i = 0; i < tokens;) {
         const model *key[ROWS], *value[ROWS];
         i64 held = 0;
         for (; held < ROWS && i < tokens; i++)
             if (mask[i]) {
+                s.at[held] = i;
                 key[held] = qkv + i * stride + heads * dim;
                 value[held++] = qkv + i * stride + 2 * heads * dim;
             }

@@ -119,8 +119,10 @@ def nearest(word: object, names: Iterable[object]) -> str | None:
 
 def _edits(a: str, b: str) -> int:
     """Letters to insert, delete, replace or swap with a neighbour to turn `a` into `b` (optimal string alignment)."""
-    if abs(len(a) - len(b)) > max(len(a), len(b)) // 3 + 1:
-        return max(len(a), len(b))  # too far to be a suggestion, whatever the exact number
+    longest = max(len(a), len(b))
+    far = longest // 3 + 1  # more than any suggestion may be away, whatever the exact number
+    if abs(len(a) - len(b)) > far:
+        return longest
     before: list[int] = []
     row = list(range(len(b) + 1))
     for i, letter in enumerate(a, 1):
@@ -130,4 +132,6 @@ def _edits(a: str, b: str) -> int:
             if i > 1 and j > 1 and letter == b[j - 2] and a[i - 2] == other:
                 cost = min(cost, last[j - 2] + 1)
             row.append(cost)
+        if min(row) > far:
+            return longest
     return row[-1]

@@ -16,6 +16,7 @@ from mlcbuild.compiler.cpu.experts import plan_size
 from mlcbuild.compiler.cpu.formats import Format, sources
 from mlcbuild.compiler.cpu.linear import PACK_TOKENS, TASK_ROWS
 from mlcbuild.compiler.link import linkers
+from tests.support import zig_cache
 from tests.support.llama import CPU
 
 Array = npt.NDArray[Any]
@@ -35,16 +36,15 @@ class Kernels:
     """
 
     def __init__(self, cpu: str, folder: Path, dtype: str, formats: Sequence[Format] = ()) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        objects = []
+        objects, cache = [], zig_cache.share(folder)
         for source in sources(formats, dtype, FILES):
             objects.append(folder / f"{source.name}.o")
             defines = [*source.defines, ("EXPORT", "")]
             triple = "x86_64-linux-gnu.2.28"
-            linkers.zig_compile(FOLDER / source.file, objects[-1], triple, cpu, folder / "zig", defines)
+            linkers.zig_compile(FOLDER / source.file, objects[-1], triple, cpu, cache, defines)
         output = folder / "kernels.so"
         flags = ["-target", "x86_64-linux-gnu.2.28", "-shared", "-nostdlib", "-Wl,-z,undefs"]
-        zig.run_zig(["cc", *flags, "-o", str(output), *map(str, objects)], folder / "zig")
+        zig.run_zig(["cc", *flags, "-o", str(output), *map(str, objects)], cache)
         ctypes.CDLL("libm.so.6", mode=ctypes.RTLD_GLOBAL)
         self._library = ctypes.CDLL(str(output))
 

@@ -7,10 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.workspace import REPOSITORY, Workspace
+from tests.engine.workspace import REPOSITORY, Workspace, make_workspace
 
 ALL = {"convert": 1, "quantize": 2, "lower": 3, "library": 3, "package": 2, "measure": 2, "verify": 2}
 ONE = {"convert": 1, "quantize": 1, "lower": 2, "library": 2, "package": 1, "measure": 1, "verify": 1}
+
+
+@pytest.fixture(scope="module")
+def unbuilt(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """For tests that build nothing."""
+    return make_workspace(tmp_path_factory.mktemp("unbuilt"))
 
 
 def test_every_recipe_is_built_and_the_second_time_nothing_is_done(workspace: Workspace) -> None:
@@ -53,8 +59,8 @@ F16, F32 = "build:tiny-q4f16_1-cpu", "build:tiny-q4f32_1-cpu"
         (["convert:tiny"], {"convert:tiny"}),
     ],
 )
-def test_selection(built: Workspace, arguments: list[str], last: set[str]) -> None:
-    *lines, _ = built.doit(*arguments).splitlines()
+def test_selection(shared: Workspace, arguments: list[str], last: set[str]) -> None:
+    *lines, _ = shared.doit(*arguments).splitlines()
     looked_at = {line.removeprefix("-- ") for line in lines}
     kind = next(iter(last)).partition(":")[0]
     assert {name for name in looked_at if name.startswith(f"{kind}:")} == last
@@ -83,11 +89,11 @@ def test_a_librarys_task_builds_no_weights_and_no_reference(workspace: Workspace
         (["--recipe", "x"], "option --recipe not recognized"),
     ],
 )
-def test_a_bad_command_line_builds_nothing(workspace: Workspace, arguments: list[str], text: str) -> None:
-    output = workspace.doit(*arguments, status=3)
+def test_a_bad_command_line_builds_nothing(unbuilt: Workspace, arguments: list[str], text: str) -> None:
+    output = unbuilt.doit(*arguments, status=3)
     assert text in output
     assert "Traceback" not in output
-    assert workspace.ran() == {}
+    assert unbuilt.ran() == {}
 
 
 def test_bad_recipes_build_nothing(workspace: Workspace) -> None:
@@ -116,9 +122,9 @@ def test_bad_recipes_build_nothing(workspace: Workspace) -> None:
         ["-n", "2", "-P", "process", "quantize", "-a"],
     ],
 )
-def test_always_runs_what_the_cache_has(built: Workspace, arguments: list[str]) -> None:
-    built.doit(*arguments)
-    assert built.ran() == {"convert": 1, "quantize": 2}
+def test_always_runs_what_the_cache_has(shared: Workspace, arguments: list[str]) -> None:
+    shared.doit(*arguments)
+    assert shared.ran() == {"convert": 1, "quantize": 2}
 
 
 def test_always_reaches_everything_that_the_task_needs(built: Workspace) -> None:
@@ -296,8 +302,6 @@ def test_recipes_that_mean_the_same_share_everything(workspace: Workspace) -> No
 
 @pytest.mark.slow
 def test_two_workspaces_give_the_same_bytes(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> None:
-    from tests.engine.workspace import make_workspace
-
     workspace.doit()
     other = make_workspace(tmp_path_factory.mktemp("elsewhere"))
     other.doit("-n", "2", f"cache={other.root / 'other-cache'}")
@@ -306,8 +310,6 @@ def test_two_workspaces_give_the_same_bytes(workspace: Workspace, tmp_path_facto
 
 
 def test_a_shared_cache(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> None:
-    from tests.engine.workspace import make_workspace
-
     workspace.doit(MLCBUILD_CACHE=str(workspace.root / "shared"))
     other = make_workspace(tmp_path_factory.mktemp("elsewhere"))
     other.doit(f"cache={workspace.root / 'shared'}")
@@ -350,9 +352,9 @@ targets.resolve = resolve
     assert workspace.ran() == {}
 
 
-def test_debug_dump_changes_no_key(built: Workspace) -> None:
-    built.doit("debug_dump=dump")
-    assert built.ran() == {}
+def test_debug_dump_changes_no_key(shared: Workspace) -> None:
+    shared.doit("debug_dump=dump")
+    assert shared.ran() == {}
 
 
 @pytest.mark.parametrize(
@@ -364,8 +366,8 @@ def test_debug_dump_changes_no_key(built: Workspace) -> None:
         (["quantize", "--bogus"], "quantize has no option --bogus, only "),
     ],
 )  # fmt: skip
-def test_an_option_that_a_task_does_not_have(workspace: Workspace, words: list[str], text: str) -> None:
-    output = workspace.doit(*words, status=3)
+def test_an_option_that_a_task_does_not_have(unbuilt: Workspace, words: list[str], text: str) -> None:
+    output = unbuilt.doit(*words, status=3)
     assert text in output and "CmdOption" not in output and "Traceback" not in output
 
 

@@ -75,19 +75,19 @@ def test_a_build_that_fails_leaves_no_bars(workspace: Workspace, words: tuple[st
         (("mlcbuild.cli", "plan"), 1),
     ],
 )
-def test_a_reader_that_goes_is_no_error(built: Workspace, words: tuple[str, ...], status: int) -> None:
+def test_a_reader_that_goes_is_no_error(shared: Workspace, words: tuple[str, ...], status: int) -> None:
     """`doit info … | head`: nothing is said of it, and a build goes on."""
     reader, end = os.pipe()
     os.close(reader)
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TOY_TRICKS": str(built.tricks)}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TOY_TRICKS": str(shared.tricks)}
     command = [sys.executable, "-m", *words]
     with os.fdopen(end, "w") as output:
         done = subprocess.run(
-            command, cwd=built.root, env=environment, stdout=output, stderr=subprocess.PIPE, timeout=60
+            command, cwd=shared.root, env=environment, stdout=output, stderr=subprocess.PIPE, timeout=60
         )
     assert done.returncode == status, done.stderr.decode()
     assert b"Traceback" not in done.stderr and b"BrokenPipe" not in done.stderr
-    assert built.ran() == ({"convert": 1, "quantize": 2} if words == ("doit", "-a", "quantize") else {})
+    assert shared.ran() == ({"convert": 1, "quantize": 2} if words == ("doit", "-a", "quantize") else {})
 
 
 class Terminal(io.StringIO):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,11 +31,11 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def remote(workspace: Workspace) -> Workspace:
-    """Beside `tiny`, which is here, the recipe `far` of a model that is on the hub."""
-    workspace.write("recipes/models/far.yaml", "source: {hf: owner/name}\ntemplate: chatml\n")
-    workspace.write("recipes/far.yaml", "model: far\nquantization: q4f16_1\ntarget: cpu\n")
-    return workspace
+def remote(copied: Workspace) -> Workspace:
+    """Beside `tiny`, which is here and built, the recipe `far` of a model that is on the hub."""
+    copied.write("recipes/models/far.yaml", "source: {hf: owner/name}\ntemplate: chatml\n")
+    copied.write("recipes/far.yaml", "model: far\nquantization: q4f16_1\ntarget: cpu\n")
+    return copied
 
 
 @pytest.mark.parametrize(
@@ -115,6 +116,7 @@ def test_a_build_looks_up_what_it_is_about_once(remote: Workspace, hub: Hub, arg
 
 
 def test_a_model_that_the_hub_refuses_breaks_only_its_recipes(remote: Workspace, hub: Hub) -> None:
+    shutil.rmtree(remote.dist)
     hub.faults = [Fault("owner/name", 403, {"X-Error-Code": "GatedRepo"}, times=9)]
     refused = remote.doit("--no-continue", "build", status=3)
     assert "ERROR: model far: hf:owner/name: " in refused and not remote.dist.exists()

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from mlcbuild.emulation import cuda
+from tests.support import zig_cache
 
 VALUES = 64
 
@@ -25,6 +26,7 @@ class Config(ctypes.Structure):
 
 def main(threads: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
+        zig_cache.share(Path(folder))
         cuda.load(Path(folder))
         cuda.check()
         image = cuda.compile_source(sys.stdin.read(), Path(folder))

@@ -51,8 +51,10 @@ class Worker:
 
 def main() -> None:
     from mlcbuild.emulation import cuda
+    from tests.support import zig_cache
 
     with tempfile.TemporaryDirectory() as folder:
+        zig_cache.share(Path(folder))
         cuda.load(Path(folder))
         cuda.check()
         for number, line in enumerate(sys.stdin):

@@ -22,13 +22,27 @@ def built_once(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 
 @pytest.fixture
-def built(built_once: Workspace, tmp_path: Path) -> Workspace:
-    """A workspace in which everything is built and installed; nothing counts as having run."""
+def shared(built_once: Workspace) -> Workspace:
+    """The same for all tests that leave everything built; nothing counts as having run."""
+    built_once.ran()
+    return built_once
+
+
+@pytest.fixture
+def copied(built_once: Workspace, tmp_path: Path) -> Workspace:
+    """Everything is built and installed, but the checkpoint's files are others than those that were looked at."""
     shutil.copytree(built_once.root.parent, tmp_path, dirs_exist_ok=True)
     workspace = Workspace(tmp_path / "workspace", tmp_path / "tricks")
-    workspace.doit()  # the checkpoint's files are others now: their places are recorded, and no more
-    assert workspace.ran() == {}
+    workspace.ran()
     return workspace
+
+
+@pytest.fixture
+def built(copied: Workspace) -> Workspace:
+    """A workspace in which everything is built and installed; nothing counts as having run."""
+    copied.doit()  # the checkpoint's files are others now: their places are recorded, and no more
+    assert copied.ran() == {}
+    return copied
 
 
 @pytest.fixture

@@ -39,12 +39,20 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "shared"
 
 
-@pytest.fixture
-def filled(workspace: Workspace, folder: Path) -> Workspace:
-    """A trusted builder that has built everything; what it gave is in `folder`."""
-    workspace.doit(f"remote={folder}", "remote_write=1")
+@pytest.fixture(scope="module")
+def filled_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("filled")
+    workspace = make_workspace(folder)
+    workspace.doit(f"remote={folder / 'shared'}", "remote_write=1")
     assert workspace.ran() == ALL
-    return workspace
+    return folder
+
+
+@pytest.fixture
+def filled(filled_once: Path, tmp_path: Path) -> Workspace:
+    """A trusted builder that has built everything; what it gave is in `folder`."""
+    shutil.copytree(filled_once, tmp_path, dirs_exist_ok=True)
+    return Workspace(tmp_path / "workspace", tmp_path / "tricks")
 
 
 def blobs(folder: Path) -> list[Path]:
@@ -292,8 +300,8 @@ def test_a_bad_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
         variables.read_patience()
 
 
-def test_push_needs_to_know_where(built: Workspace) -> None:
-    assert "which shared cache? Give --remote URL" in mlcbuild(built, "cache", "push", "*", status=1)
+def test_push_needs_to_know_where(shared: Workspace) -> None:
+    assert "which shared cache? Give --remote URL" in mlcbuild(shared, "cache", "push", "*", status=1)
 
 
 def test_nothing_secret_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,8 @@ def target(name: str) -> Target:
 def test_two_fresh_folders_give_the_same_library(name: str, tmp_path: Path) -> None:
     """The build itself checks the processor, the entry and that no path of this machine is named."""
     structure = llama.structure_of(llama.transformers_llama())
+    for place in ("a", "b/c"):
+        (tmp_path / place / "zig").mkdir(parents=True)  # each compiles everything itself
     one, other = (llama.build_library(structure, "q4f16_1", tmp_path / place, target(name)) for place in ("a", "b/c"))
     assert library_file.file_format(one.read_bytes()[:4096]) == FORMATS[name]
     assert one.read_bytes() == other.read_bytes()

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.engine.conftest import built, built_once, toys, workspace
+from tests.engine.conftest import built, built_once, copied, shared, toys, workspace
 
-__all__ = ["built", "built_once", "toys", "workspace"]
+__all__ = ["built", "built_once", "copied", "shared", "toys", "workspace"]

@@ -18,12 +18,12 @@ F16, F32 = "tiny-q4f16_1-cpu", "tiny-q4f32_1-cpu"
 
 
 @pytest.fixture
-def settled(built: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+def settled(copied: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     """A workspace of which everything is remembered."""
     monkeypatch.setattr(graph, "STEPS", "tests.engine.toysteps")
     time.sleep(0.03)  # what was written in the last clock tick is not relied on
-    built.doit()
-    return built
+    copied.doit()
+    return copied
 
 
 def memory(workspace: Workspace) -> Memory | None:

@@ -13,13 +13,13 @@ from tests.engine.workspace import REPOSITORY, Workspace
 
 
 @pytest.fixture
-def built(built: Workspace) -> Workspace:
+def built(copied: Workspace) -> Workspace:
     """As the other tests have it, and its packages are known to be where they are now."""
-    shutil.rmtree(built.cache / "pins")
-    built.doit("clean")
-    built.doit()
-    built.ran()
-    return built
+    for folder in (copied.cache / "pins", copied.dist):
+        shutil.rmtree(folder)
+    copied.doit()
+    assert copied.ran() == {}
+    return copied
 
 
 ONE, OTHER = "tiny-q4f16_1-cpu", "tiny-q4f32_1-cpu"
@@ -124,8 +124,8 @@ def test_verify(built: Workspace) -> None:
         (["cache", "verify", "--cache", "nowhere"], "nowhere: no cache here"),
     ],
 )
-def test_mistakes(built: Workspace, arguments: list[str], text: str) -> None:
-    assert text in mlcbuild(built, *arguments, status=1)
+def test_mistakes(shared: Workspace, arguments: list[str], text: str) -> None:
+    assert text in mlcbuild(shared, *arguments, status=1)
 
 
 def test_what_a_build_makes_in_a_groups_folder_is_the_groups(workspace: Workspace) -> None:

@@ -95,15 +95,18 @@ char* map(size_t bytes, int protection) {
   return memory == MAP_FAILED ? nullptr : static_cast<char*>(memory);
 }
 
-// Keep the page as it is and let it be written to. False where it is none of ours, or open already.
+// Let the page be written to; what a kernel writes to is kept as it is first. False where it is none of ours, or open
+// already.
 bool open_page(char* at) {
   for (Allocation* one = allocations; one; one = one->next) {
     if (at < one->pages || at >= one->pages + one->room) continue;
     const size_t page = (at - one->pages) / PAGE;
     if (!one->opened || one->opened[page]) return false;
     one->opened[page] = true;
-    memcpy(one->before + page * PAGE, one->pages + page * PAGE, PAGE);
-    memcpy(one->first + page * PAGE, one->pages + page * PAGE, PAGE);
+    if (running) {
+      memcpy(one->before + page * PAGE, one->pages + page * PAGE, PAGE);
+      memcpy(one->first + page * PAGE, one->pages + page * PAGE, PAGE);
+    }
     mprotect(one->pages + page * PAGE, PAGE, PROT_READ | PROT_WRITE);
     return true;
   }
@@ -113,7 +116,7 @@ bool open_page(char* at) {
 // A kernel that touches what it may not ends the process, as the signal says; this says which kernel, and where.
 void on_fault(int number, siginfo_t* info, void*) {
   char* at = static_cast<char*>(info->si_addr);
-  if (checking && running && number == SIGSEGV && open_page(at)) return;
+  if (checking && number == SIGSEGV && open_page(at)) return;
   signal(number, SIG_DFL);
   if (!running) return;
   char text[400];
@@ -152,19 +155,29 @@ void opened_pages(Each each) {
       if (one->opened[page]) each(*one, page * PAGE);
 }
 
+// Close what is open. Pages stay closed between kernels, as most are never written to again: to close and open all of
+// them takes the system longer than many a kernel.
 void close_all() {
   for (Allocation* one = allocations; one; one = one->next) {
+    const size_t pages = one->room / PAGE;
     if (!one->opened) {
-      one->opened = static_cast<bool*>(malloc(one->room / PAGE));
+      one->opened = static_cast<bool*>(malloc(pages));
+      memset(one->opened, 1, pages);
       one->before = map(one->room, PROT_READ | PROT_WRITE), one->first = map(one->room, PROT_READ | PROT_WRITE);
     }
-    memset(one->opened, 0, one->room / PAGE);
-    mprotect(one->pages, one->room, PROT_READ);
+    for (size_t page = 0, end; page < pages; page = end) {
+      for (end = page; end < pages && one->opened[end];) one->opened[end++] = false;
+      if (end > page) mprotect(one->pages + page * PAGE, (end - page) * PAGE, PROT_READ);
+      else end++;
+    }
   }
 }
 
 void open_all() {
-  for (Allocation* one = allocations; one; one = one->next) mprotect(one->pages, one->room, PROT_READ | PROT_WRITE);
+  for (Allocation* one = allocations; one; one = one->next) {
+    mprotect(one->pages, one->room, PROT_READ | PROT_WRITE);
+    if (one->opened) memset(one->opened, 1, one->room / PAGE);
+  }
 }
 
 void compare(const Work& work, int order) {
@@ -205,7 +218,6 @@ bool run_kernel(Work& work) {
     if (order) compare(work, order);
     else opened_pages([](Allocation& one, size_t at) { memcpy(one.first + at, one.pages + at, PAGE); });
   }
-  open_all();
   return fine;
 }
 
@@ -257,7 +269,10 @@ EXPORTED size_t emulation_report(char* out, size_t room) {
 // Notes from now on are of what comes now.
 EXPORTED void emulation_forget() { notes = nullptr; }
 
-EXPORTED void emulation_check(int on) { checking = on; }
+EXPORTED void emulation_check(int on) {
+  checking = on;
+  if (!on) open_all();
+}
 
 // The driver
 

@@ -1,0 +1,37 @@
+"""What all tests of a run share, and in which order their files are handed to the workers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.support import zig_cache
+
+# Files that take minutes begin first: one that begins last would keep one worker busy while the others have ended.
+FIRST = (
+    *("emulation/test_cuda.py", "targets/test_browser.py", "end_to_end/test_verify_methods.py"),
+    *("targets/test_cross_built.py", "end_to_end/test_packages.py", "end_to_end/test_kills.py"),
+    *("doit_face/test_doit.py", "compiler/test_decoder.py", "workspace/test_fastpath.py", "engine/test_shared.py"),
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # xdist would begin with the files of most tests; ours of few are those that take long.
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    folder = Path(__file__).parent
+    places = {folder / name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Every C kernel once in a run, whichever worker or process of a test needs it first."""
+    run = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        run = run.parent  # the workers' common folder
+    os.environ[zig_cache.PLACE] = str(run / "zig")

@@ -76,16 +76,23 @@ def test_after_a_signal_the_next_run_goes_on_from_there(workspace: Workspace) ->
     assert ran["quantize"] == 2
 
 
-def test_a_killed_step_is_an_error_that_names_the_signal(workspace: Workspace) -> None:
+def parent(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+@pytest.mark.parametrize("who", ["the step", "the process that watches it"])
+def test_a_killed_step_is_an_error_that_names_the_signal(workspace: Workspace, who: str) -> None:
     workspace.trick("convert.child", f"{GRANDCHILD}-{workspace.root}")
     with workspace.start() as process:
         wait_until(lambda: living(f"{GRANDCHILD}-{workspace.root}"))
         (grandchild,) = living(f"{GRANDCHILD}-{workspace.root}")
-        worker = int(Path(f"/proc/{grandchild}/stat").read_text().rpartition(")")[2].split()[1])
-        os.kill(worker, signal.SIGKILL)
+        worker = parent(grandchild)
+        os.kill(worker if who == "the step" else parent(worker), signal.SIGKILL)
         output, _ = process.communicate(timeout=20)
     assert process.returncode == 2
     assert "convert:tiny: killed by SIGKILL (by somebody, or by the kernel because memory ran out)" in output
+    if who != "the step":  # nobody is left who knows what the step has started, though the step itself ends
+        os.kill(grandchild, signal.SIGKILL)
     wait_until(lambda: not leftovers(workspace))
 
 

@@ -10,10 +10,12 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from mlcbuild import __version__
 from mlcbuild.cli import cache, models, talk, workspace
 from mlcbuild.cli.options import add, command
+from mlcbuild.cli.watch import watch
 from mlcbuild.errors import in_words
 
 _DESCRIPTION = "Declarative builds of compiled language models. Building itself is doit's: doit build recipe=NAME"
@@ -24,10 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else [*arguments]
     if words[:1] == ["build"]:
         return _build(words)
-    options = _parser().parse_args(words)
-    run: Callable[[argparse.Namespace], int] = options.run
+    name, run = _command(words)
     try:
-        status = run(options)
+        status = run()
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # whoever reads has seen enough: `mlcbuild plan | head`
@@ -40,12 +41,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = in_words(error)
         if text is None:
             raise
-        print(f"mlcbuild {options.command}: {text}", file=sys.stderr)
+        print(f"mlcbuild {name}: {text}", file=sys.stderr)
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             return 1
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
         return 1
+
+
+def _command(words: Sequence[str]) -> tuple[str, Callable[[], int]]:
+    """The command's name, and what runs it."""
+    if words[:1] == ["watch"] and not {"-h", "--help"} & {*words[1:2]}:
+        return "watch", partial(watch, words[1:])
+    options = _parser().parse_args(words)
+    return options.command, partial(options.run, options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add(commands, workspace.COMMANDS)
     add(commands, [command("build", lambda options: 0, "the same as `doit build`, with the same words after it")])
+    again = "build, and again whenever a file of recipes/ changes; words after it are those of `doit build`"
+    add(commands, [command("watch", lambda options: 0, again)])
     add(commands, models.COMMANDS)
     add(commands, talk.COMMANDS)
     cache.add_commands(commands)

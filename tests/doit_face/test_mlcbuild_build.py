@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import re
+import signal
 import subprocess
 import sys
+from typing import IO, Any
 
 import pytest
 
-from tests.engine.workspace import REPOSITORY, Workspace
+from tests.engine.workspace import REPOSITORY, Started, Workspace
 
 
 def run(workspace: Workspace, module: str, *words: str) -> tuple[int, str]:
@@ -57,3 +61,28 @@ def test_outside_of_a_workspace_it_says_what_doit_says(workspace: Workspace) -> 
 
 def test_the_help_lists_it(workspace: Workspace) -> None:
     assert re.search(r"^ +build +the same as `doit build`", run(workspace, "mlcbuild.cli", "--help")[1], re.MULTILINE)
+
+
+def test_watch_builds_again_what_an_edit_touches(workspace: Workspace) -> None:
+    """Until Ctrl-C. A file with a mistake ends nothing: the next edit is seen."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TOY_TRICKS": str(workspace.tricks)}
+    command = [sys.executable, "-m", "mlcbuild.cli", "watch", "recipe=tiny-q4f16_1-cpu"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    told = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # whatever the shell has told the tests
+    with Started(command, cwd=workspace.root, env=environment, preexec_fn=told, **pipes) as process:
+        assert process.stdout is not None
+
+        def until_it_waits(lines: IO[str] = process.stdout) -> str:
+            return "".join(itertools.takewhile(lambda line: "waiting for changes in recipes/" not in line, lines))
+
+        assert "ok build:tiny-q4f16_1-cpu" in until_it_waits()
+        path = workspace.root / "recipes" / "models" / "tiny.yaml"
+        good = path.read_text()
+        path.write_text(f"{good}oops: 1\n")
+        said = until_it_waits()
+        assert said.startswith("changed: recipes/models/tiny.yaml\n") and "oops" in said
+        path.write_text(f"{good}overrides: {{context_window_size: 128}}\n")
+        said = until_it_waits()
+        assert "ok build:tiny-q4f16_1-cpu" in said and "-- download:tiny" in said
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130

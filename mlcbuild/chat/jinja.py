@@ -65,7 +65,8 @@ class ChatTemplate:
         """The text of `messages` up to where the assistant is to write, and of functions that it may call (JSON schemas
         as OpenAI and transformers have them).
 
-        In this process: in a server with its threads a fork would be no safe place. Raises MlcBuildError as `render`.
+        In this process, as a server with its threads must not fork: without the bounds that `render` has, for templates
+        that it has tried. Raises MlcBuildError where the template refuses.
         """
         return self._render(messages, True, tools)
 
@@ -96,7 +97,10 @@ def read_chat_template(files: Mapping[str, Path], names: Sequence[str] = ("defau
         return ChatTemplate(_text(files[CHAT_TEMPLATE]), CHAT_TEMPLATE, special)
     found = config.get("chat_template")
     if isinstance(found, list):  # several by name, such as `default` and `tool_use`
-        known = {item.get("name"): item["template"] for item in found}
+        named = (
+            i for i in found if isinstance(i, dict) and all(isinstance(i.get(k), str) for k in ("name", "template"))
+        )
+        known = {item["name"]: item["template"] for item in named}
         found = next((known[name] for name in names if name in known), None)
     return ChatTemplate(found, CONFIG, special) if isinstance(found, str) and found else None
 

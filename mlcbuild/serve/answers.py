@@ -13,8 +13,9 @@ from mlcbuild.errors import MlcBuildError
 from mlcbuild.runtime.sampling import Sampling, defaults
 from mlcbuild.serve import tools
 from mlcbuild.serve.engine import Engine, Job, Piece
-from mlcbuild.serve.protocol import ChatMessage, ChatRequest, CompletionRequest, Refused, several
+from mlcbuild.serve.protocol import ChatMessage, ChatRequest, CompletionRequest, Refused, Tool, several
 
+_LONGEST = 64  # characters of a token, for prompts that are not worth tokenizing
 _COMPLETION = 16  # tokens of a completion that says no number, as OpenAI has it
 
 
@@ -175,10 +176,15 @@ def answer(engine: Engine, name: str, request: ChatRequest | CompletionRequest) 
     chat = isinstance(request, ChatRequest)
     prompts: list[Any]
     schema, template = None, None
+    offered, several_calls = list[Tool](), True
     if isinstance(request, ChatRequest):
         if request.about_tools:
-            template = model.chat_template
-            text = tools.prompt(template, request.messages, request.offered)
+            text = tools.prompt(engine.template, request.messages, request.offered)
+            if len(text) > _LONGEST * engine.window:  # to tokenize it would take 200 times its memory
+                text = f"the prompt has {len(text):,} characters, too many for this server's window of {engine.window}"
+                raise Refused(400, text, "context_length_exceeded")
+            template, offered = engine.template if request.offered else None, request.offered
+            several_calls = request.parallel_tool_calls is not False
             prompts = [model.tokenizer.encode(text, add_special_tokens=False)]
         else:
             prompts = [model.chat_prompt(_told(request.messages))]
@@ -209,7 +215,7 @@ def answer(engine: Engine, name: str, request: ChatRequest | CompletionRequest) 
             room = min(most, engine.window - len(ids))
             grammar = None if schema is None else engine.grammars.follow(schema)
             writer = model.writer(ids, room, request.stops, sampling, grammar)
-            calls = tools.reader(template) if template is not None else None
+            calls = tools.reader(template, offered, several_calls) if template is not None else None
             choices.append(Choice(len(choices), Job(writer, print, request.likeliest), asyncio.Queue(), calls))
     usage = request.stream_options is not None and request.stream_options.include_usage
     return Answer(engine, name, chat, choices, prompt_tokens, usage)

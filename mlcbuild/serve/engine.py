@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mlcbuild.chat.jinja import ChatTemplate
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.runtime.model import Model
 from mlcbuild.runtime.sampling import log_probabilities
@@ -78,6 +79,7 @@ class Engine:
         metadata = model.network.library.metadata
         self.model = model
         self.writes = metadata.model_task == "chat"  # else it gives vectors
+        self.template = _tried(model) if self.writes else None
         context = metadata.context_window_size
         self.window = min(context, limits.window) if context > 0 else limits.window
         self._most = min(limits.sequences, metadata.max_batch_size)
@@ -266,3 +268,14 @@ def _likeliest(logits: npt.NDArray[Any], token: int, count: int) -> tuple[tuple[
     near = np.argpartition(-chances, min(count, len(chances) - 1))[:count]  # all in order take eight times as long
     top = near[np.argsort(-chances[near], kind="stable")]
     return tuple((int(i), float(chances[i])) for i in (token, *top))
+
+
+def _tried(model: Model) -> ChatTemplate | None:
+    """The checkpoint's template, if a conversation can be written with it: tried apart, before there are threads."""
+    try:
+        template = model.chat_template
+        if template is not None:
+            template.render([{"role": "user", "content": "Hi"}])
+        return template
+    except MlcBuildError:
+        return None

@@ -22,27 +22,50 @@ if TYPE_CHECKING:
     from mlcbuild.serve.protocol import ChatMessage, Tool
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_OTHER_FORMS = ("<arg_key>", "<function=")  # XML between the tags: GLM 4.5, Qwen3-Coder
+DEEPEST, LARGEST = 32, 1 << 18  # of tools and arguments: how much in each other, characters of JSON; indented they grow
 
 
 def prompt(template: ChatTemplate | None, messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> str:
     """The text of a conversation with tools, up to where the assistant is to write.
 
-    Raises MlcBuildError where the package's template knows no tools, and where it refuses these messages.
+    Raises MlcBuildError where the package's template knows no tools that can be read, and where it refuses these
+    messages.
     """
     if template is None or "tools" not in template.source or not _form(template):
         raise MlcBuildError("tools: the chat template of this package's checkpoint has no place for them that is known")
-    return template.with_tools([_for_template(message) for message in messages], [tool.model_dump() for tool in tools])
+    told = [tool.model_dump() for tool in tools]
+    said = [_for_template(message) for message in messages]
+    if _depth(told) > DEEPEST or any(_depth(message) > DEEPEST for message in said):
+        raise MlcBuildError(f"tools: more than {DEEPEST} levels in each other, in a schema or in arguments")
+    if (size := len(json.dumps(told))) > LARGEST:
+        raise MlcBuildError(f"tools: {size:,} characters as JSON; at most {LARGEST:,} are taken")
+    return template.with_tools(said, told)
 
 
-def reader(template: ChatTemplate) -> Calls:
-    """What reads the calls out of one answer."""
-    return Calls(_form(template) == "tags")
+def reader(template: ChatTemplate, tools: Sequence[Tool], several: bool) -> Calls:
+    """What reads the calls of these tools out of one answer; not `several`: the first alone counts."""
+    return Calls(_form(template) == "tags", frozenset(tool.function.name for tool in tools), several)
 
 
 def _form(template: ChatTemplate) -> str | None:
+    if any(other in template.source for other in _OTHER_FORMS):
+        return None
     if _OPEN in template.source:
         return "tags"
     return "object" if '"parameters"' in template.source else None
+
+
+def _depth(value: Any) -> int:
+    """How much there is in each other, counted no further than needed."""
+    level, depth = [value], 0
+    while level and depth <= DEEPEST + 4:  # a tool and a call are some levels themselves
+        inner = [each for each in level if isinstance(each, dict | list)]
+        level = [item for each in inner for item in (each.values() if isinstance(each, dict) else each)]
+        depth += bool(inner)
+        if not inner:
+            break
+    return depth
 
 
 def _for_template(message: ChatMessage) -> dict[str, Any]:
@@ -62,11 +85,18 @@ def _for_template(message: ChatMessage) -> dict[str, Any]:
 
 @dataclass
 class Calls:
-    """The answer of one choice, read as it comes. `tags`: calls stand between tags, else a call is the whole answer."""
+    """The answer of one choice, read as it comes.
+
+    `tags`: calls stand between tags, else a call is the whole answer. `names`: what may be called; JSON of another name
+    is text.
+    """
 
     tags: bool
+    names: frozenset[str]
+    several: bool = True
     made: int = 0  # calls so far
     _waiting: str = ""  # what may be a call, or the beginning of one
+    _blanks: str = ""  # after a call: layout, unless more text follows
     _free: bool = False  # the answer has begun, and not as a call
 
     def feed(self, text: str) -> Iterator[dict[str, Any]]:
@@ -79,52 +109,70 @@ class Calls:
                 yield from self._said(self._taken(len(self._waiting)))
             return
         while (start := self._waiting.find(_OPEN)) >= 0:
-            end = self._waiting.find(_CLOSE, start)
             yield from self._said(self._taken(start))
-            if end < 0:
+            end, call = self._closed()
+            if not end:
                 return
-            whole = self._taken(end - start + len(_CLOSE))
-            yield from self._call(whole.removeprefix(_OPEN).removesuffix(_CLOSE), whole)
+            yield from self._called(call, self._taken(end))
         held = next((n for n in range(len(_OPEN) - 1, 0, -1) if self._waiting.endswith(_OPEN[:n])), 0)
         yield from self._said(self._taken(len(self._waiting) - held))
 
     def end(self) -> Iterator[dict[str, Any]]:
         """What is left when the text is complete. A call that a model did not close is one if it can be read."""
         whole = self._taken(len(self._waiting))
-        if whole.lstrip().startswith(_OPEN if self.tags else "{"):
-            yield from self._call(whole.lstrip().removeprefix(_OPEN), whole)
+        begun = whole.lstrip()
+        if begun.startswith(_OPEN if self.tags else "{"):
+            yield from self._called(self._parsed(begun.removeprefix(_OPEN).partition(_CLOSE)[0]), whole)
         else:
             yield from self._said(whole)
+
+    def _closed(self) -> tuple[int, Mapping[str, Any] | None]:
+        """Where the call that begins here ends, and it; 0: that is not known yet.
+
+        A closing tag may stand in a text of the arguments, so where what is before it cannot be read the next one is
+        tried, as long as no other call has begun.
+        """
+        other = self._waiting.find(_OPEN, len(_OPEN))
+        end = self._waiting.find(_CLOSE)
+        first = end + len(_CLOSE) if end >= 0 else 0
+        while end >= 0 and (other < 0 or end < other or end + len(_CLOSE) == first):
+            call = self._parsed(self._waiting[len(_OPEN) : end])
+            if call is not None:
+                return end + len(_CLOSE), call
+            end = self._waiting.find(_CLOSE, end + 1)
+        return (first, None) if first and other >= 0 else (0, None)
 
     def _taken(self, count: int) -> str:
         text, self._waiting = self._waiting[:count], self._waiting[count:]
         return text
 
     def _said(self, text: str) -> Iterator[dict[str, Any]]:
-        """Blanks around calls are layout."""
-        if text.strip() or (text and not self.made):
+        if self.made:
+            text = self._blanks + text
+            self._blanks = text[len(text.rstrip()) :]
+            text = text.rstrip() if self.several else ""
+        if text:
             yield {"content": text}
 
-    def _call(self, inside: str, whole: str) -> Iterator[dict[str, Any]]:
+    def _called(self, call: Mapping[str, Any] | None, whole: str) -> Iterator[dict[str, Any]]:
         """What cannot be read as a call is text, and the client sees it."""
-        found = _parsed(inside)
-        if found is None:
+        if call is None:
             yield from self._said(whole)
-            return
-        function = {"name": found["name"], "arguments": json.dumps(_arguments(found), ensure_ascii=False)}
-        call = {"index": self.made, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
-        self.made += 1
-        yield {"tool_calls": [call]}
+        elif self.several or not self.made:
+            identity = {"index": self.made, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function"}
+            self.made += 1
+            self._blanks = ""
+            yield {"tool_calls": [{**identity, "function": call}]}
 
-
-def _parsed(text: str) -> Mapping[str, Any] | None:
-    try:
-        found = json.loads(text.strip())
-    except (ValueError, RecursionError):
-        return None
-    named = isinstance(found, dict) and isinstance(found.get("name"), str)
-    return found if named and isinstance(_arguments(found), dict) else None
-
-
-def _arguments(call: Mapping[str, Any]) -> Any:
-    return call.get("arguments", call.get("parameters", {}))
+    def _parsed(self, text: str) -> Mapping[str, Any] | None:
+        """The name and the arguments, as JSON."""
+        try:
+            found = json.loads(text.strip())
+            if not isinstance(found, dict) or found.get("name") not in self.names:
+                return None
+            arguments = found.get("arguments", found.get("parameters", {} if self.tags else None))
+            if not isinstance(arguments, dict):
+                return None
+            return {"name": found["name"], "arguments": json.dumps(arguments, allow_nan=False)}
+        except (ValueError, TypeError, RecursionError):
+            return None

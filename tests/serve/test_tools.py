@@ -27,6 +27,7 @@ TAGS = (
 OBJECT = '{# {"name": …, "parameters": …} #}' + TAGS.replace("<tool_call>", "")
 FUNCTION = {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}
 TOOLS: Any = [{"type": "function", "function": FUNCTION}]
+NAMES = frozenset({"f", "g"})
 HI: Any = [{"role": "user", "content": "Hi"}]
 CALLED: Any = [
     *HI,
@@ -81,6 +82,25 @@ ONE = '<tool_call>\n{"name": "f", "arguments": {"x": "<tool"}}\n</tool_call>'
         (True, '<tool_call>{"name": 1}</tool_call>', '<tool_call>{"name": 1}</tool_call>', []),
         (True, "it ends <tool_c", "it ends <tool_c", []),
         (True, '<tool_call>{"name": "g"}</tool_call>', "", [("g", {})]),
+        (True, f"{ONE}\nHello \n world \n{ONE}\n", "\nHello \n world", [("f", {"x": "<tool"})] * 2),
+        (
+            True,
+            '<tool_call>{"name": "f", "arguments": {"x": "</tool_call>"}}</tool_call>',
+            "",
+            [("f", {"x": "</tool_call>"})],
+        ),
+        (True, f"<tool_call>{{oops}}</tool_call> {ONE}", "<tool_call>{oops}</tool_call> ", [("f", {"x": "<tool"})]),
+        (True, '<tool_call>{"name": "other"}</tool_call>', '<tool_call>{"name": "other"}</tool_call>', []),
+        (
+            True,
+            '<tool_call>{"name": "f", "arguments": {"x": NaN}}</tool_call>',
+            '<tool_call>{"name": "f", "arguments": {"x": NaN}}</tool_call>',
+            [],
+        ),
+        (True, '<tool_call>{"name": "f", "arguments": {"x": "\\ud83d"}}</tool_call>', "", [("f", {"x": "\ud83d"})]),
+        (False, '{"name": "Alice", "age": 30}', '{"name": "Alice", "age": 30}', []),
+        (False, '{"name": "f"}', '{"name": "f"}', []),
+        (False, "[" * 5000, "[" * 5000, []),
         (False, '\n{"name": "f", "parameters": {"x": 1}}', "", [("f", {"x": 1})]),
         (False, 'See {"name": "f"}', 'See {"name": "f"}', []),
         (False, '{"x": 1}', '{"x": 1}', []),
@@ -93,11 +113,15 @@ def test_calls_are_read_however_the_text_comes(tags: bool, text: str, said: str,
     for _ in range(20):
         cuts = sorted(dice.sample(range(1, len(text)), dice.randint(0, len(text) - 1)))
         pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-        assert read(Calls(tags), pieces) == (said, made), pieces
+        assert read(Calls(tags, NAMES), pieces) == (said, made), pieces
+
+
+def test_one_call_at_a_time() -> None:
+    assert read(Calls(True, NAMES, several=False), [ONE, "\n", ONE, " and "]) == ("", [("f", {"x": "<tool"})])
 
 
 def test_text_is_not_held_back_that_cannot_be_a_call() -> None:
-    calls = Calls(tags=True)
+    calls = Calls(True, NAMES)
     assert [list(calls.feed(text)) for text in ("a <", "b <tool", "s")] == [
         [{"content": "a "}],
         [{"content": "<b "}],
@@ -155,14 +179,25 @@ def test_a_call_that_is_written_is_told_as_one(clients: Mapping[str, openai.Open
         (0, "f", {"x": 7})
     ]
     assert chunks[-1].finish_reason == "tool_calls"
+    (choice,) = ask(clients["object"], **settings, tool_choice="none").choices
+    assert choice.message.tool_calls is None and json.loads(choice.message.content)["name"] == "f"
     assert not any(chunk.delta.content for chunk in chunks)
 
 
 def test_what_cannot_be_is_refused(clients: Mapping[str, openai.OpenAI], client: openai.OpenAI) -> None:
     wrong = [{**CALLED[1], "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "[1"}}]}]
+    schema: dict[str, Any] = {}
+    for _ in range(100):
+        schema = {"a": schema}
+    deep = [{"type": "function", "function": {**FUNCTION, "parameters": schema}}]
+    large = [{"type": "function", "function": {**FUNCTION, "description": "x" * 300_000}}]
+    long = [{"type": "function", "function": {**FUNCTION, "name": "f" * 64}}] * 128
     for asked, settings, said in (
         (client, {"tools": TOOLS}, "tools: the chat template of this package's checkpoint has no place for them"),
         (clients["tags"], {"tools": TOOLS, "tool_choice": "required"}, "tool_choice: Input should be 'none' or 'auto'"),
+        (clients["tags"], {"tools": deep}, "tools: more than 32 levels in each other"),
+        (clients["tags"], {"tools": large}, "tools: .* characters as JSON; at most 262,144 are taken"),
+        (clients["tags"], {"tools": long}, "the prompt has .* characters, too many for this server's window of 96"),
         (clients["tags"], {"messages": [*HI, *wrong]}, "messages: the arguments of a call of f are no JSON object"),
         (clients["tags"], {"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name: "),
     ):

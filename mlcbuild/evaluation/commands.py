@@ -59,7 +59,10 @@ def evaluate(
             f"over {figures.tokens:,} tokens"
         )
     if scores:
-        rows = [[s.task, s.metric, f"{s.value:.4g}", _error(s), f"{s.questions:,}"] for s in scores]
+        rows = [
+            [s.task, s.metric, f"{s.value:.4g}", _error(s), "" if s.questions is None else f"{s.questions:,}"]
+            for s in scores
+        ]
         print("\n".join(table([["TASK", "METRIC", "VALUE", "ERROR", "QUESTIONS"], *rows])))
 
 

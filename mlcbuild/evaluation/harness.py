@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import logging
+import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +19,7 @@ from datasets.utils.logging import disable_progress_bar
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import simple_evaluate
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from mlcbuild.errors import MlcBuildError
@@ -22,6 +27,7 @@ from mlcbuild.evaluation.likelihood import continuations, first_token, windows
 from mlcbuild.runtime.model import Model
 
 _QUESTIONS = Path(__file__).with_name("questions.yaml")
+_RESAMPLES = 1000  # for errors that no formula gives
 _MAX_TOKENS = 256  # of an answer, where a task does not say; the harness' own models have it
 
 
@@ -33,7 +39,7 @@ class Score:
     metric: str
     value: float
     error: float | None
-    questions: int
+    questions: int | None  # None: of a group, the mean of others
 
 
 class Harness(TemplateLM):  # type: ignore[misc]  # the harness has no types
@@ -43,6 +49,7 @@ class Harness(TemplateLM):  # type: ignore[misc]  # the harness has no types
         super().__init__()
         self._model = model
         self._first = first_token(model)
+        self._seeds = itertools.count()  # where an answer is sampled several times, they shall differ
 
     @property
     def eot_token_id(self) -> int:
@@ -54,7 +61,9 @@ class Harness(TemplateLM):  # type: ignore[misc]  # the harness has no types
         return self._first
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        return self._model.tokenizer.encode(string, add_special_tokens=add_special_tokens is not False)
+        ids = self._model.tokenizer.encode(string, add_special_tokens=add_special_tokens is not False)
+        # A text may begin with the token already that the tokenizer puts before every text.
+        return ids[1:] if add_special_tokens is None and ids[:2] == [self._first] * 2 else ids
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
@@ -74,17 +83,17 @@ class Harness(TemplateLM):  # type: ignore[misc]  # the harness has no types
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         return [self._written(*request.args) for request in requests]
 
-    def _written(self, prompt: str, settings: Mapping[str, Any]) -> str:
-        until = settings.get("until") or []
-        most = int(settings.get("max_gen_toks", _MAX_TOKENS))
-        sampled = bool(settings.get("do_sample", False))
-        sampling = {k: settings[k] for k in ("temperature", "top_p", "top_k") if sampled and k in settings}
+    def _written(self, prompt: str, settings: dict[str, Any]) -> str:
+        wanted = normalize_gen_kwargs(settings, _MAX_TOKENS)
+        most, sampled = wanted["max_gen_toks"], wanted["do_sample"]
+        sampling = {k: wanted[k] for k in ("temperature", "top_p", "top_k", "min_p") if sampled and k in wanted}
+        if sampled:
+            sampling = {"temperature": 1.0, **sampling}
         limit = self._model.context_window_size
         ids = self.tok_encode(prompt)
         ids = ids if limit < 0 else ids[-max(1, limit - most) :]
-        return self._model.generate(
-            ids, max_tokens=most, stop=[until] if isinstance(until, str) else until, seed=0, **sampling
-        )
+        stops = [text for text in wanted["until"] if text]
+        return self._model.generate(ids, max_tokens=most, stop=stops, seed=next(self._seeds), **sampling)
 
 
 def own_tasks() -> tuple[str, ...]:
@@ -107,6 +116,18 @@ def evaluate(
     names = list(dict.fromkeys(tasks))
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     disable_progress_bar()
+    os.environ["DISABLE_MULTIPROC"] = "1"  # the harness would fork this process, with its threads
+    with contextlib.redirect_stdout(sys.stderr):  # it says there what it does
+        try:
+            found = _found(Harness(model), names, include, num_fewshot=few_shot, limit=limit)
+        except ModuleNotFoundError as error:
+            raise MlcBuildError(f"a task needs the package {error.name}, which is not installed") from None
+        except (ValueError, TypeError, KeyError, NotImplementedError) as error:
+            raise MlcBuildError(f"lm-evaluation-harness: {type(error).__name__}: {error}") from error
+    return [score for task, figures in found["results"].items() for score in _scores(task, figures, found)]
+
+
+def _found(harness: Harness, names: Sequence[str], include: Path | None, **settings: Any) -> Mapping[str, Any]:
     others = [name for name in names if name not in _questions()]
     manager = _manager(others, include)
     for name in others:
@@ -116,10 +137,10 @@ def evaluate(
                 f"download there are {', '.join(own_tasks())}"
             )
     specs = [*(_task(name) for name in names if name in _questions()), *manager.match_tasks(others)]
-    found = simple_evaluate(
-        Harness(model), tasks=specs, num_fewshot=few_shot, limit=limit, task_manager=manager, log_samples=False
+    found: Mapping[str, Any] = simple_evaluate(
+        harness, tasks=specs, task_manager=manager, log_samples=False, bootstrap_iters=_RESAMPLES, **settings
     )
-    return [score for task, figures in found["results"].items() for score in _scores(task, figures, found)]
+    return found
 
 
 def _manager(names: Sequence[str], include: Path | None) -> TaskManager:
@@ -130,7 +151,7 @@ def _manager(names: Sequence[str], include: Path | None) -> TaskManager:
 
 
 def _scores(task: str, figures: Mapping[str, Any], found: Mapping[str, Any]) -> Iterable[Score]:
-    questions = found["n-samples"].get(task, {}).get("effective", 0)
+    questions = found["n-samples"].get(task, {}).get("effective")
     for key, value in figures.items():
         metric, _, how = key.partition(",")
         if how and not metric.endswith("_stderr") and isinstance(value, int | float):

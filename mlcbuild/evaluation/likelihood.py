@@ -12,6 +12,7 @@ from mlcbuild.errors import MlcBuildError
 from mlcbuild.runtime.model import Model
 from mlcbuild.runtime.session import Logits, Session, common
 
+_MOST = 700.0  # nats a token: the exponential of more is no number
 WINDOW = 2048  # tokens of a text that are looked at with one another, at most
 
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids that are given, and those that are judged after them
@@ -79,7 +80,8 @@ def of_text(model: Model, text: str) -> OfText:
     pairs = list(windows(whole, WINDOW if limit < 0 else min(limit, WINDOW)))
     log_probability = sum(each.log_probability for each in continuations(model, pairs))
     tokens = len(whole) - 1
-    return OfText(tokens, math.exp(-log_probability / tokens), -log_probability / math.log(2) / len(text.encode()))
+    surprise = -log_probability / tokens
+    return OfText(tokens, math.exp(min(surprise, _MOST)), -log_probability / math.log(2) / len(text.encode()))
 
 
 def windows(ids: Sequence[int], size: int) -> Iterator[Pair]:

@@ -1,6 +1,8 @@
-"""What is otherwise than in the run before."""
+"""What is otherwise than before."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from mlcbuild.reporting.history import Cell, Run
 from mlcbuild.text import amount
@@ -8,16 +10,19 @@ from mlcbuild.text import amount
 _WELL = ("built", "hit")
 
 
-def changes(before: Run, after: Run) -> list[tuple[str, str]]:
-    """Recipes that came, went, fail, work again, or whose package has another divergence or size; and how."""
-    old, new = ({cell.recipe: cell for cell in run.cells} for run in (before, after))
-    found = ((name, _change(old.get(name), new.get(name))) for name in sorted({*old, *new}))
+def changes(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Recipes of the last run that are new, fail, work again, or whose package has another divergence or size; and how.
+
+    Each is compared with the last run before that had it: a run may be of some recipes only.
+    """
+    known = {cell.recipe: cell for run in runs[:-1] for cell in run.cells}
+    found = ((cell.recipe, _change(known.get(cell.recipe), cell)) for cell in runs[-1].cells) if known else ()
     return [(name, text) for name, text in found if text]
 
 
-def _change(old: Cell | None, new: Cell | None) -> str:
-    if old is None or new is None:
-        return "is new" if old is None else "is not among the recipes any more"
+def _change(old: Cell | None, new: Cell) -> str:
+    if old is None:
+        return "is new"
     if old.status != new.status and not (old.status in _WELL and new.status in _WELL):
         return f"{old.status} → {new.status}"
     facts = (

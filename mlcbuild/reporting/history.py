@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -156,7 +157,7 @@ def _cell(name: str, now: _Reading) -> Cell:
         status,
         seconds=sum(step.seconds for step in ran + failures),
         size=package.size if package else 0,
-        kl=package.kl if package else None,
+        kl=package.kl if package and package.kl is not None and math.isfinite(package.kl) else None,
         quality=package.status if package else "",
         executed=package.executed if package else "",
         why=tuple(reason for reason in reasons if "has to run first" not in reason),

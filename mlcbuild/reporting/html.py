@@ -35,7 +35,7 @@ def html(runs: Sequence[Run]) -> str:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"when": _when, "amount": amount, "duration": duration, "facts": _facts, "worst": _worst}
-    run, changed = runs[-1], changes(runs[-2], runs[-1]) if len(runs) > 1 else []
+    run, changed = runs[-1], changes(runs)
     clouds = plots.clouds(run.cells)
     targets = sorted({cell.target for cell in run.cells})
     return environment.get_template("page.html.j2").render(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from lm_eval.api.instance import Instance
 
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.evaluation.commands import evaluate
+from mlcbuild.evaluation.harness import Harness
 from mlcbuild.evaluation.likelihood import continuations, of_text
 from mlcbuild.runtime import Model
 
@@ -51,7 +54,7 @@ def test_tasks_of_ones_own(tiny: Model, tiny_package: Path, tmp_path: Path, caps
         "output_type": "generate_until",
         "doc_to_text": "{{prompt}}",
         "doc_to_target": "{{answer}}",
-        "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": 4},
+        "generation_kwargs": {"until": ["\n\n"], "max_new_tokens": 4},
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     }
     reading = {
@@ -70,6 +73,44 @@ def test_tasks_of_ones_own(tiny: Model, tiny_package: Path, tmp_path: Path, caps
     assert rows["TASK"] == ["TASK", "METRIC", "VALUE", "ERROR", "QUESTIONS"]
     assert rows["writing"][1:3] == ["exact_match", "1"]
     assert float(rows["reading"][2]) == pytest.approx(of_text(tiny, text).bits_per_byte, rel=1e-3)
+
+
+def test_answers_that_are_sampled_differ_and_stop_where_the_task_says(tiny: Model) -> None:
+    harness = Harness(tiny)
+
+    def written(count: int, **settings: Any) -> list[str]:
+        request = Instance("generate_until", {}, ("The sea was", settings), 0)
+        return harness.generate_until([request] * count)
+
+    sampled = written(3, do_sample=True, max_gen_toks=8, until=["zzz"])
+    assert len(set(sampled)) == 3
+    assert written(2, max_tokens=8) == [tiny.generate("The sea was", max_tokens=8)] * 2
+    first = tiny.generate("The sea was", max_tokens=8)[:3]
+    assert written(1, max_gen_toks=8, until=[first[1:]]) == [first[0]]
+
+
+def test_what_the_harness_prints_is_not_in_the_json(
+    tiny_package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its errors of a perplexity are found by drawing again, and it says so."""
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"a": "The", "b": f" sea {n}"}) + "\n" for n in range(4)))
+    task = {
+        "task": "last",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}},
+        "test_split": "test",
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{a}}",
+        "doc_to_target": "{{b}}",
+        "metric_list": [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}],
+    }
+    (tmp_path / "last.yaml").write_text(yaml.safe_dump(task))
+    evaluate(tiny_package, tasks="last", include=tmp_path, json=True)
+    (score,) = json.loads(capsys.readouterr().out)["scores"]
+    assert score["metric"] == "perplexity" and score["error"] > 0
+    (tmp_path / "last.yaml").write_text(yaml.safe_dump({**task, "output_type": "guess"}))
+    with pytest.raises(MlcBuildError, match=r"^lm-evaluation-harness: ValueError: .*guess"):
+        evaluate(tiny_package, tasks="last", include=tmp_path)
 
 
 @pytest.mark.slow  # the harness reads all that it has

@@ -112,6 +112,13 @@ def test_a_log_of_several_nights_and_one_that_was_cut_off(log: Path) -> None:
     assert "the build did not end" in html([last]) and "the build did not end" in markdown([last])
 
 
+def test_a_divergence_that_is_no_number_is_none(log: Path) -> None:
+    log.write_text(log.read_text().replace('"kl": 0.0123', '"kl": NaN').replace('"kl": 0.03', '"kl": Infinity'))
+    runs = read_logs([log])
+    assert {cell.kl for run in runs for cell in run.cells} <= {None, 0.01, 0.02}
+    Page(html(runs))
+
+
 def test_files_that_are_no_logs(tmp_path: Path) -> None:
     with pytest.raises(MlcBuildError, match=r"none.jsonl: cannot be read: No such file"):
         read_logs([tmp_path / "none.jsonl"])
@@ -219,7 +226,7 @@ def run_of(*cells: tuple[str, str, int, float | None, str]) -> Run:
     return Run(0.0, [Cell(n, "m", q, "cpu", status, size=size, kl=kl) for n, q, size, kl, status in cells])
 
 
-def test_what_is_otherwise_than_in_the_run_before() -> None:
+def test_what_is_otherwise_than_before() -> None:
     before = run_of(
         ("a", "q4", 2_000_000, 0.01, "built"),
         ("b", "q4", 2_000_000, 0.01, "failed"),
@@ -237,14 +244,16 @@ def test_what_is_otherwise_than_in_the_run_before() -> None:
     expected = [
         ("b", "failed → built"),
         ("c", "KL 0.0100 → 0.0300, 2.0 MB → 3.0 MB"),
-        ("d", "is not among the recipes any more"),
         ("e", "hit → unavailable"),
         ("f", "is new"),
     ]
-    assert changes(before, after) == expected
+    assert changes([before, after]) == expected
     texts = "".join(Page(html([before, after])).texts)
     assert all(f"{recipe}: {change}" in texts for recipe, change in expected)
-    assert changes(after, after) == [] and "Since the run before" not in html([after, after])
+    assert changes([after, after]) == changes([after]) == [] and "Since the runs before" not in html([after, after])
+    some = run_of(("a", "q4", 2_000_000, 0.01, "hit"))
+    assert changes([before, some]) == []
+    assert changes([before, some, after]) == expected, "what the run between did not have is no news"
 
 
 def test_quality_over_size_for_each_model_that_has_several() -> None:
@@ -331,6 +340,8 @@ def test_the_grid_is_filtered_by_words_and_status(log: Path, tmp_path: Path) -> 
         assert shown("TINY-q4-cuda", "") == ["tiny q4"], "a recipe's name"
         assert shown("q4 lar", "") == ["large q4"]
         assert shown("", "failed") == ["tiny q4"]
+        assert shown("", "built") == ["tiny q4"], "one of the recipes in the row"
+        assert shown("quantize", "") == [], "no step's name"
         assert shown("", "not-tried") == ["large q4"]
         assert shown("phone", "failed") == []
         assert page.texts(".filter output") == ["0 of 3 rows"]

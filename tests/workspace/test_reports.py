@@ -22,7 +22,7 @@ def events(path: Path, kind: str) -> list[dict[str, Any]]:
 def test_a_build_writes_a_page_and_a_summary(workspace: Workspace) -> None:
     workspace.doit("build", "report=out.html", "summary=out.md")
     page = (workspace.root / "out.html").read_text()
-    assert page.count('class="built"') == 2
+    assert page.count('<td class="built"') == 2
     assert "no lower step was ever run with this cache" in page
     assert f"| `{F16}` | ✅ built |" in (workspace.root / "out.md").read_text()
 

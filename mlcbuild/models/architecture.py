@@ -217,6 +217,11 @@ def _check_shape(values: Mapping[str, Any]) -> list[str]:
     scaling = values["rope_scaling"]
     if scaling is not None:
         problems += scaling_problems(scaling, (dim if rotary is None else rotary) // 2)
+    if values.get("position_scale") and not values.get("position_scale_length"):
+        problems.append(
+            "config.json: scores grow with the position (llama_4_scaling_beta), but rope_parameters have no "
+            "original_max_position_embeddings, from which on they do"
+        )
     types, layers = values.get("layer_types"), values["num_hidden_layers"]
     if types is not None and (len(types) != layers or not {*types} <= {"full", "sliding"}):
         problems.append(f"config.json: layer_types are {types}, expected full or sliding for each of {layers} layers")

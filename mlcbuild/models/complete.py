@@ -67,9 +67,7 @@ def _layer(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
     else:
         needed = {"o_proj", *(_ONE_BY_ONE if roles & _ONE_BY_ONE else {"qkv_proj"})}
     used = {f"{name}_bias" for name in ("qkv", "q", "k", "v", "q_a", "kv_a", "o", "gate_up", "gate", "up", "down")} | {
-        "attention_gate",
-        "attention_inner_norm",
-        "mlp_inner_norm",
+        "attention_gate"
     }
     if s.qk_norm != "none" and s.norm_weights:
         needed |= {"q_norm", "k_norm"}

@@ -97,8 +97,6 @@ def _attention(d: Decoder, x: Expr, cache: Expr, layer_id: Expr, weight: Given, 
         out = latent.values_of(d, out)
     else:
         out = d.builder.emit(relax.op.reshape(out, [n, heads * dim]))
-    if "attention_inner_norm" in weight:
-        out = d.norm(d.cast(out, d.operations.compute), weight, "attention_inner_norm")
     if "attention_gate" in weight:
         gate = d.builder.emit(relax.op.sigmoid(d.operations.linear(x, weight("attention_gate"), d.operations.compute)))
         out = d.builder.emit(relax.op.multiply(gate, d.cast(out, d.operations.compute)))
@@ -152,7 +150,6 @@ def _mlp(d: Decoder, x: Expr, weight: Given) -> Expr:
     else:
         inner = d.project(x, weight, "up")
         inner = _xielu(d, inner, weight) if activation == "xielu" else operations.activation(inner, activation)
-    inner = d.norm(inner, weight, "mlp_inner_norm") if "mlp_inner_norm" in weight else inner
     return d.project(inner, weight, "down")
 
 

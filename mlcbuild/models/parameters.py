@@ -133,8 +133,6 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "mlp_norm": _width,
     "xielu_positive": lambda s: (1,),
     "xielu_negative": lambda s: (1,),
-    "attention_inner_norm": lambda s: (_query(s),),
-    "mlp_inner_norm": lambda s: (s.intermediate_size,),
     "mlp_post_norm": _width,
     "final_norm": _width,
     "lm_head": lambda s: (s.vocab_size, s.hidden_size),

@@ -133,7 +133,6 @@ CASES |= {
     ),
     "hunyuan_v1_moe": _case("hunyuan_v1_moe", head_dim=16, num_experts=4, moe_topk=2),
     "nanochat": _case("nanochat"),
-    "bitnet": _case("bitnet", attention_bias=True),
     "gpt_neox_japanese": _case("gpt_neox_japanese", num_key_value_heads="absent", intermediate_size="absent"),
     "openai-gpt": _gpt("openai-gpt", n_inner="absent"),
     "apertus": replace(

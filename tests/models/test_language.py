@@ -157,3 +157,24 @@ def test_a14_no_hint_names_an_architecture_that_would_refuse() -> None:
         architecture.choose(known, {**CONFIG, "model_type": "helium2", "attention_bias": True})
     (line,) = str(raised.value).splitlines()[1:]
     assert line == "  llama: knows every key, which does not say that it computes the same"
+
+
+def test_a_wrapper_has_the_defaults_of_the_text_model_in_it() -> None:
+    """Ministral 3 in mistral3: what its class would fill in is not mistral's."""
+    text = {
+        **CONFIG,
+        "num_key_value_heads": 2,
+        "model_type": "ministral3",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+    }
+    scaled = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 2.0, "original_max_position_embeddings": 64}
+    found = resolve("mistral3", {"model_type": "mistral3", "text_config": {**text, "rope_parameters": scaled}})
+    assert (found.position_scale, found.position_scale_length) == (0.1, 64)
+    with pytest.raises(
+        MlcBuildError, match=r"scores grow with the position \(llama_4_scaling_beta\), but rope_parameters"
+    ):
+        resolve("mistral3", {"model_type": "mistral3", "text_config": text})
+    plain = resolve("mistral3", {"model_type": "mistral3", "text_config": {**text, "model_type": "mistral"}})
+    assert plain.position_scale is None
+    with pytest.raises(MlcBuildError, match="model_type"):
+        resolve("mistral3", {"model_type": "mistral3", "text_config": {**text, "model_type": "qwen3"}})

@@ -137,18 +137,23 @@ def test_small_steps_keep_their_digits(kernels: Kernels) -> None:
     np.testing.assert_allclose(out[0], np.logaddexp(0, step.astype(np.float64)), rtol=5e-6)
 
 
-def test_masked_attention(kernels: Kernels) -> None:
-    """Rows of two tasks; keys in several blocks with holes; a sequence of which nobody sees anything."""
+@pytest.mark.parametrize("biased", [False, True])
+def test_masked_attention(kernels: Kernels, biased: bool) -> None:
+    """Rows of two tasks; keys in several blocks with holes; a sequence of which nobody sees anything; MPNet's biases by
+    a key's position less the query's."""
     tokens, heads, dim = 77, 2, 20
+    bias = normal(2, heads, 2 * tokens - 1)
     qkv = normal(0, SEQUENCES * tokens, 3, heads, dim)
     mask = (np.random.default_rng(1).random((SEQUENCES, tokens)) > 0.4).astype(np.int32)
     mask[1] = 0
     out = np.full((SEQUENCES * tokens, heads, dim), np.nan, np.float32)
     for task in range(SEQUENCES * -(-tokens // QUERIES) * heads):
-        sizes = (tokens, heads, dim, QUERIES, task, dim**-0.5)
-        kernels("mlcbuild_attention_masked", qkv, mask, out, *sizes)
+        sizes = (bias.shape[1] if biased else 0, tokens, heads, dim, QUERIES, task, dim**-0.5)
+        kernels("mlcbuild_attention_masked", qkv, mask, bias if biased else None, out, *sizes)
     q, k, v = (qkv[:tokens, i].transpose(1, 0, 2).astype(np.float64) for i in range(3))
-    scores = np.where(mask[0] == 1, q @ k.transpose(0, 2, 1) * dim**-0.5, -np.inf)
+    place = np.arange(tokens)
+    scores = q @ k.transpose(0, 2, 1) * dim**-0.5 + biased * bias[:, place[None] - place[:, None] + tokens - 1]
+    scores = np.where(mask[0] == 1, scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     expected = (weights / weights.sum(-1, keepdims=True)) @ v
     np.testing.assert_allclose(out[:tokens].transpose(1, 0, 2), expected, atol=1e-5)

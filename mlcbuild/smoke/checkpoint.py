@@ -7,6 +7,7 @@ named by the digest of what decides its content, so that the same one is made on
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,7 +48,17 @@ def small_config(config: Mapping[str, Any], architecture: Architecture, awq_grou
     if awq_group is not None:
         awq = {"quant_method": "awq", "bits": 4, "group_size": awq_group, "version": "gemm", "zero_point": True}
         small["quantization_config"] = awq
-    return {**small, **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)}
+    small |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    return {name: _written(value) for name, value in small.items()}
+
+
+def _written(value: Any) -> Any:
+    """Infinity as transformers 5 writes it, in lists too: JSON has none."""
+    if isinstance(value, list | tuple):
+        return [_written(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"__float__": "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
+    return value
 
 
 def _layers(config: Mapping[str, Any], architecture: Architecture) -> Any:

@@ -12,6 +12,7 @@ from mlcbuild.errors import MlcBuildError
 from mlcbuild.evaluation import likelihood
 from mlcbuild.runtime.model import Model, load
 from mlcbuild.text import table
+from mlcbuild.verify.evaluate import read_text
 
 if TYPE_CHECKING:
     from mlcbuild.evaluation.harness import Score
@@ -38,14 +39,18 @@ def evaluate(
     for name, value, least in (("--few-shot", few_shot, 0), ("--limit", limit, 1)):
         if value is not None and value < least:
             raise MlcBuildError(f"{name} is {value}: expected {least} or more")
+    asked = tasks is not None or not text
+    for name, given in (("--few-shot", few_shot), ("--limit", limit), ("--include", include)):
+        if given is not None and not asked:
+            raise MlcBuildError(f"{name} is for tasks, and with --text alone none is asked: name some with --tasks")
     if include is not None and not include.is_dir():
         raise MlcBuildError(f"--include {include}: no such folder; it holds tasks as YAML files")
-    texts = {path: _read(path) for path in text}
+    texts = {path: read_text(path) for path in text}
     model = load(folder, library, threads, device)
     if model.network.library.metadata.model_task != "chat":
         raise MlcBuildError(f"{folder}: a model of texts gives vectors; tasks are asked of models that write")
     likely = {path: likelihood.of_text(model, content) for path, content in texts.items()}
-    scores = _scores(model, tasks, include, few_shot, limit) if tasks is not None or not texts else []
+    scores = _scores(model, tasks, include, few_shot, limit) if asked else []
     if json:
         found = {
             "texts": [{"text": str(path), **dataclasses.asdict(figures)} for path, figures in likely.items()],
@@ -84,10 +89,3 @@ def _scores(
 
 def _error(score: Score) -> str:
     return "" if score.error is None else f"± {score.error:.2g}"
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise MlcBuildError(f"{path}: not UTF-8 (byte {error.start}): save the text as UTF-8") from None

@@ -10,6 +10,7 @@ import numpy as np
 
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.runtime.model import Model
+from mlcbuild.runtime.sampling import log_probabilities
 from mlcbuild.runtime.session import Logits, Session, common
 
 _MOST = 700.0  # nats a token: the exponential of more is no number
@@ -113,10 +114,9 @@ def _judged(rows: Iterator[Logits], wanted: Sequence[int], vocab_size: int) -> J
     total, likeliest, done = 0.0, True, 0
     for piece in rows:
         tokens = np.asarray(wanted[done : done + len(piece)])
-        scores = piece[:, :vocab_size].astype(np.float64)
-        highest = scores.max(1)
+        scores = log_probabilities(piece[:, :vocab_size])
         chosen = scores[np.arange(len(tokens)), tokens]
-        total += float((chosen - highest - np.log(np.exp(scores - highest[:, None]).sum(1))).sum())
-        likeliest &= bool((chosen == highest).all())
+        total += float(chosen.sum())
+        likeliest &= bool((chosen == scores.max(1)).all())
         done += len(piece)
     return Judged(total, likeliest)

@@ -25,8 +25,9 @@ def _change(old: Cell | None, new: Cell) -> str:
         return "is new"
     if old.status != new.status and not (old.status in _WELL and new.status in _WELL):
         return f"{old.status} → {new.status}"
-    facts = (
-        (f"KL {old.kl:.4f}", f"{new.kl:.4f}") if old.kl is not None and new.kl is not None else ("", ""),
-        (amount(old.size), amount(new.size)) if old.size and new.size else ("", ""),
-    )
-    return ", ".join(f"{was} → {now}" for was, now in facts if was.removeprefix("KL ") != now)
+    facts = []
+    if old.kl is not None and new.kl is not None:
+        facts.append(("KL ", f"{old.kl:.4f}", f"{new.kl:.4f}"))
+    if old.size and new.size:
+        facts.append(("", amount(old.size), amount(new.size)))
+    return ", ".join(f"{what}{was} → {now}" for what, was, now in facts if was != now)

@@ -127,10 +127,10 @@ def probabilities(scores: npt.NDArray[Any], settings: Sampling) -> Scores:
 
 
 def log_probabilities(logits: npt.NDArray[np.float32]) -> Scores:
-    """The model's own log-probabilities, before penalties and temperature: [vocab_size]"""
+    """The model's own log-probabilities, before penalties and temperature: [..., vocab_size]"""
     wide = logits.astype(np.float64)
-    wide -= wide.max()
-    found: Scores = wide - np.log(np.exp(wide).sum())
+    wide -= wide.max(-1, keepdims=True)
+    found: Scores = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
     return found
 
 

@@ -36,7 +36,7 @@ def prompt(template: ChatTemplate | None, messages: Sequence[ChatMessage], tools
         raise MlcBuildError("tools: the chat template of this package's checkpoint has no place for them that is known")
     told = [tool.model_dump() for tool in tools]
     said = [_for_template(message) for message in messages]
-    if _depth(told) > DEEPEST or any(_depth(message) > DEEPEST for message in said):
+    if _too_deep(told) or _too_deep(said):
         raise MlcBuildError(f"tools: more than {DEEPEST} levels in each other, in a schema or in arguments")
     if (size := len(json.dumps(told))) > LARGEST:
         raise MlcBuildError(f"tools: {size:,} characters as JSON; at most {LARGEST:,} are taken")
@@ -56,16 +56,12 @@ def _form(template: ChatTemplate) -> str | None:
     return "object" if '"parameters"' in template.source else None
 
 
-def _depth(value: Any) -> int:
-    """How much there is in each other, counted no further than needed."""
-    level, depth = [value], 0
-    while level and depth <= DEEPEST + 4:  # a tool and a call are some levels themselves
-        inner = [each for each in level if isinstance(each, dict | list)]
-        level = [item for each in inner for item in (each.values() if isinstance(each, dict) else each)]
-        depth += bool(inner)
-        if not inner:
-            break
-    return depth
+def _too_deep(value: Any, levels: int = DEEPEST) -> bool:
+    """Whether more than so many lists and objects are in each other."""
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_too_deep(each, levels - 1) for each in inner)
 
 
 def _for_template(message: ChatMessage) -> dict[str, Any]:

@@ -89,7 +89,11 @@ def test_bad_words_are_told(tiny_package: Path, tmp_path: Path) -> None:
         ({"few_shot": -1}, "--few-shot is -1: expected 0 or more"),
         ({"limit": 0}, "--limit is 0: expected 1 or more"),
         ({"include": tmp_path / "no"}, f"--include {tmp_path}/no: no such folder; it holds tasks as YAML files"),
-        ({"text": [tmp_path / "latin"]}, f"{tmp_path}/latin: not UTF-8 (byte 3): save the text as UTF-8"),
+        ({"text": [tmp_path / "latin"]}, f"{tmp_path}/latin, line 1: not UTF-8 (byte 0xe9): save the text as UTF-8"),
+        (
+            {"text": [tmp_path / "latin"], "limit": 3},
+            "--limit is for tasks, and with --text alone none is asked: name some with --tasks",
+        ),
         ({"tasks": " ,"}, "--tasks names no task"),
     ):
         with pytest.raises(MlcBuildError) as raised:

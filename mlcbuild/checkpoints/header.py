@@ -72,7 +72,9 @@ def read_header(path: Path, file: str, blob: str = "") -> list[TensorRef]:
         if length > MAX_HEADER:
             raise CheckpointError(f"{file}: not a safetensors file: it claims a header of {length} bytes")
         if 8 + length > size:
-            raise CheckpointError(f"{file}: truncated: its header alone is {length} bytes, the file has {size}")
+            raise CheckpointError(
+                f"{file}: truncated: its header alone is {length} bytes, the file has {size}; get it again"
+            )
         text = stream.read(length)
     header = _parse(text, file)
     problems: list[str] = []
@@ -190,7 +192,7 @@ def _layout_problems(refs: list[TensorRef], start: int, size: int, file: str) ->
         cut = next(ref for ref in refs if ref.offset + ref.nbytes > size)
         problems.append(
             f"{file}: truncated: tensor {cut.name} ends at byte {cut.offset + cut.nbytes}, the file has {size} "
-            f"(it should have {position})"
+            f"(it should have {position}); get it again"
         )
     elif position < size:
         problems.append(f"{file}: {size - position} bytes follow the last tensor; a safetensors file has none")

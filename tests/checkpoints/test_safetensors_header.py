@@ -60,13 +60,13 @@ def test_truncated(tmp_path: Path) -> None:
     path.write_bytes(whole[:-1])
     assert problem(path) == (
         f"x.safetensors: truncated: tensor b.bias ends at byte {start + 32}, the file has {start + 31} "
-        f"(it should have {start + 32})"
+        f"(it should have {start + 32}); get it again"
     )
     path.write_bytes(whole[: start + 3])
     assert "truncated: tensor a.weight ends at byte" in problem(path)
     path.write_bytes(whole[: start - 5])
     assert problem(path) == (
-        f"x.safetensors: truncated: its header alone is {start - 8} bytes, the file has {start - 5}"
+        f"x.safetensors: truncated: its header alone is {start - 8} bytes, the file has {start - 5}; get it again"
     )
     path.write_bytes(whole[:7])
     assert problem(path) == "x.safetensors: truncated: 7 bytes, too short for a safetensors header"

@@ -65,7 +65,8 @@ EXPORTED CUresult cuDeviceGetName(char* name, int room, CUdevice) {
   return CUDA_SUCCESS;
 }
 EXPORTED CUresult cuFuncSetAttribute(CUfunction, CUfunction_attribute, int) { return CUDA_SUCCESS; }
-EXPORTED CUresult cuGetErrorName(CUresult, const char** name) { return *name = "EMULATED_DEVICE", CUDA_SUCCESS; }
+// TVM shows the name alone, so it is what went wrong.
+EXPORTED CUresult cuGetErrorName(CUresult, const char** name) { return *name = problem, CUDA_SUCCESS; }
 EXPORTED CUresult cuGetErrorString(CUresult, const char** text) { return *text = problem, CUDA_SUCCESS; }
 EXPORTED CUresult cuTensorMapEncodeTiled(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                                          const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,

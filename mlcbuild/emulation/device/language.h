@@ -24,9 +24,9 @@ concept Number = __is_arithmetic(T);
 
 // Vectors are aligned as on the device (16 bytes at most): an access that is not is a fault there, and is one here.
 template <class T>
-static inline T* emulation_aligned(void* place) {
+static inline T* emulation_aligned(const void* place) {
   if (reinterpret_cast<uintptr_t>(place) % alignof(T)) __builtin_trap();
-  return static_cast<T*>(place);
+  return static_cast<T*>(const_cast<void*>(place));
 }
 
 template <class T>

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tvm import target
+from tvm import target, tirx
+from tvm.relax.frontend.nn.llm import kv_cache as tvm_kv_cache
 
 from mlcbuild.compiler.gpu import attention, lower
 from mlcbuild.compiler.script import quick
@@ -231,3 +232,39 @@ def test_decoders_with_these_choices_become_gpu_libraries(name: str) -> None:
     module = lower.lower(structure, llama.QUANTIZATIONS["q4f16_1"], "q4f16_1", {**wgsl.TARGET, "host": HOST})
     names = {variable.name_hint for variable in module.get_global_vars()}
     assert {"create_tir_paged_kv_cache", "attention_prefill", "attention_decode"} <= names
+
+
+@pytest.mark.parametrize(("dim", "kv_heads", "dtype"), [(32, 3, "float32"), (80, 2, "float16"), (256, 1, "float16")])
+def test_what_the_cache_writes_and_copies(gpu: Gpu, dim: int, kv_heads: int, dtype: str) -> None:
+    """TVM's kernels: new keys and values go to their places, the first tokens of a page into another, tokens closer."""
+    device, size = target.Target(dict(gpu.TARGET)), tirx.Var("page_size", "int64")
+    with quick(), device:
+        append = tvm_kv_cache._kv_cache_transpose_append(kv_heads, dim, dtype)
+        copy = tvm_kv_cache._copy_single_page(kv_heads, size, dim, dtype, device)
+        compact = tvm_kv_cache._compact_kv_copy(kv_heads, dim, dtype, device)
+    random = np.random.default_rng(6)
+    pages = random.standard_normal((4, 2, kv_heads, PAGE, dim)).astype(dtype)
+    k, v = (random.standard_normal((5, kv_heads, dim)).astype(dtype) for _ in range(2))
+    moved = ("pages", "position_map", "copy_length_indptr", "copy_src_dst_pos")
+    sizes = {**{f"{name}_elem_offset": 0 for name in moved}, "num_pages": 4, "page_size": PAGE}
+    places = np.array([47, 17, -1, 0, 63], np.int32)  # one is not kept
+    given = {"pages": pages, "k_data": k, "v_data": v, "position_map": places}
+    expected = pages.copy()
+    for token, place in enumerate(places):
+        if place >= 0:
+            expected[place // PAGE, :, :, place % PAGE] = k[token], v[token]
+    counts = {"ntoken": 5, "num_tokens_excluding_cache": 5, **sizes}
+    assert (gpu.launch(gpu.scheduled(append), 0, given, counts)["pages"] == expected).all()
+
+    expected = pages.copy()
+    expected[3, :, :, :9] = pages[1, :, :, :9]
+    counts = {"src_page_id": 1, "tgt_page_id": 3, "copy_length": 9, **sizes}
+    assert (gpu.launch(copy, 0, {"pages": pages}, counts)["pages"] == expected).all()
+
+    moves = np.array([[5, 7, 40], [4, 5, 33]], np.int32)  # from, to: two of the first sequence, one of the second
+    given = {"pages": pages, "copy_length_indptr": np.array([0, 2, 3], np.int32), "copy_src_dst_pos": moves}
+    expected = pages.copy()
+    for source, place in moves.T:
+        expected[place // PAGE, :, :, place % PAGE] = expected[source // PAGE, :, :, source % PAGE]
+    counts = {"batch_size": 2, "total_copy_length": 3, **sizes}
+    assert (gpu.launch(compact, 0, given, counts)["pages"] == expected).all()

@@ -7,9 +7,13 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 _HOST = {"kind": "llvm", "mtriple": "x86_64-linux-gnu"}
+
+
+_SCRIPT = SimpleNamespace(int32=int, int64=int, Cast=lambda dtype, value: int(value), min=min, max=max)
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def grids(function: Any, scalars: Mapping[str, int]) -> list[tuple[int, ...]]:
     for extent, axis in re.findall(r'in T.thread_binding\((.*), thread="blockIdx.(\w)"\):', function.script()):
         if axis in found[-1]:  # the next kernel
             found.append({})
-        found[-1][axis] = eval(extent, {}, dict(scalars))  # the script's arithmetic is Python's
+        found[-1][axis] = eval(extent, {"T": _SCRIPT}, dict(scalars))  # the script's arithmetic is Python's
     return [(axes.get("x", 1), axes.get("y", 1), 1) for axes in found]
 
 

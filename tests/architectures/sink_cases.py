@@ -84,3 +84,10 @@ CASES |= {
 }
 PERSIMMON = like_llama("persimmon", num_key_value_heads="absent").config
 CASES |= {"fuyu": Case("fuyu", {**PERSIMMON, "model_type": "fuyu", "text_config": PERSIMMON}, quantizations=("q0f32",))}
+EMU3_IMAGES = {
+    "codebook_size": 8, "embed_dim": 4, "latent_channels": 4, "base_channels": 32, "channel_multiplier": [1],
+    "num_res_blocks": 1, "attn_resolutions": [],
+}  # fmt: skip
+EMU3 = {"text_config": like_llama("emu3_text_model", bos_token_id=1, eos_token_id=2).config, "vq_config": EMU3_IMAGES}
+EMU3 |= {"vocabulary_map": {"<image>": 5, "<|visual token 000000|>": 6}}
+CASES |= {"emu3": Case("emu3", {"model_type": "emu3", **EMU3}, quantizations=("q0f32",))}

@@ -156,7 +156,8 @@ def _products(ref: TensorRef, scale: TensorRef, block: tuple[int, int]) -> Itera
 def _scales(ref: TensorRef) -> Array:
     words = MappedFile(ref.path).bytes(ref.offset, ref.nbytes)
     if ref.dtype == "F8_E8M0":
-        return np.ldexp(np.float32(1), words.astype(np.int32) - 127)
+        powers: Array = np.ldexp(np.float32(1), words.astype(np.int32) - 127)
+        return powers
     dtype, storage = FLOATS[ref.dtype]
     return floats.widen(words.view(storage), dtype)
 
@@ -170,4 +171,5 @@ def _values(dtype: str) -> Array:
     exponent, fraction = code >> 3 & 15, (code & 7).astype(np.float32)
     size = np.ldexp(np.where(exponent == 0, fraction, fraction + 8), np.maximum(exponent, 1) - 10)
     size[code & 127 == 127] = np.nan
-    return np.where(code > 127, -size, size).astype(np.float32)
+    values: Array = np.where(code > 127, -size, size).astype(np.float32)
+    return values

@@ -73,12 +73,14 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _by_key(layers: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """What transformers 5 writes where layers differ, {layer: {key: value}}, as {key: its value in every layer}."""
+    """What transformers 5 writes where layers differ, {layer: {key: value}}, as {key: its values up to the
+    last layer that has one}."""
     keys = {key for each in layers.values() for key in _mapping(each, "per_layer_config")}
     if not keys <= set(_PER_LAYER) or type(config.get("num_hidden_layers")) is not int:
         raise MlcBuildError(f"config.json: per_layer_config has {sorted(keys)}, but only {_PER_LAYER} may differ")
-    count = min(config["num_hidden_layers"], len(config.get("layer_types") or ()))
-    return {key: [layers.get(str(layer), {}).get(key, config.get(key)) for layer in range(count)] for key in keys}
+    last = max((int(layer) for layer in layers if layer.isdecimal()), default=0)
+    count = min(config["num_hidden_layers"], last + 1)
+    return {key: [layers.get(str(layer), {}).get(key) for layer in range(count)] for key in keys}
 
 
 def _finite_or_not(value: Any) -> Any:

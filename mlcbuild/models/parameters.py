@@ -20,6 +20,7 @@ class Parameter:
 
     transpose    the checkpoint has [K, N]
     ungroup_qkv  its rows are, for each of `groups` key-value heads: that group's queries, its key, its value
+    by_expert    it has [experts * N, K], and where there are several, each expert's rows are joined
     deinterleave every expert's rows are: gate, up, gate, up ...
     ungroup_qvk  its rows are, for each of four groups: queries, values, keys
     add_one      the checkpoint has w - 1

@@ -106,7 +106,8 @@ def _tensors(model: Structure) -> Iterator[Tensor]:
             shape = parameter.shape if len(parameter.sources) == 1 else (rows, *columns)
             if source not in seen:
                 turned = "transpose" in parameter.convert
-                yield source, "BF16", (*shape[:-2], *shape[:-3:-1]) if turned else shape
+                shape = (*shape[:-2], *shape[:-3:-1]) if turned else shape
+                yield source, "BF16", (prod(shape[:-1]), shape[-1]) if "by_expert" in parameter.convert else shape
             seen.add(source)
 
 

@@ -224,6 +224,10 @@ def originals(
         values = values * np.float32(2**parameter.halvings)
     if "softplus" in parameter.convert:
         values = np.log(np.expm1(values))
+    if "by_expert" in parameter.convert:
+        turned = np.swapaxes(values, -1, -2) if "transpose" in parameter.convert else values
+        parts = np.split(turned, len(parameter.sources), axis=1)
+        return {name: part.reshape(-1, part.shape[-1]) for name, part in zip(parameter.sources, parts, strict=True)}
     if "deinterleave" in parameter.convert:
         values = np.stack(np.split(values, 2, axis=1), axis=2).reshape(values.shape)
     if "ungroup_qvk" in parameter.convert:

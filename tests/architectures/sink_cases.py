@@ -57,7 +57,8 @@ CASES |= {
         _case("cohere2_moe", **MOE, rms_norm_eps=1e-6, num_shared_experts=1, expert_selection_fn="sigmoid",
               shared_expert_combination_strategy="sum", sliding_window=16, attention_bias=True),
         quantizations=("q0f32",)),
-    "kolibri1": _case("kolibri1", **MOE, **SLIDING, moe_intermediate_size=40, shared_expert_intermediate_size=48,
+    "kolibri1": _case("kolibri1", num_local_experts=4, num_experts_per_tok=2, head_dim=16, **SLIDING,
+                      moe_intermediate_size=40, shared_expert_intermediate_size=48,
                       intermediate_size="absent"),
     "laguna": _case("laguna", **MOE, **SLIDING, moe_intermediate_size=40, shared_expert_intermediate_size=48,
                     num_attention_heads_per_layer=[4, 8, 4], rope_parameters=LAGUNA_ROPE, attention_bias=True,
@@ -91,3 +92,9 @@ EMU3_IMAGES = {
 EMU3 = {"text_config": like_llama("emu3_text_model", bos_token_id=1, eos_token_id=2).config, "vq_config": EMU3_IMAGES}
 EMU3 |= {"vocabulary_map": {"<image>": 5, "<|visual token 000000|>": 6}}
 CASES |= {"emu3": Case("emu3", {"model_type": "emu3", **EMU3}, quantizations=("q0f32",))}
+DBRX = {
+    "model_type": "dbrx", "d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": 128, "vocab_size": 96,
+    "attn_config": {"kv_n_heads": 2, "clip_qkv": 0.7, "rope_theta": 10000.0},
+    "ffn_config": {"ffn_hidden_size": 40, "moe_num_experts": 4, "moe_top_k": 2},
+}  # fmt: skip
+CASES |= {"dbrx": Case("dbrx", DBRX, quantizations=BOTH)}

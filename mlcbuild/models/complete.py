@@ -16,6 +16,7 @@ from mlcbuild.models.structure import ATTENDING, KEEPING, ParameterRule, Structu
 _ONE_BY_ONE = {"q_proj", "k_proj", "v_proj"}
 _LATENT = {"kv_a_proj", "kv_a_norm", "kv_b_proj"}
 _NARROW_QUERY = {"q_a_proj", "q_a_norm", "q_b_proj"}
+_BESIDE = {"router_norm", "experts_norm", "experts_post_norm", "dense_post_norm"}
 _SHARED = {"shared_gate_up_proj", "shared_down_proj"}
 
 
@@ -65,7 +66,7 @@ def _outside(s: Structure) -> tuple[set[str], set[str]]:
 def _layer(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
     """The same for a layer, as far as its other parameters decide."""
     (needed, used), (more, more_used) = _attention(s, roles), _mlp(s, roles)
-    needed, used = needed | more, used | more_used
+    needed, used = needed | more, used | more_used | {"layer_scale"}
     norms = {f"{part}_norm" for part in ("attention", "mlp") if s.norm_position != "post"}
     norms |= {f"{part}_post_norm" for part in ("attention", "mlp") if s.norm_position in ("post", "both")}
     used |= norms | set(_biases(s, norms))
@@ -90,8 +91,10 @@ def _attention(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
         needed = {"o_proj", *_LATENT, *(_NARROW_QUERY if s.q_lora_rank else {"q_proj"})}
     else:
         needed = {"o_proj", *(_ONE_BY_ONE if roles & _ONE_BY_ONE else {"qkv_proj"})}
-    used = {f"{name}_bias" for name in ("qkv", "q", "k", "v", "q_a", "kv_a", "o")} | {"attention_gate"}
-    if s.qk_norm != "none" and s.norm_weights:
+        needed -= {"v_proj"} if s.keys_as_values and "v_proj" not in roles else set()
+    used = {f"{name}_bias" for name in ("qkv", "q", "k", "v", "q_a", "kv_a", "o")}
+    used |= {"attention_gate", "attention_head_gate", "sinks"}
+    if s.qk_norm not in ("none", "unit") and s.norm_weights:
         needed |= {"q_norm", "k_norm"}
         used |= {"q_norm_bias", "k_norm_bias"}
     return needed, used
@@ -101,7 +104,9 @@ def _mlp(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
     used = {f"{name}_bias" for name in ("gate_up", "gate", "up", "down")}
     if "router" in roles:
         needed = {"experts_gate_up_proj", "experts_down_proj", *(_SHARED if roles & _SHARED else ())}
-        used |= {"router", "router_correction", "shared_gate", "shared_gate_up_bias", "shared_down_bias"}
+        used |= {"router", "router_bias", "router_correction", "shared_gate", "shared_gate_up_bias", "shared_down_bias"}
+        used |= {"experts_gate_up_bias", "experts_down_bias", "expert_scale"}
+        needed |= {"down_proj", "gate_up_proj", *_BESIDE} if "down_proj" in roles else set()
     elif s.mlp == "plain":
         needed = {"up_proj", "down_proj"}
     else:

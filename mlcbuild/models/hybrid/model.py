@@ -91,7 +91,7 @@ def _layer(at: Layer, x: Expr, cache: Expr, layer_id: Expr, number: int) -> Expr
     if mixed:
         x = added(x, *mixed, role="attention_post_norm")
     if "down_proj" in weight or "router" in weight:
-        returned = d.scaled(mlp(d, normed(x, "mlp_norm"), weight), s.mlp_out_scale)
+        returned = d.scaled(mlp(d, normed(x, "mlp_norm"), x, weight), s.mlp_out_scale)
         x = added(x, returned, role="mlp_post_norm")
     return x
 

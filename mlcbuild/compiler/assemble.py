@@ -15,10 +15,10 @@ from mlcbuild.compiler.operations import Factories, operations
 from mlcbuild.compiler.script import quick
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.decoder import Decoder
-from mlcbuild.models.kinds import DECODER, ENCODER, RECURRENT
+from mlcbuild.models.kinds import DECODER, ENCODER, HYBRID, RECURRENT
 from mlcbuild.models.parameters import parameters
 from mlcbuild.models.rope import Rotary
-from mlcbuild.models.structure import Structure
+from mlcbuild.models.structure import KEEPING, Structure
 from mlcbuild.models.weights import Declared
 from mlcbuild.quantization.schemes import quantized_parameters
 from mlcbuild.recipes.types import Quantization
@@ -101,6 +101,12 @@ def _emit_model(d: Decoder, backend: Backend) -> None:
 
         emit_recurrent(d, backend.recurrence(d.builder, d.dtype))
         rnn_state.emit_create(d.builder, d.structure.num_hidden_layers, slots(d.structure))
+    elif kind == HYBRID and backend.recurrence is not None and backend.threads is None:  # on CPUs
+        from mlcbuild.models.hybrid.model import emit_hybrid, slots
+
+        emit_hybrid(d, backend.recurrence(d.builder, d.dtype))
+        kv_cache.emit_create(d.builder, d.structure, d.dtype, backend.cache_kernels)
+        rnn_state.emit_create(d.builder, len(d.structure.numbers(*KEEPING)), slots(d.structure))
     else:
         raise MlcBuildError(
             f"architecture {d.structure.model_type}: models of kind `{kind}` are compiled for CPUs only; "

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from math import prod
 
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.models.kinds import DECODER, HYBRID
 from mlcbuild.models.parameters import parameters
-from mlcbuild.models.structure import Structure
+from mlcbuild.models.structure import ATTENDING, Structure
 from mlcbuild.quantization.schemes import quantized_parameters
 from mlcbuild.recipes.types import Quantization
 
@@ -47,8 +48,8 @@ def size(structure: Structure, quantization: Quantization) -> Size:
     except MlcBuildError as error:
         return Size(problem=str(error))
     weights = sum(prod(tensor.shape) * _BYTES[tensor.dtype] for tensor in tensors)
-    per_token = 2 * structure.num_hidden_layers * structure.num_key_value_heads * structure.head_dim
-    if structure.kind != "decoder":  # a recurrent model's state does not grow, and an encoder keeps nothing
+    per_token = 2 * len(structure.numbers(*ATTENDING)) * structure.num_key_value_heads * structure.head_dim
+    if structure.kind not in (DECODER, HYBRID):  # a recurrent model's state does not grow, and an encoder keeps nothing
         return Size(weights)
     context = structure.context_window_size
     tokens = min(context, CONVERSATION) if context > 0 else CONVERSATION

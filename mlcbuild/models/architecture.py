@@ -10,7 +10,7 @@ from mlcbuild.errors import MlcBuildError
 from mlcbuild.models import complete, unknown
 from mlcbuild.models.config import normalise, scaling_problems
 from mlcbuild.models.fields import by_layer, check, evaluate, keys, lookup, names_in, read, value_of
-from mlcbuild.models.kinds import DECODER, ENCODER, RECURRENT, filled
+from mlcbuild.models.kinds import DECODER, ENCODER, HYBRID, RECURRENT, filled
 from mlcbuild.models.structure import ParameterRule, Structure
 from mlcbuild.recipes.types import Architecture
 
@@ -229,8 +229,11 @@ def _check_shape(values: Mapping[str, Any]) -> list[str]:
             "original_max_position_embeddings, from which on they do"
         )
     types, layers = values.get("layer_types"), values["num_hidden_layers"]
-    if types is not None and (len(types) != layers or not {*types} <= {"full", "sliding"}):
-        problems.append(f"config.json: layer_types are {types}, expected full or sliding for each of {layers} layers")
+    known = ("full", "sliding") if values.get("kind") != HYBRID else ("full", "sliding", "state", "both")
+    if types is not None and (len(types) != layers or not {*types} <= {*known}):
+        problems.append(
+            f"config.json: layer_types are {types}, expected {' or '.join(known)} for each of {layers} layers"
+        )
     turned = values.get("rope_layers")
     if turned is not None and len(turned) != layers:
         problems.append(f"config.json: {len(turned)} numbers say which layers have rotary positions, not {layers}")
@@ -263,7 +266,8 @@ def _windows(values: Mapping[str, Any]) -> dict[str, Any]:
     if window is not None and (window >= values["context_window_size"] or (types and "sliding" not in types)):
         window = None
     local = values.get("rope_local_theta") is not None
-    if types is not None and not local and (window is None or "full" not in types):
+    attends_only = {*(types or ())} <= {"full", "sliding"}
+    if attends_only and not local and (window is None or "full" not in (types or ())):
         types = None
     turned = values.get("rope_layers")
     turned = None if turned is None or all(turned) else tuple(map(bool, turned))

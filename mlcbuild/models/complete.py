@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import combinations
 
-from mlcbuild.models.kinds import DECODER
-from mlcbuild.models.structure import ParameterRule, Structure
+from mlcbuild.models import mixers
+from mlcbuild.models.kinds import DECODER, HYBRID
+from mlcbuild.models.structure import ATTENDING, KEEPING, ParameterRule, Structure
 
 _ONE_BY_ONE = {"q_proj", "k_proj", "v_proj"}
 _LATENT = {"kv_a_proj", "kv_a_norm", "kv_b_proj"}
@@ -20,16 +21,17 @@ _SHARED = {"shared_gate_up_proj", "shared_down_proj"}
 
 
 def problems(structure: Structure) -> list[str]:
-    """A sentence for each parameter that is wrong. Of kinds other than decoders only those that are listed twice."""
+    """A sentence for each parameter that is wrong. Of kinds without attention only those that are listed twice."""
     found = list(_repeated(structure.rules))
-    if structure.kind != DECODER:
+    if structure.kind not in (DECODER, HYBRID):
         return found
     outside = {rule.role for rule in structure.rules if not rule.per_layer}
     found += _compared(outside, *_outside(structure), "outside the layers")
     kinds = structure.layer_kinds
     for layer in (kinds.index(kind) for kind in sorted(set(kinds))):
         mine = {r.role for r in structure.rules if r.per_layer and (r.layers is None or layer in r.layers)}
-        found += _compared(mine, *_layer(structure, mine), f"in layer {layer}")
+        parts = _layer(structure, mine) if structure.kind == DECODER else _hybrid(structure, mine, layer)
+        found += _compared(mine, *parts, f"in layer {layer}")
     return found
 
 
@@ -63,36 +65,54 @@ def _outside(s: Structure) -> tuple[set[str], set[str]]:
 
 def _layer(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
     """The same for a layer, as far as its other parameters decide."""
-    if s.kv_lora_rank:
-        needed = {"o_proj", *_LATENT, *(_NARROW_QUERY if s.q_lora_rank else {"q_proj"})}
-    else:
-        needed = {"o_proj", *(_ONE_BY_ONE if roles & _ONE_BY_ONE else {"qkv_proj"})}
-        needed -= {"v_proj"} if s.keys_as_values and "v_proj" not in roles else set()
-    used = {f"{name}_bias" for name in ("qkv", "q", "k", "v", "q_a", "kv_a", "o", "gate_up", "gate", "up", "down")} | {
-        "attention_gate",
-        "attention_head_gate",
-        "sinks",
-        "layer_scale",
-    }
-    if s.qk_norm not in ("none", "unit") and s.norm_weights:
-        needed |= {"q_norm", "k_norm"}
-        used |= {"q_norm_bias", "k_norm_bias"}
-    if "router" in roles:
-        needed |= {"experts_gate_up_proj", "experts_down_proj", *(_SHARED if roles & _SHARED else ())}
-        used |= {"router", "router_bias", "router_correction", "shared_gate", "shared_gate_up_bias", "shared_down_bias"}
-        used |= {"experts_gate_up_bias", "experts_down_bias", "expert_scale"}
-        needed |= {"down_proj", "gate_up_proj", *_BESIDE} if "down_proj" in roles else set()
-    elif s.mlp == "plain":
-        needed |= {"up_proj", "down_proj"}
-    else:
-        needed |= {"down_proj", *({"gate_proj", "up_proj"} if "gate_proj" in roles else {"gate_up_proj"})}
-    if s.activation == "xielu":
-        needed |= {"xielu_positive", "xielu_negative"}
+    (needed, used), (more, more_used) = _attention(s, roles), _mlp(s, roles)
+    needed, used = needed | more, used | more_used | {"layer_scale"}
     norms = {f"{part}_norm" for part in ("attention", "mlp") if s.norm_position != "post"}
     norms |= {f"{part}_post_norm" for part in ("attention", "mlp") if s.norm_position in ("post", "both")}
     used |= norms | set(_biases(s, norms))
     if s.norm == "rms" and s.norm_weights:
         needed |= norms - ({"mlp_norm"} if s.residual == "parallel" else set())
+    return needed, used
+
+
+def _hybrid(s: Structure, roles: set[str], layer: int) -> tuple[set[str], set[str]]:
+    """The same for a layer of a hybrid, whose norms are those that it has weights for."""
+    kind = s.layer_type(layer)
+    parts = [_attention(s, roles)] if kind in ATTENDING else []
+    parts += [mixers.roles(s)] if kind in KEEPING else []
+    parts += [_mlp(s, roles)] if roles & {"router", "down_proj"} else []
+    norms = {f"{part}_{when}norm" for part in ("attention", "mlp") for when in ("", "post_")}
+    used = norms | set(_biases(s, norms))
+    return set[str]().union(*(needed for needed, _ in parts)), used.union(*(also for _, also in parts))
+
+
+def _attention(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
+    if s.kv_lora_rank:
+        needed = {"o_proj", *_LATENT, *(_NARROW_QUERY if s.q_lora_rank else {"q_proj"})}
+    else:
+        needed = {"o_proj", *(_ONE_BY_ONE if roles & _ONE_BY_ONE else {"qkv_proj"})}
+        needed -= {"v_proj"} if s.keys_as_values and "v_proj" not in roles else set()
+    used = {f"{name}_bias" for name in ("qkv", "q", "k", "v", "q_a", "kv_a", "o")}
+    used |= {"attention_gate", "attention_head_gate", "sinks"}
+    if s.qk_norm not in ("none", "unit") and s.norm_weights:
+        needed |= {"q_norm", "k_norm"}
+        used |= {"q_norm_bias", "k_norm_bias"}
+    return needed, used
+
+
+def _mlp(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
+    used = {f"{name}_bias" for name in ("gate_up", "gate", "up", "down")}
+    if "router" in roles:
+        needed = {"experts_gate_up_proj", "experts_down_proj", *(_SHARED if roles & _SHARED else ())}
+        used |= {"router", "router_bias", "router_correction", "shared_gate", "shared_gate_up_bias", "shared_down_bias"}
+        used |= {"experts_gate_up_bias", "experts_down_bias", "expert_scale"}
+        needed |= {"down_proj", "gate_up_proj", *_BESIDE} if "down_proj" in roles else set()
+    elif s.mlp == "plain":
+        needed = {"up_proj", "down_proj"}
+    else:
+        needed = {"down_proj", *({"gate_proj", "up_proj"} if "gate_proj" in roles else {"gate_up_proj"})}
+    if s.activation == "xielu":
+        needed |= {"xielu_positive", "xielu_negative"}
     return needed, used
 
 

@@ -25,8 +25,8 @@ _FORWARD = (
 )
 
 
-# (x [n, H] in the compute dtype, the number of sequences, their state, params) -> (hidden states [n, H], the state)
-Run = Callable[[Expr, Expr, Expr, Expr], tuple[Expr, Expr]]
+# (x [n, H] in the compute dtype, the number of sequences, their states, params) -> (hidden states [n, H], the states)
+Run = Callable[..., tuple[Expr, ...]]
 
 
 def emit_decoder(d: Decoder) -> None:
@@ -58,7 +58,7 @@ def _emit_layers(d: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalV
     return d.function("decoder", [x, cache, params], body, private=True)
 
 
-def emit_entry_points(decoder: Decoder, run: Run, state: str = "paged_kv_cache") -> None:
+def emit_entry_points(decoder: Decoder, run: Run, states: Sequence[str] = ("paged_kv_cache",)) -> None:
     """Add every public function of a model with a state to its builder; `run` emits a call of all its layers.
 
     A model that is there for the vectors of texts has no logits.
@@ -70,8 +70,8 @@ def emit_entry_points(decoder: Decoder, run: Run, state: str = "paged_kv_cache")
         _emit_get_logits(decoder)
     for name, batch, tokens, rows in _FORWARD:
         if chat:
-            _emit_forward(decoder, run, name, batch, tokens, rows, state)
-        _emit_forward(decoder, run, f"{name}_to_last_hidden_states", batch, tokens, None, state)
+            _emit_forward(decoder, run, name, batch, tokens, rows, states)
+        _emit_forward(decoder, run, f"{name}_to_last_hidden_states", batch, tokens, None, states)
 
 
 def _emit_embed(d: Decoder) -> None:
@@ -93,29 +93,29 @@ def _emit_select(d: Decoder) -> None:
 
 
 def _emit_forward(
-    d: Decoder, run: Run, name: str, batch: int | None, tokens: int | None, rows: str | None, state: str
+    d: Decoder, run: Run, name: str, batch: int | None, tokens: int | None, rows: str | None, states: Sequence[str]
 ) -> None:
-    """Hidden states of all tokens, or (where `rows` says which) their logits, paired with the state."""
+    """Hidden states of all tokens, or (where `rows` says which) their logits, paired with the states."""
     hidden_size = d.structure.hidden_size
     b = tirx.Var("batch_size", "int64") if batch is None else batch
     t = tirx.Var("seq_len", "int64") if tokens is None else tokens
     x = d.tensor("input_embeds", [b, t, hidden_size])
-    cache, params = kv_cache(state), d.params()
+    held, params = [kv_cache(state) for state in states], d.params()
     positions = d.tensor("logit_positions", [tirx.Var("batch_size", "int64")], "int32")
-    inputs = [x, positions, cache, params] if rows == "positions" else [x, cache, params]
+    inputs = [x, *([positions] if rows == "positions" else []), *held, params]
 
-    def body() -> tuple[Expr, Expr]:
+    def body() -> tuple[Expr, ...]:
         flat = d.builder.emit(relax.op.reshape(x, [b * t, hidden_size]))
-        hidden, after = run(d.cast(flat, d.operations.compute), b, cache, params)
+        hidden, *after = run(d.cast(flat, d.operations.compute), b, *held, params)
         if rows is None:
-            return d.builder.emit(relax.op.reshape(d.cast(hidden, d.dtype), [b, t, hidden_size])), after
+            return d.builder.emit(relax.op.reshape(d.cast(hidden, d.dtype), [b, t, hidden_size])), *after
         if rows == "last":
             hidden = d.builder.emit_te(_last_row, hidden, primfunc_name_hint="last_row")
         elif rows == "positions":
             hidden = _take_rows(d, hidden, positions)
         logits = d.logits(hidden, d.weights(params))
         first = [1, positions.ty.shape[0]] if rows == "positions" else [1, 1] if rows == "last" else [b, t]
-        return d.builder.emit(relax.op.reshape(logits, [*first, logits.ty.shape[1]])), after
+        return d.builder.emit(relax.op.reshape(logits, [*first, logits.ty.shape[1]])), *after
 
     d.function(name, inputs, lambda: relax.Tuple(list(body())))
 

@@ -70,6 +70,9 @@ SIZES = (
     "qk_head_dim",
     "value_head_dim",
     "state_size",
+    "state_heads",
+    "state_head_dim",
+    "state_groups",
     "time_step_rank",
 )
 COUNTS = (
@@ -99,6 +102,13 @@ NUMBERS = (
     "logits_scale",
     "routed_scaling_factor",
     "router_jitter",
+    "beta_scale",
+    "mixer_scale",
+    "mixer_out_scale",
+    "attention_in_scale",
+    "attention_out_scale",
+    "gate_scale",
+    "mlp_out_scale",
     "value_scale",
     "swiglu_alpha",
     "router_scale",
@@ -120,10 +130,12 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(NUMBERS, ("a number", is_number)),
     **dict.fromkeys(_POSITIVE, ("a number above 0", partial(is_above, 0))),
     "conv_kernel": ("a whole number of at least 2", lambda value: type(value) is int and value > 1),
+    "mixer_scales": ("five numbers", lambda value: len(value) == 5 and all(map(is_number, value))),
     "time_step_limits": ("two numbers, the least and the largest step", lambda value: _is_range(value)),
     **dict.fromkeys(("rope_theta", "rope_local_theta"), ("a number above 1", partial(is_above, 1))),
 }
 CHOICES = {
+    "mixer": ("conv", "mamba", "mamba2", "delta", "kda", "rglru"),
     "norm": ("rms", "layer"),
     "norm_position": ("pre", "post", "both", "sum"),
     "residual": ("sequential", "parallel"),

@@ -1,7 +1,7 @@
 """Kinds of model other than the decoder: what of a structure they fix, the shapes of their parameters.
 
-A structure's `kind` is `decoder`, `rwkv4`, `rwkv5`, `rwkv6`, `mamba`, `mamba2` (mlcbuild.models.recurrent) or
-`encoder` (mlcbuild.models.encoder).
+A structure's `kind` is `decoder`, `hybrid` (mlcbuild.models.hybrid), `rwkv4`, `rwkv5`, `rwkv6`, `mamba`, `mamba2`
+(mlcbuild.models.recurrent) or `encoder` (mlcbuild.models.encoder).
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mlcbuild.models import mixers
 from mlcbuild.models.structure import Structure
 
-DECODER, ENCODER = "decoder", "encoder"
+DECODER, HYBRID, ENCODER = "decoder", "hybrid", "encoder"
 STATE_SPACES = ("mamba", "mamba2")
 RECURRENT = ("rwkv4", "rwkv5", "rwkv6", *STATE_SPACES)
-KINDS = (DECODER, *RECURRENT, ENCODER)
+KINDS = (DECODER, HYBRID, *RECURRENT, ENCODER)
 
 Shapes = dict[str, tuple[int, ...]]  # by role; matrices are [N out, K in]
 
@@ -57,36 +58,18 @@ def recurrent_shapes(s: Structure) -> Shapes:
 
 
 def _state_space_shapes(s: Structure) -> Shapes:
-    """The roles of mlcbuild.models.recurrent.state_space: I channels, in heads; B and C for each group of heads."""
-    h, heads, width = s.hidden_size, s.num_attention_heads, s.num_attention_heads * s.head_dim
-    both = 2 * s.num_key_value_heads * s.state_size
-    # Mamba finds steps, B and C in the channels after their convolution, Mamba-2 beside them.
-    one = s.kind == "mamba"
-    into, convolved = (2 * width, width) if one else (2 * width + both + heads, width + both)
-    return {
-        "embedding": (s.vocab_size, h),
-        "lm_head": (s.vocab_size, h),
-        "mixer_norm": (h,),
-        "final_norm": (h,),
-        "in_proj": (into, h),
-        "in_bias": (into,),
-        "convolution": (convolved, 1, s.conv_kernel),
-        "convolution_bias": (convolved,),
-        "step_in_proj": (s.time_step_rank + both, width),
-        "step_proj": (heads, s.time_step_rank),
-        "step_bias": (heads,),
-        "state_rate": (s.state_size, heads) if one else (heads,),
-        "state_skip": (heads,),
-        "state_norm": (width,),
-        "out_proj": (h, width),
-        "out_bias": (h,),
-    }
+    """The roles of mlcbuild.models.recurrent.state_space."""
+    h = s.hidden_size
+    outside = {"embedding": (s.vocab_size, h), "lm_head": (s.vocab_size, h), "mixer_norm": (h,), "final_norm": (h,)}
+    return {**outside, **mixers.shapes(s)}
 
 
 def filled(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` with those fields that a decoder has a choice about and this kind has not."""
     if kind == DECODER:
         return dict(values)
+    if kind == HYBRID:
+        return {**values, "kind": kind}
     fixed: dict[str, Any] = {"norm": "layer", "mlp": "plain", "rope": "none", "tie_word_embeddings": False}
     if kind in RECURRENT:
         fixed |= {"activation": "relu2"}

@@ -34,7 +34,7 @@ def layer(decoder: Decoder, x: Expr, cache: Expr, layer_id: Expr, *given: Expr, 
         return d.scaled(y, s.residual_scale)
 
     normed = d.norm(x, weight, "attention_norm") if pre and (number or s.norm_first) else x
-    attended = _attention(d, normed, cache, layer_id, weight, x.ty.shape[0], number)
+    attended = attention(d, normed, cache, layer_id, weight, x.ty.shape[0], number)
     x1 = d.builder.emit(relax.op.add(x, returned(attended, "attention_post_norm")))
     x1 = d.norm(x1, weight, "attention_norm") if sums else x1
     parallel = s.residual == "parallel"
@@ -42,7 +42,7 @@ def layer(decoder: Decoder, x: Expr, cache: Expr, layer_id: Expr, *given: Expr, 
         normed = d.norm(x1, weight, "mlp_norm") if pre else x1
     elif "mlp_norm" in weight:
         normed = d.norm(x, weight, "mlp_norm")
-    x2 = relax.op.add(x1, returned(_mlp(d, normed, x1, weight), "mlp_post_norm"))
+    x2 = relax.op.add(x1, returned(mlp(d, normed, x1, weight), "mlp_post_norm"))
     if "layer_scale" in weight:
         x2 = relax.op.multiply(d.builder.emit(x2), d.cast(weight("layer_scale").plain, d.operations.compute))
     return d.norm(d.builder.emit(x2), weight, "mlp_norm") if sums else x2
@@ -54,7 +54,7 @@ def query_positions(d: Decoder, cache: Expr, n: Expr) -> Expr:
     return d.builder.emit(relax.call_pure_packed(name, cache, ty_args=relax.TensorType([n], "int32")))
 
 
-def _attention(d: Decoder, x: Expr, cache: Expr, layer_id: Expr, weight: Given, n: Expr, number: int) -> Expr:
+def attention(d: Decoder, x: Expr, cache: Expr, layer_id: Expr, weight: Given, n: Expr, number: int) -> Expr:
     """x [n, H] -> [n, H], through the KV cache's layer `layer_id`; `number` is a layer of the same kind as this one.
 
     The KV cache appends the keys and values, turns queries and keys by their positions where that is the same for all
@@ -72,6 +72,8 @@ def _attention(d: Decoder, x: Expr, cache: Expr, layer_id: Expr, weight: Given, 
         parts = [*parts, parts[1]] if len(parts) == 2 else parts
         parts[2] = heads.normed_values(d, parts[2], own) if s.value_norm else parts[2]
         qkv = d.builder.emit(relax.op.concat(parts, axis=1))
+    if s.query_gate:
+        qkv, gate = _gated_queries(d, qkv)
     if s.clip_qkv is not None:
         qkv = d.builder.emit(relax.op.clip(qkv, -s.clip_qkv, s.clip_qkv))
     if key == value or s.kv_lora_rank:
@@ -102,8 +104,21 @@ def _attention(d: Decoder, x: Expr, cache: Expr, layer_id: Expr, weight: Given, 
             out_ty=relax.TensorType([n, s.num_attention_heads, s.head_dim], d.dtype),
         )
     )
-    out = d.scaled(heads.values_of(d, out, own), s.value_scale)
-    return d.project(heads.gated(d, out, x, own, weight), weight, "o")
+    out = heads.gated(d, d.scaled(heads.values_of(d, out, own), s.value_scale), x, own, weight)
+    if s.query_gate:
+        gate = d.builder.emit(relax.op.sigmoid(gate))
+        out = d.builder.emit(relax.op.multiply(gate, d.cast(out, d.operations.compute)))
+    return d.project(out, weight, "o")
+
+
+def _gated_queries(d: Decoder, qkv: Expr) -> tuple[Expr, Expr]:
+    """Fused projections, a head's query followed by its gate: without gates, and the gates [n, A] (compute dtype)."""
+    s, emit = d.structure, d.builder.emit
+    n, width = qkv.ty.shape[0], s.num_attention_heads * s.head_dim
+    both, rest = (emit(relax.TupleGetItem(relax.op.split(qkv, [2 * width], axis=1), i)) for i in range(2))
+    pairs = emit(relax.op.split(emit(relax.op.reshape(both, [n, s.num_attention_heads, 2 * s.head_dim])), 2, axis=2))
+    query, gate = (emit(relax.op.reshape(emit(relax.TupleGetItem(pairs, i)), [n, width])) for i in range(2))
+    return emit(relax.op.concat([query, rest], axis=1)), d.cast(gate, d.operations.compute)
 
 
 def _scaled_queries(s: Structure, qkv: te.Tensor, positions: te.Tensor) -> te.Tensor:
@@ -133,7 +148,7 @@ def _normed_heads(d: Decoder, qkv: Expr, own: Structure, weight: Given, turned: 
     return d.operations.norm_heads(qkv, tuple(weights), both, spans, s.norm, s.norm_eps)
 
 
-def _mlp(d: Decoder, x: Expr, before: Expr, weight: Given) -> Expr:
+def mlp(d: Decoder, x: Expr, before: Expr, weight: Given) -> Expr:
     """x [n, H] -> [n, H]: gated, with gate and up as one matrix or as two (Shazeer, arXiv 2002.05202), or plain.
 
     Experts, where the layer has a router to choose among them; beside a plain MLP they see `before` [n, H], x unnormed.
@@ -154,7 +169,7 @@ def _dense(d: Decoder, x: Expr, weight: Given) -> Expr:
             up, gate = (d.builder.emit(relax.TupleGetItem(halves, i)) for i in range(2))
             inner = d.builder.emit(relax.op.multiply(operations.activation(gate, activation), up))
     elif "gate_proj" in weight:
-        gate = operations.activation(d.project(x, weight, "gate"), activation)
+        gate = operations.activation(d.scaled(d.project(x, weight, "gate"), d.structure.gate_scale), activation)
         inner = d.builder.emit(relax.op.multiply(gate, d.project(x, weight, "up")))
     else:
         inner = d.project(x, weight, "up")

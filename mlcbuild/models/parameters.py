@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from mlcbuild.models.kinds import RECURRENT, recurrent_shapes
+from mlcbuild.models import mixers
+from mlcbuild.models.kinds import HYBRID, RECURRENT, recurrent_shapes
 from mlcbuild.models.structure import ParameterRule, Structure
 
 
@@ -66,6 +67,8 @@ def shape_of(role: str, structure: Structure) -> tuple[int, ...]:
     """
     if structure.kind in RECURRENT:
         return recurrent_shapes(structure)[role]
+    if structure.kind == HYBRID and role in (mine := mixers.shapes(structure)):
+        return mine[role]
     if role.endswith("_bias") and role not in _SHAPES:
         of = role.removesuffix("_bias")
         if of.endswith("_norm"):
@@ -106,8 +109,8 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "token_type_embedding": lambda s: (s.type_vocab_size, _table(s)),
     "embedding_norm": lambda s: (_table(s),),
     "embedding_proj": lambda s: (s.hidden_size, _table(s)),
-    "qkv_proj": lambda s: (_query(s) + _key(s) + _value(s), s.hidden_size),
-    "q_proj": lambda s: (_query(s), s.hidden_size),
+    "qkv_proj": lambda s: ((1 + s.query_gate) * _query(s) + _key(s) + _value(s), s.hidden_size),
+    "q_proj": lambda s: ((1 + s.query_gate) * _query(s), s.hidden_size),
     "k_proj": lambda s: (_key(s), s.hidden_size),
     "v_proj": lambda s: (_value(s), s.hidden_size),
     "sinks": lambda s: (s.num_attention_heads,),

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+ATTENDING = ("full", "sliding", "both")  # types of layers with keys and values in the cache
+KEEPING = ("state", "both")  # and of those with a state of one size
 TEXT_WINDOW, TEXT_CHUNK = 1024, 256  # tokens of a sequence and of one call, where a text is evaluated
 
 
@@ -68,7 +70,8 @@ class ParameterRule:
 class Structure:
     """A model's dimensions and choices. Field names are those of Hugging Face configs where one exists.
 
-    kind              decoder; others (mlcbuild.models.kinds) leave most of what follows as it is
+    kind              decoder; hybrid, whose layer_types may also be `state` (a mixer with a state of one size in place
+                      of attention) or `both` (beside it); others (mlcbuild.models.kinds) leave most as it is
     norm              rms, layer (with a bias and a weight where parameters play these roles)
     norm_position     pre: of what attention and MLP are given; post: of what they return; both; sum: of the sums with
                       what they were given, and no norm before the head
@@ -100,6 +103,7 @@ class Structure:
                       qk_norm_last: after they are turned
     alibi_bias_max    b: a score is lowered by the distance of query and key, times 2 ** (-b * h / heads) in the h-th
                       head (where heads are no power of two: compiler/cpu/kernels/attention.c)
+    query_gate        whether the matrix of queries gives for each head a gate besides, of what the head returns
     clip_qkv          c: queries, keys and values become min(max(x, -c), c)
     qk_head_dim, value_head_dim  numbers of a head's query and key, and of its value, where heads of the KV cache,
                       head_dim wide, have more: the rest is zeros (mlcbuild.models.heads). 0: head_dim
@@ -117,6 +121,13 @@ class Structure:
     embedding         of a model of texts: MLC's embedding_metadata, as its library tells it
     rescale_every     recurrent: layers after which hidden states are halved; 0: never. group_norm_eps: of the norm over
                       each head's output. time_mix_extra_dim, time_decay_extra_dim: widths of low-rank products
+    mixer             hybrid: what layers of type `state` and `both` have (mlcbuild.models.mixers), with state_heads of
+                      state_head_dim channels, of which state_groups share their inputs
+    mixer_scale       hybrid: what a mixer is given is multiplied with, mixer_scales each part of its inputs (mamba2:
+                      gates, channels, B, C, steps), mixer_out_scale what it returns; attention_in_scale,
+                      attention_out_scale, gate_scale (gates of an MLP with matrices apart), mlp_out_scale likewise
+    beta_scale        delta: what the gates of writing are multiplied with
+    state_norm_first  mamba2: whether the norm comes before the gate
     state_size        mamba, mamba2: values that a channel keeps. conv_kernel: tokens that a convolution sees;
                       time_step_rank: width of a low-rank product; time_step_limits: between which steps are kept;
                       state_norm_eps: of norms over steps, B and C, None: none. mamba2 has num_key_value_heads groups
@@ -206,6 +217,7 @@ class Structure:
     qk_norm: str = choice("none")
     qk_norm_last: bool = choice(False)
     rope_backwards: bool = choice(False)
+    query_gate: bool = choice(False)
     clip_qkv: float | None = choice(None)
     alibi_bias_max: float | None = choice(None)
     kv_lora_rank: int = choice(0)
@@ -231,6 +243,19 @@ class Structure:
     time_decay_extra_dim: int = choice(0)
     type_vocab_size: int = choice(0)
     embedding_size: int | None = choice(None)
+    mixer: str = choice("")
+    state_heads: int = choice(0)
+    state_head_dim: int = choice(0)
+    state_groups: int = choice(1)
+    mixer_scale: float = choice(1.0)
+    mixer_scales: tuple[float, ...] = choice(())
+    mixer_out_scale: float = choice(1.0)
+    attention_in_scale: float = choice(1.0)
+    attention_out_scale: float = choice(1.0)
+    gate_scale: float = choice(1.0)
+    mlp_out_scale: float = choice(1.0)
+    beta_scale: float = choice(1.0)
+    state_norm_first: bool = choice(False)
     state_size: int = choice(0)
     conv_kernel: int = choice(0)
     time_step_rank: int = choice(0)
@@ -256,10 +281,14 @@ class Structure:
         return frozenset(rule.role for rule in self.rules)
 
     def layer_type(self, number: int) -> str:
-        """full or sliding: what layers differ in beside their weights."""
+        """full or sliding, of hybrids also state, both: what layers differ in beside their weights."""
         if self.layer_types is not None:
             return self.layer_types[number]
         return "full" if self.sliding_window_size is None else "sliding"
+
+    def numbers(self, *types: str) -> tuple[int, ...]:
+        """The layers of these types."""
+        return tuple(layer for layer in range(self.num_hidden_layers) if self.layer_type(layer) in types)
 
     def turns(self, number: int) -> bool:
         """Whether a layer has rotary positions."""

@@ -50,7 +50,7 @@ def _kv_cache(package: Package, context: int | None) -> int:
     the temporary memory.
     """
     shape = package.metadata.get("kv_cache") or {}
-    if not shape or package.metadata.get("kv_state_kind") != "kv_cache":
+    if not shape or package.metadata.get("kv_state_kind") not in ("kv_cache", "hybrid"):
         return 0
     window = package.metadata.get("sliding_window_size", -1)
     tokens = context or package.metadata["context_window_size"]

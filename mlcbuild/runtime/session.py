@@ -18,7 +18,8 @@ from mlcbuild.runtime.library import Network
 
 Logits = npt.NDArray[np.float32]
 
-_CREATE = {"kv_cache": "create_tir_paged_kv_cache", "rnn_state": "create_rnn_state"}  # by kv_state_kind
+_CACHE, _STATE = "create_tir_paged_kv_cache", "create_rnn_state"
+_CREATE = {"kv_cache": (_CACHE,), "rnn_state": (_STATE,), "hybrid": (_CACHE, _STATE)}  # by kv_state_kind
 _HISTORY = 1  # steps of a recurrent state that are kept: one, since nothing here takes steps back
 _PAGE_SIZE = 16  # tokens of a KV cache page; MLC's engine uses the same
 _PIECE = 256  # positions whose logits are held at once in `all_logits`: 130 MB for a vocabulary of 128k
@@ -28,18 +29,19 @@ class Session:
     """A state for `max_sequences` sequences of up to `length` tokens each (default: as many as the library takes).
 
     With a sliding window a sequence may grow on; the cache keeps the window. The state of a recurrent model has one
-    size however long a sequence is. Raises MlcBuildError for a library that keeps no state of a kind that is known
-    here, and where a limit of the library is exceeded.
+    size however long a sequence is; a hybrid has both. Raises MlcBuildError for a library that keeps no state of a kind
+    that is known here, and where a limit of the library is exceeded.
     """
 
     def __init__(self, network: Network, max_sequences: int = 1, length: int | None = None) -> None:
         library = network.library
         metadata = library.metadata
-        create = _CREATE.get(metadata.kv_state_kind)
-        if create is None or not library.has(create):
+        creating = _CREATE.get(metadata.kv_state_kind, ())
+        absent = next((name for name in creating if not library.has(name)), None)
+        if not creating or absent is not None:
             raise MlcBuildError(
                 f"{library.path}: its state is `{metadata.kv_state_kind}`"
-                + (f", but it has no `{create}`" if create else "")
+                + (f", but it has no `{absent}`" if absent else "")
                 + f"; this runtime continues texts with {' and '.join(f'`{kind}`' for kind in _CREATE)} libraries"
             )
         if not 1 <= max_sequences <= metadata.max_batch_size:
@@ -54,9 +56,9 @@ class Session:
         self._chunk = metadata.prefill_chunk_size
         self._sliding = metadata.sliding_window_size
         self._next = 0
-        self._recurrent = metadata.kv_state_kind == "rnn_state"
-        sizes = (max_sequences, _HISTORY) if self._recurrent else self._cache_sizes()
-        self._cache = self._call(create, *(tvm_runtime.shape(size) for size in sizes))
+        self._recurrent = _STATE in creating
+        sizes = {_CACHE: self._cache_sizes(), _STATE: (max_sequences, _HISTORY)}
+        self._states = [self._call(name, *map(tvm_runtime.shape, sizes[name])) for name in creating]
 
     def _cache_sizes(self) -> tuple[int, ...]:
         # What has slid out of the window is freed only after the chunk that pushed it out.
@@ -80,7 +82,7 @@ class Session:
         if self._sliding > 0:
             sink = max(self._library.metadata.attention_sink_size, 0)
             enable = tvm_runtime.function("vm.builtin.attention_kv_cache_enable_sliding_window_for_seq")
-            enable(self._cache, sequence, self._sliding, sink)
+            enable(self._states[0], sequence, self._sliding, sink)
         self.lengths[sequence] = 0
 
     def remove(self, sequence: int) -> None:
@@ -201,7 +203,7 @@ class Session:
         self._check(sequences, lengths)
         self._state("begin_forward", tvm_runtime.shape(*sequences), tvm_runtime.shape(*lengths))
         try:
-            logits = self._call(name, *arguments, self._cache, self._network.parameters)[0]
+            logits = self._call(name, *arguments, *self._states, self._network.parameters)[0]
         finally:  # an interrupted cache can still be emptied and used again
             self._state("end_forward")
         for sequence, length in zip(sequences, lengths, strict=True):
@@ -223,7 +225,8 @@ class Session:
         return self._library[name](*arguments)
 
     def _state(self, method: str, *arguments: Any) -> None:
-        tvm_runtime.function(f"vm.builtin.kv_state_{method}")(self._cache, *arguments)
+        for state in self._states:
+            tvm_runtime.function(f"vm.builtin.kv_state_{method}")(state, *arguments)
 
     def _ids(self, ids: Any) -> Any:
         """int32 [n], on the device"""

@@ -10,7 +10,7 @@ from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.architecture import resolve
 from mlcbuild.models.parameters import ignored, parameters
 from tests.architectures.agreement import config_of, known_architectures
-from tests.architectures.family_cases import CASES
+from tests.architectures.test_agreement import CASES
 
 MOE = {"ep_size": 1, "moe_layer_freq": 1, "aux_loss_alpha": 0.001, "seq_aux": True}
 HUB: dict[str, dict[str, Any]] = {
@@ -27,6 +27,25 @@ HUB: dict[str, dict[str, Any]] = {
         **{"num_nextn_predict_layers": 1, "use_rmsnorm": True},
     },
     "exaone": {"embed_dropout": 0.0},
+    "falcon_h1": {
+        "mamba_use_mlp": True,
+        "mlp_expansion_factor": 8,
+        "attn_layer_indices": None,
+        "time_step_floor": 1e-4,
+    },
+    "granitemoehybrid": {"init_method": "mup", "normalization_function": "rmsnorm", "position_embedding_type": "nope"},
+    "jamba": {"mamba_inner_layernorms": True, "calc_logits_for_entire_prompt": False, "sliding_window": None},
+    "kimi_linear": {
+        **{
+            "moe_router_activation_func": "sigmoid",
+            "mla_use_nope": True,
+            "use_grouped_topk": True,
+            "moe_layer_freq": 1,
+        },
+        "linear_attn_config": {"full_attn_layers": [2, 4], "kda_layers": [1, 3], "head_dim": 24, "num_heads": 3},
+    },
+    "lfm2": {"block_dim": 64, "block_use_swiglu": True, "conv_dim": 64, "num_heads": 4, "use_pos_enc": True},
+    "qwen3_5_text": {"attn_output_gate": True, "full_attention_interval": 4, "mtp_num_hidden_layers": 1},
     "hy_v3": {
         **{"expert_hidden_dim": 40, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1, "qk_norm": True},
         **{"route_norm": True, "moe_router_use_sigmoid": True, "moe_router_enable_expert_bias": True},

@@ -53,6 +53,33 @@ def test_wkv4_of_huge_keys_and_an_empty_state(kernels: Kernels) -> None:
     np.testing.assert_allclose(out[1], (value[0] + np.e * value[1]) / (1 + np.e), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("heads", "groups", "keys", "dim", "each"), [(4, 2, 24, 67, False), (3, 3, 21, 20, True)])
+def test_delta(kernels: Kernels, heads: int, groups: int, keys: int, dim: int, each: bool) -> None:
+    """Two heads of values for one of keys; a decay for each key; columns that fill no vector, more than one task."""
+    rows, width = SEQUENCES * TOKENS, 2 * groups * keys + heads * dim
+    x, state = normal(0, rows, width), normal(1, SEQUENCES, heads, keys, dim)
+    decay = np.exp(-np.abs(normal(2, rows, heads, keys if each else 1)))
+    beta = 1 / (1 + np.exp(normal(3, rows, heads)))
+    out, after = np.full((rows, heads * dim), np.nan, np.float32), np.full_like(state, np.nan)
+    for task in range(SEQUENCES * heads * -(-dim // 64)):
+        kernels("mlcbuild_delta", x, decay, beta, state, out, after, TOKENS, heads, dim, groups, keys,
+                decay.shape[2], task)  # fmt: skip
+    q, k, v = np.split(x.astype(np.float64), [groups * keys, 2 * groups * keys], axis=1)
+    q, k = (
+        each / np.linalg.norm(each, axis=2, keepdims=True) for each in (a.reshape(rows, groups, keys) for a in (q, k))
+    )
+    for s in range(SEQUENCES):
+        for h in range(heads):
+            held = state[s, h].astype(np.float64)
+            for t in range(s * TOKENS, (s + 1) * TOKENS):
+                key, value = k[t, h * groups // heads], v[t, h * dim : (h + 1) * dim]
+                held = held * decay[t, h][:, None]
+                held = held + np.outer(key, beta[t, h] * (value - key @ held))
+                expected = q[t, h * groups // heads] @ held / np.sqrt(keys)
+                np.testing.assert_allclose(out[t, h * dim : (h + 1) * dim], expected, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(after[s, h], held, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dim", [64, 20])
 @pytest.mark.parametrize("varies", [False, True])
 def test_wkv(kernels: Kernels, dim: int, varies: bool) -> None:
@@ -86,20 +113,24 @@ def test_project(kernels: Kernels) -> None:
     np.testing.assert_allclose(y, np.einsum("ngk,gkm->gnm", x.reshape(n, groups, depth), w), atol=1e-5)
 
 
-@pytest.mark.parametrize(("tokens", "taps", "biased"), [(7, 4, True), (1, 4, False), (2, 3, True)])
-def test_convolve(kernels: Kernels, tokens: int, taps: int, biased: bool) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "taps", "biased", "activated"), [(7, 4, True, 1), (1, 4, False, 1), (2, 3, True, 0)]
+)
+def test_convolve(kernels: Kernels, tokens: int, taps: int, biased: bool, activated: int) -> None:
     """Of fewer tokens than the convolution sees, too; channels that fill no vector, more than one task."""
     width, before = 69, taps - 1
     x, w, bias = normal(0, SEQUENCES * tokens, width), normal(1, width, 1, taps), normal(2, width)
     state = normal(3, SEQUENCES, before, width)
     out, after = np.full_like(x, np.nan), np.full_like(state, np.nan)
     for task in range(SEQUENCES * 2):
-        given = (x, w, bias if biased else None, state, out, after, tokens, width, taps, task)
+        given = (x, w, bias if biased else None, state, out, after, tokens, width, taps, task, activated)
         kernels("mlcbuild_convolve", *given)
     for s in range(SEQUENCES):
         seen = np.concatenate([state[s], x[s * tokens : (s + 1) * tokens]]).astype(np.float64)
         total = sum(seen[j : j + tokens] * w[:, 0, j] for j in range(taps)) + bias * biased
-        np.testing.assert_allclose(out[s * tokens : (s + 1) * tokens], total / (1 + np.exp(-total)), atol=1e-6)
+        np.testing.assert_allclose(
+            out[s * tokens : (s + 1) * tokens], total / (1 + np.exp(-activated * total) * activated), atol=1e-6
+        )
         np.testing.assert_array_equal(after[s], seen[tokens:].astype(np.float32))
 
 

@@ -11,7 +11,7 @@ from tvm import ir, relax, tirx
 from tvm.relax.frontend.nn.llm import kv_cache as tvm_kv_cache
 
 from mlcbuild.models import rope
-from mlcbuild.models.structure import Structure
+from mlcbuild.models.structure import ATTENDING, Structure
 
 _MHA, _ROPE_NORMAL = 0, 1
 
@@ -48,6 +48,7 @@ def emit_create(
     names = ("max_batch_size", "max_total_seq_len", "prefill_chunk_size", "page_size", "support_sliding_window")
     sizes = [tirx.Var(name, "int64") for name in names]
     params = [relax.Var(f"{name}_", relax.ShapeType([size])) for name, size in zip(names, sizes, strict=True)]
+    layers = len(s.numbers(*ATTENDING))
     rotary = rope.rotary(s) if rope.in_cache(s) else rope.NOTHING
     table = rope.inverse_frequencies(s) if rotary.dim else np.zeros(1, np.float32)
 
@@ -63,12 +64,12 @@ def emit_create(
         cache = relax.call_pure_packed(
             "vm.builtin.paged_attention_kv_cache_create",
             relax.ShapeExpr(sizes),
-            relax.ShapeExpr([0, s.num_hidden_layers]),
+            relax.ShapeExpr([0, layers]),
             relax.prim_value(s.num_attention_heads),
             relax.prim_value(kv_heads),
             relax.prim_value(dim),
             relax.prim_value(dim),
-            relax.ShapeExpr([_MHA] * s.num_hidden_layers),
+            relax.ShapeExpr([_MHA] * layers),
             relax.prim_value(False),  # no KV transfer between machines
             relax.prim_value(_ROPE_NORMAL),
             relax.prim_value(1),  # rope scale and theta: only kernels that turn keys themselves read them
@@ -88,9 +89,7 @@ def emit_create(
             relax.Tuple([kernel(own.merge, "attention_merge")]),
             kernel(own.split_rotary, "split_rotary"),
             kernel(own.copy_single_page, "kv_cache_copy_single_page"),
-            kernel(
-                tvm_kv_cache._kv_cache_debug_get_kv(s.num_hidden_layers, kv_heads, dim, dtype), "kv_cache_debug_get_kv"
-            ),
+            kernel(tvm_kv_cache._kv_cache_debug_get_kv(layers, kv_heads, dim, dtype), "kv_cache_debug_get_kv"),
             kernel(own.compact, "kv_cache_compact_kv_copy"),
             ty_args=relax.AnyType(),
         )

@@ -9,11 +9,12 @@ from typing import Any
 
 from tvm import DataType, IRModule, ir, relax, tirx
 
-from mlcbuild.models.kinds import DECODER, ENCODER
-from mlcbuild.models.structure import Structure
+from mlcbuild.models.kinds import DECODER, ENCODER, HYBRID
+from mlcbuild.models.structure import ATTENDING, Structure
 from mlcbuild.models.weights import Declared
 
-_STATES = {DECODER: "kv_cache", ENCODER: "none"}  # what a session keeps; the other kinds keep an RNN state
+# What a session keeps; the other kinds keep an RNN state.
+_STATES = {DECODER: "kv_cache", HYBRID: "hybrid", ENCODER: "none"}
 
 
 def describe(structure: Structure, quantization: str, declared: Sequence[Declared]) -> dict[str, Any]:
@@ -34,9 +35,9 @@ def describe(structure: Structure, quantization: str, declared: Sequence[Declare
         "active_vocab_size": None,  # the weights' own vocabulary
         "model_task": "chat" if s.embedding is None else "embedding",
     }
-    if s.kind == DECODER:
+    if s.kind in (DECODER, HYBRID):
         facts["kv_cache"] = {
-            "num_hidden_layers": s.num_hidden_layers,
+            "num_hidden_layers": len(s.numbers(*ATTENDING)),
             "num_attention_heads": s.num_attention_heads,
             "num_key_value_heads": s.num_key_value_heads,
             "head_dim": s.head_dim,

@@ -13,13 +13,14 @@ from mlcbuild.compiler.cpu import attention, encoder, formats, recurrent, source
 from mlcbuild.compiler.cpu.operations import factories
 from mlcbuild.compiler.cpu.sources import Source
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.models.kinds import RECURRENT, STATE_SPACES
+from mlcbuild.models.kinds import HYBRID, RECURRENT, STATE_SPACES
 from mlcbuild.models.structure import Structure
 from mlcbuild.models.weights import Declared
 from mlcbuild.recipes.types import Quantization
 
 _MAX_HEAD_DIM = 512  # MAX_HEAD_DIM and MAX_ROTARY in the CPU kernels
 _MAX_STATE, _MAX_TAPS = 256, 32  # MAX_STATE and MAX_TAPS there
+_OF_MIXERS = {"delta": ("delta",), "kda": ("delta",), "rglru": ("lru",)}  # C sources beside state_space.c
 _BACKEND = Backend(factories, attention.cache_kernels, recurrent.recurrence, encoder.attend)
 
 
@@ -46,6 +47,8 @@ def lower(
 
 def _files(structure: Structure) -> tuple[str, ...]:
     """The C sources of a kind of model, without .c, beside those of its formats."""
+    if structure.kind == HYBRID:
+        return "attention", "rows", "state_space", *_OF_MIXERS.get(structure.mixer, ())
     own = "state_space" if structure.kind in STATE_SPACES else "recurrent"
     return (own, "rows") if structure.kind in RECURRENT else ("attention", "rows")
 

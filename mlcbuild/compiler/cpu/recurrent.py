@@ -1,5 +1,5 @@
-"""Recurrences on the CPU: TIR functions around kernels/recurrent.c and state_space.c, and the table that recurrent
-models take.
+"""Recurrences on the CPU: TIR functions around kernels/recurrent.c, state_space.c, delta.c and lru.c, and the
+table that models with a state take.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mlcbuild.compiler.cpu import calls
 from mlcbuild.models.operations import Expr
 from mlcbuild.models.recurrent.operations import Recurrence, Scanned
 
-_CHANNELS = 64  # of one task, where a task may have any: a few vectors; CHANNELS in state_space.c
+_CHANNELS = 64  # of one task, where a task may have any: a few vectors; CHANNELS in the C sources
 
 
 def recurrence(builder: relax.BlockBuilder, dtype: str) -> Recurrence:
@@ -39,11 +39,11 @@ def recurrence(builder: relax.BlockBuilder, dtype: str) -> Recurrence:
         shape = [groups, x.ty.shape[0], width]
         return call(_project(groups, depth, width, dtype), "project", [x, w], [shape])[0]
 
-    def convolve(x: Expr, w: Expr, bias: Expr | None, state: Expr) -> tuple[Expr, ...]:
+    def convolve(x: Expr, w: Expr, bias: Expr | None, state: Expr, activated: bool) -> tuple[Expr, ...]:
         width, _, taps = (int(size) for size in w.ty.shape)
         inputs = [x, w, *([] if bias is None else [bias]), state]
         shapes = [list(x.ty.shape), list(state.ty.shape)]
-        return tuple(call(_convolve(width, taps, bias is not None), "convolve", inputs, shapes))
+        return tuple(call(_convolve(width, taps, bias is not None, activated), "convolve", inputs, shapes))
 
     def scan(
         x: Expr, step: Expr, step_bias: Expr, rate: Expr, b: Expr, c: Expr, skip: Expr, state: Expr, scanned: Scanned
@@ -51,7 +51,19 @@ def recurrence(builder: relax.BlockBuilder, dtype: str) -> Recurrence:
         inputs = [x, step, step_bias, rate, b, c, skip, state]
         return tuple(call(_scan(scanned), "scan", inputs, [list(x.ty.shape), list(state.ty.shape)]))
 
-    return Recurrence(wkv4, wkv, project, convolve, scan)
+    def delta(x: Expr, decay: Expr, beta: Expr, state: Expr, scanned: Scanned) -> tuple[Expr, ...]:
+        shapes = [[x.ty.shape[0], scanned.heads * scanned.dim], list(state.ty.shape)]
+        return tuple(call(_delta(scanned), "delta", [x, decay, beta, state], shapes))
+
+    def lru_gates(x: Expr, w: Expr, bias: Expr) -> Expr:
+        heads, width, _ = (int(size) for size in w.ty.shape)
+        return call(_lru_gates(heads, width), "lru_gates", [x, w, bias], [list(x.ty.shape)])[0]
+
+    def lru(x: Expr, decay: Expr, state: Expr) -> tuple[Expr, ...]:
+        shapes = [list(x.ty.shape), list(state.ty.shape)]
+        return tuple(call(_lru(int(x.ty.shape[1])), "lru", [x, decay, state], shapes))
+
+    return Recurrence(wkv4, wkv, project, convolve, scan, delta, lru_gates, lru)
 
 
 def _is_one(size: Any) -> bool:
@@ -105,7 +117,7 @@ def _project(groups: int, depth: int, width: int, dtype: str) -> Any:
 
 
 @functools.cache
-def _convolve(width: int, taps: int, biased: bool) -> Any:
+def _convolve(width: int, taps: int, biased: bool, activated: bool) -> Any:
     rows, state = (("n", width), "float32"), (("b", (taps - 1) * width), "float32")
     bias = [((width,), "float32")] if biased else []
 
@@ -115,7 +127,17 @@ def _convolve(width: int, taps: int, biased: bool) -> Any:
         calls.for_each(
             symbols["b"] * ((width + _CHANNELS - 1) // _CHANNELS),
             lambda task: calls.call(
-                "mlcbuild_convolve", x, w, *(bias or [None]), before, *outputs, tokens, width, taps, task
+                "mlcbuild_convolve",
+                x,
+                w,
+                *(bias or [None]),
+                before,
+                *outputs,
+                tokens,
+                width,
+                taps,
+                task,
+                calls.Flag(activated),
             ),
         )
 
@@ -138,3 +160,46 @@ def _scan(s: Scanned) -> Any:
 
     rate = ((s.size, s.heads), "float32") if s.each else per_head
     return calls.function("scan", [rows, steps, per_head, rate, inner, inner, per_head, state], [rows, state], body)
+
+
+@functools.cache
+def _delta(s: Scanned) -> Any:
+    width, each = s.heads * s.dim, s.size if s.each else 1
+
+    def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
+        sizes = (symbols["n"] // symbols["b"], s.heads, s.dim, s.groups, s.size, each)
+        calls.for_each(
+            symbols["b"] * s.heads * ((s.dim + _CHANNELS - 1) // _CHANNELS),
+            lambda task: calls.call("mlcbuild_delta", *inputs, *outputs, *sizes, task),
+        )
+
+    shapes = ("n", 2 * s.groups * s.size + width), ("n", s.heads * each), ("n", s.heads), ("b", s.size * width)
+    inputs = [(shape, "float32") for shape in shapes]
+    return calls.function("delta", inputs, [(("n", width), "float32"), inputs[-1]], body)
+
+
+@functools.cache
+def _lru_gates(heads: int, width: int) -> Any:
+    rows = (("n", heads * width), "float32")
+
+    def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
+        calls.for_each(
+            symbols["n"] * heads,
+            lambda task: calls.call("mlcbuild_lru_gates", *inputs, *outputs, heads, width, task),
+        )
+
+    given = [rows, ((heads, width, width), "float32"), ((heads * width,), "float32")]
+    return calls.function("lru_gates", given, [rows], body)
+
+
+@functools.cache
+def _lru(width: int) -> Any:
+    rows, state = (("n", width), "float32"), (("b", width), "float32")
+
+    def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
+        calls.for_each(
+            symbols["b"] * ((width + _CHANNELS - 1) // _CHANNELS),
+            lambda task: calls.call("mlcbuild_lru", *inputs, *outputs, symbols["n"] // symbols["b"], width, task),
+        )
+
+    return calls.function("lru", [rows, rows, state], [rows, state], body)

@@ -25,12 +25,13 @@ _TIME = 0
 
 @dataclass(frozen=True)
 class Layer:
-    """What the pieces of one layer share."""
+    """What the pieces of one layer share; `positions` of its tokens in their sequences: int32 [n], where known."""
 
     decoder: Decoder
     recurrence: Recurrence
     state: State
     weight: Given
+    positions: Callable[[], Expr] | None = None
 
     def te(self, function: Callable[..., Any], *arguments: Any) -> Expr:
         return self.decoder.builder.emit_te(function, *arguments, primfunc_name_hint=function.__name__)

@@ -73,6 +73,16 @@ def scaled(x: te.Tensor, weight: te.Tensor) -> te.Tensor:
     return te.compute(x.shape, lambda i, j: x[i, j] * weight[j].astype("float32"), name="scaled")
 
 
+def softplus(x: tirx.Expr) -> tirx.Expr:
+    """log(1 + exp(x)), as kernels/state_space.c has it: exact where exp(x) is small, too."""
+    u = te.exp(-tirx.abs(x))
+    s = u / (u + 2)
+    q, total = s * s, tirx.const(1 / 15, "float32")
+    for power in (13, 11, 9, 7, 5, 3, 1):
+        total = total * q + tirx.const(1 / power, "float32")
+    return tirx.max(x, tirx.const(0, "float32")) + 2 * s * total
+
+
 def received(receptance: te.Tensor, x: te.Tensor) -> te.Tensor:
     """sigmoid(receptance) x [n, A]"""
     return te.compute(x.shape, lambda i, j: te.sigmoid(receptance[i, j]) * x[i, j], name="received")

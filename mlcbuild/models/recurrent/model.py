@@ -34,7 +34,7 @@ def emit_recurrent(decoder: Decoder, recurrence: Recurrence) -> None:
         both = d.builder.emit(relax.Call(run, [x, relax.ShapeExpr([batch]), state, params]))
         return d.builder.emit(relax.TupleGetItem(both, 0)), d.builder.emit(relax.TupleGetItem(both, 1))
 
-    emit_entry_points(d, forward, "rnn_state")
+    emit_entry_points(d, forward, ("rnn_state",))
 
 
 def _emit_layer(d: Decoder, recurrence: Recurrence, number: int) -> relax.GlobalVar:

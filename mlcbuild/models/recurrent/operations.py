@@ -46,20 +46,34 @@ class Recurrence:
         then S_ij becomes decay_j S_ij + k_j v_i.
     project(x [n, G * K], w [G, K, N]) -> [G, n, N]
         G products of narrow matrices: reshape x to [n, G, K], permute to [G, n, K], matmul.
-    convolve(x [n, C], w [C, 1, K], bias [C] or None, state [b, (K - 1) * C]) -> (out [n, C], state)
-        silu of the sum over the K last inputs x_t of a channel, each times its weight, and the bias. The state holds
-        the last K - 1 inputs, [K - 1, C], the oldest first.
+    convolve(x [n, C], w [C, 1, K], bias [C] or None, state [b, (K - 1) * C], activated) -> (out [n, C], state)
+        silu (where `activated`) of the sum over the K last inputs x_t of a channel, each times its weight, and the
+        bias. The state holds the last K - 1 inputs, [K - 1, C], the oldest first.
     scan(x [n, heads * dim], step [n, heads], step_bias [heads], rate [heads] or [size, heads], b, c [n, groups * size],
         skip [heads], state [b, size * heads * dim], scanned) -> (out [n, heads * dim], state)
         For each channel, over the tokens in order, with s its state and t = softplus(step + step_bias) within limits:
         s becomes exp(t rate) s + t x b; then out = s . c + skip x.
+    delta(x [n, 2 * groups * size + heads * dim], decay [n, heads * each], beta [n, heads],
+        state [b, heads * size * dim], scanned) -> (out [n, heads * dim], state)
+        The gated delta rule for each head, with queries, keys and values next to each other in x, and S its
+        [size, dim] state: S becomes decay S, then S + k (beta (v - S^T k))^T; then out = S^T q / sqrt(size), where q
+        and k are of length 1. `each`: a decay for each of the `size` rows of S, else one for all.
+    lru_gates(x [n, heads * K], w [heads, K, K], bias [heads * K]) -> [n, heads * K]
+        For each head: sigmoid(x w + bias).
+    lru(x [n, W], decay [n, W], state [b, W]) -> (out [n, W], state)
+        For each channel, over the tokens in order: s becomes decay s + x; then out = s.
+
+    None stands for what a device does not have.
     """
 
     wkv4: Callable[..., tuple[Expr, Expr, Expr, Expr]]
     wkv: Callable[..., tuple[Expr, Expr]]
     project: Callable[[Expr, Expr], Expr]
-    convolve: Callable[[Expr, Expr, Expr | None, Expr], tuple[Expr, Expr]]
+    convolve: Callable[[Expr, Expr, Expr | None, Expr, bool], tuple[Expr, Expr]]
     scan: Callable[..., tuple[Expr, Expr]]
+    delta: Callable[..., tuple[Expr, Expr]] | None = None
+    lru_gates: Callable[[Expr, Expr, Expr], Expr] | None = None
+    lru: Callable[[Expr, Expr, Expr], tuple[Expr, Expr]] | None = None
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from tvm import relax
 
+from mlcbuild.models.mixers import Mixer, mixer_of
 from mlcbuild.models.operations import Expr
 from mlcbuild.models.recurrent import mixing
 from mlcbuild.models.recurrent.layers import Layer
@@ -21,39 +23,57 @@ _INPUTS, _STATE = 0, 1  # what a layer keeps: the convolution's last inputs, and
 
 def slots(s: Structure) -> tuple[Slot, ...]:
     """What each layer keeps per sequence."""
-    width = s.num_attention_heads * s.head_dim
-    convolved = width if s.kind == "mamba" else width + 2 * s.num_key_value_heads * s.state_size
-    return Slot((s.conv_kernel - 1) * convolved), Slot(s.state_size * width)
+    return kept(mixer_of(s))
+
+
+def kept(m: Mixer) -> tuple[Slot, ...]:
+    """The same of a mixer."""
+    return Slot((m.taps - 1) * m.convolved), Slot(m.size * m.width)
 
 
 def layer(at: Layer, x: Expr) -> Expr:
     """The layer's output [n, H]; `at.state.expression` then is the state after it."""
-    d = at.decoder
-    inner = d.project(at.norm(x, "mixer_norm"), at.weight, "in")
-    out = _mamba(at, inner) if d.structure.kind == "mamba" else _mamba2(at, inner)
-    return at.add(x, d.project(out, at.weight, "out"))
+    return at.add(x, mixed(at, at.norm(x, "mixer_norm")))
 
 
-def _mamba(at: Layer, inner: Expr) -> Expr:
+def mixed(at: Layer, x: Expr) -> Expr:
+    """What is added to the residual: [n, H]."""
+    d, m = at.decoder, mixer_of(at.decoder.structure)
+    inner = d.project(x, at.weight, "in")
+    if scales := d.structure.mixer_scales:
+        columns = np.repeat(np.array(scales, np.float32), [m.width, m.width, m.inner, m.inner, m.heads])
+        inner = d.builder.emit(relax.op.multiply(inner, relax.const(columns)))
+    out = _mamba(at, m, inner) if m.name == "mamba" else _mamba2(at, m, inner)
+    return d.project(out, at.weight, "out")
+
+
+def _mamba(at: Layer, m: Mixer, inner: Expr) -> Expr:
     s = at.decoder.structure
-    x, gate = _parts(at, inner, [s.num_attention_heads] * 2)
-    x = _convolved(at, x)
-    step, b, c = _parts(at, at.linear(x, "step_in_proj"), [s.time_step_rank, s.state_size, s.state_size])
+    x, gate = parts(at, inner, [m.width] * 2)
+    x = convolved(at, x)
+    inputs = parts(at, at.linear(x, "step_in_proj"), [m.rank, m.size, m.size])
     if s.state_norm_eps is not None:
-        step, b, c = (_normed(at, each, s.state_norm_eps) for each in (step, b, c))
-    return at.te(mixing.gated, _scanned(at, x, at.linear(step, "step_proj"), b, c), gate)
+        inputs = [_normed(at, each, s.state_norm_eps) for each in inputs]
+    pairs = zip(inputs, ("step_norm", "state_in_norm", "state_out_norm"), strict=True)
+    step, b, c = (at.te(mixing.scaled, each, at.plain(role)) if role in at.weight else each for each, role in pairs)
+    return at.te(mixing.gated, _scanned(at, m, x, at.linear(step, "step_proj"), b, c), gate)
 
 
-def _mamba2(at: Layer, inner: Expr) -> Expr:
-    d, s = at.decoder, at.decoder.structure
-    width, groups = s.num_attention_heads * s.head_dim, s.num_key_value_heads
-    both = [groups * s.state_size] * 2
-    gate, convolved, step = _parts(at, inner, [width, width + sum(both), s.num_attention_heads])
-    x, b, c = _parts(at, _convolved(at, convolved), [width, *both])
-    out = at.te(mixing.gated, _scanned(at, x, step, b, c), gate)
-    n = out.ty.shape[0]
-    each = d.builder.emit(relax.op.reshape(out, [n * groups, width // groups]))
-    each = d.builder.emit(relax.op.reshape(_normed(at, each, s.norm_eps), [n, width]))
+def _mamba2(at: Layer, m: Mixer, inner: Expr) -> Expr:
+    gate, inner, step = parts(at, inner, [m.width, m.convolved, m.heads])
+    x, b, c = parts(at, convolved(at, inner), [m.width, m.inner, m.inner])
+    out, normed = _scanned(at, m, x, step, b, c), "state_norm" in at.weight
+    if normed and at.decoder.structure.state_norm_first:
+        return at.te(mixing.gated, _grouped_norm(at, m, out), gate)
+    out = at.te(mixing.gated, out, gate)
+    return _grouped_norm(at, m, out) if normed else out
+
+
+def _grouped_norm(at: Layer, m: Mixer, x: Expr) -> Expr:
+    """x [n, W] normed within each group of heads, with the weight `state_norm`."""
+    d, n = at.decoder, x.ty.shape[0]
+    each = d.builder.emit(relax.op.reshape(x, [n * m.groups, m.width // m.groups]))
+    each = d.builder.emit(relax.op.reshape(_normed(at, each, d.structure.norm_eps), [n, m.width]))
     return at.te(mixing.scaled, each, at.plain("state_norm"))
 
 
@@ -63,25 +83,24 @@ def _normed(at: Layer, x: Expr, eps: float) -> Expr:
     return at.decoder.operations.rms_norm(x, ones, eps)
 
 
-def _parts(at: Layer, x: Expr, widths: Sequence[int]) -> list[Expr]:
-    """Neighbouring columns of x, as many as `widths` say."""
+def parts(at: Layer, x: Expr, widths: Sequence[int], axis: int = 1) -> list[Expr]:
+    """Neighbouring columns of x, or what `axis` counts, as many as `widths` say."""
     ends = [sum(widths[: i + 1]) for i in range(len(widths) - 1)]
-    parts = at.decoder.builder.emit(relax.op.split(x, ends, axis=1))
+    parts = at.decoder.builder.emit(relax.op.split(x, ends, axis=axis))
     return [at.decoder.builder.emit(relax.TupleGetItem(parts, i)) for i in range(len(widths))]
 
 
-def _convolved(at: Layer, x: Expr) -> Expr:
+def convolved(at: Layer, x: Expr, activated: bool = True) -> Expr:
+    """x [n, C] after the layer's convolution."""
     bias = at.plain("convolution_bias") if "convolution_bias" in at.weight else None
-    out, after = at.recurrence.convolve(x, at.plain("convolution"), bias, at.state.read(_INPUTS))
+    out, after = at.recurrence.convolve(x, at.plain("convolution"), bias, at.state.read(_INPUTS), activated)
     at.state.write(_INPUTS, after)
     return out
 
 
-def _scanned(at: Layer, x: Expr, step: Expr, b: Expr, c: Expr) -> Expr:
-    s = at.decoder.structure
-    scanned = Scanned(
-        s.num_attention_heads, s.head_dim, s.num_key_value_heads, s.state_size, s.time_step_limits, s.kind == "mamba"
-    )
+def _scanned(at: Layer, m: Mixer, x: Expr, step: Expr, b: Expr, c: Expr) -> Expr:
+    limits = at.decoder.structure.time_step_limits
+    scanned = Scanned(m.heads, m.dim, m.groups, m.size, limits, m.name == "mamba")
     given = (at.plain(role) for role in ("step_bias", "state_rate"))
     out, after = at.recurrence.scan(x, step, *given, b, c, at.plain("state_skip"), at.state.read(_STATE), scanned)
     at.state.write(_STATE, after)

@@ -2,25 +2,11 @@
 // and Gu, arXiv 2405.21060). A vector holds neighbouring channels of one token; states are carried from token to token.
 // All is float32, activations and parameters.
 
-#include "common.h"
+#include "lanes.h"
 
 #define MAX_STATE 256  // values that a channel keeps
 #define MAX_TAPS 32    // tokens that a convolution sees
 #define CHANNELS 64    // of a convolution's task
-
-// The first `count` values, LANES at most.
-INLINE f32v take(const f32 *p, i64 count) {
-    if (count >= LANES) return load_float32(p);
-    f32v v = splat(0.0f);
-    for (i64 lane = 0; lane < count; lane++) v[lane] = p[lane];
-    return v;
-}
-
-INLINE void give(f32 *p, f32v v, i64 count) {
-    if (count >= LANES) store_float32(p, v);
-    else
-        for (i64 lane = 0; lane < count; lane++) p[lane] = v[lane];
-}
 
 // log(1 + exp(x)) = max(x, 0) + log(1 + u) with u = exp(-|x|); log(1 + u) = 2 artanh(s), s = u / (2 + u) <= 1/3: after
 // s^15 the series has less than 2^-25 of its sum left.
@@ -37,11 +23,11 @@ INLINE f32v softplus_v(f32v x) {
     return select_v(x > zero, x, zero) + splat(2.0f) * s * p;
 }
 
-// y[t, c] = silu(bias[c] + sum_j w[c, j] x[t - (taps - 1) + j, c]). Before the first token come the last taps - 1 inputs
+// y[t, c] = silu(bias[c] + sum_j w[c, j] x[t - (taps - 1) + j, c]), or the sum itself. Before the first token come the last taps - 1 inputs
 // of the call before, oldest first, which state_in keeps: [sequences, taps - 1, width]. x, y: [sequences * tokens,
 // width]; bias may be null. One task: channels `task % blocks * CHANNELS` and on of sequence `task / blocks`.
 EXPORT void mlcbuild_convolve(const f32 *x, const f32 *w, const f32 *bias, const f32 *state_in, f32 *y, f32 *state_out,
-                              i64 tokens, i64 width, i64 taps, i64 task) {
+                              i64 tokens, i64 width, i64 taps, i64 task, i32 activated) {
     i64 blocks = (width + CHANNELS - 1) / CHANNELS, sequence = task / blocks, at = task % blocks * CHANNELS;
     i64 end = min_i64(at + CHANNELS, width), before = taps - 1;
     x += sequence * tokens * width;
@@ -60,7 +46,7 @@ EXPORT void mlcbuild_convolve(const f32 *x, const f32 *w, const f32 *bias, const
                 const f32 *row = from < 0 ? state_in + (from + before) * width : x + from * width;
                 out += take(factor[j] + c - at, count) * take(row + c, count);
             }
-            give(y + t * width + c, out / (splat(1.0f) + exp_v(-out)), count);
+            give(y + t * width + c, activated ? out / (splat(1.0f) + exp_v(-out)) : out, count);
         }
     }
     for (i64 j = 0; j < before; j++) {

@@ -1,0 +1,120 @@
+"""The functions of a hybrid's library: a private layer for each kind, one private model, the entry points around it.
+
+Private functions work on [n, H], `n` tokens of `b` sequences of equal length. They are given the KV cache, in which
+layers with attention are counted from 0, and the state, in which those with a mixer are; the state is handed on as an
+object. A layer is x + mixed(norm(x)), then x + mlp(norm(x)), with the norms, before and after, that it has weights for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tvm import ir, relax, tirx
+
+from mlcbuild.models.decoder import Decoder, kv_cache, numbered, one_per_kind
+from mlcbuild.models.entry_points import emit_entry_points
+from mlcbuild.models.hybrid import convolution, delta, rglru
+from mlcbuild.models.layer import attention, mlp, query_positions
+from mlcbuild.models.mixers import mixer_of
+from mlcbuild.models.operations import Expr
+from mlcbuild.models.recurrent import state_space
+from mlcbuild.models.recurrent.layers import Layer
+from mlcbuild.models.recurrent.operations import Recurrence, Slot, State
+from mlcbuild.models.structure import ATTENDING, KEEPING, Structure
+
+_MIXED = {
+    "conv": convolution.mixed,
+    **dict.fromkeys(("mamba", "mamba2"), state_space.mixed),
+    **dict.fromkeys(("delta", "kda"), delta.mixed),
+    "rglru": rglru.mixed,
+}
+_SLOTS = {"conv": convolution.slots, "rglru": rglru.slots}
+
+
+def slots(s: Structure) -> tuple[Slot, ...]:
+    """What each layer with a mixer keeps per sequence."""
+    m = mixer_of(s)
+    return _SLOTS.get(m.name, state_space.kept)(m)
+
+
+def emit_hybrid(decoder: Decoder, recurrence: Recurrence) -> None:
+    """Add every public function of a hybrid to its builder, but those that create its cache and its state."""
+    d = decoder
+    run = _emit_model(d, one_per_kind(d, lambda number: _emit_layer(d, recurrence, number)))
+
+    def forward(x: Expr, batch: Expr, cache: Expr, state: Expr, params: Expr) -> tuple[Expr, ...]:
+        """The hidden states after x [n, H], the cache, which stays the object that it was, and the state."""
+        both = d.builder.emit(relax.Call(run, [x, relax.ShapeExpr([batch]), cache, state, params]))
+        hidden, after = (d.builder.emit(relax.TupleGetItem(both, i)) for i in (0, 1))
+        return hidden, cache, after
+
+    emit_entry_points(d, forward, ("paged_kv_cache", "rnn_state"))
+
+
+def _emit_layer(d: Decoder, recurrence: Recurrence, number: int) -> relax.GlobalVar:
+    """Add `hybrid_layer(x [n, H], batch shape, cache, state, numbers in both, parameters...) -> ([n, H], state)`."""
+    batch = tirx.Var("batch_size", "int64")
+    x, cache, state = _hidden(d), kv_cache(), kv_cache("rnn_state")
+    places = [relax.Var(name, ir.PrimType("int64")) for name in ("layer_id", "state_id")]
+    given = d.layer_parameters(number)
+    inputs = [x, relax.Var("batch", relax.ShapeType([batch])), cache, state, *places, *given]
+
+    def body() -> Expr:
+        weight = d.given(number, given)
+        held = State(d.builder, state, places[1], batch, slots(d.structure))
+        at = Layer(d, recurrence, held, weight, lambda: query_positions(d, cache, x.ty.shape[0]))
+        hidden = _layer(at, x, cache, places[0], number)
+        return relax.Tuple([hidden, held.expression])
+
+    return d.function(numbered("hybrid_layer", number), inputs, body, private=True)
+
+
+def _layer(at: Layer, x: Expr, cache: Expr, layer_id: Expr, number: int) -> Expr:
+    d, s, weight = at.decoder, at.decoder.structure, at.weight
+
+    def normed(y: Expr, role: str) -> Expr:
+        return d.norm(y, weight, role) if role in weight else y
+
+    def added(x: Expr, *ys: Expr, role: str) -> Expr:
+        for y in ys[1:]:
+            ys = (at.add(ys[0], y),)
+        return at.add(x, d.scaled(normed(ys[0], role), s.residual_scale))
+
+    kind, inner = s.layer_type(number), normed(x, "attention_norm")
+    mixed = []
+    if kind in KEEPING:
+        mixed.append(d.scaled(_MIXED[s.mixer](at, d.scaled(inner, s.mixer_scale)), s.mixer_out_scale))
+    if kind in ATTENDING:
+        given = d.scaled(inner, s.attention_in_scale)
+        attended = attention(d, given, cache, layer_id, weight, x.ty.shape[0], number)
+        mixed.append(d.scaled(attended, s.attention_out_scale))
+    if mixed:
+        x = added(x, *mixed, role="attention_post_norm")
+    if "down_proj" in weight or "router" in weight:
+        returned = d.scaled(mlp(d, normed(x, "mlp_norm"), x, weight), s.mlp_out_scale)
+        x = added(x, returned, role="mlp_post_norm")
+    return x
+
+
+def _emit_model(d: Decoder, functions: Sequence[relax.GlobalVar]) -> relax.GlobalVar:
+    """Add `model(x [n, H], batch shape, cache, state, params) -> ([n, H], state)`: what is around the layers, too."""
+    s = d.structure
+    x, cache, state, params = _hidden(d), kv_cache(), kv_cache("rnn_state"), d.params()
+    shape = relax.Var("batch", relax.ShapeType([tirx.Var("batch_size", "int64")]))
+    places = [{layer: place for place, layer in enumerate(s.numbers(*types))} for types in (ATTENDING, KEEPING)]
+
+    def body() -> Expr:
+        weights = d.weights(params)
+        hidden, after = d.beginning(x, lambda: query_positions(d, cache, x.ty.shape[0]), weights), state
+        for number, function in enumerate(functions):
+            where = [relax.prim_value(place.get(number, 0)) for place in places]
+            inputs = [hidden, shape, cache, after, *where, *weights.layer(number)]
+            both = d.builder.emit(relax.Call(function, inputs))
+            hidden, after = (d.builder.emit(relax.TupleGetItem(both, i)) for i in (0, 1))
+        return relax.Tuple([d.finished(hidden, weights), after])
+
+    return d.function("hybrid_model", [x, shape, cache, state, params], body, private=True)
+
+
+def _hidden(d: Decoder) -> relax.Var:
+    return d.tensor("x", [tirx.Var("seq_len", "int64"), d.structure.hidden_size], "float32")

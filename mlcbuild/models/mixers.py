@@ -1,0 +1,181 @@
+"""Mixers with a state of one size: what stands in a layer in place of attention, or beside it (Structure.mixer).
+
+conv      a short convolution between two gates (LFM2; Liquid AI, arXiv 2511.23404)
+mamba     Gu and Dao, arXiv 2312.00752
+mamba2    Dao and Gu, arXiv 2405.21060
+delta     the gated delta net (Yang et al., arXiv 2412.06464): state_groups heads of keys of state_size dimensions,
+          state_heads of values of state_head_dim
+kda       the same with a decay for each key dimension (Kimi Team, arXiv 2510.26692)
+rglru     a gated linear recurrence (De et al., arXiv 2402.19427)
+
+What they compute is in mlcbuild.models.hybrid and mlcbuild.models.recurrent.state_space; here are their sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mlcbuild.models.structure import Structure
+
+Shapes = dict[str, tuple[int, ...]]  # by role; matrices are [N out, K in]
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """`heads` of `dim` channels, each with a state of `size` values, in `groups`; `taps` tokens of a convolution."""
+
+    name: str
+    hidden: int
+    heads: int
+    dim: int
+    groups: int
+    size: int
+    taps: int
+    rank: int
+
+    @property
+    def width(self) -> int:
+        """Of the channels of all heads."""
+        return self.heads * self.dim
+
+    @property
+    def inner(self) -> int:
+        """Of what goes into the states of all groups, and of what reads them."""
+        return self.groups * self.size
+
+    @property
+    def convolved(self) -> int:
+        """Channels of the convolution."""
+        return {"mamba": self.width, "rglru": self.width, "conv": self.hidden}.get(
+            self.name, self.width + 2 * self.inner
+        )
+
+
+def mixer_of(s: Structure) -> Mixer:
+    """That of a hybrid, or of a model that has nothing else and counts its heads as attention's."""
+    sizes = s.state_size, s.conv_kernel, s.time_step_rank
+    if s.mixer:
+        return Mixer(s.mixer, s.hidden_size, s.state_heads, s.state_head_dim, s.state_groups, *sizes)
+    return Mixer(s.kind, s.hidden_size, s.num_attention_heads, s.head_dim, s.num_key_value_heads, *sizes)
+
+
+def shapes(s: Structure) -> Shapes:
+    """Of every parameter that the mixer may have, in one layer."""
+    m = mixer_of(s)
+    return {
+        "convolution": (m.convolved, 1, m.taps),
+        "convolution_bias": (m.convolved,),
+        "out_bias": (m.hidden,),
+        **_SHAPES[m.name](m),
+    }
+
+
+def _conv(m: Mixer) -> Shapes:
+    return {"in_proj": (3 * m.hidden, m.hidden), "in_bias": (3 * m.hidden,), "out_proj": (m.hidden, m.hidden)}
+
+
+def _state_space(m: Mixer) -> Shapes:
+    # Mamba finds steps, B and C in the channels after their convolution, Mamba-2 beside them.
+    one = m.name == "mamba"
+    into = 2 * m.width if one else m.width + m.convolved + m.heads
+    return {
+        "in_proj": (into, m.hidden),
+        "in_bias": (into,),
+        "step_in_proj": (m.rank + 2 * m.inner, m.width),
+        "step_proj": (m.heads, m.rank),
+        "step_bias": (m.heads,),
+        "state_rate": (m.size, m.heads) if one else (m.heads,),
+        "state_skip": (m.heads,),
+        "state_norm": (m.width,),
+        "step_norm": (m.rank,),
+        "state_in_norm": (m.inner,),
+        "state_out_norm": (m.inner,),
+        "out_proj": (m.hidden, m.width),
+    }
+
+
+def _delta(m: Mixer) -> Shapes:
+    # One matrix for all, and one for what gates writing and keeping; or one for each.
+    return {
+        "in_proj": (m.convolved, m.hidden),
+        "grouped_in_proj": (m.convolved + m.width, m.hidden),
+        "in_gate_proj": (m.width, m.hidden),
+        "in_step_proj": (m.heads, m.hidden),
+        "in_beta_proj": (m.heads, m.hidden),
+        "grouped_step_proj": (2 * m.heads, m.hidden),
+        "step_bias": (m.heads,),
+        "state_rate": (m.heads,),
+        "state_norm": (m.dim,),
+        "out_proj": (m.hidden, m.width),
+    }
+
+
+def _kda(m: Mixer) -> Shapes:
+    return {
+        "in_proj": (m.convolved, m.hidden),
+        "gate_a_proj": (m.dim, m.hidden),
+        "gate_b_proj": (m.width, m.dim),
+        "step_a_proj": (m.dim, m.hidden),
+        "step_b_proj": (m.heads * m.size, m.dim),
+        "step_bias": (m.heads * m.size,),
+        "in_beta_proj": (m.heads, m.hidden),
+        "state_rate": (1, 1, m.heads, 1),
+        "state_norm": (m.dim,),
+        "out_proj": (m.hidden, m.width),
+    }
+
+
+def _rglru(m: Mixer) -> Shapes:
+    names = ("in", "in_gate")
+    gates = {f"{name}_gate": (m.heads, m.dim, m.dim) for name in ("read", "keep")}
+    return {
+        **{f"{name}_proj": (m.width, m.hidden) for name in names},
+        **{f"{name}_bias": (m.width,) for name in names},
+        **gates,
+        **{f"{name}_gate_bias": (m.heads, m.dim) for name in ("read", "keep")},
+        "state_rate": (m.width,),
+        "out_proj": (m.hidden, m.width),
+    }
+
+
+_SHAPES: dict[str, Callable[[Mixer], Shapes]] = {
+    "conv": _conv,
+    "mamba": _state_space,
+    "mamba2": _state_space,
+    "delta": _delta,
+    "kda": _kda,
+    "rglru": _rglru,
+}
+_NEEDED = {
+    "rglru": {
+        *("in_proj", "in_gate_proj", "convolution", "state_rate", "out_proj"),
+        *("read_gate", "read_gate_bias", "keep_gate", "keep_gate_bias"),
+    },
+    **{name: {"convolution", "step_bias", "state_rate", "state_norm", "out_proj"} for name in ("delta", "kda")},
+    "conv": {"in_proj", "convolution", "out_proj"},
+    "mamba": {
+        "in_proj",
+        "convolution",
+        "step_in_proj",
+        "step_proj",
+        "step_bias",
+        "state_rate",
+        "state_skip",
+        "out_proj",
+    },
+    "mamba2": {"in_proj", "convolution", "step_bias", "state_rate", "state_skip", "out_proj"},
+}
+
+
+def roles(s: Structure) -> tuple[set[str], set[str]]:
+    """The roles that a layer with the mixer needs, and those that it may have."""
+    needed = _NEEDED[s.mixer]
+    if s.mixer == "kda":
+        needed = needed | {"in_proj", "gate_a_proj", "gate_b_proj", "step_a_proj", "step_b_proj", "in_beta_proj"}
+    if s.mixer == "delta":
+        grouped = {"grouped_in_proj", "grouped_step_proj"}
+        needed = needed | (
+            grouped if grouped & s.roles() else {"in_proj", "in_gate_proj", "in_step_proj", "in_beta_proj"}
+        )
+    return needed, {*shapes(s)} - needed

@@ -1,0 +1,119 @@
+"""A case of each hybrid: layers with attention, and layers with a state of one size."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from tests.architectures.agreement import Case
+from tests.architectures.cases import like_llama
+
+
+def _case(model_type: str, **changes: Any) -> Case:
+    return like_llama(model_type, **{"num_hidden_layers": 4, **changes})
+
+
+CONV = {"layer_types": ["conv", "full_attention", "conv", "conv"]}
+CASES: dict[str, Case] = {
+    "lfm2": _case("lfm2", **CONV, conv_bias=True, block_multiple_of=32, tie_word_embeddings="absent"),
+    "lfm2_moe": _case(
+        "lfm2_moe",
+        **CONV,
+        num_dense_layers=1,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        conv_L_cache=4,
+    ),
+}
+STATES = {"mamba_n_heads": 4, "mamba_d_state": 9, "mamba_n_groups": 2}
+SCALES = {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.1, "logits_scaling": 4.0}
+TWO = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}  # deltas lose by layer
+LINEAR = {"layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"]}
+CASES |= {
+    "bamba": _case("bamba", **STATES, attn_layer_indices=[1], attention_bias=True, mlp_bias=True, mamba_proj_bias=True),
+    "granitemoehybrid": _case(
+        "granitemoehybrid", **STATES, **SCALES, **LINEAR, num_local_experts=4, shared_intermediate_size=48
+    ),
+    "granitemoehybrid-dense": replace(
+        _case(
+            "granitemoehybrid",
+            **STATES,
+            **LINEAR,
+            num_local_experts=0,
+            shared_intermediate_size=48,
+            position_embedding_type="rope",
+            time_step_limit=[0.6, 0.9],
+            mamba_conv_bias=False,
+        ),
+        quantizations=("q0f32",),
+    ),
+    "jamba": _case(
+        "jamba",
+        attn_layer_period=3,
+        attn_layer_offset=1,
+        num_experts=4,
+        num_experts_per_tok=2,
+        mamba_d_state=5,
+        mamba_dt_rank=8,
+        mamba_proj_bias=True,
+    ),
+}
+DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 24,
+    "linear_value_head_dim": 20,
+    "head_dim": 32,
+    "attention_bias": True,
+}
+MANY = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48}
+IMAGES = {"hidden_size": 32, "intermediate_size": 32, "depth": 1, "num_heads": 2, "out_hidden_size": 64}
+
+
+def _wrapped(name: str) -> Case:
+    config = {"model_type": name, "text_config": dict(CASES[f"{name}_text"].config), "vision_config": IMAGES}
+    return Case(name, {**config, "tie_word_embeddings": False}, quantizations=("q0f32",))
+
+
+CASES |= {
+    "qwen3_next": _case("qwen3_next", **DELTA, **TWO, **MANY, mlp_only_layers=[1], linear_conv_kernel_dim=3),
+    "qwen3_5_text": _case("qwen3_5_text", **DELTA, **LINEAR),
+    "qwen3_5_moe_text": replace(_case("qwen3_5_moe_text", **DELTA, **MANY, **LINEAR), quantizations=("q0f32",)),
+}
+CASES |= {name: _wrapped(name) for name in ("qwen3_5", "qwen3_5_moe")}
+CASES |= {
+    "falcon_h1": _case(
+        "falcon_h1",
+        **{**STATES, "mamba_d_ssm": 48},
+        attention_bias=True,
+        mlp_bias=True,
+        mamba_proj_bias=True,
+        projectors_bias=True,
+        embedding_multiplier=3.0,
+        lm_head_multiplier=0.5,
+        mlp_multipliers=[0.7, 0.6],
+        key_multiplier=0.8,
+        attention_in_multiplier=0.9,
+        attention_out_multiplier=1.2,
+        ssm_multipliers=[0.5, 0.6, 0.7, 0.8, 0.9],
+        ssm_in_multiplier=1.1,
+        ssm_out_multiplier=1.3,
+    ),
+    "falcon_h1-norm": replace(_case("falcon_h1", **STATES, mamba_rms_norm=True), quantizations=("q0f32",)),
+}
+CASES |= {
+    "olmo_hybrid": _case(
+        "olmo_hybrid", **TWO, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=24,
+        attention_bias=True, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+    "kimi_linear": _case(
+        "kimi_linear", **LINEAR, num_local_experts=8, n_group=4, topk_group=2, moe_intermediate_size=32,
+        kv_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=24, v_head_dim=20, linear_head_dim=24, linear_num_heads=3,
+        num_key_value_heads=4, num_experts_per_tok=3,
+    ),
+    "recurrent_gemma": _case(
+        "recurrent_gemma", attention_window_size=10, lru_width=80, intermediate_size=128, attention_bias=True,
+        tie_word_embeddings=True,
+    ),
+}  # fmt: skip

@@ -1,0 +1,63 @@
+"""A hybrid's two states: sequences side by side, forked and taken back together, and what the contract says of them."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from mlcbuild.compiler.gpu.lower import lower
+from mlcbuild.errors import MlcBuildError
+from tests.architectures.agreement import CHUNK, IDS, Agreement, error
+from tests.architectures.hybrid_cases import CASES
+from tests.compiler.test_gpu_lowering import CUDA
+from tests.support import llama
+
+OTHER = IDS[5:20]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Agreement:
+    """A library for two sequences; the second of four layers has keys and values in the cache."""
+    return Agreement(CASES["lfm2"], "q0f32", tmp_path_factory.mktemp("hybrid"))
+
+
+def test_sequences_do_not_mix_and_are_forked_and_taken_back(built: Agreement, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a longer history than our sessions ask for, as MLC's engine does."""
+    monkeypatch.setattr("mlcbuild.runtime.session._HISTORY", 4)
+    one, other = built.expected(IDS), built.expected(OTHER)
+    session = built.session(2)
+    a, b = session.add(), session.add()
+    logits = session.batch_prefill([a, b], [IDS[: CHUNK + 5], OTHER[:4]])
+    assert error(logits, np.stack([one[CHUNK + 4], other[3]])) < 2e-5
+    for i in range(4):
+        logits = session.batch_decode([b, a], [OTHER[4 + i], IDS[CHUNK + 5 + i]])
+        assert error(logits, np.stack([other[4 + i], one[CHUNK + 5 + i]])) < 2e-5
+    session.remove(b)
+    at = session.lengths[a]
+    for token in OTHER[:3]:
+        session.decode(a, token)
+    session._state("popn", a, 3)
+    session.lengths[a] = at
+    session._state("fork_sequence", a, 7, -1)
+    session.lengths[7] = at
+    session.decode(7, OTHER[0])
+    assert error(session.decode(a, IDS[at]), one[at]) < 2e-5
+    assert session.truncate(a, at) == 0  # its beginning does not come back: the caller reads it again
+    assert error(session.prefill(a, OTHER), other[-1]) < 2e-5
+
+
+def test_the_contract_is_mlcs(built: Agreement) -> None:
+    """As its qwen35_model.py has it: the cache counts layers with attention only."""
+    library = built.network.library
+    metadata = json.loads(str(library["_metadata"]()))
+    assert metadata["kv_state_kind"] == "hybrid" and metadata["kv_cache"]["num_hidden_layers"] == 1
+    for name in ("embed", "batch_prefill", "batch_decode", "batch_verify", "create_tir_paged_kv_cache"):
+        assert library.has(name), name
+    assert library.has("create_rnn_state")
+
+
+def test_gpus_refuse_it_by_name(built: Agreement) -> None:
+    with pytest.raises(MlcBuildError, match="models of kind `hybrid` are compiled for CPUs only"):
+        lower(built.structure, llama.QUANTIZATIONS["q0f32"], "lfm2", CUDA)

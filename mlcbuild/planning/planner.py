@@ -377,7 +377,9 @@ class _Planner:
             if name in self.steps:
                 name = f"{name}-{identity[:8]}"
             self._names[identity] = name
-            cost = dataclasses.replace(COSTS[kind], takes=(*COSTS[kind].takes, *takes))
+            cost = COSTS[kind]
+            if takes:
+                cost = dataclasses.replace(cost, takes=(*cost.takes, *takes))
             self.steps[name] = Step(kind, name, f"{STEPS}.{kind}", fields, inputs, materials, entry, cost, brings)
         return name
 

@@ -164,10 +164,10 @@ def _mismatches(parameter: Parameter, refs: Sequence[TensorRef]) -> list[str]:
             f"{list(parameter.shape)}"
         )
     else:
-        shapes = ", ".join(f"{ref.name} {list(ref.shape)}" for ref in refs)
+        named = ", ".join(f"{ref.name} {list(ref.shape)}" for ref in refs)
         files = ", ".join(sorted({ref.file for ref in refs}))
         problems.append(
-            f"{files}: {shapes}: joined by rows they are not the {list(parameter.shape)} "
+            f"{files}: {named}: joined by rows they are not the {list(parameter.shape)} "
             f"that config.json makes of {parameter.name}"
         )
     return problems

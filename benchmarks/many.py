@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mlcbuild.workspace.init import init
 
@@ -26,9 +27,18 @@ QUANTIZATIONS = (
 )
 TARGETS = ("cpu", "cpu-x86_64")
 PER_MODEL = len(QUANTIZATIONS) * len(TARGETS)
-CONFIG = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
-          "num_key_value_heads": 2, "vocab_size": 128, "rms_norm_eps": 1e-5, "max_position_embeddings": 256,
-          "hidden_act": "silu"}  # fmt: skip
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 256,
+    "hidden_act": "silu",
+}
 CHECKPOINT = ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
@@ -48,8 +58,8 @@ def write_workspace(root: Path, count: int) -> None:
     for number, name in enumerate(names):
         checkpoint = root / "recipes" / "models" / name
         checkpoint.mkdir(parents=True)
-        layers = 2 + number // 5
-        (checkpoint / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}))
+        width = CONFIG["intermediate_size"] + 32 * (number // 5)  # not layers: more of them is more to plan
+        (checkpoint / "config.json").write_text(json.dumps({**CONFIG, "intermediate_size": width}))
         for file in CHECKPOINT:
             (checkpoint / file).write_text(f"{name} {file}")
         (checkpoint.parent / f"{name}.yaml").write_text(f"source: {{path: {name}}}\ntemplate: chatml\n")

@@ -10,7 +10,9 @@ import contextlib
 import errno
 import io
 import os
+import re
 import stat
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -63,7 +65,7 @@ _SENTENCES = {
     errno.ENAMETOOLONG: "the name is longer than the file system takes: choose a shorter one",
     errno.EMFILE: f"too many files are open: {_NO_MORE} (`ulimit -n 4096`)",
     errno.ENFILE: f"too many files are open on this machine: {_NO_MORE}",
-    errno.EAGAIN: f"no more processes or threads can be started: {_NO_MORE} (`ulimit -u`)",
+    errno.EAGAIN: f"no more processes or threads can be started: {_NO_MORE} (`ulimit -u`, `ulimit -v`)",
     errno.ENOMEM: NO_MEMORY,
     errno.EIO: "the disk cannot read or write it (input/output error): check the disk, then try again",
     errno.ESTALE: "the network file system has lost it: mount that again, then try again",
@@ -81,6 +83,9 @@ CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _MAKE_ROOM = "Free some space, or put the cache elsewhere (cache=DIR); what is already built is kept"
 _FEW = 100  # files, and blocks
 _MOST_LINES, _WIDEST = 100, 2_000  # of a message: lines, characters of each
+_MOST_COMPARED, _ALIKE = 10_000, 12  # lines that are looked at, and of one kind that are shown
+_NAME_OR_NUMBER = re.compile(r"\S*[\d.]\S*")
+_DOTTED = re.compile(r"(?<!\S)[A-Za-z_][\w-]*(?:\.[\w-]+){2,}")  # a tensor's name, not a file's
 _OF_NETWORK = {  # by name: loading what defines them is dear
     *("socket.gaierror", "ssl.SSLError", "httpx.TransportError", "requests.RequestException"),
     *("urllib3.HTTPError", "distributed.CommClosedError"),
@@ -132,11 +137,46 @@ def plainly() -> Iterator[None]:
 
 
 def bounded(text: str) -> str:
-    """The beginning of a text that may be as long as somebody's data, and how much more there is."""
-    lines = [line if len(line) <= _WIDEST else f"{line[:_WIDEST]}…" for line in text.split("\n", _MOST_LINES)]
-    if len(lines) > _MOST_LINES:
-        lines[-1] = f"… and {text.count(chr(10)) + 1 - _MOST_LINES:,} more lines"
-    return "\n".join(lines)
+    """The beginning of a text that may be as long as somebody's data, and how much more there is.
+
+    Of lines that differ in a name or a number only, the first are shown.
+    """
+    lines, unread = text.split("\n", _MOST_COMPARED), 0
+    if len(lines) > _MOST_COMPARED:
+        unread = lines.pop().count("\n") + 1
+    shown = _few(lines)
+    unread += max(0, len(shown) - _MOST_LINES)
+    if unread:
+        shown = [*shown[:_MOST_LINES], f"… and {unread:,} more lines"]
+    return "\n".join(line if len(line) <= _WIDEST else f"{line[:_WIDEST]}…" for line in shown)
+
+
+def _few(lines: Sequence[str]) -> list[str]:
+    """The lines, with the number of those that are left out behind the last shown one of each kind."""
+    kinds: dict[str, list[str]] = {}
+    keys = [_NAME_OR_NUMBER.sub("#", line[:_WIDEST]) for line in lines]
+    for key, line in zip(keys, lines, strict=True):
+        kinds.setdefault(key, []).append(line)
+    shown, seen = list[str](), Counter[str]()
+    for key, line in zip(keys, lines, strict=True):
+        seen[key] += 1
+        many = "#" in key and len(kinds[key]) > _ALIKE + 1
+        if not many or seen[key] <= _ALIKE:
+            shown.append(line)
+        if many and seen[key] == _ALIKE:
+            left = kinds[key][_ALIKE:]
+            names = [match[0] for each in left if (match := _DOTTED.search(each[:_WIDEST]))]
+            where = under(names) if len(names) == len(left) else ""
+            shown.append(f"… and {len(left):,} more of the same kind{where}")
+    return shown
+
+
+def under(names: Sequence[str]) -> str:
+    """`, all under NAME.`, where tensors' names begin alike; else nothing."""
+    first, last = (min(names), max(names)) if len(names) > 1 else ("", "")  # what these share, all of them do
+    same = next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    common = first[:same].rpartition(".")[0]
+    return f", all under `{common}.`" if common else ""
 
 
 def full(folder: Path, needed: int | None = None) -> str:

@@ -18,7 +18,13 @@ from doit.task import Task
 from mlcbuild.doit_face.argv import keeps_going, named_tasks, on_cluster, only_builds
 from mlcbuild.doit_face.groups import groups
 from mlcbuild.doit_face.reporter import Console, reporter_class
-from mlcbuild.doit_face.signals import die_with_parent_after_fork, end_cleanly, end_with_reader, for_doit
+from mlcbuild.doit_face.signals import (
+    die_with_parent_after_fork,
+    end_cleanly,
+    end_with_reader,
+    for_doit,
+    start_in_words,
+)
 from mlcbuild.doit_face.variables import Variables, read_variables
 from mlcbuild.reporting.events import Event, PackageInstalled, RecipeUnavailable, StepFinished, json_log
 from mlcbuild.workspace.fastpath import recall
@@ -45,6 +51,7 @@ def task_steps() -> Iterator[Task]:
     """All steps and goals of the selected recipes."""
     end_cleanly()
     die_with_parent_after_fork()
+    start_in_words()
     with for_doit():
         words = sys.argv[1:]
         variables = read_variables(

@@ -18,11 +18,11 @@ from typing import Any
 
 from mlcbuild.checkpoints.header import TensorRef
 from mlcbuild.checkpoints.mapped import FLOATS, same_bytes
-from mlcbuild.errors import CheckpointError
+from mlcbuild.errors import CheckpointError, under
 from mlcbuild.models.parameters import Parameter
+from mlcbuild.models.tied import HEADS, tied_embedding
 
 _NAMED = 12  # how many missing or unexpected tensors a message names one by one
-HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")  # what an output matrix may be called
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
@@ -164,10 +164,10 @@ def _mismatches(parameter: Parameter, refs: Sequence[TensorRef]) -> list[str]:
             f"{list(parameter.shape)}"
         )
     else:
-        shapes = ", ".join(f"{ref.name} {list(ref.shape)}" for ref in refs)
+        named = ", ".join(f"{ref.name} {list(ref.shape)}" for ref in refs)
         files = ", ".join(sorted({ref.file for ref in refs}))
         problems.append(
-            f"{files}: {shapes}: joined by rows they are not the {list(parameter.shape)} "
+            f"{files}: {named}: joined by rows they are not the {list(parameter.shape)} "
             f"that config.json makes of {parameter.name}"
         )
     return problems
@@ -207,7 +207,7 @@ def _missing(names: Names) -> list[str]:
         near = difflib.get_close_matches(name, spare[:1000], n=1, cutoff=0.8)
         problems.append(f"tensor {name} is missing from the checkpoint" + (f"; it has {near[0]}" if near else ""))
     if len(single) > _NAMED:
-        problems.append(f"and {len(single) - _NAMED} more tensors are missing from the checkpoint")
+        problems.append(f"and {len(single) - _NAMED} more tensors are missing from the checkpoint{under(single)}")
     return problems
 
 
@@ -231,17 +231,8 @@ def _unexpected(names: Names, allowed: Collection[str]) -> list[str]:
         hint = f"; did it mean {near[0]}?" if near else ": the architecture has no use for it"
         problems.append(f"the checkpoint has a tensor {name} that belongs to no parameter{hint}")
     if len(single) > _NAMED:
-        problems.append(f"and {len(single) - _NAMED} more tensors belong to no parameter")
+        problems.append(f"and {len(single) - _NAMED} more tensors belong to no parameter{under(single)}")
     return problems
-
-
-def tied_embedding(parameters: Sequence[Parameter]) -> str | None:
-    """The name of the tensor that is embedding and output matrix in one; None where they are two."""
-    roles = {parameter.role: parameter for parameter in parameters}
-    embedding, own = roles.get("embedding"), roles.get("lm_head")
-    if embedding is None or (own is not None and own.sources != embedding.sources):
-        return None
-    return embedding.sources[0]
 
 
 def _tied(

@@ -20,6 +20,8 @@ from mlcbuild.errors import in_words
 
 _DESCRIPTION = "Declarative builds of compiled language models. Building itself is doit's: doit build recipe=NAME"
 
+_WATCHED = ("inspect", "new")  # what reads checkpoints in this process and not in a step's
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the status that the process should exit with."""
@@ -27,6 +29,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] == ["build"]:
         return _build(words)
     name, run = _command(words)
+    if arguments is None and name in _WATCHED:
+        from mlcbuild.engine.watched import watched
+
+        run = partial(watched, partial(_ended, name, run))
+    return _ended(name, run)
+
+
+def _ended(name: str, run: Callable[[], int]) -> int:
+    """The status of a command, after whatever is to be said of its end."""
     try:
         status = run()
         sys.stdout.flush()

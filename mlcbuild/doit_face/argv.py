@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 
 from mlcbuild.doit_face.groups import GROUPS, option_names
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.recipes.problems import nearest
 from mlcbuild.recipes.select import Selection
 
 # doit's commands that run no task.
@@ -78,8 +78,8 @@ def check_words(words: Sequence[str], tasks: Iterable[str], unavailable: Mapping
             continue
         if kind == "build" and name in unavailable:
             raise MlcBuildError(f"{name}: unavailable: {unavailable[name]}")
-        close = difflib.get_close_matches(word, sorted(task for task in known if ":" in task), n=1)
-        hint = f": did you mean {close[0]}?" if close else "; `doit list --all` shows the tasks"
+        close = nearest(word, [task for task in known if task.startswith(f"{kind}:")])
+        hint = f": did you mean {close}?" if close else "; `doit list --all` shows the tasks"
         raise MlcBuildError(f"no task is called {word}{hint}")
 
 

@@ -26,13 +26,14 @@ from mlcbuild.reporting.events import json_log
 from mlcbuild.workspace.estimate import check_room, estimate
 from mlcbuild.workspace.fastpath import remember
 from mlcbuild.workspace.reports import planned_in, reasons
-from mlcbuild.workspace.session import Session, Settings, open_session
+from mlcbuild.workspace.session import Session, Settings, growing, open_session
 
 if TYPE_CHECKING:
     from mlcbuild.engine.cluster import Cluster
     from mlcbuild.engine.shared import SharedCache
 
 
+@growing()
 def open_run(variables: Variables, console: Console, began: float) -> list[Task]:
     """All tasks of this run, which `began` then, after arranging what comes before and after them.
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 from doit.exceptions import InvalidCommand
+from doit.runner import MThreadRunner
 
 from mlcbuild.errors import MlcBuildError, plainly
 
@@ -68,6 +69,18 @@ def outlive_reader() -> Iterator[None]:
         if not isinstance(error, BrokenPipeError):
             with contextlib.suppress(OSError):
                 sys.stderr.write(f"the output cannot be written: {error.strerror}; the build goes on without it\n")
+
+
+class _Worker(MThreadRunner.DaemonThread):  # type: ignore[misc]
+    """A thread of doit's that says in words why it cannot be started: what `ulimit -v` or `-u` leaves is too little."""
+
+    def start(self) -> None:
+        with for_doit():
+            super().start()
+
+
+def start_in_words() -> None:
+    MThreadRunner.Child = staticmethod(_Worker)
 
 
 @contextlib.contextmanager

@@ -69,7 +69,9 @@ class Builder:
             met.update(line.partition(": ")[0] for line in said.splitlines())
             # Of a step that never gives the same bytes, each damaged file is another one.
             if max(met.values()) == _TRIES or met.total() > _MOST_DAMAGES:
-                raise StepFailed(f"{name}: {said}. It was built again, and is damaged again: check the disk")
+                said = f"{said}. It was built again, and is damaged again: check the disk"
+                self.report(StepFinished(name, name.partition(":")[0], "failed", 0.0, 0, said))
+                raise StepFailed(f"{name}: {said}")
             self.report(StepNote(name, f"{said}; what made it runs again"))
             self.lookup.forget()
 

@@ -47,7 +47,7 @@ def main(events: int, life: int, memory: int = 0) -> NoReturn:
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         os.setpgid(0, 0)
-        _die_with(watcher)
+        die_with(watcher)
         _work(events)
     # Both sides set the group: whoever is first, it exists before it can be needed.
     with contextlib.suppress(OSError):
@@ -90,20 +90,28 @@ def _kill(worker: int) -> None:
 
 def _taken(group: int) -> int:
     """Bytes that the processes of the group have for themselves alone: files that they have mapped do not count."""
-    from pathlib import Path
-
     total, numbers = 0, list[str]()
     with contextlib.suppress(OSError), os.scandir("/proc") as entries:  # where there is none, there is no limit
         numbers = [entry.name for entry in entries if entry.name.isdigit()]
     for number in numbers:
         with contextlib.suppress(OSError, ValueError):  # it has just ended
             if os.getpgid(int(number)) == group:
-                lines = Path("/proc", number, "status").read_text(encoding="utf-8").splitlines()
-                total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+                total += own_memory(int(number))
     return total
 
 
-def _die_with(parent: int) -> None:
+def own_memory(process: int) -> int:
+    """Bytes that a process has for itself alone; 0 where that cannot be known."""
+    from pathlib import Path
+
+    with contextlib.suppress(OSError, ValueError):  # it has just ended
+        lines = Path("/proc", str(process), "status").read_text(encoding="utf-8").splitlines()
+        return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+    return 0
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when `parent` ends, whose child it is."""
     if sys.platform == "linux":
         import ctypes
 

@@ -22,6 +22,12 @@ from mlcbuild.errors import MlcBuildError, StepFailed
 from mlcbuild.text import amount
 
 _LIVES = 3  # workers that may die of one step before it is given up
+# Those of Dask's that have a level and a handler of their own, and where asyncio tells of what nobody awaited.
+_LOGGERS = ("distributed", "distributed.client", "distributed.gc", "asyncio", "tornado", "tornado.application")
+_SCHEDULER_LOST = (
+    "the cluster was lost: its scheduler does not answer any more. Start it again, then the build: what is finished is "
+    "kept"
+)
 
 
 class Cluster:
@@ -36,7 +42,7 @@ class Cluster:
             from distributed import Client
         except ImportError:
             raise MlcBuildError("scheduler= needs one package more: pip install 'mlcbuild[dask]'") from None
-        for name in ("distributed", "asyncio", "tornado.application"):
+        for name in _LOGGERS:
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # what matters is said by what fails
         self._shared = shared
         self._sent: set[str] = set()
@@ -88,6 +94,7 @@ class Cluster:
 
     def _result(self, request: Request, graph: Graph, force: bool) -> dict[str, Any]:
         from distributed import KilledWorker
+        from distributed.client import FutureCancelledError
 
         from mlcbuild.engine.worker import work
 
@@ -110,6 +117,10 @@ class Cluster:
             raise StepBroke(
                 "the workers that ran it died, one after the other; has one enough memory for it?"
             ) from None
+        except FutureCancelledError as error:
+            if "scheduler" in str(error):
+                raise StepFailed(_SCHEDULER_LOST) from None
+            raise StepFailed(f"the cluster did not run it to its end: {error}: build again") from None
         except Exception as error:  # whatever a worker or the connection comes up with
             raise StepBroke(f"the cluster could not run it: {type(error).__name__}: {error}") from None
         return answer

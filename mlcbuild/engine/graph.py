@@ -50,7 +50,7 @@ class Step:
     cost: Cost = Cost()
     brings: int = 0  # bytes that it fetches from elsewhere
 
-    @property
+    @cached_property
     def producers(self) -> tuple[str, ...]:
         """The tasks that must be done before this one."""
         names = [item.step for item in self.inputs if item.step is not None]

@@ -23,7 +23,8 @@ from mlcbuild.errors import MlcBuildError
 LIMITS = {"network": 4, "nvcc": 1}
 TAGS = ("nvcc",)  # what not every machine has: Dask resources of workers
 _SMALL = 200_000_000  # bytes of a checkpoint: below, a step's time is its start, and that uses one core
-_FAR_MORE, _LEAST_LIMIT = 4, 8 * 10**9  # times what a step declares; bytes that any step may take
+FAR_MORE, LEAST_LIMIT = 4, 8 * 10**9  # times what a step declares; bytes that any step may take
+PATIENCE = 120  # minutes
 _RESERVE = 0.9  # of the free memory
 
 
@@ -68,12 +69,12 @@ def needs(graph: Graph, name: str, cores: int) -> dict[str, int]:
 def memory_limit(graph: Graph, name: str) -> int:
     """Bytes at which the step called `name` has run away: far more than it declares. Raises MlcBuildError."""
     given = os.environ.get("MLCBUILD_STEP_MEMORY")
-    return parse_size(given) if given else max(_LEAST_LIMIT, _FAR_MORE * needs(graph, name, 1)["memory"])
+    return parse_size(given) if given else max(LEAST_LIMIT, FAR_MORE * needs(graph, name, 1)["memory"])
 
 
 def silence_limit() -> float:
     """Seconds without a word after which a step hangs. Raises MlcBuildError."""
-    text = os.environ.get("MLCBUILD_STEP_SILENCE") or "120"
+    text = os.environ.get("MLCBUILD_STEP_SILENCE") or str(PATIENCE)
     with contextlib.suppress(ValueError):
         if 0 < float(text) < float("inf"):
             return 60 * float(text)

@@ -8,15 +8,16 @@
 (`modules_to_save`) takes the place of the base's. Products are summed rank by rank in float32 and not by a matrix
 library, whose order of summation depends on the machine: the same inputs shall give the same bytes.
 
-Where the base ties its output matrix to the embedding, PEFT trains them as two. Saved as wholes with other values, they
-are two tensors after `merge_and_unload`, too. With factors, merging gives another model than the one that was trained
-(PEFT 0.21 adds what either of them learnt to the one tensor). Both are refused.
+Where the base ties its output matrix to the embedding, PEFT trains the two apart, and what is built is what
+`merge_and_unload` leaves, once saved and read again (peft 0.21). Modules saved as wholes make them two, unless
+`ensure_weight_tying`: planning knows that from the configuration, and the structure has both. Factors alone are all
+added to the one tensor: that is another model than the one that was trained, and a note says so.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,11 +27,18 @@ import numpy.typing as npt
 
 from mlcbuild.checkpoints.computed import Computed, row_pieces
 from mlcbuild.checkpoints.header import TensorRef
-from mlcbuild.checkpoints.index import HEADS
 from mlcbuild.checkpoints.mapped import FLOATS, same_bytes, view
 from mlcbuild.errors import CheckpointError
 from mlcbuild.merging.adapter import CONFIG, Adapter, Parts, absent, sort
+from mlcbuild.models.parameters import Parameter
+from mlcbuild.models.tied import HEADS
 from mlcbuild.quantization import floats
+
+_TOGETHER = (
+    "the adapter has factors of {}, and the base's output matrix is its embedding (tie_word_embeddings): as PEFT "
+    "merges them, they change both, which is another model than the one that was trained; to keep that one, train on "
+    "a base with an output matrix of its own"
+)
 
 
 @dataclass(frozen=True)
@@ -46,31 +54,42 @@ class _Product:
 
 
 def merged(
-    adapter: Adapter, base: Mapping[str, TensorRef], needed: Collection[str], tied: str | None = None
+    adapter: Adapter,
+    base: Mapping[str, TensorRef],
+    needed: Collection[str],
+    tied: str | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> list[Computed]:
     """The tensors of `base` that the adapter changes, and how; `tied` is its embedding, if that is the output matrix.
 
+    `note` is told where merging gives another model than the one that was trained.
+
     Raises CheckpointError for an adapter that changes a tensor which the model does not have, or one of another
-    shape, that was made from another base, or that unties what is tied; for tensors in it that are no LoRA factors and
-    no saved modules, and for modules that its configuration names and it lacks.
+    shape, that was made from another base, or whose saved modules untie `tied`; for tensors in it that are no LoRA
+    factors and no saved modules, and for modules that its configuration names and it lacks.
     """
     problems: list[str] = []
     parts = sort(adapter, problems)
     if not problems:
         problems += absent(adapter, parts, [name.removesuffix(".weight") for name in needed])
+    shared = set[str]()  # modules with factors, of the tensor that is embedding and output matrix in one
     if tied is not None and tied in base:
-        parts = _as_one(parts, base, needed, base[tied], problems)
+        parts, shared = _as_one(parts, base, needed, base[tied], problems)
+        if shared:
+            note(_TOGETHER.format(" and ".join(sorted(shared))))
     for module, ref in parts.copies.items():
         target = _target(module, base, needed, problems)
         if target is not None:
             problems += _difference(ref, target)
     made: dict[str, Computed] = {}
+    products: dict[str, list[_Product]] = {}
     for module, factors in parts.factors.items():
-        target = _target(module, base, needed, problems)
+        target = base[tied] if module in shared and tied else _target(module, base, needed, problems)
         if target is not None:
             found = _product(adapter, module, factors, target, problems)
             if found is not None:
-                made[target.name] = Computed(target, partial(_sums, target, found))
+                products.setdefault(target.name, []).append(found)
+                made[target.name] = Computed(target, partial(_sums, target, products[target.name]))
     for module, ref in parts.saved.items():
         target = _target(module, base, needed, problems)
         if target is None:
@@ -88,18 +107,23 @@ def merged(
     return list(made.values())
 
 
+def untied(parameters: Sequence[Parameter], table: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
+    """The table of a base that ties its output matrix, for a model that does not: the head begins as the embedding."""
+    sources = {parameter.role: parameter.sources[0] for parameter in parameters}
+    embedding, head = table.get(sources["embedding"]), sources["lm_head"]
+    missing = embedding is not None and head not in table
+    return {**table, head: replace(embedding, name=head)} if embedding is not None and missing else dict(table)
+
+
 def _as_one(
     parts: Parts, base: Mapping[str, TensorRef], needed: Collection[str], embedding: TensorRef, problems: list[str]
-) -> Parts:
-    """The parts for a base whose output matrix is its embedding, without those of the output matrix, which repeat."""
+) -> tuple[Parts, set[str]]:
+    """The parts for a base whose output matrix is its embedding, without those of the output matrix, which repeat.
+
+    Also the modules with factors that are that one tensor.
+    """
     ends = {module for module in _modules(parts) if f"{module}.weight" in HEADS}
     ends |= {module for module in _modules(parts) if embedding.name in _found(module, base, needed)}
-    for module in sorted(ends & parts.factors.keys()):
-        problems.append(
-            f"the adapter has factors of {module}, and the base's output matrix is its embedding "
-            "(tie_word_embeddings): PEFT computes another model with the adapter than after merging it; merge with "
-            "PEFT, save the whole model and try that one, or train on a base with an output matrix of its own"
-        )
     for module in sorted(ends & parts.copies.keys()):
         problems += _difference(parts.copies[module], embedding)
     saved = {module: parts.saved[module] for module in sorted(ends & parts.saved.keys())}
@@ -108,19 +132,15 @@ def _as_one(
         problems += [_misshapen(ref, embedding) for ref in saved.values() if ref.shape != embedding.shape]
     elif not all(_same(values[0], other) for other in values[1:]):
         problems.append(
-            f"the adapter unties what the base ties (tie_word_embeddings): with its {' and '.join(saved)} the "
-            "embedding and the output matrix are two; merge with PEFT and save the whole model, whose config.json "
-            "then says tie_word_embeddings: false"
+            f"the weights hold {' and '.join(saved)} with other values than the base's embedding, which is its output "
+            f"matrix too (tie_word_embeddings), and {CONFIG} does not say that they are trained apart (modules_to_save "
+            "without ensure_weight_tying): merge with PEFT and save the whole model"
         )
     kept = {module: ref for module, ref in parts.saved.items() if module not in saved}
     if len(saved) > 1:
         kept[embedding.name.removesuffix(".weight")] = values[0]
-    return replace(
-        parts,
-        factors={module: each for module, each in parts.factors.items() if module not in ends},
-        saved=kept,
-        copies={module: ref for module, ref in parts.copies.items() if module not in ends},
-    )
+    copies = {module: ref for module, ref in parts.copies.items() if module not in ends}
+    return replace(parts, saved=kept, copies=copies), ends & parts.factors.keys()
 
 
 def _modules(parts: Parts) -> set[str]:
@@ -195,7 +215,8 @@ def _product(
     fits = a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1]
     if fits:
         # W [out, in] += B A; where W is stored the other way round, Wᵀ [in, out] += Aᵀ Bᵀ.
-        turned = embedding or bool(adapter.config.get("fan_in_fan_out"))
+        # An output matrix never is (PEFT goes by the module's class, and it is `Linear` everywhere).
+        turned = embedding or (bool(adapter.config.get("fan_in_fan_out")) and f"{module}.weight" not in HEADS)
         left, right = (a.T, b.T) if turned else (b, a)
         if (left.shape[0], right.shape[1]) == target.shape:
             if a.shape[0] == adapter.rank(module):
@@ -214,17 +235,17 @@ def _widened(ref: TensorRef) -> npt.NDArray[np.float32]:
     return np.array(floats.widen(np.ascontiguousarray(view(ref)), FLOATS[ref.dtype][0]))
 
 
-def _sums(target: TensorRef, product: _Product) -> Iterator[npt.NDArray[Any]]:
+def _sums(target: TensorRef, products: Sequence[_Product]) -> Iterator[npt.NDArray[Any]]:
     weights, dtype = view(target), FLOATS[target.dtype][0]
-    scale = np.float32(product.scale)
     for rows in row_pieces(target.shape):
-        left = product.left[rows]
-        total = np.zeros((len(left), target.shape[1]), np.float32)
-        for k in range(left.shape[1]):
-            total += left[:, k, None] * product.right[k]
-        total *= scale
-        total += floats.widen(np.ascontiguousarray(weights[rows]), dtype)
-        yield floats.cast(total, "float32", dtype)
+        sums = floats.widen(np.ascontiguousarray(weights[rows]), dtype)
+        for product in products:
+            left = product.left[rows]
+            total = np.zeros((len(left), target.shape[1]), np.float32)
+            for k in range(left.shape[1]):
+                total += left[:, k, None] * product.right[k]
+            sums = sums + total * np.float32(product.scale)
+        yield floats.cast(sums, "float32", dtype)
 
 
 def _copies(ref: TensorRef, dtype: str) -> Iterator[npt.NDArray[Any]]:

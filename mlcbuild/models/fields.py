@@ -6,6 +6,7 @@ Rules have small expressions: `hidden_size // num_attention_heads`, `not tie_wor
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import operator
 from collections.abc import Callable, Mapping
@@ -286,13 +287,18 @@ def evaluate(expression: object, names: Mapping[str, Any]) -> Any:
     if not isinstance(expression, str):
         return expression
     try:
-        return _value(ast.parse(expression, mode="eval").body, names)
+        return _value(_parsed(expression).body, names)
     except (SyntaxError, KeyError, ZeroDivisionError, OverflowError, TypeError, ValueError, IndexError) as error:
         raise MlcBuildError(
             f"cannot evaluate `{expression}` ({error}); it may use numbers, `+ - * / // % **`, comparisons, "
             f"`and or not`, `a if b else c`, {', '.join(_FUNCTIONS)}, each_layer, "
             f"and the names {', '.join(sorted(names))}"
         ) from None
+
+
+@functools.cache
+def _parsed(expression: str) -> ast.Expression:
+    return ast.parse(expression, mode="eval")
 
 
 def names_in(expression: object) -> list[str]:

@@ -8,6 +8,7 @@ matter to conversion only.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -302,16 +303,19 @@ class Structure:
     @property
     def layer_kinds(self) -> tuple[int, ...]:
         """For each layer the number of its kind, counted in the order in which kinds first occur: 0, 1, 1, 0 ..."""
-        seen: dict[Any, int] = {}
-        return tuple(seen.setdefault(self._layer_kind(layer), len(seen)) for layer in range(self.num_hidden_layers))
+        some = {rule.layers for rule in self.rules if rule.layers is not None}
+        if not some and not self.by_layer and self.layer_types is None and self.rope_layers is None:
+            return (0,) * self.num_hidden_layers
+        having, seen = [frozenset(layers) for layers in some], dict[Any, int]()
+        return tuple(seen.setdefault(self._layer_kind(i, having), len(seen)) for i in range(self.num_hidden_layers))
 
-    def _layer_kind(self, layer: int) -> Any:
-        """What layers that compute differently differ in."""
+    def _layer_kind(self, layer: int, having: Sequence[frozenset[int]]) -> Any:
+        """What layers that compute differently differ in; `having`: those that have what others lack."""
         return (
             self.layer_type(layer),
             self.turns(layer),
             *(values[layer] for _, values in self.by_layer),
-            *(rule.layers is None or layer in rule.layers for rule in self.rules),
+            *(layer in layers for layers in having),
         )
 
     @property
@@ -321,7 +325,7 @@ class Structure:
         It has a single layer of each kind and limits that suit whoever goes through a text, so that models which differ
         in these only share it.
         """
-        return self._of([self.layer_kinds.index(kind) for kind in sorted(set(self.layer_kinds))], 1)
+        return self._of(self._firsts(), 1)
 
     @property
     def two_layers(self) -> Structure:
@@ -329,9 +333,14 @@ class Structure:
 
         Its limits suit short texts, two at once.
         """
-        firsts = [self.layer_kinds.index(kind) for kind in sorted(set(self.layer_kinds))]
+        firsts = self._firsts()
         second = [1] if len(firsts) == 1 and self.num_hidden_layers > 1 else []
         return self._of([*firsts, *second], 2)
+
+    def _firsts(self) -> list[int]:
+        """The first layer of each kind."""
+        kinds = self.layer_kinds
+        return [kinds.index(kind) for kind in sorted(set(kinds))]
 
     def _of(self, layers: Sequence[int], texts: int) -> Structure:
         # Frequencies that depend on the longest text (mlcbuild.models.rope) stay what they are.
@@ -351,7 +360,7 @@ class Structure:
             max_batch_size=texts,
         )
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """sha256 (hex) of `library_json()`."""
         return hashlib.sha256(json.dumps(self.library_json(), sort_keys=True).encode()).hexdigest()
@@ -364,10 +373,16 @@ class Structure:
 
 def _without_defaults(data: Any) -> dict[str, Any]:
     return {
-        field.name: value
-        for field in dataclasses.fields(data)
-        if (value := getattr(data, field.name)) != field.default or "choice" not in field.metadata
+        name: value
+        for name, default, always in _fields_of(data.__class__)
+        if (value := getattr(data, name)) != default or always
     }
+
+
+@functools.cache
+def _fields_of(kind: Any) -> list[tuple[str, Any, bool]]:
+    """Name and default of a dataclass's fields, and whether they are told even where they have it."""
+    return [(field.name, field.default, "choice" not in field.metadata) for field in dataclasses.fields(kind)]
 
 
 def _library_rule(rule: ParameterRule) -> list[Any]:

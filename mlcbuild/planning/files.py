@@ -6,7 +6,6 @@ from pathlib import Path
 
 from mlcbuild.chat.config import TOKENIZER_FILES
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.planning.shapes import inner
 
 CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*_Pooling/config.json")
 _TORCH_FILES = ("pytorch_model*.bin", "*.pth")  # read where there are no safetensors
@@ -40,3 +39,9 @@ def check_adapter(folder: Path | None) -> None:
     if folder is not None and folder.is_dir() and not (folder / name).is_file():
         text = f"lora: {folder}: no {name}: an adapter in PEFT's format has one"
         raise MlcBuildError(text + inner(folder, name))
+
+
+def inner(folder: Path, file: str) -> str:
+    """What is added where a file is in folders of this one: the last that a training run wrote, `checkpoint-10`."""
+    found = sorted((path.parent.name for path in folder.glob(f"*/{file}")), key=lambda name: (len(name), name))
+    return f"; the folder {found[-1]}/ has it: name that one" if found else ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 from mlcbuild.cache.tree import digest_json
 from mlcbuild.chat.config import TOKENIZER_FILES
@@ -24,10 +24,10 @@ from mlcbuild.planning.files import (
     TENSOR_FILES,
     TEXT_FILES,
     TOKEN_FILES,
-    check_adapter,
     checkpoint_files,
 )
-from mlcbuild.planning.shapes import Form, Shape, config_of, method_of, prefix, shape_of
+from mlcbuild.planning.once import once
+from mlcbuild.planning.shapes import Form, Shape, adapter_of, config_of, method_of, prefix, shape_of
 from mlcbuild.recipes.types import (
     Catalog,
     Locked,
@@ -40,9 +40,6 @@ from mlcbuild.recipes.types import (
     has_few_bits,
     quantization_json,
 )
-
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
 
 STEPS = "mlcbuild.steps"  # the package with one module per kind of step
 # The reference that every package is compared with, on a machine that everybody has; what stands for a GPU's precision.
@@ -72,23 +69,6 @@ def plan(catalog: Catalog, recipes: Iterable[Recipe], lock: Callable[[Model], Lo
     return Graph(planner.steps, goals, unavailable, unlocked, broken)
 
 
-def _once(method: Callable[Concatenate[_Planner, _P], _T]) -> Callable[Concatenate[_Planner, _P], _T]:
-    """The method, which works out once what it gives for things of the same names."""
-
-    def known(planner: _Planner, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        key = (method.__name__, *map(_name, args))
-        if key not in planner.known:
-            planner.known[key] = method(planner, *args, **kwargs)
-        found: _T = planner.known[key]
-        return found
-
-    return known
-
-
-def _name(value: Any) -> Any:
-    return tuple(sorted(value.items())) if isinstance(value, Mapping) else getattr(value, "name", value)
-
-
 class _Planner:
     """Adds steps, each once. What several recipes share is worked out once."""
 
@@ -97,7 +77,8 @@ class _Planner:
         self.lock = lock
         self.steps: dict[str, Step] = {}
         self._names: dict[str, str] = {}  # identity -> task name
-        self.known: dict[tuple[Any, ...], Any] = {}  # what `_once` knows
+        self._digests: dict[int, tuple[Any, list[str]]] = {}  # by id, with what has it, so that it is nobody else's
+        self.known: dict[tuple[Any, ...], Any] = {}  # what `once` knows
 
     def goal(self, recipe: Recipe) -> Goal:
         model, quantization, target = recipe.model, recipe.quantization, recipe.target
@@ -128,7 +109,7 @@ class _Planner:
     def _download(self, model: Model) -> str:
         return self._fetched(model, model.source, model.name)
 
-    @_once
+    @once
     def _fetched(self, model: Model, source: Source, label: str, files: tuple[str, ...] | None = None) -> str:
         if source.path is not None:
             patterns = files if files is not None else checkpoint_files(source.path)
@@ -138,14 +119,15 @@ class _Planner:
         fields = {"repo": source.hf, "commit": locked.commit, "files": contents}
         return self._add("download", label, fields, brings=sum(file.size for file in locked.files.values()))
 
-    @_once
+    @once
     def _convert(self, model: Model) -> str:
         # The recipe's overrides are limits of the library; what the weights are does not depend on them.
         download = self._download(model)
         inputs = [Input("checkpoint", step=download, select=TENSOR_FILES)]
         for name, step in self._merged(model).items():
             inputs.append(Input(name, step=step, select=TENSOR_FILES if name == "base" else ADAPTER_FILES))
-        fields: dict[str, Any] = {"structure": self._shape(model, {}).fields}
+        shape = self._shape(model, {})
+        fields: dict[str, Any] = {"structure": shape.fields, **({"untied": True} if shape.untied else {})}
         if model.source.hf is not None:  # what the structure is made of is compared with the file, once it is here
             fields["config"] = dict(self._config(model))
             fields |= {"base": model.source.hf} if model.lora is not None else {}
@@ -157,17 +139,16 @@ class _Planner:
         if model.delta_of is not None:
             steps["base"] = self._fetched(model, model.delta_of, f"{model.name}-base")
         if model.lora is not None:
-            check_adapter(model.lora.path)
             steps["lora"] = self._fetched(model, model.lora, f"{model.name}-lora", ADAPTER_FILES)
         return steps
 
-    @_once
+    @once
     def _calibrate(self, model: Model) -> str:
         return self._measured("calibrate", model.name, model, "calibrated", {})
 
-    @_once
+    @once
     def _round(self, model: Model, quantization: Quantization) -> str:
-        fields = {"quantization": quantization_json(quantization)}
+        fields = {"quantization": self._weights(quantization)}
         return self._measured("round", f"{model.name}-{quantization.name}", model, "gptq", fields)
 
     def _measured(self, kind: str, label: str, model: Model, rounding: str, fields: Mapping[str, Any]) -> str:
@@ -190,12 +171,12 @@ class _Planner:
         )
         return self._add(kind, label, {"structure": shape.fields, **fields}, inputs, (download, convert))
 
-    @_once
+    @once
     def _quantize(self, model: Model, quantization: Quantization) -> str:
         convert = self._convert(model)
         fields = {
             "structure": self._shape(model, {}).fields,
-            "quantization": quantization_json(quantization),
+            "quantization": self._weights(quantization),
         }
         inputs = [Input("convert", step=convert)]
         if quantization.rounding == "calibrated":
@@ -205,12 +186,12 @@ class _Planner:
         materials = (self._download(model), convert)
         return self._add("quantize", f"{model.name}-{quantization.name}", fields, tuple(inputs), materials)
 
-    @_once
+    @once
     def _lower(self, form: Form, quantization: Quantization, target: Target) -> str:
         name = _format(quantization)
         fields = {
             "structure": form.fields,
-            "quantization": format_json(quantization),
+            "quantization": self._format(quantization),
             "name": name,  # the library's metadata tells it to the runtime
             "device": self._device(target),
             **({"blocks": True} if form.blocks else {}),
@@ -222,7 +203,7 @@ class _Planner:
         }
         return self._add("lower", f"{form.label}-{name}-{target.name}", fields, entry=backend(target).lower)
 
-    @_once
+    @once
     def _library(self, form: Form, quantization: Quantization, target: Target) -> str:
         name = _format(quantization)
         fields: dict[str, Any] = {
@@ -244,7 +225,7 @@ class _Planner:
             inputs.append(Input("runtime", step=self._runtime()))
         return self._add("library", label, fields, tuple(inputs), entry=chosen.build, takes=chosen.takes)
 
-    @_once
+    @once
     def _runtime(self) -> str:
         fields = {"emscripten": emscripten.version(), "sources": emscripten.source_tree()}
         return self._add("runtime", "webgpu", fields)
@@ -256,7 +237,7 @@ class _Planner:
         here = self.catalog.targets[_EXACT]
         form, device = shape.two_layers, targets.real_device(target)
         inputs = [Input("cpu_library", step=self._library(form, quantization, here))]
-        fields: dict[str, Any] = {"structure": form.fields, "quantization": format_json(quantization)}
+        fields: dict[str, Any] = {"structure": form.fields, "quantization": self._format(quantization)}
         if device:
             fields["device"] = device
             inputs.append(Input("library", step=self._library(form, quantization, target)))
@@ -304,7 +285,7 @@ class _Planner:
         ]
         if layers is not None:
             fields["structure"] = self._shape(recipe.model, {}).fields
-            fields["quantization"] = format_json(quantization)
+            fields["quantization"] = self._format(quantization)
             fields["context_window_size"] = shape.model_config.get("context_window_size", -1)  # pieces take more
             inputs.append(Input("blocks", step=self._library(layers, quantization, runs)))
         else:
@@ -331,6 +312,7 @@ class _Planner:
             "executed": how != "layers" and targets.runs_here(recipe.target),
             **{name: getattr(verify, name) for name in ("kl", "perplexity_increase", "perplexity", "cosine", "gate")},
             "notes": list(shape.notes),
+            **({} if shape.blocks is not None else {"by_layer": False}),  # no rounding measures it
         }
         inputs = [Input(name, step=steps[name]) for name in ("package", "measure", "execute") if name in steps]
         if targets.is_gpu(recipe.target) and "execute" not in steps:
@@ -339,15 +321,24 @@ class _Planner:
 
     # What is asked again and again
 
-    @_once
+    @once
     def _shape(self, model: Model, overrides: Mapping[str, int]) -> Shape:
-        return shape_of(self.catalog, model, self._config(model), overrides)
+        adapter = adapter_of(model, lambda source: self._locked(model, source))
+        return shape_of(self.catalog, model, self._config(model), overrides, adapter)
 
-    @_once
+    @once
     def _config(self, model: Model) -> Mapping[str, Any]:
         return config_of(model, lambda model: self._locked(model, model.source))
 
-    @_once
+    @once
+    def _weights(self, quantization: Quantization) -> dict[str, Any]:
+        return quantization_json(quantization)
+
+    @once
+    def _format(self, quantization: Quantization) -> dict[str, Any]:
+        return format_json(quantization)
+
+    @once
     def _lock(self, model: Model, source: Source) -> Locked | None:
         return self.lock(dataclasses.replace(model, source=source))
 
@@ -357,7 +348,7 @@ class _Planner:
             raise NotLocked(f"{source} is not in recipes.lock: `mlcbuild lock {model.name}` asks the hub")
         return found
 
-    @_once
+    @once
     def _device(self, target: Target) -> dict[str, Any]:
         reason = tools.wrong(target)
         if reason:
@@ -366,6 +357,13 @@ class _Planner:
         if reason:
             raise Unavailable(f"target {target.name}: {reason}")
         return targets.resolve(target)
+
+    def _digest(self, value: dict[str, Any]) -> list[str]:
+        """Of what many steps share, like a structure: worked out once. In a list, which no field has of one text."""
+        known = self._digests.get(id(value))
+        if known is None:
+            known = self._digests[id(value)] = (value, [digest_json(value)])
+        return known[1]
 
     def _add(
         self,
@@ -383,14 +381,15 @@ class _Planner:
         `entry` is the function of a backend that the step calls; `takes` is added to what its kind takes.
         """
         wanted = [[item.name, item.step, str(item.path), item.select] for item in inputs]
-        identity = digest_json([kind, fields, wanted, materials, entry])
+        told = {name: self._digest(value) if isinstance(value, dict) else value for name, value in fields.items()}
+        identity = digest_json([kind, told, wanted, materials, entry])
         name = self._names.get(identity)
         if name is None:
             name = f"{kind}:{label}"
             if name in self.steps:
                 name = f"{name}-{identity[:8]}"
             self._names[identity] = name
-            cost = dataclasses.replace(COSTS[kind], takes=(*COSTS[kind].takes, *takes))
+            cost = dataclasses.replace(COSTS[kind], takes=(*COSTS[kind].takes, *takes)) if takes else COSTS[kind]
             self.steps[name] = Step(kind, name, f"{STEPS}.{kind}", fields, inputs, materials, entry, cost, brings)
         return name
 

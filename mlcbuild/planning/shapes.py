@@ -14,7 +14,10 @@ from mlcbuild.models import architecture as architectures
 from mlcbuild.models import parameters
 from mlcbuild.models.kinds import by_layer
 from mlcbuild.models.structure import Structure
-from mlcbuild.recipes.types import Architecture, Catalog, Locked, Model, Verify
+from mlcbuild.models.tied import tied_embedding, unties
+from mlcbuild.models.tied import untied as untied_config
+from mlcbuild.planning.files import ADAPTER_FILES, check_adapter, inner
+from mlcbuild.recipes.types import Architecture, Catalog, Locked, Model, Source, Verify
 
 # What config.json calls the length up to which such a scaling leaves texts as they are.
 _ORIGINAL = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
@@ -43,12 +46,28 @@ class Shape:
     two_layers: Form  # with the kernels of `whole`
     blocks: Form | None  # None for a kind of model that is not run one layer at a time
     notes: tuple[str, ...]  # what a user of the package has to know
+    untied: bool = False  # the adapter makes two of what the base ties
 
 
-def shape_of(catalog: Catalog, model: Model, config: Mapping[str, Any], overrides: Mapping[str, int]) -> Shape:
-    """The shape of a model with this config.json. Raises MlcBuildError where no architecture describes it."""
+def shape_of(
+    catalog: Catalog,
+    model: Model,
+    config: Mapping[str, Any],
+    overrides: Mapping[str, int],
+    adapter: Mapping[str, Any] | None = None,
+) -> Shape:
+    """The shape of a model with this config.json, and the configuration of the adapter that is merged with it.
+
+    Raises MlcBuildError where no architecture describes it.
+    """
     chosen = architectures.choose(catalog.architectures, config, model.architecture)
     structure = architectures.resolve(chosen, config, overrides)
+    # A model of texts has no output matrix.
+    tied = tied_embedding(parameters.parameters(structure)) if adapter and structure.embedding is None else None
+    untied = adapter is not None and tied is not None and unties(adapter, tied)
+    if untied:
+        config = untied_config(config)
+        structure = architectures.resolve(chosen, config, overrides)
     return Shape(
         structure.to_json(),
         parameters.count(structure),
@@ -57,6 +76,7 @@ def shape_of(catalog: Catalog, model: Model, config: Mapping[str, Any], override
         _form(structure.two_layers, "-two-layers"),
         _form(structure.one_layer, "-blocks", blocks=True) if by_layer(structure) else None,
         (*_chosen_by_hand(chosen, config), *_one_table(structure)),
+        untied and not structure.tie_word_embeddings,
     )
 
 
@@ -92,6 +112,20 @@ def config_of(model: Model, lock: Callable[[Model], Locked | None]) -> Mapping[s
     return found.config
 
 
+def adapter_of(model: Model, lock: Callable[[Source], Locked]) -> Mapping[str, Any] | None:
+    """The configuration of the adapter that is merged with the model, from its folder or recipes.lock; or None.
+
+    Raises MlcBuildError where it cannot be read.
+    """
+    if model.lora is None:
+        return None
+    if model.lora.path is None:
+        return lock(model.lora).config
+    check_adapter(model.lora.path)
+    path = model.lora.path / ADAPTER_FILES[0]
+    return read_config(path) if path.exists() else {}
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises MlcBuildError where it is none, or more than a configuration can be."""
     try:
@@ -112,12 +146,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise MlcBuildError(f"{path}: expected a JSON object, got {type(config).__name__}")
     return config
-
-
-def inner(folder: Path, file: str) -> str:
-    """What is added where a file is in folders of this one: the last that a training run wrote, `checkpoint-10`."""
-    found = sorted((path.parent.name for path in folder.glob(f"*/{file}")), key=lambda name: (len(name), name))
-    return f"; the folder {found[-1]}/ has it: name that one" if found else ""
 
 
 def _form(structure: Structure, ending: str = "", blocks: bool = False) -> Form:

@@ -187,7 +187,7 @@ def _recipe(name: str, document: Document, data: Mapping[str, Any], catalog: Cat
         template=template,
         overrides={**model.overrides, **data.get("overrides", {})},
         origin=document.file.shown,
-        verify=replace(model.verify, **data.get("verify", {})),
+        verify=replace(model.verify, **data["verify"]) if "verify" in data else model.verify,
         manual=data.get("manual", False),
     )
 

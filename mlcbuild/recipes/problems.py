@@ -14,6 +14,7 @@ _LONGEST_TEXT = 2_000  # characters
 _LONGEST_LINE = 500
 _MOST_SHOWN = 1_000  # problems: a file that is no recipe at all can have millions
 _MOST_COMPARED = 50_000  # names, about a second of comparing
+_ALIKE = str.maketrans("li|o_s", "1110-5")
 _NOT_TEXT = re.compile(r"~|null|true|false|[-+.]?[0-9][0-9.]*", re.IGNORECASE)  # what YAML would not read as text
 
 
@@ -106,15 +107,27 @@ class Hints:
 
 
 def nearest(word: object, names: Iterable[object]) -> str | None:
-    """The name that `word` is most likely a mistyping or a beginning of; None when none is near."""
+    """The name that `word` is most likely a mistyping or a beginning of; None when none is near.
+
+    Of names that are as near, the one that looks most like it, and then the one that most others begin with.
+    """
     if not isinstance(word, str) or not word:
         return None
     ranked = sorted((_edits(word.lower(), name.lower()), name) for name in names if isinstance(name, str))
-    for edits, name in ranked[:1]:
-        if edits <= max(1, max(len(word), len(name)) // 3):
-            return name
+    equals = [name for edits, name in ranked if edits == ranked[0][0] <= max(1, max(len(word), len(name)) // 3)]
+    if equals:
+        return min(equals, key=lambda name: (_edits(_seen(word), _seen(name)), -_known(name, ranked), name))
     beginnings = [name for _, name in ranked if len(word) >= 3 and name.lower().startswith(word.lower())]
     return beginnings[0] if beginnings else None
+
+
+def _seen(name: str) -> str:
+    """The name with one letter for all that look alike."""
+    return name.lower().translate(_ALIKE)
+
+
+def _known(name: str, ranked: Sequence[tuple[int, str]]) -> int:
+    return sum(other.startswith(name) for _, other in ranked)
 
 
 def _edits(a: str, b: str) -> int:

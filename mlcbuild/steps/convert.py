@@ -1,10 +1,11 @@
 """convert: a checkpoint's tensors under the model's parameter names, as an index into the checkpoint's files.
 
-Fields: structure; `config` of a checkpoint on a hub as recipes.lock has it, of which the structure was made; `base`,
-the repository that an adapter is laid over. Inputs: checkpoint (config.json, weights, their index); also `base` where
-the checkpoint is a delta, `lora` where an adapter is laid over it. Artifact: parameters.json, and tensors-N.bin for
-what no file has as it is: sums with a base or an adapter, tensors that are not row-major or that the architecture's
-file says to convert, and the numbers of weights that are quantized already.
+Fields: structure; `untied` where the adapter makes two of what the base ties; `config` of a checkpoint on a hub as
+recipes.lock has it, of which the structure was made; `base`, the repository that an adapter is laid over. Inputs:
+checkpoint (config.json, weights, their index); also `base` where the checkpoint is a delta, `lora` where an adapter is
+laid over it. Artifact: parameters.json, and tensors-N.bin for what no file has as it is: sums with a base or an
+adapter, tensors that are not row-major or that the architecture's file says to convert, and the numbers of weights that
+are quantized already.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 from mlcbuild.checkpoints import computed
 from mlcbuild.checkpoints.computed import Computed
 from mlcbuild.checkpoints.header import TensorRef
-from mlcbuild.checkpoints.index import as_stored, entry, index, tied_embedding, with_prefix
+from mlcbuild.checkpoints.index import as_stored, entry, index, with_prefix
 from mlcbuild.checkpoints.locked import check_config
 from mlcbuild.checkpoints.table import read_table
 from mlcbuild.engine.job import Entry, Job
@@ -27,6 +28,7 @@ from mlcbuild.merging.rearranged import rearranged
 from mlcbuild.models import structure
 from mlcbuild.models.parameters import Parameter, ignored, parameters
 from mlcbuild.models.structure import Structure
+from mlcbuild.models.tied import tied_embedding
 
 VERSION = 2
 TOOLS = ("numpy",)
@@ -59,8 +61,11 @@ def _table(job: Job, files: Mapping[str, Entry], model: Structure) -> dict[str, 
 def _indexed(job: Job, model: Structure, table: Mapping[str, TensorRef]) -> dict[str, Any]:
     """The index of a checkpoint, with what has to be made; nothing is before both sides are known to be whole."""
     wanted = as_stored(parameters(model), table)
+    if job.fields.get("untied"):
+        table = lora.untied(wanted, table)
     document = index(wanted, table, ignored(model), job.note)
     needed = {source for parameter in wanted for source in parameter.sources}
+    notes = list[str]()
     changed = computed.strided(table, needed)
     if "base" in job.inputs:
         files = job.inputs["base"].files
@@ -75,13 +80,14 @@ def _indexed(job: Job, model: Structure, table: Mapping[str, TensorRef]) -> dict
     elif "lora" in job.inputs:
         tied = tied_embedding(wanted) if model.embedding is None else None  # a model of texts has no output matrix
         read = adapter.read(*_paths_and_digests(job.inputs["lora"].files))
-        merged = lora.merged(read, table, needed, tied)
-        other = adapter.other_base(read, job.fields.get("base"))
-        if other is not None:
-            job.note(other)
-            document["notes"] = [other]
+        merged = lora.merged(read, table, needed, tied, notes.append)
+        notes += filter(None, [adapter.other_base(read, job.fields.get("base"))])
         names = {each.target.name for each in merged}
         changed = merged + [each for each in changed if each.target.name not in names]
+    for note in notes:
+        job.note(note)
+    if notes:
+        document["notes"] = notes
     _write(job, document, wanted, table, changed)
     return document
 

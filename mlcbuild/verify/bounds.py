@@ -51,6 +51,14 @@ FINER = {
     ("q0", "bfloat16"): "`q0f32` computes as the reference does",
 }
 
+# Where they differ, for models whose weights are not rounded layer by layer.
+FINER_BY_ITSELF = {
+    ("q3", "float16"): "`q4f16_1` loses less in 4.5 bits a number, `q8f16_1` in 8.5",
+    ("q4", "float16"): "`q4f16_mixed` has 5 to 8 bits a number, `q8f16_1` 8.5",
+    ("q4", "float32"): "`q8f32_1` has 9 bits a number",
+    ("q4", "bfloat16"): "`q0bf16` is unquantized",
+}
+
 
 def bounds(fields: Mapping[str, Any], figures: Mapping[str, float]) -> Bounds:
     """The bounds of a quantization class, with the model's own in their place where `fields` (of verify) has some.
@@ -121,7 +129,8 @@ def advice(figures: Mapping[str, float], limits: Bounds, fields: Mapping[str, An
             "`verify: {perplexity: ...}` for the most that the unquantized model may have, `verify: {gate: report}` to "
             "record a miss only"
         )
-    finer = FINER.get((fields["class"], fields["model_dtype"]))
+    key = fields["class"], fields["model_dtype"]
+    finer = FINER.get(key) if fields.get("by_layer", True) else FINER_BY_ITSELF.get(key, FINER.get(key))
     return (
         f"{said}Use a finer quantization{f' ({finer})' if finer else ''}, or, where this is right for the model, say "
         "so in its YAML file: `verify: {kl: ...}` for other bounds, `verify: {gate: report}` to record a miss only"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -174,11 +175,24 @@ def open_store(root: Path, cache: Path | None = None) -> Store:
     return store
 
 
-# A plan of thousands of recipes is millions of objects that all stay. With Python's own bound, looking for
-# garbage among them takes more than half of the time of `doit list`.
-_MANY = 200_000  # new objects
+_MANY = 200_000  # new objects between two looks for garbage: where there are millions, each look is dear
 
 
+@contextlib.contextmanager
+def growing() -> Iterator[None]:
+    """What is made inside stays, thousands of steps and tasks of it: to look for garbage among them takes a fifth of
+    the time of `doit list`."""
+    outermost = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if outermost:
+            gc.set_threshold(_MANY, 50, 1000)
+            gc.enable()
+
+
+@growing()
 def open_session(
     root: Path, report: Report, selection: Selection | None = None, settings: Settings | None = None
 ) -> Session:
@@ -191,7 +205,6 @@ def open_session(
     that is wrong with the models; Unavailable for a recipe that is demanded and cannot be built on this machine.
     """
     selection, settings = selection or Selection(), settings or Settings()
-    gc.set_threshold(_MANY, 50, 1000)
     store = open_store(root, settings.cache)
     catalog = load(root, memo=store.root / RECIPES_MEMO)
     known = cells(catalog.recipes)

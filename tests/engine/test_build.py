@@ -156,6 +156,9 @@ def test_only_what_is_damaged_again_and_again_ends_a_build(toy: Toy) -> None:
     ):
         builder.mending("quantize:m", work)
     assert sum(isinstance(event, StepNote) for event in toy.events) == 5 + 2
+    (last,) = [event for event in toy.events if isinstance(event, StepFinished)]
+    assert (last.step, last.kind, last.outcome) == ("quantize:m", "quantize", "failed")
+    assert last.text == "/cache/0: damaged: removed. It was built again, and is damaged again: check the disk"
 
 
 def test_a_steps_own_error_is_shown_as_it_is(toy: Toy) -> None:

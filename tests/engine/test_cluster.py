@@ -118,6 +118,21 @@ def test_a_worker_killed_in_the_middle_of_a_step(workspace: Workspace, dask: Das
 
 
 @pytest.mark.slow
+def test_a_scheduler_lost_in_the_middle_of_a_step(workspace: Workspace, dask: Dask, tmp_path: Path) -> None:
+    """FAULTS.md C: the right sentence, and then a traceback of asyncio's."""
+    dask.worker("one")
+    dask.ready("one")
+    workspace.trick("quantize.sleep", "30")
+    with workspace.start(*words(dask, tmp_path)) as process:
+        log = workspace.tricks / "ran.txt"
+        wait_until(lambda: log.exists() and "quantize" in log.read_text(), 60)
+        dask.stop()
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "the cluster was lost: " in output and "Traceback" not in output and "bug" not in output, output
+
+
+@pytest.mark.slow
 def test_a_signal_ends_the_build_here_and_what_a_worker_makes_is_kept(
     workspace: Workspace, dask: Dask, tmp_path: Path
 ) -> None:

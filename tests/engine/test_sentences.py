@@ -64,6 +64,15 @@ def test_a_bug_stays_a_bug() -> None:
     assert in_words(KeyError("x")) is None
 
 
+def test_many_of_one_kind_are_counted() -> None:
+    """FAULTS B: 26 lines for one cause."""
+    many = [f"tensor _orig_mod.model.layers.{i}.weight belongs to no parameter" for i in range(30)]
+    lines = bounded("\n".join(["first", *many, "last"])).splitlines()
+    assert lines == ["first", *many[:12], "… and 18 more of the same kind, all under `_orig_mod.model.layers.`", "last"]
+    assert bounded("\n".join(many[:13])).splitlines() == many[:13]  # one more is no shorter by being counted
+    assert bounded("\n".join(f"line {i}" for i in range(14))).endswith("line 11\n… and 2 more of the same kind")
+
+
 def test_texts_have_a_bound() -> None:
     text = bounded("x" * 10_000_000 + "\n" + "line\n" * 5_000)
     assert text.endswith("… and 4,902 more lines") and len(text) < 5_000

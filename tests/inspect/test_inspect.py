@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -216,3 +219,32 @@ def test_a_template_that_was_chosen_by_hand_is_compared(chat: CheckpointChat) ->
     by_default, stops = differences(TEMPLATES["chatml"], with_jinja(chat, CHATML))
     assert by_default.startswith("without a system message it writes otherwise:")
     assert stops == "it stops at ['<|im_end|>'], the checkpoint at ['<|im_end|>', '<|endoftext|>']"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        (
+            "MLCBUILD_STEP_MEMORY",
+            "1M",
+            "it took more than 0.0 GB of memory and was stopped: no checkpoint needs that to ",
+        ),
+        (
+            "MLCBUILD_STEP_SILENCE",
+            "0.001",
+            "it took more than 0.1 s and was stopped: no checkpoint needs that to be look",
+        ),
+        ("MLCBUILD_STEP_SILENCE", "soon", "MLCBUILD_STEP_SILENCE=soon: expected a number of minutes"),
+    ],
+)
+@pytest.mark.parametrize("command", ["inspect", "new"])
+def test_what_is_looked_at_is_bounded_as_a_step_is(
+    workspace: Workspace, command: str, variable: str, value: str, said: str
+) -> None:
+    """FAULTS D: `inspect` had no limit of time or memory."""
+    words = [sys.executable, "-m", "mlcbuild.cli", command, str(STORIES)]
+    done = subprocess.run(
+        words, cwd=workspace.root, env={**os.environ, variable: value}, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith(f"mlcbuild {command}: {said}") and done.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Adapters that PEFT itself saves, merged here and by `merge_and_unload`, saved and reloaded: the same, or refused."""
+"""Adapters that PEFT itself saves, merged here and by `merge_and_unload`, saved and reloaded: the same."""
 
 from __future__ import annotations
 
@@ -15,31 +15,33 @@ from mlcbuild.engine.job import local_job
 from mlcbuild.errors import CheckpointError
 from mlcbuild.merging import adapter
 from mlcbuild.models.parameters import parameters
+from mlcbuild.models.structure import from_json
+from mlcbuild.planning.shapes import adapter_of, read_config, shape_of
+from mlcbuild.recipes.types import Catalog, Locked, Model, Source
 from mlcbuild.steps import convert
+from tests.architectures.agreement import known_architectures
 from tests.checkpoints.files import write
-from tests.checkpoints.test_convert_and_quantize import save, structure
+from tests.checkpoints.test_convert_and_quantize import save
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT says that tied weights are difficult
 
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
-UNTIES = "lora: the adapter unties what the base ties (tie_word_embeddings): with its "
-FACTORS = "and the base's output matrix is its embedding (tie_word_embeddings): PEFT computes another model with the"
-# Targets and saved modules beside q_proj, whether PEFT is to keep them tied; what is said for a base that ties them.
-CASES: dict[str, tuple[list[str], list[str], bool, str | None]] = {
-    "nothing of them": ([], [], False, None),
-    "embedding": ([EMBEDDING], [], False, FACTORS),
-    "head": ([HEAD], [], False, FACTORS),
-    "both": ([EMBEDDING, HEAD], [], False, FACTORS),
-    "both, tied": ([EMBEDDING, HEAD], [], True, FACTORS),
-    "saved embedding": ([], [EMBEDDING], False, f"{UNTIES}model.embed_tokens the embedding and the output matrix"),
-    "saved head": ([], [HEAD], False, f"{UNTIES}lm_head the embedding and the output matrix are two"),
-    "saved both": ([], [EMBEDDING, HEAD], False, f"{UNTIES}lm_head and model.embed_tokens the embedding and the"),
-    "saved both, tied": ([], [EMBEDDING, HEAD], True, None),
-    "saved embedding, tied": ([], [EMBEDDING], True, None),
-    "embedding, saved head": ([EMBEDDING], [HEAD], False, FACTORS),
-    "head, saved embedding": ([HEAD], [EMBEDDING], False, FACTORS),
+# Targets and saved modules beside q_proj, and whether PEFT is to keep them tied.
+CASES: dict[str, tuple[list[str], list[str], bool]] = {
+    "nothing of them": ([], [], False),
+    "embedding": ([EMBEDDING], [], False),
+    "head": ([HEAD], [], False),
+    "both": ([EMBEDDING, HEAD], [], False),
+    "both, tied": ([EMBEDDING, HEAD], [], True),
+    "saved embedding": ([], [EMBEDDING], False),
+    "saved head": ([], [HEAD], False),
+    "saved both": ([], [EMBEDDING, HEAD], False),
+    "saved both, tied": ([], [EMBEDDING, HEAD], True),
+    "saved embedding, tied": ([], [EMBEDDING], True),
+    "embedding, saved head": ([EMBEDDING], [HEAD], False),
+    "head, saved embedding": ([HEAD], [EMBEDDING], False),
 }
 
 
@@ -76,20 +78,30 @@ def merged_by_peft(folder: Path) -> dict[str, Any]:
     return {name: tensor.numpy() for name, tensor in state.items()}
 
 
-def merged_here(folder: Path) -> dict[str, Any]:
-    """What convert makes of the same, by checkpoint tensor."""
-    model = structure(folder / "base")
+def merged_here(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """What convert makes of the same as planning sees it, by checkpoint tensor, and its notes."""
+    catalog = Catalog(folder, {}, {}, known_architectures(), {}, {}, {})
+    lora = Model("tiny", Source(path=folder / "base"), "", lora=Source(path=folder / "adapter"))
+    shape = shape_of(
+        catalog,
+        lora,
+        read_config(folder / "base" / "config.json"),
+        {},
+        adapter_of(lora, lambda source: Locked("", {}, {})),
+    )
+    model = from_json(shape.fields)
     inputs = {"checkpoint": folder / "base", "lora": folder / "adapter"}
-    job = local_job(inputs, {"structure": model.to_json()}, folder / "job")
+    job = local_job(inputs, {"structure": shape.fields, **({"untied": True} if shape.untied else {})}, folder / "job")
     convert.run(job)
     found = {}
-    for entry in json.loads((job.output / "parameters.json").read_text())["parameters"]:
+    document = json.loads((job.output / "parameters.json").read_text())
+    for entry in document["parameters"]:
         for part in entry["parts"]:
             path = next(path for path in (job.output / part["file"], folder / "base" / part["file"]) if path.exists())
             facts = (part["offset"], part["nbytes"], "F32", tuple(part["shape"]))
             found[part["tensor"]] = read(TensorRef(part["tensor"], "", "", path, *facts))
     assert found.keys() == {source for parameter in parameters(model) for source in parameter.sources}
-    return found
+    return found, document.get("notes", [])
 
 
 def refusal(folder: Path) -> str:
@@ -100,16 +112,33 @@ def refusal(folder: Path) -> str:
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("case", CASES)
-def test_adapters_are_merged_as_peft_does_or_refused(tmp_path: Path, case: str, tied: bool) -> None:
-    """FAULTS A6 (tied, saved embedding: 2 sigma from PEFT) and B (copies in `base_layer`, heads saved twice)."""
-    targets, saved, keep, refused = CASES[case]
+def test_adapters_are_merged_as_peft_does(tmp_path: Path, case: str, tied: bool) -> None:
+    """FAULTS A6 (tied, saved embedding: 2 sigma from PEFT) and B (copies in `base_layer`, heads saved twice).
+
+    With factors alone what PEFT merges is not what it trained, and that is noted.
+    """
+    targets, saved, keep = CASES[case]
     train(tmp_path, tied, targets, saved, keep)
-    if tied and refused:
-        assert refused in refusal(tmp_path)
-        return
     expected = merged_by_peft(tmp_path)
-    for name, value in merged_here(tmp_path).items():
-        np.testing.assert_allclose(value, expected[name], rtol=0, atol=2e-6, err_msg=name)
+    found, notes = merged_here(tmp_path)
+    assert (HEAD + ".weight" in found) == (not tied or (bool(saved) and not keep))
+    for name, value in found.items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-6, atol=2e-6, err_msg=name)
+    ends = " and ".join(sorted(HEAD if target == HEAD else f"model.{target}" for target in targets))
+    noted = f"the adapter has factors of {ends}, and the base's output matrix is its embedding (tie_word_embeddings): "
+    assert len(notes) == (tied and bool(targets) and not saved) and all(note.startswith(noted) for note in notes)
+
+
+def test_trained_apart_though_the_configuration_does_not_say_so(tmp_path: Path) -> None:
+    """FAULTS A6, a sibling: what planning reads, and what the weights hold."""
+    train(tmp_path, True, [], [HEAD], False)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"modules_to_save": None}))
+    assert refusal(tmp_path) == (
+        "lora: the weights hold lm_head with other values than the base's embedding, which is its output matrix too "
+        "(tie_word_embeddings), and adapter_config.json does not say that they are trained apart (modules_to_save "
+        "without ensure_weight_tying): merge with PEFT and save the whole model"
+    )
 
 
 def change(file: Path, name: str) -> None:

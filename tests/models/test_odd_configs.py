@@ -163,7 +163,8 @@ def test_a_model_that_sees_what_comes_after_is_refused() -> None:
             architecture.resolve(llama.architecture(name), {**GEMMA3, "use_bidirectional_attention": True}, {})
 
 
-def test_a12_a_scaling_of_layers_with_a_window_is_refused() -> None:
+def test_a_scaling_of_layers_with_a_window_is_refused() -> None:
+    """FAULTS A12: it was dropped."""
     config = copy.deepcopy(GEMMA3)
     config["rope_parameters"]["sliding_attention"] = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
     with pytest.raises(MlcBuildError, match="sliding_attention has the rope_type 'linear', but only layers of full"):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from mlcbuild.engine.graph import Graph
 from mlcbuild.planning.planner import plan
@@ -50,6 +53,35 @@ def test_an_adapter_in_a_folder(tmp_path: Path) -> None:
     assert convert.inputs[1].name == "lora"
     # What convert compares with the files, once they are here (FAULTS.md A4).
     assert convert.fields["config"] == CONFIG and convert.fields["base"] == "owner/a"
+
+
+@pytest.mark.parametrize(
+    ("adapter", "untied"),
+    [
+        ({"modules_to_save": ["lm_head"]}, True),
+        ({"modules_to_save": ["model.embed_tokens", "score"]}, True),
+        ({"modules_to_save": ["lm_head"], "ensure_weight_tying": True}, False),
+        ({"modules_to_save": ["tokens"], "target_modules": ["lm_head"]}, False),
+        ({"modules_to_save": None}, False),
+        ({"modules_to_save": "lm_head"}, False),
+        ([], None),
+    ],
+)
+def test_an_adapter_that_unties(tmp_path: Path, adapter: Any, untied: bool | None) -> None:
+    """FAULTS A6: package, library and weights have two tensors where the adapter makes two."""
+    workspace = make_workspace(tmp_path)
+    workspace.write("recipes/models/adapter/adapter_config.json", json.dumps(adapter))
+    workspace.write("recipes/models/tiny/config.json", json.dumps({**CONFIG, "tie_word_embeddings": True}))
+    found = planned(workspace, "source: {path: tiny}\nlora: {path: adapter}")
+    if untied is None:
+        (said,) = found.broken.values()
+        assert said.endswith("adapter/adapter_config.json: expected a JSON object, got list")
+        return
+    fields = found.steps["convert:tiny"].fields
+    assert fields.get("untied", False) == untied and fields["structure"]["tie_word_embeddings"] != untied
+    assert ("lm_head" in {rule["role"] for rule in fields["structure"]["rules"]}) == untied
+    (package,) = (step for step in found.steps.values() if step.kind == "package")
+    assert package.fields["model_config"]["tie_word_embeddings"] != untied
 
 
 def test_the_folder_above(tmp_path: Path) -> None:

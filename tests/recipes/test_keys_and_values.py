@@ -344,6 +344,24 @@ def test_every_typo_of_every_key_gets_a_suggestion() -> None:
     assert checked > 1000
 
 
+@pytest.mark.parametrize(
+    ("typo", "names", "meant"),
+    [
+        ("q4f16_l", ("q4f16_0", "q4f16_1", "q4f16_2"), "q4f16_1"),
+        ("q4f16_O", ("q4f16_0", "q4f16_1"), "q4f16_0"),
+        ("q4f16-1", ("q4f16_0", "q4f16_1"), "q4f16_1"),
+        ("1lama3.2", ("llama3.1", "llama3.2", "olama3.2"), "llama3.2"),
+        ("q4f16_", ("q4f16_0", "q4f16_1", "q4f16_1-gptq", "q4f16_1-mse"), "q4f16_1"),
+        ("q4f16_2", ("q4f16_0", "q4f16_1"), "q4f16_0"),
+    ],
+)
+def test_of_names_as_near_the_one_that_looks_alike(typo: str, names: tuple[str, ...], meant: str) -> None:
+    """Then the one that other names begin with, then the first."""
+    from mlcbuild.recipes.problems import nearest
+
+    assert nearest(typo, names) == nearest(typo, names[::-1]) == meant
+
+
 def _neighbours(typo: str, keys: dict[str, object]) -> list[str]:
     # `pth` and the like can be a typo of two keys: either is a fair suggestion.
     return [key for key in keys if typo in _typos(key)]

@@ -172,8 +172,16 @@ def test_a_miss_names_what_would_lose_less() -> None:
     assert "`q4f16_1-gptq` loses least in 4.5 bits a number, `q4f16_mixed` has 5 to 8, `q8f16_1` 8.5)" in said
 
 
+@pytest.mark.parametrize("key", [*bounds.FINER, *bounds.FINER_BY_ITSELF])
+def test_a_model_that_is_not_run_layer_by_layer_is_offered_no_rounding_that_does(key: tuple[str, str]) -> None:
+    fields = {"class": key[0], "model_dtype": key[1], "by_layer": False}
+    said = bounds.advice(FIGURES, bounds.bounds(fields, FIGURES), fields)
+    assert "Use a finer quantization (`q" in said and "gptq" not in said and "calibrated" not in said
+
+
 def test_what_is_named_is_stock() -> None:
-    names = {name for said in bounds.FINER.values() for name in re.findall("`(.*?)`", said)}
+    tables = (bounds.FINER, bounds.FINER_BY_ITSELF)
+    names = {name for table in tables for said in table.values() for name in re.findall("`(.*?)`", said)}
     files = {path.stem for path in (Path(__file__).parents[2] / "recipes/quantizations").iterdir()}
     assert names | set(vector_bounds.FINER.values()) <= files
 

@@ -68,7 +68,7 @@ CASES |= {
 }  # fmt: skip
 GEMMA4 = {
     "tie_word_embeddings": True, "hidden_size_per_layer_input": 0, "head_dim": 16, "global_head_dim": 32,
-    "num_key_value_heads": 2, "final_logit_softcapping": 3.0, **SLIDING,
+    "num_key_value_heads": 2, "final_logit_softcapping": 30.0, **SLIDING,
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
 }  # fmt: skip
 CASES |= {

@@ -78,7 +78,7 @@ CASES |= {
                                  moe_intermediate_size=40),
 }  # fmt: skip
 UNIFIED = {key: value for key, value in GEMMA4.items() if key != "hidden_size_per_layer_input"}
-UNIFIED |= {"global_head_dim": 16}
+UNIFIED |= {"global_head_dim": 24}
 CASES |= {
     "gemma4_unified_text": replace(_case("gemma4_unified_text", **UNIFIED), quantizations=("q0f32",)),
     "gemma4": _wrapped("gemma4", "gemma4_vision", CASES["gemma4_text"]),

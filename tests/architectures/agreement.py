@@ -261,10 +261,10 @@ def originals(
 
 
 def _read(folder: Path) -> dict[str, Array]:
-    from mlcbuild.checkpoints.mapped import read
+    from mlcbuild.checkpoints.mapped import FLOATS, read
 
     files = {path.name: path for path in folder.iterdir()}
-    return {name: np.array(read(ref)) for name, ref in read_table(files).items()}
+    return {name: np.array(read(ref)) for name, ref in read_table(files).items() if ref.dtype in FLOATS}
 
 
 def reference_logits(case: Case, folder: Path, ids: list[int]) -> Array:

@@ -68,7 +68,7 @@ CASES |= {
 }  # fmt: skip
 GEMMA4 = {
     "tie_word_embeddings": True, "hidden_size_per_layer_input": 0, "head_dim": 16, "global_head_dim": 32,
-    "num_key_value_heads": 2, "final_logit_softcapping": 3.0, **SLIDING,
+    "num_key_value_heads": 2, "final_logit_softcapping": 30.0, **SLIDING,
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
 }  # fmt: skip
 CASES |= {
@@ -78,6 +78,7 @@ CASES |= {
                                  moe_intermediate_size=40),
 }  # fmt: skip
 UNIFIED = {key: value for key, value in GEMMA4.items() if key != "hidden_size_per_layer_input"}
+UNIFIED |= {"global_head_dim": 24}
 CASES |= {
     "gemma4_unified_text": replace(_case("gemma4_unified_text", **UNIFIED), quantizations=("q0f32",)),
     "gemma4": _wrapped("gemma4", "gemma4_vision", CASES["gemma4_text"]),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from tests.architectures.test_agreement import CASES
 from tests.emulation.worker import Worker
 
 pytestmark = pytest.mark.slow
@@ -42,6 +44,13 @@ def check(answer: dict[str, Any], dtype: str) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architectures(name: str, worker: Worker) -> None:
     check(worker.ask({"architecture": name, "quantization": "q4f32_1"}), "float32")
+
+
+if os.environ.get("MLCBUILD_TEST_EMULATED") == "all":  # of each a quarter of a minute, which CI does not have
+
+    @pytest.mark.parametrize("name", CASES)
+    def test_every_architecture(name: str, worker: Worker) -> None:
+        check(worker.ask({"architecture": name, "quantization": "q4f16_1", "once": True}), "float16")
 
 
 @pytest.mark.parametrize("name", RECURRENT)

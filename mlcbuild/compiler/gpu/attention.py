@@ -111,12 +111,12 @@ def merge(heads: int, dim: int, dtype: str, threads: int) -> Any:
 
 def _changed(function: Any, structure: Structure) -> Any:
     """The kernel with the structure's soft cap, window and linear biases; the same one where there are none."""
-    window, cap = structure.sliding_window_size, structure.attn_logit_softcapping
+    window, cap, bias = structure.sliding_window_size, structure.attn_logit_softcapping, structure.alibi_bias_max
     if cap is not None:
         function = _capped(function, cap)
     if window is not None:
         function = _sliding(function, window)
-    return function if structure.alibi_bias_max is None else _biased(function, structure)
+    return function if bias is None else _biased(function, structure, bias)
 
 
 def _capped(function: Any, cap: float) -> Any:
@@ -194,7 +194,7 @@ def _sliding(function: Any, window: int) -> Any:
     return function.with_body(body)
 
 
-def _biased(function: Any, structure: Structure) -> Any:
+def _biased(function: Any, structure: Structure, largest: float) -> Any:
     """Linear biases (ALiBi; Press et al., arXiv 2108.12409): scores, which are stored in powers of two, are lowered by
     the distance of row and key times the head's slope."""
     heads, group = structure.num_attention_heads, structure.num_attention_heads // structure.num_key_value_heads
@@ -202,7 +202,7 @@ def _biased(function: Any, structure: Structure) -> Any:
 
     def lowered(node: Any, head: Any, distance: Any) -> Any:
         changes.append(node)
-        slope = _slope(head, heads, structure.alibi_bias_max) * _float(math.log2(math.e))
+        slope = _slope(head, heads, largest) * _float(math.log2(math.e))
         return tirx.BufferStore(node.buffer, node.value - slope * distance.astype("float32"), node.indices)
 
     def decode(node: Any) -> Any:

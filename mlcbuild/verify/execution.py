@@ -104,9 +104,9 @@ def _results(network: Network, texts: Texts) -> Iterator[tuple[str, Logits]]:
 
     if embedding.is_encoder(network.library):
         yield "one text", embedding.hidden_states(network, tokens(texts.first))
-        two = np.array([tokens(max(texts.two)), tokens(max(texts.two))])
+        both = np.array([tokens(max(texts.two)), tokens(max(texts.two))])
         seen = np.arange(max(texts.two)) < np.array(texts.two)[:, None]
-        yield "two texts, one padded", embedding.encoded(network, two, seen)[seen]
+        yield "two texts, one padded", embedding.encoded(network, both, seen)[seen]
         return
     session = Session(network, 2, 64)
     text = session.add()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,8 +36,8 @@ def test_a_library_and_its_weights(tiny_library: Path, tiny_package: Path) -> No
 )
 def test_a_library_has_the_functions_of_its_kind(tmp_path: Path, state: str, task: str, missing: str) -> None:
     path = tmp_path / "x.wasm"
-    metadata = {"model_type": "m", "quantization": "q", "kv_state_kind": state, "model_task": task, "params": []}
-    metadata |= {"context_window_size": 8, "prefill_chunk_size": 8}
+    metadata: dict[str, Any] = {"model_type": "m", "quantization": "q", "params": []}
+    metadata |= {"kv_state_kind": state, "model_task": task, "context_window_size": 8, "prefill_chunk_size": 8}
     path.write_bytes(b"\0asm\1\0\0\0 embed prefill decode " + json.dumps(metadata).encode())
     with pytest.raises(MlcBuildError, match=f"no function named {missing}"):
         library_file.check(path, [], path.name)

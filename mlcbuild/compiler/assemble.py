@@ -15,7 +15,7 @@ from mlcbuild.compiler.operations import Factories, operations
 from mlcbuild.compiler.script import quick
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.decoder import Decoder
-from mlcbuild.models.kinds import DECODER, ENCODER, HYBRID, RECURRENT
+from mlcbuild.models.kinds import DECODER, ENCODER, HYBRID
 from mlcbuild.models.parameters import parameters
 from mlcbuild.models.rope import Rotary
 from mlcbuild.models.structure import KEEPING, Structure
@@ -34,8 +34,8 @@ class Backend:
 
     factories       what makes the kernels of the decoder's operations, for a model dtype
     cache_kernels   those that the KV cache calls, for a structure, a model dtype, a page size and what is turned in it
-    recurrence      the operations of recurrent models, None where there are none yet
-    attend          the attention of encoders, likewise
+    recurrence      the operations of recurrent models
+    attend          the attention of encoders
     threads         of a block, for the kernels of the contract; None: they run as they are written
     emit_more       adds what only this kind of device has: samplers on GPUs
     passes          the compiler passes of this kind of device
@@ -43,8 +43,8 @@ class Backend:
 
     factories: Callable[[str], Factories]
     cache_kernels: Callable[[Structure, str, tirx.Var, Rotary], kv_cache.Kernels]
-    recurrence: Callable[[relax.BlockBuilder, str], Recurrence] | None = None
-    attend: Callable[[relax.BlockBuilder, str], Attend] | None = None
+    recurrence: Callable[[relax.BlockBuilder, str], Recurrence]
+    attend: Callable[[relax.BlockBuilder, str], Attend]
     threads: int | None = None
     emit_more: Callable[[relax.BlockBuilder], None] = lambda builder: None
     passes: pipeline.Passes = field(default_factory=pipeline.Passes)
@@ -63,8 +63,7 @@ def assemble(
     """The scheduled module of `structure` with the parameters `declared`, called `name` in its metadata.
 
     `dtype` is the model dtype, `device` a TVM target. `blocks`: the module of a decoder's pieces, with one layer of
-    each kind (mlcbuild.models.layer_pieces). Raises MlcBuildError for a kind of model that the device has no operations
-    for.
+    each kind (mlcbuild.models.layer_pieces).
     """
     with quick(), target.Target(dict(device)):
         builder = relax.BlockBuilder()
@@ -92,26 +91,26 @@ def _emit_model(d: Decoder, backend: Backend) -> None:
 
         emit_decoder(d)
         kv_cache.emit_create(d.builder, d.structure, d.dtype, backend.cache_kernels)
-    elif kind == ENCODER and backend.attend is not None:
+    elif kind == ENCODER:
         from mlcbuild.models.encoder import emit_encoder
 
         emit_encoder(d, backend.attend(d.builder, d.dtype))
-    elif kind in RECURRENT and backend.recurrence is not None:
-        from mlcbuild.models.recurrent.model import emit_recurrent, slots
-
-        emit_recurrent(d, backend.recurrence(d.builder, d.dtype))
-        rnn_state.emit_create(d.builder, d.structure.num_hidden_layers, slots(d.structure))
-    elif kind == HYBRID and backend.recurrence is not None and backend.threads is None:  # on CPUs
+    elif kind == HYBRID:
         from mlcbuild.models.hybrid.model import emit_hybrid, slots
 
+        if backend.threads is not None:
+            raise MlcBuildError(
+                f"architecture {d.structure.model_type}: models of kind `{kind}` are compiled for CPUs only; "
+                "choose a target such as cpu"
+            )
         emit_hybrid(d, backend.recurrence(d.builder, d.dtype))
         kv_cache.emit_create(d.builder, d.structure, d.dtype, backend.cache_kernels)
         rnn_state.emit_create(d.builder, len(d.structure.numbers(*KEEPING)), slots(d.structure))
     else:
-        raise MlcBuildError(
-            f"architecture {d.structure.model_type}: models of kind `{kind}` are compiled for CPUs only; "
-            "choose a target such as cpu"
-        )
+        from mlcbuild.models.recurrent.model import emit_recurrent, slots
+
+        emit_recurrent(d, backend.recurrence(d.builder, d.dtype))
+        rnn_state.emit_create(d.builder, d.structure.num_hidden_layers, slots(d.structure))
 
 
 def _emit_around(d: Decoder, backend: Backend) -> None:

@@ -22,6 +22,7 @@ class Factories:
     """What makes the kernels of a device, for one model dtype: PrimFuncs for given sizes.
 
     compute: the dtype of what most of them give; embedding, norm_heads and rope give the model dtype
+    operand: the dtype that `linear` takes x in; None: in any
     linear(weight, columns, dtype of x, dtype of the result), embedding(weight, columns)
     rms_norm(width, eps), layer_norm(width, eps, with a weight, with a bias), gated and activation(name, width)
     norm_heads((heads, kv_heads), dim, shapes of the weights, spans, centred, eps)
@@ -32,6 +33,7 @@ class Factories:
     """
 
     compute: str
+    operand: str | None
     linear: Callable[[Weight, int, str, str], Any]
     embedding: Callable[[Weight, int], Any]
     rms_norm: Callable[[int, float], Any]
@@ -52,6 +54,8 @@ def operations(builder: relax.BlockBuilder, dtype: str, make: Factories) -> Oper
 
     def linear(x: Expr, weight: Weight, out_dtype: str) -> Expr:
         n, columns = x.ty.shape
+        if make.operand not in (None, str(x.ty.dtype)):
+            x = builder.emit(relax.op.astype(x, make.operand))
         kernel = make.linear(weight, int(columns), str(x.ty.dtype), out_dtype)
         return emit(kernel, "linear", [x, *weight.parts.values()], [n, weight.rows], out_dtype)
 

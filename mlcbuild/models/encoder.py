@@ -43,11 +43,8 @@ def emit_encoder(decoder: Decoder, attend: Attend) -> None:
 
 
 def _embedded(d: Decoder, weight: Weights, flat: Expr, ids: Expr) -> Expr:
-    """Token, position and the first type's embedding, normalised: [n, H]. `flat` has the ids of all sequences.
-
-    Narrow tables (ELECTRA's, Clark et al., arXiv 2003.10555) are followed by a matrix.
-    """
-    operations, width = d.operations, d.structure.embedding_size or d.structure.hidden_size
+    """Token, position and the first type's embedding, added: [n, E]. `flat` has the ids of all sequences."""
+    operations, width = d.operations, _width(d)
 
     def looked_up(ids: Expr, role: str) -> Expr:
         return d.cast(operations.embedding(ids, weight(role), width), operations.compute)
@@ -59,8 +56,12 @@ def _embedded(d: Decoder, weight: Weights, flat: Expr, ids: Expr) -> Expr:
             lambda: te.compute((1,), lambda _: tirx.const(0, "int32")), primfunc_name_hint="first"
         )
         total = relax.op.add(d.builder.emit(total), looked_up(first, "token_type_embedding"))
-    total = d.norm(d.builder.emit(total), weight, "embedding_norm")
-    return d.project(total, weight, "embedding") if "embedding_proj" in weight else total
+    return d.builder.emit(total)
+
+
+def _width(d: Decoder) -> int:
+    """E, of the tables' rows."""
+    return d.structure.embedding_size or d.structure.hidden_size
 
 
 def _bias(d: Decoder, weight: Weights) -> list[Expr]:
@@ -95,7 +96,7 @@ def _positions(ids: te.Tensor) -> te.Tensor:
 
 def _emit_layer(d: Decoder, attend: Attend, number: int) -> relax.GlobalVar:
     """Add `encoder_layer(x [n, H], mask [b, s], the layer's parameters...) -> [n, H]`."""
-    x, mask, *bias = _inputs(d)
+    x, mask, *bias = _inputs(d, d.structure.hidden_size)
     given = d.layer_parameters(number)
     weight = d.given(number, given)
 
@@ -113,13 +114,17 @@ def _emit_layer(d: Decoder, attend: Attend, number: int) -> relax.GlobalVar:
 
 
 def _emit_model(d: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalVar:
-    """Add `encoder(x [n, H], mask [b, s], params) -> [n, H]`: all layers."""
-    x, mask, *bias = _inputs(d)
+    """Add `encoder(x [n, E], mask [b, s], params) -> [n, H]`: all layers, and the norm before them.
+
+    Narrow tables (ELECTRA's, Clark et al., arXiv 2003.10555) are followed by a matrix.
+    """
+    x, mask, *bias = _inputs(d, _width(d))
     params = d.params()
 
     def body() -> Expr:
         weights = d.weights(params)
-        hidden: Expr = x
+        hidden = d.norm(x, weights, "embedding_norm")
+        hidden = d.project(hidden, weights, "embedding") if "embedding_proj" in weights else hidden
         for number, function in enumerate(layers):
             hidden = d.builder.emit(relax.Call(function, [hidden, mask, *bias, *weights.layer(number)]))
         return hidden
@@ -127,9 +132,9 @@ def _emit_model(d: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalVa
     return d.function("encoder", [x, mask, *bias, params], body, private=True)
 
 
-def _inputs(d: Decoder) -> list[relax.Var]:
+def _inputs(d: Decoder, width: int) -> list[relax.Var]:
     """What a layer is given beside its parameters: x, the mask, and biases where there are."""
-    x = d.tensor("x", [tirx.Var("rows", "int64"), d.structure.hidden_size], d.operations.compute)
+    x = d.tensor("x", [tirx.Var("rows", "int64"), width], d.operations.compute)
     sizes: list[Expr] = [tirx.Var(name, "int64") for name in ("batch_size", "seq_len")]
     heads, distances = d.structure.num_attention_heads, 2 * d.structure.context_window_size - 1
     biased = "relative_bias" in d.structure.roles()

@@ -16,7 +16,7 @@ from mlcbuild.compiler import targets, tools
 from mlcbuild.compiler.web import emscripten
 from mlcbuild.engine.graph import Goal, Graph, Input, Step
 from mlcbuild.errors import MlcBuildError, NotLocked, Unavailable
-from mlcbuild.models.kinds import DECODER
+from mlcbuild.models.kinds import HYBRID
 from mlcbuild.planning.backends import COSTS, PAGES, backend
 from mlcbuild.planning.files import (
     ADAPTER_FILES,
@@ -86,11 +86,8 @@ class _Planner:
         for source in model.hub_sources:
             self._locked(model, source)
         shape = self._shape(model, recipe.overrides)
-        kind = shape.fields.get("kind", DECODER)
-        if kind != DECODER and targets.is_gpu(target):
-            raise Unavailable(f"target {target.name}: models of kind `{kind}` are compiled for CPUs only")
-        if shape.fields.get("alibi_bias_max") is not None and targets.is_gpu(target):
-            raise Unavailable(f"target {target.name}: attention with linear biases (ALiBi) is compiled for CPUs only")
+        if shape.fields.get("kind") == HYBRID and targets.is_gpu(target):
+            raise Unavailable(f"target {target.name}: models of kind `{HYBRID}` are compiled for CPUs only")
         steps = {"download": self._download(model), **self._merged(model), "convert": self._convert(model)}
         if quantization.rounding == "calibrated":
             steps["calibrate"] = self._calibrate(model)

@@ -81,10 +81,16 @@ def hidden_states(network: Network, ids: Sequence[int]) -> Vectors:
     wrong = tokens[(tokens < 0) | (tokens >= network.vocab_size)]
     if len(wrong):
         raise MlcBuildError(f"token id {wrong[0]} is not in this model's vocabulary of {network.vocab_size}")
+    found: Vectors = encoded(network, tokens, np.ones(tokens.shape))[0]
+    return found
+
+
+def encoded(network: Network, tokens: npt.NDArray[Any], mask: npt.NDArray[Any]) -> Vectors:
+    """float32 [b, s, hidden_size] of an encoder's ids [b, s]: of each text among its tokens whose mask is 1."""
     threads.configure(network.threads)
-    given = (tokens.astype(np.int32), np.ones(tokens.shape, np.int32))
-    out = library["prefill"](*map(library.device.tensor, given), network.parameters)
-    return library.device.array(out, (len(ids), -1))
+    library = network.library
+    given = (library.device.tensor(each.astype(np.int32)) for each in (tokens, mask))
+    return library.device.array(library["prefill"](*given, network.parameters), (*tokens.shape, -1))
 
 
 def truncated(ids: Sequence[int], limit: int) -> list[int]:

@@ -19,7 +19,9 @@ _ELF_MACHINES = {3: "x86", 62: "x86-64", 40: "arm", 183: "aarch64", 243: "riscv"
 _MACH_CPUS = {0x01000007: "x86-64", 0x0100000C: "arm64"}
 _PE_MACHINES = {0x8664: "x86-64", 0xAA64: "aarch64"}
 _FORMATS = {".so": "ELF", ".dylib": "Mach-O", ".dll": "PE", ".wasm": "WebAssembly", ".tar": "tar"}
-_FUNCTIONS = ("embed", "prefill", "decode", "batch_prefill", "batch_decode", "create_tir_paged_kv_cache")
+# What a library has, by its metadata's kv_state_kind: what makes the state; and by its model_task: what runs the model.
+_CREATE = {"kv_cache": "create_tir_paged_kv_cache", "rnn_state": "create_rnn_state"}
+_FORWARD = ("embed", "prefill", "decode", "batch_prefill", "batch_decode")
 _METADATA_START = b'{"model_type"'
 
 
@@ -36,16 +38,26 @@ def check(path: Path, tensors: Sequence[Described], name: str) -> list[str]:
             raise MlcBuildError(
                 f"{name}: expected a {expected} file, but its first bytes say {format_name or 'nothing known'}"
             )
-        missing = [function for function in _FUNCTIONS if data.find(function.encode()) < 0]
+        metadata = find_metadata(data, path, name)
+        functions = _functions(metadata)
+        missing = [function for function in functions if data.find(function.encode()) < 0]
         if missing:
             raise MlcBuildError(f"{name}: no function named {', '.join(missing)} in it")
-        metadata = find_metadata(data, path, name)
     match(metadata.parameters, tensors, name, "these weights")
     return [
         f"file format: {format_name}",
-        f"functions named: {', '.join(_FUNCTIONS)}",
+        f"functions named: {', '.join(functions)}",
         f"metadata: {len(metadata.parameters)} parameters with the names, shapes and dtypes of the weights",
     ]
+
+
+def _functions(metadata: Metadata) -> tuple[str, ...]:
+    """The names of the functions that a runtime calls. An encoder has one and no state."""
+    if metadata.kv_state_kind not in _CREATE:
+        return ("prefill",)
+    ending = "_to_last_hidden_states" if metadata.model_task == "embedding" else ""
+    forward = (name if name == "embed" else f"{name}{ending}" for name in _FORWARD)
+    return (*forward, _CREATE[metadata.kv_state_kind])
 
 
 def file_format(head: bytes) -> str:

@@ -101,11 +101,12 @@ def _try(store: Store, catalog: Catalog, recipe: Recipe, report: Report) -> str:
     steps = [session.lookup.find(name) for name in graph.goals[recipe.name].steps.values()]
     weights = next(step for step in steps if step is not None and step.step == "quantize")
     size = amount(total_size(weights.tree.files.values()))
+    vectors = quality["method"] == "embeddings"
+    lost = f"vectors with a cosine of {quality['cosine']:g} to" if vectors else f"KL divergence {quality['kl']:g} from"
     return (
         f"{recipe.name}: every step works ({time.monotonic() - started:.1f} s). A random model of "
-        f"{checkpoint.LAYERS} layers and {checkpoint.VOCABULARY} tokens: {size} of weights, KL divergence "
-        f"{quality['kl']:g} from its unquantized self over {quality['tokens']} tokens (random numbers lose more than a "
-        f"trained model's). It is in {folder}"
+        f"{checkpoint.LAYERS} layers and {checkpoint.VOCABULARY} tokens: {size} of weights, {lost} its unquantized "
+        f"self over {quality['tokens']} tokens (random numbers lose more than a trained model's). It is in {folder}"
     )
 
 

@@ -41,7 +41,7 @@ def run(job: Job) -> None:
         **found,
         **execution.described(model, texts),
         "errors": {name: float(f"{error:.1e}") for name, error in errors.items()},
-        "bound": execution.BOUNDS[format_.model_dtype],
+        "bound": execution.bound(model, format_.model_dtype),
     }
     (job.output / "execution.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

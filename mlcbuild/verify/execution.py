@@ -11,15 +11,18 @@ from typing import Any
 import numpy as np
 
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.models.kinds import ENCODER, STATE_SPACES
 from mlcbuild.models.parameters import count
 from mlcbuild.models.structure import Structure
-from mlcbuild.runtime import weights
+from mlcbuild.runtime import embedding, weights
+from mlcbuild.runtime.library import Network
 from mlcbuild.runtime.model import network
 from mlcbuild.runtime.session import Logits, Session
 
 VOCABULARY = 520  # tokens: the head's kernel takes any number; no multiple of a tile
 # Of the CPU's logits' deviation, what a model dtype may be off by: its precision times a few operations.
 BOUNDS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}
+_SCANNED = 2  # times that: a scan multiplies what four products gave, and their errors add up
 _MANY_PRODUCTS = 20_000_000  # for a row of activations: above, one takes an emulated device seconds
 
 
@@ -44,28 +47,37 @@ def texts(structure: Structure) -> Texts:
 
 def described(structure: Structure, tried: Texts) -> dict[str, Any]:
     """What was run, for quality.json: what it is less than the whole model is said."""
+    tokens = {"prefill": tried.first, "onto a history": tried.more, "decode": tried.steps, "batch": [*tried.two]}
+    if structure.embedding is not None:
+        names = ("prefill", "batch") if structure.kind == ENCODER else ("prefill", "onto a history")
+        tokens = {name: tokens[name] for name in names}
     return {
         "layers": structure.num_hidden_layers,
         "vocabulary": VOCABULARY,
         "weights": "random",
-        "tokens": {"prefill": tried.first, "onto a history": tried.more, "decode": tried.steps, "batch": [*tried.two]},
+        "tokens": tokens,
     }
 
 
 def compare(library: Path, cpu_library: Path, folder: Path, texts: Texts) -> dict[str, float]:
-    """The largest difference of logits by what was called, over the deviation of the CPU's.
+    """The largest difference of logits by what was called, over the deviation of the CPU's; of a model of texts, of
+    hidden states.
 
     `folder` holds the weights. Raises MlcBuildError where a number is not finite.
     """
     records = weights.read_index(folder)
-    ours = Session(network(library, records, folder, VOCABULARY), 2, 64)
-    theirs = Session(network(cpu_library, records, folder, VOCABULARY), 2, 64)
+    ours, theirs = (network(each, records, folder, VOCABULARY) for each in (library, cpu_library))
     errors = {}
-    for (name, got), (_, expected) in zip(_logits(ours, texts), _logits(theirs, texts), strict=True):
+    for (name, got), (_, expected) in zip(_results(ours, texts), _results(theirs, texts), strict=True):
         if not np.isfinite(got).all():
-            raise MlcBuildError(f"{name}: logits are not finite")
+            raise MlcBuildError(f"{name}: what comes out is not finite")
         errors[name] = _error(got, expected)
     return errors
+
+
+def bound(structure: Structure, model_dtype: str) -> float:
+    """What logits may be off by, of their deviation."""
+    return BOUNDS[model_dtype] * (_SCANNED if structure.kind in STATE_SPACES else 1)
 
 
 def problems(errors: Mapping[str, float], structure: Structure, model_dtype: str) -> list[str]:
@@ -74,23 +86,34 @@ def problems(errors: Mapping[str, float], structure: Structure, model_dtype: str
     Of two experts that count nearly the same, rounding may choose either, and that token's logits are others then. So
     of a model with experts it is the median of the calls that counts.
     """
-    bound = BOUNDS[model_dtype]
+    most, what = bound(structure, model_dtype), "logits" if structure.embedding is None else "hidden states"
     judged = {"the median of all calls": statistics.median(errors.values())} if structure.num_experts else errors
     return [
-        f"{name}: logits are off by {error:.2g} of their deviation; {model_dtype} explains {bound:g}"
+        f"{name}: {what} are off by {error:.2g} of their deviation; {model_dtype} explains {most:g}"
         for name, error in judged.items()
-        if not error <= bound
+        if not error <= most
     ]
 
 
-def _logits(session: Session, texts: Texts) -> Iterator[tuple[str, Logits]]:
-    """The logits of each call, under its name."""
+def _results(network: Network, texts: Texts) -> Iterator[tuple[str, Logits]]:
+    """The logits of each call, or hidden states, under its name."""
     random = np.random.default_rng(0)
 
     def tokens(count: int) -> list[int]:
         return [int(token) for token in random.integers(0, VOCABULARY, count)]
 
+    if embedding.is_encoder(network.library):
+        yield "one text", embedding.hidden_states(network, tokens(texts.first))
+        both = np.array([tokens(max(texts.two)), tokens(max(texts.two))])
+        seen = np.arange(max(texts.two)) < np.array(texts.two)[:, None]
+        yield "two texts, one padded", embedding.encoded(network, both, seen)[seen]
+        return
+    session = Session(network, 2, 64)
     text = session.add()
+    if not network.library.has("get_logits"):
+        yield "prefill", np.concatenate(list(session.hidden_states(text, tokens(texts.first))))
+        yield "prefill onto a history", np.concatenate(list(session.hidden_states(text, tokens(texts.more))))
+        return
     yield "prefill", session.prefill(text, tokens(texts.first))
     yield "prefill onto a history", session.prefill(text, tokens(texts.more))
     yield "decode", np.stack([session.decode(text, token) for token in tokens(texts.steps)])

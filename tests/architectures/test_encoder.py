@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,12 @@ from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.architecture import choose, resolve
 from mlcbuild.models.encoder import buckets
 from mlcbuild.models.parameters import parameters
+from mlcbuild.models.structure import Structure
 from mlcbuild.quantization.dequantize import dequantized
-from mlcbuild.runtime import tvm_runtime, weights
-from mlcbuild.runtime.embedding import Pooling, pooled
-from mlcbuild.runtime.library import Library, Network
+from mlcbuild.runtime.embedding import Pooling, encoded, pooled
 from mlcbuild.runtime.model import Model
 from mlcbuild.steps import convert, quantize
-from tests.architectures.agreement import known_architectures
+from tests.architectures.agreement import known_architectures, network
 from tests.compiler.built import Built as BuiltLlama
 from tests.runtime.conftest import byte_level_tokenizer
 from tests.support import llama
@@ -64,26 +64,18 @@ def hidden_states(model: Any, ids: list[int]) -> Array:
     return found
 
 
-def network(library: Path, folder: Path, vocab_size: int) -> Network:
-    """A library with the weights of a folder."""
-    opened = Library(library)
-    records = {record.name: record for record in weights.read_index(folder)}
-    wanted = [records[parameter.name] for parameter in opened.metadata.parameters]
-    return Network(opened, list(weights.load(wanted)), vocab_size, 2)
-
-
 def error(got: Array, expected: Array) -> float:
     """The largest difference over the standard deviation of the expected numbers."""
     return float(np.abs(got - expected).max() / expected.std())
 
 
-def transformers_qwen3() -> Any:
+def transformers_qwen3(head_dim: int = 16) -> Any:
     """A seeded random Qwen3Model in float32, as Qwen3-Embedding is saved: without a head, names without `model.`."""
     import torch
     from transformers import Qwen3Config, Qwen3Model
 
     torch.manual_seed(0)
-    sizes = {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True, "initializer_range": 0.1}
+    sizes = {"num_key_value_heads": 2, "head_dim": head_dim, "tie_word_embeddings": True, "initializer_range": 0.1}
     model = Qwen3Model(Qwen3Config(**{**SIZES, **sizes, "vocab_size": 300})).eval().float()
     for name, parameter in model.named_parameters():
         if "norm" in name:
@@ -95,7 +87,13 @@ class Built:
     """A checkpoint through the real steps, its library, and transformers on the weights that it stands for."""
 
     def __init__(
-        self, folder: Path, quantization: str, reference: Any, architecture: str = "bert", **overrides: int
+        self,
+        folder: Path,
+        quantization: str,
+        reference: Any,
+        architecture: str = "bert",
+        build: Callable[[Structure, Any, Path], Path] = llama.build_library,
+        **overrides: int,
     ) -> None:
         self.reference = reference
         self.reference.save_pretrained(folder / "checkpoint")
@@ -108,8 +106,8 @@ class Built:
         packing = local_job({"convert": job.output, "checkpoint": folder / "checkpoint"}, fields, folder / "quantize")
         quantize.run(packing)
         self._take(dict(dequantized(packing.output, parameters(self.structure), form)))
-        library = llama.build_library(self.structure, form, folder)
-        self.model = Model(network(library, packing.output, self.structure.vocab_size), {})
+        library = build(self.structure, form, folder)
+        self.model = Model(network(library, packing.output, self.structure.vocab_size, False), {})
 
     def _take(self, values: dict[str, Array]) -> None:
         import torch
@@ -173,13 +171,11 @@ def test_they_agree_in_16_bits(tmp_path: Path, quantization: str) -> None:
 def test_masked_tokens_are_seen_by_nobody(built: Built) -> None:
     """Two texts in a batch, the shorter one padded on the left or on the right, with holes in the mask."""
     short = IDS[:20]
-    network = built.model.network
     for pad in (slice(0, 20), slice(5, 25)):
         ids, mask = np.full((2, 30), 7, np.int32), np.zeros((2, 30), np.int32)
         ids[0], mask[0] = IDS[:30], 1
         ids[1, pad], mask[1, pad] = short, 1
-        given = (tvm_runtime.tensor(ids), tvm_runtime.tensor(mask))
-        out = tvm_runtime.array(network.library["prefill"](*given, network.parameters), (2, 30, 64))
+        out = encoded(built.model.network, ids, mask)
         assert error(out[0], hidden_states(built.reference, IDS[:30])) < 1e-4
         import torch
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mlcbuild.compiler.cpu.attention import QUERIES
+from tests.compiler import recurrences
 from tests.compiler.kernels import LEVELS, Array, Kernels
 
 SEQUENCES, TOKENS = 2, 7
@@ -30,16 +31,11 @@ def test_wkv4(kernels: Kernels, width: int) -> None:
     out, *after = (np.full_like(each, np.nan) for each in (key, a, b, m))
     for task in range(SEQUENCES * -(-width // 64)):
         kernels("mlcbuild_wkv4", key, value, decay, bonus, a, b, m, out, *after, TOKENS, width, 64, task)
-    for s in range(SEQUENCES):
-        weighted, weights = (x[s] * np.exp(m[s].astype(np.float64)) for x in (a, b))
-        for t in range(s * TOKENS, (s + 1) * TOKENS):
-            now = np.exp(bonus + key[t].astype(np.float64))
-            np.testing.assert_allclose(out[t], (weighted + now * value[t]) / (weights + now), rtol=1e-4, atol=1e-5)
-            weighted = weighted * np.exp(decay) + np.exp(key[t].astype(np.float64)) * value[t]
-            weights = weights * np.exp(decay) + np.exp(key[t].astype(np.float64))
-        scale = np.exp(after[2][s].astype(np.float64))
-        np.testing.assert_allclose(after[0][s] * scale, weighted, rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(after[1][s] * scale, weights, rtol=1e-4)
+    expected, weighted, weights = recurrences.wkv4(key, value, decay, bonus, a, b, m)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+    scale = np.exp(after[2].astype(np.float64))
+    np.testing.assert_allclose(after[0] * scale, weighted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(after[1] * scale, weights, rtol=1e-4)
 
 
 def test_wkv4_of_huge_keys_and_an_empty_state(kernels: Kernels) -> None:
@@ -93,15 +89,9 @@ def test_wkv(kernels: Kernels, dim: int, varies: bool) -> None:
     stride = width if varies else 0
     for task in range(SEQUENCES * heads):
         kernels("mlcbuild_wkv", r, k, v, decay, bonus, before, out, after, TOKENS, heads, dim, stride, task)
-    for s in range(SEQUENCES):
-        state = before[s].astype(np.float64)
-        for t in range(s * TOKENS, (s + 1) * TOKENS):
-            row, column = r[t].reshape(heads, 1, dim), k[t].reshape(heads, 1, dim)
-            new = v[t].reshape(heads, dim, 1).astype(np.float64) * column
-            expected = ((state + bonus.reshape(heads, 1, dim) * new) * row).sum(-1)
-            np.testing.assert_allclose(out[t], expected.ravel(), atol=2e-5 * dim)
-            state = state * decay[t if varies else 0].reshape(heads, 1, dim) + new
-        np.testing.assert_allclose(after[s], state, atol=1e-4)
+    expected, state = recurrences.wkv(r, k, v, decay, bonus, before)
+    np.testing.assert_allclose(out, expected, atol=2e-5 * dim)
+    np.testing.assert_allclose(after, state, atol=1e-4)
 
 
 def test_project(kernels: Kernels) -> None:
@@ -148,15 +138,9 @@ def test_scan(kernels: Kernels, each: bool) -> None:
     for task in range(SEQUENCES * -(-width // block)):
         given = (x, step, bias, rate, b, c, skip, before, out, after)
         kernels("mlcbuild_scan", *given, TOKENS, heads, dim, groups, size, int(each), block, task, *limits)
-    t = np.repeat(np.clip(np.logaddexp(0, step.astype(np.float64) + bias), *limits), dim, axis=1)
-    for s in range(SEQUENCES):
-        state = before[s].astype(np.float64)
-        for row in range(s * TOKENS, (s + 1) * TOKENS):
-            mine_b, mine_c = (np.repeat(v[row].T, width // groups, axis=1) for v in (b, c))
-            state = np.exp(t[row] * (rate if each else np.repeat(rate, dim))) * state + mine_b * (t[row] * x[row])
-            expected = (state * mine_c).sum(0) + np.repeat(skip, dim) * x[row]
-            np.testing.assert_allclose(out[row], expected, rtol=1e-5, atol=2e-5)
-        np.testing.assert_allclose(after[s], state, rtol=1e-5, atol=1e-5)
+    expected, state = recurrences.scan(x, step, bias, rate, b, c, skip, before, limits)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(after, state, rtol=1e-5, atol=1e-5)
 
 
 def test_small_steps_keep_their_digits(kernels: Kernels) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from tests.architectures.test_agreement import CASES
 from tests.emulation.worker import Worker
 
 pytestmark = pytest.mark.slow
@@ -15,8 +17,14 @@ BOUNDS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}  # of the referenc
 ARCHITECTURES = (
     *("llama", "llama-yarn", "qwen2", "gemma", "gemma2", "gemma3_text", "gpt2", "gptj", "gpt_neox", "phi", "minicpm"),
     *("mixtral", "qwen2_moe", "cohere-norms", "stablelm-parallel", "starcoder2", "olmo2", "chatglm", "qwen2-window"),
-    *("deepseek_v3", "gpt_oss", "mimo_v2_flash"),
+    *("deepseek_v3", "gpt_oss", "mimo_v2_flash", "llama4_text", "laguna", "gemma4_text-experts", "bloom", "mpt"),
 )
+# The kinds that are no decoders, each with a format.
+RECURRENT = {
+    **{"rwkv": "q4f16_1", "rwkv5": "q4f32_1", "rwkv6": "q4f16_1"},
+    **{"mamba": "q4f32_1", "falcon_mamba": "q4f32_1", "mamba2": "q4f32_1"},
+}
+ENCODERS = {"bert": "q4f16_1", "mpnet": "q4f32_1", "electra": "q4f32_1", "qwen3-embedding": "q4f32_1"}
 HEADS = [(32, 2), (64, 4), (80, 2), (96, 4), (128, 1), (256, 2)]  # head_dim, num_key_value_heads of 4 heads
 
 
@@ -36,6 +44,30 @@ def check(answer: dict[str, Any], dtype: str) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architectures(name: str, worker: Worker) -> None:
     check(worker.ask({"architecture": name, "quantization": "q4f32_1"}), "float32")
+
+
+if os.environ.get("MLCBUILD_TEST_EMULATED") == "all":  # of each a quarter of a minute, which CI does not have
+
+    @pytest.mark.parametrize("name", CASES)
+    def test_every_architecture(name: str, worker: Worker) -> None:
+        check(worker.ask({"architecture": name, "quantization": "q4f16_1", "once": True}), "float16")
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_models(name: str, worker: Worker) -> None:
+    dtype = "float16" if "f16" in RECURRENT[name] else "float32"
+    check(worker.ask({"architecture": name, "quantization": RECURRENT[name]}), dtype)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_hidden_states(name: str, worker: Worker) -> None:
+    dtype = "float16" if "f16" in ENCODERS[name] else "float32"
+    check(worker.ask({"encoder": name, "quantization": ENCODERS[name]}), dtype)
+
+
+def test_linear_biases_of_heads_that_are_no_power_of_two(worker: Worker) -> None:
+    asked = {"architecture": "bloom-12-heads", "changes": {"hidden_size": 192}, "quantization": "q4f16_1"}
+    check(worker.ask(asked), "float16")
 
 
 @pytest.mark.parametrize(("head_dim", "num_key_value_heads"), HEADS)

@@ -4,7 +4,8 @@
     -> {"errors": {"prefill": 0.003, ...}, "notes": {}, "kernels": 23}
 
 The library is the stock target's, but for the compiler of its kernels. What is compared with is transformers (or the
-case's own reference) on the numbers that the quantized weights stand for.
+case's own reference) on the numbers that the quantized weights stand for. `{"encoder": "bert", ...}` asks for hidden
+states; with `"once": true`, each kernel runs in one order of its threads.
 """
 
 from __future__ import annotations
@@ -56,7 +57,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         zig_cache.share(Path(folder))
         cuda.load(Path(folder))
-        cuda.check()
         for number, line in enumerate(sys.stdin):
             answer = judged(json.loads(line), Path(folder) / str(number))
             print(json.dumps(answer), flush=True)
@@ -64,11 +64,56 @@ def main() -> None:
 
 def judged(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Errors over the deviation of the reference's logits, by what was called."""
+    from mlcbuild.emulation import cuda
+
+    before = cuda.report()
+    cuda.forget()
+    cuda.check(not asked.get("once", False))
+    errors = (_vectors if "encoder" in asked else _logits)(asked, folder)
+    report = cuda.report()
+    ran = {name for name, count in report.launches.items() if count > before.launches.get(name, 0)}
+    return {"errors": errors, "notes": report.notes, "kernels": len(ran)}
+
+
+def _vectors(asked: Mapping[str, Any], folder: Path) -> dict[str, float]:
+    """Hidden states of one text, of a short one, and of two at once with holes in the mask."""
+    import numpy as np
+    import torch
+
+    from mlcbuild.models.architecture import choose
+    from mlcbuild.runtime.embedding import encoded
+    from tests.architectures import test_encoder as encoders
+    from tests.architectures.agreement import known_architectures
+    from tests.emulation.build import build_library
+
+    kind, ids = asked["encoder"], encoders.IDS
+    if kind == "qwen3-embedding":
+        reference, chosen, limits = encoders.transformers_qwen3(32), kind, {"prefill_chunk_size": 24}
+    else:
+        config = {**encoders.KIN.get(kind, encoders.SIZES), **asked.get("changes", {})}
+        reference = encoders.transformers_encoder(kind, **config)
+        chosen, limits = choose(known_architectures(), {"model_type": kind}).name, {"max_batch_size": 2}
+    built = encoders.Built(folder, asked["quantization"], reference, chosen, build_library, **limits)
+    errors = {
+        f"{n} tokens": encoders.error(built.model.hidden_states(ids[:n]), encoders.hidden_states(reference, ids[:n]))
+        for n in (len(ids), 1)
+    }
+    if kind != "qwen3-embedding":
+        mask = np.ones((2, 30), np.int32)
+        mask[1, 20:] = mask[1, 7] = 0
+        both = np.array([ids[:30], ids[20:50]])
+        with torch.no_grad():
+            expected = reference(torch.tensor(both), attention_mask=torch.tensor(mask)).last_hidden_state.numpy()
+        seen = mask.astype(bool)
+        errors["masked"] = encoders.error(encoded(built.model.network, both, mask)[seen], expected[seen])
+    return errors
+
+
+def _logits(asked: Mapping[str, Any], folder: Path) -> dict[str, float]:
     import dataclasses
 
     import numpy as np
 
-    from mlcbuild.emulation import cuda
     from tests.architectures.agreement import IDS, Agreement, Case, error
     from tests.architectures.test_agreement import CASES
     from tests.emulation.build import build_library
@@ -78,9 +123,7 @@ def judged(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     case = dataclasses.replace(case, config=config, overrides={**case.overrides, "max_batch_size": 3})
     agreement = Agreement(case, asked["quantization"], folder, build=build_library)
     expected = agreement.expected(IDS)
-    session, errors = agreement.session(3), {}
-    before = cuda.report()
-    cuda.forget()
+    session, errors = agreement.session(3), dict[str, float]()
     first = session.add()
     errors["verify"] = error(np.concatenate(list(session.all_logits(first, IDS))), expected)
     session.remove(first)
@@ -96,9 +139,7 @@ def judged(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         session.batch_prefill(three, [IDS[:length] for length in lengths]), expected[[n - 1 for n in lengths]]
     )
     errors["batch decode"] = error(session.batch_decode(three, [IDS[n] for n in lengths]), expected[[*lengths]])
-    report = cuda.report()
-    ran = {name for name, count in report.launches.items() if count > before.launches.get(name, 0)}
-    return {"errors": errors, "notes": report.notes, "kernels": len(ran)}
+    return errors
 
 
 def _wide(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -292,30 +292,6 @@ def test_the_pieces_of_models_that_differ_in_layers_only_are_one_library(workspa
     assert len([name for name in found.steps if name.startswith("library:") and "-blocks-" in name]) == 2
 
 
-RWKV = {"model_type": "rwkv", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 300}
-BLOOM = {"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 2, "vocab_size": 300}
-
-
-@pytest.mark.parametrize(
-    ("config", "template", "quantization", "what"),
-    [
-        (RWKV, "rwkv", "q8f16_0", "models of kind `rwkv4` are"),
-        (BLOOM, "LM", "q4f16_1", "attention with linear biases (ALiBi) is"),
-    ],
-)
-def test_a_model_that_a_target_has_no_kernels_for_is_unavailable(
-    workspace: Workspace, config: dict[str, Any], template: str, quantization: str, what: str
-) -> None:
-    workspace.write("recipes/models/other.yaml", f"source: {{path: other}}\ntemplate: {template}\n")
-    workspace.write("recipes/models/other/config.json", json.dumps(config))
-    for target in ("cpu", "opencl"):
-        text = f"model: other\nquantization: {quantization}\ntarget: {target}\n"
-        workspace.write(f"recipes/other-{target}.yaml", text)
-    found = planned(workspace, "other-cpu", "other-opencl")
-    assert set(found.goals) == {"other-cpu"}
-    assert found.unavailable == {"other-opencl": f"target opencl: {what} compiled for CPUs only"}
-
-
 def test_a_target_that_this_machine_lacks_is_unavailable(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     def resolve(target: object) -> dict[str, Any]:
         raise Unavailable("no such compiler: install it")

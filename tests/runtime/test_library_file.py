@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,12 +26,28 @@ def test_a_library_and_its_weights(tiny_library: Path, tiny_package: Path) -> No
         library_file.check(tiny_library, tensors, "tiny.dylib")
 
 
+@pytest.mark.parametrize(
+    ("state", "task", "missing"),
+    [
+        ("kv_cache", "chat", "batch_prefill, batch_decode, create_tir_paged_kv_cache"),
+        ("rnn_state", "chat", "batch_prefill, batch_decode, create_rnn_state"),
+        ("kv_cache", "embedding", "prefill_to_last_hidden_states, decode_to_last_hidden_states, .*create_tir_paged"),
+    ],
+)
+def test_a_library_has_the_functions_of_its_kind(tmp_path: Path, state: str, task: str, missing: str) -> None:
+    path = tmp_path / "x.wasm"
+    metadata: dict[str, Any] = {"model_type": "m", "quantization": "q", "params": []}
+    metadata |= {"kv_state_kind": state, "model_task": task, "context_window_size": 8, "prefill_chunk_size": 8}
+    path.write_bytes(b"\0asm\1\0\0\0 embed prefill decode " + json.dumps(metadata).encode())
+    with pytest.raises(MlcBuildError, match=f"no function named {missing}"):
+        library_file.check(path, [], path.name)
+    path.write_bytes(b"\0asm\1\0\0\0 prefill " + json.dumps({**metadata, "kv_state_kind": "none"}).encode())
+    assert "functions named: prefill" in library_file.check(path, [], path.name)  # an encoder's
+
+
 def test_files_without_a_model(tmp_path: Path) -> None:
     path = tmp_path / "x.wasm"
     path.write_bytes(b"\0asm\1\0\0\0 embed prefill decode")
-    with pytest.raises(MlcBuildError, match="no function named batch_prefill, batch_decode, create_tir_paged_kv_cache"):
-        library_file.check(path, [], path.name)
-    path.write_bytes(b"\0asm\1\0\0\0" + " ".join(library_file._FUNCTIONS).encode())
     with pytest.raises(MlcBuildError, match="no `_metadata` in it, so this is not a library of a language model"):
         library_file.check(path, [], path.name)
 

@@ -28,6 +28,7 @@ def factories(dtype: str) -> Factories:
 
     return Factories(
         compute="float32",
+        operand=None,
         linear=multiply,
         embedding=lambda weight, columns: linear.embedding(*_stored(weight), columns, dtype),
         rms_norm=partial(rows.rms_norm, dtype=dtype),

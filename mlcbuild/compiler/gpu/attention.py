@@ -1,5 +1,5 @@
-"""Attention on GPUs: TVM's kernels, and what they lack: sliding windows that are exact, sinks, and soft caps of
-scores. The kernel that merges two attentions is our own.
+"""Attention on GPUs: TVM's kernels, and what they lack: sliding windows that are exact, sinks, soft caps of scores, and
+linear biases. The kernel that merges two attentions is our own.
 
 TVM's kernels are functions already scheduled; they are changed where they say which keys a row sees, and where they
 store its scores. Windows are as on the CPU (mlcbuild.models.layer): a layer with a negative scale slides, and the
@@ -110,11 +110,12 @@ def merge(heads: int, dim: int, dtype: str, threads: int) -> Any:
 
 
 def _changed(function: Any, structure: Structure) -> Any:
-    """The kernel with the structure's window and soft cap; the same one where there is neither."""
-    window, cap = structure.sliding_window_size, structure.attn_logit_softcapping
+    """The kernel with the structure's soft cap, window and linear biases; the same one where there are none."""
+    window, cap, bias = structure.sliding_window_size, structure.attn_logit_softcapping, structure.alibi_bias_max
     if cap is not None:
         function = _capped(function, cap)
     function = function if window is None else _sliding(function, window, structure.chunked)
+    function = function if bias is None else _biased(function, structure, bias)
     return _with_sinks(function, structure.head_dim) if "sinks" in structure.roles() else function
 
 
@@ -124,7 +125,7 @@ def _with_sinks(function: Any, dim: int) -> Any:
     Where results are stored, they are lowered by its share, and the logarithm of the sum is raised by it: once, for the
     set of keys that the row's own is among.
     """
-    given = {str(param.name): param for param in function.params}
+    given = _given(function)
     query, changes = given["q" if "causal" in given else "Q"], []
     largest = next(load for load in _nodes(function.body, ir.TensorLoad) if load.source.name in ("m_smem", "st_m"))
     total = next(load for load in _nodes(function.body, ir.TensorLoad) if load.source.name in ("d_smem", "st_d"))
@@ -179,12 +180,10 @@ def _sliding(function: Any, window: int, chunked: bool) -> Any:
 
     `chunked`: those of their own chunk of so many positions.
     """
-    given = {str(param.name): param for param in function.params}
+    given = _given(function)
     scale, pages = given["sm_scale"], "pages" in given
     changes: list[Any] = []
-
-    def paged_distance(sequence: Any, row: Any, column: Any) -> Any:
-        return given["q_rope_position"][row] - (given["k_rope_pos_offset"][sequence] + column)
+    paged_distance = functools.partial(_paged_distance, given)
 
     def reach(row: Any) -> Any:
         """How many positions the row sees."""
@@ -201,9 +200,8 @@ def _sliding(function: Any, window: int, chunked: bool) -> Any:
         if found is None:
             return None
         column, limit = found
-        sequence, starts = _index(limit, "q_indptr"), given["q_indptr"]
-        # Rows that only fill up a tile have no position.
-        row = tirx.min(starts[sequence] + _row(limit), starts[sequence + 1] - 1)
+        sequence = _index(limit, "q_indptr")
+        row = _paged_row(given, sequence, _row(limit))
         if not pages:  # keys and rows are tokens of the same call: the last key that a row sees is its own
             return limit - 1 - column, row
         return paged_distance(sequence, row, column), row
@@ -240,6 +238,76 @@ def _sliding(function: Any, window: int, chunked: bool) -> Any:
     _expect(changes, 2 if "causal" in given else 1, "an `if` says which keys a row sees")
     _expect(loops, 0 if "causal" in given else 1, "a loop goes over tiles of kv_chunk_len keys")
     return function.with_body(body)
+
+
+def _biased(function: Any, structure: Structure, largest: float) -> Any:
+    """Linear biases (ALiBi; Press et al., arXiv 2108.12409): scores, which are stored in powers of two, are lowered by
+    the distance of row and key times the head's slope."""
+    heads, group = structure.num_attention_heads, structure.num_attention_heads // structure.num_key_value_heads
+    given, changes = _given(function), list[Any]()
+
+    def lowered(node: Any, head: Any, distance: Any) -> Any:
+        changes.append(node)
+        slope = _slope(head, heads, largest) * _float(math.log2(math.e))
+        return tirx.BufferStore(node.buffer, node.value - slope * distance.astype("float32"), node.indices)
+
+    def decode(node: Any) -> Any:
+        """`if column < kv_chunk_len: S_local[j] = t0[0]`; the sequence and the head are those of `lse`."""
+        if not _is_score(node.then_case):
+            return node
+        limit = node.condition.a if isinstance(node.condition, tirx.And) else node.condition
+        sequence, head = next(s.indices for s in _nodes(function.body, tirx.BufferStore) if s.buffer.name == "lse")
+        distance = _paged_distance(given, sequence, sequence, limit.a)
+        return tirx.IfThenElse(node.condition, lowered(node.then_case, head, distance), node.else_case)
+
+    def prefill(node: Any) -> Any:
+        """`S_smem[i, j] = S_local[i, j]`: rows of a tile are a key head's queries, token by token."""
+        if node.buffer.name != "S_smem" or _loads(node.value) != ["S_local"]:
+            return node
+        start, first, kv_head = (_variable(function.body, name) for name in ("LH_start", "L_kv_start", "by"))
+        (i, j), limits = node.indices, [_causal_limit(n.condition) for n in _nodes(function.body, tirx.IfThenElse)]
+        row, column = (start + i) // group, first + j
+        if "pages" not in given:  # keys and rows are tokens of the same call
+            distance = row - column
+        else:
+            sequence = _index(next(limit for limit in limits if limit)[1], "q_indptr")
+            distance = _paged_distance(given, sequence, _paged_row(given, sequence, row), column)
+        return lowered(node, kv_head * group + (start + i) % group, distance)
+
+    decoding = "causal" not in given
+    body = _mapped(function.body, *((tirx.IfThenElse, decode) if decoding else (tirx.BufferStore, prefill)))
+    _expect(changes, 1, "a score is stored in S_smem or S_local")
+    return function.with_body(body)
+
+
+def _slope(head: Any, heads: int, largest: float) -> Any:
+    """2 ** (-largest * h / heads) of head h, from 1. Where heads are no power of two, those beyond the next lower power
+    p have every second slope of 2 p heads (transformers, modeling_bloom.py)."""
+    power = 1 << (heads.bit_length() - 1)
+    rest = (2 * (head - power) + 1).astype("float32") * _float(-largest / (2 * power))
+    return tirx.exp2(tirx.if_then_else(head < power, (head + 1).astype("float32") * _float(-largest / power), rest))
+
+
+def _given(function: Any) -> dict[str, Any]:
+    """The kernel's arguments by name."""
+    return {str(param.name): param for param in function.params}
+
+
+def _paged_distance(given: Mapping[str, Any], sequence: Any, row: Any, column: Any) -> Any:
+    """How many positions a row (a token of the call) is after a key (of those in its sequence's pages)."""
+    return given["q_rope_position"][row] - (given["k_rope_pos_offset"][sequence] + column)
+
+
+def _paged_row(given: Mapping[str, Any], sequence: Any, row: Any) -> Any:
+    """The call's token that is a sequence's; rows that only fill up a tile have no position."""
+    starts = given["q_indptr"]
+    return tirx.min(starts[sequence] + row, starts[sequence + 1] - 1)
+
+
+def _variable(body: Any, name: str) -> Any:
+    found = {var: None for var in _nodes(body, ir.Var) if str(var.name) == name}
+    _expect([*found], 1, f"there is a variable `{name}`")
+    return next(iter(found))
 
 
 def _expect(places: Sequence[Any], count: int, what: str) -> None:
@@ -282,7 +350,11 @@ def _is_score(statement: Any) -> bool:
     """Decode's `S_local[j] = t0[0]`, capped or not."""
     if not isinstance(statement, tirx.BufferStore) or statement.buffer.name != "S_local":
         return False
-    return [load.source.name for load in _nodes(statement.value, ir.TensorLoad)] == ["t0"]
+    return _loads(statement.value) == ["t0"]
+
+
+def _loads(value: Any) -> list[str]:
+    return [load.source.name for load in _nodes(value, ir.TensorLoad)]
 
 
 def _loaded(value: Any) -> str | None:

@@ -47,9 +47,9 @@ def prepare(module: IRModule) -> IRModule:
 
 
 def _with_rows(function: relax.Function, rows: Any) -> relax.Function:
-    """A private function whose `seq_len` rows are `rows`."""
-    names = [var.name for var in relax.analysis.defined_symbolic_vars(function)]
-    return function.bind_symbolic_vars({"seq_len": rows}) if "seq_len" in names else function
+    """A private function whose `seq_len` rows are `rows`, one for each sequence of its batch."""
+    names = {var.name for var in relax.analysis.defined_symbolic_vars(function)} & {"seq_len", "batch_size"}
+    return function.bind_symbolic_vars(dict.fromkeys(sorted(names), rows)) if names else function
 
 
 def _types(functions: Sequence[relax.Function]) -> dict[int, Any]:

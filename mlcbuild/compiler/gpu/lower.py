@@ -10,16 +10,17 @@ from typing import Any
 from tvm import IRModule
 
 from mlcbuild.compiler.assemble import Backend, assemble, declare
-from mlcbuild.compiler.gpu import attention, graphs, sampling, schedules
+from mlcbuild.compiler.gpu import attention, encoder, graphs, recurrent, sampling, schedules
 from mlcbuild.compiler.gpu.device import Device, device_of
 from mlcbuild.compiler.gpu.operations import factories
 from mlcbuild.compiler.pipeline import Passes
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.models.kinds import DECODER
+from mlcbuild.models.kinds import DECODER, RECURRENT
 from mlcbuild.models.structure import Structure
 from mlcbuild.recipes.types import Quantization
 
 _NARROW = ("uint8", "uint16")
+_MAX_STATE = 256  # a thread's registers
 _NO_BFLOAT16 = ("metal", "opencl", "vulkan", "webgpu")
 
 
@@ -38,8 +39,7 @@ def lower(
     each kind. Raises MlcBuildError for a structure or a format that GPU kernels do not have.
     """
     gpu = device_of(device)
-    if structure.kind == DECODER:
-        _check(structure)
+    _check(structure)
     if quantization.model_dtype == "bfloat16" and gpu.kind in _NO_BFLOAT16:
         raise MlcBuildError(
             f"quantization {name}: its model dtype is bfloat16, which {gpu.kind} does not have; "
@@ -54,18 +54,25 @@ def lower(
             "use a format with storage_dtype uint32 for this target"
         )
     backend = Backend(
-        factories=partial(factories, device=gpu),
+        factories=partial(factories, device=gpu, wide=structure.kind in RECURRENT),
         cache_kernels=partial(attention.cache_kernels, threads=gpu.threads),
+        recurrence=recurrent.recurrence,
+        attend=encoder.attend,
         threads=gpu.threads,
         emit_more=partial(sampling.emit, threads=gpu.threads, drafts_too=gpu.kind != "webgpu"),
-        passes=_passes(gpu, blocks),
+        passes=_passes(gpu, structure, blocks),
     )
     return assemble(structure, declared, name, quantization.model_dtype, device, backend, debug_dump, blocks)
 
 
 def _check(structure: Structure) -> None:
-    """Raise MlcBuildError, naming it, for a choice that TVM's GPU kernels do not have."""
+    """Raise MlcBuildError, naming it, for a choice that the GPU kernels do not have."""
     s = structure
+    kept = s.head_dim if s.kind in ("rwkv5", "rwkv6") else s.state_size
+    if kept > _MAX_STATE:
+        raise MlcBuildError(f"a channel's state has {kept} values: the GPU kernels keep up to {_MAX_STATE}")
+    if s.kind != DECODER:
+        return
     if s.head_dim % 4 or not 32 <= s.head_dim <= 256:
         raise MlcBuildError(f"head_dim is {s.head_dim}: GPU attention takes multiples of 4 from 32 to 256")
     if s.num_attention_heads % s.num_key_value_heads:
@@ -75,8 +82,9 @@ def _check(structure: Structure) -> None:
         )
 
 
-def _passes(device: Device, blocks: bool) -> Passes:
+def _passes(device: Device, structure: Structure, blocks: bool) -> Passes:
     kernels = partial(schedules.schedule, device=device)
-    if device.kind != "cuda" or blocks:
+    # A model that is there for the vectors of texts writes none, token by token.
+    if device.kind != "cuda" or blocks or structure.embedding is not None:
         return Passes(kernels=kernels)
     return Passes(model=graphs.prepare, kernels=kernels, memory=graphs.capture)

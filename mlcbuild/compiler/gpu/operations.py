@@ -1,4 +1,4 @@
-"""The decoder's kernels on a GPU: activations are of the model dtype, sums float32."""
+"""The decoder's kernels on a GPU: activations are of the model dtype (a recurrent model's float32), sums float32."""
 
 from __future__ import annotations
 
@@ -15,24 +15,26 @@ from mlcbuild.models.operations import Expr
 from mlcbuild.models.weights import Weight
 
 
-def factories(dtype: str, device: Device) -> Factories:
-    """`dtype` is the model dtype."""
+def factories(dtype: str, device: Device, wide: bool = False) -> Factories:
+    """`dtype` is the model dtype; with `wide`, activations are float32 between operations, whatever it is."""
+    compute = "float32" if wide else dtype
 
     def linear(weight: Weight, columns: int, x_dtype: str, out_dtype: str) -> Any:
-        wide = device.kind == "metal"
-        return products.linear(*_stored(weight), rows_of(weight), columns, x_dtype, out_dtype, wide)
+        tiles = device.kind == "metal"
+        return products.linear(*_stored(weight), rows_of(weight), columns, x_dtype, out_dtype, tiles)
 
     def expert_linear(weight: Weight, columns: int, count: int, each: bool) -> Any:
         return experts.linear(*_stored(weight), int(weight.rows), columns, count, each, dtype)
 
     return Factories(
-        compute=dtype,
+        compute=compute,
+        operand=dtype,
         linear=linear,
         embedding=lambda weight, columns: products.embedding(*_stored(weight), columns, dtype),
-        rms_norm=partial(rows.rms_norm, dtype=dtype),
-        layer_norm=lambda width, eps, weight, bias: rows.layer_norm(width, eps, dtype, weight, bias),
-        gated=partial(rows.gated, dtype=dtype),
-        activation=partial(rows.activation, dtype=dtype),
+        rms_norm=partial(rows.rms_norm, dtype=compute, stored=dtype),
+        layer_norm=lambda width, eps, weight, bias: rows.layer_norm(width, eps, compute, weight, bias, dtype),
+        gated=partial(rows.gated, dtype=compute),
+        activation=partial(rows.activation, dtype=compute),
         norm_heads=partial(rows.norm_heads, dtype=dtype),
         rope=lambda heads, dim, rotary: rope(*heads, dim, rotary, dtype),
         choose_experts=experts.choose,

@@ -13,10 +13,10 @@ from mlcbuild.errors import MlcBuildError
 
 
 @functools.cache
-def rms_norm(width: int, eps: float, dtype: str) -> Any:
-    """x [n, width], w [width] -> x / sqrt(mean(x²) + eps) * w [n, width], all of the model dtype."""
+def rms_norm(width: int, eps: float, dtype: str, stored: str | None = None) -> Any:
+    """x [n, width], w [width] -> x / sqrt(mean(x²) + eps) * w [n, width]; w may be `stored` in another dtype."""
     x = te.placeholder((tirx.Var("n", "int64"), int64(width)), dtype, "x")
-    w = te.placeholder((int64(width),), dtype, "w")
+    w = te.placeholder((int64(width),), stored or dtype, "w")
     k = te.reduce_axis((int64(0), int64(width)), "k")
     squares = te.compute((x.shape[0],), lambda i: te.sum(widened(x[i, k]) * widened(x[i, k]), axis=k), name="squares")
 
@@ -28,10 +28,13 @@ def rms_norm(width: int, eps: float, dtype: str) -> Any:
 
 
 @functools.cache
-def layer_norm(width: int, eps: float, dtype: str, scaled: bool, shifted: bool) -> Any:
-    """x [n, width], w [width] if `scaled`, b [width] if `shifted` -> (x - mean) / sqrt(variance + eps) * w + b."""
+def layer_norm(width: int, eps: float, dtype: str, scaled: bool, shifted: bool, stored: str | None = None) -> Any:
+    """x [n, width], w [width] if `scaled`, b [width] if `shifted` -> (x - mean) / sqrt(variance + eps) * w + b.
+
+    w and b may be `stored` in another dtype than x and the result.
+    """
     x = te.placeholder((tirx.Var("n", "int64"), int64(width)), dtype, "x")
-    w, b = (te.placeholder((int64(width),), dtype, name) for name in ("w", "b"))
+    w, b = (te.placeholder((int64(width),), stored or dtype, name) for name in ("w", "b"))
     k, m = (te.reduce_axis((int64(0), int64(width)), name) for name in ("k", "m"))
     part = tirx.const(1.0 / width, "float32")
     mean = te.compute((x.shape[0],), lambda i: te.sum(widened(x[i, k]) * part, axis=k), name="mean")

@@ -12,12 +12,13 @@ from typing import Any
 from tvm import IRModule, s_tir, tirx
 from tvm.s_tir import dlight
 
-from mlcbuild.compiler.gpu import experts, metal
+from mlcbuild.compiler.gpu import experts, metal, recurrent
 from mlcbuild.compiler.gpu.device import Device
 from mlcbuild.compiler.gpu.few_rows import few_rows
 from mlcbuild.compiler.gpu.products import PRODUCT, STEP
 from mlcbuild.models import routers
 
+_EACH = (routers.BLOCK, recurrent.NARROW)  # blocks that dlight's reductions do not take: a thread for each value
 _FEW = ((1, 1), (8, 4))  # up to so many rows of x: a kernel whose blocks of threads take so many of them
 
 
@@ -31,7 +32,7 @@ def schedule(module: IRModule, device: Device) -> IRModule:
             module[gv] = _linear(function, device)
         elif _product(function, experts.PRODUCT) is not None:
             module[gv] = experts.schedule(function, device)
-        elif any(name.startswith(routers.BLOCK) for name in _blocks(function)):  # dlight's reductions do not take them
+        elif any(name.startswith(_EACH) for name in _blocks(function)):
             module[gv] = dlight.ApplyDefaultSchedule(dlight.gpu.Fallback())(IRModule({"main": function}))["main"]
     rules = dlight.gpu.Reduction(), dlight.gpu.GeneralReduction(), dlight.gpu.Fallback()
     return dlight.ApplyDefaultSchedule(*rules)(module)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from mlcbuild.compiler.gpu import sources
+
 _SHARED = re.compile(r"__shared__ (?:alignas|__align__)\(\d+\) ([\w:]+) (\w+)\[(\d+)\];")
 _DYNAMIC = re.compile(r"extern __shared__ (?:alignas|__align__)\(\d+\) uchar (\w+)\[\];")
 _KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\([^)]*\) \{')
@@ -21,8 +23,8 @@ extern "C" __attribute__((visibility("default"))) bool emulation_run(
 
 
 def translated(cuda: str) -> str:
-    """C++ of a CUDA source as TVM writes it. What stands before the first kernel is the language's, not the model's."""
-    kernels = cuda[cuda.index('extern "C" __global__') :]
+    """C++ of a CUDA source as TVM writes it. What stands before kernels and what they call is the language's."""
+    own, kernels = sources.split(cuda)
     slot = 0
 
     def declare(match: re.Match[str]) -> str:
@@ -39,4 +41,4 @@ def translated(cuda: str) -> str:
     text = _DYNAMIC.sub(r"uchar* \1 = static_cast<uchar*>(emulation::dynamic_shared());", "".join(pieces))
     text = _VECTOR.sub(r"*emulation_aligned<\1>(", text)
     rows = "\n".join(f"  EMULATION_KERNEL({name})," for name in _KERNEL.findall(kernels))
-    return _PREFACE + text + _TABLE.format(rows=rows)
+    return _PREFACE + own + text + _TABLE.format(rows=rows)

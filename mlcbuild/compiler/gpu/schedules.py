@@ -12,7 +12,7 @@ from typing import Any
 from tvm import IRModule, s_tir, tirx
 from tvm.s_tir import dlight
 
-from mlcbuild.compiler.gpu import experts, metal
+from mlcbuild.compiler.gpu import cuda_rows, experts, metal
 from mlcbuild.compiler.gpu.device import Device
 from mlcbuild.compiler.gpu.few_rows import few_rows
 from mlcbuild.compiler.gpu.products import PRODUCT, STEP
@@ -69,7 +69,8 @@ def _linear(function: tirx.PrimFunc, device: Device) -> tirx.PrimFunc:
     many = _many_rows(function, device)
     body = many.body
     for limit, count in reversed(_FEW):
-        small = few_rows(function, device, count, step).body
+        own = cuda_rows.few_rows(function, product, limit) if device.kind == "cuda" else None
+        small = (own or few_rows(function, device, count, step)).body
         body = tirx.IfThenElse(tirx.op.tvm_thread_invariant(rows_of_x <= limit), small, body)
     body = s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", body))
     result = many.with_body(body)

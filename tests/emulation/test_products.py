@@ -47,4 +47,4 @@ def test_products_of_few_rows(case: dict[str, Any], worker: Worker) -> None:
     bound = BOUNDS["bfloat16" if "bf16" in name else "float32" if "f32" in name else "float16"]
     assert answer["notes"] == {}
     assert {n: error for n, error in answer["errors"].items() if not error < bound} == {}
-    assert answer["kernels"] == 2
+    assert answer["kernels"] == (2 if "f32" in name and "bf" not in name else 3)

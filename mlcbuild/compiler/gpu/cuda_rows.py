@@ -17,12 +17,12 @@ from mlcbuild.quantization.schemes import elements_per_word, max_code
 from mlcbuild.recipes.types import Weights
 
 FORMAT = "mlcbuild.format"  # annotation of a product's block: the C++ type of its matrix
-COUNTS = (1, 8)  # rows of x that there are functions for: up to so many
+COUNTS = (1, 8, 32)  # rows of x that there are functions for: up to so many
 TYPES = {"float16": "half", "bfloat16": "nv_bfloat16", "float32": "float"}
 _CODES = {(8, 4): 7, (10, 3): 3, (4, 8): 127}  # (codes of a word, bits): the code of 0
 _WORDS, _LANES = 4, 4  # words of a load; lanes along a row
 _MULTIPROCESSORS, _WARPS = 132, 12  # of the largest device (H100), and what each shall have of a product at least
-_MOST_WARPS, _MOST_WIDE = 16, 8  # of a block; of one whose threads need more than 128 registers
+_MOST_WARPS, _MOST_LARGE = 16, 8  # of a block; of one whose threads need more than 128 registers, or 32 KB are shared
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ def instance(form: str, rows: int | None, columns: int, most: int) -> Instance |
     across = transposed == "true"
     if padded % chunk or columns * (4 if wide else 2) % aligned:
         return None
-    if across and (rows is None or rows % _WORDS):
+    if (across and (rows is None or rows % _WORDS)) or (wide and most > 8):
         return None
     tiles = 2 if across or (most > 1 and not wide and _blocks(rows, 2) >= 2 * _MULTIPROCESSORS) else 1
     steps = -(-(padded // chunk) // _LANES)
-    warps = _warps(_blocks(rows, tiles), steps, _MOST_WIDE if wide else _MOST_WARPS)
+    warps = _warps(_blocks(rows, tiles), steps, _MOST_LARGE if wide or most > 8 else _MOST_WARPS)
     each = -(-steps // warps)
     arguments = (
         f"mlcbuild::Weights<{TYPES[dtype]}, {given}>, {columns}, {most}, {tiles}, {warps}, {_ahead(each, tiles)}"

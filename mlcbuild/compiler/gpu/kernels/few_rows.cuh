@@ -1,9 +1,9 @@
 // Products of few rows of activations with a matrix: x [n, K] · w [rows, K]ᵀ, bound by reading w once.
 //
 // A block has 16 * TILES rows of w; its warps share out the columns, and add up through shared memory at the end. Four
-// lanes go along a row, a load of 16 bytes each, `AHEAD` of them for each of a lane's 2 * TILES rows on their way before
-// the first is used. What they unpack is the first operand of tensor cores, as it lies in their registers; the second is
-// eight rows of x, so that up to eight cost what one does. Sums are float32.
+// lanes go along a row, a load of 16 bytes each, `AHEAD` of them for each of a lane's 2 * TILES rows on their way
+// before the first is used. What they unpack is the first operand of tensor cores, as it lies in their registers; the second is
+// eight rows of x, so that up to eight cost what one does, and more rows unpack once for all. Sums are float32.
 //
 // float32 models, which tensor cores would round, multiply lane by lane and sum over the four lanes last.
 #pragma once
@@ -28,6 +28,7 @@ struct FewRows {
   static constexpr bool WHOLE = K % CHUNK == 0;  // else the last load of a row has columns that are not there
   static constexpr int SCALES = !SCALED ? 0 : GROUP % CHUNK ? WORDS : 1;  // of a load
   static constexpr int TILES_OF_X = (MOST + 7) / 8;
+  static constexpr int CHAINS = TILES_OF_X > 1 ? 1 : 2;  // of sums: for tensor cores not to wait
   static constexpr int ALIGNED = PER_WORD % 4 ? 8 : 16;  // bytes of activations read at once
   static_assert(GROUPS * GROUP % CHUNK == 0 && GROUP % PER_WORD == 0, "whole loads, and words of one scale");
   static_assert(K * sizeof(T) % ALIGNED == 0, "rows of x begin where a load may");
@@ -77,7 +78,8 @@ struct FewRows {
       four[own] = in ? load_once(words[own] + past) : make_uint4(0, 0, 0, 0);
 #pragma unroll
       for (int i = 0; i < SCALES; i++) {
-        const int group = GROUP == CHUNK ? chunk() + step * LANES : ((chunk() + step * LANES) * CHUNK + i * PER_WORD) / GROUP;
+        const int own_chunk = chunk() + step * LANES;
+        const int group = GROUP == CHUNK ? own_chunk : (own_chunk * CHUNK + i * PER_WORD) / GROUP;
         const long long place = FORMAT::TRANSPOSED ? static_cast<long long>(group) * rows : group;
         to.scales[own][i] = in ? __ldg(scales[own] + place) : T(0.f);
       }
@@ -126,7 +128,8 @@ struct FewRows {
   }
 
   // Two words of each row with as many columns of x: pairs of columns, of which tensor cores take two at once.
-  __device__ __forceinline__ void multiply(float (&sums)[TILES_OF_X][TILES][2][4], const Loaded& from, int step) const {
+  typedef float Sums[TILES_OF_X][TILES][CHAINS][4];
+  __device__ __forceinline__ void multiply(Sums& sums, const Loaded& from, int step) const {
     constexpr int PAIRS = PER_WORD;  // of two words
 #pragma unroll
     for (int i = 0; i < WORDS; i += 2) {
@@ -146,6 +149,7 @@ struct FewRows {
       }
 #pragma unroll
       for (int tile = 0; tile < TILES_OF_X; tile++) {
+        if (tile > 0 && tile * 8 >= n) break;
         uint32_t given[PAIRS], b[PAIRS];
         load_x(given, tile * 8 + lane / LANES, step, i * PER_WORD);
         Code::sort(given, b), Code::sort(given + PAIRS / 2, b + PAIRS / 2);
@@ -153,7 +157,7 @@ struct FewRows {
         for (int p = 0; p < PAIRS; p += 2)
 #pragma unroll
           for (int t = 0; t < TILES; t++)
-            multiply_tile<T>(sums[tile][t][(i + p) / 2 % 2],
+            multiply_tile<T>(sums[tile][t][(i + p) / 2 % CHAINS],
                              {a[2 * t][p], a[2 * t + 1][p], a[2 * t][p + 1], a[2 * t + 1][p + 1]}, {b[p], b[p + 1]});
       }
     }
@@ -198,14 +202,14 @@ struct FewRows {
     }
   }
 
-  template <class Sums>
-  __device__ __forceinline__ void add(Sums& sums, const Loaded& from, int step) const {
+  template <class Any>
+  __device__ __forceinline__ void add(Any& sums, const Loaded& from, int step) const {
     if constexpr (WIDE) multiply_wide(sums, from, step);
     else multiply(sums, from, step);
   }
 
-  template <class Sums>
-  __device__ __forceinline__ void run(Sums& sums) const {
+  template <class Any>
+  __device__ __forceinline__ void run(Any& sums) const {
     // EACH at most, which the compiler is not to know: it would put off each load to where it is used.
     const int some = min(EACH, rows * EACH);
     const int steps = EACH * WARPS == STEPS ? some : min(some, STEPS - warp * EACH);
@@ -248,7 +252,7 @@ __device__ __forceinline__ void few_rows(float* results, float* shared, const ty
         if (lane % 4 == 0) own[m * ROWS + product.row(i) - product.first] = sum;
       }
   } else {
-    float sums[Product::TILES_OF_X][TILES][2][4] = {};  // two of each: tensor cores need not wait
+    typename Product::Sums sums = {};
     product.run(sums);
 #pragma unroll
     for (int tile = 0; tile < Product::TILES_OF_X; tile++)
@@ -257,7 +261,8 @@ __device__ __forceinline__ void few_rows(float* results, float* shared, const ty
 #pragma unroll
         for (int i = 0; i < 4; i++) {
           const int column = tile * 8 + lane % 4 * 2 + i % 2;
-          const float sum = sums[tile][t][0][i] + sums[tile][t][1][i];
+          float sum = sums[tile][t][0][i];
+          if constexpr (Product::CHAINS > 1) sum += sums[tile][t][1][i];
           if (column < min(n, MOST)) own[column * ROWS + product.row(2 * t + i / 2) - product.first] = sum;
         }
   }

@@ -17,7 +17,7 @@ _CALL = re.compile(rf"\b{_NAMESPACE}(\w+)<")
 def complete(code: str) -> str:
     """CUDA source as TVM writes it, with those of our functions that it calls, before the first kernel."""
     names = sorted({_FILES[name] for name in _CALL.findall(code) if name in _FILES})
-    if not names:
+    if not names or _BEGIN in code:
         return code
     seen: set[str] = set()
     own = "".join(_text(name, seen) for name in names)

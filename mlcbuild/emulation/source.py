@@ -10,6 +10,8 @@ import itertools
 import re
 from dataclasses import dataclass
 
+from mlcbuild.compiler.gpu import sources
+
 LANGUAGES = ("cuda", "opencl", "metal")
 _KERNEL = re.compile(r"\b(?:__global__|__kernel|kernel) void (?:__launch_bounds__\(\d+\) )?(\w+)\(([^)]*)\) \{")
 _SHARED = re.compile(r"(?:__shared__ (?:alignas|__align__)\(\d+\)|__local|threadgroup) ([\w:]+) (\w+)\[(\d+)\];")
@@ -40,7 +42,8 @@ class Signature:
 
 
 def translated(code: str, language: str) -> str:
-    """C++ of a source as TVM writes it. What stands before the first kernel is the language's, not the model's."""
+    """C++ of a source as TVM writes it. What stands before kernels, and what they call of ours, is the language's."""
+    own = sources.split(sources.complete(code))[0] if language == "cuda" else ""
     text = _DYNAMIC.sub(
         r"uchar* \1 = static_cast<uchar*>(emulation::dynamic_shared());",
         "".join(map(_with_shared, _pieces(code, language))),
@@ -49,7 +52,7 @@ def translated(code: str, language: str) -> str:
     if language == "opencl":
         text = re.sub(r"\((\w+[234])\)\(", r"\1(", text)  # a vector of numbers
     rows = "\n".join(f"  EMULATION_KERNEL({name})," for name, _ in _KERNEL.findall(text))
-    return f'#include "{language}_language.h"\n' + text + _TABLE.format(rows=rows)
+    return f'#include "{language}_language.h"\n' + own + text + _TABLE.format(rows=rows)
 
 
 def signatures(code: str, language: str) -> dict[str, Signature]:

@@ -34,7 +34,7 @@ _REQUIRED = ("VERSION", "TOOLS")
 _CONSTANTS = (*_REQUIRED, "CODE_COUNTS")
 _INSTALLED = ("site-packages", "dist-packages")  # where everything lies beside everything
 _IGNORED = {".pyc", ".pyi", ".md"}
-_C = {".c", ".h", ".inc"}
+_C = {".c", ".cuh", ".h", ".inc"}
 _C_COMMENT = re.compile(rb"//[^\n]*|/\*.*?\*/", re.DOTALL)  # our kernels hold no string with either in it
 _WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _BESIDE = ast.dump(ast.parse("Path(__file__).parent", mode="eval").body)

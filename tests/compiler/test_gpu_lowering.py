@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mlcbuild.compiler import assemble
 from mlcbuild.compiler.gpu import lower
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.architecture import resolve
@@ -69,6 +70,18 @@ def test_what_one_architecture_has_lowers_for_cuda(name: str) -> None:
     functions = [str(f) for f in module.functions.values() if isinstance(f, tirx.PrimFunc)]
     kernels = [text for text in functions if "tirx.is_host_func" not in text]  # those compute shapes
     assert kernels and all("blockIdx" in text or "thread_binding" in text for text in kernels)
+
+
+@pytest.mark.slow
+def test_what_a_7b_library_is_made_of_does_not_grow_with_layers_times_parameters(tmp_path: Path) -> None:
+    """Each captured piece takes all parameters; it once had a check, and a sentence, for each of them: 392 MB."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    config = {**json.loads(CONFIG.read_text()), **sizes, "num_key_value_heads": 32, "head_dim": 128}
+    structure = replace(resolve(llama.architecture(), config, {}), vocab_size=1)
+    module = lower.lower(structure, llama.QUANTIZATIONS["q4f16_1"], "q4f16_1", CUDA, tmp_path)
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 20e6
+    assemble.save(module, tmp_path / "module.json")
+    assert (tmp_path / "module.json").stat().st_size < 20e6
 
 
 @pytest.mark.slow

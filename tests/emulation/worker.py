@@ -52,13 +52,15 @@ class Worker:
 
 def main() -> None:
     from mlcbuild.emulation import cuda
+    from tests.emulation import products
     from tests.support import zig_cache
 
     with tempfile.TemporaryDirectory() as folder:
         zig_cache.share(Path(folder))
         cuda.load(Path(folder))
         for number, line in enumerate(sys.stdin):
-            answer = judged(json.loads(line), Path(folder) / str(number))
+            case, place = json.loads(line), Path(folder) / str(number)
+            answer = products.judged(case["product"], place) if "product" in case else judged(case, place)
             print(json.dumps(answer), flush=True)
 
 

@@ -88,9 +88,11 @@ def test_a_change_for_one_kind_of_device_rebuilds_no_library_of_another() -> Non
 
 
 def test_files_that_modules_read_count_where_they_are_read() -> None:
+    for kind, folder in (("llvm", "cpu"), ("cuda", "gpu")):
+        kernels = {path.name for path in (PACKAGE / "compiler" / folder / "kernels").iterdir() if path.suffix != ".md"}
+        found = modules("library", backend(targets()[kind]).build)
+        assert {Path(name).name for name in found if "/kernels/" in name} == kernels
     cpu = backend(targets()["llvm"])
-    kernels = {path.name for path in (PACKAGE / "compiler/cpu/kernels").iterdir() if path.suffix != ".md"}
-    assert {Path(name).name for name in modules("library", cpu.build) if "/kernels/" in name} == kernels
     assert not [name for name in modules("lower", cpu.lower) if "/" in name]
     assert "mlcbuild.quantization.compiled/kernels/group.c" in modules("quantize")
     assert "mlcbuild.quantization.stream" not in modules("lower", cpu.lower)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlcbuild.compiler import generators
-from mlcbuild.compiler.gpu import cuda
+from mlcbuild.compiler.gpu import cuda, sources
 from mlcbuild.compiler.link import export, static
 from mlcbuild.compiler.link.linkers import zig_link
 from mlcbuild.compiler.web import emscripten
@@ -48,7 +48,7 @@ def build(
     compiled: list[bytes] = []
     if compile_cuda is not None:
         make = compile_cuda
-        _answer("tvm_callback_cuda_compile", lambda code, *_: make(code), compiled)
+        _answer("tvm_callback_cuda_compile", lambda code, *_: make(sources.complete(code)), compiled)
     if kind == "rocm":
         _answer("tvm_callback_rocm_bitcode_path", lambda *_: [], [])  # no libraries for the device
         _answer("tvm_callback_rocm_link", lambda code, *_: _link_rocm(bytes(code), scratch), compiled)

@@ -47,7 +47,7 @@ def find_nvcc() -> Path | None:
     found = shutil.which("nvcc")
     if found:
         return Path(found)
-    return next((folder / "bin" / "nvcc" for folder in _packages() if (folder / "bin" / "nvcc").is_file()), None)
+    return next((folder / "bin" / "nvcc" for folder in packages() if (folder / "bin" / "nvcc").is_file()), None)
 
 
 def toolkit() -> Toolkit:
@@ -55,14 +55,14 @@ def toolkit() -> Toolkit:
     nvcc = find_nvcc()
     if nvcc is None:
         raise Unavailable(f"no nvcc here: {ADVICE}")
-    for folder in (*_folders(nvcc), *_packages()):
+    for folder in (*_folders(nvcc), *packages()):
         for inner in ("lib64", "lib", "targets/x86_64-linux/lib"):
             if (folder / inner / _RUNTIME).is_file():
                 return Toolkit(nvcc, folder / inner / _RUNTIME)
     raise Unavailable(f"no {_RUNTIME} beside {nvcc}: {ADVICE}")
 
 
-def _packages() -> Iterator[Path]:
+def packages() -> Iterator[Path]:
     """Folders of CUDA 13 as PyPI packages install it."""
     spec = importlib.util.find_spec("nvidia")
     for location in (spec.submodule_search_locations or ()) if spec else ():

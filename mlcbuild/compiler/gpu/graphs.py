@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import tvm_ffi
 from tvm import IRModule, ir, relax, transform
 
 _CAPTURED, _ONE = "batch_decode", "decode"
 _SYMBOLS = "relax.rewrite_cuda_graph.capture_symbolic_vars"
+_PARAMS = "packed_params"
 _ALLOCATION, _TAKE = "cuda_graph_alloc", "vm.builtin.tuple_getitem"
 
 
@@ -26,7 +28,7 @@ def prepare(module: IRModule) -> IRModule:
     rows = batch.params[0].ty.shape[0]
     bound = {name: _with_rows(function, rows) for name, function in private.items()}
     types = _types([batch, *bound.values()])
-    params = relax.Var("packed_params", relax.TupleType([types.get(i, relax.AnyType()) for i in range(max(types) + 1)]))
+    params = relax.Var(_PARAMS, relax.TupleType([types.get(i, relax.AnyType()) for i in range(max(types) + 1)]))
     *inputs, _ = batch.params
     builder = relax.BlockBuilder(module)
     attributes = {**dict(batch.attrs), "num_input": len(inputs), _SYMBOLS: [rows.name]}
@@ -133,6 +135,7 @@ def capture(module: IRModule) -> IRModule:
         module = relax.transform.RewriteCUDAGraph()(alone)
     for gv, function in others.items():
         module[gv] = function
+    module = _without_types(module)
     allocations = [gv for gv in module.get_global_vars() if gv.name_hint.startswith(_ALLOCATION)]
     if not allocations:
         return module
@@ -149,3 +152,56 @@ def capture(module: IRModule) -> IRModule:
             )
         )
     return builder.finalize()
+
+
+def _without_types(module: IRModule) -> IRModule:
+    """Parameters as one opaque object in the captured pieces too, as all other functions have them.
+
+    A tuple with types would be checked tensor by tensor, in each step and in each piece, with words for each failure:
+    that was nine tenths of a library's code.
+    """
+    functions = dict(module.functions_items())
+    changed = {gv: _opaque(f) for gv, f in functions.items() if isinstance(f, relax.Function) and _typed(f)}
+    new = {}
+    for gv, function in changed.items():
+        new[gv.name_hint] = ir.GlobalVar(gv.name_hint)
+        relax.expr._update_type(new[gv.name_hint], function.ty)
+    rename = [(ir.GlobalVar, lambda gv: new.get(gv.name_hint, gv))]
+    renamed = {
+        new.get(gv.name_hint, gv): tvm_ffi.structural_map(changed.get(gv, function), rename)
+        if isinstance(function, relax.Function)
+        else function
+        for gv, function in functions.items()
+    }
+    return IRModule(renamed, attrs=module.attrs, global_infos=module.global_infos)
+
+
+def _typed(function: relax.Function) -> list[Any]:
+    return [p for p in function.params if p.name == _PARAMS and isinstance(p.ty, relax.TupleType)]
+
+
+def _opaque(function: relax.Function) -> relax.Function:
+    (old,), new = _typed(function), relax.Var(_PARAMS, relax.AnyType())
+
+    def take(index: int, of: Any) -> Any:
+        return relax.Call(relax.ExternFunc(_TAKE), [new, relax.prim_value(index)], None, [of])
+
+    def taken(binding: Any) -> Any:
+        value = binding.value
+        if not isinstance(value, relax.TupleGetItem) or not value.tuple_value.same_as(old):
+            return binding
+        return relax.VarBinding(binding.var, take(value.index, binding.var.ty))
+
+    # The vocabulary's size is known by a tensor that has it.
+    fields = enumerate(old.ty.fields)
+    sized = next(((index, of) for index, of in fields if relax.analysis.tir_vars_in_type(of)), None)
+    first = []
+    if sized is not None:
+        held, sized_tensor = relax.Var("held", relax.AnyType()), relax.Var("sized", sized[1])
+        first = [relax.VarBinding(held, take(sized[0], held.ty)), relax.MatchCast(sized_tensor, held, sized[1])]
+    blocks = [relax.BindingBlock([taken(binding) for binding in block.bindings]) for block in function.body.blocks]
+    blocks = [relax.BindingBlock(first), *blocks] if first else blocks
+    swap = [(relax.Var, lambda var: new if var.same_as(old) else var)]
+    body = tvm_ffi.structural_map(relax.SeqExpr(blocks, function.body.body), swap)
+    params = [new if param.same_as(old) else param for param in function.params]
+    return relax.Function(params, body, function.ret_ty, function.is_pure, function.attrs)

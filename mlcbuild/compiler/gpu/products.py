@@ -7,7 +7,7 @@ from typing import Any
 
 from tvm import te, tirx
 
-from mlcbuild.compiler.gpu import formats
+from mlcbuild.compiler.gpu import cuda_rows, formats
 from mlcbuild.compiler.gpu.rows import int64, private
 from mlcbuild.recipes.types import Weights
 
@@ -47,6 +47,7 @@ def linear(
         (n, height),
         lambda i, j: te.sum(left[i, k].astype("float32") * right[j, k].astype("float32"), axis=k),
         name=PRODUCT,
+        attrs=cuda_rows.format_of(weights, dtype),
     )
     if out_dtype != "float32":
         total = result

@@ -1,8 +1,8 @@
 """Schedules: which thread computes what, for every function that has none yet.
 
-A matrix product becomes three kernels, and the number of rows of x decides at run time which one is launched: few rows
-(decoding) are bound by reading the matrix, so its rows are shared out and x stays in the caches; many rows (prefill)
-go through tensor cores, simdgroups or shared memory. Everything else is TVM's dlight.
+A matrix product becomes three or four kernels, and the number of rows of x decides at run time which one is launched:
+few rows (decoding) are bound by reading the matrix, so its rows are shared out and x stays in the caches; many rows
+(prefill) go through tensor cores, simdgroups or shared memory. Everything else is TVM's dlight.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from typing import Any
 from tvm import IRModule, s_tir, tirx
 from tvm.s_tir import dlight
 
-from mlcbuild.compiler.gpu import experts, metal, recurrent
+from mlcbuild.compiler.gpu import cuda_rows, experts, metal, recurrent
 from mlcbuild.compiler.gpu.device import Device
 from mlcbuild.compiler.gpu.few_rows import few_rows
 from mlcbuild.compiler.gpu.products import PRODUCT, STEP
 from mlcbuild.models import routers
 
 _EACH = (routers.BLOCK, recurrent.NARROW)  # blocks that dlight's reductions do not take: a thread for each value
-_FEW = ((1, 1), (8, 4))  # up to so many rows of x: a kernel whose blocks of threads take so many of them
+# Up to so many rows of x: a kernel whose blocks of threads take so many of them, or none but CUDA's function.
+_FEW = ((1, 1), (8, 4), (32, None))
 
 
 def schedule(module: IRModule, device: Device) -> IRModule:
@@ -70,8 +71,12 @@ def _linear(function: tirx.PrimFunc, device: Device) -> tirx.PrimFunc:
     many = _many_rows(function, device)
     body = many.body
     for limit, count in reversed(_FEW):
-        small = few_rows(function, device, count, step).body
-        body = tirx.IfThenElse(tirx.op.tvm_thread_invariant(rows_of_x <= limit), small, body)
+        small = cuda_rows.few_rows(function, product, limit) if device.kind == "cuda" else None
+        if small is None and count is not None:
+            small = few_rows(function, device, count, step)
+        if small is None:
+            continue
+        body = tirx.IfThenElse(tirx.op.tvm_thread_invariant(rows_of_x <= limit), small.body, body)
     body = s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", body))
     result = many.with_body(body)
     return result.with_attr("tirx.is_scheduled", True).with_attr("tirx.HoistIfThenElseExprWithBlock", 1)

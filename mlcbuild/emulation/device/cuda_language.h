@@ -103,7 +103,9 @@ static inline uint __pack_half2(half low, half high) {
 static inline auto max(Number auto a, Number auto b) { return a > b ? a : b; }
 static inline auto min(Number auto a, Number auto b) { return a < b ? a : b; }
 template <class T>
-static inline T __ldg(const T* place) { return *place; }
+static inline T __ldg(const T* place) { return *emulation_aligned<const T>(place); }
+template <class T>
+static inline T __ldcs(const T* place) { return *emulation_aligned<const T>(place); }
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 static inline float __int_as_float(int raw) { float x; memcpy(&x, &raw, 4); return x; }
 static inline int __float_as_int(float x) { int raw; memcpy(&raw, &x, 4); return raw; }
@@ -137,6 +139,9 @@ static inline T __shfl_xor_sync(unsigned, T value, int mask, int width = 32) {
   const int lane = emulation_lane(), from = lane ^ mask;
   return emulation_exchange(value, from / width == lane / width ? from : lane);
 }
+
+#define EMULATED_DEVICE
+#include "pairs.h"
 
 // Tensor cores: 16 x 16 x 16. A fragment belongs to a warp; its first lane holds all of it and does all the work.
 namespace nvcuda {

@@ -1,0 +1,90 @@
+// What kernels want of a CUDA device beyond CUDA C: two 16-bit floats in a register, loads of 16 bytes, tensor cores.
+// The emulated device has its own of what is between the lines (mlcbuild/emulation/device/warp.h).
+#pragma once
+#ifndef EMULATED_DEVICE
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+namespace mlcbuild {
+
+// sums += a * b: 16 rows, 16 columns of a, 8 columns of b. Of a lane: rows lane / 4 and that + 8, k in four places.
+template <class T>
+__device__ __forceinline__ void multiply_tile(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if constexpr (!__is_same(T, __nv_bfloat16)) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#pragma unroll
+    for (int half_of_k = 0; half_of_k < 2; half_of_k++)
+      asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+          : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+          : "r"(a[2 * half_of_k]), "r"(a[2 * half_of_k + 1]), "r"(b[half_of_k]));
+#else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+}
+
+// (word & mask) | ones, one instruction.
+__device__ __forceinline__ uint32_t masked(uint32_t word, uint32_t mask, uint32_t ones) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "r"(mask), "r"(ones));
+  return result;
+}
+
+}  // namespace mlcbuild
+#endif
+
+namespace mlcbuild {
+
+// Arithmetic of two floats of type T, which lie in one register.
+template <class T>
+struct Pairs;
+
+template <class To, class From>
+__device__ __forceinline__ To as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "the same bits");
+  return *reinterpret_cast<To*>(&from);
+}
+
+template <>
+struct Pairs<half> {
+  static __device__ __forceinline__ uint32_t of(float x) { return as<uint32_t>(__float2half2_rn(x)); }
+  static __device__ __forceinline__ uint32_t of(float x, float y) { return as<uint32_t>(__floats2half2_rn(x, y)); }
+  static __device__ __forceinline__ uint32_t add(uint32_t a, uint32_t b) {
+    return as<uint32_t>(__hadd2(as<half2>(a), as<half2>(b)));
+  }
+  static __device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) {
+    return as<uint32_t>(__hmul2(as<half2>(a), as<half2>(b)));
+  }
+  static __device__ __forceinline__ uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
+    return as<uint32_t>(__hfma2(as<half2>(a), as<half2>(b), as<half2>(c)));
+  }
+  static __device__ __forceinline__ float2 wide(uint32_t a) { return __half22float2(as<half2>(a)); }
+};
+
+template <>
+struct Pairs<__nv_bfloat16> {
+  typedef __nv_bfloat162 Pair;
+  static __device__ __forceinline__ uint32_t of(float x) { return as<uint32_t>(__float2bfloat162_rn(x)); }
+  static __device__ __forceinline__ uint32_t of(float x, float y) { return as<uint32_t>(__floats2bfloat162_rn(x, y)); }
+  static __device__ __forceinline__ uint32_t add(uint32_t a, uint32_t b) {
+    return as<uint32_t>(__hadd2(as<Pair>(a), as<Pair>(b)));
+  }
+  static __device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) {
+    return as<uint32_t>(__hmul2(as<Pair>(a), as<Pair>(b)));
+  }
+};
+
+// Two 16-bit floats that are the same one.
+__device__ __forceinline__ uint32_t twice(uint16_t bits) { return bits * 0x10001u; }
+
+// 16 bytes of a matrix, which nobody reads again.
+__device__ __forceinline__ uint4 load_once(const uint4* place) { return __ldcs(place); }
+
+}  // namespace mlcbuild

@@ -1,0 +1,281 @@
+// Products of few rows of activations with a matrix: x [n, K] · w [rows, K]ᵀ, bound by reading w once.
+//
+// A block has 16 * TILES rows of w; its warps share out the columns, and add up through shared memory at the end. Four
+// lanes go along a row, a load of 16 bytes each, `AHEAD` of them for each of a lane's 2 * TILES rows on their way
+// before the first is used. What they unpack is the first operand of tensor cores, as it lies in their registers; the second is
+// eight rows of x, so that up to eight cost what one does, and more rows unpack once for all. Sums are float32.
+//
+// float32 models, which tensor cores would round, multiply lane by lane and sum over the four lanes last.
+#pragma once
+#include "weights.cuh"
+
+namespace mlcbuild {
+
+// FORMAT: Weights<...>. MOST: rows of x at most, 1 or a multiple of 8.
+template <class FORMAT, int K, int MOST, int TILES, int WARPS, int AHEAD>
+struct FewRows {
+  typedef typename FORMAT::Float T;
+  typedef typename FORMAT::Code Code;
+  static constexpr bool WIDE = sizeof(T) == 4;
+  static constexpr int LANES = 4;                       // along a row
+  static constexpr int ROWS = 16 * TILES, OWN = 2 * TILES;  // of w: of a block, of a lane
+  static constexpr int CHUNK = FORMAT::CHUNK, PER_WORD = FORMAT::PER_WORD;
+  static constexpr bool SCALED = FORMAT::COLUMNS_OF_A_SCALE > 0;
+  static constexpr int GROUP = SCALED ? FORMAT::COLUMNS_OF_A_SCALE : CHUNK, GROUPS = (K + GROUP - 1) / GROUP;
+  static constexpr int CHUNKS = GROUPS * GROUP / CHUNK;
+  static constexpr int STEPS = (CHUNKS + LANES - 1) / LANES, EACH = (STEPS + WARPS - 1) / WARPS;  // of a block, a warp
+  static constexpr bool EVEN = CHUNKS % LANES == 0;  // no lane loads behind the end, where its warp has something to do
+  static constexpr bool WHOLE = K % CHUNK == 0;  // else the last load of a row has columns that are not there
+  static constexpr int SCALES = !SCALED ? 0 : GROUP % CHUNK ? WORDS : 1;  // of a load
+  static constexpr int TILES_OF_X = (MOST + 7) / 8;
+  static constexpr int CHAINS = TILES_OF_X > 1 ? 1 : 2;  // of sums: for tensor cores not to wait
+  static constexpr int ALIGNED = PER_WORD % 4 ? 8 : 16;  // bytes of activations read at once
+  static_assert(GROUPS * GROUP % CHUNK == 0 && GROUP % PER_WORD == 0, "whole loads, and words of one scale");
+  static_assert(K * sizeof(T) % ALIGNED == 0, "rows of x begin where a load may");
+
+  int n, rows, first, lane, warp;
+  const T* x;  // where this lane's first load is in each
+  const uint4* words[OWN];
+  const T* scales[OWN];
+
+  __device__ __forceinline__ FewRows(const T* x, const void* w, const T* s, int n, int rows, int block)
+      : n(n), rows(rows), first(block * ROWS), lane(threadIdx.x % 32), warp(threadIdx.x / 32), x(x + chunk() * CHUNK) {
+    const uint4* loads = static_cast<const uint4*>(w);
+#pragma unroll
+    for (int own = 0; own < OWN; own++) {
+      if constexpr (FORMAT::TRANSPOSED) {
+        const int at = min(row(0), rows - OWN);
+        words[own] = loads + (static_cast<long long>(chunk() * WORDS + own) * rows + at) / WORDS;
+        scales[own] = s + at + own;
+      } else {
+        const long long at = min(row(own), rows - 1);
+        words[own] = loads + at * CHUNKS + chunk();
+        scales[own] = s + at * GROUPS;
+      }
+    }
+  }
+
+  struct Loaded {
+    uint4 words[OWN];
+    T scales[OWN][SCALES ? SCALES : 1];
+  };
+
+  // Rows are neighbours where words of neighbouring rows are.
+  __device__ __forceinline__ int row(int own) const {
+    return FORMAT::TRANSPOSED ? first + lane / LANES * OWN + own : first + own * 8 + lane / LANES;
+  }
+  __device__ __forceinline__ int chunk() const { return warp * EACH * LANES + lane % LANES; }  // the first
+  __device__ __forceinline__ bool there(int step) const {
+    return EVEN ? true : chunk() + step * LANES < CHUNKS;
+  }
+
+  __device__ __forceinline__ void load(Loaded& to, int step) const {
+    const bool in = there(step);
+    uint4 four[OWN];
+#pragma unroll
+    for (int own = 0; own < OWN; own++) {
+      const long long past = step * LANES * (FORMAT::TRANSPOSED ? static_cast<long long>(rows) : 1);
+      four[own] = in ? load_once(words[own] + past) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+      for (int i = 0; i < SCALES; i++) {
+        const int own_chunk = chunk() + step * LANES;
+        const int group = GROUP == CHUNK ? own_chunk : (own_chunk * CHUNK + i * PER_WORD) / GROUP;
+        const long long place = FORMAT::TRANSPOSED ? static_cast<long long>(group) * rows : group;
+        to.scales[own][i] = in ? __ldg(scales[own] + place) : T(0.f);
+      }
+    }
+    if constexpr (FORMAT::TRANSPOSED) {  // a load has a word of each row, and is to have four of one
+      static_assert(OWN == WORDS);
+      to.words[0] = make_uint4(four[0].x, four[1].x, four[2].x, four[3].x);
+      to.words[1] = make_uint4(four[0].y, four[1].y, four[2].y, four[3].y);
+      to.words[2] = make_uint4(four[0].z, four[1].z, four[2].z, four[3].z);
+      to.words[3] = make_uint4(four[0].w, four[1].w, four[2].w, four[3].w);
+    } else {
+#pragma unroll
+      for (int own = 0; own < OWN; own++) to.words[own] = four[own];
+    }
+  }
+
+  // `COUNT` pairs of 16 bits of row `m` of x, from column `at` of a step's on, 0 where there are none. What belongs to a
+  // step that is not there is multiplied by 0: the first step's.
+  template <int COUNT>
+  __device__ __forceinline__ void load_x(uint32_t (&to)[COUNT], int m, int step, int at) const {
+    const int past = there(step) ? step * LANES * CHUNK : -chunk() * CHUNK;
+    const T* from = x + past + at + (MOST == 1 ? 0 : static_cast<long long>(min(m, n - 1)) * K);
+    const int left = WHOLE ? 0 : (K - chunk() * CHUNK - past - at) * static_cast<int>(sizeof(T)) / 4;
+    if (WHOLE || left >= COUNT) {
+      if constexpr (ALIGNED == 16) {
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 4) {
+          const uint4 four = __ldg(reinterpret_cast<const uint4*>(from) + i / 4);
+          to[i] = four.x, to[i + 1] = four.y, to[i + 2] = four.z, to[i + 3] = four.w;
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 2) {
+          const uint2 two = __ldg(reinterpret_cast<const uint2*>(from) + i / 2);
+          to[i] = two.x, to[i + 1] = two.y;
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < COUNT; i++) to[i] = i < left ? __ldg(reinterpret_cast<const uint32_t*>(from) + i) : 0;
+    }
+  }
+
+  static __device__ __forceinline__ uint32_t word(const uint4& of, int i) {
+    return i == 0 ? of.x : i == 1 ? of.y : i == 2 ? of.z : of.w;
+  }
+
+  // Two words of each row with as many columns of x: pairs of columns, of which tensor cores take two at once.
+  typedef float Sums[TILES_OF_X][TILES][CHAINS][4];
+  __device__ __forceinline__ void multiply(Sums& sums, const Loaded& from, int step) const {
+    constexpr int PAIRS = PER_WORD;  // of two words
+#pragma unroll
+    for (int i = 0; i < WORDS; i += 2) {
+      uint32_t a[OWN][PAIRS];
+#pragma unroll
+      for (int own = 0; own < OWN; own++) {
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+          uint32_t* pairs = a[own] + j * PAIRS / 2;
+          Code::unpack(word(from.words[own], i + j), pairs, static_cast<T*>(nullptr));
+          if constexpr (SCALED) {
+            const uint32_t scale = twice(as<uint16_t>(from.scales[own][SCALES == 1 ? 0 : i + j]));
+#pragma unroll
+            for (int p = 0; p < PAIRS / 2; p++) pairs[p] = Pairs<T>::multiply(pairs[p], scale);
+          }
+        }
+      }
+#pragma unroll
+      for (int tile = 0; tile < TILES_OF_X; tile++) {
+        if (tile > 0 && tile * 8 >= n) break;
+        uint32_t given[PAIRS], b[PAIRS];
+        load_x(given, tile * 8 + lane / LANES, step, i * PER_WORD);
+        Code::sort(given, b), Code::sort(given + PAIRS / 2, b + PAIRS / 2);
+#pragma unroll
+        for (int p = 0; p < PAIRS; p += 2)
+#pragma unroll
+          for (int t = 0; t < TILES; t++)
+            multiply_tile<T>(sums[tile][t][(i + p) / 2 % CHAINS],
+                             {a[2 * t][p], a[2 * t + 1][p], a[2 * t][p + 1], a[2 * t + 1][p + 1]}, {b[p], b[p + 1]});
+      }
+    }
+  }
+
+  // float32: sums[m][own] of this lane's columns.
+  __device__ __forceinline__ void multiply_wide(float (&sums)[MOST][OWN], const Loaded& from, int step) const {
+    float part[MOST][OWN];
+#pragma unroll
+    for (int i = 0; i < WORDS; i++) {
+      if (i == 0 || SCALES == WORDS)
+#pragma unroll
+        for (int m = 0; m < MOST; m++)
+#pragma unroll
+          for (int own = 0; own < OWN; own++) part[m][own] = 0;
+      float numbers[OWN][PER_WORD];
+#pragma unroll
+      for (int own = 0; own < OWN; own++) {
+        uint32_t pairs[PER_WORD / 2];
+        Code::unpack(word(from.words[own], i), pairs, static_cast<half*>(nullptr));
+#pragma unroll
+        for (int p = 0; p < PER_WORD / 2; p++) {
+          const float2 two = Pairs<half>::wide(pairs[p]);
+          numbers[own][Code::place(2 * p)] = two.x, numbers[own][Code::place(2 * p + 1)] = two.y;
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < MOST; m++) {
+        uint32_t given[PER_WORD];
+        load_x(given, m, step, i * PER_WORD);
+#pragma unroll
+        for (int k = 0; k < PER_WORD; k++)
+#pragma unroll
+          for (int own = 0; own < OWN; own++) part[m][own] = fmaf(numbers[own][k], as<float>(given[k]), part[m][own]);
+      }
+      if (i == WORDS - 1 || SCALES == WORDS)
+#pragma unroll
+        for (int m = 0; m < MOST; m++)
+#pragma unroll
+          for (int own = 0; own < OWN; own++)
+            sums[m][own] = fmaf(part[m][own], from.scales[own][SCALES == 1 ? 0 : i], sums[m][own]);
+    }
+  }
+
+  template <class Any>
+  __device__ __forceinline__ void add(Any& sums, const Loaded& from, int step) const {
+    if constexpr (WIDE) multiply_wide(sums, from, step);
+    else multiply(sums, from, step);
+  }
+
+  template <class Any>
+  __device__ __forceinline__ void run(Any& sums) const {
+    // EACH at most, which the compiler is not to know: it would put off each load to where it is used.
+    const int some = min(EACH, rows * EACH);
+    const int steps = EACH * WARPS == STEPS ? some : min(some, STEPS - warp * EACH);
+    Loaded loaded[AHEAD];
+#pragma unroll
+    for (int a = 0; a < AHEAD; a++)
+      if (EACH * WARPS == STEPS || a < steps) load(loaded[a], a);
+#pragma unroll 1
+    for (int step = 0; step < steps; step += AHEAD) {
+#pragma unroll
+      for (int a = 0; a < AHEAD; a++) {
+        if (step + a < steps) add(sums, loaded[a], step + a);
+        if (a + AHEAD < EACH && step + a + AHEAD < steps) load(loaded[a], step + a + AHEAD);
+      }
+    }
+  }
+};
+
+// results[i]: row `first + at % ROWS` of w with row `at / ROWS` of x, where at = i * threads + thread.
+// `shared`: WARPS * ROWS * MOST floats.
+template <class FORMAT, int K, int MOST, int TILES, int WARPS, int AHEAD>
+__device__ __forceinline__ void few_rows(float* results, float* shared, const typename FORMAT::Float* x,
+                                         const void* words, const typename FORMAT::Float* scales, int n, int rows,
+                                         int block) {
+  typedef FewRows<FORMAT, K, MOST, TILES, WARPS, AHEAD> Product;
+  constexpr int ROWS = Product::ROWS, OWN = Product::OWN, THREADS = 32 * WARPS;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const Product product(x, words, scales, n, rows, block);
+  float* own = shared + warp * ROWS * MOST;
+  if constexpr (Product::WIDE) {
+    float sums[MOST][OWN] = {};
+    product.run(sums);
+#pragma unroll
+    for (int m = 0; m < MOST; m++)
+#pragma unroll
+      for (int i = 0; i < OWN; i++) {
+        float sum = sums[m][i];
+        sum += __shfl_xor_sync(~0u, sum, 1, 32);
+        sum += __shfl_xor_sync(~0u, sum, 2, 32);
+        if (lane % 4 == 0) own[m * ROWS + product.row(i) - product.first] = sum;
+      }
+  } else {
+    typename Product::Sums sums = {};
+    product.run(sums);
+#pragma unroll
+    for (int tile = 0; tile < Product::TILES_OF_X; tile++)
+#pragma unroll
+      for (int t = 0; t < TILES; t++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const int column = tile * 8 + lane % 4 * 2 + i % 2;
+          float sum = sums[tile][t][0][i];
+          if constexpr (Product::CHAINS > 1) sum += sums[tile][t][1][i];
+          if (column < min(n, MOST)) own[column * ROWS + product.row(2 * t + i / 2) - product.first] = sum;
+        }
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < (ROWS * MOST + THREADS - 1) / THREADS; i++) {
+    const int at = i * THREADS + thread;
+    float sum = 0;
+    if (at < ROWS * n)
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) sum += shared[w * ROWS * MOST + at];
+    results[i] = sum;
+  }
+}
+
+}  // namespace mlcbuild

@@ -1,0 +1,40 @@
+"""CUDA functions of our own (kernels/*.cuh), which TVM's kernels call by their names: put into the source it writes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_KERNELS = Path(__file__).parent / "kernels"
+_NAMESPACE = "mlcbuild::"  # what calls them is told by it
+_FILES = {"few_rows": "few_rows.cuh"}  # the file that has a function
+_FIRST = 'extern "C" __global__'  # what a kernel begins with; what stands before is the same for all models
+_BEGIN = "// Functions of mlcbuild\n"
+_INCLUDE = re.compile(r'^#include "(\w+\.cuh)"\n', re.MULTILINE)
+_CALL = re.compile(rf"\b{_NAMESPACE}(\w+)<")
+
+
+def complete(code: str) -> str:
+    """CUDA source as TVM writes it, with those of our functions that it calls, before the first kernel."""
+    names = sorted({_FILES[name] for name in _CALL.findall(code) if name in _FILES})
+    if not names or _BEGIN in code:
+        return code
+    seen: set[str] = set()
+    own = "".join(_text(name, seen) for name in names)
+    place = code.index(_FIRST)
+    return f"{code[:place]}{_BEGIN}{own}{code[place:]}"
+
+
+def split(code: str) -> tuple[str, str]:
+    """Our functions in a completed source, and its kernels."""
+    place = code.index(_FIRST)
+    return code[code.index(_BEGIN) : place] if _BEGIN in code else "", code[place:]
+
+
+def _text(name: str, seen: set[str]) -> str:
+    """A file with what it includes, each once."""
+    if name in seen:
+        return ""
+    seen.add(name)
+    text = (_KERNELS / name).read_text(encoding="utf-8").replace("#pragma once\n", "")
+    return _INCLUDE.sub(lambda match: _text(match.group(1), seen), text)

@@ -1,0 +1,55 @@
+// What kernels of mlcbuild's own call (compiler/gpu/kernels/device.cuh): two 16-bit floats at once, bytes, tensor cores.
+#pragma once
+
+#define EMULATION_PAIRS(T, PAIR, FROM_ONE, FROM_TWO)                                                        \
+  static inline PAIR FROM_ONE(float x) { return {T(x), T(x)}; }                                             \
+  static inline PAIR FROM_TWO(float x, float y) { return {T(x), T(y)}; }                                    \
+  static inline PAIR __hadd2(PAIR a, PAIR b) { return {a.x + b.x, a.y + b.y}; }                             \
+  static inline PAIR __hmul2(PAIR a, PAIR b) { return {a.x * b.x, a.y * b.y}; }
+EMULATION_PAIRS(half, half2, __float2half2_rn, __floats2half2_rn)
+EMULATION_PAIRS(nv_bfloat16, nv_bfloat162, __float2bfloat162_rn, __floats2bfloat162_rn)
+typedef nv_bfloat162 __nv_bfloat162;
+
+static inline half emulation_fma(half a, half b, half c) { return half(float(a) * float(b) + float(c)); }
+static inline half2 __hfma2(half2 a, half2 b, half2 c) {
+  return {emulation_fma(a.x, b.x, c.x), emulation_fma(a.y, b.y, c.y)};
+}
+static inline float2 __half22float2(half2 a) { return {float(a.x), float(a.y)}; }
+extern "C" float fmaf(float, float, float);
+
+// Byte i of the result is byte `selector >> 4 * i & 7` of the eight bytes of a and b.
+static inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; i++) result |= static_cast<uint32_t>(both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  return result;
+}
+
+namespace mlcbuild {
+
+static inline uint32_t masked(uint32_t word, uint32_t mask, uint32_t ones) { return (word & mask) | ones; }
+
+struct Operands {
+  uint32_t a[4], b[2];
+};
+
+// mma.m16n8k16 (PTX ISA, "Matrix Fragments for mma.m16n8k16"): a lane has rows lane / 4 and that + 8 of `a`, column
+// lane / 4 of `b`, and of both the columns and rows 2 * (lane % 4), the next, and those + 8.
+template <class T>
+static inline void multiply_tile(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  static Operands given[emulation::MOST_THREADS];
+  memcpy(given[emulation::thread].a, a, sizeof(a)), memcpy(given[emulation::thread].b, b, sizeof(b));
+  emulation::wait_for_warp();
+  const int lane = emulation_lane(), first = emulation::thread - lane;
+  for (int i = 0; i < 4; i++)
+    for (int t = 0; t < 4; t++)
+      for (int part = 0; part < 2; part++) {
+        T x[2], y[2];
+        memcpy(x, &given[first + lane / 4 * 4 + t].a[2 * part + i / 2], 4);
+        memcpy(y, &given[first + (lane % 4 * 2 + i % 2) * 4 + t].b[part], 4);
+        sums[i] += float(x[0]) * float(y[0]) + float(x[1]) * float(y[1]);
+      }
+  emulation::wait_for_warp();
+}
+
+}  // namespace mlcbuild

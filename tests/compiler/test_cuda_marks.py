@@ -1,0 +1,90 @@
+"""What the machine code of decoding's products is measured by, without a device: instructions, loads, registers."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from mlcbuild.compiler.gpu import cuda_rows, sources
+from mlcbuild.recipes.load import load
+from tests.support import sass
+
+ROOT = Path(__file__).parents[2]
+FORM = "4, 32, false of float16"  # q4f16_1
+# [rows, columns] of the matrices of 1B, 7B, 8B and 70B models (Llama 3.2 1B, Vicuna 7B, Llama 3.1 8B and 70B).
+SHAPES = {
+    "1B": [(3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (128256, 2048)],
+    "7B": [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (32000, 4096)],
+    "8B": [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)],
+    "70B": [(10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672), (128256, 8192)],
+    "8960": [(1536, 8960)],  # the columns of Qwen2 1.5B's widest
+}
+MARKED = (4096, 8960, 11008, 14336)
+LOAD, WEIGHTS_OF_A_LOAD = "LDG.E.EF.128", 32
+MULTIPROCESSORS = 132  # of an H100; smaller devices have more blocks to each
+WARPS, REGISTERS = 48, 65536  # of a multiprocessor of sm_89; those of sm_80 and sm_90 have 64 warps
+IN_FLIGHT = 16 * 1024
+
+
+def source(instances: dict[str, cuda_rows.Instance]) -> str:
+    """Kernels as TVM writes them around the function."""
+    pieces = ["#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n"]
+    for name, one in instances.items():
+        number = next(of for of in ("nv_bfloat16", "float", "half") if f"<{of}," in one.name)
+        pieces.append(
+            f'extern "C" __global__ void __launch_bounds__({one.threads}) {name}({number}* __restrict__ y, '
+            f"{number}* __restrict__ s, unsigned int* __restrict__ w, {number}* __restrict__ x, int n, int rows) {{\n"
+            f"  float results[{one.results}];\n  __shared__ float partial[{one.shared}];\n"
+            f"  {one.name}(results, partial, x, w, s, n, rows, ((int)blockIdx.x));\n"
+            f"  for (int i = 0; i < {one.results}; ++i) {{\n"
+            f"    int at = i * {one.threads} + threadIdx.x, column = blockIdx.x * {one.rows} + at % {one.rows};\n"
+            f"    if (at / {one.rows} < n && column < rows)\n"
+            f"      y[at / {one.rows} * rows + column] = ({number})results[i];\n"
+            "  }\n}\n"
+        )
+    return sources.complete("".join(pieces))
+
+
+@pytest.mark.slow
+def test_no_format_spills_registers_or_converts_from_integer(tmp_path: Path) -> None:
+    names = ("q4f16_0", "q4bf16_1", "q4f32_1", "q3f16_1", "q3f16_0", "q8f16_1", "q8f32_1", "q0f16", "q0bf16")
+    instances = {}
+    for name in names:
+        quantization = load(ROOT).quantizations[name]
+        form = cuda_rows.format_of(quantization.weights, quantization.model_dtype)[cuda_rows.FORMAT]
+        for most in cuda_rows.COUNTS:
+            for columns in (1000, 4096):
+                one = cuda_rows.instance(form, 1024, columns, most)
+                if one is None:
+                    assert most > 8 and "f32" in name, (name, columns)
+                    continue
+                instances[f"{name}_{most}_{columns}"] = one
+    found = sass.kernels(source(instances), "sm_80", tmp_path)
+    assert {name for name, kernel in found.items() if kernel.spilled or kernel.counted()["I2F"]} == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_90"])
+def test_products_of_few_rows(architecture: str, tmp_path: Path) -> None:
+    shapes = sorted({shape for group in SHAPES.values() for shape in group})
+    chosen = {(*shape, most): cuda_rows.instance(FORM, *shape, most) for shape in shapes for most in (1, 8)}
+    names = {one.arguments: f"k{number}" for number, one in enumerate(dict.fromkeys(filter(None, chosen.values())))}
+    found = sass.kernels(source({names[one.arguments]: one for one in chosen.values() if one}), architecture, tmp_path)
+    for (rows, columns, most), one in chosen.items():
+        assert one is not None
+        kernel, where = found[names[one.arguments]], (rows, columns, most)
+        tiles, warps, ahead = (int(text) for text in one.arguments.split(", ")[-3:])
+        steps, loads = math.ceil(columns / WEIGHTS_OF_A_LOAD / 4 / warps), 2 * tiles  # of a warp; a lane's in each
+        assert kernel.spilled == 0 and kernel.counted()["I2F"] == 0, where
+        if columns in MARKED:
+            weights = steps * loads * WEIGHTS_OF_A_LOAD
+            assert kernel.executed(max(1, steps / ahead)) / weights <= 3.3, where
+        # A step's loads are there before anything is computed, and are repeated by nothing but the loop: once each.
+        assert kernel.before("HMMA", LOAD) == ahead * loads, where
+        assert sum(name == LOAD for name in kernel.instructions) == (ahead + min(ahead, steps - ahead)) * loads, where
+        blocks = math.ceil(rows / one.rows)
+        fit = min(WARPS // warps, REGISTERS // (one.threads * math.ceil(kernel.registers / 8) * 8))
+        in_flight = min(blocks / MULTIPROCESSORS, fit) * warps * ahead * loads * 32 * 16
+        assert in_flight >= min(IN_FLIGHT, rows * columns / 2 / MULTIPROCESSORS), where

@@ -1,0 +1,83 @@
+"""One matrix product on the emulated device, for the worker: random codes and scales, NumPy's sums in float64.
+
+{"product": {"quantization": "q4f16_1", "rows": 50, "columns": 96, "changes": {"group_size": 64}}}
+-> {"errors": {"1": 3e-4, "8": ...}, "notes": {}, "kernels": 2}: by the rows of x, over the sums' deviation
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROWS_OF_X = (1, 2, 8, 9, 32)
+
+
+def judged(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    import ml_dtypes
+    import numpy as np
+    import tvm
+    import tvm_ffi
+    from tvm import IRModule, target
+
+    from mlcbuild.compiler.gpu import cuda_rows, products, schedules, sources
+    from mlcbuild.compiler.gpu.device import device_of
+    from mlcbuild.emulation import cuda
+    from mlcbuild.quantization.schemes import elements_per_word, max_code
+    from mlcbuild.recipes.load import load
+    from tests.emulation.build import ROOT
+    from tests.support import zig_cache
+
+    catalog = load(ROOT)
+    quantization = catalog.quantizations[asked["quantization"]]
+    dtype = quantization.model_dtype
+    weights = quantization.weights and replace(quantization.weights, **asked.get("changes", {}))
+    rows, columns = int(asked["rows"]), int(asked["columns"])
+    random = np.random.default_rng(rows * columns)
+    number = {"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype)
+    if weights is None:
+        given = {"weight": random.standard_normal((rows, columns)).astype(number)}
+        exact = given["weight"].astype("float64")
+    else:
+        group, per_word, middle = weights.group_size, elements_per_word(weights), max_code(weights)
+        groups = -(-columns // group)
+        codes = random.integers(0, 2 * middle + 1, (rows, groups * group)).astype("uint32")
+        codes[:, columns:] = 0
+        scales = random.uniform(0.01, 0.02, (rows, groups)).astype(number)
+        shifts = np.arange(per_word, dtype="uint32") * weights.bits
+        words = (codes.reshape(rows, -1, per_word) << shifts).sum(axis=2, dtype="uint32")
+        given = {"q_weight": words, "q_scale": scales}
+        exact = (codes.astype("float64") - middle) * scales.astype("float64").repeat(group, axis=1)
+        exact = exact[:, :columns]
+        if weights.layout == "KN":
+            given = {name: np.ascontiguousarray(part.T) for name, part in given.items()}
+    height = "rows" if asked.get("symbolic") else rows
+    named = {rows: height}
+    parts = tuple((name, tuple(named.get(n, n) for n in part.shape), str(part.dtype)) for name, part in given.items())
+    function = products.linear(parts, weights, height, columns, dtype, asked.get("out", "float32"), False)
+    device = catalog.targets["cuda"].device
+    folder.mkdir(parents=True)
+    zig_cache.share(folder)
+
+    def compiled(code: str, *_: Any) -> bytes:
+        assert f"mlcbuild::few_rows<mlcbuild::Weights<{cuda_rows.TYPES[dtype]}" in code, "another kernel"
+        return cuda.compile_source(sources.complete(code), folder)
+
+    tvm_ffi.register_global_func("tvm_callback_cuda_compile", compiled, override=True)
+    with target.Target({**device, "host": {"kind": "llvm"}}) as both:
+        module = schedules.schedule(IRModule({"main": function.with_attr("global_symbol", "main")}), device_of(device))
+        run = tvm.compile(module, target=both)
+    on_device = [tvm.runtime.tensor(part, tvm.cuda()) for part in given.values()]
+    before = cuda.report().launches
+    cuda.forget()
+    errors = {}
+    for n in ROWS_OF_X if dtype != "float32" else ROWS_OF_X[:3]:  # what there are functions for
+        x = random.standard_normal((n, columns)).astype(number)
+        out = tvm.runtime.tensor(np.full((n, rows), np.nan, asked.get("out", "float32")), tvm.cuda())
+        run["main"](tvm.runtime.tensor(x, tvm.cuda()), *on_device, out)
+        expected = x.astype("float64") @ exact.T
+        errors[str(n)] = float(np.abs(out.numpy().astype("float64") - expected).max() / expected.std())
+    report = cuda.report()
+    ran = [name for name, count in report.launches.items() if count > before.get(name, 0)]
+    return {"errors": errors, "notes": report.notes, "kernels": len(ran)}

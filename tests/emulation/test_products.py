@@ -1,0 +1,50 @@
+"""Products of few rows on the emulated CUDA device: the functions of our own (compiler/gpu/kernels), against NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.emulation.worker import Worker
+
+pytestmark = pytest.mark.slow
+# Largest error over the deviation of a row's sums: weights rounded to the model dtype, as MLC's kernels have them.
+BOUNDS = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 2e-2}
+CASES = [
+    {"quantization": "q4f16_1", "rows": 50, "columns": 4096},
+    {"quantization": "q4f16_1", "rows": 37, "columns": 11008},  # steps that warps do not share out evenly
+    {"quantization": "q4f16_1", "rows": 32, "columns": 96, "symbolic": True},
+    {"quantization": "q4f16_1", "rows": 16, "columns": 1000},  # a partial last group
+    {"quantization": "q4f16_1", "rows": 17, "columns": 640, "changes": {"group_size": 16}},
+    {"quantization": "q4f16_1", "rows": 17, "columns": 640, "changes": {"group_size": 128}},
+    {"quantization": "q4bf16_1", "rows": 33, "columns": 2080},
+    {"quantization": "q4f32_1", "rows": 33, "columns": 2080},
+    {"quantization": "q4f32_1", "rows": 16, "columns": 1000},
+    {"quantization": "q4f16_0", "rows": 76, "columns": 1056},
+    {"quantization": "q3f16_1", "rows": 20, "columns": 1024},
+    {"quantization": "q3f16_0", "rows": 20, "columns": 1024},
+    {"quantization": "q8f16_1", "rows": 20, "columns": 1056},
+    {"quantization": "q8f16_1", "rows": 9000, "columns": 64},  # two tiles of eight rows of x
+    {"quantization": "q8f32_1", "rows": 20, "columns": 1056},
+    {"quantization": "q0f16", "rows": 20, "columns": 1032},
+    {"quantization": "q0bf16", "rows": 20, "columns": 1032},
+]
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    worker = Worker(tmp_path_factory.mktemp("products"))
+    yield worker
+    worker.close()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
+def test_products_of_few_rows(case: dict[str, Any], worker: Worker) -> None:
+    answer = worker.ask({"product": case})
+    name = case["quantization"]
+    bound = BOUNDS["bfloat16" if "bf16" in name else "float32" if "f32" in name else "float16"]
+    assert answer["notes"] == {}
+    assert {n: error for n, error in answer["errors"].items() if not error < bound} == {}
+    assert answer["kernels"] == (2 if "f32" in name and "bf" not in name else 3)

@@ -60,7 +60,8 @@ def measure(quantization: str, shape: str) -> dict[str, Any]:
     structure = shape_1b.structure(getattr(shape_1b, config), num_hidden_layers=layers)
     device = targets.resolve(shape_1b.CPU)
     started = time.perf_counter()
-    module = lower(structure, shape_1b.quantization(quantization), quantization, device)
+    bits = shape_1b.CPU.activation_bits
+    module = lower(structure, shape_1b.quantization(quantization), quantization, device, activation_bits=bits)
     lowered = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         output, file = Path(folder) / "model.so", Path(folder) / "module.json"

@@ -71,7 +71,7 @@ def _stories(folder: Path, target_name: str) -> None:
 
     from mlcbuild.runtime import load
 
-    names = f"stories-{QUANTIZATION}-{target_name}", f"stories-{QUANTIZATION}-cpu"
+    names = f"stories-{QUANTIZATION}-{target_name}", f"stories-{QUANTIZATION}-cpu-exact"
     subprocess.run([sys.executable, "-m", "doit", "build", f"recipe={','.join(names)}"], cwd=ROOT, check=True)
     package, ours = (ROOT / "dist" / name for name in names)
     (weights,) = package.glob("*-MLC")
@@ -92,7 +92,7 @@ def _library(shape: Any, target_name: str, architectures: Sequence[str], output:
     scratch.mkdir(parents=True, exist_ok=True)
     target = _target(target_name)
     if target.device["kind"] == "llvm":
-        return shape_1b.build(QUANTIZATION, output, scratch, shape)
+        return shape_1b.build(QUANTIZATION, output, scratch, shape, target)
     from mlcbuild.compiler import assemble
     from mlcbuild.compiler.gpu.build import build
     from mlcbuild.compiler.gpu.lower import lower

@@ -4,6 +4,7 @@
     python benchmarks/decode.py --llama-python /path/to/python         # llama.cpp beside them (PyPI llama-cpp-python)
     python benchmarks/decode.py --torch                                # transformers on torch in bfloat16 beside them
     python benchmarks/decode.py --quantizations q3f16_1,q8f16_1 --threads 1
+    python benchmarks/decode.py --target cpu-exact                     # activations not rounded to 8 bits
 
 A 1.1B shape with random weights. Every contestant is a process that stays, its threads on as many cores; rounds are
 interleaved, each with a measurement of the read bandwidth on the same cores, and medians are printed: absolute figures
@@ -270,20 +271,20 @@ def _torch(_: Path, threads: int) -> Measure:
 
 def _prepare(options: argparse.Namespace, folder: Path) -> list[tuple[str, str, Path, int]]:
     sys.path.insert(0, str(ROOT))
-    from benchmarks import gguf, shape_1b
+    from benchmarks import llama_cpp_file, shape_1b
 
-    shape = shape_1b.structure()
+    shape, target = shape_1b.structure(), shape_1b.TARGETS[options.target]
     contestants = []
     for name in options.quantizations:
         ours = folder / name
         if not (ours / "weights" / "tensor-cache.json").exists():
             shape_1b.write_weights(name, ours / "weights", shape)
-        shape_1b.build(name, ours / "model.so", ours / "scratch", shape)
+        shape_1b.build(name, ours / "model.so", ours / "scratch", shape, target)
         index = json.loads((ours / "weights" / "tensor-cache.json").read_text())
         read = [r for s in index["records"] for r in s["records"] if "embed_tokens" not in r["name"]]
         contestants.append((name, sys.executable, ours, sum(r["nbytes"] for r in read)))
     if options.torch:
-        nbytes = gguf.bytes_of_a_token("F16", shape_1b.CONFIG)  # as many bytes as float16
+        nbytes = llama_cpp_file.bytes_of_a_token("F16", shape_1b.CONFIG)  # as many bytes as float16
         contestants.append((TORCH, sys.executable, folder, nbytes))
     python = options.llama_python
     if python is None or subprocess.run([python, "-c", "import llama_cpp"], capture_output=True).returncode:
@@ -292,8 +293,8 @@ def _prepare(options: argparse.Namespace, folder: Path) -> list[tuple[str, str, 
     for name in LLAMA:
         path = folder / f"{name}.gguf"
         if not path.exists():
-            gguf.write(path, name, shape_1b.CONFIG)
-        contestants.append((name, python, path, gguf.bytes_of_a_token(name, shape_1b.CONFIG)))
+            llama_cpp_file.write(path, name, shape_1b.CONFIG)
+        contestants.append((name, python, path, llama_cpp_file.bytes_of_a_token(name, shape_1b.CONFIG)))
     return contestants
 
 
@@ -312,6 +313,7 @@ def _resident() -> float:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quantizations", type=lambda text: text.split(","), default=["q4f16_1", "q4f32_1", "q0f16"])
+    parser.add_argument("--target", default="cpu", help="a stock target for this machine: cpu or cpu-exact")
     parser.add_argument("--threads", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--llama-python", help="an interpreter that has llama-cpp-python")

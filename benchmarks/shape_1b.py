@@ -19,7 +19,7 @@ from mlcbuild.models.structure import Structure
 from mlcbuild.quantization.schemes import quantized_parameters
 from mlcbuild.recipes import convert
 from mlcbuild.recipes.load import load
-from mlcbuild.recipes.types import Linker, Quantization, Target
+from mlcbuild.recipes.types import Quantization, Target
 
 ROOT = Path(__file__).parents[1]
 CONFIG: dict[str, Any] = {
@@ -44,8 +44,8 @@ CONFIG_7B = {
     "num_key_value_heads": 32,
     "head_dim": 128,
 }
-_LINKER = Linker("zig", "native", ("-shared", "-nostdlib", "-Wl,-z,undefs", "-s"), ("libm.so.6", "libc.so.6"))
-CPU = Target("cpu", {"kind": "llvm", "mcpu": "native"}, "so", _LINKER, "native")
+TARGETS = load(ROOT).targets
+CPU = TARGETS["cpu"]
 
 
 def structure(config: dict[str, Any] = CONFIG, **changes: Any) -> Structure:
@@ -57,13 +57,14 @@ def quantization(name: str) -> Quantization:
     return convert.quantization(name, data, {})
 
 
-def build(name: str, output: Path, scratch: Path, shape: Structure) -> None:
-    """The library of `shape` in quantization `name` for this machine."""
+def build(name: str, output: Path, scratch: Path, shape: Structure, target: Target = CPU) -> None:
+    """The library of `shape` in quantization `name` for this machine, as `target` (a stock one for it) says."""
     scratch.mkdir(parents=True, exist_ok=True)
-    device = targets.resolve(CPU)
+    device, bits = targets.resolve(target), target.activation_bits
     lowered = scratch / "module.json"
-    assemble.save(lower(replace(shape, vocab_size=1), quantization(name), name, device), lowered)
-    build_library(lowered, device, {}, CPU.linker, output, scratch)
+    module = lower(replace(shape, vocab_size=1), quantization(name), name, device, activation_bits=bits)
+    assemble.save(module, lowered)
+    build_library(lowered, device, {}, target.linker, output, scratch)
 
 
 def write_weights(name: str, folder: Path, shape: Structure) -> int:

@@ -103,7 +103,7 @@ def not_executed(target: Target) -> str | None:
     if not is_gpu(target):
         return "a CPU's library is verified whole, where this machine can run it"
     if kind != "cuda":
-        return f"there is no emulated device of kind {kind} yet"
+        return f"the emulated device runs whole libraries of kind cuda, and none of kind {kind}"
     if real_device(target) is not None or (platform.system(), platform.machine()) == ("Linux", "x86_64"):
         return None
     return f"the emulated device runs on x86-64 Linux, not on {platform.machine()} {platform.system()}"

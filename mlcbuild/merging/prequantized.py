@@ -23,6 +23,8 @@ from mlcbuild.errors import CheckpointError
 from mlcbuild.quantization import awq, floats
 
 METHODS = ("awq", "gptq")
+FLOATS_OF = ("fp8", "mxfp4")  # and floats of few bits (mlcbuild.merging.low_floats)
+_NAMES = {"fbgemm_fp8": "fp8", "compressed-tensors": "fp8"}  # what else the latter are called
 _PIECE = 1 << 20  # elements that are dequantized at once
 
 
@@ -30,10 +32,11 @@ _PIECE = 1 << 20  # elements that are dequantized at once
 class Scheme:
     """How a checkpoint was quantized, from `quantization_config` in its config.json."""
 
-    method: str  # of METHODS
+    method: str  # of METHODS or FLOATS_OF
     bits: int
     group_size: int  # -1: one group for the whole column
     zero_offset: int  # what is added to a stored zero point
+    block: tuple[int, int] = (128, 128)  # of fp8: rows and columns that a scale is for
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,12 @@ def scheme(config: Mapping[str, Any]) -> Scheme | None:
     if not isinstance(found, dict):
         raise CheckpointError(f"{where} is not a mapping")
     method = found.get("quant_method")
+    if (kind := _NAMES.get(str(method), method)) in FLOATS_OF:
+        return _floats(found, str(kind), where)
     if method not in METHODS:
         raise CheckpointError(
-            f"{where}.quant_method is {method!r}: only {' and '.join(METHODS)} checkpoints are read; "
+            f"{where}.quant_method is {method!r}: only {', '.join(METHODS)}, {', '.join(FLOATS_OF)} and "
+            "compressed-tensors checkpoints are read; "
             "use the model's unquantized checkpoint"
         )
     bits, group_size = found.get("bits", found.get("w_bit")), found.get("group_size", found.get("q_group_size"))
@@ -73,6 +79,24 @@ def scheme(config: Mapping[str, Any]) -> Scheme | None:
         raise CheckpointError(f"{where}.version is {version!r}: only AutoAWQ's gemm packing is read")
     offset = int(method == "gptq" and found.get("checkpoint_format", "gptq") != "gptq_v2")
     return Scheme(method, int(str(bits)), group_size, offset)
+
+
+def _floats(found: Mapping[str, Any], kind: str, where: str) -> Scheme:
+    block = found.get("weight_block_size")
+    if found.get("quant_method") == "compressed-tensors":
+        groups = found.get("config_groups")
+        weights = [(each or {}).get("weights") or {} for each in groups.values()] if isinstance(groups, dict) else []
+        if not weights or any((each.get("type"), each.get("num_bits")) != ("float", 8) for each in weights):
+            raise CheckpointError(
+                f"{where}: compressed-tensors has {found.get('format')!r}: only floats of 8 bits are read; "
+                "use the model's unquantized checkpoint"
+            )
+        block = weights[0].get("block_structure")
+    if block is None:
+        return Scheme(kind, 4 if kind == "mxfp4" else 8, -1, 0)
+    if not isinstance(block, list) or len(block) != 2 or any(type(size) is not int or size < 1 for size in block):
+        raise CheckpointError(f"{where}.weight_block_size is {block!r}: expected two positive numbers")
+    return Scheme(kind, 8, -1, 0, (block[0], block[1]))
 
 
 def check_absent(table: Mapping[str, TensorRef]) -> None:

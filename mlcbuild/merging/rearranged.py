@@ -3,6 +3,8 @@
     transpose    [K, N] -> [N, K], as GPT-2's Conv1D keeps its matrices, and Aria each expert's
     ungroup_qkv  rows `q.. k v` of each key-value head -> all queries, all keys, all values
     ungroup_qvk  the same of four groups with rows `q.. v.. k..`, CodeGen's
+    by_expert    all experts' rows in one matrix -> a matrix for each; of two such, each expert's rows joined
+    deinterleave of every expert the rows 0, 2, 4 ..., then 1, 3, 5 ...: gpt-oss's gates, then its ups
     add_one      w -> 1 + w, for norms that are stored as what they differ from 1 (Gemma)
     unit_rows    w -> w / |w| row by row, as Baichuan 2 does with its head in every call
     softplus     w -> ln(1 + exp(w)), for numbers that are above 0 (Apertus)
@@ -81,6 +83,12 @@ def _dtype(parameter: Parameter, source: str) -> str:
 
 def _rows(parameter: Parameter, refs: Sequence[TensorRef]) -> Iterator[Array]:
     arrays = [view(ref) for ref in refs]
+    if "by_expert" in parameter.convert:
+        arrays = [array.reshape(parameter.shape[0], -1, array.shape[1]) for array in arrays]
+        for matrices in zip(*arrays, strict=True):
+            whole = np.concatenate(matrices)[None]
+            yield np.ascontiguousarray(np.swapaxes(whole, -1, -2) if "transpose" in parameter.convert else whole)
+        return
     if "transpose" in parameter.convert:
         arrays = [np.swapaxes(array, -1, -2) for array in arrays]
     starts = np.cumsum([0, *(len(array) for array in arrays)])
@@ -100,6 +108,8 @@ def _rows(parameter: Parameter, refs: Sequence[TensorRef]) -> Iterator[Array]:
             mine = (wanted >= start) & (wanted < end)
             if mine.any():
                 values[mine] = array[wanted[mine] - start]
+        if "deinterleave" in parameter.convert:
+            values = np.concatenate([values[:, 0::2], values[:, 1::2]], axis=1)
         computed = [name for name in parameter.convert if name in _ARITHMETIC]
         for name in computed:
             values = _ARITHMETIC[name](floats.widen(values, dtype), parameter)

@@ -9,7 +9,7 @@ from typing import Any
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models import complete, unknown
 from mlcbuild.models.config import normalise, scaling_problems
-from mlcbuild.models.fields import check, evaluate, keys, lookup, names_in, read, value_of
+from mlcbuild.models.fields import by_layer, check, evaluate, keys, lookup, names_in, read, value_of
 from mlcbuild.models.kinds import DECODER, ENCODER, RECURRENT, filled
 from mlcbuild.models.structure import ParameterRule, Structure
 from mlcbuild.recipes.types import Architecture
@@ -66,6 +66,7 @@ def resolve(architecture: Architecture, config: Mapping[str, Any], overrides: Ma
     theta = _ROPE_THETA if flat.get("rope_theta") is None else flat["rope_theta"]
     given = {"rope_theta": theta, "rope_scaling": flat["rope_scaling"], **constants}
     values, problems = read(data["config"], flat, given)
+    problems += by_layer(values)
     problems += check(values) + _check_requirements(data, flat) + unknown.complaints(architecture, flat)
     if problems:
         raise MlcBuildError("\n".join(problems))
@@ -170,8 +171,13 @@ def _rules(rule: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[Param
 
 
 def _under(prefix: str, rule: ParameterRule) -> ParameterRule:
-    """The rule with its checkpoint tensors under a wrapper's prefix."""
-    sources, others = (tuple(prefix + name for name in names) for names in (rule.sources, rule.alternative))
+    """The rule with its checkpoint tensors under a wrapper's prefix, which may stand for the text model's `model.`."""
+    inside = prefix.startswith("model.")
+
+    def named(name: str) -> str:
+        return (name.replace("model.", prefix, 1) if name.startswith("model.") else name) if inside else prefix + name
+
+    sources, others = (tuple(map(named, names)) for names in (rule.sources, rule.alternative))
     return replace(rule, sources=sources, alternative=others)
 
 

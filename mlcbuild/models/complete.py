@@ -15,6 +15,7 @@ from mlcbuild.models.structure import ParameterRule, Structure
 _ONE_BY_ONE = {"q_proj", "k_proj", "v_proj"}
 _LATENT = {"kv_a_proj", "kv_a_norm", "kv_b_proj"}
 _NARROW_QUERY = {"q_a_proj", "q_a_norm", "q_b_proj"}
+_BESIDE = {"router_norm", "experts_norm", "experts_post_norm", "dense_post_norm"}
 _SHARED = {"shared_gate_up_proj", "shared_down_proj"}
 
 
@@ -66,15 +67,21 @@ def _layer(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
         needed = {"o_proj", *_LATENT, *(_NARROW_QUERY if s.q_lora_rank else {"q_proj"})}
     else:
         needed = {"o_proj", *(_ONE_BY_ONE if roles & _ONE_BY_ONE else {"qkv_proj"})}
+        needed -= {"v_proj"} if s.keys_as_values and "v_proj" not in roles else set()
     used = {f"{name}_bias" for name in ("qkv", "q", "k", "v", "q_a", "kv_a", "o", "gate_up", "gate", "up", "down")} | {
-        "attention_gate"
+        "attention_gate",
+        "attention_head_gate",
+        "sinks",
+        "layer_scale",
     }
-    if s.qk_norm != "none" and s.norm_weights:
+    if s.qk_norm not in ("none", "unit") and s.norm_weights:
         needed |= {"q_norm", "k_norm"}
         used |= {"q_norm_bias", "k_norm_bias"}
     if "router" in roles:
         needed |= {"experts_gate_up_proj", "experts_down_proj", *(_SHARED if roles & _SHARED else ())}
-        used |= {"router", "router_correction", "shared_gate", "shared_gate_up_bias", "shared_down_bias"}
+        used |= {"router", "router_bias", "router_correction", "shared_gate", "shared_gate_up_bias", "shared_down_bias"}
+        used |= {"experts_gate_up_bias", "experts_down_bias", "expert_scale"}
+        needed |= {"down_proj", "gate_up_proj", *_BESIDE} if "down_proj" in roles else set()
     elif s.mlp == "plain":
         needed |= {"up_proj", "down_proj"}
     else:

@@ -11,6 +11,7 @@ from mlcbuild.errors import MlcBuildError
 _ROPE_META = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
 _SCORES = "llama_4_scaling_beta"  # of scores, not of rope: `normalise` puts it beside the scaling
 _KINDS = {"su": "longrope", "deepseek_yarn": "yarn"}  # what older checkpoints of Phi-3 and Sarvam call them
+_PER_LAYER = ("head_dim", "num_key_value_heads")
 _WITH_LENGTHS = ("dynamic", "yarn", "longrope")  # scalings that depend on how long texts the model was trained for
 
 # Numbers that a kind needs, and those that it may have.
@@ -18,6 +19,7 @@ _SCALING_NUMBERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": (("factor",), ()),
     "dynamic": (("factor", "max_position_embeddings"), ()),
     "alpha": (("alpha",), ()),
+    "proportional": (("partial_rotary_factor",), ("factor",)),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
     "yarn": (("original_max_position_embeddings",), ("factor", "attention_factor", "beta_fast", "beta_slow")),
     "longrope": (("original_max_position_embeddings",), ("factor", "attention_factor")),
@@ -45,6 +47,7 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
     if "full_attention" in parameters:
         local = _mapping(parameters.get("sliding_attention"), "rope_parameters.sliding_attention")
         flat.setdefault("rope_local_base_freq", local.get("rope_theta"))
+        flat.setdefault("rope_local_partial_factor", local.get("partial_rotary_factor"))
         scaling = _scaling(local, flat)
         if scaling is not None:
             raise MlcBuildError(
@@ -58,6 +61,8 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
             flat["partial_rotary_factor"] = parameters["partial_rotary_factor"]
         if flat.get("rope_scaling") is None:
             flat["rope_scaling"] = parameters
+    if flat.get("per_layer_config") is not None:
+        flat["per_layer_config"] = _by_key(_mapping(flat["per_layer_config"], "per_layer_config"), flat)
     if is_number(flat.get("rope_theta")):
         flat["rope_theta"] = float(flat["rope_theta"])
     given = _mapping(flat.get("rope_scaling"), "rope_scaling")
@@ -65,6 +70,17 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
         flat[_SCORES] = given[_SCORES]
     flat["rope_scaling"] = _scaling(given, flat)
     return flat
+
+
+def _by_key(layers: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """What transformers 5 writes where layers differ, {layer: {key: value}}, as {key: its values up to the
+    last layer that has one}."""
+    keys = {key for each in layers.values() for key in _mapping(each, "per_layer_config")}
+    if not keys <= set(_PER_LAYER) or type(config.get("num_hidden_layers")) is not int:
+        raise MlcBuildError(f"config.json: per_layer_config has {sorted(keys)}, but only {_PER_LAYER} may differ")
+    last = max((int(layer) for layer in layers if layer.isdecimal()), default=0)
+    count = min(config["num_hidden_layers"], last + 1)
+    return {key: [layers.get(str(layer), {}).get(key) for layer in range(count)] for key in keys}
 
 
 def _finite_or_not(value: Any) -> Any:
@@ -97,6 +113,8 @@ def _scaling(scaling: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str,
     if kind == "dynamic" and scaling.get("alpha") is not None:
         kind = "alpha"  # what Hunyuan's checkpoints mean by it
     values = {key: value for key, value in scaling.items() if key not in (*_ROPE_META, _SCORES)}
+    if kind == "proportional":
+        values["partial_rotary_factor"] = scaling.get("partial_rotary_factor", 1.0)
     if kind in _WITH_LENGTHS:
         longest = config.get("max_position_embeddings")
         values.setdefault("max_position_embeddings", longest)

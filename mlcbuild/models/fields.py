@@ -14,6 +14,7 @@ from typing import Any
 
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.config import is_above, is_number
+from mlcbuild.models.structure import BY_LAYER
 
 Values = Mapping[str, Any]
 
@@ -91,7 +92,17 @@ _MOST = {
     ),
     "num_hidden_layers": MOST_LAYERS,
 }
-NUMBERS = ("norm_offset", "embedding_scale", "residual_scale", "logits_scale", "routed_scaling_factor", "router_jitter")
+NUMBERS = (
+    "norm_offset",
+    "embedding_scale",
+    "residual_scale",
+    "logits_scale",
+    "routed_scaling_factor",
+    "router_jitter",
+    "value_scale",
+    "swiglu_alpha",
+    "router_scale",
+)
 _POSITIVE = (
     "state_norm_eps",
     "final_logit_softcapping",
@@ -100,6 +111,8 @@ _POSITIVE = (
     "clip_qkv",
     "alibi_bias_max",
     "position_scale",
+    "swiglu_limit",
+    "router_logit_softcapping",
 )
 _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(SIZES, ("a whole number of at least 1", lambda value: type(value) is int and value > 0)),
@@ -117,9 +130,10 @@ CHOICES = {
     "mlp": ("gated", "plain"),
     "rope": ("full", "none"),
     "rope_pairing": ("halves", "neighbours"),
-    "qk_norm": ("none", "head", "per_head", "all"),
+    "qk_norm": ("none", "head", "per_head", "all", "unit"),
     "gate": ("first", "second"),
-    "scoring": ("softmax", "sigmoid", "sparse_mixer"),
+    "attention_gate": ("sigmoid", "softplus"),
+    "scoring": ("softmax", "sigmoid", "logits", "sparse_mixer"),
     "head_activation": ("silu", "gelu", "gelu_tanh", "relu", "relu2"),
     "activation": ("silu", "gelu", "gelu_tanh", "relu", "relu2", "xielu"),
 }
@@ -199,6 +213,27 @@ def _mapped(value: Any, key: str, names: Mapping[str, Any]) -> Any:
     if name not in names:
         raise MlcBuildError(f"{key} is {value!r}, but this architecture computes only {' or '.join(map(repr, names))}")
     return names[name]
+
+
+def by_layer(values: dict[str, Any]) -> list[str]:
+    """Gives fields that have a value for each layer their largest, and `by_layer` all of them; what is wrong."""
+    found, problems = [], []
+    for name in (name for name in BY_LAYER if isinstance(values.get(name), list | tuple)):
+        every, layers = tuple(values[name]), values.get("num_hidden_layers")
+        wrong = [value for value in every if not is_number(value)]
+        if wrong or len(every) != layers:
+            problems.append(
+                f"config.json: {name} is {list(every)!r:.100}, expected a number for each of {layers} layers"
+            )
+            values[name] = None
+            continue
+        values[name] = max(every)
+        if len(set(every)) > 1:
+            found.append((name, every))
+            problems += [problem for value in set(every) for problem in check({name: value})]
+    if found:
+        values["by_layer"] = tuple(found)
+    return problems
 
 
 def check(values: Values) -> list[str]:

@@ -40,11 +40,6 @@ def heads_of(d: Decoder, x: Expr, weight: Given) -> Expr:
     return d.builder.emit_te(partial(_whole, s), q, turned, kv, primfunc_name_hint="latent_heads")
 
 
-def values_of(d: Decoder, out: Expr) -> Expr:
-    """What attention returns [n, heads, head_dim], without the zeros that values end with: [n, heads * value width]."""
-    return d.builder.emit_te(_cut, out, d.structure.value_head_dim, primfunc_name_hint="latent_values")
-
-
 def _whole(s: Structure, q: te.Tensor, turned: te.Tensor, kv: te.Tensor) -> te.Tensor:
     heads, width, rope, values = s.num_attention_heads, s.qk_head_dim, s.rotary_dim or 0, s.value_head_dim
     rest = width - rope
@@ -59,8 +54,3 @@ def _whole(s: Structure, q: te.Tensor, turned: te.Tensor, kv: te.Tensor) -> te.T
         return tirx.if_then_else(h < 2 * heads, tirx.if_then_else(d < width, of_both, zero), of_value)
 
     return te.compute((q.shape[0], 3 * heads, s.head_dim), number, name="latent_heads")
-
-
-def _cut(out: te.Tensor, values: int) -> te.Tensor:
-    n, heads, _ = out.shape
-    return te.compute((n, heads * values), lambda i, j: out[i, j // values, j % values], name="latent_values")

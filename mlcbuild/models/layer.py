@@ -6,11 +6,11 @@ from functools import partial
 
 from tvm import ir, relax, te, tirx
 
-from mlcbuild.models import latent
+from mlcbuild.models import heads, latent
 from mlcbuild.models.decoder import Decoder, kv_cache
+from mlcbuild.models.experts import beside, experts
 from mlcbuild.models.operations import Expr
 from mlcbuild.models.rope import in_cache, inverse_frequencies, latent_factor, rotary
-from mlcbuild.models.routers import choose
 from mlcbuild.models.structure import Structure
 from mlcbuild.models.weights import Given
 
@@ -42,7 +42,9 @@ def layer(decoder: Decoder, x: Expr, cache: Expr, layer_id: Expr, *given: Expr, 
         normed = d.norm(x1, weight, "mlp_norm") if pre else x1
     elif "mlp_norm" in weight:
         normed = d.norm(x, weight, "mlp_norm")
-    x2 = relax.op.add(x1, returned(_mlp(d, normed, weight), "mlp_post_norm"))
+    x2 = relax.op.add(x1, returned(_mlp(d, normed, x1, weight), "mlp_post_norm"))
+    if "layer_scale" in weight:
+        x2 = relax.op.multiply(d.builder.emit(x2), d.cast(weight("layer_scale").plain, d.operations.compute))
     return d.norm(d.builder.emit(x2), weight, "mlp_norm") if sums else x2
 
 
@@ -59,55 +61,57 @@ def _attention(d: Decoder, x: Expr, cache: Expr, layer_id: Expr, weight: Given, 
     layers, and attends. A layer that sees a window of positions only gives the cache a negative scale: the cache tells
     its kernels nothing else about layers. The window and the soft cap are known to the kernels.
     """
-    s = d.structure
-    heads, kv_heads, dim = s.num_attention_heads, s.num_key_value_heads, s.head_dim
+    s, own = d.structure, d.structure.at(number)
+    key, value = heads.widths(own)
     if s.kv_lora_rank:
         qkv = latent.heads_of(d, x, weight)
     elif "qkv_proj" in weight:
         qkv = d.project(x, weight, "qkv", d.dtype)
     else:
-        parts = [d.project(x, weight, name, d.dtype) for name in ("q", "k", "v")]
+        parts = [d.project(x, weight, name, d.dtype) for name in ("q", "k", "v") if f"{name}_proj" in weight]
+        parts = [*parts, parts[1]] if len(parts) == 2 else parts
+        parts[2] = heads.normed_values(d, parts[2], own) if s.value_norm else parts[2]
         qkv = d.builder.emit(relax.op.concat(parts, axis=1))
     if s.clip_qkv is not None:
         qkv = d.builder.emit(relax.op.clip(qkv, -s.clip_qkv, s.clip_qkv))
-    qkv = d.builder.emit(relax.op.reshape(qkv, [n, heads + 2 * kv_heads, dim]))
+    if key == value or s.kv_lora_rank:
+        width = s.head_dim if s.kv_lora_rank else key
+        rows = own.num_attention_heads + 2 * own.num_key_value_heads
+        qkv = d.builder.emit(relax.op.reshape(qkv, [n, rows, width]))
     if not s.qk_norm_last:
-        qkv = _normed_heads(d, qkv, weight)
-    if s.position_scale is not None:
+        qkv = _normed_heads(d, qkv, own, weight, s.turns(number))
+    if s.position_scale is not None and not (s.position_scale_unturned and s.turns(number)):
         qkv = d.builder.emit_te(
-            partial(_scaled_queries, s), qkv, query_positions(d, cache, n), primfunc_name_hint="scaled"
+            partial(_scaled_queries, own), qkv, query_positions(d, cache, n), primfunc_name_hint="scaled"
         )
     kind = s.layer_type(number)
+    if not s.kv_lora_rank:
+        qkv = heads.in_cache(d, qkv, own, weight)
     if s.turns(number) and not in_cache(s):
-        positions, table = query_positions(d, cache, n), inverse_frequencies(s, kind)
-        qkv = d.operations.rope(qkv, positions, table, (heads, kv_heads), rotary(s, kind))
+        positions, table = query_positions(d, cache, n), inverse_frequencies(own, kind)
+        both = s.num_attention_heads, s.num_key_value_heads
+        qkv = d.operations.rope(qkv, positions, table, both, rotary(own, kind))
     if s.qk_norm_last:
-        qkv = _normed_heads(d, qkv, weight)
-    width = s.qk_head_dim or dim
-    scale = width**-0.5 * latent_factor(s) if s.attention_scale is None else s.attention_scale
+        qkv = _normed_heads(d, qkv, own, weight, s.turns(number))
+    scale = key**-0.5 * latent_factor(s) if s.attention_scale is None else s.attention_scale
     slides = kind == "sliding" and s.sliding_window_size is not None
     out = d.builder.emit(
         relax.call_dps_packed(
             "vm.builtin.attention_kv_cache_attention_with_fused_qkv",
             [cache, layer_id, relax.prim_value(-scale if slides else scale), qkv],
-            out_ty=relax.TensorType([n, heads, dim], d.dtype),
+            out_ty=relax.TensorType([n, s.num_attention_heads, s.head_dim], d.dtype),
         )
     )
-    if s.value_head_dim not in (0, dim):
-        out = latent.values_of(d, out)
-    else:
-        out = d.builder.emit(relax.op.reshape(out, [n, heads * dim]))
-    if "attention_gate" in weight:
-        gate = d.builder.emit(relax.op.sigmoid(d.operations.linear(x, weight("attention_gate"), d.operations.compute)))
-        out = d.builder.emit(relax.op.multiply(gate, d.cast(out, d.operations.compute)))
-    return d.project(out, weight, "o")
+    out = d.scaled(heads.values_of(d, out, own), s.value_scale)
+    return d.project(heads.gated(d, out, x, own, weight), weight, "o")
 
 
 def _scaled_queries(s: Structure, qkv: te.Tensor, positions: te.Tensor) -> te.Tensor:
     """Fused heads with queries multiplied with a number that grows with their position (Llama 4's, Ministral 3's)."""
 
     def value(i: tirx.Var, h: tirx.Var, j: tirx.Var) -> Expr:
-        times = tirx.floordiv(positions[i], s.position_scale_length).astype("float32")
+        position = positions[i] + (1 if s.position_scale_unturned else 0)
+        times = tirx.floordiv(position, s.position_scale_length).astype("float32")
         factor = 1 + tirx.const(s.position_scale, "float32") * tirx.log(1 + times)
         x = qkv[i, h, j]
         return tirx.if_then_else(h < s.num_attention_heads, (x.astype("float32") * factor).astype(x.dtype), x)
@@ -115,26 +119,31 @@ def _scaled_queries(s: Structure, qkv: te.Tensor, positions: te.Tensor) -> te.Te
     return te.compute(qkv.shape, value, name="scaled")
 
 
-def _normed_heads(d: Decoder, qkv: Expr, weight: Given) -> Expr:
+def _normed_heads(d: Decoder, qkv: Expr, own: Structure, weight: Given, turned: bool) -> Expr:
     """Fused heads with queries and keys normed, where the model does that."""
     s = d.structure
-    if s.qk_norm == "none":
+    if s.qk_norm == "none" or (s.qk_norm == "unit" and not turned):
         return qkv
     roles = ("q_norm", "k_norm", "q_norm_bias", "k_norm_bias")
     weights = [weight(role).plain if role in weight else None for role in roles]
-    if not s.norm_weights:
-        weights[:2] = [d.ones(s.head_dim)] * 2
-    heads = s.num_attention_heads, s.num_key_value_heads
-    return d.operations.norm_heads(qkv, tuple(weights), heads, s.qk_norm, s.norm, s.norm_eps)
+    if not s.norm_weights or s.qk_norm == "unit":
+        weights[:2] = [d.ones(heads.widths(own)[0])] * 2
+    both = own.num_attention_heads, own.num_key_value_heads
+    spans = "head" if s.qk_norm == "unit" else s.qk_norm
+    return d.operations.norm_heads(qkv, tuple(weights), both, spans, s.norm, s.norm_eps)
 
 
-def _mlp(d: Decoder, x: Expr, weight: Given) -> Expr:
+def _mlp(d: Decoder, x: Expr, before: Expr, weight: Given) -> Expr:
     """x [n, H] -> [n, H]: gated, with gate and up as one matrix or as two (Shazeer, arXiv 2002.05202), or plain.
 
-    Experts, where the layer has a router to choose among them.
+    Experts, where the layer has a router to choose among them; beside a plain MLP they see `before` [n, H], x unnormed.
     """
     if "router" in weight:
-        return _experts(d, x, weight)
+        return beside(d, _dense(d, x, weight), before, weight) if "down_proj" in weight else experts(d, x, x, weight)
+    return _dense(d, x, weight)
+
+
+def _dense(d: Decoder, x: Expr, weight: Given) -> Expr:
     operations, activation = d.operations, d.structure.activation
     if "gate_up_proj" in weight:
         both = d.project(x, weight, "gate_up")
@@ -166,28 +175,3 @@ def _xielu(d: Decoder, x: Expr, weight: Given) -> Expr:
 
     trained = (d.cast(weight(f"xielu_{side}").plain, "float32") for side in ("positive", "negative"))
     return d.builder.emit_te(table, x, *trained, primfunc_name_hint="xielu")
-
-
-def _experts(d: Decoder, x: Expr, weight: Given) -> Expr:
-    """x [n, H] -> [n, H]: a few gated MLPs of many, chosen token by token.
-
-    y = sum over the chosen experts e of share_e * down_e(activation(gate_e(x)) * up_e(x)), and, where the model has
-    shared experts, what those make of every token, times sigmoid(shared_gate · x) where there is such a gate (Jiang et
-    al., arXiv 2401.04088; Dai et al., arXiv 2401.06066). Routers compute in float32,
-    as transformers' and MLC's do (mlcbuild.models.routers).
-    """
-    s, o = d.structure, d.operations
-    logits = o.linear(x, weight("router"), "float32")
-    if s.scoring == "softmax" and s.expert_groups == 1 and "router_correction" not in weight:
-        chosen, share = o.choose_experts(logits, s.num_experts_per_tok, s.norm_topk_prob, s.routed_scaling_factor)
-    else:
-        chosen, share = choose(d, logits, weight)
-    inner = o.gated(o.expert_linear(x, chosen, weight("experts_gate_up_proj")), s.activation)
-    out = o.weighted_sum(o.expert_linear(inner, chosen, weight("experts_down_proj")), share)
-    if "shared_gate_up_proj" not in weight:
-        return out
-    shared = d.project(o.gated(d.project(x, weight, "shared_gate_up"), s.activation), weight, "shared_down")
-    if "shared_gate" in weight:
-        gate = d.builder.emit(relax.op.sigmoid(o.linear(x, weight("shared_gate"), o.compute)))
-        shared = d.builder.emit(relax.op.multiply(gate, shared))
-    return d.builder.emit(relax.op.add(out, shared))

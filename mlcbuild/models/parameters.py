@@ -14,12 +14,14 @@ from mlcbuild.models.structure import ParameterRule, Structure
 class Parameter:
     """An unquantized parameter.
 
-    `shape` is `[N out, K in]` for matrices, `[experts, N, K]` for those of experts. `sources` are checkpoint tensors
-    whose rows, one after the other, are the parameter's rows, `alternative` those that a checkpoint may have instead.
-    Each is changed as `convert` says:
+    `shape` is `[N out, K in]` for matrices, `[experts, N, K]` for those of experts, whose biases are `[experts, N]`.
+    `sources` are checkpoint tensors whose rows, one after the other, are the parameter's rows, `alternative` those that
+    a checkpoint may have instead. Each is changed as `convert` says:
 
     transpose    the checkpoint has [K, N]
     ungroup_qkv  its rows are, for each of `groups` key-value heads: that group's queries, its key, its value
+    by_expert    it has [experts * N, K], and where there are several, each expert's rows are joined
+    deinterleave every expert's rows are: gate, up, gate, up ...
     ungroup_qvk  its rows are, for each of four groups: queries, values, keys
     add_one      the checkpoint has w - 1
     softplus     the checkpoint has w where ln(1 + exp(w)) is wanted
@@ -46,7 +48,7 @@ class Parameter:
     @property
     def is_matrix(self) -> bool:
         """Whether it is multiplied with or looked up in. Norms of all heads have two axes, too."""
-        return len(self.shape) > 1 and not self.role.endswith(("_norm", "_norm_bias"))
+        return len(self.shape) > 1 and not self.role.endswith(("_norm", "_norm_bias", "_up_bias", "_down_bias"))
 
 
 TABLES = ("embedding", "position_embedding", "token_type_embedding")  # roles that are looked up by row
@@ -68,7 +70,7 @@ def shape_of(role: str, structure: Structure) -> tuple[int, ...]:
         of = role.removesuffix("_bias")
         if of.endswith("_norm"):
             return shape_of(of, structure)
-        return shape_of(of if of in ("lm_head", "head_dense") else f"{of}_proj", structure)[:1]
+        return shape_of(of if of in ("lm_head", "head_dense", "router") else f"{of}_proj", structure)[:1]
     return _SHAPES[role](structure)
 
 
@@ -77,7 +79,11 @@ def _query(s: Structure) -> int:
 
 
 def _key(s: Structure) -> int:
-    return s.num_key_value_heads * s.head_dim
+    return s.num_key_value_heads * (s.qk_head_dim or s.head_dim)
+
+
+def _value(s: Structure) -> int:
+    return s.num_key_value_heads * (s.value_head_dim or s.head_dim)
 
 
 def _width(s: Structure) -> tuple[int, ...]:
@@ -90,7 +96,8 @@ def _table(s: Structure) -> int:
 
 
 def _head_norm(s: Structure, heads: int) -> tuple[int, ...]:
-    return {"head": (s.head_dim,), "per_head": (heads, s.head_dim), "all": (heads * s.head_dim,)}[s.qk_norm]
+    dim = s.qk_head_dim or s.head_dim
+    return {"head": (dim,), "per_head": (heads, dim), "all": (heads * dim,)}[s.qk_norm]
 
 
 _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
@@ -99,10 +106,11 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "token_type_embedding": lambda s: (s.type_vocab_size, _table(s)),
     "embedding_norm": lambda s: (_table(s),),
     "embedding_proj": lambda s: (s.hidden_size, _table(s)),
-    "qkv_proj": lambda s: (_query(s) + 2 * _key(s), s.hidden_size),
+    "qkv_proj": lambda s: (_query(s) + _key(s) + _value(s), s.hidden_size),
     "q_proj": lambda s: (_query(s), s.hidden_size),
     "k_proj": lambda s: (_key(s), s.hidden_size),
-    "v_proj": lambda s: (_key(s), s.hidden_size),
+    "v_proj": lambda s: (_value(s), s.hidden_size),
+    "sinks": lambda s: (s.num_attention_heads,),
     "o_proj": lambda s: (s.hidden_size, s.num_attention_heads * (s.value_head_dim or s.head_dim)),
     "q_a_proj": lambda s: (s.q_lora_rank, s.hidden_size),
     "q_a_norm": lambda s: (s.q_lora_rank,),
@@ -117,11 +125,20 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "gate_proj": lambda s: (s.intermediate_size, s.hidden_size),
     "up_proj": lambda s: (s.intermediate_size, s.hidden_size),
     "down_proj": lambda s: (s.hidden_size, s.intermediate_size),
-    "attention_gate": lambda s: (_query(s), s.hidden_size),
+    "attention_gate": lambda s: (s.num_attention_heads * (s.value_head_dim or s.head_dim), s.hidden_size),
+    "attention_head_gate": lambda s: (s.num_attention_heads, s.hidden_size),
     "router": lambda s: (s.num_experts, s.hidden_size),
+    "router_norm": _width,
+    "dense_post_norm": _width,
+    "experts_norm": _width,
+    "experts_post_norm": _width,
+    "expert_scale": lambda s: (s.num_experts,),
+    "layer_scale": lambda s: (1,),
     "router_correction": lambda s: (s.num_experts,),
     "experts_gate_up_proj": lambda s: (s.num_experts, 2 * s.moe_intermediate_size, s.hidden_size),
     "experts_down_proj": lambda s: (s.num_experts, s.hidden_size, s.moe_intermediate_size),
+    "experts_gate_up_bias": lambda s: (s.num_experts, 2 * s.moe_intermediate_size),
+    "experts_down_bias": lambda s: (s.num_experts, s.hidden_size),
     "shared_gate_up_proj": lambda s: (2 * s.shared_expert_intermediate_size, s.hidden_size),
     "shared_down_proj": lambda s: (s.hidden_size, s.shared_expert_intermediate_size),
     "shared_gate": lambda s: (1, s.hidden_size),
@@ -146,14 +163,14 @@ def parameters(structure: Structure) -> tuple[Parameter, ...]:
     return tuple(
         Parameter(
             name=rule.name.replace("{i}", str(layer)),
-            shape=shape_of(rule.role, structure),
+            shape=shape_of(rule.role, own := structure if layer is None else structure.at(layer)),
             role=rule.role,
             sources=_named(rule.sources, layer, rule, structure),
             alternative=_named(rule.alternative, layer, rule, structure),
             layer=layer,
             convert=_convert(rule, halvings := _halvings(structure, layer)),
             dtype=rule.dtype,
-            groups=_groups(structure) if rule.role.startswith("qkv_") else None,
+            groups=_groups(own) if rule.role.startswith("qkv_") else None,
             halvings=halvings,
         )
         for rule, layer in _ordered(structure)
@@ -162,13 +179,16 @@ def parameters(structure: Structure) -> tuple[Parameter, ...]:
 
 def count(structure: Structure) -> int:
     """How many values all parameters have together."""
-    return sum(prod(shape_of(rule.role, structure)) * _times(rule, structure) for rule in structure.rules)
+    return sum(_count(rule, structure) for rule in structure.rules)
 
 
-def _times(rule: ParameterRule, structure: Structure) -> int:
+def _count(rule: ParameterRule, structure: Structure) -> int:
     if not rule.per_layer:
-        return 1
-    return structure.num_hidden_layers if rule.layers is None else len(rule.layers)
+        return prod(shape_of(rule.role, structure))
+    layers = range(structure.num_hidden_layers) if rule.layers is None else rule.layers
+    if structure.by_layer:
+        return sum(prod(shape_of(rule.role, structure.at(layer))) for layer in layers)
+    return prod(shape_of(rule.role, structure)) * len(layers)
 
 
 def _halvings(s: Structure, layer: int | None) -> int:
@@ -182,7 +202,12 @@ def _convert(rule: ParameterRule, halvings: int) -> tuple[str, ...]:
 
 
 def _groups(s: Structure) -> tuple[int, int, int, int]:
-    return s.num_key_value_heads, _query(s) // s.num_key_value_heads, s.head_dim, s.head_dim
+    return (
+        s.num_key_value_heads,
+        _query(s) // s.num_key_value_heads,
+        s.qk_head_dim or s.head_dim,
+        s.value_head_dim or s.head_dim,
+    )
 
 
 def ignored(structure: Structure) -> tuple[str, ...]:

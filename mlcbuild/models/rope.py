@@ -63,7 +63,8 @@ def _dim(structure: Structure) -> int:
 
 def in_cache(structure: Structure) -> bool:
     """Whether the KV cache turns queries and keys: it has one table for all layers, and turns them last."""
-    one_table = structure.rope_local_theta is None and structure.rope_layers is None
+    differ = any(name in ("rope_theta", "rotary_dim") for name, _ in structure.by_layer)
+    one_table = structure.rope_local_theta is None and structure.rope_layers is None and not differ
     return structure.rope != "none" and one_table and not structure.qk_norm_last
 
 
@@ -129,6 +130,14 @@ def _dynamic(structure: Structure, _: Frequencies, scaling: Settings) -> Frequen
     length, dim = max(_length(structure), trained), _dim(structure)
     theta = structure.rope_theta * (factor * length / trained - (factor - 1)) ** (dim / (dim - 2))
     return 1 / _wavelengths(structure, theta)
+
+
+def _proportional(structure: Structure, wavelengths: Frequencies, scaling: Settings) -> Frequencies:
+    """The first pairs turn, a part of all; the others stay: Gemma 4's."""
+    turning = int(_number(scaling, "partial_rotary_factor") * _dim(structure) // 2)
+    frequencies = 1 / wavelengths
+    frequencies[turning:] = 0
+    return frequencies / np.float32(scaling.get("factor") or 1)
 
 
 def _alpha(structure: Structure, _: Frequencies, scaling: Settings) -> Frequencies:
@@ -208,6 +217,7 @@ def _longrope_attention(scaling: Settings) -> float:
 
 _SCALINGS: dict[str, Callable[[Structure, Frequencies, Settings], Frequencies]] = {
     "linear": _linear,
+    "proportional": _proportional,
     "dynamic": _dynamic,
     "alpha": _alpha,
     "llama3": _llama3,

@@ -1,7 +1,8 @@
 """Which experts a token goes to, where that is not by the largest of a softmax alone (Structure.scoring).
 
-scores    softmax or sigmoid of the router's logits; `router_correction` is added where experts are chosen, and does not
-          count in their shares (Wang et al., arXiv 2408.15664)
+scores    softmax or sigmoid of the router's logits (`logits`: chosen by these, counted by their sigmoid);
+          `router_correction` is added where experts are chosen, and does not count in their shares (Wang et al.,
+          arXiv 2408.15664)
 groups    experts of the few groups only whose `expert_group_best` best are best together: two of them (DeepSeek-V3,
           arXiv 2412.19437, 2.1.2) or one (DeepSeek-V2, arXiv 2405.04434, 2.2.2)
 sparse_mixer  one after the other: a softmax over those that are not far below the best one left (Liu et al.,
@@ -31,10 +32,10 @@ def choose(d: Decoder, logits: Expr, weight: Given) -> tuple[Expr, Expr]:
     if s.scoring == "sparse_mixer":
         rank = d.builder.emit_te(_ranks, logits, primfunc_name_hint="expert_ranks")
         return _pair(d, _mixed, rank, logits)
-    scores = emit(relax.op.sigmoid(logits) if s.scoring == "sigmoid" else relax.op.nn.softmax(logits, -1))
-    wanted = scores
+    scores = emit(relax.op.nn.softmax(logits, -1) if s.scoring == "softmax" else relax.op.sigmoid(logits))
+    wanted = logits if s.scoring == "logits" else scores
     if "router_correction" in weight:
-        wanted = emit(relax.op.add(scores, d.cast(weight("router_correction").plain, "float32")))
+        wanted = emit(relax.op.add(wanted, d.cast(weight("router_correction").plain, "float32")))
     if s.expert_groups > 1:
         best = d.builder.emit_te(
             _best, wanted, s.expert_groups, s.expert_group_best, primfunc_name_hint="expert_groups"

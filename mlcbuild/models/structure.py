@@ -17,6 +17,18 @@ from typing import Any
 TEXT_WINDOW, TEXT_CHUNK = 1024, 256  # tokens of a sequence and of one call, where a text is evaluated
 
 
+# Fields that an architecture's file may give a value for each layer; the largest is what the KV cache is made for.
+BY_LAYER = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "qk_head_dim",
+    "value_head_dim",
+    "intermediate_size",
+    "rope_theta",
+    "rotary_dim",
+)
+
+
 def choice(default: Any) -> Any:
     """A field that JSON forms leave out where it has its default: what later versions add changes no older key."""
     return dataclasses.field(default=default, metadata={"choice": True})
@@ -77,17 +89,28 @@ class Structure:
     rope_local_theta  theta of layers of type `sliding`, which then do not take part in rope_scaling
     rope_layers       for each layer, whether it has rotary positions; None: all have
     attention_scale   of scores, None for head_dim ** -0.5; attn_logit_softcapping c: scores become c * tanh(scores / c)
-    position_scale    b: a query at position p counts 1 + b * ln(1 + floor(p / position_scale_length)) times
+    chunked           layers of type `sliding` see what is in their own chunk of so many positions, instead of a window
+    position_scale    b: a query at position p counts 1 + b * ln(1 + floor(p / position_scale_length)) times.
+                      position_scale_unturned: only in layers without rotary positions, and p + 1 instead of p
     sliding_window_size  how many positions a token sees, its own included, in layers of type `sliding`: in all where
                       there are no layer_types (for each layer, full or sliding)
     qk_norm           of queries and keys before they are turned: none; head: each head by the one weight; per_head: by
-                      its own; all: all heads as one vector. Its kind is `norm`'s, with a bias where parameters play
-                      these roles. qk_norm_last: after they are turned
+                      its own; all: all heads as one vector; unit: each head without a weight, in layers with rotary
+                      positions only. Its kind is `norm`'s, with a bias where parameters play these roles.
+                      qk_norm_last: after they are turned
     alibi_bias_max    b: a score is lowered by the distance of query and key, times 2 ** (-b * h / heads) in the h-th
                       head (where heads are no power of two: compiler/cpu/kernels/attention.c)
     clip_qkv          c: queries, keys and values become min(max(x, -c), c)
+    qk_head_dim, value_head_dim  numbers of a head's query and key, and of its value, where heads of the KV cache,
+                      head_dim wide, have more: the rest is zeros (mlcbuild.models.heads). 0: head_dim
+    value_norm        whether heads of values are normed, without a weight; keys_as_values: whether layers without
+                      `v_proj` take their keys, before these are normed, as values
+    router_scale      what a router's logits are multiplied with
+    value_scale       what values are multiplied with
+    by_layer          fields that layers differ in (BY_LAYER), each with its value in every layer. The structure's own
+                      value is the largest
     kv_lora_rank      width of the vector that a token's keys and values are made of (mlcbuild.models.latent, with
-                      q_lora_rank, qk_head_dim, value_head_dim); 0: they are made of hidden states
+                      q_lora_rank); 0: they are made of hidden states
     final_logit_softcapping  c: logits become c * tanh(logits / c)
     max_position_embeddings  rows of a learned `position_embedding`. position_offset: the row of a text's first token
     sinusoidal        whether positions are sines and cosines, added to embeddings: of position + position_offset
@@ -103,6 +126,12 @@ class Structure:
                       count by their probabilities (with norm_topk_prob divided by their sum), times
                       routed_scaling_factor; and to shared ones, where there are parameters of them. scoring,
                       expert_groups, expert_groups_per_tok, expert_group_best, router_jitter: mlcbuild.models.routers
+    experts_averaged  whether what routed experts return and what shared ones do is averaged, and not added
+    router_logit_softcapping  c: a router's logits become c * tanh(logits / c)
+    attention_gate    what becomes of the gate that attention has where parameters play that role: sigmoid, softplus
+    expert_input_scaled  whether shares multiply what experts are given, and not what they return
+    swiglu_limit      c: gated MLPs of experts are (min(max(up, -c), c) + 1) * g * sigmoid(swiglu_alpha * g), where g is
+                      min(gate, c); None: they are as `mlp` says
     """
 
     architecture: str
@@ -170,6 +199,8 @@ class Structure:
     attn_logit_softcapping: float | None = choice(None)
     position_scale: float | None = choice(None)
     position_scale_length: int = choice(0)
+    position_scale_unturned: bool = choice(False)
+    chunked: bool = choice(False)
     sliding_window_size: int | None = choice(None)
     layer_types: tuple[str, ...] | None = choice(None)
     qk_norm: str = choice("none")
@@ -179,6 +210,17 @@ class Structure:
     alibi_bias_max: float | None = choice(None)
     kv_lora_rank: int = choice(0)
     q_lora_rank: int = choice(0)
+    value_scale: float = choice(1.0)
+    value_norm: bool = choice(False)
+    keys_as_values: bool = choice(False)
+    router_scale: float = choice(1.0)
+    experts_averaged: bool = choice(False)
+    router_logit_softcapping: float | None = choice(None)
+    attention_gate: str = choice("sigmoid")
+    expert_input_scaled: bool = choice(False)
+    swiglu_limit: float | None = choice(None)
+    swiglu_alpha: float = choice(1.0)
+    by_layer: tuple[tuple[str, tuple[Any, ...]], ...] = choice(())
     qk_head_dim: int = choice(0)
     value_head_dim: int = choice(0)
     kind: str = choice("decoder")
@@ -223,6 +265,11 @@ class Structure:
         """Whether a layer has rotary positions."""
         return self.rope != "none" and (self.rope_layers is None or self.rope_layers[number])
 
+    def at(self, layer: int) -> Structure:
+        """The structure with what is this layer's own: as the KV cache has it, where layers do not differ."""
+        own = {name: values[layer] for name, values in self.by_layer}
+        return dataclasses.replace(self, **own, by_layer=()) if own else self
+
     @property
     def layer_kinds(self) -> tuple[int, ...]:
         """For each layer the number of its kind, counted in the order in which kinds first occur: 0, 1, 1, 0 ..."""
@@ -234,6 +281,7 @@ class Structure:
         return (
             self.layer_type(layer),
             self.turns(layer),
+            *(values[layer] for _, values in self.by_layer),
             *(rule.layers is None or layer in rule.layers for rule in self.rules),
         )
 
@@ -266,6 +314,7 @@ class Structure:
             rules=tuple(rule.of_layers(layers) for rule in self.rules),
             layer_types=None if self.layer_types is None else tuple(self.layer_types[layer] for layer in layers),
             rope_layers=None if self.rope_layers is None else tuple(self.rope_layers[layer] for layer in layers),
+            by_layer=tuple((name, tuple(values[layer] for layer in layers)) for name, values in self.by_layer),
             num_hidden_layers=len(layers),
             rope_scaling=scaling,
             context_window_size=TEXT_WINDOW,
@@ -301,6 +350,7 @@ def from_json(data: Mapping[str, Any]) -> Structure:
     """The inverse of `Structure.to_json`."""
     fields = dict(data)
     fields["rules"] = tuple(ParameterRule(**_tuples(rule)) for rule in fields["rules"])
+    fields["by_layer"] = tuple((name, tuple(values)) for name, values in fields.get("by_layer", ()))
     return Structure(**_tuples(fields))
 
 

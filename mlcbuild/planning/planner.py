@@ -37,6 +37,7 @@ from mlcbuild.recipes.types import (
     Source,
     Target,
     format_json,
+    has_few_bits,
     quantization_json,
 )
 
@@ -44,8 +45,8 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 STEPS = "mlcbuild.steps"  # the package with one module per kind of step
-# The reference that every package is compared with: unquantized, on a machine that everybody has.
-_UNQUANTIZED, _HERE = "q0f32", "cpu"
+# The reference that every package is compared with, on a machine that everybody has; what stands for a GPU's precision.
+_UNQUANTIZED, _HERE, _EXACT = "q0f32", "cpu", "cpu-exact"
 # Calibration decides what weights become, so it runs on code that is the same on every machine of a kind.
 _EVERYWHERE = "cpu-x86_64"
 _EVALUATION_TEXT = Path(__file__).parents[1] / "verify" / "evaluation.txt"
@@ -213,7 +214,11 @@ class _Planner:
             "name": name,  # the library's metadata tells it to the runtime
             "device": self._device(target),
             **({"blocks": True} if form.blocks else {}),
-            **({"activation_bits": target.activation_bits} if target.activation_bits else {}),
+            **(
+                {"activation_bits": target.activation_bits}
+                if target.activation_bits and has_few_bits(quantization)
+                else {}
+            ),
         }
         return self._add("lower", f"{form.label}-{name}-{target.name}", fields, entry=backend(target).lower)
 
@@ -248,7 +253,7 @@ class _Planner:
         """The step that tries the kernels of a library for a GPU; None where nothing here can run them."""
         if targets.not_executed(target):
             return None
-        here = self.catalog.targets[_HERE]
+        here = self.catalog.targets[_EXACT]
         form, device = shape.two_layers, targets.real_device(target)
         inputs = [Input("cpu_library", step=self._library(form, quantization, here))]
         fields: dict[str, Any] = {"structure": form.fields, "quantization": format_json(quantization)}
@@ -288,7 +293,7 @@ class _Planner:
         here, unquantized = self.catalog.targets[_HERE], self.catalog.quantizations[_UNQUANTIZED]
         how = method_of(shape, verify)
         layers = shape.blocks if how == "layers" else None
-        runs = recipe.target if layers is None and targets.runs_here(recipe.target) else here
+        runs = recipe.target if layers is None and targets.runs_here(recipe.target) else self._stand_in(recipe.target)
         fields: dict[str, Any] = {"method": how}
         inputs = [
             Input("quantize", step=steps["quantize"]),
@@ -301,7 +306,7 @@ class _Planner:
             fields["structure"] = self._shape(recipe.model, {}).fields
             fields["quantization"] = format_json(quantization)
             fields["context_window_size"] = shape.model_config.get("context_window_size", -1)  # pieces take more
-            inputs.append(Input("blocks", step=self._library(layers, quantization, here)))
+            inputs.append(Input("blocks", step=self._library(layers, quantization, runs)))
         else:
             inputs.append(Input("library", step=self._library(shape.whole, quantization, runs)))
         if how == "embeddings":
@@ -309,6 +314,13 @@ class _Planner:
             inputs[1] = Input("checkpoint", step=steps["download"], select=(*TOKEN_FILES, *POOLING_FILES))
         label = f"{recipe.model.name}-{quantization.name}-{runs.name}"
         return self._add("measure", label, fields, tuple(inputs), (steps["download"], steps["convert"]))
+
+    def _stand_in(self, target: Target) -> Target:
+        """A target that this machine runs and that computes as precisely as `target`: its figures are the other's."""
+        bits = None if targets.is_gpu(target) else target.activation_bits
+        here, exact = self.catalog.targets[_HERE], self.catalog.targets[_EXACT]
+        other = dataclasses.replace(exact, name=f"{_HERE}-{bits}", activation_bits=bits)
+        return next((each for each in (here, exact) if each.activation_bits == bits), other)
 
     def _verify(self, recipe: Recipe, shape: Shape, steps: Mapping[str, str]) -> str:
         how, verify = method_of(shape, recipe.verify), recipe.verify

@@ -96,6 +96,15 @@ class Quantization:
     format: str = ""  # what runtimes are told: the name of the format whose bytes these are; "" means `name`
 
 
+FEW_BITS = 4  # products with weights of so many bits, or fewer, may round activations (a target's `activation_bits`)
+
+
+def has_few_bits(quantization: Quantization) -> bool:
+    """Whether some weights have at most FEW_BITS."""
+    every = (quantization.weights, *(weights for _, weights in quantization.overrides))
+    return any(weights is not None and weights.bits <= FEW_BITS for weights in every)
+
+
 def quantization_json(quantization: Quantization) -> dict[str, Any]:
     """What decides the bytes of quantized weights. No name: two names for one format share everything."""
     fields = asdict(quantization)
@@ -146,7 +155,7 @@ class Target:
     linker: Linker
     executes: str  # which machines can run the library: native, a CPU level such as x86-64-v3, aarch64, or `elsewhere`
     host: Mapping[str, Any] = field(default_factory=dict)  # the CPU that drives a GPU: a TVM target without its kind
-    activation_bits: int | None = None  # in products with quantized weights on a CPU; None: as the model dtype has
+    activation_bits: int | None = None  # in a CPU's products with weights of few bits; None: as the model dtype has
     architectures: tuple[str, ...] = ()  # what a GPU library holds machine code for: sm_90, gfx1100
 
 

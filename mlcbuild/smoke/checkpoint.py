@@ -102,10 +102,12 @@ def _tensors(model: Structure) -> Iterator[Tensor]:
     seen = set()
     for parameter in parameters(model):
         columns = parameter.shape[-1:] if len(parameter.shape) > 1 else ()
-        for source, rows in zip(parameter.sources, _rows(parameter, model), strict=True):
+        for source, rows in zip(parameter.sources, _rows(parameter), strict=True):
             shape = parameter.shape if len(parameter.sources) == 1 else (rows, *columns)
             if source not in seen:
-                yield source, "BF16", shape[::-1] if "transpose" in parameter.convert else shape
+                turned = "transpose" in parameter.convert
+                shape = (*shape[:-2], *shape[:-3:-1]) if turned else shape
+                yield source, "BF16", (prod(shape[:-1]), shape[-1]) if "by_expert" in parameter.convert else shape
             seen.add(source)
 
 
@@ -118,13 +120,13 @@ def _packed(tensor: Tensor, group: int) -> Iterator[Tensor]:
     yield f"{prefix}scales", "F16", (columns // group, rows)
 
 
-def _rows(parameter: Parameter, model: Structure) -> list[int]:
+def _rows(parameter: Parameter) -> list[int]:
     """The rows of each of the parameter's sources, which for experts are matrices of one of them each."""
     shape = parameter.shape if len(parameter.shape) == 1 else parameter.shape[:-1]
     count, rows = len(parameter.sources), prod(shape)
-    if parameter.role.startswith("qkv_") and count == 3:
-        key_value = model.num_key_value_heads * model.head_dim
-        return [rows - 2 * key_value, key_value, key_value]
+    if parameter.groups is not None and count == 3:
+        heads, *widths = parameter.groups
+        return [heads * width for width in widths]
     return [rows // count] * (count - 1) + [rows - rows // count * (count - 1)]
 
 

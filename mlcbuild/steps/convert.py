@@ -22,7 +22,7 @@ from mlcbuild.checkpoints.locked import check_config
 from mlcbuild.checkpoints.table import read_table
 from mlcbuild.engine.job import Entry, Job
 from mlcbuild.errors import CheckpointError
-from mlcbuild.merging import adapter, delta, lora, prequantized
+from mlcbuild.merging import adapter, delta, lora, low_floats, prequantized
 from mlcbuild.merging.rearranged import rearranged
 from mlcbuild.models import structure
 from mlcbuild.models.parameters import Parameter, ignored, parameters
@@ -138,16 +138,21 @@ def _dequantized(
     job: Job, model: Structure, table: Mapping[str, TensorRef], scheme: prequantized.Scheme
 ) -> dict[str, Any]:
     """The index of a checkpoint that is quantized already; nothing is written before it is known to be whole."""
-    table, layers = prequantized.plan(table, scheme)
+    layers: dict[str, prequantized.Prequantized] = {}
+    if scheme.method in prequantized.METHODS:
+        table, layers = prequantized.plan(table, scheme)
+        made = [prequantized.numbers(layer) for layer in layers.values()]
+    else:
+        table, made = low_floats.plan(table, scheme)
     wanted = as_stored(parameters(model), table)
     document = index(wanted, table, ignored(model), job.note)
     lossy = (
-        f"{len(layers)} matrices that {scheme.method.upper()} quantized to {scheme.bits} bits are dequantized; "
+        f"{len(made)} matrices that {scheme.method.upper()} quantized to {scheme.bits} bits are dequantized; "
         "what was lost then stays lost"
     )
     job.note(lossy)
     document["notes"] = [lossy]
-    _write(job, document, wanted, table, [prequantized.numbers(layer) for layer in layers.values()])
+    _write(job, document, wanted, table, made)
     for parameter, found in zip(wanted, document["parameters"], strict=True):
         packed = None if parameter.convert else prequantized.joined(layers, parameter.sources)
         if packed is not None:

@@ -106,8 +106,9 @@ def save(case: Case, folder: Path) -> None:
             start = float(parameter.flatten()[0]) if parameter.dim() < 2 or "norm" in name else 0.0
             parameter.copy_(torch.tensor(_random(random, name, tuple(parameter.shape), start)))
         for name, buffer in model.named_buffers():
-            if "correction" in name:
-                buffer.copy_(torch.tensor(_random(random, name, tuple(buffer.shape), 0.0)))
+            if "correction" in name or "scalar" in name:
+                start = float("scalar" in name)
+                buffer.copy_(torch.tensor(_random(random, name, tuple(buffer.shape), start)))
     model.save_pretrained(folder)
 
 
@@ -223,6 +224,12 @@ def originals(
         values = values * np.float32(2**parameter.halvings)
     if "softplus" in parameter.convert:
         values = np.log(np.expm1(values))
+    if "by_expert" in parameter.convert:
+        turned = np.swapaxes(values, -1, -2) if "transpose" in parameter.convert else values
+        parts = np.split(turned, len(parameter.sources), axis=1)
+        return {name: part.reshape(-1, part.shape[-1]) for name, part in zip(parameter.sources, parts, strict=True)}
+    if "deinterleave" in parameter.convert:
+        values = np.stack(np.split(values, 2, axis=1), axis=2).reshape(values.shape)
     if "ungroup_qvk" in parameter.convert:
         queries, keys, rest = (part.reshape(4, -1, *values.shape[1:]) for part in np.split(values, 3))
         values = np.concatenate([queries, rest, keys], axis=1).reshape(values.shape)
@@ -266,6 +273,8 @@ def reference_logits(case: Case, folder: Path, ids: list[int]) -> Array:
             computed: Array = case.reference(case.config, tensors, ids).float().numpy()
         return computed
     model = _class_of(case).from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    if case.architecture == "llama4":  # which transformers 5.24 does not compute without an image
+        model = model.language_model
     with torch.no_grad():
         logits: Array = model(torch.tensor([ids])).logits[0].float().numpy()
     return logits

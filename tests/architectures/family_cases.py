@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -85,14 +86,22 @@ CASES |= {
     "cohere2": _case("cohere2", tie_word_embeddings=True, **SLIDING),
     "exaone4": _case("exaone4", **SLIDING),
     "exaone4-full": _case("exaone4", sliding_window=None, layer_types=["full_attention"] * 3),
-    "glm4_moe": _case("glm4_moe", **NEXT, n_routed_experts=8, n_group=4, topk_group=2, use_qk_norm=True),
-    "dots1": _case(
-        "dots1", **NEXT, n_routed_experts=4, n_shared_experts=2, norm_topk_prob=True, first_k_dense_replace=1
+    "glm4_moe": _case(
+        "glm4_moe", **NEXT, n_routed_experts=8, n_group=4, topk_group=2, use_qk_norm=True, attention_bias=True
     ),
-    "solar_open": _case("solar_open", **NEXT, n_routed_experts=4, routed_scaling_factor=1.5),
+    "dots1": _case(
+        "dots1",
+        **NEXT,
+        n_routed_experts=4,
+        n_shared_experts=2,
+        norm_topk_prob=True,
+        first_k_dense_replace=1,
+        attention_bias=True,
+    ),
+    "solar_open": _case("solar_open", **NEXT, n_routed_experts=4, routed_scaling_factor=1.5, attention_bias=True),
     "sarvam_moe": _case("sarvam_moe", **NEXT, n_routed_experts=4),
     "exaone_moe": _case("exaone_moe", **NEXT, num_experts=4, **SLIDING),
-    "hy_v3": _case("hy_v3", **NEXT, num_experts=4),
+    "hy_v3": _case("hy_v3", **NEXT, num_experts=4, attention_bias=True),
     "minimax_m2": _case("minimax_m2", head_dim=16, num_local_experts=4, num_experts_per_tok=2),
     "ernie4_5_moe": _case(
         "ernie4_5_moe", use_bias=True, moe_num_experts=4, moe_k=2, moe_intermediate_size=40, moe_layer_end_index=1
@@ -111,7 +120,7 @@ CASES |= {
     "minicpm3": _case("minicpm3", **LATENT, scale_emb=3, dim_model_base=16, rms_norm_eps=1e-5, attention_bias=True),
     "glm4_moe_lite": _case("glm4_moe_lite", **LATENT, **V3),
     "sarvam_mla": _case("sarvam_mla", **LATENT, **V3, rope_parameters=DEEPSEEK_YARN),
-    "afmoe": _case("afmoe", **NEXT, num_experts=4, mup_enabled=True, **SLIDING),
+    "afmoe": _case("afmoe", **NEXT, num_experts=4, mup_enabled=True, attention_bias=True, **SLIDING),
 }
 FAIRSEQ = dict.fromkeys(("num_key_value_heads", "intermediate_size", "tie_word_embeddings"), "absent")
 CASES |= {
@@ -158,10 +167,10 @@ CASES |= {
 }
 
 
-def _wrapped(model_type: str, vision: str, text: Case, **changes: Any) -> Case:
-    """A case of a wrapper whose text model is that of `text`."""
+def _wrapped(model_type: str, vision: str, text: Case, seen: Mapping[str, Any] = {}, **changes: Any) -> Case:
+    """A case of a wrapper whose text model is that of `text`; `seen`: more of its vision_config."""
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    images = {"model_type": vision, "image_size": 28, "patch_size": 14, **sizes}
+    images = {"model_type": vision, "image_size": 28, "patch_size": 14, **sizes, **seen}
     config = {"model_type": model_type, "text_config": dict(text.config), "vision_config": images, **changes}
     return Case(model_type, config, quantizations=("q0f32",))
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from mlcbuild.models.architecture import model_config, resolve
-from tests.architectures import attention_cases, cases, family_cases
+from tests.architectures import attention_cases, cases, family_cases, sink_cases
 from tests.architectures.agreement import ARCHITECTURES, IDS, Agreement, config_of, error, known_architectures
 
-CASES = {**cases.CASES, **attention_cases.CASES, **family_cases.CASES}
+CASES = {**cases.CASES, **attention_cases.CASES, **family_cases.CASES, **sink_cases.CASES}
 QUICK = {("llama", "q0f32"), ("gemma", "q4f32_1")}  # the others take minutes together
 
 

@@ -14,9 +14,10 @@ from mlcbuild.runtime.session import Session
 from tests.architectures.agreement import IDS, Agreement, error, network, save, structure_of
 from tests.architectures.cases import CASES as OWN
 from tests.architectures.family_cases import CASES as FAMILIES
+from tests.architectures.sink_cases import CASES as SINKS
 from tests.support import llama
 
-CASES = {**OWN, **FAMILIES}
+CASES = {**OWN, **FAMILIES, **SINKS}
 pytestmark = pytest.mark.slow
 
 # The case, and the fields of its structure that are changed; roles are parameters that are left out.
@@ -35,6 +36,14 @@ WITHOUT: dict[str, tuple[str, dict[str, Any]]] = {
     "sines of positions": ("xglm", {"sinusoidal": False}),
     "norms after queries and keys are turned": ("hunyuan_v1_dense", {"qk_norm_last": False}),
     "the scale of positions": ("ministral3", {"position_scale": None}),
+    "sinks": ("gpt_oss", {"roles": ("sinks",)}),
+    "the limit of experts": ("gpt_oss", {"swiglu_limit": 100.0}),
+    "chunks": ("llama4_text-plain", {"chunked": False}),
+    "norms of heads without a weight": ("llama4_text", {"qk_norm": "none"}),
+    "shares of what experts are given": ("llama4_text", {"expert_input_scaled": False}),
+    "the scale of values": ("mimo_v2_flash", {"value_scale": 1.0}),
+    "norms of values": ("gemma4_text", {"value_norm": False}),
+    "averages of experts": ("cohere2_moe", {"experts_averaged": False}),
     "learned positions": ("gpt2", {"roles": ("position_embedding",)}),
     "biases of attention": ("qwen2", {"roles": ("qkv_bias",)}),
     "the bias of the head": ("phi", {"roles": ("lm_head_bias",)}),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
-from tests.support import spirv, wgsl
+from tests.support.gpus import DEVICES, Gpu
 
 
-@pytest.fixture(scope="module", params=[wgsl, spirv], ids=["wgsl", "spirv"])
-def gpu(request: pytest.FixtureRequest) -> Any:
-    """The software device by way of WGSL, as TVM and naga make it, and by way of our own SPIR-V."""
-    return request.param
+@pytest.fixture(scope="module", params=DEVICES, ids=lambda gpu: gpu.name)
+def gpu(request: pytest.FixtureRequest) -> Gpu:
+    """Each device in turn."""
+    device: Gpu = request.param
+    return device

@@ -1,24 +1,27 @@
-"""Windows and soft caps in GPU attention, as WGSL and as SPIR-V on a software device, against NumPy in float64."""
+"""GPU attention by head_dim, with windows and soft caps, on every device that there is here, against NumPy."""
 
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
-from tvm import target
+from tvm import target, tirx
+from tvm.relax.frontend.nn.llm import kv_cache as tvm_kv_cache
 
 from mlcbuild.compiler.gpu import attention, lower
+from mlcbuild.compiler.script import quick
 from mlcbuild.models.architecture import resolve
 from tests.architectures.cases import CASES
 from tests.support import llama, wgsl
-from tests.support.wgsl import Array
+from tests.support.gpus import Gpu
+from tests.support.llama import Array
 
 pytestmark = pytest.mark.slow
 
-HEADS, KV_HEADS, DIM, PAGE, WINDOW, CAP = 4, 2, 32, 16, 12, 1.5
+PAGE = 16
 HOST = {"kind": "llvm", "mtriple": "x86_64-linux-gnu"}
 SCALARS = {"causal": 0, "rotary_mode": 0, "rope_scale": 1, "rope_theta": 1}
 OFFSETS = (
@@ -33,56 +36,105 @@ OFFSETS = (
 )
 
 
-@pytest.fixture(scope="module")
-def kernels(gpu: Any) -> dict[str, Any]:
-    model = llama.structure_of(llama.transformers_llama(head_dim=DIM))
-    structure = dataclasses.replace(model, sliding_window_size=WINDOW, attn_logit_softcapping=CAP)
-    device = target.Target(dict(gpu.TARGET))
-    with device:
-        made = attention.kernels(structure, "float32", device)
-    names = ("ragged", "prefill", "decode")
-    return {name: partial(run, gpu, function) for name, function in zip(names, made, strict=True)}
+@dataclass(frozen=True)
+class Shape:
+    """window and cap as a structure has them; scales below zero are those of layers that slide."""
+
+    dim: int
+    heads: int
+    kv_heads: int
+    dtype: str = "float16"
+    window: int | None = None
+    cap: float | None = None
+
+    def __str__(self) -> str:
+        return str(self.dim)
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        return (self.dim**-0.5,) if self.window is None else (self.dim**-0.5, -(self.dim**-0.5))
+
+    @property
+    def bound(self) -> float:
+        return 1e-5 if self.dtype == "float32" else 3e-3
+
+    def numbers(self, seed: int, *shape: int) -> Array:
+        return np.random.default_rng(seed).standard_normal(shape).astype(self.dtype)
+
+    def row(self, q: Array, k: Array, v: Array, scale: float) -> Array:
+        """q [dim] over k and v [n, dim], in float64."""
+        scores = k.astype(np.float64) @ q.astype(np.float64) * scale
+        scores = scores if self.cap is None else self.cap * np.tanh(scores / self.cap)
+        weights = np.exp(scores - scores.max())
+        out: Array = weights @ v.astype(np.float64) / weights.sum()
+        return out
 
 
-def run(gpu: Any, function: Any, arrays: dict[str, Array], scalars: dict[str, Any]) -> tuple[Array, Array]:
-    offsets = {f"{name}_elem_offset": 0 for name in OFFSETS}
-    found = gpu.launch(function, 0, arrays, {**SCALARS, **offsets, **scalars})
-    return found["output"], found["lse"]
+SHAPES = (
+    Shape(32, 4, 2, "float32", 12, 0.5),
+    Shape(64, 6, 2),
+    Shape(80, 4, 4, "float32"),
+    Shape(96, 3, 1, window=12),
+    Shape(128, 4, 1, cap=0.5),
+    Shape(256, 2, 1),
+)
 
 
-def row(q: Array, k: Array, v: Array, scale: float) -> Array:
-    scores = CAP * np.tanh(k.astype(np.float64) @ q.astype(np.float64) * scale / CAP)
-    weights = np.exp(scores - scores.max())
-    out: Array = weights @ v.astype(np.float64) / weights.sum()
-    return out
+class Attention:
+    """The kernels of a shape on a device."""
+
+    def __init__(self, gpu: Gpu, shape: Shape) -> None:
+        self.gpu, self.shape = gpu, shape
+        structure = dataclasses.replace(
+            llama.structure_of(llama.transformers_llama(head_dim=shape.dim)),
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            sliding_window_size=shape.window,
+            attn_logit_softcapping=shape.cap,
+        )
+        device = target.Target(dict(gpu.TARGET))
+        with quick(), device:
+            self.ragged, self.prefill, self.decode = attention.kernels(structure, shape.dtype, device)
+
+    def run(self, function: Any, arrays: dict[str, Array], scalars: dict[str, Any]) -> tuple[Array, Array]:
+        offsets = {f"{name}_elem_offset": 0 for name in OFFSETS}
+        given = {name: array for name, array in arrays.items() if name not in ("output", "lse")}
+        rows = (arrays["q"] if "q" in arrays else arrays["Q"]).shape
+        empty = {"output": np.zeros(rows, self.shape.dtype), "lse": np.zeros(rows[:2], np.float32)}
+        found = self.gpu.launch(function, 0, {**given, **empty}, {**SCALARS, **offsets, **scalars})
+        return found["output"], found["lse"]
 
 
-@pytest.mark.parametrize("scale", [0.7, -0.7])
-def test_new_tokens(kernels: dict[str, Any], scale: float) -> None:
-    """A positive scale is that of a layer that does not slide."""
-    random, n = np.random.default_rng(0), 40
-    q = random.standard_normal((n, HEADS, DIM)).astype(np.float32)
-    k, v = (random.standard_normal((n, KV_HEADS, DIM)).astype(np.float32) for _ in range(2))
+@pytest.fixture(scope="module", params=SHAPES, ids=str)
+def attended(gpu: Gpu, request: pytest.FixtureRequest) -> Attention:
+    return Attention(gpu, request.param)
+
+
+def test_new_tokens(attended: Attention) -> None:
+    shape, n = attended.shape, 40
+    q = shape.numbers(0, n, shape.heads, shape.dim)
+    k, v = (shape.numbers(seed, n, shape.kv_heads, shape.dim) for seed in (1, 2))
     indptr = np.array([0, 9, n], np.int32)
     arrays = {
         **{"q": q, "k": k, "v": v, "q_indptr": indptr, "kv_indptr": indptr},
         **{"q_rope_position": np.zeros(n, np.int32), "k_rope_pos_offset": np.zeros(2, np.int32)},
-        **{"output": np.zeros_like(q), "lse": np.zeros((n, HEADS), np.float32)},
     }
-    sizes = {"batch_size": 2, "qo_len": n, "kv_len": n, "causal": 1, "sm_scale": scale}
-    got, _ = kernels["ragged"](arrays, sizes)
-    for i in range(n):
-        start = 0 if i < 9 else 9
-        seen = slice(max(start, i + 1 - WINDOW) if scale < 0 else start, i + 1)
-        for head in range(HEADS):
-            expected = row(q[i, head], k[seen, head // 2], v[seen, head // 2], abs(scale))
-            assert np.abs(got[i, head] - expected).max() < 1e-5
+    for scale in shape.scales:
+        sizes = {"batch_size": 2, "qo_len": n, "kv_len": n, "causal": 1, "sm_scale": scale}
+        got, _ = attended.run(attended.ragged, arrays, sizes)
+        for i in range(n):
+            start = 0 if i < 9 else 9
+            seen = slice(max(start, i + 1 - (shape.window or n)) if scale < 0 else start, i + 1)
+            for head in range(shape.heads):
+                kv = head * shape.kv_heads // shape.heads
+                expected = shape.row(q[i, head], k[seen, kv], v[seen, kv], abs(scale))
+                assert np.abs(got[i, head] - expected).max() < shape.bound
 
 
-def cache(random: np.random.Generator) -> dict[str, Array]:
+def cache(shape: Shape) -> dict[str, Array]:
     """Two sequences: 45 tokens from position 30 on, and 3 from 0 on."""
     return {
-        "pages": random.standard_normal((6, 2, KV_HEADS, PAGE, DIM)).astype(np.float32),
+        "pages": shape.numbers(3, 6, 2, shape.kv_heads, PAGE, shape.dim),
         "page_indptr": np.array([0, 3, 4], np.int32),
         "page_values": np.array([4, 1, 5, 2], np.int32),
         "length_info": np.array([13, 3], np.int32),
@@ -90,11 +142,11 @@ def cache(random: np.random.Generator) -> dict[str, Array]:
     }
 
 
-def visible(arrays: dict[str, Array], b: int, position: int, scale: float) -> tuple[Array, Array] | None:
+def visible(shape: Shape, arrays: dict[str, Array], b: int, position: int, scale: float) -> tuple[Array, Array] | None:
     """Keys and values [n, kv_heads, dim] that a row at `position` sees."""
     values = arrays["page_values"][arrays["page_indptr"][b] : arrays["page_indptr"][b + 1]]
     length, start = (45, 3)[b], int(arrays["k_rope_pos_offset"][b])
-    first = max(0, position - WINDOW + 1 - start) if scale < 0 else 0
+    first = max(0, position - (shape.window or 0) + 1 - start) if scale < 0 else 0
     if first >= length:
         return None
     slots = [(values[p // PAGE], p % PAGE) for p in range(first, length)]
@@ -102,47 +154,55 @@ def visible(arrays: dict[str, Array], b: int, position: int, scale: float) -> tu
     return k, v
 
 
-@pytest.mark.parametrize("scale", [0.7, -0.7])
-def test_new_tokens_over_cached_pages(kernels: dict[str, Any], scale: float) -> None:
-    random, n = np.random.default_rng(1), 20
-    q = random.standard_normal((n, HEADS, DIM)).astype(np.float32)
-    positions = np.concatenate([75 + np.arange(15), 3 + np.arange(5)]).astype(np.int32)
-    arrays = cache(random) | {"q": q, "q_indptr": np.array([0, 15, n], np.int32), "q_rope_position": positions}
-    arrays |= {"output": np.zeros_like(q), "lse": np.zeros((n, HEADS), np.float32)}
-    sizes = {"batch_size": 2, "total_len": n, "nnz_pages": 4, "max_num_pages": 6, "sm_scale": scale}
-    got, lse = kernels["prefill"](arrays, sizes)
-    for i in range(n):
-        seen = visible(arrays, int(i >= 15), int(positions[i]), scale)
-        for head in range(HEADS):
+def check_cached(shape: Shape, arrays: dict[str, Array], rows: list[tuple[int, int]], scale: float, got: Any) -> None:
+    """rows: of which sequence each row is, and its position."""
+    output, lse = got
+    q = arrays["q"] if "q" in arrays else arrays["Q"]
+    for i, (b, position) in enumerate(rows):
+        seen = visible(shape, arrays, b, position, scale)
+        for head in range(shape.heads):
             if seen is None:
                 assert lse[i, head] < -4e4  # counts for nothing where both attentions are merged
                 continue
-            expected = row(q[i, head], seen[0][:, head // 2], seen[1][:, head // 2], abs(scale))
-            assert np.abs(got[i, head] - expected).max() < 1e-5
+            kv = head * shape.kv_heads // shape.heads
+            expected = shape.row(q[i, head], seen[0][:, kv], seen[1][:, kv], abs(scale))
+            assert np.abs(output[i, head] - expected).max() < shape.bound
 
 
-@pytest.mark.parametrize("scale", [0.7, -0.7])
-def test_one_token_over_cached_pages(kernels: dict[str, Any], scale: float) -> None:
-    random = np.random.default_rng(2)
-    q = random.standard_normal((2, HEADS, DIM)).astype(np.float32)
-    made = cache(random)
+def test_new_tokens_over_cached_pages(attended: Attention) -> None:
+    shape, n = attended.shape, 20
+    positions = [*range(75, 90), *range(3, 8)]
+    arrays = cache(shape) | {
+        "q": shape.numbers(4, n, shape.heads, shape.dim),
+        "q_indptr": np.array([0, 15, n], np.int32),
+        "q_rope_position": np.array(positions, np.int32),
+    }
+    for scale in shape.scales:
+        sizes = {"batch_size": 2, "total_len": n, "nnz_pages": 4, "max_num_pages": 6, "sm_scale": scale}
+        got = attended.run(attended.prefill, arrays, sizes)
+        rows = [(int(i >= 15), position) for i, position in enumerate(positions)]
+        check_cached(shape, arrays, rows, scale, got)
+
+
+def test_one_token_over_cached_pages(attended: Attention) -> None:
+    shape, made = attended.shape, cache(attended.shape)
     positions = np.array([74, 2], np.int32)  # their own keys are in the cache
-    arrays = made | {"Q": q, "q_rope_position": positions, "output": np.zeros_like(q)}
+    arrays = made | {"Q": shape.numbers(5, 2, shape.heads, shape.dim), "q_rope_position": positions}
     arrays |= {"page_table_indptr": made["page_indptr"], "page_table_values": made["page_values"]}
-    arrays |= {"lse": np.zeros((2, HEADS), np.float32)}
-    sizes = {"B": 2, "nnz_pages": 4, "max_num_pages": 6, "sm_scale": scale}
-    got, _ = kernels["decode"](arrays, sizes)
-    for b in range(2):
-        seen = visible(arrays, b, int(positions[b]), scale)
-        assert seen is not None
-        for head in range(HEADS):
-            expected = row(q[b, head], seen[0][:, head // 2], seen[1][:, head // 2], abs(scale))
-            assert np.abs(got[b, head] - expected).max() < 1e-5
+    for scale in shape.scales:
+        sizes = {"B": 2, "nnz_pages": 4, "max_num_pages": 6, "sm_scale": scale}
+        got = attended.run(attended.decode, arrays, sizes)
+        check_cached(shape, arrays, [*enumerate(map(int, positions))], scale, got)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize(("dim", "heads"), [(32, 8), (64, 25), (80, 7), (96, 3), (128, 28), (256, 10)])
-def test_a1_two_attentions_become_one_whatever_order_threads_run_in(gpu: Any, dim: int, heads: int, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("dim", "heads", "dtype"),
+    [
+        *((32, 8, "float32"), (64, 25, "float16"), (80, 7, "float32")),
+        *((96, 3, "float16"), (128, 28, "float16"), (256, 10, "float32")),
+    ],
+)
+def test_a1_two_attentions_become_one_whatever_order_threads_run_in(gpu: Gpu, dim: int, heads: int, dtype: str) -> None:
     """Row A1: a subgroup that is narrower than the threads of a row, and numbers of heads that fill no block of them.
 
     lavapipe's subgroups have 4 or 8 threads, a row has dim / 4 of them.
@@ -172,3 +232,39 @@ def test_decoders_with_these_choices_become_gpu_libraries(name: str) -> None:
     module = lower.lower(structure, llama.QUANTIZATIONS["q4f16_1"], "q4f16_1", {**wgsl.TARGET, "host": HOST})
     names = {variable.name_hint for variable in module.get_global_vars()}
     assert {"create_tir_paged_kv_cache", "attention_prefill", "attention_decode"} <= names
+
+
+@pytest.mark.parametrize(("dim", "kv_heads", "dtype"), [(32, 3, "float32"), (80, 2, "float16"), (256, 1, "float16")])
+def test_what_the_cache_writes_and_copies(gpu: Gpu, dim: int, kv_heads: int, dtype: str) -> None:
+    """TVM's kernels: new keys and values go to their places, the first tokens of a page into another, tokens closer."""
+    device, size = target.Target(dict(gpu.TARGET)), tirx.Var("page_size", "int64")
+    with quick(), device:
+        append = tvm_kv_cache._kv_cache_transpose_append(kv_heads, dim, dtype)
+        copy = tvm_kv_cache._copy_single_page(kv_heads, size, dim, dtype, device)
+        compact = tvm_kv_cache._compact_kv_copy(kv_heads, dim, dtype, device)
+    random = np.random.default_rng(6)
+    pages = random.standard_normal((4, 2, kv_heads, PAGE, dim)).astype(dtype)
+    k, v = (random.standard_normal((5, kv_heads, dim)).astype(dtype) for _ in range(2))
+    moved = ("pages", "position_map", "copy_length_indptr", "copy_src_dst_pos")
+    sizes = {**{f"{name}_elem_offset": 0 for name in moved}, "num_pages": 4, "page_size": PAGE}
+    places = np.array([47, 17, -1, 0, 63], np.int32)  # one is not kept
+    given = {"pages": pages, "k_data": k, "v_data": v, "position_map": places}
+    expected = pages.copy()
+    for token, place in enumerate(places):
+        if place >= 0:
+            expected[place // PAGE, :, :, place % PAGE] = k[token], v[token]
+    counts = {"ntoken": 5, "num_tokens_excluding_cache": 5, **sizes}
+    assert (gpu.launch(gpu.scheduled(append), 0, given, counts)["pages"] == expected).all()
+
+    expected = pages.copy()
+    expected[3, :, :, :9] = pages[1, :, :, :9]
+    counts = {"src_page_id": 1, "tgt_page_id": 3, "copy_length": 9, **sizes}
+    assert (gpu.launch(copy, 0, {"pages": pages}, counts)["pages"] == expected).all()
+
+    moves = np.array([[5, 7, 40], [4, 5, 33]], np.int32)  # from, to: two of the first sequence, one of the second
+    given = {"pages": pages, "copy_length_indptr": np.array([0, 2, 3], np.int32), "copy_src_dst_pos": moves}
+    expected = pages.copy()
+    for source, place in moves.T:
+        expected[place // PAGE, :, :, place % PAGE] = expected[source // PAGE, :, :, source % PAGE]
+    counts = {"batch_size": 2, "total_copy_length": 3, **sizes}
+    assert (gpu.launch(compact, 0, given, counts)["pages"] == expected).all()

@@ -20,7 +20,7 @@ from mlcbuild.compiler.vulkan import build, kernel, packing, validator
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.architecture import resolve
 from mlcbuild.recipes.types import Linker
-from tests.support import llama, spirv
+from tests.support import device_code, llama, spirv
 from tests.support.tools import missing
 
 CONFIG = Path(__file__).parents[2] / "recipes" / "models" / "stories" / "config.json"
@@ -159,7 +159,9 @@ def decorated(made: kernel.Kernel, decoration: int) -> list[int]:
 
 
 def test_what_spirv_lacks_is_named() -> None:
-    (function,) = spirv.device_functions(elementwise(lambda a, b: tirx.erf(a), "float32", "float32"))
+    (function,) = device_code.device_functions(
+        elementwise(lambda a, b: tirx.erf(a), "float32", "float32"), spirv.TARGET
+    )
     with pytest.raises(MlcBuildError, match=r"kernel main_kernel: no SPIR-V can be made of erff? of float32"):
         kernel.translate(function, 0)
 

@@ -15,7 +15,7 @@ BOUNDS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}  # of the referenc
 ARCHITECTURES = (
     *("llama", "llama-yarn", "qwen2", "gemma", "gemma2", "gemma3_text", "gpt2", "gptj", "gpt_neox", "phi", "minicpm"),
     *("mixtral", "qwen2_moe", "cohere-norms", "stablelm-parallel", "starcoder2", "olmo2", "chatglm", "qwen2-window"),
-    "deepseek_v3",
+    *("deepseek_v3", "gpt_oss", "mimo_v2_flash", "llama4_text", "laguna", "gemma4_text-experts"),
 )
 HEADS = [(32, 2), (64, 4), (80, 2), (96, 4), (128, 1), (256, 2)]  # head_dim, num_key_value_heads of 4 heads
 

@@ -25,13 +25,14 @@ def tied(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> tuple[
     (workspace.root / "recipes/tiny-cpu.yaml").unlink()
     workspace.write(
         "recipes/matrix/all.yaml",
-        "matrix: {model: [tiny], quantization: [q0f32, q0f16, q4f16_1, q4f32_1], target: [cpu, cpu-x86_64]}\n",
+        "matrix:\n  model: [tiny]\n  quantization: [q0f32, q0f16, q4f16_1, q4f32_1]\n"
+        "  target: [cpu, cpu-exact, cpu-x86_64]\n",
     )
     workspace.doit("build")
     return workspace, model
 
 
-@pytest.mark.parametrize("target", ["cpu", "cpu-x86_64"])
+@pytest.mark.parametrize("target", ["cpu", "cpu-exact", "cpu-x86_64"])
 @pytest.mark.parametrize("quantization", ["q0f32", "q0f16", "q4f16_1", "q4f32_1"])
 def test_a_package_computes_what_its_weights_stand_for(
     tied: tuple[Workspace, Any], quantization: str, target: str
@@ -46,8 +47,12 @@ def test_a_package_computes_what_its_weights_stand_for(
     ids = [int(i) for i in np.random.default_rng(1).integers(0, 300, 100)]
     expected = llama.reference_logits(other, ids)
     difference = np.abs(package.logits(ids) - expected) / expected.std()
-    assert difference.max() < (1e-4 if dtype == "float32" else 5e-3)
-    assert difference.mean() < 1e-3
+    if quantization.startswith("q4") and target != "cpu-exact":  # activations have 8 bits
+        assert difference.max() < 1e-1
+        assert difference.mean() < 1e-2
+    else:
+        assert difference.max() < (1e-4 if dtype == "float32" else 5e-3)
+        assert difference.mean() < 1e-3
 
 
 def test_the_package_has_what_the_runtimes_expect(tied: tuple[Workspace, Any]) -> None:

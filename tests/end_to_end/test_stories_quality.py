@@ -39,8 +39,8 @@ def test_searched_scales_lose_less_and_error_feedback_least(
 @pytest.mark.parametrize("quantization", ["q4f16_1", "q4f32_1"])
 def test_activations_of_8_bits_lose_little(workspace: Workspace, quantization: str) -> None:
     """By KL divergence from the library that takes them as they are, on the same weights."""
-    workspace.recipe("exact", quantization, "stories")
-    workspace.recipe("rounded", quantization, "stories", target="cpu-a8")
+    workspace.recipe("exact", quantization, "stories", target="cpu-exact")
+    workspace.recipe("rounded", quantization, "stories", target="cpu")
     workspace.built("build", "recipe=exact,rounded")
     exact, rounded = (load(workspace.root / "dist" / name) for name in ("exact", "rounded"))
     ids = exact.tokenizer.encode(EVALUATION.read_text()[:4000])[:500]

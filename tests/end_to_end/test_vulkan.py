@@ -31,7 +31,7 @@ def stories(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path, tiny_c
     stories = ROOT / "recipes" / "models" / "stories"
     text = os.path.relpath(stories / "evaluation.txt", workspace.root / "recipes" / "models")
     workspace.model("stories", stories, f"verify: {{text: {text}}}\n")
-    names = [(quantization, target) for quantization in LIMITS for target in ("vulkan", "cpu")]
+    names = [(quantization, target) for quantization in LIMITS for target in ("vulkan", "cpu-exact")]
     for quantization, target in names:
         workspace.recipe(f"{quantization}-{target}", model="stories", quantization=quantization, target=target)
     workspace.doit("build", f"recipe={','.join(f'{q}-{target}' for q, target in names)}")
@@ -41,7 +41,7 @@ def stories(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path, tiny_c
 @pytest.mark.parametrize("quantization", LIMITS)
 def test_every_logit_is_the_cpus(stories: Workspace, quantization: str, tmp_path: Path) -> None:
     """Decoded one by one, and prefilled in chunks of several sizes."""
-    vulkan, cpu = (stories.root / "dist" / f"{quantization}-{target}" for target in ("vulkan", "cpu"))
+    vulkan, cpu = (stories.root / "dist" / f"{quantization}-{target}" for target in ("vulkan", "cpu-exact"))
     model = load(cpu)
     ids = np.asarray(model.tokenizer.encode(TEXT * 3), np.int32)
     expected = model.logits(ids.tolist())

@@ -210,8 +210,9 @@ def problem(folder: Path, tensors: Mapping[str, Array], config: Mapping[str, Any
     ("change", "text"),
     [
         (
-            {"quant_method": "fp8"},
-            "quant_method is 'fp8': only awq and gptq checkpoints are read; use the model's unquantized checkpoint",
+            {"quant_method": "bitsandbytes"},
+            "quant_method is 'bitsandbytes': only awq, gptq, fp8, mxfp4 and compressed-tensors checkpoints are "
+            "read; use the model's unquantized checkpoint",
         ),
         ({"bits": 3}, "bits is 3: awq checkpoints are read with 4 bits"),
         ({"group_size": "x"}, "group_size is 'x': expected a positive number, or -1"),

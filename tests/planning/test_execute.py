@@ -86,5 +86,5 @@ def test_where_nothing_runs_it_the_build_goes_on_and_says_why(
     reasons = [found.steps[goal.steps["verify"]].fields["not_executed"] for goal in found.goals.values()]
     assert reasons == [
         "the emulated device runs on x86-64 Linux, not on aarch64 Linux",
-        "there is no emulated device of kind metal yet",
+        "the emulated device runs whole libraries of kind cuda, and none of kind metal",
     ]

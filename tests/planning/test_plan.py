@@ -145,18 +145,23 @@ def test_what_reaches_the_measurement_and_what_only_the_verdict(workspace: Works
 
 
 def test_targets_that_do_not_run_here_share_one_measurement(workspace: Workspace) -> None:
-    """FAULTS.md F: four GPUs of one model and format, and the CPU whose library stands in for them, measure once."""
+    """FAULTS.md F: four GPUs of one model and format, and the CPU whose library stands in for them, measure once.
+
+    So do CPUs that run elsewhere and the one here that rounds activations as they do.
+    """
     names = ("opencl", "vulkan", "android", "metal")
-    for name in names:
+    for name in (*names, "cpu-exact", "cpu-aarch64", "windows-x86_64"):
         workspace.write(f"recipes/{name}.yaml", f"model: tiny\nquantization: q4f16_1\ntarget: {name}\n")
-    found = planned(workspace, *names, "tiny-q4f16_1-cpu")
+    found = planned(workspace, *names, "cpu-exact")
     assert {name: kinds(found)[name] for name in ("package", "measure", "verify")} == {
         "package": 5,
         "measure": 1,
         "verify": 5,
     }
     executed = {name: found.steps[goal.steps["verify"]].fields["executed"] for name, goal in found.goals.items()}
-    assert executed == {**dict.fromkeys(names, False), "tiny-q4f16_1-cpu": True}
+    assert executed == {**dict.fromkeys(names, False), "cpu-exact": True}
+    assert kinds(planned(workspace, "tiny-q4f16_1-cpu", "cpu-aarch64", "windows-x86_64"))["measure"] == 1
+    assert kinds(planned(workspace, "tiny-q4f16_1-cpu", "cpu-exact"))["measure"] == 2
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from mlcbuild.compiler.vulkan import kernel as generator
 from mlcbuild.compiler.vulkan import packing
-from tests.support import wgsl
+from tests.support import device_code
 from tests.support.tools import missing
 
 Array = npt.NDArray[Any]
@@ -26,7 +26,6 @@ TARGET: Mapping[str, Any] = {
     "max_shared_memory_per_block": 32768,
     **{f"supports_{feature}": True for feature in FEATURES},
 }
-_HOST = {"kind": "llvm", "mtriple": "x86_64-linux-gnu"}
 _LAVAPIPE = Path("/usr/share/vulkan/icd.d")
 _VULKAN_1_2 = 1 << 22 | 2 << 12
 
@@ -185,47 +184,10 @@ class Kernel:
         return results
 
 
-def device_functions(function: Any) -> list[Any]:
-    """The kernels of one scheduled TIR function as TVM gives them to a code generator, in the order of their names."""
-    import tvm
-    import tvm_ffi
-    from tvm import target, transform
-
-    found: list[Any] = []
-
-    def take(module: Any, _: object) -> Any:
-        found.extend(module.functions.values())
-        return tvm.get_global_func("target.build.opencl")(tvm.IRModule({}), target.Target("opencl"))
-
-    tvm_ffi.register_global_func("target.build.vulkan", take, override=True)
-    both = target.Target(dict(TARGET), host=_HOST)
-    with both, transform.PassContext(config={"tirx.disable_cse_tir": True}):
-        tvm.compile(tvm.IRModule({"main": function.with_attr("global_symbol", "main")}), target=both)
-    names = [str(each.attrs["global_symbol"]).removeprefix("main_kernel").lstrip("_") for each in found]
-    return [each for _, each in sorted(zip(names, found, strict=True), key=lambda pair: int(pair[0] or 0))]
-
-
 def kernels(function: Any) -> list[Kernel]:
     """The kernels of one scheduled TIR function, in the order in which they stand in it."""
     shared = TARGET["max_shared_memory_per_block"]
     return [
         Kernel(generator.translate(each, shared), [p.name.removesuffix("_ptr") for p in each.params])
-        for each in device_functions(function)
+        for each in device_code.device_functions(function, TARGET)
     ]
-
-
-def scheduled(function: Any) -> Any:
-    """`function` as the compiler schedules it for Vulkan."""
-    import tvm
-    from tvm import target
-
-    from mlcbuild.compiler.gpu.device import device_of
-    from mlcbuild.compiler.gpu.schedules import schedule
-
-    with target.Target(dict(TARGET)):
-        return schedule(tvm.IRModule({"main": function}), device_of(TARGET))["main"]
-
-
-def launch(function: Any, which: int, arrays: Mapping[str, Array], scalars: Mapping[str, int]) -> dict[str, Array]:
-    """Run one kernel of a scheduled function."""
-    return kernels(function)[which].run(wgsl.grids(function, scalars)[which], arrays, scalars)

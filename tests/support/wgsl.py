@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tests.support import device_code
 from tests.support.tools import missing
 
 Array = npt.NDArray[Any]
 
 TARGET = {"kind": "webgpu", "max_num_threads": 256, "max_shared_memory_per_block": 32768}
-_HOST = {"kind": "llvm", "mtriple": "x86_64-linux-gnu"}
 _LAVAPIPE = Path("/usr/share/vulkan/icd.d")
 _BINDING = re.compile(
     r"@group\(0\) @binding\((\d+)\) var<(storage, read_write|storage, read|uniform)> (\w+) : ([^;]+);"
@@ -103,41 +103,9 @@ class Kernel:
 
 def kernels(function: Any) -> list[Kernel]:
     """The kernels of one scheduled TIR function, in the order in which they stand in it."""
-    import tvm
-    from tvm import target, transform
-
-    both = target.Target(TARGET, host=_HOST)
-    with both, transform.PassContext(config={"tirx.disable_cse_tir": True}):
-        made = tvm.compile(tvm.IRModule({"main": function.with_attr("global_symbol", "main")}), target=both)
-    found = split(made.mod.imports[0].inspect_source())
-    return sorted(found, key=lambda kernel: int(kernel.name.removeprefix("main_kernel").lstrip("_") or 0))
-
-
-def scheduled(function: Any) -> Any:
-    """`function` as the compiler schedules it for WebGPU."""
-    import tvm
-    from tvm import target
-
-    from mlcbuild.compiler.gpu.device import device_of
-    from mlcbuild.compiler.gpu.schedules import schedule
-
-    with target.Target(TARGET):
-        return schedule(tvm.IRModule({"main": function}), device_of(TARGET))["main"]
-
-
-def grids(function: Any, scalars: Mapping[str, int]) -> list[tuple[int, ...]]:
-    """How many blocks along x and y each kernel of a scheduled function is launched with."""
-    found: list[dict[str, int]] = [{}]
-    for extent, axis in re.findall(r'in T.thread_binding\((.*), thread="blockIdx.(\w)"\):', function.script()):
-        if axis in found[-1]:  # the next kernel
-            found.append({})
-        found[-1][axis] = eval(extent, {}, dict(scalars))  # the script's arithmetic is Python's
-    return [(axes.get("x", 1), axes.get("y", 1), 1) for axes in found]
-
-
-def launch(function: Any, which: int, arrays: Mapping[str, Array], scalars: Mapping[str, int]) -> dict[str, Array]:
-    """Run one kernel of a scheduled function."""
-    return kernels(function)[which].run(grids(function, scalars)[which], arrays, scalars)
+    code, blocks = device_code.source(function, TARGET)
+    found = {kernel.name: kernel for kernel in split(code)}
+    return [found[name] for name in blocks]
 
 
 def split(source: str) -> list[Kernel]:

@@ -64,7 +64,7 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
         missing("emcc")
     if not Path(os.environ.get(WEBLLM) or "none", "@mlc-ai", "web-llm").is_dir():
         missing(f"a folder {WEBLLM} with @mlc-ai/web-llm from npm")
-    root = workspace(tmp_path_factory.mktemp("browser"), ("q0f32", "q4f32_1"), ("webgpu", "cpu-x86_64"))
+    root = workspace(tmp_path_factory.mktemp("browser"), ("q0f32", "q4f32_1"), ("webgpu", "cpu-exact"))
     doit(root, "build")
     return root / "dist"
 
@@ -88,7 +88,7 @@ def test_webllm_says_what_the_cpu_says(quantization: str, dist: Path, page: Page
     tokens = completion(dist / f"{quantization}-webgpu", page, tmp_path)["choices"][0]["logprobs"]["content"]
     assert len(tokens) == TOKENS
 
-    model = load(dist / f"{quantization}-cpu-x86_64")
+    model = load(dist / f"{quantization}-cpu-exact")
     ids = list(model.tokenizer.encode(PROMPT))
     for token in tokens:
         logits = model.logits(ids)[-1].astype("float64")

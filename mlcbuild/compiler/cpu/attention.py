@@ -31,8 +31,9 @@ _ROPE = {"rotary_mode": "int32", "rope_scale": "float32", "rope_theta": "float32
 @dataclass(frozen=True)
 class Shape:
     """What the attention of all layers has in common: `window` positions are seen by layers that slide, 0 where none
-    does; `cap` is the soft cap of scores, `alibi` the largest exponent of linear biases, 0 where there is none. `dtype`
-    is that of queries, keys and values."""
+    does, below 0 where it is of chunks; `cap` is the soft cap of scores, `alibi` the largest exponent of linear
+    biases, 0 where there is none. With `sinks`, the last number of a query is its sink. `dtype` is that of queries,
+    keys and values."""
 
     heads: int
     kv_heads: int
@@ -41,6 +42,7 @@ class Shape:
     window: int = 0
     cap: float = 0.0
     alibi: float = 0.0
+    sinks: bool = False
 
     def array(self, rows: str, heads: int) -> tuple[calls.Shape, str]:
         return (rows, heads, self.dim), self.dtype
@@ -59,14 +61,16 @@ class Shape:
         return max(1, QUERIES * self.kv_heads // self.heads)
 
     def limits(self, symbols: dict[str, Any]) -> tuple[Any, ...]:
-        return self.window, tirx.const(self.cap, "float32"), tirx.const(self.alibi, "float32"), symbols["sm_scale"]
+        sizes = (tirx.const(size, "float32") for size in (self.cap, self.alibi))
+        return self.window, calls.Flag(self.sinks), *sizes, symbols["sm_scale"]
 
 
 def cache_kernels(structure: Structure, dtype: str, page_size: tirx.Var, rotary: Rotary) -> Kernels:
     """What the KV cache of a CPU library calls; attention is made for the runtime's page size of 16."""
     s = structure
     heads, kv_heads, dim = s.num_attention_heads, s.num_key_value_heads, s.head_dim
-    limits = s.sliding_window_size or 0, s.attn_logit_softcapping or 0.0, s.alibi_bias_max or 0.0
+    window = (s.sliding_window_size or 0) * (-1 if s.chunked else 1)
+    limits = window, s.attn_logit_softcapping or 0.0, s.alibi_bias_max or 0.0, "sinks" in s.roles()
     shape = Shape(heads, kv_heads, dim, dtype, *limits)
     return Kernels(
         ragged=ragged(shape),
@@ -91,7 +95,7 @@ def ragged(shape: Shape) -> Any:
         n, limits = symbols["n"], shape.limits(symbols)
         calls.for_each(
             (n + block - 1) // block * shape.kv_heads,
-            lambda task: calls.call(_RAGGED, *inputs[:5], *outputs, n, *shape.sizes, block, task, *limits),
+            lambda task: calls.call(_RAGGED, *inputs[:6], *outputs, n, *shape.sizes, block, task, *limits),
         )
 
     return calls.function("attention_prefill_ragged", inputs, shape.outputs, body, {"causal": "int32", **_ROPE})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mlcbuild.compiler.cpu.sources import Source
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.quantization.schemes import STORAGE_BITS, elements_per_word
-from mlcbuild.recipes.types import Weights
+from mlcbuild.recipes.types import FEW_BITS, Weights
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Format:
     name: str
     defines: tuple[tuple[str, str | int], ...]
     padded_to: int  # columns that packed activations fill up to; the most that any CPU's kernels do
+    bits: int = 32  # of a weight's code; 32 where nothing is packed
 
 
 _MAX_LANES = 16
@@ -51,6 +52,7 @@ def format_of(weights: Weights | None) -> Format:
             ("ASYMMETRIC", int(not weights.symmetric)),
         ),
         _MAX_LANES * elements_per_word(weights),
+        weights.bits,
     )
 
 
@@ -62,13 +64,17 @@ def sources(
 ) -> tuple[Source, ...]:
     """What a library of model dtype `dtype` with weights in `formats` is made from: `files` (without .c), and those.
 
-    `activation_bits` is how precise products with quantized weights take activations; None: as precise as `dtype`.
+    `activation_bits` is how precise products with weights of few bits take activations; None: as precise as `dtype`.
     """
     model = ("MODEL", dtype)
     fewer = () if activation_bits is None else (("ACTIVATION_BITS", activation_bits),)
     once = [Source(name, f"{name}.c", (model,)) for name in files]
     linear = [
-        Source(f"linear_{each.name}", "linear.c", (model, *fewer, ("FORMAT", each.name), *each.defines))
+        Source(
+            f"linear_{each.name}",
+            "linear.c",
+            (model, *(fewer if each.bits <= FEW_BITS else ()), ("FORMAT", each.name), *each.defines),
+        )
         for each in sorted(set(formats), key=lambda each: each.name)
     ]
     return (*once, *linear)

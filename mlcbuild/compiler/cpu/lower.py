@@ -34,7 +34,7 @@ def lower(
 ) -> IRModule:
     """The library of `structure` in `quantization` (called `name` in its metadata) for a CPU, the TVM target `device`.
 
-    `activation_bits` is how precise products with quantized weights take activations. `blocks`: not a model's library
+    `activation_bits` is how precise products with weights of few bits take activations. `blocks`: not a model's library
     but that of its pieces, one layer of each kind. Raises MlcBuildError for a structure that the kernels cannot run.
     """
     _check(structure)

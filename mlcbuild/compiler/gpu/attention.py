@@ -1,5 +1,5 @@
-"""Attention on GPUs: TVM's kernels, and what they lack: sliding windows that are exact, and soft caps of scores. The
-kernel that merges two attentions is our own.
+"""Attention on GPUs: TVM's kernels, and what they lack: sliding windows that are exact, sinks, and soft caps of
+scores. The kernel that merges two attentions is our own.
 
 TVM's kernels are functions already scheduled; they are changed where they say which keys a row sees, and where they
 store its scores. Windows are as on the CPU (mlcbuild.models.layer): a layer with a negative scale slides, and the
@@ -114,7 +114,45 @@ def _changed(function: Any, structure: Structure) -> Any:
     window, cap = structure.sliding_window_size, structure.attn_logit_softcapping
     if cap is not None:
         function = _capped(function, cap)
-    return function if window is None else _sliding(function, window)
+    function = function if window is None else _sliding(function, window, structure.chunked)
+    return _with_sinks(function, structure.head_dim) if "sinks" in structure.roles() else function
+
+
+def _with_sinks(function: Any, dim: int) -> Any:
+    """The last number of a query is its sink: a logit that takes a share and gives nothing (mlcbuild.models.heads).
+
+    Where results are stored, they are lowered by its share, and the logarithm of the sum is raised by it: once, for the
+    set of keys that the row's own is among.
+    """
+    given = {str(param.name): param for param in function.params}
+    query, changes = given["q" if "causal" in given else "Q"], []
+    largest = next(load for load in _nodes(function.body, ir.TensorLoad) if load.source.name in ("m_smem", "st_m"))
+    total = next(load for load in _nodes(function.body, ir.TensorLoad) if load.source.name in ("d_smem", "st_d"))
+
+    def own_is_there(row: Any) -> Any:
+        if "pages" not in given:
+            return tirx.const(True, "bool")
+        sequence = _index(function.body, "page_indptr" if "causal" in given else "page_table_indptr")
+        length = next(filter(_is_length, _nodes(function.body, ir.TensorLoad)))
+        return given["q_rope_position"][row] - given["k_rope_pos_offset"][sequence] < length
+
+    def store(node: Any) -> Any:
+        if node.buffer.name not in ("output", "lse"):
+            return node
+        changes.append(node)
+        row, head = node.indices[0], node.indices[1]
+        at = _nodes(node.value, ir.TensorLoad)[-1].indices[0] if "causal" in given else 0
+        lse = largest.source[at] + tirx.log2(total.source[at])
+        sink = query[row, head, dim - 1].astype("float32") * _float(math.log2(math.e))
+        most = tirx.max(lse, sink)
+        both = most + tirx.log2(tirx.exp2(lse - most) + tirx.exp2(sink - most))
+        both = tirx.if_then_else(own_is_there(row), both, lse)
+        value = both if node.buffer.name == "lse" else node.value.astype("float32") * tirx.exp2(lse - both)
+        return tirx.BufferStore(node.buffer, value.astype(node.buffer.dtype), node.indices)
+
+    body = _mapped(function.body, tirx.BufferStore, store)
+    _expect(changes, 2, "a result is stored in output or lse")
+    return function.with_body(body)
 
 
 def _capped(function: Any, cap: float) -> Any:
@@ -136,8 +174,11 @@ def _capped(function: Any, cap: float) -> Any:
     return function.with_body(body)
 
 
-def _sliding(function: Any, window: int) -> Any:
-    """Rows of layers with a negative scale see keys that are less than `window` positions back; scales are positive."""
+def _sliding(function: Any, window: int, chunked: bool) -> Any:
+    """Rows of layers with a negative scale see keys that are less than `window` positions back; scales are positive.
+
+    `chunked`: those of their own chunk of so many positions.
+    """
     given = {str(param.name): param for param in function.params}
     scale, pages = given["sm_scale"], "pages" in given
     changes: list[Any] = []
@@ -145,30 +186,35 @@ def _sliding(function: Any, window: int) -> Any:
     def paged_distance(sequence: Any, row: Any, column: Any) -> Any:
         return given["q_rope_position"][row] - (given["k_rope_pos_offset"][sequence] + column)
 
+    def reach(row: Any) -> Any:
+        """How many positions the row sees."""
+        return given["q_rope_position"][row] % window + 1 if chunked else window
+
     def distance(node: Any) -> Any:
-        """How many positions the row is after the key that an `if` is about; None for any other `if`."""
+        """How many positions the row is after the key that an `if` is about, and the row; None for any other `if`."""
         if "causal" not in given:  # decode: one row for each sequence
             if not _is_score(node.then_case):
                 return None
             sequence = _index(function.body, "page_table_indptr")
-            return paged_distance(sequence, sequence, node.condition.a)
+            return paged_distance(sequence, sequence, node.condition.a), sequence
         found = _causal_limit(node.condition)
         if found is None:
             return None
         column, limit = found
-        if not pages:  # keys and rows are tokens of the same call: the last key that a row sees is its own
-            return limit - 1 - column
         sequence, starts = _index(limit, "q_indptr"), given["q_indptr"]
         # Rows that only fill up a tile have no position.
         row = tirx.min(starts[sequence] + _row(limit), starts[sequence + 1] - 1)
-        return paged_distance(sequence, row, column)
+        if not pages:  # keys and rows are tokens of the same call: the last key that a row sees is its own
+            return limit - 1 - column, row
+        return paged_distance(sequence, row, column), row
 
     def condition(node: Any) -> Any:
-        back = distance(node)
-        if back is None:
+        found = distance(node)
+        if found is None:
             return node
         changes.append(node)
-        visible = tirx.any(scale >= _float(0), back < window)
+        back, row = found
+        visible = tirx.any(scale >= _float(0), back < reach(row))
         return tirx.IfThenElse(tirx.all(node.condition, visible), node.then_case, node.else_case)
 
     def loop(node: Any) -> Any:
@@ -178,7 +224,7 @@ def _sliding(function: Any, window: int) -> Any:
             return node
         loops.append(node)
         sequence = _index(function.body, "page_table_indptr")
-        first = tirx.max(paged_distance(sequence, sequence, 0) - window + 1, 0) // tiles.b
+        first = tirx.max(paged_distance(sequence, sequence, 0) - reach(sequence) + 1, 0) // tiles.b
         first = tirx.if_then_else(scale < _float(0), first, 0)
         body = _mapped(node.body, ir.Var, lambda var: var + first if var.same_as(node.loop_var) else var)
         return tirx.For(node.loop_var, node.min, tirx.max(tiles - first, 0), node.kind, body)

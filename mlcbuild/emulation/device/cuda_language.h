@@ -1,43 +1,10 @@
 // CUDA C as TVM writes it, in C++ for this CPU: types, vectors, arithmetic, warp operations, tensor cores.
 #pragma once
-#include "threads.h"
+#include "language.h"
 
-// The mathematical functions that kernels call, of the process that loads them: no header and no library of the host's.
-#define EMULATION_FUNCTION(NAME) \
-  extern "C" float NAME##f(float); \
-  extern "C" double NAME(double);
-EMULATION_FUNCTION(acos)
-EMULATION_FUNCTION(acosh)
-EMULATION_FUNCTION(asin)
-EMULATION_FUNCTION(asinh)
-EMULATION_FUNCTION(atan)
-EMULATION_FUNCTION(atanh)
-EMULATION_FUNCTION(cbrt)
-EMULATION_FUNCTION(ceil)
-EMULATION_FUNCTION(cos)
-EMULATION_FUNCTION(cosh)
-EMULATION_FUNCTION(erf)
-EMULATION_FUNCTION(exp)
-EMULATION_FUNCTION(exp2)
-EMULATION_FUNCTION(fabs)
-EMULATION_FUNCTION(floor)
-EMULATION_FUNCTION(log)
-EMULATION_FUNCTION(log1p)
-EMULATION_FUNCTION(log2)
-EMULATION_FUNCTION(log10)
-EMULATION_FUNCTION(nearbyint)
-EMULATION_FUNCTION(rint)
-EMULATION_FUNCTION(round)
-EMULATION_FUNCTION(sin)
-EMULATION_FUNCTION(sinh)
-EMULATION_FUNCTION(sqrt)
-EMULATION_FUNCTION(tan)
-EMULATION_FUNCTION(tanh)
-EMULATION_FUNCTION(trunc)
-extern "C" float powf(float, float);
+#define EMULATION_DOUBLE(NAME) extern "C" double NAME(double);
+EMULATION_FUNCTIONS(EMULATION_DOUBLE)
 extern "C" double pow(double, double);
-extern "C" float fmodf(float, float);
-extern "C" float atan2f(float, float);
 
 #define __device__
 #define __host__
@@ -50,13 +17,6 @@ extern "C" float atan2f(float, float);
 #define blockIdx emulation::block_index
 #define blockDim emulation::block_size
 #define gridDim emulation::grid_size
-
-typedef unsigned int uint;
-typedef unsigned char uchar;
-typedef unsigned short ushort;
-
-template <class T>
-concept Number = __is_arithmetic(T);
 
 // 16-bit floats: stored in 16 bits, computed in float32 and rounded after each operation, to nearest even, as GPUs do.
 struct half {
@@ -110,12 +70,6 @@ static inline nv_bfloat16 __float2bfloat16_rn(float x) { return nv_bfloat16(x); 
 static inline nv_bfloat16 __float2bfloat16(float x) { return nv_bfloat16(x); }
 static inline float __bfloat162float(nv_bfloat16 x) { return x; }
 
-// Vectors are aligned as on the device (16 bytes at most): an access that is not is a fault there, and is one here.
-template <class T>
-static inline T* emulation_aligned(void* place) {
-  if (reinterpret_cast<uintptr_t>(place) % alignof(T)) __builtin_trap();
-  return static_cast<T*>(place);
-}
 #define EMULATION_VECTOR(T, NAME)                                                       \
   struct alignas(sizeof(T) * 2) NAME##2 { T x, y; };                                    \
   struct NAME##3 { T x, y, z; };                                                        \
@@ -163,16 +117,6 @@ static inline void __syncthreads() { emulation::wait_for_block(); }
 static inline void __syncwarp(unsigned = ~0u) { emulation::wait_for_warp(); }
 static inline unsigned __activemask() { return ~0u; }
 
-template <class T>
-static inline T emulation_exchange(T value, int lane) {
-  static_assert(sizeof(T) == 4 || sizeof(T) == 2, "shuffles of 16 and 32 bits");
-  uint32_t raw = 0;
-  memcpy(&raw, &value, sizeof(T));
-  raw = emulation::exchange(raw, lane);
-  memcpy(&value, &raw, sizeof(T));
-  return value;
-}
-static inline int emulation_lane() { return emulation::thread % emulation::WARP; }
 // A lane that would reach beyond its group of `width` gets its own value back.
 template <class T>
 static inline T __shfl_down_sync(unsigned, T value, int by, int width = 32) {
@@ -263,24 +207,3 @@ void store_matrix_sync(T* to, const Fragment& fragment, unsigned stride, layout_
 }
 }  // namespace wmma
 }  // namespace nvcuda
-
-// The thunk of a kernel, and its row in the table.
-namespace emulation {
-template <class Function>
-struct Arguments;
-template <class... T>
-struct Arguments<void(T...)> {
-  static constexpr size_t count = sizeof...(T);
-  static constexpr size_t sizes[count + 1] = {sizeof(T)..., 0};
-  static void call(void (*kernel)(T...), void** values) {
-    // Braces give the order in which `values` is counted up.
-    struct Call {
-      Call(void (*kernel)(T...), T... given) { kernel(given...); }
-    };
-    Call{kernel, *static_cast<T*>(*values++)...};
-  }
-};
-}  // namespace emulation
-#define EMULATION_KERNEL(NAME)                                                                          \
-  {#NAME, [](void** values) { emulation::Arguments<decltype(NAME)>::call(NAME, values); },              \
-   emulation::Arguments<decltype(NAME)>::sizes, emulation::Arguments<decltype(NAME)>::count}

@@ -187,6 +187,14 @@ INLINE void write_query(const state *s, i64 q, model *out, f32 *lse) {
     *lse = total == 0.0f ? LOWEST : s->largest[q] + log2f(total);
 }
 
+// The last number of a query is its sink, a logit that takes a share and gives nothing. It counts once: among those of a
+// row's sets of keys that holds the row's own.
+INLINE void set_sink(state *s, i64 at, const model *query) {
+    f32 sink = get_model(query + s->dim - 1) * LOG2E;
+    s->largest[at] = max_f32(sink, LOWEST);
+    s->total[at * LANES] = exp2_v(splat(sink - s->largest[at]))[0];
+}
+
 INLINE i64 lowest_first(const state *s) {
     i64 first = s->first[0];
     for (i64 q = 1; q < s->count; q++) first = min_i64(first, s->first[q]);
@@ -200,12 +208,14 @@ INLINE i64 highest_end(const state *s) {
 }
 
 // What all tasks of a call have in common. A layer whose scale is negative slides: its rows see `window` positions, the
-// last one their own; the scale itself is positive. `window` 0: no layer does.
+// last one their own; or, where it is below 0, those of their chunk of -window positions. The scale itself is positive.
+// `window` 0: no layer does. `sinks`: set_sink.
 typedef struct {
     const model *q;
     model *out;
     f32 *lse;
     i64 heads, kv_heads, dim, window;
+    i32 sinks;
     f32 cap, alibi, scale;
 } call;
 
@@ -223,15 +233,17 @@ INLINE i64 offset_of(const source *from, i64 position) {
 }
 
 // Rows [row, end) over positions below `length`; row r is at position `at` + r - row, counted as the keys are, and sees
-// no later ones.
-INLINE void attend(state *s, const call *c, const source *from, i64 row, i64 end, i64 at, i64 length, i64 kv_head) {
+// no later ones. The first key is at position `start` of the sequence.
+INLINE void attend(state *s, const call *c, const source *from, i64 row, i64 end, i64 at, i64 start, i64 length,
+                   i64 kv_head) {
     i64 shared = c->heads / c->kv_heads;
-    i64 window = c->scale < 0.0f && c->window ? c->window : 0;
+    i64 window = c->scale < 0.0f ? c->window : 0;
     for (i64 g = 0; g < shared; g += QUERIES) {
         i64 some = min_i64(QUERIES, shared - g), first_head = kv_head * shared + g;
         begin(s, c->dim, c->cap);
         for (i64 r = row; r < end; r++) {
-            i64 own = at + r - row, first = window && own >= window ? own - window + 1 : 0;
+            i64 own = at + r - row, first = window > 0 ? own - window + 1 : window < 0 ? own - (start + own) % -window : 0;
+            if (first < 0) first = 0;
             for (i64 i = 0; i < some; i++) add_query(s, first, min_i64(length, own + 1));
         }
         for (i64 i = 0; i < s->count; i++)
@@ -240,6 +252,9 @@ INLINE void attend(state *s, const call *c, const source *from, i64 row, i64 end
         for (i64 i = 0; c->alibi != 0.0f && i < s->count; i++)
             set_bias(s, i, at + i / some, first_head + i % some, c->heads, c->alibi);
         clear(s);
+        for (i64 i = 0; c->sinks && i < s->count; i++)
+            if (at + i / some < length)
+                set_sink(s, i, c->q + ((row + i / some) * c->heads + first_head + i % some) * c->dim);
         i64 seen = highest_end(s);
         for (i64 i = lowest_first(s); i < seen; i += ROWS) {
             const model *key[ROWS], *value[ROWS];
@@ -261,9 +276,9 @@ INLINE void attend(state *s, const call *c, const source *from, i64 row, i64 end
 // Rows `task / kv_heads * block` and on of q [rows, heads, dim], which belong to the sequences whose ranges in q_indptr
 // hold them; keys and values [rows, kv_heads, dim] are the same call's new tokens.
 EXPORT void mlcbuild_attention_ragged(const model *q, const i32 *q_indptr, const model *k, const model *v,
-                                      const i32 *kv_indptr, model *out, f32 *lse, i64 rows, i64 heads, i64 kv_heads,
-                                      i64 dim, i64 block, i64 task, i64 window, f32 cap, f32 alibi, f32 scale) {
-    const call c = {q, out, lse, heads, kv_heads, dim, window, cap, alibi, scale};
+                                      const i32 *kv_indptr, const i32 *q_position, model *out, f32 *lse, i64 rows, i64 heads, i64 kv_heads,
+                                      i64 dim, i64 block, i64 task, i64 window, i32 sinks, f32 cap, f32 alibi, f32 scale) {
+    const call c = {q, out, lse, heads, kv_heads, dim, window, sinks, cap, alibi, scale};
     i64 row = task / kv_heads * block, last = min_i64(row + block, rows), kv_head = task % kv_heads, b = 0;
     state s;
     while (row < last) {
@@ -271,7 +286,8 @@ EXPORT void mlcbuild_attention_ragged(const model *q, const i32 *q_indptr, const
         i64 kv_len = kv_indptr[b + 1] - kv_indptr[b], end = min_i64(last, q_indptr[b + 1]);
         i64 first = kv_indptr[b] * kv_heads * dim + kv_head * dim;
         const source from = {k + first, v + first, 0, kv_heads * dim, 0, dim};
-        attend(&s, &c, &from, row, end, kv_len - (q_indptr[b + 1] - row), kv_len, kv_head);
+        i64 at = kv_len - (q_indptr[b + 1] - row);
+        attend(&s, &c, &from, row, end, at, q_position[row] - at, kv_len, kv_head);
         row = end;
     }
 }
@@ -281,9 +297,9 @@ EXPORT void mlcbuild_attention_ragged(const model *q, const i32 *q_indptr, const
 EXPORT void mlcbuild_attention_paged(const model *q, const i32 *q_indptr, const model *pages, const i32 *page_indptr,
                                      const i32 *page_values, const i32 *last_page_len, const i32 *k_start,
                                      const i32 *q_position, model *out, f32 *lse, i64 rows, i64 heads, i64 kv_heads,
-                                     i64 dim, i64 page, i64 block, i64 task, i64 window, f32 cap, f32 alibi,
+                                     i64 dim, i64 page, i64 block, i64 task, i64 window, i32 sinks, f32 cap, f32 alibi,
                                      f32 scale) {
-    const call c = {q, out, lse, heads, kv_heads, dim, window, cap, alibi, scale};
+    const call c = {q, out, lse, heads, kv_heads, dim, window, sinks, cap, alibi, scale};
     i64 row = task / kv_heads * block, last = min_i64(row + block, rows), kv_head = task % kv_heads, b = 0;
     i64 half = kv_heads * page * dim;
     state s;
@@ -296,7 +312,7 @@ EXPORT void mlcbuild_attention_paged(const model *q, const i32 *q_indptr, const 
         i64 held = page_indptr[b + 1] - page_indptr[b], length = held ? (held - 1) * page + last_page_len[b] : 0;
         const model *first = pages + kv_head * page * dim;
         const source from = {first, first + half, page_values + page_indptr[b], 2 * half, page, dim};
-        attend(&s, &c, &from, row, end, (i64)q_position[row] - k_start[b], length, kv_head);
+        attend(&s, &c, &from, row, end, (i64)q_position[row] - k_start[b], k_start[b], length, kv_head);
         row = end;
     }
 }

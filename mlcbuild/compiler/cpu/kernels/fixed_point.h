@@ -6,7 +6,7 @@
 // Over 32 products with codes of 4 bits, or 4 of 8 bits and two digits, that is less than 2^31, and integers that
 // overflow on the way come back.
 //
-// ACTIVATION_BITS says how many bits activations have where that is fewer than they would take: 8 are one digit.
+// ACTIVATION_BITS says how many bits activations have where that is fewer than they would take: 8 are one digit, 16 two.
 // A model of float32 takes three digits, a rounding of 2^-24 of the largest among the 32: what float32 itself is. A model
 // of 16-bit floats takes two, 2^-16 of the largest: its weights' scales, embeddings and keys are rounded to 2^-11 or more.
 #pragma once
@@ -18,6 +18,8 @@
 #define DIGITS_bfloat16 2
 #if defined(ACTIVATION_BITS) && ACTIVATION_BITS == 8
 #define DIGITS 1
+#elif defined(ACTIVATION_BITS)
+#define DIGITS 2
 #else
 #define DIGITS JOIN(DIGITS_, MODEL)
 #endif

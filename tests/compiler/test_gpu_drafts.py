@@ -1,4 +1,4 @@
-"""Drafted tokens checked on a GPU, against the algorithm written down in NumPy. WGSL does not have it, SPIR-V does."""
+"""Drafted tokens checked on GPUs, against the algorithm written down in NumPy. WGSL does not have it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlcbuild.compiler.gpu import drafts
-from tests.support import spirv
+from tests.support.gpus import DEVICES, Gpu
 from tests.support.llama import Array
 
 pytestmark = pytest.mark.slow
@@ -38,8 +38,9 @@ def walk(root: int, drafted: Array, tokens: Array, model: Array, uniform: Array)
     return at
 
 
+@pytest.mark.parametrize("gpu", [gpu for gpu in DEVICES if gpu.name != "wgsl"], ids=lambda gpu: gpu.name)
 @pytest.mark.parametrize("seed", range(6))
-def test_the_last_accepted_node_and_what_is_left(seed: int) -> None:
+def test_the_last_accepted_node_and_what_is_left(gpu: Gpu, seed: int) -> None:
     random = np.random.default_rng(seed)
     drafted, model = probabilities(random, NODES), probabilities(random, NODES)
     tokens = random.integers(0, WIDTH, NODES).astype(np.int32)
@@ -48,7 +49,7 @@ def test_the_last_accepted_node_and_what_is_left(seed: int) -> None:
         **{"draft_probs": drafted, "draft_tokens": tokens, "model_probs": model, "first_child": FIRST_CHILD},
         **{"next_sibling": NEXT_SIBLING, "uniform": uniform, "parent": ROOTS},
     }
-    (kernel,) = spirv.kernels(drafts.verify(256))
+    (kernel,) = gpu.kernels(drafts.verify(256))
     got = kernel.run((len(ROOTS), 1, 1), given, {"nodes": NODES, "width": WIDTH, "trees": len(ROOTS)})
     left = model.astype(np.float64)
     expected = [walk(int(root), drafted, tokens, left, uniform) for root in ROOTS]

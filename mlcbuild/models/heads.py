@@ -1,0 +1,126 @@
+"""A layer's heads in the KV cache, whose heads are as many and as wide for all layers as the largest layer needs.
+
+    keys and values   a head that the layer has is there once, or several times where the cache has more heads
+    queries           go to the cache's heads that hold their key; what is left over is zeros
+    width             what a layer's heads do not have is zeros: scores and values are the same
+
+A sink (`sinks`, a logit for each head that takes a share of the attention and gives nothing; Xiao et al., arXiv
+2309.17453, as gpt-oss trains them) is the last number of a query. Keys have a zero there, so scores do not see it; the
+attention kernels do (docs/attention.md). A layer without sinks in a model with some gives the lowest score.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from tvm import relax, te, tirx
+
+from mlcbuild.models.decoder import Decoder
+from mlcbuild.models.operations import Expr
+from mlcbuild.models.structure import Structure
+from mlcbuild.models.weights import Given
+
+NO_SINK = -3e4  # fits into float16; its share of any attention is 0
+
+
+def widths(own: Structure) -> tuple[int, int]:
+    """Numbers of a head's query and key, and of its value."""
+    return own.qk_head_dim or own.head_dim, own.value_head_dim or own.head_dim
+
+
+def in_cache(d: Decoder, qkv: Expr, own: Structure, weight: Given) -> Expr:
+    """Queries, keys and values of a layer, [n, ...], as the KV cache has them: [n, heads + 2 * kv heads, D]."""
+    s, (n, width) = d.structure, (qkv.ty.shape[0], qkv.ty.shape[-1])
+    heads = s.num_attention_heads + 2 * s.num_key_value_heads
+    if (heads, s.head_dim) == (own.num_attention_heads + 2 * own.num_key_value_heads, width):
+        return qkv
+    flat = qkv if len(qkv.ty.shape) == 2 else d.builder.emit(relax.op.reshape(qkv, [n, qkv.ty.shape[1] * width]))
+    sinks = [d.cast(weight("sinks").plain, "float32")] if "sinks" in weight else []
+    return d.builder.emit_te(partial(_whole, s, own), flat, *sinks, primfunc_name_hint="cache_heads")
+
+
+def values_of(d: Decoder, out: Expr, own: Structure) -> Expr:
+    """What attention returns [n, heads, D], as the layer's own: [n, heads * width of a value]."""
+    s, (_, width) = d.structure, widths(own)
+    if (own.num_attention_heads, width) == (s.num_attention_heads, s.head_dim):
+        return d.builder.emit(relax.op.reshape(out, [out.ty.shape[0], own.num_attention_heads * width]))
+    return d.builder.emit_te(partial(_own, s, own), out, primfunc_name_hint="own_heads")
+
+
+def normed_values(d: Decoder, values: Expr, own: Structure) -> Expr:
+    """Values [n, kv heads * width], each head normed without a weight, in the model dtype."""
+    shape, (_, width) = list(values.ty.shape), widths(own)
+    rows = d.builder.emit(relax.op.reshape(values, [shape[0] * own.num_key_value_heads, width]))
+    rows = d.operations.rms_norm(d.cast(rows, d.operations.compute), d.ones(width), own.norm_eps)
+    return d.cast(d.builder.emit(relax.op.reshape(rows, shape)), d.dtype)
+
+
+def gated(d: Decoder, out: Expr, x: Expr, own: Structure, weight: Given) -> Expr:
+    """What attention returns [n, heads * width], times a gate that x [n, H] makes: of each number, or of each head."""
+    role = next((role for role in ("attention_gate", "attention_head_gate") if role in weight), None)
+    if role is None:
+        return out
+    compute, emit = d.operations.compute, d.builder.emit
+    gate = d.operations.linear(x, weight(role), compute)
+    gate = (
+        d.builder.emit_te(_softplus, gate) if d.structure.attention_gate == "softplus" else emit(relax.op.sigmoid(gate))
+    )
+    out, shape = d.cast(out, compute), list(out.ty.shape)
+    if role == "attention_gate":
+        return emit(relax.op.multiply(gate, out))
+    by_head = [shape[0], own.num_attention_heads, widths(own)[1]]
+    gate = emit(relax.op.reshape(gate, [*by_head[:2], 1]))
+    product = emit(relax.op.multiply(gate, emit(relax.op.reshape(out, by_head))))
+    return emit(relax.op.reshape(product, shape))
+
+
+def _softplus(x: te.Tensor) -> te.Tensor:
+    """ln(1 + exp(x)), for large numbers too."""
+
+    def number(i: Any, j: Any) -> Any:
+        given = x[i, j].astype("float32")
+        rest = tirx.log(tirx.const(1, "float32") + tirx.exp(-tirx.abs(given)))
+        return (tirx.max(given, tirx.const(0, "float32")) + rest).astype(x.dtype)
+
+    return te.compute(x.shape, number, name="softplus")
+
+
+def _groups(s: Structure, own: Structure) -> tuple[int, int, int]:
+    """How often a key is there, how many queries it has in the cache, and how many of these are the layer's."""
+    times = s.num_key_value_heads // own.num_key_value_heads
+    return times, s.num_attention_heads // own.num_key_value_heads, own.num_attention_heads // own.num_key_value_heads
+
+
+def _whole(s: Structure, own: Structure, flat: te.Tensor, *sinks: te.Tensor) -> te.Tensor:
+    (times, places, mine), (width, values) = _groups(s, own), widths(own)
+    heads, kv_heads = own.num_attention_heads, own.num_key_value_heads
+    has_sinks = "sinks" in s.roles()
+    zero = tirx.const(0, flat.dtype)
+
+    def number(i: Any, h: Any, j: Any) -> Any:
+        query = h // places * mine + h % places
+        at_end = (
+            tirx.if_then_else(h % places < mine, sinks[0][query], NO_SINK) if sinks else tirx.const(NO_SINK, "float32")
+        )
+        rest = tirx.if_then_else(j == s.head_dim - 1, at_end.astype(flat.dtype), zero) if has_sinks else zero
+        of_query = tirx.if_then_else(tirx.all(h % places < mine, j < width), flat[i, query * width + j], rest)
+        key = (h - s.num_attention_heads) // times
+        of_key = tirx.if_then_else(j < width, flat[i, (heads + key) * width + j], zero)
+        value = (h - s.num_attention_heads - s.num_key_value_heads) // times
+        of_value = tirx.if_then_else(j < values, flat[i, (heads + kv_heads) * width + value * values + j], zero)
+        of_pair = tirx.if_then_else(h < s.num_attention_heads + s.num_key_value_heads, of_key, of_value)
+        return tirx.if_then_else(h < s.num_attention_heads, of_query, of_pair)
+
+    shape = (flat.shape[0], s.num_attention_heads + 2 * s.num_key_value_heads, s.head_dim)
+    return te.compute(shape, number, name="cache_heads")
+
+
+def _own(s: Structure, own: Structure, out: te.Tensor) -> te.Tensor:
+    (_, places, mine), (_, width) = _groups(s, own), widths(own)
+
+    def number(i: Any, j: Any) -> Any:
+        head = j // width
+        return out[i, head // mine * places + head % mine, j % width]
+
+    return te.compute((out.shape[0], own.num_attention_heads * width), number, name="own_heads")

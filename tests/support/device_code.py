@@ -1,0 +1,118 @@
+"""TVM's code generators, asked for the kernels of one scheduled TIR function."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+_HOST = {"kind": "llvm", "mtriple": "x86_64-linux-gnu"}
+
+
+_SCRIPT = SimpleNamespace(int32=int, int64=int, Cast=lambda dtype, value: int(value), min=min, max=max)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The threads of a block along x, y, z, and how much shared memory its launch asks for."""
+
+    threads: tuple[int, ...]
+    shared_bytes: int
+
+
+def device_functions(function: Any, device: Mapping[str, Any]) -> list[Any]:
+    """The kernels as TVM gives them to a code generator, in the order in which they stand in the function."""
+    import tvm
+
+    found: list[Any] = []
+
+    def take(module: Any, target: Any) -> Any:
+        found.extend(module.functions.values())
+        return tvm.get_global_func("target.build.opencl")(tvm.IRModule({}), tvm.target.Target("opencl"))
+
+    with _generator(str(device["kind"]), take):
+        _compiled(function, device)
+    return sorted(found, key=lambda each: _number(str(each.attrs["global_symbol"])))
+
+
+def source(function: Any, device: Mapping[str, Any]) -> tuple[str, dict[str, Block]]:
+    """The kernels' source, and by their names, in their order, what a block of each is."""
+    import tvm
+
+    kind, blocks = str(device["kind"]), dict[str, Block]()
+    generate = tvm.get_global_func(f"target.build.{kind}")
+
+    def take(module: Any, target: Any) -> Any:
+        for each in module.functions.values():
+            blocks[str(each.attrs["global_symbol"])] = _block(each)
+        return generate(module, target)
+
+    with _generator(kind, take):
+        made = _compiled(function, device)
+    code = made.mod.imports[0].inspect_source()
+    return code, dict(sorted(blocks.items(), key=lambda item: _number(item[0])))
+
+
+def grids(function: Any, scalars: Mapping[str, int]) -> list[tuple[int, ...]]:
+    """How many blocks along x and y each kernel of a scheduled function is launched with."""
+    found: list[dict[str, int]] = [{}]
+    for extent, axis in re.findall(r'in T.thread_binding\((.*), thread="blockIdx.(\w)"\):', function.script()):
+        if axis in found[-1]:  # the next kernel
+            found.append({})
+        found[-1][axis] = eval(extent, {"T": _SCRIPT}, dict(scalars))  # the script's arithmetic is Python's
+    return [(axes.get("x", 1), axes.get("y", 1), 1) for axes in found]
+
+
+def _compiled(function: Any, device: Mapping[str, Any]) -> Any:
+    import tvm
+    from tvm import target, transform
+
+    both = target.Target(dict(device), host=_HOST)
+    with both, transform.PassContext(config={"tirx.disable_cse_tir": True}):
+        return tvm.compile(tvm.IRModule({"main": function.with_attr("global_symbol", "main")}), target=both)
+
+
+@contextmanager
+def _generator(kind: str, function: Any) -> Iterator[None]:
+    """TVM's code generator for a kind of device is `function` for a while."""
+    import tvm
+    import tvm_ffi
+
+    name = f"target.build.{kind}"
+    before = tvm.get_global_func(name, allow_missing=True)
+    tvm_ffi.register_global_func(name, function, override=True)
+    try:
+        yield
+    finally:
+        if before is not None:
+            tvm_ffi.register_global_func(name, before, override=True)
+
+
+def _block(function: Any) -> Block:
+    import tvm
+    import tvm_ffi
+    from tvm import tirx
+
+    threads: dict[str, int] = {}
+    shared: list[int] = []
+
+    def axis(node: Any) -> Any:
+        if node.attr_key == "thread_extent" and str(node.node.thread_tag).startswith("threadIdx"):
+            threads[str(node.node.thread_tag)] = int(node.value)
+        return node
+
+    def memory(node: Any) -> Any:
+        if str(node.buffer.scope()) == "shared.dyn":
+            shared.append(math.prod(map(int, node.buffer.shape)) * tvm.DataType(node.buffer.dtype).itemsize)
+        return node
+
+    tvm_ffi.structural_map(function.body, [(tirx.AttrStmt, axis), (tirx.AllocBuffer, memory)])
+    return Block(tuple(threads.get(f"threadIdx.{axis}", 1) for axis in "xyz"), sum(shared))
+
+
+def _number(name: str) -> int:
+    return int(name.removeprefix("main_kernel").lstrip("_") or 0)

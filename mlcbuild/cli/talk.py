@@ -69,6 +69,7 @@ COMMANDS = (
         arg("--text", type=Path, action="append", metavar="FILE", help="tell a text's perplexity; may be repeated"),
         arg("--include", type=Path, metavar="DIR", help="a folder with tasks of your own, as YAML files"),
         arg("--few-shot", type=int, metavar="N", help="examples before each question (default: what the task says)"),
+        arg("--apply-chat-template", action="store_true", help="ask in conversations, by the package's template"),
         arg("--limit", type=int, metavar="N", help="ask N questions of each task at most"),
         JSON,
         arg("--library", type=Path, help="the compiled library, where it is not in the folder"),

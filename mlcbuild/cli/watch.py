@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,16 +16,18 @@ _EVERY = 500  # milliseconds between looks
 
 
 def watch(words: Sequence[str]) -> int:
-    """Build, wait for a change, build again, until Ctrl-C; what is up to date is not built again, as always.
+    """Build, wait for a change, build again, until Ctrl-C or SIGTERM, which end a build, too.
 
-    Each build is a process of its own: a mistake in a file, or a build that fails, ends only that one. Changes during a
-    build are seen after it. Raises MlcBuildError outside of a workspace, and without the package watchfiles.
+    What is up to date is not built again, as always. Each build is a process of its own: a mistake in a file, or a
+    build that fails, ends only that one. Changes during a build are seen after it. Raises MlcBuildError outside of a
+    workspace, and without the package watchfiles.
     """
     try:
         import watchfiles
     except ModuleNotFoundError:
         raise MlcBuildError("watchfiles is not installed: pip install 'mlcbuild[watch]'") from None
     root = find_root(Path.cwd())
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     changes = watchfiles.watch(
         root / "recipes",
         watch_filter=lambda _, name: Path(name) != lock_path(root),  # a build may write it
@@ -47,6 +50,10 @@ def _build(words: Sequence[str], root: Path) -> None:
         try:
             process.wait()
         except KeyboardInterrupt:  # a terminal tells the build, too, which ends its steps
+            process.wait()
+            raise
+        except SystemExit:  # `kill` tells this process alone
+            process.terminate()
             process.wait()
             raise
 

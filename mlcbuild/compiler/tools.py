@@ -38,12 +38,12 @@ def wrong(target: Target) -> str | None:
 
 
 def missing(target: Target) -> str | None:
-    """What this machine lacks to build for `target`, and what to do about it, in one sentence; None: nothing."""
-    kind = target.device["kind"]
+    """All that this machine lacks to build for `target`, and what to do about it, as one sentence; None: nothing."""
+    kind, lacks = target.device["kind"], []
     if kind == "cuda" and cuda.find_nvcc() is None:
-        return f"no nvcc here: {cuda.ADVICE}"
+        lacks.append(f"no nvcc here: {cuda.ADVICE}")
     if kind == "cuda" and not any(map(shutil.which, _HOST_COMPILERS)):
-        return "nvcc needs a C++ compiler beside it: install g++ (Debian: `apt-get install g++`)"
+        lacks.append("nvcc needs a C++ compiler beside it: install g++ (Debian: `apt-get install g++`)")
     if target.linker.kind == "wasm" and emscripten.find_emcc() is None:
-        return f"no emcc here: {emscripten.ADVICE}"
-    return None
+        lacks.append(f"no emcc here: {emscripten.ADVICE}")
+    return "; ".join(lacks) or None

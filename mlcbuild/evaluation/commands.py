@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +26,7 @@ def evaluate(
     include: Path | None = None,
     few_shot: int | None = None,
     limit: int | None = None,
+    apply_chat_template: bool = False,
     json: bool = False,
     library: Path | None = None,
     threads: int | None = None,
@@ -34,13 +35,19 @@ def evaluate(
     """Print the scores of `tasks` (names with commas) and the likelihood of texts; without either, of our own tasks.
 
     Raises MlcBuildError as `load` does, for a package that writes no text, for a text that cannot be read, an unknown
-    task, and where lm-evaluation-harness is not installed.
+    task, for metrics that gave no figure (after the others are printed), and where lm-evaluation-harness is not
+    installed.
     """
     for name, value, least in (("--few-shot", few_shot, 0), ("--limit", limit, 1)):
         if value is not None and value < least:
             raise MlcBuildError(f"{name} is {value}: expected {least} or more")
     asked = tasks is not None or not text
-    for name, given in (("--few-shot", few_shot), ("--limit", limit), ("--include", include)):
+    for name, given in (
+        ("--few-shot", few_shot),
+        ("--limit", limit),
+        ("--include", include),
+        ("--apply-chat-template", apply_chat_template or None),
+    ):
         if given is not None and not asked:
             raise MlcBuildError(f"{name} is for tasks, and with --text alone none is asked: name some with --tasks")
     if include is not None and not include.is_dir():
@@ -50,7 +57,16 @@ def evaluate(
     if model.network.library.metadata.model_task != "chat":
         raise MlcBuildError(f"{folder}: a model of texts gives vectors; tasks are asked of models that write")
     likely = {path: likelihood.of_text(model, content) for path, content in texts.items()}
-    scores = _scores(model, tasks, include, few_shot, limit) if asked else []
+    scores, lost = _scores(model, tasks, include, few_shot, limit, apply_chat_template) if asked else ([], [])
+    _print(likely, scores, json)
+    if lost:
+        raise MlcBuildError(
+            f"{'; '.join(lost)}: no metric for this kind of task; lm-evaluation-harness leaves it out: look at "
+            "metric_list in the task's file"
+        )
+
+
+def _print(likely: Mapping[Path, likelihood.OfText], scores: Sequence[Score], json: bool) -> None:
     if json:
         found = {
             "texts": [{"text": str(path), **dataclasses.asdict(figures)} for path, figures in likely.items()],
@@ -72,8 +88,8 @@ def evaluate(
 
 
 def _scores(
-    model: Model, tasks: str | None, include: Path | None, few_shot: int | None, limit: int | None
-) -> list[Score]:
+    model: Model, tasks: str | None, include: Path | None, few_shot: int | None, limit: int | None, chat: bool
+) -> tuple[list[Score], list[str]]:
     try:
         from mlcbuild.evaluation import harness
     except ModuleNotFoundError as error:
@@ -84,7 +100,8 @@ def _scores(
     names = harness.own_tasks() if tasks is None else tuple(name.strip() for name in tasks.split(",") if name.strip())
     if not names:
         raise MlcBuildError("--tasks names no task")
-    return harness.evaluate(model, names, include, few_shot, limit)
+    found = harness.evaluate(model, names, include, few_shot, limit, chat)
+    return found.scores, found.lost
 
 
 def _error(score: Score) -> str:

@@ -22,6 +22,7 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
+from mlcbuild.chat.conversation import render
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.evaluation.likelihood import continuations, first_token, windows
 from mlcbuild.runtime.model import Model
@@ -42,12 +43,20 @@ class Score:
     questions: int | None  # None: of a group, the mean of others
 
 
-class Harness(TemplateLM):  # type: ignore[misc]  # the harness has no types
-    """A package as the harness wants a model."""
+@dataclass(frozen=True)
+class Scores:
+    """`lost` are metrics that a task's file asks for (`task: metric`) and the harness gives no figure of."""
 
-    def __init__(self, model: Model) -> None:
+    scores: list[Score]
+    lost: list[str]
+
+
+class Harness(TemplateLM):  # type: ignore[misc]  # the harness has no types
+    """A package as the harness wants a model; `chat`: one that is asked in conversations."""
+
+    def __init__(self, model: Model, chat: bool = False) -> None:
         super().__init__()
-        self._model = model
+        self._model, self._chat = model, chat
         self._first = first_token(model)
         self._seeds = itertools.count()  # where an answer is sampled several times, they shall differ
 
@@ -61,9 +70,26 @@ class Harness(TemplateLM):  # type: ignore[misc]  # the harness has no types
         return self._first
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        if self._chat and add_special_tokens is None:  # the template has what stands before a conversation
+            prefix = self._model.conversation.system_prefix_token_ids or ()
+            return [*prefix, *self._model.tokenizer.encode(string, add_special_tokens=False)]
         ids = self._model.tokenizer.encode(string, add_special_tokens=add_special_tokens is not False)
         # A text may begin with the token already that the tokenizer puts before every text.
         return ids[1:] if add_special_tokens is None and ids[:2] == [self._first] * 2 else ids
+
+    def apply_chat_template(self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation by the package's template. Without a generation prompt the last message is an answer's
+        beginning, which goes on."""
+        turns, begun = (chat_history, "") if add_generation_prompt else (chat_history[:-1], chat_history[-1]["content"])
+        return render(self._model.conversation, turns).text + begun
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return self._model.conversation.name if chat_template else None
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness tells its caches of prompts apart by."""
+        return self._model.conversation.name
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
@@ -107,24 +133,31 @@ def evaluate(
     include: Path | None = None,
     few_shot: int | None = None,
     limit: int | None = None,
-) -> list[Score]:
+    chat: bool = False,
+) -> Scores:
     """The scores of tasks, by name: the harness' own, those of YAML files in `include`, and ours.
 
-    `few_shot` examples stand before each question, and `limit` is the most questions of a task. Raises MlcBuildError
-    for a name that there is no task of.
+    `few_shot` examples stand before each question, and `limit` is the most questions of a task. With `chat`, questions
+    are a user's messages in the package's template, and examples are turns before them. Raises MlcBuildError for a name
+    that there is no task of.
     """
+    if chat:
+        model.conversation  # noqa: B018  a package without one says so now
     names = list(dict.fromkeys(tasks))
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     disable_progress_bar()
     os.environ["DISABLE_MULTIPROC"] = "1"  # the harness would fork this process, with its threads
     with contextlib.redirect_stdout(sys.stderr):  # it says there what it does
         try:
-            found = _found(Harness(model), names, include, num_fewshot=few_shot, limit=limit)
+            settings = {"num_fewshot": few_shot, "limit": limit}
+            settings |= {"apply_chat_template": True, "fewshot_as_multiturn": True} if chat else {}
+            found = _found(Harness(model, chat), names, include, **settings)
         except ModuleNotFoundError as error:
             raise MlcBuildError(f"a task needs the package {error.name}, which is not installed") from None
         except (ValueError, TypeError, KeyError, NotImplementedError) as error:
             raise MlcBuildError(f"lm-evaluation-harness: {type(error).__name__}: {error}") from error
-    return [score for task, figures in found["results"].items() for score in _scores(task, figures, found)]
+    scores = [score for task, figures in found["results"].items() for score in _scores(task, figures, found)]
+    return Scores(scores, list(_lost(found)))
 
 
 def _found(harness: Harness, names: Sequence[str], include: Path | None, **settings: Any) -> Mapping[str, Any]:
@@ -143,11 +176,23 @@ def _found(harness: Harness, names: Sequence[str], include: Path | None, **setti
     return found
 
 
+class _Tasks(TaskManager):  # type: ignore[misc]  # the harness has no types
+    """Tasks whose metrics are there: the harness passes over others, or breaks when all is computed."""
+
+    def load(self, *given: Any, **settings: Any) -> Any:
+        loaded = super().load(*given, **settings)
+        for name, task in loaded["tasks"].items():
+            for metric, function in getattr(task, "_metric_fn_list", {}).items():
+                if function is None and task.config.process_results is None:
+                    raise MlcBuildError(f"{name}: there is no metric {metric}: look at metric_list in the task's file")
+        return loaded
+
+
 def _manager(names: Sequence[str], include: Path | None) -> TaskManager:
     """What knows these tasks. To read all that the harness has takes seconds, so it is done where it is needed."""
     path = str(include) if include else None
-    manager = TaskManager(include_path=path, include_defaults=False)
-    return manager if all(manager.match_tasks([name]) for name in names) else TaskManager(include_path=path)
+    manager = _Tasks(include_path=path, include_defaults=False)
+    return manager if all(manager.match_tasks([name]) for name in names) else _Tasks(include_path=path)
 
 
 def _scores(task: str, figures: Mapping[str, Any], found: Mapping[str, Any]) -> Iterable[Score]:
@@ -158,6 +203,19 @@ def _scores(task: str, figures: Mapping[str, Any], found: Mapping[str, Any]) -> 
             error = figures.get(f"{metric}_stderr,{how}")
             name = metric if how == "none" else f"{metric} ({how})"
             yield Score(task, name, float(value), float(error) if isinstance(error, int | float) else None, questions)
+
+
+def _lost(found: Mapping[str, Any]) -> Iterable[str]:
+    """What the harness leaves out without a word: metrics that are not for this kind of task.
+
+    One of `evaluate`'s may give figures of other names.
+    """
+    for task, figures in found["results"].items():
+        given = {key.partition(",")[0] for key in figures}
+        for asked in found["configs"].get(task, {}).get("metric_list") or ():
+            name = asked["metric"]
+            if isinstance(name, str) and name not in given and not asked.get("hf_evaluate"):
+                yield f"{task}: {name}"
 
 
 @functools.cache

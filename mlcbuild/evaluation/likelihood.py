@@ -94,12 +94,7 @@ def windows(ids: Sequence[int], size: int) -> Iterator[Pair]:
 
 def first_token(model: Model) -> int | None:
     """The token that texts of this model begin with, or one that ends them."""
-    for name in ("bos_token_id", "eos_token_id"):
-        found = model.config.get(name)
-        found = found[0] if isinstance(found, list) and found else found
-        if isinstance(found, int):
-            return found
-    return None
+    return model.first_token("eos_token_id")
 
 
 def _rows(session: Session, sequence: int, before: list[int], ids: list[int], first: int) -> Iterator[Logits]:

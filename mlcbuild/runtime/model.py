@@ -218,10 +218,19 @@ class Model:
         """A model says nothing after nothing: an empty prompt is the beginning of a text."""
         if ids:
             return ids
-        bos = self.config.get("bos_token_id")
-        if not isinstance(bos, int):
+        bos = self.first_token()
+        if bos is None:
             raise MlcBuildError("the prompt is empty, and this model has no bos_token_id to begin with")
         return [bos]
+
+    def first_token(self, *names: str) -> int | None:
+        """The token that texts begin with; where there is none, the first of other fields of the configuration."""
+        for name in ("bos_token_id", *names):
+            found = self.config.get(name)
+            found = found[0] if isinstance(found, list) and found else found
+            if isinstance(found, int):
+                return found
+        return None
 
     def _template_stops(self, key: str) -> Sequence[Any]:
         template = self.config.get("conv_template")

@@ -68,14 +68,16 @@ class Session:
 
     def add(self) -> int:
         """A new, empty sequence; its number."""
+        self._check_room()
+        sequence, self._next = self._next, self._next + 1
+        self._begin(sequence)
+        return sequence
+
+    def _check_room(self) -> None:
         if len(self.lengths) == self.max_sequences:
             raise MlcBuildError(
                 f"this session holds {self.max_sequences} sequences; remove one, or make a larger session"
             )
-        sequence = self._next
-        self._next += 1
-        self._begin(sequence)
-        return sequence
 
     def _begin(self, sequence: int) -> None:
         self._state("add_sequence", sequence)
@@ -88,6 +90,20 @@ class Session:
     def remove(self, sequence: int) -> None:
         del self.lengths[sequence]
         self._state("remove_sequence", sequence)
+
+    @property
+    def forks(self) -> bool:
+        """Whether sequences can have a beginning in common: not in a recurrent state, nor where a window slides."""
+        return not self._recurrent and self._sliding <= 0
+
+    def fork(self, sequence: int, length: int) -> int:
+        """A new sequence that begins with the first `length` tokens of another, without computing or keeping them
+        twice; its number. Raises MlcBuildError where there is no room for one more."""
+        self._check_room()
+        child, self._next = self._next, self._next + 1
+        self._state("fork_sequence", sequence, child, length)
+        self.lengths[child] = length
+        return child
 
     def truncate(self, sequence: int, length: int) -> int:
         """Forget all but the first `length` tokens; how many are kept: a recurrent state or a sliding window starts

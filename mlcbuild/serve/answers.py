@@ -11,6 +11,7 @@ from typing import Any
 
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.runtime.sampling import Sampling, defaults
+from mlcbuild.runtime.writing import Grammar
 from mlcbuild.serve import tools
 from mlcbuild.serve.engine import Engine, Job, Piece
 from mlcbuild.serve.protocol import ChatMessage, ChatRequest, CompletionRequest, Refused, Tool, several
@@ -49,6 +50,7 @@ class Answer:
     choices: list[Choice]
     prompt_tokens: int
     usage_at_end: bool
+    of_each: int = 1  # texts of a prompt, one after another in `choices`
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -137,7 +139,7 @@ class Answer:
     def _usage(self) -> dict[str, Any]:
         prompt, text = self.prompt_tokens, sum(len(choice.job.writer.tokens) for choice in self.choices)
         counts = {"prompt_tokens": prompt, "completion_tokens": text, "total_tokens": prompt + text}
-        reused = sum(choice.job.writer.speed.reused for choice in self.choices)
+        reused = sum(choice.job.writer.speed.reused for choice in self.choices[:: self.of_each])
         return {**counts, "prompt_tokens_details": {"cached_tokens": reused}}
 
     def _chances(self, choice: Choice, pieces: Sequence[Piece]) -> dict[str, Any] | None:
@@ -175,9 +177,10 @@ def answer(engine: Engine, name: str, request: ChatRequest | CompletionRequest) 
         raise MlcBuildError(f"{name} gives vectors of texts (/v1/embeddings), it does not write")
     chat = isinstance(request, ChatRequest)
     prompts: list[Any]
-    schema, template = None, None
+    schema, template, lark = None, None, None
     offered, several_calls = list[Tool](), True
     if isinstance(request, ChatRequest):
+        forced = request.forced
         if request.about_tools:
             text = tools.prompt(engine.template, request.messages, request.offered)
             if len(text) > _LONGEST * engine.window:  # to tokenize it would take 200 times its memory
@@ -188,6 +191,8 @@ def answer(engine: Engine, name: str, request: ChatRequest | CompletionRequest) 
             prompts = [model.tokenizer.encode(text, add_special_tokens=False)]
         else:
             prompts = [model.chat_prompt(_told(request.messages))]
+        if template is not None and forced:
+            offered, lark = forced, tools.grammar(template, forced, several_calls)
         schema = request.response_format.schema_of_answer if request.response_format else None
         most = request.max_completion_tokens or request.max_tokens or engine.window
     else:
@@ -213,12 +218,22 @@ def answer(engine: Engine, name: str, request: ChatRequest | CompletionRequest) 
             seed = None if request.seed is None else request.seed + i  # or all would be the same
             sampling = Sampling(**{**settings, "seed": seed})
             room = min(most, engine.window - len(ids))
-            grammar = None if schema is None else engine.grammars.follow(schema)
+            grammar = _grammar(engine, schema, lark)
             writer = model.writer(ids, room, request.stops, sampling, grammar)
             calls = tools.reader(template, offered, several_calls) if template is not None else None
             choices.append(Choice(len(choices), Job(writer, print, request.likeliest), asyncio.Queue(), calls))
     usage = request.stream_options is not None and request.stream_options.include_usage
-    return Answer(engine, name, chat, choices, prompt_tokens, usage)
+    return Answer(engine, name, chat, choices, prompt_tokens, usage, request.n)
+
+
+def _grammar(engine: Engine, schema: dict[str, Any] | None, lark: str | None) -> Grammar | None:
+    """What a text must obey. Raises MlcBuildError that names the field which asks for it."""
+    try:
+        if lark is not None:
+            return engine.grammars.following(lark)
+        return None if schema is None else engine.grammars.fitting(schema)
+    except MlcBuildError as error:
+        raise MlcBuildError(f"{'response_format' if lark is None else 'tool_choice'}: {error}") from None
 
 
 def _told(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:

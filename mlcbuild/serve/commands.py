@@ -16,6 +16,7 @@ KEY = "MLCBUILD_API_KEY"
 _PORTS = 65535
 _LOOPBACK = ["127.0.0.1", "localhost", "[::1]", "::1"]
 _SECONDS = 1  # that answers which are being written have when the server ends
+_REST = 0.5  # seconds for their last words; who has not read them by then does not read
 _STEP = 0.2  # seconds that an engine has for its last step
 
 
@@ -71,7 +72,9 @@ def serve(
 
     class Ending(uvicorn.Server):
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            asyncio.get_running_loop().call_later(_SECONDS, server.end)
+            loop = asyncio.get_running_loop()
+            loop.call_later(_SECONDS, server.end)
+            loop.call_later(_SECONDS + _REST, setattr, self, "force_exit", True)
             await super().shutdown(sockets)
 
     config = uvicorn.Config(

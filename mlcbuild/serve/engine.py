@@ -2,7 +2,8 @@
 
 A step computes at most one chunk of prompts, then one token of every text (continuous batching): a text begins as soon
 as a place is free, and a long prompt holds the others up for a chunk only. A complete text stays in the KV cache until
-its place is needed: the next turn of its conversation begins where it ended. Whoever waits is told from this thread.
+its place is needed: the next turn of its conversation begins where it ended. What a prompt has in common with another
+text that is there is not computed again, and kept once. Whoever waits is told from this thread.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from mlcbuild.runtime.model import Model
 from mlcbuild.runtime.sampling import log_probabilities
 from mlcbuild.runtime.session import Session, common
 from mlcbuild.runtime.writing import Writer
-from mlcbuild.serve.grammar import JsonGrammars
+from mlcbuild.serve.grammar import Grammars
 
 _SHORTEST = 16  # tokens of a common beginning that are worth keeping
 
@@ -100,9 +101,9 @@ class Engine:
         self._thread.start()
 
     @functools.cached_property
-    def grammars(self) -> JsonGrammars:
-        """What keeps texts to schemas, made when first needed. Raises MlcBuildError."""
-        return JsonGrammars(self.model)
+    def grammars(self) -> Grammars:
+        """What keeps texts to schemas and grammars, made when first needed. Raises MlcBuildError."""
+        return Grammars(self.model)
 
     @property
     def waiting(self) -> int:
@@ -179,6 +180,8 @@ class Engine:
     def _begin(self, session: Session) -> None:
         with self._changed:
             while self._waiting and len(self._running) < self._most:
+                if not self._waiting[0].cancelled and session.forks and self._soon(self._waiting[0].writer.ids):
+                    return
                 job = self._waiting.popleft()
                 if job.cancelled:
                     self.counts["cancelled"] += 1
@@ -188,19 +191,36 @@ class Engine:
                 job.writer.speed.start(job.computed)
                 self.counts["reused_tokens"] += job.computed
 
+    def _soon(self, ids: Sequence[int]) -> bool:
+        """Whether a prompt that is being computed has more in common with this one than is there yet.
+
+        To wait for that costs nothing: its tokens are computed first anyway.
+        """
+        shared = ((common(job.writer.ids, ids), job.computed) for job in self._running)
+        return any(shared_tokens >= _SHORTEST and shared_tokens > there for shared_tokens, there in shared)
+
     def _place(self, session: Session, ids: Sequence[int]) -> tuple[int, int]:
-        """A sequence for a prompt, and how many of its tokens are there: those that it has in common with a text which
-        is kept, unless most of that would be lost."""
-        shared = {sequence: common(tokens, ids) for sequence, tokens in self._kept.items()}
-        best = max(shared, key=lambda sequence: shared[sequence], default=None)
-        if best is not None and shared[best] >= max(_SHORTEST, len(self._kept[best]) // 2):
+        """A sequence for a prompt, and how many of its tokens are there: those that it has in common with another text.
+
+        A complete text goes on as this one, unless most of it would be lost; else both share the beginning.
+        """
+        inside = {job.sequence: job.writer.ids[: job.computed] for job in self._running if job.sequence >= 0}
+        shared = {sequence: common(tokens, ids) for sequence, tokens in {**inside, **self._kept}.items()}
+        best = max(shared, key=lambda sequence: shared[sequence], default=-1)
+        there = min(shared.get(best, 0), len(ids) - 1)  # the last token gives the logits
+        full = len(session.lengths) == self._most
+        others = [sequence for sequence in self._kept if sequence != best]
+        kept = self._kept.get(best)
+        if there < _SHORTEST:
+            best, others = -1, list(self._kept)
+        elif kept is not None and (shared[best] >= len(kept) // 2 or (full and not others)):
             del self._kept[best]
-            return best, session.truncate(best, min(shared[best], len(ids) - 1))  # the last one gives the logits
-        if len(session.lengths) == self._most:
-            oldest = next(iter(self._kept))
+            return best, session.truncate(best, there)
+        if full:
+            oldest = others[0]
             del self._kept[oldest]
             session.remove(oldest)
-        return session.add(), 0
+        return (session.fork(best, there), there) if best >= 0 and session.forks else (session.add(), 0)
 
     def _prefill(self, session: Session) -> None:
         """A chunk of the prompts that are not computed yet, the oldest first; and the first tokens after them."""

@@ -93,12 +93,23 @@ class Function(Strict):
     name: Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")]
     description: str = ""
     parameters: dict[str, Any] = Field(default_factory=dict)
-    strict: Literal[False] = False  # what a model writes is not held to the schema
+    strict: bool = False
 
 
 class Tool(Strict):
     type: Literal["function"] = "function"
     function: Function
+
+
+class OnlyName(Strict):
+    name: str
+
+
+class Chosen(Strict):
+    """`tool_choice` that names the function to call."""
+
+    type: Literal["function"] = "function"
+    function: OnlyName
 
 
 class Called(BaseModel):
@@ -165,7 +176,7 @@ class ChatRequest(Writing):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto", "required"] | Chosen | None = None
     parallel_tool_calls: bool | None = None
 
     @property
@@ -176,6 +187,31 @@ class ChatRequest(Writing):
     @property
     def offered(self) -> list[Tool]:
         return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def forced(self) -> list[Tool]:
+        """Tools one of which must be called; none: the model may choose.
+
+        Raises MlcBuildError where there is no such tool, where the answer must fit a schema, too, and for a tool that
+        shall be strict although nothing holds a free answer to its schema.
+        """
+        choice = self.tool_choice
+        if choice == "required":
+            found = self.offered
+        elif isinstance(choice, Chosen):
+            found = [tool for tool in self.offered if tool.function.name == choice.function.name]
+        else:
+            if any(tool.function.strict for tool in self.offered):
+                raise MlcBuildError("tools: `strict` needs a `tool_choice` of `required` or of a function by name")
+            return []
+        if not found:
+            if not isinstance(choice, Chosen):
+                raise MlcBuildError("tool_choice: `required`, and there are no tools")
+            known = ", ".join(tool.function.name for tool in self.offered) or "none"
+            raise MlcBuildError(f"tool_choice: no tool is called {choice.function.name}; there are: {known}")
+        if self.response_format is not None and self.response_format.type != "text":
+            raise MlcBuildError("tool_choice: an answer that must be a call cannot fit a response_format as well")
+        return found
 
     @property
     def likeliest(self) -> int | None:

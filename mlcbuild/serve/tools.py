@@ -48,6 +48,30 @@ def reader(template: ChatTemplate, tools: Sequence[Tool], several: bool) -> Call
     return Calls(_form(template) == "tags", frozenset(tool.function.name for tool in tools), several)
 
 
+def grammar(template: ChatTemplate, tools: Sequence[Tool], several: bool) -> str:
+    """What an answer must be that calls one of these tools, or `several` one after another, in llguidance's Lark.
+
+    Arguments fit their tool's schema. Raises MlcBuildError for a schema whose values are no objects.
+    """
+    tags = _form(template) == "tags"
+    begin, middle, end = (f"{_OPEN}\n", "arguments", f"\n{_CLOSE}") if tags else ("", "parameters", "")
+    rules = [f"start: call {'(BETWEEN call)*' if tags and several else ''}"]
+    rules += [f"call: {' | '.join(f'call{i}' for i in range(len(tools)))}", f"BETWEEN: {_text(chr(10))}"]
+    for i, function in enumerate(tool.function for tool in tools):
+        if function.parameters.get("type", "object") != "object":
+            raise MlcBuildError(f"tools: the parameters of {function.name} must be of type object")
+        head = f'{begin}{{"name": {_text(function.name)}, "{middle}": '
+        # As the templates' own examples have it.
+        style = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+        schema = {**function.parameters, "type": "object", "x-guidance": style}
+        rules += [f"call{i}: {_text(head)} arguments{i} {_text('}' + end)}", f"arguments{i}: %json {_text(schema)}"]
+    return "\n".join(rules)
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
 def _form(template: ChatTemplate) -> str | None:
     if any(other in template.source for other in _OTHER_FORMS):
         return None

@@ -61,10 +61,10 @@ def remedy(diagnosis: Diagnosis) -> tuple[str | None, list[str]]:
     wanted: dict[str, dict[str, None]] = {"apt-get": {}, "pip": {}}
     helpless = []
     for name, missing in diagnosis.targets.items():
-        found = _COMMANDS.search(missing or "")
-        if found:
-            wanted[found[1]].update(dict.fromkeys(found[2].split()))
-        elif missing:
+        found = _COMMANDS.findall(missing or "")
+        for program, words in found:
+            wanted[program].update(dict.fromkeys(words.split()))
+        if missing and not found:
             helpless.append(name)
     command = " && ".join(f"{program} install {' '.join(words)}" for program, words in wanted.items() if words)
     return command or None, helpless
@@ -75,12 +75,10 @@ def _missing(target: Target, present: Generators | str) -> str | None:
         device = targets.resolve(target)
     except Unavailable as error:
         return str(error).removeprefix(f"target {target.name}: ")
-    reason = tools.wrong(target) or tools.missing(target)
-    if reason:
+    if reason := tools.wrong(target):
         return reason
-    if isinstance(present, str):
-        return present
-    return generators.lacking(device, target.host or device, present)
+    lacking = present if isinstance(present, str) else generators.lacking(device, target.host or device, present)
+    return "; ".join(filter(None, (tools.missing(target), lacking))) or None
 
 
 def _generators() -> Generators | str:

@@ -43,6 +43,16 @@ def test_templates_without_end(monkeypatch: pytest.MonkeyPatch, source: str, rea
     )
 
 
+@pytest.mark.slow  # it has five seconds of a processor
+def test_a_template_without_end_for_tools_alone() -> None:
+    template = ChatTemplate("{% if tools %}" + LOOP + "{% endif %}{{ messages[0].content }}\ud800", "x.jinja")
+    assert template.with_tools(MESSAGES, []) == "hi\ud800"
+    with pytest.raises(MlcBuildError, match=r"^x\.jinja: chat_template takes more than 5 seconds of a processor"):
+        template.with_tools(MESSAGES, [{"type": "function"}])
+    with pytest.raises(MlcBuildError, match=r"^x\.jinja: chat_template: no$"):
+        ChatTemplate("{{ raise_exception('no') }}", "x.jinja").with_tools(MESSAGES, [])
+
+
 def test_texts_and_refusals_come_back_as_they_are() -> None:
     assert rendered("{{ messages[0].content }}\ud800ä") == "hi\ud800ä"
     assert rendered("") == ""

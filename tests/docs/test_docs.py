@@ -98,6 +98,13 @@ def test_every_variable_of_the_environment_is_described() -> None:
     assert used <= described, used - described
 
 
+def test_what_is_said_when_something_goes_wrong_is_said_so() -> None:
+    sources = "\n".join(path.read_text() for path in (ROOT / "mlcbuild").rglob("*.py"))
+    texts = [text for row in table(page("troubleshooting.md"), "it says", "that is", "so") for text in code(row[0])]
+    assert len(texts) >= 20
+    assert [text for text in texts if text not in sources] == []
+
+
 def test_every_event_is_described_with_its_fields() -> None:
     described = {code(row[0])[0]: code(row[1]) for row in table(page("reports.md"), "event", "fields", "when")}
     real = {}

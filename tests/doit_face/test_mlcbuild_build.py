@@ -9,6 +9,9 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import IO, Any
 
 import pytest
@@ -86,3 +89,34 @@ def test_watch_builds_again_what_an_edit_touches(workspace: Workspace) -> None:
         assert "ok build:tiny-q4f16_1-cpu" in said and "-- download:tiny" in said
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
+
+
+def test_what_ends_watch_ends_its_build(workspace: Workspace) -> None:
+    """SIGTERM is told to one process alone, so the build and its steps must be told by that."""
+    workspace.trick("quantize.child", "a child of watch's build")
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TOY_TRICKS": str(workspace.tricks)}
+    command = [sys.executable, "-m", "mlcbuild.cli", "watch", "recipe=tiny-q4f16_1-cpu"]
+
+    def going() -> list[str]:
+        marked = [path for path in Path("/proc").glob("[0-9]*/cmdline") if _has(path, b"a child of watch's build")]
+        return [path.parent.name for path in marked]
+
+    with Started(command, cwd=workspace.root, env=environment, stdout=subprocess.DEVNULL) as process:
+        _until(lambda: bool(going()))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+        _until(lambda: not going())
+
+
+def _has(path: Path, mark: bytes) -> bool:
+    try:
+        return mark in path.read_bytes()
+    except OSError:  # it has ended
+        return False
+
+
+def _until(true: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)

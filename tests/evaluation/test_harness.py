@@ -89,6 +89,35 @@ def test_answers_that_are_sampled_differ_and_stop_where_the_task_says(tiny: Mode
     assert written(1, max_gen_toks=8, until=[first[1:]]) == [first[0]]
 
 
+def test_a_task_asked_in_conversations(
+    tiny: Model, tiny_package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the package's template: examples are turns, and an answer may have been begun."""
+    rows = [{"q": "Hi", "a": tiny.chat("Hi", max_tokens=4)}, {"q": "b", "a": "c"}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task: dict[str, Any] = {
+        "task": "asking",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "{{a}}",
+        "generation_kwargs": {"until": ["zzz"], "max_gen_toks": 4},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (tmp_path / "asking.yaml").write_text(yaml.safe_dump(task))
+    for chat, right in ((True, 1), (False, 0)):
+        evaluate(tiny_package, tasks="asking", include=tmp_path, limit=1, apply_chat_template=chat, json=True)
+        (score,) = json.loads(capsys.readouterr().out)["scores"]
+        assert score["value"] == right
+    harness = Harness(tiny, chat=True)
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    assert harness.tok_encode(harness.apply_chat_template(turns)) == tiny.chat_prompt(turns)
+    begun = harness.apply_chat_template([*turns, {"role": "assistant", "content": "It"}], add_generation_prompt=False)
+    assert begun == harness.apply_chat_template(turns) + "It"
+
+
 def test_what_the_harness_prints_is_not_in_the_json(
     tiny_package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,6 +137,15 @@ def test_what_the_harness_prints_is_not_in_the_json(
     evaluate(tiny_package, tasks="last", include=tmp_path, json=True)
     (score,) = json.loads(capsys.readouterr().out)["scores"]
     assert score["metric"] == "perplexity" and score["error"] > 0
+    for name, said in (
+        ("perplexty", r"^last: there is no metric perplexty: look at metric_list in the task's file"),
+        ("acc_norm", r"^last: acc_norm: no metric for this kind of task"),
+    ):
+        metrics = [*task["metric_list"], {"metric": name, "aggregation": "mean", "higher_is_better": True}]
+        (tmp_path / "last.yaml").write_text(yaml.safe_dump({**task, "metric_list": metrics}))
+        with pytest.raises(MlcBuildError, match=said):
+            evaluate(tiny_package, tasks="last", include=tmp_path, json=True)
+    assert json.loads(capsys.readouterr().out)["scores"]
     (tmp_path / "last.yaml").write_text(yaml.safe_dump({**task, "output_type": "guess"}))
     with pytest.raises(MlcBuildError, match=r"^lm-evaluation-harness: ValueError: .*guess"):
         evaluate(tiny_package, tasks="last", include=tmp_path)

@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from mlcbuild.runtime import Model
+from mlcbuild.runtime.session import common
 from mlcbuild.serve.engine import Engine
 from tests.serve.conftest import held
 
@@ -94,6 +95,34 @@ def test_the_next_turn_computes_only_what_is_new(client: openai.OpenAI, engine: 
     again = answered(second)  # all of it is there, and the last token is computed again
     assert again.usage.prompt_tokens_details.cached_tokens == again.usage.prompt_tokens - 1
     assert again.choices[0].message.content == answer.choices[0].message.content
+
+
+def test_what_conversations_have_in_common_is_computed_once(client: openai.OpenAI, engine: Engine, tiny: Model) -> None:
+    """A system message before other questions, one after another and all at once, more of them than places."""
+    system = {"role": "system", "content": "Zoë and Åsa sat by the sea."}
+    told: Any = [[system, {"role": "user", "content": text}] for text in ("a", "b", "c sea", "d", "a b", "€", "c s")]
+
+    def answered(messages: Any) -> tuple[str, int]:
+        found: Any = client.chat.completions.create(model=MODEL, messages=messages, temperature=0, max_tokens=5)
+        return found.choices[0].message.content, found.usage.prompt_tokens_details.cached_tokens
+
+    expected = [tiny.chat(messages, max_tokens=5) for messages in told]
+    prompts = [tiny.chat_prompt(messages) for messages in told]
+    head = min(common(prompts[0], ids) for ids in prompts[1:])
+    assert head > 20
+    complete(client, ["grey", "cup", "日本"], max_tokens=1)  # nothing of this is there
+    computed = engine.counts["prompt_tokens"]
+    with ThreadPoolExecutor(len(told)) as pool:
+        with held(engine):
+            waiting = [pool.submit(answered, messages) for messages in told]
+            wait_until(lambda: engine.waiting == len(told))
+        found = [each.result() for each in waiting]
+    assert [text for text, _ in found] == expected
+    assert sum(reused >= head - 1 for _, reused in found) == len(told) - 1
+    assert engine.counts["prompt_tokens"] - computed <= head + sum(len(ids) - head + 1 for ids in prompts)
+    for messages, text in zip(told, expected, strict=True):
+        again, reused = answered(messages)
+        assert again == text and reused >= head - 1
 
 
 def test_several_prompts_and_several_texts_of_each(client: openai.OpenAI, tiny: Model) -> None:

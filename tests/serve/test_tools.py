@@ -13,9 +13,12 @@ from typing import Any
 import openai
 import pytest
 
+from mlcbuild.chat.jinja import ChatTemplate
 from mlcbuild.runtime import load
 from mlcbuild.serve.engine import Engine, Limits
-from mlcbuild.serve.tools import Calls
+from mlcbuild.serve.grammar import Grammars
+from mlcbuild.serve.protocol import Tool
+from mlcbuild.serve.tools import Calls, grammar
 from tests.serve.conftest import KEY, serving
 
 TAGS = (
@@ -184,6 +187,44 @@ def test_a_call_that_is_written_is_told_as_one(clients: Mapping[str, openai.Open
     assert not any(chunk.delta.content for chunk in chunks)
 
 
+def named(function: str) -> Any:
+    return {"type": "function", "function": {"name": function}}
+
+
+def test_a_call_that_must_be_is_one_that_fits(clients: Mapping[str, openai.OpenAI]) -> None:
+    """Whatever the model would rather write. References are to what a tool's own schema defines."""
+
+    def tool(name: str, values: list[int]) -> Any:
+        schema = {"properties": {"x": {"$ref": "#/$defs/one"}}, "required": ["x"], "$defs": {"one": {"enum": values}}}
+        return {"type": "function", "function": {"name": name, "parameters": {**schema, "additionalProperties": False}}}
+
+    settings: Any = {"tools": [tool("f", [1, 2]), tool("é", [3])], "parallel_tool_calls": False}
+    for choice, possible in ((named("é"), {3}), (named("f"), {1, 2}), ("required", {1, 2, 3})):
+        (answer,) = ask(clients["object"], **settings, tool_choice=choice).choices
+        assert answer.finish_reason == "tool_calls" and answer.message.content is None
+        (call,) = answer.message.tool_calls
+        made = json.loads(call.function.arguments)["x"]
+        assert made in possible and call.function.name == ("f" if made < 3 else "é")
+    chunks = [c.choices[0].delta for c in ask(clients["object"], **settings, tool_choice="required", stream=True)]
+    assert sum(len(delta.tool_calls or ()) for delta in chunks) == 1 and not any(delta.content for delta in chunks)
+
+
+def test_calls_between_tags_are_what_the_grammar_takes(tiny: Any) -> None:
+    def taken(text: str, several: bool) -> bool:
+        lark = grammar(ChatTemplate(TAGS, "x.jinja"), [Tool.model_validate(tool) for tool in TOOLS], several)
+        followed = Grammars(tiny).following(lark)
+        for token in tiny.tokenizer.encode(text):
+            if not followed.allowed()[token]:
+                return False
+            followed.accept(token)
+        return bool(followed.allowed()[0] or not followed.allowed().any())  # it may end here
+
+    call = '<tool_call>\n{"name": "f", "arguments": {"x": 5}}\n</tool_call>'
+    assert taken(call, False) and taken(f"{call}\n{call}", True)
+    assert not taken(f"{call}\n{call}", False) and not taken("5", True)
+    assert not taken(call.replace("5", '"a"'), True) and not taken(call.replace('"f"', '"g"'), True)
+
+
 def test_what_cannot_be_is_refused(clients: Mapping[str, openai.OpenAI], client: openai.OpenAI) -> None:
     wrong = [{**CALLED[1], "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "[1"}}]}]
     schema: dict[str, Any] = {}
@@ -191,10 +232,33 @@ def test_what_cannot_be_is_refused(clients: Mapping[str, openai.OpenAI], client:
         schema = {"a": schema}
     deep = [{"type": "function", "function": {**FUNCTION, "parameters": schema}}]
     large = [{"type": "function", "function": {**FUNCTION, "description": "x" * 300_000}}]
+    strict = {"type": "function", "function": {**FUNCTION, "strict": True}}
+    odd = {"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}
+    unknown = {
+        "type": "function",
+        "function": {"name": "f", "parameters": {"type": "object", "$ref": "#/no such thing"}},
+    }
     long = [{"type": "function", "function": {**FUNCTION, "name": "f" * 64}}] * 128
     for asked, settings, said in (
         (client, {"tools": TOOLS}, "tools: the chat template of this package's checkpoint has no place for them"),
-        (clients["tags"], {"tools": TOOLS, "tool_choice": "required"}, "tool_choice: Input should be 'none' or 'auto'"),
+        (clients["tags"], {"tool_choice": "required"}, "tool_choice: `required`, and there are no tools"),
+        (
+            clients["tags"],
+            {"tools": TOOLS, "tool_choice": named("g")},
+            "tool_choice: no tool is called g; there are: f",
+        ),
+        (
+            clients["tags"],
+            {"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}},
+            "tool_choice: an answer that must be a call cannot fit a response_format as well",
+        ),
+        (clients["tags"], {"tools": [strict]}, "tools: `strict` needs a `tool_choice` of `required`"),
+        (clients["tags"], {"tools": [odd], "tool_choice": "required"}, "tools: the parameters of f must be of type"),
+        (
+            clients["tags"],
+            {"tools": [unknown], "tool_choice": "required"},
+            "tool_choice: .*no such thing",
+        ),
         (clients["tags"], {"tools": deep}, "tools: more than 32 levels in each other"),
         (clients["tags"], {"tools": large}, "tools: .* characters as JSON; at most 262,144 are taken"),
         (clients["tags"], {"tools": long}, "the prompt has .* characters, too many for this server's window of 96"),

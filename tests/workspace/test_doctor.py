@@ -42,12 +42,15 @@ def test_the_answer_for_people() -> None:
 def test_one_command_brings_all_that_can_be_brought() -> None:
     targets = {
         "metal": None,
-        "cuda": "nvcc needs g++ (Debian: `apt-get install g++`)",
+        "cuda": "no nvcc: `pip install 'mlcbuild[cuda]'`; nvcc needs g++ (Debian: `apt-get install g++`)",
         "old": "architecture sm_52: nvcc of CUDA 13 knows sm_75",
         "web": "no emcc: `apt-get install emscripten`",
         "again": "no emcc: `apt-get install emscripten`",
     }
-    assert remedy(Diagnosis({}, targets)) == ("apt-get install g++ emscripten", ["old"])
+    assert remedy(Diagnosis({}, targets)) == (
+        "apt-get install g++ emscripten && pip install 'mlcbuild[cuda]'",
+        ["old"],
+    )
     assert remedy(Diagnosis({}, {"metal": None})) == (None, [])
 
 

@@ -11,7 +11,8 @@ from mlcbuild.models import complete, unknown
 from mlcbuild.models.config import normalise, scaling_problems
 from mlcbuild.models.fields import by_layer, check, evaluate, keys, lookup, names_in, read, value_of
 from mlcbuild.models.kinds import DECODER, ENCODER, HYBRID, RECURRENT, filled
-from mlcbuild.models.structure import ParameterRule, Structure
+from mlcbuild.models.rules import ParameterRule
+from mlcbuild.models.structure import Structure
 from mlcbuild.recipes.types import Architecture
 
 # A longer chunk makes prefill little faster and its buffers, which are planned for a full chunk, much larger.

@@ -11,7 +11,8 @@ from itertools import combinations
 
 from mlcbuild.models import mixers
 from mlcbuild.models.kinds import DECODER, HYBRID
-from mlcbuild.models.structure import ATTENDING, KEEPING, ParameterRule, Structure
+from mlcbuild.models.rules import ParameterRule
+from mlcbuild.models.structure import ATTENDING, KEEPING, Structure
 
 _ONE_BY_ONE = {"q_proj", "k_proj", "v_proj"}
 _LATENT = {"kv_a_proj", "kv_a_norm", "kv_b_proj"}

@@ -8,7 +8,8 @@ from math import prod
 
 from mlcbuild.models import mixers
 from mlcbuild.models.kinds import HYBRID, RECURRENT, recurrent_shapes
-from mlcbuild.models.structure import ParameterRule, Structure
+from mlcbuild.models.rules import ParameterRule
+from mlcbuild.models.structure import Structure
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def test_scan(gpu: Any, scanned: Scanned) -> None:
     given |= {"rate": -np.exp(normal(4, *([size] if scanned.each else []), heads))}
     given |= {name: normal(seed, ROWS, groups, size) for name, seed in (("b", 5), ("c", 6))}
     given |= {"skip": normal(3, heads), "before": normal(7, SEQUENCES, size, width)}
-    expected, after = recurrences.scan(*given.values(), scanned.limits)
+    expected, after = recurrences.scan(**given, limits=scanned.limits)
     given |= {"out": np.zeros_like(given["x"]), "after": np.zeros_like(given["before"])}
     got = gpu.launch(recurrent._scan(scanned), 0, given, SIZES)
     np.testing.assert_allclose(got["out"], expected, rtol=2e-5, atol=5e-5)

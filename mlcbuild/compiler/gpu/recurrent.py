@@ -43,8 +43,8 @@ def recurrence(builder: relax.BlockBuilder, dtype: str) -> Recurrence:
     def project(x: Expr, w: Expr) -> Expr:
         return builder.emit_te(_project, x, w, primfunc_attrs={"op_pattern": 8}, primfunc_name_hint="project")
 
-    def convolve(x: Expr, w: Expr, bias: Expr | None, state: Expr) -> tuple[Expr, Expr]:
-        out = builder.emit_te(_convolved, x, w, bias, state, primfunc_name_hint="convolve")
+    def convolve(x: Expr, w: Expr, bias: Expr | None, state: Expr, activated: bool) -> tuple[Expr, Expr]:
+        out = builder.emit_te(_convolved, x, w, bias, state, activated, primfunc_name_hint="convolve")
         return out, builder.emit_te(_last_inputs, x, state, primfunc_name_hint="last_inputs")
 
     def scan(*given: Any) -> tuple[Expr, ...]:
@@ -260,14 +260,14 @@ def _input(x: te.Tensor, state: te.Tensor, sequence: Any, token: Any, channel: A
     )
 
 
-def _convolved(x: te.Tensor, w: te.Tensor, bias: te.Tensor | None, state: te.Tensor) -> te.Tensor:
+def _convolved(x: te.Tensor, w: te.Tensor, bias: te.Tensor | None, state: te.Tensor, activated: bool) -> te.Tensor:
     tokens, taps = x.shape[0] // state.shape[0], int(w.shape[2])
 
     def value(i: Any, c: Any) -> Any:
         total = float32(0) if bias is None else bias[c]
         for j in range(taps):
             total = total + w[c, 0, j] * _input(x, state, i // tokens, i % tokens + (j - taps + 1), c)
-        return total / (float32(1) + tirx.exp(-total))
+        return total / (float32(1) + tirx.exp(-total)) if activated else total
 
     return te.compute(x.shape, value, name="convolved")
 

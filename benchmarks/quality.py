@@ -28,7 +28,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("quantizations", nargs="*", help="names (default: all that can be built from this checkpoint)")
     parser.add_argument("--model", default="stories", help="a model that comes with mlcbuild (default: stories)")
-    parser.add_argument("--target", default="cpu", help="(default: cpu)")
+    parser.add_argument("--target", default="cpu-exact", help="(default: cpu-exact, which rounds no activations)")
     parser.add_argument("--cache", type=Path, help="a cache to use and keep (default: a temporary one)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

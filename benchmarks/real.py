@@ -73,7 +73,7 @@ def main() -> int:
         for name in names:
             for text, path in texts.items():
                 verify = {"gate": "report", **({"text": str(path)} if path else {})}
-                recipe = {"model": model, "quantization": name, "target": "cpu", "verify": verify}
+                recipe = {"model": model, "quantization": name, "target": "cpu-exact", "verify": verify}
                 (root / "recipes" / f"{name}-{text}.yaml").write_text(json.dumps(recipe))
         log = root / "steps.jsonl"
         command = [sys.executable, "-m", "doit", "--continue", f"cache={root / 'cache'}", f"log_json={log}"]

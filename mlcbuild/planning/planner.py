@@ -294,10 +294,10 @@ class _Planner:
         return self._add("measure", label, fields, tuple(inputs), (steps["download"], steps["convert"]))
 
     def _stand_in(self, target: Target) -> Target:
-        """A target that this machine runs and that computes as precisely as `target`: its figures are the other's."""
+        """A target that this machine runs and that rounds activations as `target` says: its figures are the other's."""
         bits = None if targets.is_gpu(target) else target.activation_bits
         here, exact = self.catalog.targets[_HERE], self.catalog.targets[_EXACT]
-        other = dataclasses.replace(exact, name=f"{_HERE}-{bits}", activation_bits=bits)
+        other = dataclasses.replace(exact, name=f"{_HERE}@{bits}", activation_bits=bits)
         return next((each for each in (here, exact) if each.activation_bits == bits), other)
 
     def _verify(self, recipe: Recipe, shape: Shape, steps: Mapping[str, str]) -> str:

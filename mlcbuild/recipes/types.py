@@ -100,9 +100,9 @@ FEW_BITS = 4  # products with weights of so many bits, or fewer, may round activ
 
 
 def has_few_bits(quantization: Quantization) -> bool:
-    """Whether some weights have at most FEW_BITS."""
+    """Whether some weights are in groups of at most FEW_BITS."""
     every = (quantization.weights, *(weights for _, weights in quantization.overrides))
-    return any(weights is not None and weights.bits <= FEW_BITS for weights in every)
+    return any(weights is not None and weights.scheme == "group" and weights.bits <= FEW_BITS for weights in every)
 
 
 def quantization_json(quantization: Quantization) -> dict[str, Any]:

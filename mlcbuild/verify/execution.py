@@ -28,16 +28,19 @@ _MANY_PRODUCTS = 20_000_000  # for a row of activations: above, one takes an emu
 
 @dataclass(frozen=True)
 class Texts:
-    """How many tokens are tried: of one text `first`, then `more` onto it, then `steps` one by one; then two texts."""
+    """How many tokens are tried: of one text `first`, then `more` onto it, then `steps` one by one; then two texts.
 
-    first: int = 24
+    Together they reach every kernel of a product (compiler/gpu/schedules.FEW): of one row, a few, up to 32, and many.
+    """
+
+    first: int = 40
     more: int = 11
     steps: int = 3
     two: tuple[int, int] = (7, 13)
 
 
 SMALL = Texts()
-FEW = Texts(first=9, more=3, steps=2, two=(1, 4))  # for large matrices; more than 8 rows take the kernel for many
+FEW = Texts(first=33, more=9, steps=2, two=(1, 4))  # for large matrices
 
 
 def texts(structure: Structure) -> Texts:

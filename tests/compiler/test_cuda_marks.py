@@ -47,6 +47,14 @@ def source(instances: dict[str, cuda_rows.Instance]) -> str:
     return sources.complete("".join(pieces))
 
 
+def test_rows_of_numbers_that_loads_of_16_bytes_do_not_meet_are_left_to_others() -> None:
+    """Packed rows are filled up to whole groups, plain ones are not: one of 1028 numbers begins in mid-load."""
+    assert [cuda_rows.instance("16, 0, false of float16", 256, columns, 8) is None for columns in (1028, 1032)] == [
+        True,
+        False,
+    ]
+
+
 @pytest.mark.slow
 def test_no_format_spills_registers_or_converts_from_integer(tmp_path: Path) -> None:
     names = ("q4f16_0", "q4bf16_1", "q4f32_1", "q3f16_1", "q3f16_0", "q8f16_1", "q8f32_1", "q0f16", "q0bf16")

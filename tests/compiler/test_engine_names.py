@@ -13,6 +13,7 @@ from mlcbuild.compiler.gpu import lower as gpu
 from mlcbuild.models.architecture import resolve
 from mlcbuild.models.structure import Structure
 from mlcbuild.recipes.load import load
+from tests.architectures import hybrid_cases
 from tests.architectures.agreement import config_of
 from tests.architectures.cases import CASES
 from tests.docs.pages import DOCS, code, table
@@ -20,7 +21,15 @@ from tests.support import llama
 
 ROOT = Path(__file__).parents[2]
 DATA: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("engine_names.yaml").read_text())
-LIBRARIES = ("decoder-cpu", "decoder-cuda", "decoder-webgpu", "recurrent-cpu", "embedding-cpu", "encoder-cpu")
+LIBRARIES = (
+    "decoder-cpu",
+    "decoder-cuda",
+    "decoder-webgpu",
+    "recurrent-cpu",
+    "hybrid-cpu",
+    "embedding-cpu",
+    "encoder-cpu",
+)
 ENCODER = {
     **{"model_type": "bert", "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2},
     **{"num_attention_heads": 4, "max_position_embeddings": 64, "type_vocab_size": 2, "hidden_act": "gelu"},
@@ -31,7 +40,8 @@ ENCODER = {
 def structure_of(kind: str) -> Structure:
     if kind == "encoder":
         return resolve(llama.architecture("bert"), ENCODER, {})
-    case = CASES[{"decoder": "llama", "recurrent": "rwkv6", "embedding": "qwen3"}[kind]]
+    cases = {**CASES, **hybrid_cases.CASES}
+    case = cases[{"decoder": "llama", "recurrent": "rwkv6", "hybrid": "lfm2", "embedding": "qwen3"}[kind]]
     sizes = {"head_dim": 32} if kind == "decoder" else {}
     name = "qwen3-embedding" if kind == "embedding" else case.architecture
     return resolve(llama.architecture(name), {**config_of(case), **sizes}, {"context_window_size": 64})

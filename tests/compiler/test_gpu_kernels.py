@@ -43,28 +43,28 @@ def matrix(rng: np.random.Generator, name: str, n: int, k: int) -> tuple[tuple[A
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_products(gpu: Gpu, rng: np.random.Generator, name: str) -> None:
-    """One row, a few, many: the three kernels of every product, with rows and columns that are no multiple of tiles."""
+    """One row, a few, many: every kernel of a product, with rows and columns that are no multiple of tiles."""
     dtype = QUANTIZATIONS[name].model_dtype
     k = {"q3f16_1": 360, "q4f16_autoawq": 384}.get(name, 320)
-    check_products(gpu, rng, name, 72, k, 72, (1, 5, 40), "float32" if dtype == "float32" else "float16")
+    check_products(gpu, rng, name, 72, k, 72, (1, 5, 20, 40), "float32" if dtype == "float32" else "float16")
 
 
 def test_a_product_with_open_rows(gpu: Gpu, rng: np.random.Generator) -> None:
     """The head: how many rows the matrix has is known at run time only."""
-    check_products(gpu, rng, "q4f16_1", 77, 128, "rows", (1, 3, 33), "float16")
+    check_products(gpu, rng, "q4f16_1", 77, 128, "rows", (1, 3, 32, 33), "float16")
 
 
 def check_products(
     gpu: Gpu, rng: np.random.Generator, name: str, n: int, k: int, known: Any, lengths: tuple[int, ...], dtype: str
 ) -> None:
-    """`known`: the matrix's rows, or the name that stands for them."""
+    """`known`: the matrix's rows, or the name that stands for them. The third length is that of CUDA's own function."""
     described, arrays, values = matrix(rng, name, n, k)
     opened = tuple((part, (known, *shape[1:]) if known != n else shape, of) for part, shape, of in described)
     wide = gpu.kind == "metal"
     function = gpu.scheduled(
         products.linear(opened, QUANTIZATIONS[name].weights, known, k, dtype, "float32", wide=wide)
     )
-    for which, length in enumerate(lengths):
+    for which, length in enumerate(lengths if len(gpu.kernels(function)) > 3 else (*lengths[:2], lengths[-1])):
         x = rounded(floats(rng, length, k), dtype)
         given = {"x": x.astype(dtype), **arrays, "product": np.zeros((length, n), np.float32)}
         got = gpu.launch(function, which, given, {"n": length, "rows": n})["product"]

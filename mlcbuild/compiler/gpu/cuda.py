@@ -25,6 +25,7 @@ _DRIVER_FUNCTIONS = (
     "cuDeviceGetName", "cuFuncSetAttribute", "cuGetErrorName", "cuGetErrorString", "cuLaunchKernelEx",
     "cuModuleGetFunction", "cuModuleLoadData", "cuModuleUnload", "cuTensorMapEncodeTiled",
 )  # fmt: skip
+_BFLOAT16 = 80  # the first architecture whose tensor cores take it
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 _RUNTIME = "libcudart.so.13"  # what this TVM was linked against
 _FATBIN_MAGIC = b"\x50\xed\x55\xba"
@@ -95,11 +96,18 @@ def load_runtime(tools: Toolkit, scratch: Path) -> None:
 def compile_source(code: str, tools: Toolkit, architectures: Sequence[str], scratch: Path) -> bytes:
     """A fat binary of CUDA source with machine code for each of `architectures`.
 
-    Raises MlcBuildError with nvcc's message, and where what nvcc wrote is no fat binary.
+    Raises MlcBuildError with nvcc's message, where what nvcc wrote is no fat binary, and for bfloat16 on devices whose
+    tensor cores have none.
     """
     source, output = scratch / "kernels.cu", scratch / "kernels.fatbin"
     source.write_text(code)
     numbers = [name.removeprefix("sm_") for name in architectures]
+    old = [f"sm_{n}" for n in numbers if int("".join(filter(str.isdigit, n))) < _BFLOAT16]
+    if old and "nv_bfloat16" in code:
+        raise MlcBuildError(
+            f"architectures: {', '.join(old)} cannot multiply bfloat16, which came with sm_{_BFLOAT16}: "
+            "take a float16 quantization, or leave them out of the target"
+        )
     flags = ["-fatbin", "-O3", "--use_fast_math", "--threads=0", "-std=c++17", "-diag-suppress=177,1046"]
     flags += [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
     # The name of the file is in the binary: relative, so that it is the same everywhere.

@@ -67,6 +67,8 @@ def instance(form: str, rows: int | None, columns: int, most: int) -> Instance |
     across = transposed == "true"
     if padded % chunk or columns * (4 if wide else 2) % aligned:
         return None
+    if not int(group) and columns % chunk:  # rows of plain numbers are not filled up
+        return None
     if (across and (rows is None or rows % _WORDS)) or (wide and most > 8):
         return None
     tiles = 2 if across or (most > 1 and not wide and _blocks(rows, 2) >= 2 * _MULTIPROCESSORS) else 1

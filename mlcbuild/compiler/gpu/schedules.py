@@ -20,7 +20,7 @@ from mlcbuild.models import routers
 
 _EACH = (routers.BLOCK, recurrent.NARROW)  # blocks that dlight's reductions do not take: a thread for each value
 # Up to so many rows of x: a kernel whose blocks of threads take so many of them, or none but CUDA's function.
-_FEW = ((1, 1), (8, 4), (32, None))
+FEW = tuple(zip(cuda_rows.COUNTS, (1, 4, None), strict=True))
 
 
 def schedule(module: IRModule, device: Device) -> IRModule:
@@ -70,7 +70,7 @@ def _linear(function: tirx.PrimFunc, device: Device) -> tirx.PrimFunc:
     step = int(function.attrs.get(STEP, 8))
     many = _many_rows(function, device)
     body = many.body
-    for limit, count in reversed(_FEW):
+    for limit, count in reversed(FEW):
         small = cuda_rows.few_rows(function, product, limit) if device.kind == "cuda" else None
         if small is None and count is not None:
             small = few_rows(function, device, count, step)

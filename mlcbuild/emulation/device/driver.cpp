@@ -15,6 +15,7 @@ namespace {
 
 using emulation::Function;
 using emulation::MOST_ARGUMENTS;
+constexpr unsigned MOST_BLOCKS = 65535;  // along y and z, as CUDA has it
 using emulation::Module;
 using emulation::problem;
 
@@ -92,6 +93,11 @@ EXPORTED CUresult cuLaunchKernelEx(const CUlaunchConfig* launch, CUfunction give
   const emulation::Kernel& kernel = *function->kernel;
   if (kernel.count > MOST_ARGUMENTS) {
     snprintf(problem, sizeof(problem), "%s has %zu arguments", kernel.name, kernel.count);
+    return CUDA_ERROR_INVALID_VALUE;
+  }
+  if (launch->gridDimY > MOST_BLOCKS || launch->gridDimZ > MOST_BLOCKS) {
+    snprintf(problem, sizeof(problem), "%s has %u x %u blocks along y and z", kernel.name, launch->gridDimY,
+             launch->gridDimZ);
     return CUDA_ERROR_INVALID_VALUE;
   }
   Work* work = new_work();

@@ -1,5 +1,5 @@
 // What kernels want of a CUDA device beyond CUDA C: two 16-bit floats in a register, loads of 16 bytes, tensor cores.
-// The emulated device has its own of what is between the lines (mlcbuild/emulation/device/warp.h).
+// The emulated device has its own of what is between the lines (mlcbuild/emulation/device/pairs.h).
 #pragma once
 #ifndef EMULATED_DEVICE
 #include <cuda_bf16.h>

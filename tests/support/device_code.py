@@ -59,11 +59,15 @@ def source(function: Any, device: Mapping[str, Any]) -> tuple[str, dict[str, Blo
 
 def grids(function: Any, scalars: Mapping[str, int]) -> list[tuple[int, ...]]:
     """How many blocks along x and y each kernel of a scheduled function is launched with."""
-    found: list[dict[str, int]] = [{}]
-    for extent, axis in re.findall(r'in T.thread_binding\((.*), thread="blockIdx.(\w)"\):', function.script()):
-        if axis in found[-1]:  # the next kernel
-            found.append({})
-        found[-1][axis] = eval(extent, {"T": _SCRIPT}, dict(scalars))  # the script's arithmetic is Python's
+    found, inside = list[dict[str, int]](), True
+    for extent, of, axis in re.findall(
+        r'in T.thread_binding\((.*), thread="(block|thread)Idx.(\w)"', function.script()
+    ):
+        if of == "block":
+            if inside:  # threads came before: the next kernel
+                found.append({})
+            found[-1][axis] = eval(extent, {"T": _SCRIPT}, dict(scalars))  # the script's arithmetic is Python's
+        inside = of == "thread"
     return [(axes.get("x", 1), axes.get("y", 1), 1) for axes in found]
 
 

@@ -15,6 +15,7 @@ import openai
 import pytest
 
 from mlcbuild.chat.jinja import ChatTemplate
+from mlcbuild.errors import MlcBuildError
 from mlcbuild.runtime import load
 from mlcbuild.serve.engine import Engine, Limits
 from mlcbuild.serve.grammar import Grammars
@@ -134,6 +135,12 @@ def test_a_call_that_must_be_made_is_no_text_whatever_is_in_it(tags: bool) -> No
     calls = Calls(tags, NAMES, forced=True)
     call = [*calls.feed(text), *calls.end()][0]["tool_calls"][0]
     assert call["function"]["arguments"] == arguments
+
+
+def test_a_template_that_gives_no_text_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlcbuild.chat.jinja._PATIENCE", 0.01)
+    with pytest.raises(MlcBuildError, match=r"^here: chat_template: no text within 0.01 seconds$"):
+        ChatTemplate(TAGS, "here").with_tools(HI, TOOLS)
 
 
 def test_one_call_at_a_time() -> None:

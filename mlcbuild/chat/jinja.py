@@ -26,6 +26,7 @@ from mlcbuild.errors import MlcBuildError
 
 CHAT_TEMPLATE = "chat_template.jinja"
 LONGEST_TEMPLATE = 1 << 20  # bytes of its file
+_PATIENCE = 60  # seconds for a process of its own, which may compute for five of them
 
 # A package is the same whenever it is built, so a template that asks for the day always gets this one: the day that
 # Llama 3.1's template itself falls back to.
@@ -71,13 +72,17 @@ class ChatTemplate:
         as `render` does.
         """
         asked = {"source": self.source, "origin": self.origin, "special": dict(self.special)}
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", __name__],
-            input=json.dumps([asked, messages, tools]),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                [sys.executable, "-P", "-m", __name__],
+                input=json.dumps([asked, messages, tools]),
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=_PATIENCE,
+            )
+        except subprocess.TimeoutExpired:
+            raise MlcBuildError(f"{self.origin}: chat_template: no text within {_PATIENCE} seconds") from None
         try:
             text, refused = json.loads(done.stdout)
         except ValueError:

@@ -27,7 +27,13 @@ def watch(words: Sequence[str]) -> int:
     except ModuleNotFoundError:
         raise MlcBuildError("watchfiles is not installed: pip install 'mlcbuild[watch]'") from None
     root = find_root(Path.cwd())
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    told: list[int] = []  # watchfiles makes a KeyboardInterrupt of whatever ends it
+
+    def end(number: int, _: object) -> None:
+        told.append(number)
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
     changes = watchfiles.watch(
         root / "recipes",
         watch_filter=lambda _, name: Path(name) != lock_path(root),  # a build may write it
@@ -41,8 +47,8 @@ def watch(words: Sequence[str]) -> int:
             _say("waiting for changes in recipes/; Ctrl-C ends")
             changed = next(found for found in changes if found)
             _say(f"changed: {', '.join(sorted(Path(name).relative_to(root).as_posix() for _, name in changed))}")
-    except KeyboardInterrupt:
-        return 130
+    except (KeyboardInterrupt, SystemExit):
+        return 128 + (told[0] if told else signal.SIGINT)
 
 
 def _build(words: Sequence[str], root: Path) -> None:

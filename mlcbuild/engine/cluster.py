@@ -118,7 +118,7 @@ class Cluster:
                 "the workers that ran it died, one after the other; has one enough memory for it?"
             ) from None
         except FutureCancelledError as error:
-            if "scheduler" in str(error):
+            if error.reason == "scheduler-connection-lost":
                 raise StepFailed(_SCHEDULER_LOST) from None
             raise StepFailed(f"the cluster did not run it to its end: {error}: build again") from None
         except Exception as error:  # whatever a worker or the connection comes up with

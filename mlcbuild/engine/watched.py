@@ -5,20 +5,21 @@ It runs in a fork of this process, which keeps its terminal and prints by itself
 
 from __future__ import annotations
 
+import contextlib
 import os
-import select
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 
 from mlcbuild.cache.gc import parse_size
 from mlcbuild.engine.child import die_with, own_memory
 from mlcbuild.engine.resources import LEAST_LIMIT, silence_limit
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.text import duration
+from mlcbuild.text import amount, duration
 
-_EVERY = 0.2  # seconds between two looks
+_SOONEST, _EVERY = 0.005, 0.2  # seconds between two looks, at first and later
 
 
 def watched(run: Callable[[], int]) -> int:
@@ -37,41 +38,44 @@ def watched(run: Callable[[], int]) -> int:
             die_with(me)
             status = run()
             sys.stdout.flush()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+        except BaseException:  # a bug: the parent would know no more than the status
+            traceback.print_exc()
         finally:
-            sys.stderr.flush()
+            with contextlib.suppress(OSError):
+                sys.stderr.flush()
             os._exit(status)
+    ended = None
     try:
-        problem = _waited(child, memory, patience)
-    except BaseException:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        raise
-    if problem:
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    if problem:
-        raise MlcBuildError(problem)
-    code = os.waitstatus_to_exitcode(status)
+        ended = _waited(child, memory, patience)
+    finally:
+        if ended is None:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(ended)
     if code < 0:
         raise MlcBuildError(f"killed by {signal.Signals(-code).name}: by somebody, for lack of memory, or by a crash")
     return code
 
 
-def _waited(child: int, memory: int, patience: float) -> str | None:
-    """None once it has ended; a sentence once it takes more bytes, or seconds."""
-    started, end = time.monotonic(), os.pidfd_open(child)
-    try:
-        while not select.select([end], [], [], _EVERY)[0]:
-            if own_memory(child) > memory:
-                return (
-                    f"it took more than {memory / 1e9:.1f} GB of memory and was stopped: no checkpoint needs that to "
-                    "be looked at (MLCBUILD_STEP_MEMORY=24G allows more)"
-                )
-            if time.monotonic() - started > patience:
-                return (
-                    f"it took more than {duration(patience)} and was stopped: no checkpoint needs that to be looked at "
-                    "(MLCBUILD_STEP_SILENCE=MINUTES allows more)"
-                )
-    finally:
-        os.close(end)
-    return None
+def _waited(child: int, memory: int, patience: float) -> int:
+    """The status that it ends with, as `waitpid` has it. Raises MlcBuildError once it takes more bytes, or seconds."""
+    started, pause = time.monotonic(), _SOONEST
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status
+        if own_memory(child) > memory:
+            raise _stopped(f"{amount(memory)} of memory", "MLCBUILD_STEP_MEMORY", "24G")
+        if time.monotonic() - started > patience:
+            raise _stopped(duration(patience), "MLCBUILD_STEP_SILENCE", "MINUTES")
+        time.sleep(pause)
+        pause = min(_EVERY, 1.2 * pause)
+
+
+def _stopped(bound: str, variable: str, example: str) -> MlcBuildError:
+    why = "" if os.environ.get(variable) else ": no checkpoint needs that to be looked at"
+    return MlcBuildError(f"it took more than {bound} and was stopped{why} ({variable}={example} allows more)")

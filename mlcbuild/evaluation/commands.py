@@ -61,8 +61,8 @@ def evaluate(
     _print(likely, scores, json)
     if lost:
         raise MlcBuildError(
-            f"{'; '.join(lost)}: no metric for this kind of task; lm-evaluation-harness leaves it out: look at "
-            "metric_list in the task's file"
+            f"{'; '.join(lost)}: lm-evaluation-harness does not compute it for this kind of task: correct metric_list "
+            "in the task's file"
         )
 
 

@@ -21,13 +21,16 @@ def lists(packages: Iterable[Package]) -> dict[str, bytes]:
     if web:
         found[WEB_LIST] = _text({"model_list": web})
     for device in _PHONES:
-        records = [
-            phone_record(package)
+        of = [
+            package
             for package in published
             if str(package.target["name"]).startswith(device) and package.library.suffix == ".tar"
         ]
+        records = [phone_record(package) for package in of]
         if records:
-            found[f"{device}/mlc-package-config.json"] = _text({"device": device, "model_list": records})
+            found[f"{device}/mlc-package-config.json"] = _text(
+                {"device": device, "model_list": records, **_libraries(of)}
+            )
     return found
 
 
@@ -59,6 +62,15 @@ def phone_record(package: Package) -> dict[str, Any]:
         },
     }
     return record | ({"model_lib": prefix} if (prefix := _where(package).get("model_lib")) else {})
+
+
+def _libraries(packages: Iterable[Package]) -> dict[str, Any]:
+    """What `mlc_llm package` is to link: without it, it compiles them anew. Paths are relative to the app's folder, in
+    which the files lie by the names that they have on the hub."""
+    places = [_where(package) for package in packages]
+    known = [place for place in places if place.get("model_lib") and place["library_url"]]
+    paths = {place["model_lib"]: place["library_url"].rpartition("/")[2] for place in known}
+    return {"model_lib_path_for_prepare_libs": paths} if paths else {}
 
 
 def _where(package: Package) -> Mapping[str, Any]:

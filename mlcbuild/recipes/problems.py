@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import json
 import re
@@ -14,6 +15,7 @@ _LONGEST_TEXT = 2_000  # characters
 _LONGEST_LINE = 500
 _MOST_SHOWN = 1_000  # problems: a file that is no recipe at all can have millions
 _MOST_COMPARED = 50_000  # names, about a second of comparing
+_FAR = 1 << 30  # letters
 _ALIKE = str.maketrans("li|o_s", "1110-5")
 _NOT_TEXT = re.compile(r"~|null|true|false|[-+.]?[0-9][0-9.]*", re.IGNORECASE)  # what YAML would not read as text
 
@@ -113,12 +115,16 @@ def nearest(word: object, names: Iterable[object]) -> str | None:
     """
     if not isinstance(word, str) or not word:
         return None
-    ranked = sorted((_edits(word.lower(), name.lower()), name) for name in names if isinstance(name, str))
-    equals = [name for edits, name in ranked if edits == ranked[0][0] <= max(1, max(len(word), len(name)) // 3)]
-    if equals:
-        return min(equals, key=lambda name: (_edits(_seen(word), _seen(name)), -_known(name, ranked), name))
-    beginnings = [name for _, name in ranked if len(word) >= 3 and name.lower().startswith(word.lower())]
-    return beginnings[0] if beginnings else None
+    every = sorted({name for name in names if isinstance(name, str)})
+    least, ranked = _FAR, list[tuple[int, str]]()
+    for name in every:
+        ranked.append((_edits(word.lower(), name.lower(), least), name))
+        least = min(least, ranked[-1][0])
+    near = [name for edits, name in ranked if edits == least <= max(1, max(len(word), len(name)) // 3)]
+    if near:
+        return min(near, key=lambda name: (_edits(_seen(word), _seen(name)), -_known(name, every), name))
+    beginnings = [name for name in every if len(word) >= 3 and name.lower().startswith(word.lower())]
+    return min(beginnings, key=lambda name: (len(name), name), default=None)
 
 
 def _seen(name: str) -> str:
@@ -126,14 +132,19 @@ def _seen(name: str) -> str:
     return name.lower().translate(_ALIKE)
 
 
-def _known(name: str, ranked: Sequence[tuple[int, str]]) -> int:
-    return sum(other.startswith(name) for _, other in ranked)
+def _known(name: str, ranked: Sequence[str]) -> int:
+    """How many of these, which are sorted, begin with the name."""
+    first = bisect.bisect_left(ranked, name)
+    return bisect.bisect_left(ranked, True, first, key=lambda other: not other.startswith(name)) - first
 
 
-def _edits(a: str, b: str) -> int:
-    """Letters to insert, delete, replace or swap with a neighbour to turn `a` into `b` (optimal string alignment)."""
+def _edits(a: str, b: str, most: int = _FAR) -> int:
+    """Letters to insert, delete, replace or swap with a neighbour to turn `a` into `b` (optimal string alignment).
+
+    Where it is more than `most`, or more than any suggestion may be away, the length of the longer one.
+    """
     longest = max(len(a), len(b))
-    far = longest // 3 + 1  # more than any suggestion may be away, whatever the exact number
+    far = min(longest // 3, most) + 1
     if abs(len(a) - len(b)) > far:
         return longest
     before: list[int] = []

@@ -220,7 +220,7 @@ def answer(engine: Engine, name: str, request: ChatRequest | CompletionRequest) 
             room = min(most, engine.window - len(ids))
             grammar = _grammar(engine, schema, lark)
             writer = model.writer(ids, room, request.stops, sampling, grammar)
-            calls = tools.reader(template, offered, several_calls) if template is not None else None
+            calls = tools.reader(template, offered, several_calls, bool(forced)) if template is not None else None
             choices.append(Choice(len(choices), Job(writer, print, request.likeliest), asyncio.Queue(), calls))
     usage = request.stream_options is not None and request.stream_options.include_usage
     return Answer(engine, name, chat, choices, prompt_tokens, usage, request.n)

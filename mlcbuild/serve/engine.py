@@ -204,7 +204,8 @@ class Engine:
 
         A complete text goes on as this one, unless most of it would be lost; else both share the beginning.
         """
-        inside = {job.sequence: job.writer.ids[: job.computed] for job in self._running if job.sequence >= 0}
+        running = [job for job in self._running if job.sequence >= 0] if session.forks else []
+        inside = {job.sequence: job.writer.ids[: job.computed] for job in running}
         shared = {sequence: common(tokens, ids) for sequence, tokens in {**inside, **self._kept}.items()}
         best = max(shared, key=lambda sequence: shared[sequence], default=-1)
         there = min(shared.get(best, 0), len(ids) - 1)  # the last token gives the logits

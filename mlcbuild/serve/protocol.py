@@ -206,7 +206,7 @@ class ChatRequest(Writing):
             return []
         if not found:
             if not isinstance(choice, Chosen):
-                raise MlcBuildError("tool_choice: `required`, and there are no tools")
+                raise MlcBuildError("tool_choice: `required` needs `tools`: name at least one")
             known = ", ".join(tool.function.name for tool in self.offered) or "none"
             raise MlcBuildError(f"tool_choice: no tool is called {choice.function.name}; there are: {known}")
         if self.response_format is not None and self.response_format.type != "text":

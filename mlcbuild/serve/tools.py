@@ -10,6 +10,7 @@ a model writes back is its family's habit, which the template's text gives away:
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,9 +44,9 @@ def prompt(template: ChatTemplate | None, messages: Sequence[ChatMessage], tools
     return template.with_tools(said, told)
 
 
-def reader(template: ChatTemplate, tools: Sequence[Tool], several: bool) -> Calls:
+def reader(template: ChatTemplate, tools: Sequence[Tool], several: bool, forced: bool) -> Calls:
     """What reads the calls of these tools out of one answer; not `several`: the first alone counts."""
-    return Calls(_form(template) == "tags", frozenset(tool.function.name for tool in tools), several)
+    return Calls(_form(template) == "tags", frozenset(tool.function.name for tool in tools), several, forced)
 
 
 def grammar(template: ChatTemplate, tools: Sequence[Tool], several: bool) -> str:
@@ -108,12 +109,13 @@ class Calls:
     """The answer of one choice, read as it comes.
 
     `tags`: calls stand between tags, else a call is the whole answer. `names`: what may be called; JSON of another name
-    is text.
+    is text. `forced`: the answer is nothing but calls (`grammar`), so a tag in the middle of one is in a text of it.
     """
 
     tags: bool
     names: frozenset[str]
     several: bool = True
+    forced: bool = False
     made: int = 0  # calls so far
     _waiting: str = ""  # what may be a call, or the beginning of one
     _blanks: str = ""  # after a call: layout, unless more text follows
@@ -142,7 +144,7 @@ class Calls:
         whole = self._taken(len(self._waiting))
         begun = whole.lstrip()
         if begun.startswith(_OPEN if self.tags else "{"):
-            yield from self._called(self._parsed(begun.removeprefix(_OPEN).partition(_CLOSE)[0]), whole)
+            yield from self._called(self._parsed(begun.removeprefix(_OPEN) if self.tags else begun), whole)
         else:
             yield from self._said(whole)
 
@@ -150,9 +152,9 @@ class Calls:
         """Where the call that begins here ends, and it; 0: that is not known yet.
 
         A closing tag may stand in a text of the arguments, so where what is before it cannot be read the next one is
-        tried, as long as no other call has begun.
+        tried, as long as no other call has begun: where calls are not `forced`, that ends one that cannot be read.
         """
-        other = self._waiting.find(_OPEN, len(_OPEN))
+        other = -1 if self.forced else self._waiting.find(_OPEN, len(_OPEN))
         end = self._waiting.find(_CLOSE)
         first = end + len(_CLOSE) if end >= 0 else 0
         while end >= 0 and (other < 0 or end < other or end + len(_CLOSE) == first):
@@ -185,14 +187,16 @@ class Calls:
             yield {"tool_calls": [{**identity, "function": call}]}
 
     def _parsed(self, text: str) -> Mapping[str, Any] | None:
-        """The name and the arguments, as JSON."""
+        """The name and the arguments, as JSON; numbers as they are written, however large."""
+        mark = uuid.uuid4().hex
         try:
-            found = json.loads(text.strip())
+            found = json.loads(text.strip(), parse_float=mark.__add__, parse_int=mark.__add__)
             if not isinstance(found, dict) or found.get("name") not in self.names:
                 return None
             arguments = found.get("arguments", found.get("parameters", {} if self.tags else None))
             if not isinstance(arguments, dict):
                 return None
-            return {"name": found["name"], "arguments": json.dumps(arguments, allow_nan=False)}
+            written = json.dumps(arguments, allow_nan=False)
+            return {"name": found["name"], "arguments": re.sub(f'"{mark}([^"]*)"', r"\1", written)}
         except (ValueError, TypeError, RecursionError):
             return None

@@ -89,6 +89,11 @@ def test_watch_builds_again_what_an_edit_touches(workspace: Workspace) -> None:
         assert "ok build:tiny-q4f16_1-cpu" in said and "-- download:tiny" in said
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
+    with Started(command, cwd=workspace.root, env=environment, preexec_fn=told, **pipes) as process:
+        assert process.stdout is not None
+        until_it_waits(process.stdout)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 128 + signal.SIGTERM
 
 
 def test_what_ends_watch_ends_its_build(workspace: Workspace) -> None:

@@ -46,7 +46,7 @@ def test_no_more_threads(workspace: Workspace, tmp_path: Path) -> None:
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(
-        "import threading\nthreading.stack_size(1 << 40)\n", encoding="utf-8"
+        "import threading\nthreading.stack_size(1 << 50)\n", encoding="utf-8"
     )  # more than any machine has room for
     output = workspace.doit("build", RECIPE, status=3, PYTHONPATH=f"{site}:{REPOSITORY}")
     assert "no more processes or threads can be started: " in output and "Traceback" not in output

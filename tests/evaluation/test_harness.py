@@ -139,7 +139,10 @@ def test_what_the_harness_prints_is_not_in_the_json(
     assert score["metric"] == "perplexity" and score["error"] > 0
     for name, said in (
         ("perplexty", r"^last: there is no metric perplexty: look at metric_list in the task's file"),
-        ("acc_norm", r"^last: acc_norm: no metric for this kind of task"),
+        (
+            "acc_norm",
+            r"^last: acc_norm: lm-evaluation-harness does not compute it for this kind of task: correct metric_list",
+        ),
     ):
         metrics = [*task["metric_list"], {"metric": name, "aggregation": "mean", "higher_is_better": True}]
         (tmp_path / "last.yaml").write_text(yaml.safe_dump({**task, "metric_list": metrics}))

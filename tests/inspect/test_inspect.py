@@ -227,12 +227,12 @@ def test_a_template_that_was_chosen_by_hand_is_compared(chat: CheckpointChat) ->
         (
             "MLCBUILD_STEP_MEMORY",
             "1M",
-            "it took more than 0.0 GB of memory and was stopped: no checkpoint needs that to ",
+            "it took more than 1.0 MB of memory and was stopped (MLCBUILD_STEP_MEMORY=24G allows more)\n",
         ),
         (
             "MLCBUILD_STEP_SILENCE",
             "0.001",
-            "it took more than 0.1 s and was stopped: no checkpoint needs that to be look",
+            "it took more than 0.1 s and was stopped (MLCBUILD_STEP_SILENCE=MINUTES allows more)\n",
         ),
         ("MLCBUILD_STEP_SILENCE", "soon", "MLCBUILD_STEP_SILENCE=soon: expected a number of minutes"),
     ],
@@ -248,3 +248,21 @@ def test_what_is_looked_at_is_bounded_as_a_step_is(
     )
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith(f"mlcbuild {command}: {said}") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "said"),
+    [
+        ("RuntimeError('a bug')", 1, "RuntimeError: a bug\n"),
+        ("SystemExit('not this one')", 1, "not this one\n"),
+        ("SystemExit(3)", 3, ""),
+    ],
+)
+def test_a_bug_in_what_is_watched_is_seen(raised: str, status: int, said: str) -> None:
+    code = f"""
+from mlcbuild.engine.watched import watched
+def run(): raise {raised}
+raise SystemExit(watched(run))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == status and done.stderr.endswith(said)
+    assert ("Traceback" in done.stderr) == ("RuntimeError" in raised) and bool(said) == bool(done.stderr)

@@ -103,6 +103,7 @@ def test_webllm_and_phones_are_told_of_what_is_published(tmp_path: Path) -> None
                 "model_lib": "llama_q4f16_1_0123",
             }
         ],
+        "model_lib_path_for_prepare_libs": {"llama_q4f16_1_0123": "iphone.tar"},
     }
     assert lists(installed(tmp_path / "not")) == {}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from mlcbuild.recipes.files import stock
@@ -364,4 +366,19 @@ def test_of_names_as_near_the_one_that_looks_alike(typo: str, names: tuple[str, 
 
 def _neighbours(typo: str, keys: dict[str, object]) -> list[str]:
     # `pth` and the like can be a typo of two keys: either is a fair suggestion.
-    return [key for key in keys if typo in _typos(key)]
+    def replaced(key: str) -> bool:
+        return len(key) == len(typo) and sum(a != b for a, b in zip(key, typo, strict=True)) == 1
+
+    return [key for key in keys if typo in _typos(key) or key in _typos(typo) or replaced(key)]
+
+
+def test_the_nearest_of_many_names_is_found_soon() -> None:
+    """Names that are as near as each other were compared with all names."""
+    from mlcbuild.recipes.problems import nearest
+
+    names = [f"tiny-{number:05}" for number in range(10_000)] + ["tiny-model"]
+    start = time.monotonic()
+    assert nearest("tiny-0000x", names) == "tiny-00000"
+    assert nearest("tiny-modle", names) == "tiny-model"
+    assert nearest("tiny", names) == "tiny-00000"
+    assert time.monotonic() - start < 20

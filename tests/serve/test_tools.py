@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import random
 import shutil
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ import openai
 import pytest
 
 from mlcbuild.chat.jinja import ChatTemplate
+from mlcbuild.errors import MlcBuildError
 from mlcbuild.runtime import load
 from mlcbuild.serve.engine import Engine, Limits
 from mlcbuild.serve.grammar import Grammars
@@ -117,6 +119,28 @@ def test_calls_are_read_however_the_text_comes(tags: bool, text: str, said: str,
         cuts = sorted(dice.sample(range(1, len(text)), dice.randint(0, len(text) - 1)))
         pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
         assert read(Calls(tags, NAMES), pieces) == (said, made), pieces
+
+
+@pytest.mark.parametrize("tags", [True, False])
+def test_a_call_that_must_be_made_is_no_text_whatever_is_in_it(tags: bool) -> None:
+    """The tags of calls in its texts, numbers past float64, and others behind it."""
+    arguments = '{"x": "a</tool_call>\\n<tool_call>{</tool_call>", "y": [1e999, -1E+400, 7, 1.50]}'
+    one = f'{{"name": "f", "{"arguments" if tags else "parameters"}": {arguments}}}'
+    text = f"<tool_call>\n{one}\n</tool_call>\n{ONE}" if tags else one
+    values = {"x": "a</tool_call>\n<tool_call>{</tool_call>", "y": [math.inf, -math.inf, 7, 1.5]}
+    made = [("f", values), ("f", {"x": "<tool"})][: 1 + tags]
+    for size in (1, 7, len(text)):
+        pieces = [text[at : at + size] for at in range(0, len(text), size)]
+        assert read(Calls(tags, NAMES, forced=True), pieces) == ("", made)
+    calls = Calls(tags, NAMES, forced=True)
+    call = [*calls.feed(text), *calls.end()][0]["tool_calls"][0]
+    assert call["function"]["arguments"] == arguments
+
+
+def test_a_template_that_gives_no_text_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlcbuild.chat.jinja._PATIENCE", 0.01)
+    with pytest.raises(MlcBuildError, match=r"^here: chat_template: no text within 0.01 seconds$"):
+        ChatTemplate(TAGS, "here").with_tools(HI, TOOLS)
 
 
 def test_one_call_at_a_time() -> None:
@@ -241,7 +265,7 @@ def test_what_cannot_be_is_refused(clients: Mapping[str, openai.OpenAI], client:
     long = [{"type": "function", "function": {**FUNCTION, "name": "f" * 64}}] * 128
     for asked, settings, said in (
         (client, {"tools": TOOLS}, "tools: the chat template of this package's checkpoint has no place for them"),
-        (clients["tags"], {"tool_choice": "required"}, "tool_choice: `required`, and there are no tools"),
+        (clients["tags"], {"tool_choice": "required"}, "tool_choice: `required` needs `tools`: name at least one"),
         (
             clients["tags"],
             {"tools": TOOLS, "tool_choice": named("g")},

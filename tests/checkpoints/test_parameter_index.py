@@ -102,7 +102,7 @@ def test_unexpected(tmp_path: Path) -> None:
 def test_long_lists_are_cut(tmp_path: Path) -> None:
     values = tensors(1) | {f"extra.{chr(97 + i)}": np.zeros(1, np.float32) for i in range(20)}
     found = problems(model(1), table(tmp_path, values))
-    assert len(found) == 13 and found[-1] == "and 8 more tensors belong to no parameter"
+    assert len(found) == 13 and found[-1] == "and 8 more tensors belong to no parameter, all under `extra.`"
 
 
 def test_wrong_shapes(tmp_path: Path) -> None:

@@ -95,6 +95,8 @@ def _from_blocks(blocks: TensorRef, scales: TensorRef) -> Iterator[Array]:
     for words, powers in pairs:
         values = np.stack([_FP4[words & 15], _FP4[words >> 4]], axis=-1).reshape(rows, groups, 32)
         values = np.ldexp(values, powers.astype(np.int32)[..., None] - 127)
+        if (powers == 255).any():  # no number (OCP Microscaling Formats v1.0, 5.4.1)
+            raise CheckpointError(f"{scales.file}: tensor {scales.name}: not finite; the checkpoint is damaged")
         if not np.isfinite(values).all():
             raise CheckpointError(f"{scales.file}: tensor {scales.name}: too large; the checkpoint is damaged")
         yield floats.cast(np.ascontiguousarray(values.reshape(rows, groups * 32).T), "float32", "bfloat16")
@@ -146,8 +148,10 @@ def _products(ref: TensorRef, scale: TensorRef, block: tuple[int, int]) -> Itera
         of_matrix = scales[min(number, len(scales) - 1)]
         for start in range(0, rows, step := max(1, _PIECE // columns)):
             values = table[words[start : start + step]]
-            if np.isnan(values).any():
-                raise CheckpointError(f"{ref.file}: tensor {ref.name}: has numbers that are none; it is damaged")
+            if not np.isfinite(values).all():
+                raise CheckpointError(
+                    f"{ref.file}: tensor {ref.name}: numbers that are none or infinite; it is damaged"
+                )
             mine = of_matrix[np.arange(start, start + len(values)) // high]
             values *= np.repeat(mine, wide, axis=1)[:, :columns]
             yield values

@@ -12,7 +12,7 @@ from mlcbuild.models.config import normalise, scaling_problems
 from mlcbuild.models.fields import by_layer, check, evaluate, keys, lookup, names_in, read, value_of
 from mlcbuild.models.kinds import DECODER, ENCODER, HYBRID, RECURRENT, filled
 from mlcbuild.models.rules import ParameterRule
-from mlcbuild.models.structure import Structure
+from mlcbuild.models.structure import ATTENDING, KEEPING, Structure
 from mlcbuild.recipes.types import Architecture
 
 # A longer chunk makes prefill little faster and its buffers, which are planned for a full chunk, much larger.
@@ -65,7 +65,7 @@ def resolve(architecture: Architecture, config: Mapping[str, Any], overrides: Ma
     if "embedding" in data:
         constants["embedding"] = {"model_type": _EMBEDS_AS.get(kind, "decoder"), **data["embedding"]}
     theta = _ROPE_THETA if flat.get("rope_theta") is None else flat["rope_theta"]
-    given = {"rope_theta": theta, "rope_scaling": flat["rope_scaling"], **constants}
+    given = {"rope_theta": theta, "rope_scaling": flat.get("rope_scaling"), **constants}
     values, problems = read(data["config"], flat, given)
     problems += by_layer(values)
     problems += check(values) + _check_requirements(data, flat) + unknown.complaints(architecture, flat)
@@ -202,7 +202,7 @@ def _check_requirements(data: Mapping[str, Any], config: Mapping[str, Any]) -> l
                 f"config.json: {key} is {config[key]!r}, but this architecture computes only "
                 f"{' or '.join(f'the `{a}` of {config[a]!r}' if str(a) in config else repr(a) for a in allowed)}"
             )
-    scaling = config["rope_scaling"]
+    scaling = config.get("rope_scaling")
     known = data.get("decoder", {}).get("rope_scaling", ())
     if scaling is not None and scaling["rope_type"] not in known:
         problems.append(
@@ -217,10 +217,11 @@ def _check_shape(values: Mapping[str, Any]) -> list[str]:
     problems = []
     if heads % kv_heads:
         problems.append(f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-    name = "qk_head_dim" if "qk_head_dim" in values else "head_dim"
-    rotary, dim = values.get("rotary_dim"), values[name]
-    if rotary is not None and (rotary > dim or rotary % 2):
-        problems.append(f"config.json: rotary_dim is {rotary}, expected an even number up to {name} {dim}")
+    problems += _check_layers(values)
+    state_heads, state_groups = values.get("state_heads"), values.get("state_groups") or 1
+    if state_heads is not None and state_heads % state_groups:
+        problems.append(f"config.json: state_heads {state_heads} is not a multiple of state_groups {state_groups}")
+    rotary, dim = values.get("rotary_dim"), values["qk_head_dim" if "qk_head_dim" in values else "head_dim"]
     scaling = values["rope_scaling"]
     if scaling is not None:
         problems += scaling_problems(scaling, (dim if rotary is None else rotary) // 2)
@@ -235,6 +236,12 @@ def _check_shape(values: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"config.json: layer_types are {types}, expected {' or '.join(known)} for each of {layers} layers"
         )
+    if values.get("kind") == HYBRID and not ({*(types or ())} & {*KEEPING} and {*(types or ())} & {*ATTENDING}):
+        problems.append(
+            "config.json: of its layers, "
+            + ("none has attention" if types and {*types} & {*KEEPING} else "all have attention and none a state")
+            + ": a hybrid is built with layers of both"
+        )
     turned = values.get("rope_layers")
     if turned is not None and len(turned) != layers:
         problems.append(f"config.json: {len(turned)} numbers say which layers have rotary positions, not {layers}")
@@ -244,6 +251,28 @@ def _check_shape(values: Mapping[str, Any]) -> list[str]:
             f"config.json: {experts} experts in {groups} groups, of which a token sees {chosen}: expected whole groups "
             "of at least 2, and as many of them or fewer"
         )
+    return problems
+
+
+def _check_layers(values: Mapping[str, Any]) -> list[str]:
+    """Heads and rotary dimensions of each layer that has its own, or of all: the cache's heads are the most of them."""
+    name, most = "qk_head_dim" if "qk_head_dim" in values else "head_dim", values["num_key_value_heads"]
+    differ, problems = values.get("by_layer", ()), []
+    for layer in range(values["num_hidden_layers"] if differ else 1):
+        own = {**values, **{field: every[layer] for field, every in differ}}
+        at = f"layer {layer}: " if differ else ""
+        heads, kv_heads = own["num_attention_heads"], own["num_key_value_heads"]
+        if differ and heads % kv_heads:
+            problems.append(
+                f"config.json: {at}num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+            )
+        if most % kv_heads:
+            problems.append(
+                f"config.json: {at}num_key_value_heads {kv_heads} does not divide the {most} of another layer"
+            )
+        rotary, dim = own.get("rotary_dim"), own[name]
+        if rotary is not None and (rotary > dim or rotary % 2):
+            problems.append(f"config.json: {at}rotary_dim is {rotary}, expected an even number up to {name} {dim}")
     return problems
 
 

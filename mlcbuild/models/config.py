@@ -37,12 +37,14 @@ _SCALING_KEYS = {
 def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
     """A flat config with `rope_theta` and `rope_scaling` where transformers 5 nests them in `rope_parameters`.
 
-    `rope_scaling` comes out as None or as a mapping with the key `rope_type`; the kind "default" is None. Where
+    `rope_scaling` comes out as None or as a mapping with the key `rope_type`; the kind "default" is None. Where config
+    says nothing of either, there is none. Where
     `rope_parameters` has one set for each type of layer, they are those of full attention, and the other theta is
     `rope_local_base_freq`, as in transformers 4. Raises MlcBuildError where one of them is no mapping, and for a
     scaling of layers with a window.
     """
     flat = {key: _finite_or_not(value) for key, value in config.items()}
+    silent = flat.get("rope_parameters") is None and not flat.get("rope_scaling")
     parameters = _mapping(flat.pop("rope_parameters", None), "rope_parameters")
     if "full_attention" in parameters:
         local = _mapping(parameters.get("sliding_attention"), "rope_parameters.sliding_attention")
@@ -56,7 +58,8 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
             )
         parameters = _mapping(parameters["full_attention"], "rope_parameters.full_attention")
     if parameters:
-        flat.setdefault("rope_theta", parameters.get("rope_theta"))
+        if "rope_theta" in parameters:
+            flat.setdefault("rope_theta", parameters["rope_theta"])
         if flat.get("partial_rotary_factor") is None and "partial_rotary_factor" in parameters:
             flat["partial_rotary_factor"] = parameters["partial_rotary_factor"]
         if flat.get("rope_scaling") is None:
@@ -69,6 +72,8 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
     if _SCORES in given:
         flat[_SCORES] = given[_SCORES]
     flat["rope_scaling"] = _scaling(given, flat)
+    if silent:  # so that an architecture's default counts, which one that says "default" does not have
+        del flat["rope_scaling"]
     return flat
 
 
@@ -76,11 +81,22 @@ def _by_key(layers: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, l
     """What transformers 5 writes where layers differ, {layer: {key: value}}, as {key: its values up to the
     last layer that has one}."""
     keys = {key for each in layers.values() for key in _mapping(each, "per_layer_config")}
-    if not keys <= set(_PER_LAYER) or type(config.get("num_hidden_layers")) is not int:
-        raise MlcBuildError(f"config.json: per_layer_config has {sorted(keys)}, but only {_PER_LAYER} may differ")
-    last = max((int(layer) for layer in layers if layer.isdecimal()), default=0)
-    count = min(config["num_hidden_layers"], last + 1)
-    return {key: [layers.get(str(layer), {}).get(key) for layer in range(count)] for key in keys}
+    if not keys <= set(_PER_LAYER):
+        raise MlcBuildError(
+            f"config.json: per_layer_config has {', '.join(sorted(keys))}, but only {' and '.join(_PER_LAYER)} may "
+            "differ"
+        )
+    total = config.get("num_hidden_layers")
+    if type(total) is not int:
+        raise MlcBuildError("config.json: per_layer_config needs num_hidden_layers, a whole number")
+    # Its keys are padded to one width: "05" and "11".
+    numbered = {int(layer): each or {} for layer, each in layers.items() if layer.isdecimal()}
+    if len(numbered) < len(layers) or any(layer >= total for layer in numbered):
+        raise MlcBuildError(
+            f"config.json: per_layer_config is of {', '.join(layers)!s:.100}, expected numbers of layers, each once "
+            f"and below {total}"
+        )
+    return {key: [numbered.get(i, {}).get(key) for i in range(max(numbered, default=-1) + 1)] for key in keys}
 
 
 def _finite_or_not(value: Any) -> Any:

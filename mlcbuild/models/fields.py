@@ -131,7 +131,7 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(NUMBERS, ("a number", is_number)),
     **dict.fromkeys(_POSITIVE, ("a number above 0", partial(is_above, 0))),
     "conv_kernel": ("a whole number of at least 2", lambda value: type(value) is int and value > 1),
-    "mixer_scales": ("five numbers", lambda value: len(value) == 5 and all(map(is_number, value))),
+    "mixer_scales": ("five numbers", lambda value: _are_numbers(value, 5)),
     "time_step_limits": ("two numbers, the least and the largest step", lambda value: _is_range(value)),
     **dict.fromkeys(("rope_theta", "rope_local_theta"), ("a number above 1", partial(is_above, 1))),
 }
@@ -153,7 +153,11 @@ CHOICES = {
 
 
 def _is_range(value: Any) -> bool:
-    return all(map(is_number, value)) and value[0] <= value[1]
+    return _are_numbers(value, 2) and bool(value[0] <= value[1])
+
+
+def _are_numbers(value: Any, count: int) -> bool:
+    return isinstance(value, list | tuple) and len(value) == count and all(map(is_number, value))
 
 
 def read(rules: Mapping[str, Any], config: Values, given: Values) -> tuple[dict[str, Any], list[str]]:
@@ -174,11 +178,24 @@ def read(rules: Mapping[str, Any], config: Values, given: Values) -> tuple[dict[
         try:
             values[field] = value_of(rule, config, values)
         except MlcBuildError as error:
-            problems.append(f"config.json: {error}")
+            short = _short(rule, rules, values) if isinstance(error.__context__, IndexError) else None
+            problem = f"config.json: {short or error}"
+            if problem not in problems:
+                problems.append(problem)
 
     while waiting:
         add(next(iter(waiting)))
     return values, problems
+
+
+def _short(rule: Mapping[str, Any], rules: Mapping[str, Any], values: Values) -> str | None:
+    """Which list of config.json that the rule goes through layer by layer ends before the layers do."""
+    layers = values.get("num_hidden_layers")
+    for name in (name for part in ("value", "default", "if_null") for name in names_in(rule.get(part))):
+        found, names = values.get(name), keys(rules.get(name, {}))
+        if names and isinstance(found, list | tuple) and isinstance(layers, int) and len(found) < layers:
+            return f"`{'` or `'.join(names)}` has {len(found)} values, expected one for each of {layers} layers"
+    return None
 
 
 def value_of(rule: Mapping[str, Any], config: Values, values: Values) -> Any:

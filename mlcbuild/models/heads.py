@@ -18,6 +18,7 @@ from tvm import relax, te, tirx
 
 from mlcbuild.models.decoder import Decoder
 from mlcbuild.models.operations import Expr
+from mlcbuild.models.recurrent.mixing import softplus
 from mlcbuild.models.structure import Structure
 from mlcbuild.models.weights import Given
 
@@ -76,14 +77,7 @@ def gated(d: Decoder, out: Expr, x: Expr, own: Structure, weight: Given) -> Expr
 
 
 def _softplus(x: te.Tensor) -> te.Tensor:
-    """ln(1 + exp(x)), for large numbers too."""
-
-    def number(i: Any, j: Any) -> Any:
-        given = x[i, j].astype("float32")
-        rest = tirx.log(tirx.const(1, "float32") + tirx.exp(-tirx.abs(given)))
-        return (tirx.max(given, tirx.const(0, "float32")) + rest).astype(x.dtype)
-
-    return te.compute(x.shape, number, name="softplus")
+    return te.compute(x.shape, lambda i, j: softplus(x[i, j].astype("float32")).astype(x.dtype), name="softplus")
 
 
 def _groups(s: Structure, own: Structure) -> tuple[int, int, int]:

@@ -25,6 +25,8 @@ _READ = (
     "original_max_position_embeddings",
     "quantization_config",
 )  # by name, in code
+# What `normalise` has under a name of its own, and where it has it from.
+_FROM = {"rope_local_partial_factor": "rope_parameters.sliding_attention.partial_rotary_factor"}
 _SHOWN = 3  # architectures that a message names
 
 
@@ -40,7 +42,8 @@ def unknown_keys(architecture: Architecture, config: Mapping[str, Any]) -> list[
 def complaints(architecture: Architecture, config: Mapping[str, Any]) -> list[str]:
     """A problem for each unknown key."""
     return [
-        f"config.json: architecture `{architecture.name}` does not know the key `{key}` ({json.dumps(config[key])}), "
+        f"config.json: architecture `{architecture.name}` does not know the key `{_FROM.get(key, key)}` "
+        f"({json.dumps(config[key])}), "
         "which may change what the model computes; if it does not, list it as `harmless` in "
         f"recipes/architectures/{architecture.name}.yaml"
         for key in unknown_keys(architecture, config)

@@ -16,6 +16,8 @@ from mlcbuild.errors import MlcBuildError
 from mlcbuild.runtime import tvm_runtime
 from mlcbuild.runtime.device import GPUS, Device
 
+CACHE, STATE = "create_tir_paged_kv_cache", "create_rnn_state"
+CREATE = {"kv_cache": (CACHE,), "rnn_state": (STATE,), "hybrid": (CACHE, STATE)}  # the state, by kv_state_kind
 _POOLED_ALLOCATOR = 2  # AllocatorType kPooled of TVM's memory manager
 _WANTED_RUNTIME = re.compile(r"created using \{(\w+)\}")  # TVM of a library whose device's runtime is not loaded
 

@@ -13,14 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.runtime.library import Described, Metadata, match, parse_metadata
+from mlcbuild.runtime.library import CREATE, Described, Metadata, match, parse_metadata
 
 _ELF_MACHINES = {3: "x86", 62: "x86-64", 40: "arm", 183: "aarch64", 243: "riscv"}
 _MACH_CPUS = {0x01000007: "x86-64", 0x0100000C: "arm64"}
 _PE_MACHINES = {0x8664: "x86-64", 0xAA64: "aarch64"}
 _FORMATS = {".so": "ELF", ".dylib": "Mach-O", ".dll": "PE", ".wasm": "WebAssembly", ".tar": "tar"}
-# What a library has, by its metadata's kv_state_kind: what makes the state; and by its model_task: what runs the model.
-_CREATE = {"kv_cache": "create_tir_paged_kv_cache", "rnn_state": "create_rnn_state"}
 _FORWARD = ("embed", "prefill", "decode", "batch_prefill", "batch_decode")
 _METADATA_START = b'{"model_type"'
 
@@ -39,7 +37,7 @@ def check(path: Path, tensors: Sequence[Described], name: str) -> list[str]:
                 f"{name}: expected a {expected} file, but its first bytes say {format_name or 'nothing known'}"
             )
         metadata = find_metadata(data, path, name)
-        functions = _functions(metadata)
+        functions = _functions(metadata, name)
         missing = [function for function in functions if data.find(function.encode()) < 0]
         if missing:
             raise MlcBuildError(f"{name}: no function named {', '.join(missing)} in it")
@@ -51,13 +49,18 @@ def check(path: Path, tensors: Sequence[Described], name: str) -> list[str]:
     ]
 
 
-def _functions(metadata: Metadata) -> tuple[str, ...]:
+def _functions(metadata: Metadata, name: str) -> tuple[str, ...]:
     """The names of the functions that a runtime calls. An encoder has one and no state."""
-    if metadata.kv_state_kind not in _CREATE:
+    if metadata.kv_state_kind == "none":
         return ("prefill",)
+    if metadata.kv_state_kind not in CREATE:
+        raise MlcBuildError(
+            f"{name}: its state is `{metadata.kv_state_kind}`; "
+            f"known are {', '.join(f'`{each}`' for each in CREATE)} and `none`"
+        )
     ending = "_to_last_hidden_states" if metadata.model_task == "embedding" else ""
-    forward = (name if name == "embed" else f"{name}{ending}" for name in _FORWARD)
-    return (*forward, _CREATE[metadata.kv_state_kind])
+    forward = (each if each == "embed" else f"{each}{ending}" for each in _FORWARD)
+    return (*forward, *CREATE[metadata.kv_state_kind])
 
 
 def file_format(head: bytes) -> str:

@@ -14,12 +14,10 @@ import numpy.typing as npt
 
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.runtime import threads, tvm_runtime
-from mlcbuild.runtime.library import Network
+from mlcbuild.runtime.library import CACHE, CREATE, STATE, Network
 
 Logits = npt.NDArray[np.float32]
 
-_CACHE, _STATE = "create_tir_paged_kv_cache", "create_rnn_state"
-_CREATE = {"kv_cache": (_CACHE,), "rnn_state": (_STATE,), "hybrid": (_CACHE, _STATE)}  # by kv_state_kind
 _HISTORY = 1  # steps of a recurrent state that are kept: one, since nothing here takes steps back
 _PAGE_SIZE = 16  # tokens of a KV cache page; MLC's engine uses the same
 _PIECE = 256  # positions whose logits are held at once in `all_logits`: 130 MB for a vocabulary of 128k
@@ -36,13 +34,13 @@ class Session:
     def __init__(self, network: Network, max_sequences: int = 1, length: int | None = None) -> None:
         library = network.library
         metadata = library.metadata
-        creating = _CREATE.get(metadata.kv_state_kind, ())
+        creating = CREATE.get(metadata.kv_state_kind, ())
         absent = next((name for name in creating if not library.has(name)), None)
         if not creating or absent is not None:
             raise MlcBuildError(
                 f"{library.path}: its state is `{metadata.kv_state_kind}`"
                 + (f", but it has no `{absent}`" if absent else "")
-                + f"; this runtime continues texts with {' and '.join(f'`{kind}`' for kind in _CREATE)} libraries"
+                + f"; this runtime continues texts with {' and '.join(f'`{kind}`' for kind in CREATE)} libraries"
             )
         if not 1 <= max_sequences <= metadata.max_batch_size:
             raise MlcBuildError(
@@ -56,8 +54,8 @@ class Session:
         self._chunk = metadata.prefill_chunk_size
         self._sliding = metadata.sliding_window_size
         self._next = 0
-        self._recurrent = _STATE in creating
-        sizes = {_CACHE: self._cache_sizes(), _STATE: (max_sequences, _HISTORY)}
+        self._recurrent = STATE in creating
+        sizes = {CACHE: self._cache_sizes(), STATE: (max_sequences, _HISTORY)}
         self._states = [self._call(name, *map(tvm_runtime.shape, sizes[name])) for name in creating]
 
     def _cache_sizes(self) -> tuple[int, ...]:
@@ -98,7 +96,10 @@ class Session:
 
     def fork(self, sequence: int, length: int) -> int:
         """A new sequence that begins with the first `length` tokens of another, without computing or keeping them
-        twice; its number. Raises MlcBuildError where there is no room for one more."""
+        twice; its number. Raises MlcBuildError where sequences do not fork (`forks`), and where there is no room."""
+        if not self.forks:
+            reason = "a recurrent state has no beginning" if self._recurrent else "a sliding window forgets beginnings"
+            raise MlcBuildError(f"{self._library.path}: sequences do not fork here: {reason}; read the text again")
         self._check_room()
         child, self._next = self._next, self._next + 1
         self._state("fork_sequence", sequence, child, length)

@@ -44,7 +44,12 @@ def small_config(config: Mapping[str, Any], architecture: Architecture, awq_grou
             if key in small:
                 small[key] = value
     layers = _layers(config, architecture)
-    small |= {name: value[:LAYERS] for name, value in small.items() if isinstance(value, list) and len(value) == layers}
+    lists = {name: value for name, value in small.items() if isinstance(value, list) and len(value) == layers}
+    types = lists.get("layer_types", [])
+    second = next((layer for layer, kind in enumerate(types) if kind != types[0]), 1)  # a hybrid needs both
+    small |= {name: [value[0], *value[second : second + 1]] for name, value in lists.items()}
+    if isinstance(own := small.get("per_layer_config"), Mapping):
+        small["per_layer_config"] = {key: each for key, each in own.items() if key.isdecimal() and int(key) < LAYERS}
     if awq_group is not None:
         awq = {"quant_method": "awq", "bits": 4, "group_size": awq_group, "version": "gemm", "zero_point": True}
         small["quantization_config"] = awq

@@ -42,7 +42,7 @@ def test_sequences_do_not_mix_and_are_forked_and_taken_back(built: Agreement, mo
     session.lengths[a] = at
     session._state("fork_sequence", a, 7, -1)
     session.lengths[7] = at
-    session.decode(7, OTHER[0])
+    assert error(session.decode(7, OTHER[0]), built.expected([*IDS[:at], OTHER[0]])[-1]) < 2e-5
     assert error(session.decode(a, IDS[at]), one[at]) < 2e-5
     assert session.truncate(a, at) == 0  # its beginning does not come back: the caller reads it again
     assert error(session.prefill(a, OTHER), other[-1]) < 2e-5
@@ -61,3 +61,11 @@ def test_the_contract_is_mlcs(built: Agreement) -> None:
 def test_gpus_refuse_it_by_name(built: Agreement) -> None:
     with pytest.raises(MlcBuildError, match="models of kind `hybrid` are compiled for CPUs only"):
         lower(built.structure, llama.QUANTIZATIONS["q0f32"], "lfm2", CUDA)
+
+
+def test_a_session_does_not_fork_its_state(built: Agreement) -> None:
+    session = built.session(2)
+    a = session.add()
+    session.prefill(a, OTHER)
+    with pytest.raises(MlcBuildError, match="sequences do not fork here: a recurrent state has no beginning; read the"):
+        session.fork(a, 3)

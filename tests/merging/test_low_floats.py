@@ -12,8 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mlcbuild.checkpoints.header import read_header
 from mlcbuild.engine.job import local_job
 from mlcbuild.errors import CheckpointError
+from mlcbuild.merging import low_floats
+from mlcbuild.merging.prequantized import Scheme
 from mlcbuild.models import architecture
 from mlcbuild.recipes.load import load
 from mlcbuild.recipes.types import quantization_json
@@ -147,6 +150,23 @@ def test_a_number_that_is_none_is_damage(tmp_path: Path) -> None:
     for name, shape in LINEAR.items():
         tensors[f"model.layers.0.{name}.weight"] = torch.ones(shape).to(torch.float8_e4m3fn)
         tensors[f"model.layers.0.{name}.weight_scale"] = torch.ones(())
+    damage = r"up_proj\.weight: numbers that are none or infinite; it is damaged"
     tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = np.nan
-    with pytest.raises(CheckpointError, match=r"up_proj\.weight: has numbers that are none; it is damaged"):
-        made(tmp_path, tensors, {**CONFIG, "quantization_config": FP8})
+    with pytest.raises(CheckpointError, match=damage):
+        made(tmp_path / "nan", tensors, {**CONFIG, "quantization_config": FP8})
+    infinite = torch.ones(LINEAR["mlp.up_proj"])
+    infinite[3, 4] = -np.inf
+    tensors["model.layers.0.mlp.up_proj.weight"] = infinite.to(torch.float8_e5m2)
+    with pytest.raises(CheckpointError, match=damage):
+        made(tmp_path / "infinite", tensors, {**CONFIG, "quantization_config": FP8})
+
+
+def test_a_power_of_mxfp4_that_is_none_is_damage(tmp_path: Path) -> None:
+    """Also where all values of its block are 0."""
+    path = tmp_path / "x.safetensors"
+    scales = torch.tensor([[[127], [255]]], dtype=torch.uint8)
+    save_file({"x_blocks": torch.zeros((1, 2, 1, 16), dtype=torch.uint8), "x_scales": scales}, path)
+    table = {ref.name: ref for ref in read_header(path, path.name)}
+    (found,) = low_floats.plan(table, Scheme("mxfp4", 4, 32, 0))[1]
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: tensor x_scales: not finite; the checkpoint is"):
+        list(found.pieces())

@@ -31,6 +31,7 @@ def test_a_library_and_its_weights(tiny_library: Path, tiny_package: Path) -> No
     [
         ("kv_cache", "chat", "batch_prefill, batch_decode, create_tir_paged_kv_cache"),
         ("rnn_state", "chat", "batch_prefill, batch_decode, create_rnn_state"),
+        ("hybrid", "chat", "batch_prefill, batch_decode, create_tir_paged_kv_cache, create_rnn_state"),
         ("kv_cache", "embedding", "prefill_to_last_hidden_states, decode_to_last_hidden_states, .*create_tir_paged"),
     ],
 )
@@ -43,6 +44,11 @@ def test_a_library_has_the_functions_of_its_kind(tmp_path: Path, state: str, tas
         library_file.check(path, [], path.name)
     path.write_bytes(b"\0asm\1\0\0\0 prefill " + json.dumps({**metadata, "kv_state_kind": "none"}).encode())
     assert "functions named: prefill" in library_file.check(path, [], path.name)  # an encoder's
+    path.write_bytes(b"\0asm\1\0\0\0 prefill " + json.dumps({**metadata, "kv_state_kind": "tape"}).encode())
+    with pytest.raises(
+        MlcBuildError, match="its state is `tape`; known are `kv_cache`, `rnn_state`, `hybrid` and `none`"
+    ):
+        library_file.check(path, [], path.name)
 
 
 def test_files_without_a_model(tmp_path: Path) -> None:

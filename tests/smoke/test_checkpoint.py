@@ -50,6 +50,13 @@ def test_the_config_is_the_models_own_but_small() -> None:
     assert (found["num_hidden_layers"], found["vocab_size"]) == (2, 512)
 
 
+def test_a_hybrid_keeps_layers_of_both_types() -> None:
+    """Its first layers are often of one type, with which none is built."""
+    config = {"model_type": "lfm2", "num_hidden_layers": 4, "layer_types": ["conv", "conv", "full_attention", "conv"]}
+    found = checkpoint.small_config(config, llama.architecture("lfm2"))
+    assert found["layer_types"] == ["conv", "full_attention"] and found["num_hidden_layers"] == 2
+
+
 def test_it_has_exactly_the_tensors_that_convert_wants(tmp_path: Path) -> None:
     folder = checkpoint.make(tmp_path, small(), llama.architecture(), ())
     model = resolve(llama.architecture(), small(), {})

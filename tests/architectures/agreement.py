@@ -56,6 +56,7 @@ class Case:
     reference: Callable[[Config, Mapping[str, Any], list[int]], Any] | None = None
     overrides: Mapping[str, int] = field(default_factory=dict)
     quantizations: tuple[str, ...] = ("q0f32", "q4f32_1")
+    noise: float = 1  # how many times as much as others its float32 sums differ between two right ways to add them
 
 
 def known_architectures() -> dict[str, Architecture]:

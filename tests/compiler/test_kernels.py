@@ -194,8 +194,10 @@ def test_attention_among_new_tokens(model: Model, dim: int, heads: int, kv_heads
     scale, (stored_q, stored_k, stored_v) = dim**-0.5, map(model.stored, (q, k, v))
     block = min(block, 48 // min(shared, 48))
     for task in range(-(-40 // block) * kv_heads):
-        shape = (40, heads, kv_heads, dim, block, task, 0, 0.0, 0.0)
-        model.call("mlcbuild_attention_ragged", stored_q, indptr, stored_k, stored_v, indptr, out, lse, *shape, scale)
+        shape = (40, heads, kv_heads, dim, block, task, 0, 0, 0.0, 0.0)
+        at = np.array([*range(5), *range(35)], np.int32)
+        given = (stored_q, indptr, stored_k, stored_v, indptr, at)
+        model.call("mlcbuild_attention_ragged", *given, out, lse, *shape, scale)
     expected = np.zeros((40, heads, dim))
     for row in range(40):
         seen = slice(0 if row < 5 else 5, row + 1)
@@ -212,11 +214,13 @@ def test_new_tokens_with_a_window_and_a_soft_cap(model: Model, window: int, cap:
     """A negative scale says that the layer slides; a positive one that it does not, whatever the window."""
     dim, indptr = 16, np.array([0, 30], np.int32)
     q, k, v = (model.normal(30, 1, dim, seed=seed) for seed in range(3))
-    given = [model.stored(q), indptr, model.stored(k), model.stored(v), indptr]
+    given = [model.stored(q), indptr, model.stored(k), model.stored(v), indptr, np.arange(30, dtype=np.int32)]
     for scale in (0.9, -0.9):
         out, lse = model.empty(30, 1, dim), np.zeros((30, 1), np.float32)
         for task in range(3):
-            model.call("mlcbuild_attention_ragged", *given, out, lse, 30, 1, 1, dim, 12, task, window, cap, 0.0, scale)
+            model.call(
+                "mlcbuild_attention_ragged", *given, out, lse, 30, 1, 1, dim, 12, task, window, 0, cap, 0.0, scale
+            )
         for row in range(30):
             seen = slice(max(0, row + 1 - window) if window and scale < 0 else 0, row + 1)
             expected, total = attention(q[row, 0], k[seen, 0], v[seen, 0], 0.9, cap)
@@ -239,7 +243,7 @@ def test_attention_over_pages(model: Model, window: int) -> None:
     for task in range(4 * kv_heads):
         model.call(
             "mlcbuild_attention_paged", stored_q, rows, stored_pages, indptr, values, last, starts, positions, out, lse,
-            20, heads, kv_heads, dim, page, block, task, window, 0.0, 0.0, -0.3,
+            20, heads, kv_heads, dim, page, block, task, window, 0, 0.0, 0.0, -0.3,
         )  # fmt: skip
     for row in range(20):
         b = int(row >= 14)
@@ -269,10 +273,10 @@ def test_linear_biases(model: Model, heads: int, kv_heads: int) -> None:
     q = model.normal(30, heads, dim)
     k, v = (model.normal(30, kv_heads, dim, seed=seed) for seed in (1, 2))
     out, lse = model.empty(30, heads, dim), np.zeros((30, heads), np.float32)
-    given = [model.stored(q), indptr, model.stored(k), model.stored(v), indptr]
+    given = [model.stored(q), indptr, model.stored(k), model.stored(v), indptr, np.arange(30, dtype=np.int32)]
     block = max(1, 48 // shared)
     for task in range(-(-30 // block) * kv_heads):
-        shape = (30, heads, kv_heads, dim, block, task, 0, 0.0, 8.0)
+        shape = (30, heads, kv_heads, dim, block, task, 0, 0, 0.0, 8.0)
         model.call("mlcbuild_attention_ragged", *given, out, lse, *shape, 0.25)
     expected = np.zeros((30, heads, dim))
     for row in range(30):
@@ -295,7 +299,7 @@ def test_one_row_per_sequence_sees_itself(model: Model) -> None:
     out, lse = model.empty(2, 1, dim), np.zeros((2, 1), np.float32)
     given = [model.stored(q), None, model.stored(pages), indptr, values, last, starts, positions]
     for task in range(2):
-        model.call("mlcbuild_attention_paged", *given, out, lse, 2, 1, 1, dim, page, 1, task, 6, 0.0, 0.0, -1.0)
+        model.call("mlcbuild_attention_paged", *given, out, lse, 2, 1, 1, dim, page, 1, task, 6, 0, 0.0, 0.0, -1.0)
     k, v = (np.concatenate([pages[1, side, 0], pages[0, side, 0]])[14:20] for side in (0, 1))
     model.close(out[0, 0], attention(q[0, 0], k, v, 1.0)[0])
     model.close(out[1, 0], attention(q[1, 0], pages[2, 0, 0, 3:9], pages[2, 1, 0, 3:9], 1.0)[0])
@@ -329,6 +333,6 @@ def test_nan_is_never_lost_on_the_way(model: Model) -> None:
     q, k, v = (model.normal(1, 1, 8, seed=seed) for seed in range(3))
     k[0, 0, 5] = np.nan
     out, lse, (q, k, v) = model.empty(1, 1, 8), np.zeros((1, 1), np.float32), map(model.stored, (q, k, v))
-    shape = (1, 1, 1, 8, 48, 0, 0, 0.0, 0.0)
-    model.call("mlcbuild_attention_ragged", q, indptr, k, v, indptr, out, lse, *shape, 1.0)
+    shape = (1, 1, 1, 8, 48, 0, 0, 0, 0.0, 0.0)
+    model.call("mlcbuild_attention_ragged", q, indptr, k, v, indptr, indptr[:1], out, lse, *shape, 1.0)
     assert np.isnan(model.read(out)).all()

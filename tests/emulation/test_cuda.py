@@ -17,7 +17,7 @@ BOUNDS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}  # of the referenc
 ARCHITECTURES = (
     *("llama", "llama-yarn", "qwen2", "gemma", "gemma2", "gemma3_text", "gpt2", "gptj", "gpt_neox", "phi", "minicpm"),
     *("mixtral", "qwen2_moe", "cohere-norms", "stablelm-parallel", "starcoder2", "olmo2", "chatglm", "qwen2-window"),
-    *("deepseek_v3", "gpt_oss", "mimo_v2_flash", "llama4_text", "laguna", "gemma4_text-experts", "bloom", "mpt"),
+    *("deepseek_v3", "gpt_oss", "mimo_v2_flash", "llama4_text", "laguna", "bloom", "mpt"),
 )
 # The kinds that are no decoders, each with a format.
 RECURRENT = {

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _INSTALL = "build:"  # packages are put into dist/ without a start being told
 _ROWS = 20  # of the table at the end, at most
+_REDRAWN_EVERY = 0.125  # seconds
 _PROGRESS_EVERY = 10.0  # seconds: a log needs signs of life, not a film
 _STYLES = {"ok": "green", "--": "dim", "!!": "bold red", "??": "yellow"}
 _SHOWN_AS_BARS = events.StepStarted | events.StepProgress | events.StepNote | events.StepWaiting
@@ -77,7 +78,7 @@ def screen(stream: TextIO) -> Report:
         with lock:
             update(board, event)
             if display is None and board.steps and not board.ended:
-                display = _start(board, stream)
+                display = _start(board, stream, lock)
             if display is None:
                 plainly(event)
                 return
@@ -108,15 +109,28 @@ def _packages(installed: Sequence[events.PackageInstalled]) -> RenderableType:
     return Group(table, *more, *([Text(f"try it: mlcbuild chat {runs}")] if runs else []))
 
 
-def _start(board: _Board, stream: TextIO) -> Live:
-    """The display. Loading it takes a tenth of a second, which a build with nothing to do saves."""
+def _start(board: _Board, stream: TextIO, lock: threading.Lock) -> Live:
+    """The display. Loading it takes a tenth of a second, which a build with nothing to do saves.
+
+    It is drawn anew by a thread that holds `lock`, not by rich's own: between the place where rich begins to draw and
+    what it draws there, that one may draw a board of another height, whose bars then stay.
+    """
     from rich.console import Console
     from rich.live import Live
 
     console = Console(file=stream, highlight=False, markup=False, emoji=False)
-    display = Live(board, console=console, refresh_per_second=8, transient=True, redirect_stderr=False)
+    display = Live(board, console=console, auto_refresh=False, transient=True, redirect_stderr=False)
     display.start()
     atexit.register(display.stop)  # or a build that is broken off would leave its bars, and no cursor
+
+    def redraw() -> None:
+        while display.is_started:
+            time.sleep(_REDRAWN_EVERY)
+            with lock:
+                if display.is_started:
+                    display.refresh()
+
+    threading.Thread(target=redraw, daemon=True).start()
     return display
 
 

@@ -11,11 +11,12 @@ from tvm import IRModule, relax, target, tirx
 
 from mlcbuild.compiler import canonical, pipeline
 from mlcbuild.compiler.abi import auxiliary, kv_cache, logits, metadata, rnn_state
-from mlcbuild.compiler.operations import Factories, operations
+from mlcbuild.compiler.operations import Factories, call, operations
 from mlcbuild.compiler.script import quick
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.decoder import Decoder
 from mlcbuild.models.kinds import DECODER, ENCODER, HYBRID
+from mlcbuild.models.operations import Expr
 from mlcbuild.models.parameters import parameters
 from mlcbuild.models.rope import Rotary
 from mlcbuild.models.structure import KEEPING, Structure
@@ -35,7 +36,8 @@ class Backend:
     factories       what makes the kernels of the decoder's operations, for a model dtype
     cache_kernels   those that the KV cache calls, for a structure, a model dtype, a page size and what is turned in it
     recurrence      the operations of recurrent models
-    attend          the attention of encoders
+    masked          the attention of encoders in TIR, for a number of heads, their width, a model dtype, and how many
+                    distances have a bias (mlcbuild.models.encoder)
     threads         of a block, for the kernels of the contract; None: they run as they are written
     emit_more       adds what only this kind of device has: samplers on GPUs
     passes          the compiler passes of this kind of device
@@ -44,7 +46,7 @@ class Backend:
     factories: Callable[[str], Factories]
     cache_kernels: Callable[[Structure, str, tirx.Var, Rotary], kv_cache.Kernels]
     recurrence: Callable[[relax.BlockBuilder, str], Recurrence]
-    attend: Callable[[relax.BlockBuilder, str], Attend]
+    masked: Callable[[int, int, str, int], Any]
     threads: int | None = None
     emit_more: Callable[[relax.BlockBuilder], None] = lambda builder: None
     passes: pipeline.Passes = field(default_factory=pipeline.Passes)
@@ -94,7 +96,7 @@ def _emit_model(d: Decoder, backend: Backend) -> None:
     elif kind == ENCODER:
         from mlcbuild.models.encoder import emit_encoder
 
-        emit_encoder(d, backend.attend(d.builder, d.dtype))
+        emit_encoder(d, _attend(d, backend))
     elif kind == HYBRID:
         from mlcbuild.models.hybrid.model import emit_hybrid, slots
 
@@ -111,6 +113,18 @@ def _emit_model(d: Decoder, backend: Backend) -> None:
 
         emit_recurrent(d, backend.recurrence(d.builder, d.dtype))
         rnn_state.emit_create(d.builder, d.structure.num_hidden_layers, slots(d.structure))
+
+
+def _attend(d: Decoder, backend: Backend) -> Attend:
+    """What mlcbuild.models.encoder calls so."""
+
+    def attend(qkv: Expr, mask: Expr, bias: Expr | None, heads: int) -> Expr:
+        width = int(qkv.ty.shape[1]) // 3
+        function = backend.masked(heads, width // heads, d.dtype, 0 if bias is None else int(bias.ty.shape[1]))
+        given = [qkv, mask] if bias is None else [qkv, mask, bias]
+        return call(d.builder, function, "attention", given, [qkv.ty.shape[0], width], d.dtype)
+
+    return attend
 
 
 def _emit_around(d: Decoder, backend: Backend) -> None:

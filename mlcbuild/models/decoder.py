@@ -176,8 +176,7 @@ def one_per_kind(decoder: Decoder, emit: Callable[[int], relax.GlobalVar]) -> tu
     functions = []
     for number in range(decoder.structure.num_hidden_layers):
         packed = tuple((p.role, p.part, p.shape, p.dtype, p.packing) for p in decoder.declared if p.layer == number)
-        s = decoder.structure
-        kind = s.layer_type(number), s.turns(number), *(values[number] for _, values in s.by_layer), packed
+        kind = *decoder.structure.computed(number), packed
         if kind not in kinds:
             kinds[kind] = emit(number)
         functions.append(kinds[kind])

@@ -152,7 +152,11 @@ _NEEDED = {
         *("in_proj", "in_gate_proj", "convolution", "state_rate", "out_proj"),
         *("read_gate", "read_gate_bias", "keep_gate", "keep_gate_bias"),
     },
-    **{name: {"convolution", "step_bias", "state_rate", "state_norm", "out_proj"} for name in ("delta", "kda")},
+    "delta": {"convolution", "step_bias", "state_rate", "state_norm", "out_proj"},
+    "kda": {
+        *("in_proj", "gate_a_proj", "gate_b_proj", "step_a_proj", "step_b_proj", "in_beta_proj"),
+        *("convolution", "step_bias", "state_rate", "state_norm", "out_proj"),
+    },
     "conv": {"in_proj", "convolution", "out_proj"},
     "mamba": {
         "in_proj",
@@ -171,8 +175,6 @@ _NEEDED = {
 def roles(s: Structure) -> tuple[set[str], set[str]]:
     """The roles that a layer with the mixer needs, and those that it may have."""
     needed = _NEEDED[s.mixer]
-    if s.mixer == "kda":
-        needed = needed | {"in_proj", "gate_a_proj", "gate_b_proj", "step_a_proj", "step_b_proj", "in_beta_proj"}
     if s.mixer == "delta":
         grouped = {"grouped_in_proj", "grouped_step_proj"}
         needed = needed | (

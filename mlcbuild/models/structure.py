@@ -267,6 +267,10 @@ class Structure:
         own = {name: values[layer] for name, values in self.by_layer}
         return dataclasses.replace(self, **own, by_layer=()) if own else self
 
+    def computed(self, layer: int) -> tuple[Any, ...]:
+        """What layers that compute differently differ in, beside the parameters that they have."""
+        return (self.layer_type(layer), self.turns(layer), *(values[layer] for _, values in self.by_layer))
+
     @property
     def layer_kinds(self) -> tuple[int, ...]:
         """For each layer the number of its kind, counted in the order in which kinds first occur: 0, 1, 1, 0 ..."""
@@ -278,12 +282,7 @@ class Structure:
 
     def _layer_kind(self, layer: int, having: Sequence[frozenset[int]]) -> Any:
         """What layers that compute differently differ in; `having`: those that have what others lack."""
-        return (
-            self.layer_type(layer),
-            self.turns(layer),
-            *(values[layer] for _, values in self.by_layer),
-            *(layer in layers for layers in having),
-        )
+        return (*self.computed(layer), *(layer in layers for layers in having))
 
     @property
     def one_layer(self) -> Structure:

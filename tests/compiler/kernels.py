@@ -35,9 +35,11 @@ class Kernels:
     Arrays are passed as pointers, ints as i64, floats as f32.
     """
 
-    def __init__(self, cpu: str, folder: Path, dtype: str, formats: Sequence[Format] = ()) -> None:
+    def __init__(
+        self, cpu: str, folder: Path, dtype: str, formats: Sequence[Format] = (), activation_bits: int | None = None
+    ) -> None:
         objects, cache = [], zig_cache.share(folder)
-        for source in sources(formats, dtype, FILES):
+        for source in sources(formats, dtype, FILES, activation_bits):
             objects.append(folder / f"{source.name}.o")
             defines = [*source.defines, ("EXPORT", "")]
             triple = "x86_64-linux-gnu.2.28"

@@ -89,6 +89,22 @@ def test_a_product(case: Case) -> None:
             close(case.product(x, packed), x.astype(np.float64) @ packed.values.astype(np.float64).T, case)
 
 
+@pytest.mark.parametrize(("name", "bits", "least", "most"), [
+    ("q4f32_1", 8, 1e-4, 2e-2), ("q4f32_1", 16, 3e-7, 1e-4), ("q8f32_1", 8, 0, 3e-6),
+])  # fmt: skip
+def test_activations_are_rounded_as_the_target_says(
+    name: str, bits: int, least: float, most: float, tmp_path: Path
+) -> None:
+    """Where weights have few bits; of few tokens on every CPU. 16 bits are no fewer than a 16-bit model has anyway."""
+    quantization = QUANTIZATIONS[name]
+    form = format_of(quantization.weights)
+    kernels = Kernels(LEVELS["x86-64-v3"], tmp_path, "float32", [form], bits)
+    packed, x = pack(normal(32, 1024, seed=1), quantization.weights, "float32"), normal(4, 1024)
+    expected = x.astype(np.float64) @ packed.values.astype(np.float64).T
+    error = np.abs(kernels.product(form, x, packed.parts, 32) - expected).max() / np.abs(expected).max()
+    assert least <= error < most
+
+
 def test_activations_of_a_wide_range(case: Case) -> None:
     """A few values are thousands of times larger than the others, as in real models."""
     columns, rows = case.shape(640, 40)

@@ -85,7 +85,7 @@ def test_attention_of_encoders(gpu: Any, dim: int, biased: bool) -> None:
     mask[1] = 0
     given = {"qkv": qkv, "mask": mask, **({"bias": bias} if biased else {})}
     given["out"] = np.full((SEQUENCES * tokens, heads * dim), np.nan, np.float32)
-    function = encoder._masked(heads, dim, "float32", 2 * tokens - 1 if biased else 0)
+    function = encoder.masked(heads, dim, "float32", 2 * tokens - 1 if biased else 0)
     sizes = {"n": SEQUENCES * tokens, "batch": SEQUENCES, "tokens": tokens}
     got = gpu.launch(function, 0, given, sizes)["out"]
     q, k, v = qkv[:tokens].transpose(1, 2, 0, 3).astype(np.float64)

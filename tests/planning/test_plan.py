@@ -15,7 +15,7 @@ from mlcbuild.planning.planner import plan
 from mlcbuild.planning.shapes import read_config
 from mlcbuild.recipes.load import load
 from mlcbuild.recipes.types import Locked, LockedFile, Model, Recipe
-from tests.engine.workspace import CONFIG, Workspace, make_workspace
+from tests.engine.workspace import CONFIG, REPOSITORY, Workspace, make_workspace
 
 
 @pytest.fixture
@@ -162,6 +162,12 @@ def test_targets_that_do_not_run_here_share_one_measurement(workspace: Workspace
     assert executed == {**dict.fromkeys(names, False), "cpu-exact": True}
     assert kinds(planned(workspace, "tiny-q4f16_1-cpu", "cpu-aarch64", "windows-x86_64"))["measure"] == 1
     assert kinds(planned(workspace, "tiny-q4f16_1-cpu", "cpu-exact"))["measure"] == 2
+    stock = (REPOSITORY / "recipes/targets/cpu-aarch64.yaml").read_text()
+    workspace.write("recipes/targets/fine.yaml", stock.replace("activation_bits: 8", "activation_bits: 16"))
+    workspace.write("recipes/fine.yaml", "model: tiny\nquantization: q4f16_1\ntarget: fine\n")
+    steps = planned(workspace, "fine").steps
+    (stand_in,) = (step for name, step in steps.items() if name.startswith("lower:") and name.endswith("-cpu@16"))
+    assert stand_in.fields["activation_bits"] == 16 and "measure:tiny-q4f16_1-cpu@16" in steps
 
 
 @pytest.mark.parametrize(

@@ -5,29 +5,14 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from tvm import relax, tirx
+from tvm import tirx
 
-from mlcbuild.compiler import operations
 from mlcbuild.compiler.cpu import calls
 from mlcbuild.compiler.cpu.attention import QUERIES
-from mlcbuild.models.encoder import Attend
-from mlcbuild.models.operations import Expr
-
-
-def attend(builder: relax.BlockBuilder, dtype: str) -> Attend:
-    """What mlcbuild.models.encoder calls so, emitted into `builder`; `dtype` is the model dtype."""
-
-    def masked(qkv: Expr, mask: Expr, bias: Expr | None, heads: int) -> Expr:
-        width = int(qkv.ty.shape[1]) // 3
-        function = _masked(heads, width // heads, dtype, 0 if bias is None else int(bias.ty.shape[1]))
-        given = [qkv, mask] if bias is None else [qkv, mask, bias]
-        return operations.call(builder, function, "attention", given, [qkv.ty.shape[0], width], dtype)
-
-    return masked
 
 
 @functools.cache
-def _masked(heads: int, dim: int, dtype: str, distances: int) -> Any:
+def masked(heads: int, dim: int, dtype: str, distances: int) -> Any:
     """qkv [n, 3 * heads * dim], mask int32 [b, s], bias float32 [heads, distances] if any -> [n, heads * dim]."""
     width = heads * dim
 

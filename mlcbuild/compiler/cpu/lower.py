@@ -21,7 +21,7 @@ from mlcbuild.recipes.types import Quantization
 _MAX_HEAD_DIM = 512  # MAX_HEAD_DIM and MAX_ROTARY in the CPU kernels
 _MAX_STATE, _MAX_TAPS = 256, 32  # MAX_STATE and MAX_TAPS there
 _OF_MIXERS = {"delta": ("delta",), "kda": ("delta",), "rglru": ("lru",)}  # C sources beside state_space.c
-_BACKEND = Backend(factories, attention.cache_kernels, recurrent.recurrence, encoder.attend)
+_BACKEND = Backend(factories, attention.cache_kernels, recurrent.recurrence, encoder.masked)
 
 
 def lower(

@@ -9,32 +9,15 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from tvm import relax
 from tvm.script import tirx as T
-
-from mlcbuild.compiler import operations
-from mlcbuild.models.encoder import Attend
-from mlcbuild.models.operations import Expr
 
 _QUERIES = 32  # of a block, one for each of its threads
 _KEYS, _TILE = 16, 2048  # that a block has at a time: so many keys, or fewer with so many numbers in all
 _NOTHING = -1e30  # the score of a key that is not seen
 
 
-def attend(builder: relax.BlockBuilder, dtype: str) -> Attend:
-    """What mlcbuild.models.encoder calls so, emitted into `builder`; `dtype` is the model dtype."""
-
-    def masked(qkv: Expr, mask: Expr, bias: Expr | None, heads: int) -> Expr:
-        width = int(qkv.ty.shape[1]) // 3
-        function = _masked(heads, width // heads, dtype, 0 if bias is None else int(bias.ty.shape[1]))
-        given = [qkv, mask] if bias is None else [qkv, mask, bias]
-        return operations.call(builder, function, "attention", given, [qkv.ty.shape[0], width], dtype)
-
-    return masked
-
-
 @functools.cache
-def _masked(heads: int, dim: int, dtype: str, distances: int) -> Any:
+def masked(heads: int, dim: int, dtype: str, distances: int) -> Any:
     """qkv [n, 3 * heads * dim], mask int32 [b, s], bias float32 [heads, distances] if any -> [n, heads * dim]."""
     count = max(1, min(_KEYS, _TILE // dim))
 

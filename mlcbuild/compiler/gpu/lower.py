@@ -57,7 +57,7 @@ def lower(
         factories=partial(factories, device=gpu, wide=structure.kind in RECURRENT),
         cache_kernels=partial(attention.cache_kernels, threads=gpu.threads),
         recurrence=recurrent.recurrence,
-        attend=encoder.attend,
+        masked=encoder.masked,
         threads=gpu.threads,
         emit_more=partial(sampling.emit, threads=gpu.threads, drafts_too=gpu.kind != "webgpu"),
         passes=_passes(gpu, structure, blocks),

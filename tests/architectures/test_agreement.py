@@ -39,7 +39,7 @@ def test_logits_agree(name: str, quantization: str, tmp_path: Path) -> None:
 def test_every_architecture_has_a_case() -> None:
     """Encoders, and decoders that give vectors, have theirs in test_encoder.py."""
     known = {name: each.data for name, each in known_architectures().items() if "embedding" not in each.data}
-    decoders = {name for name, data in known.items() if data.get("kind", "decoder") == "decoder"}
+    decoders = {name for name, data in known.items() if data.get("kind", "decoder") in ("decoder", "hybrid")}
     assert {case.architecture for case in CASES.values()} >= decoders | {
         "rwkv",
         "rwkv5",

@@ -88,3 +88,16 @@ def test_what_the_experts_say_is_added_by_their_shares(kernels: Kernels) -> None
     for row in range(3):
         kernels("mlcbuild_weighted_sum", x, share, y, row, 4, 37)
     close(y, np.einsum("nck,nc->nk", x.reshape(3, 4, 37).astype(np.float64), share))
+
+
+def test_tasks_are_handed_over_with_64_bits() -> None:
+    """Of a number with 32 bits on the stack, the kernels, which read 64, would see what lay beside it."""
+    import tvm
+
+    from mlcbuild.compiler.cpu import experts
+
+    function = experts.linear(format_of(None), (((4, 24, 64), "float32"),), 24, 64, COUNT, False)
+    built = tvm.tirx.build(tvm.IRModule({"f": function.with_attr("global_symbol", "f")}), target="llvm")
+    calls = [line for line in built.inspect_source().splitlines() if "call void @mlcbuild_" in line]
+    assert len(calls) >= 4
+    assert not [line for line in calls if ", i32 %" in line]

@@ -44,7 +44,8 @@ def linear(form: Format, parts: tuple[Part, ...], rows: int, in_features: int, c
         pairs = symbols["n"] * count
         packed, plan = calls.scratch(pairs * stride), calls.scratch(plan_size(pairs, experts), "int32")
         calls.call("mlcbuild_plan_experts", chosen, plan, pairs, experts, 1 if each else count)
-        active, stretches = (T.cast(plan[i], "int64") for i in (0, 1))
+        # As 32 bits, which calls.call widens. As 64, TVM would see that 32 do, and hand them over after that.
+        active, stretches = plan[0], plan[1]
         calls.for_each(
             stretches,
             lambda task: calls.call(pack, x, wide("float32"), plan, packed, pairs, experts, in_features, stride, task),

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.models import wrappers
 from mlcbuild.models.fields import CHOICES, NUMBERS
 from mlcbuild.recipes.load import load
 from mlcbuild.recipes.types import Catalog, Quantization, Target
@@ -102,7 +103,8 @@ def architectures(catalog: Catalog) -> str:
         types = ", ".join(map(_code, architecture.match["model_type"]))
         rows.append((_code(name), types, _choices(data), _TESTED[data.get("tested_against")], _packed_in(data)))
     heads = ("architecture", "`model_type` in config.json", "choices", "tested against", "quantizations")
-    return _table(heads, rows)
+    inside = ", ".join(map(_code, wrappers.known()))
+    return f"{_table(heads, rows)}\n\nThe text model inside these, too ([wrappers](#wrappers)): {inside}."
 
 
 def _names_of_architectures(catalog: Catalog) -> str:

@@ -18,6 +18,7 @@ from mlcbuild.models.decoder import Decoder
 from mlcbuild.models.kinds import DECODER, ENCODER, HYBRID
 from mlcbuild.models.operations import Expr
 from mlcbuild.models.parameters import parameters
+from mlcbuild.models.per_layer import width
 from mlcbuild.models.rope import Rotary
 from mlcbuild.models.structure import KEEPING, Structure
 from mlcbuild.models.weights import Declared
@@ -133,7 +134,7 @@ def _emit_around(d: Decoder, backend: Backend) -> None:
     if s.kind == ENCODER:
         return
     as_written = backend.threads is None
-    auxiliary.emit(d.builder, d.operations, s.prefill_chunk_size, s.hidden_size, d.dtype, as_written)
+    auxiliary.emit(d.builder, d.operations, s.prefill_chunk_size, width(s), d.dtype, as_written)
     for symbol, function in logits.functions(backend.threads).items():
         d.builder.add_func(function.with_attr("global_symbol", symbol), symbol)
     backend.emit_more(d.builder)

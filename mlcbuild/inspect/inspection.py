@@ -19,6 +19,7 @@ from mlcbuild.merging import prequantized
 from mlcbuild.models import architecture as architectures
 from mlcbuild.models import parameters
 from mlcbuild.models.structure import Structure
+from mlcbuild.models.wrappers import unwrapped
 from mlcbuild.recipes.types import Architecture, Catalog
 
 # Of no interest to a reader, or shown elsewhere.
@@ -157,9 +158,9 @@ def _tensors(checkpoint: Checkpoint, structure: Structure) -> Tensors | None:
         wanted = parameters.parameters(structure)
         ignored = parameters.ignored(structure)
         names = [*(source for parameter in wanted for source in parameter.sources), *ignored]
-        table = with_prefix(
-            read_table(checkpoint.files, note=notes.append), structure.optional_prefix, names, notes.append
-        )
+        table = read_table(checkpoint.files, note=notes.append)
+        table = unwrapped(table) if structure.wrapped else table
+        table = with_prefix(table, structure.optional_prefix, names, notes.append)
     except MlcBuildError as error:
         return Tensors(0, {}, str(error))
     dtypes = Counter(ref.dtype for ref in table.values())

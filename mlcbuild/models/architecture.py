@@ -7,7 +7,7 @@ from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.models import complete, unknown
+from mlcbuild.models import complete, unknown, wrappers
 from mlcbuild.models.config import normalise, scaling_problems
 from mlcbuild.models.fields import by_layer, check, evaluate, keys, lookup, names_in, read, value_of
 from mlcbuild.models.kinds import DECODER, ENCODER, HYBRID, RECURRENT, filled
@@ -27,6 +27,8 @@ def choose(
 ) -> Architecture:
     """The architecture named `wanted`, or the one whose `match` fits config.json's `model_type`.
 
+    That of the text model, where config.json is a wrapper's (mlcbuild.models.wrappers).
+
     Raises MlcBuildError when none fits, naming the nearest and what they do not know, and when several do.
     """
     if wanted is not None:
@@ -36,6 +38,10 @@ def choose(
         said = "has no `model_type`" if model_type is None else f"has the model_type {model_type!r}, expected a text"
         raise MlcBuildError(f"config.json {said}: add it, or name the `architecture` in the model's YAML file")
     fitting = [each for each in architectures.values() if model_type in each.match.get("model_type", ())]
+    inner = wrappers.text_type(config)
+    if inner is not None and not fitting:
+        text = {**wrappers.text_config(config), "model_type": inner}
+        return wrappers.wrapping(choose(architectures, text), model_type)
     if len(fitting) > 1:
         raise MlcBuildError(
             f"config.json: model_type `{model_type}` is matched by several architectures: "
@@ -85,6 +91,7 @@ def resolve(architecture: Architecture, config: Mapping[str, Any], overrides: Ma
         rules=rules,
         ignored=tuple(data.get("ignore", ())),
         optional_prefix=data.get("optional_prefix", ""),
+        wrapped="wrapper" in data,
         **_fields(architecture, values),
     )
     problems = complete.problems(structure)
@@ -125,6 +132,8 @@ def model_config(architecture: Architecture, structure: Structure, config: Mappi
 
 def _text(data: Mapping[str, Any], config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a wrapper's config that describes its text model, which is the file's `config_in`; or all of it."""
+    if "wrapper" in data:
+        return wrappers.text_config(config)
     place = data.get("config_in")
     if place is None:
         return config
@@ -231,7 +240,7 @@ def _check_shape(values: Mapping[str, Any]) -> list[str]:
             "original_max_position_embeddings, from which on they do"
         )
     types, layers = values.get("layer_types"), values["num_hidden_layers"]
-    known = ("full", "sliding") if values.get("kind") != HYBRID else ("full", "sliding", "state", "both")
+    known = ("full", "sliding") if values.get("kind") != HYBRID else ("full", "sliding", "state", "both", "mlp")
     if types is not None and (len(types) != layers or not {*types} <= {*known}):
         problems.append(
             f"config.json: layer_types are {types}, expected {' or '.join(known)} for each of {layers} layers"
@@ -245,6 +254,12 @@ def _check_shape(values: Mapping[str, Any]) -> list[str]:
     turned = values.get("rope_layers")
     if turned is not None and len(turned) != layers:
         problems.append(f"config.json: {len(turned)} numbers say which layers have rotary positions, not {layers}")
+    problems += [
+        f"config.json: layer {layer} is to read the keys and values of layer {source}, expected those of an earlier "
+        "layer of its type"
+        for layer, source in enumerate(values.get("keys_from") or ())
+        if source != layer and not (0 <= source < layer and types is not None and types[source] == types[layer])
+    ]
     experts, groups, chosen = (values.get(k) or 1 for k in ("num_experts", "expert_groups", "expert_groups_per_tok"))
     if groups > 1 and (experts % groups or experts // groups < 2 or chosen > groups):
         problems.append(
@@ -301,7 +316,9 @@ def _windows(values: Mapping[str, Any]) -> dict[str, Any]:
         types = None
     turned = values.get("rope_layers")
     turned = None if turned is None or all(turned) else tuple(map(bool, turned))
-    return {"sliding_window_size": window, "layer_types": types, "rope_layers": turned}
+    sources = values.get("keys_from")
+    sources = None if sources is None or list(sources) == list(range(len(sources))) else tuple(sources)
+    return {"sliding_window_size": window, "layer_types": types, "rope_layers": turned, "keys_from": sources}
 
 
 def _check_limits(kind: str, values: Mapping[str, Any]) -> list[str]:

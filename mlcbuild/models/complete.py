@@ -17,8 +17,10 @@ from mlcbuild.models.structure import ATTENDING, KEEPING, Structure
 _ONE_BY_ONE = {"q_proj", "k_proj", "v_proj"}
 _LATENT = {"kv_a_proj", "kv_a_norm", "kv_b_proj"}
 _NARROW_QUERY = {"q_a_proj", "q_a_norm", "q_b_proj"}
+_STREAMS = {f"streams_{name}" for name in ("router", "predict", "correct", "norm", "scale")}
+_STREAMS |= {"laurel_in_proj", "laurel_out_proj", "laurel_norm"}
 _BESIDE = {"router_norm", "experts_norm", "experts_post_norm", "dense_post_norm"}
-_SHARED = {"shared_gate_up_proj", "shared_down_proj"}
+_NARROW_EXPERTS = {"experts_in_proj", "experts_out_proj"}
 
 
 def problems(structure: Structure) -> list[str]:
@@ -31,7 +33,7 @@ def problems(structure: Structure) -> list[str]:
     kinds = structure.layer_kinds
     for layer in (kinds.index(kind) for kind in sorted(set(kinds))):
         mine = {r.role for r in structure.rules if r.per_layer and (r.layers is None or layer in r.layers)}
-        parts = _layer(structure, mine) if structure.kind == DECODER else _hybrid(structure, mine, layer)
+        parts = _layer(structure, mine, layer) if structure.kind == DECODER else _hybrid(structure, mine, layer)
         found += _compared(mine, *parts, f"in layer {layer}")
     return found
 
@@ -59,15 +61,22 @@ def _outside(s: Structure) -> tuple[set[str], set[str]]:
         needed.add("lm_head")
     last = set() if s.norm_position == "sum" else {"final_norm"}
     norms = last if s.norm == "rms" and s.norm_weights else set()
+    if s.per_layer_size:
+        needed |= {"per_layer_embedding", "per_layer_proj", "per_layer_norm"}
+    if s.streams > 1:
+        needed |= {"streams_proj", *(f"streams_out_{number}_proj" for number in range(1, s.streams))}
     biases = _biases(s, (*last, "embedding_norm", "head_norm"))
     used = {*last, "embedding_norm", "position_embedding", "lm_head", "lm_head_bias", *biases}
     return needed | norms, used | {"head_dense", "head_dense_bias", "head_norm"}
 
 
-def _layer(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
+def _layer(s: Structure, roles: set[str], layer: int) -> tuple[set[str], set[str]]:
     """The same for a layer, as far as its other parameters decide."""
     (needed, used), (more, more_used) = _attention(s, roles), _mlp(s, roles)
+    needed -= {"k_proj", "v_proj", "k_norm"} if s.borrows(layer) else set()
     needed, used = needed | more, used | more_used | {"layer_scale"}
+    needed |= _STREAMS if s.streams > 1 else set()
+    needed |= {f"per_layer_{name}" for name in ("gate_proj", "out_proj", "post_norm")} if s.per_layer_size else set()
     norms = {f"{part}_norm" for part in ("attention", "mlp") if s.norm_position != "post"}
     norms |= {f"{part}_post_norm" for part in ("attention", "mlp") if s.norm_position in ("post", "both")}
     used |= norms | set(_biases(s, norms))
@@ -104,9 +113,13 @@ def _attention(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
 def _mlp(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
     used = {f"{name}_bias" for name in ("gate_up", "gate", "up", "down")}
     if "router" in roles:
-        needed = {"experts_gate_up_proj", "experts_down_proj", *(_SHARED if roles & _SHARED else ())}
-        used |= {"router", "router_bias", "router_correction", "shared_gate", "shared_gate_up_bias", "shared_down_bias"}
-        used |= {"experts_gate_up_bias", "experts_down_bias", "expert_scale"}
+        up = "up" if s.mlp == "plain" else "gate_up"
+        shared = {f"shared_{up}_proj", "shared_down_proj"}
+        needed = {f"experts_{up}_proj", "experts_down_proj", *(shared if roles & shared else ())}
+        needed |= _NARROW_EXPERTS if s.moe_latent_size else set()
+        used |= {"router", "router_bias", "router_correction", "shared_gate", f"shared_{up}_bias", "shared_down_bias"}
+        used |= {"experts_down_bias", "expert_scale", "experts_in_bias", "experts_out_bias"}
+        used |= {"experts_gate_up_bias"} if up == "gate_up" else set()
         needed |= {"down_proj", "gate_up_proj", *_BESIDE} if "down_proj" in roles else set()
     elif s.mlp == "plain":
         needed = {"up_proj", "down_proj"}

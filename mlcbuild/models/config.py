@@ -10,7 +10,8 @@ from mlcbuild.errors import MlcBuildError
 
 _ROPE_META = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
 _SCORES = "llama_4_scaling_beta"  # of scores, not of rope: `normalise` puts it beside the scaling
-_KINDS = {"su": "longrope", "deepseek_yarn": "yarn"}  # what older checkpoints of Phi-3 and Sarvam call them
+# What older checkpoints of Phi-3 and Sarvam call them, and three positions of a token, which without images are one.
+_KINDS = {"su": "longrope", "deepseek_yarn": "yarn", "mrope": "default"}
 _PER_LAYER = ("head_dim", "num_key_value_heads")
 _WITH_LENGTHS = ("dynamic", "yarn", "longrope")  # scalings that depend on how long texts the model was trained for
 
@@ -27,7 +28,7 @@ _SCALING_NUMBERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 _SCALING_LISTS = {"longrope": ("short_factor", "long_factor")}
 _MSCALES = ("mscale", "mscale_all_dim")  # 0: as if it were not there
 # What another kind reads stands in some configs, too; `finetuned` says that a model was trained with the scaling.
-_HARMLESS = ("finetuned", "truncate", *_MSCALES)
+_HARMLESS = ("finetuned", "truncate", "mrope_section", "mrope_interleaved", *_MSCALES)
 _SCALING_KEYS = {
     "rope_type", "max_position_embeddings", *_HARMLESS, *(key for keys in _SCALING_LISTS.values() for key in keys),
     *(key for both in _SCALING_NUMBERS.values() for keys in both for key in keys),

@@ -2,7 +2,8 @@
 
 One public function, MLC's: `prefill(inputs int32 [b, s], attention_mask int32 [b, s], params) -> [b, s, H]`. Tokens
 whose mask is 0 are seen by nobody; what comes out in their places means nothing. Private functions work on [n, H],
-n = b * s.
+n = b * s. Of newer ones (ModernBERT, Warner et al., arXiv 2412.13663) positions are rotary, MLPs gated, norms before
+attention and MLP, and some layers see a window to both sides: a bias of scores by distance that leaves nothing outside.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ import numpy.typing as npt
 from tvm import relax, te, tirx
 
 from mlcbuild.models.decoder import Decoder, numbered, one_per_kind
+from mlcbuild.models.layer import mlp
 from mlcbuild.models.operations import Expr
+from mlcbuild.models.rope import inverse_frequencies, rotary
 from mlcbuild.models.weights import Weights
 
 # attend(qkv [n, 3 * heads * D] of the model dtype, mask int32 [b, s], bias float32 [heads, 2 * C - 1] or None, heads)
 # -> [n, heads * D] of that dtype: softmax(q kᵀ / sqrt(D) + bias) v of each head, among the tokens of its sequence whose
 # mask is not 0. Entry j - i + C - 1 of a head's bias is for the query i and the key j. As relax operations:
 # reshape to [b, s, 3, heads, D], split, permute, matmul, where(mask), softmax, matmul.
+_UNSEEN = -1e30  # what a score is lowered by where a window ends
 Attend = Callable[[Expr, Expr, Expr | None, int], Expr]
 
 
@@ -49,14 +53,20 @@ def _embedded(d: Decoder, weight: Weights, flat: Expr, ids: Expr) -> Expr:
     def looked_up(ids: Expr, role: str) -> Expr:
         return d.cast(operations.embedding(ids, weight(role), width), operations.compute)
 
-    positions = d.builder.emit_te(_positions, ids, primfunc_name_hint="positions")
-    total = relax.op.add(looked_up(flat, "embedding"), looked_up(d.rows(positions), "position_embedding"))
+    total = looked_up(flat, "embedding")
+    if "position_embedding" in weight:
+        positions = d.builder.emit_te(_positions, ids, primfunc_name_hint="positions")
+        total = relax.op.add(total, looked_up(d.rows(positions), "position_embedding"))
     if "token_type_embedding" in weight:
         first = d.builder.emit_te(
             lambda: te.compute((1,), lambda _: tirx.const(0, "int32")), primfunc_name_hint="first"
         )
-        total = relax.op.add(d.builder.emit(total), looked_up(first, "token_type_embedding"))
-    return d.builder.emit(total)
+        total = relax.op.add(_emitted(d, total), looked_up(first, "token_type_embedding"))
+    return _emitted(d, total)
+
+
+def _emitted(d: Decoder, x: Expr) -> Expr:
+    return x if isinstance(x, relax.Var) else d.builder.emit(x)
 
 
 def _width(d: Decoder) -> int:
@@ -65,7 +75,16 @@ def _width(d: Decoder) -> int:
 
 
 def _bias(d: Decoder, weight: Weights) -> list[Expr]:
-    """MPNet's biases of scores by distance, the same for all layers: float32 [heads, 2 * C - 1], or none."""
+    """MPNet's biases of scores by distance, the same for all layers, or a window's: float32 [heads, 2 * C - 1]."""
+    s, longest = d.structure, d.structure.context_window_size
+    if s.sliding_window_size is not None:
+        shape, window = (s.num_attention_heads, 2 * longest - 1), s.sliding_window_size
+
+        def bias(_: Expr, j: Expr) -> Expr:
+            seen = tirx.abs(j - (longest - 1)) < window
+            return tirx.if_then_else(seen, tirx.const(0, "float32"), tirx.const(_UNSEEN, "float32"))
+
+        return [d.builder.emit_te(lambda: te.compute(shape, bias, name="window"), primfunc_name_hint="window")]
     if "relative_bias" not in weight:
         return []
     rows = relax.const(buckets(d.structure.context_window_size))
@@ -98,19 +117,33 @@ def _emit_layer(d: Decoder, attend: Attend, number: int) -> relax.GlobalVar:
     """Add `encoder_layer(x [n, H], mask [b, s], the layer's parameters...) -> [n, H]`."""
     x, mask, *bias = _inputs(d, d.structure.hidden_size)
     given = d.layer_parameters(number)
-    weight = d.given(number, given)
+    s, weight = d.structure, d.given(number, given)
+    first = s.norm_position == "pre"
+    used = bias[0] if bias and (s.sliding_window_size is None or s.layer_type(number) == "sliding") else None
 
     def body() -> Expr:
-        attended = attend(
-            d.project(x, weight, "qkv", d.dtype), mask, bias[0] if bias else None, d.structure.num_attention_heads
-        )
+        normed = d.norm(x, weight, "attention_norm") if first and "attention_norm" in weight else x
+        qkv = _turned(d, d.project(normed, weight, "qkv", d.dtype), mask, number)
+        attended = attend(qkv, mask, used, s.num_attention_heads)
         x1 = d.builder.emit(relax.op.add(x, d.project(attended, weight, "o")))
-        x1 = d.norm(x1, weight, "attention_norm")
-        inner = d.operations.activation(d.project(x1, weight, "up"), d.structure.activation)
-        x2 = d.builder.emit(relax.op.add(x1, d.project(inner, weight, "down")))
-        return d.norm(x2, weight, "mlp_norm")
+        x1 = x1 if first else d.norm(x1, weight, "attention_norm")
+        normed = d.norm(x1, weight, "mlp_norm") if first else x1
+        x2 = d.builder.emit(relax.op.add(x1, mlp(d, normed, x1, weight)))
+        return x2 if first else d.norm(x2, weight, "mlp_norm")
 
     return d.function(numbered("encoder_layer", number), [x, mask, *bias, *given], body, private=True)
+
+
+def _turned(d: Decoder, qkv: Expr, mask: Expr, number: int) -> Expr:
+    """Fused heads [n, 3 * heads * D] with queries and keys turned, where the model does that."""
+    s, shape = d.structure, list(qkv.ty.shape)
+    if not s.turns(number):
+        return qkv
+    heads, kind = s.num_attention_heads, s.layer_type(number)
+    positions = d.builder.emit_te(_positions, mask, primfunc_name_hint="positions")
+    apart = d.builder.emit(relax.op.reshape(qkv, [shape[0], 3 * heads, s.head_dim]))
+    turned = d.operations.rope(apart, positions, inverse_frequencies(s, kind), (heads, heads), rotary(s, kind))
+    return d.builder.emit(relax.op.reshape(turned, shape))
 
 
 def _emit_model(d: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalVar:
@@ -127,7 +160,7 @@ def _emit_model(d: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalVa
         hidden = d.project(hidden, weights, "embedding") if "embedding_proj" in weights else hidden
         for number, function in enumerate(layers):
             hidden = d.builder.emit(relax.Call(function, [hidden, mask, *bias, *weights.layer(number)]))
-        return hidden
+        return d.norm(hidden, weights, "final_norm") if "final_norm" in weights else hidden
 
     return d.function("encoder", [x, mask, *bias, params], body, private=True)
 
@@ -137,5 +170,5 @@ def _inputs(d: Decoder, width: int) -> list[relax.Var]:
     x = d.tensor("x", [tirx.Var("rows", "int64"), width], d.operations.compute)
     sizes: list[Expr] = [tirx.Var(name, "int64") for name in ("batch_size", "seq_len")]
     heads, distances = d.structure.num_attention_heads, 2 * d.structure.context_window_size - 1
-    biased = "relative_bias" in d.structure.roles()
+    biased = "relative_bias" in d.structure.roles() or d.structure.sliding_window_size is not None
     return [x, d.tensor("mask", sizes, "int32"), *([d.tensor("bias", [heads, distances], "float32")] if biased else [])]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from tvm import relax, te, tirx
 
+from mlcbuild.models import per_layer, streams
 from mlcbuild.models.decoder import Decoder, kv_cache, numbered, one_per_kind
 from mlcbuild.models.layer import layer, layer_inputs, query_positions
 from mlcbuild.models.operations import Expr
@@ -44,16 +45,31 @@ def _emit_layer(d: Decoder, number: int) -> relax.GlobalVar:
 
 
 def _emit_layers(d: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalVar:
-    """Add `decoder(x [n, H], cache, params) -> [n, H]`: all layers and the final norm, in the compute dtype."""
-    x = d.tensor("x", [tirx.Var("seq_len", "int64"), d.structure.hidden_size], d.operations.compute)
+    """Add `decoder(x [n, width], cache, params) -> [n, H]`: all layers and the final norm, in the compute dtype."""
+    s = d.structure
+    x = d.tensor("x", [tirx.Var("seq_len", "int64"), per_layer.width(s)], d.operations.compute)
     cache, params = kv_cache(), d.params()
+    places = {layer: place for place, layer in enumerate(s.cached)}
 
     def body() -> Expr:
         weights = d.weights(params)
-        hidden: Expr = d.beginning(x, lambda: query_positions(d, cache, x.ty.shape[0]), weights)
+        first, rows = per_layer.apart(d, x)
+        given: Expr = d.beginning(first, lambda: query_positions(d, cache, x.ty.shape[0]), weights)
+        hidden = streams.started(d, given, weights)
+        inputs = (
+            [[each] for each in per_layer.inputs(d, given, rows, weights)] if rows is not None else [[]] * len(layers)
+        )
+        made = dict[int, tuple[Expr, Expr]]()  # of a layer that others borrow from: keys and values, their norm
         for i, function in enumerate(layers):
-            hidden = d.builder.emit(relax.Call(function, [hidden, cache, relax.prim_value(i), *weights.layer(i)]))
-        return d.finished(hidden, weights)
+            source, own = i if s.keys_from is None else s.keys_from[i], weights.layer(i)
+            more = [*inputs[i], *(made[source] if s.borrows(i) else ())]
+            hidden = d.builder.emit(
+                relax.Call(function, [hidden, cache, relax.prim_value(places[source]), *more, *own])
+            )
+            if s.keys_from is not None and not s.borrows(i):
+                hidden, parts = (d.builder.emit(relax.TupleGetItem(hidden, at)) for at in (0, 1))
+                made[i] = parts, per_layer.norm_of(d, i, own)
+        return d.finished(streams.ended(d, hidden, weights), weights)
 
     return d.function("decoder", [x, cache, params], body, private=True)
 
@@ -76,8 +92,7 @@ def emit_entry_points(decoder: Decoder, run: Run, states: Sequence[str] = ("page
 
 def _emit_embed(d: Decoder) -> None:
     ids, params = d.tensor("input_ids", [tirx.Var("seq_len", "int64")], "int32"), d.params()
-    width = d.structure.hidden_size
-    d.function("embed", [ids, params], lambda: d.operations.embedding(ids, d.weights(params)("embedding"), width))
+    d.function("embed", [ids, params], lambda: per_layer.embedded(d, ids, d.weights(params)))
 
 
 def _emit_get_logits(d: Decoder) -> None:
@@ -99,13 +114,14 @@ def _emit_forward(
     hidden_size = d.structure.hidden_size
     b = tirx.Var("batch_size", "int64") if batch is None else batch
     t = tirx.Var("seq_len", "int64") if tokens is None else tokens
-    x = d.tensor("input_embeds", [b, t, hidden_size])
+    width = per_layer.width(d.structure)
+    x = d.tensor("input_embeds", [b, t, width])
     held, params = [kv_cache(state) for state in states], d.params()
     positions = d.tensor("logit_positions", [tirx.Var("batch_size", "int64")], "int32")
     inputs = [x, *([positions] if rows == "positions" else []), *held, params]
 
     def body() -> tuple[Expr, ...]:
-        flat = d.builder.emit(relax.op.reshape(x, [b * t, hidden_size]))
+        flat = d.builder.emit(relax.op.reshape(x, [b * t, width]))
         hidden, *after = run(d.cast(flat, d.operations.compute), b, *held, params)
         if rows is None:
             return d.builder.emit(relax.op.reshape(d.cast(hidden, d.dtype), [b, t, hidden_size])), *after

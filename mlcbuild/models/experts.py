@@ -1,4 +1,4 @@
-"""Layers with experts: a few gated MLPs of many, chosen token by token."""
+"""Layers with experts: a few MLPs of many, gated or plain, chosen token by token."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ def beside(d: Decoder, dense: Expr, x: Expr, weight: Given) -> Expr:
 def experts(d: Decoder, x: Expr, routed: Expr, weight: Given) -> Expr:
     """x [n, H] -> [n, H]; the router is given `routed` [n, H].
 
-    y = sum over the chosen experts e of share_e * down_e(activation(gate_e(x)) * up_e(x)), and, where the model has
+    y = sum over the chosen experts e of share_e * down_e(activation(gate_e(x)) * up_e(x)), plain ones without gate_e,
+    and, where the model has
     shared experts, what those make of every token, times sigmoid(shared_gate · x) where there is such a gate (Jiang et
     al., arXiv 2401.04088; Dai et al., arXiv 2401.06066). Routers compute in float32,
-    as transformers' and MLC's do (mlcbuild.models.routers).
+    as transformers' and MLC's do (mlcbuild.models.routers). Routed experts may work in a narrower space than the
+    model's: `experts_in_proj` leads there, `experts_out_proj` back (Nemotron 3).
     """
     s, o = d.structure, d.operations
     logits = d.scaled(o.linear(routed, weight("router"), "float32"), s.router_scale)
@@ -42,15 +44,23 @@ def experts(d: Decoder, x: Expr, routed: Expr, weight: Given) -> Expr:
         chosen, share = choose(d, logits, weight)
     if "expert_scale" in weight:
         share = d.builder.emit_te(_times_scale, share, chosen, weight("expert_scale").plain)
-    given = x
+    given = d.project(x, weight, "experts_in") if "experts_in_proj" in weight else x
     if s.expert_input_scaled:
-        given = d.builder.emit_te(_times_share, x, share, primfunc_name_hint="expert_inputs")
+        given = d.builder.emit_te(_times_share, given, share, primfunc_name_hint="expert_inputs")
         share = d.builder.emit(relax.op.ones_like(share))
-    inner = gated(d, _product(d, given, chosen, weight, "experts_gate_up"))
+    if "experts_up_proj" in weight:
+        inner = o.activation(_product(d, given, chosen, weight, "experts_up"), s.activation)
+    else:
+        inner = gated(d, _product(d, given, chosen, weight, "experts_gate_up"))
     out = o.weighted_sum(_product(d, inner, chosen, weight, "experts_down"), share)
-    if "shared_gate_up_proj" not in weight:
+    out = d.project(out, weight, "experts_out") if "experts_out_proj" in weight else out
+    if "shared_down_proj" not in weight:
         return out
-    shared = d.project(o.gated(d.project(x, weight, "shared_gate_up"), s.activation), weight, "shared_down")
+    if "shared_up_proj" in weight:
+        inner = o.activation(d.project(x, weight, "shared_up"), s.activation)
+    else:
+        inner = o.gated(d.project(x, weight, "shared_gate_up"), s.activation)
+    shared = d.project(inner, weight, "shared_down")
     if "shared_gate" in weight:
         gate = d.builder.emit(relax.op.sigmoid(o.linear(x, weight("shared_gate"), o.compute)))
         shared = d.builder.emit(relax.op.multiply(gate, shared))

@@ -74,11 +74,16 @@ SIZES = (
     "state_heads",
     "state_head_dim",
     "state_groups",
+    "streams",
     "time_step_rank",
 )
 COUNTS = (
     "q_lora_rank",
     "shared_expert_intermediate_size",
+    "moe_latent_size",
+    "per_layer_size",
+    "per_layer_rows",
+    "laurel_rank",
     "rescale_every",
     "time_mix_extra_dim",
     "time_decay_extra_dim",
@@ -112,6 +117,7 @@ NUMBERS = (
     "mlp_out_scale",
     "value_scale",
     "swiglu_alpha",
+    "activation_sparsity",
     "router_scale",
 )
 _POSITIVE = (

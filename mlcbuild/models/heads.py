@@ -49,6 +49,15 @@ def values_of(d: Decoder, out: Expr, own: Structure) -> Expr:
     return d.builder.emit_te(partial(_own, s, own), out, primfunc_name_hint="own_heads")
 
 
+def parts_of(d: Decoder, x: Expr, weight: Given, own: Structure) -> list[Expr]:
+    """Queries, keys and values, each [n, heads * width], of a layer that has a matrix for each; or queries alone."""
+    parts = [d.project(x, weight, name, d.dtype) for name in ("q", "k", "v") if f"{name}_proj" in weight]
+    if len(parts) == 1:
+        return parts
+    parts = [*parts, parts[1]] if len(parts) == 2 else parts
+    return [*parts[:2], normed_values(d, parts[2], own) if own.value_norm else parts[2]]
+
+
 def normed_values(d: Decoder, values: Expr, own: Structure) -> Expr:
     """Values [n, kv heads * width], each head normed without a weight, in the model dtype."""
     shape, (_, width) = list(values.ty.shape), widths(own)

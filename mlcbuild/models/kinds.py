@@ -22,7 +22,7 @@ Shapes = dict[str, tuple[int, ...]]  # by role; matrices are [N out, K in]
 
 def by_layer(structure: Structure) -> bool:
     """Whether the model can be run one layer at a time (mlcbuild.models.layer_pieces)."""
-    return structure.kind == DECODER
+    return structure.kind == DECODER and structure.keys_from is None and not structure.per_layer_size
 
 
 def recurrent_shapes(s: Structure) -> Shapes:
@@ -73,4 +73,6 @@ def filled(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
     fixed: dict[str, Any] = {"norm": "layer", "mlp": "plain", "rope": "none", "tie_word_embeddings": False}
     if kind in RECURRENT:
         fixed |= {"activation": "relu2"}
+    if kind == ENCODER:
+        fixed |= {"norm_position": "sum"}
     return {"num_key_value_heads": values.get("num_attention_heads"), **fixed, **values, "kind": kind}

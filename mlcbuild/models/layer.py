@@ -6,7 +6,7 @@ from functools import partial
 
 from tvm import ir, relax, te, tirx
 
-from mlcbuild.models import heads, latent
+from mlcbuild.models import heads, latent, per_layer, streams
 from mlcbuild.models.decoder import Decoder, kv_cache
 from mlcbuild.models.experts import beside, experts
 from mlcbuild.models.operations import Expr
@@ -16,16 +16,24 @@ from mlcbuild.models.weights import Given
 
 
 def layer_inputs(decoder: Decoder, number: int = 0) -> list[relax.Var]:
-    """x [n, H] in the compute dtype, the KV cache, the layer's number in it, and the parameters of a layer in order."""
-    d = decoder
-    x = d.tensor("x", [tirx.Var("seq_len", "int64"), d.structure.hidden_size], d.operations.compute)
-    return [x, kv_cache(), relax.Var("layer_id", ir.PrimType("int64")), *d.layer_parameters(number)]
+    """What a layer is given: x [n, H] in the compute dtype, the KV cache, the layer's number in it, what
+    mlcbuild.models.per_layer adds, and its parameters in order.
+    """
+    d, n = decoder, tirx.Var("seq_len", "int64")
+    x = d.tensor("x", [n, streams.width(d.structure)], d.operations.compute)
+    more = per_layer.variables(d, number, n)
+    return [x, kv_cache(), relax.Var("layer_id", ir.PrimType("int64")), *more, *d.layer_parameters(number)]
 
 
 def layer(decoder: Decoder, x: Expr, cache: Expr, layer_id: Expr, *given: Expr, number: int = 0) -> Expr:
-    """One layer's computation on what `layer_inputs` describes: [n, H]. `number` is a layer of the same kind."""
+    """One layer's computation on what `layer_inputs` describes: [n, H]. `number` is a layer of the same kind.
+
+    With what its own keys and values are made of, where layers may borrow these.
+    """
     d, s = decoder, decoder.structure
-    weight = d.given(number, given)
+    count = len(given) - sum(p.layer == number for p in d.declared)
+    more, weight = given[:count], d.given(number, given[count:])
+    parts = None
     pre, post, sums = (s.norm_position in kinds for kinds in (("pre", "both"), ("post", "both"), ("sum",)))
 
     def returned(y: Expr, role: str) -> Expr:
@@ -33,8 +41,26 @@ def layer(decoder: Decoder, x: Expr, cache: Expr, layer_id: Expr, *given: Expr, 
         y = d.norm(y, weight, role) if post else y
         return d.scaled(y, s.residual_scale)
 
+    def attend(normed: Expr) -> Expr:
+        nonlocal parts, weight
+        if s.keys_from is not None:
+            parts = heads.parts_of(d, normed, weight, s.at(number))
+            if s.borrows(number):
+                pair, weight = per_layer.borrowed(d, number, (more[-2], more[-1]), weight)
+                parts = [*parts, *pair]
+        return attention(d, normed, cache, layer_id, weight, x.ty.shape[0], number, parts)
+
+    def with_keys(out: Expr) -> Expr:
+        """The layer's result, with what its own keys and values are made of where others may borrow these."""
+        if parts is None or s.borrows(number):
+            return out
+        return relax.Tuple([d.builder.emit(out), d.builder.emit(relax.op.concat(parts[1:], axis=1))])
+
+    if s.streams > 1:
+        sparsity = s.at(number).activation_sparsity
+        return with_keys(streams.layer(d, x, weight, more[0], attend, lambda y: _dense(d, y, weight, sparsity)))
     normed = d.norm(x, weight, "attention_norm") if pre and (number or s.norm_first) else x
-    attended = attention(d, normed, cache, layer_id, weight, x.ty.shape[0], number)
+    attended = attend(normed)
     x1 = d.builder.emit(relax.op.add(x, returned(attended, "attention_post_norm")))
     x1 = d.norm(x1, weight, "attention_norm") if sums else x1
     parallel = s.residual == "parallel"
@@ -43,9 +69,11 @@ def layer(decoder: Decoder, x: Expr, cache: Expr, layer_id: Expr, *given: Expr, 
     elif "mlp_norm" in weight:
         normed = d.norm(x, weight, "mlp_norm")
     x2 = relax.op.add(x1, returned(mlp(d, normed, x1, weight), "mlp_post_norm"))
+    if s.per_layer_size:
+        x2 = per_layer.added(d, d.builder.emit(x2), more[0], weight)
     if "layer_scale" in weight:
         x2 = relax.op.multiply(d.builder.emit(x2), d.cast(weight("layer_scale").plain, d.operations.compute))
-    return d.norm(d.builder.emit(x2), weight, "mlp_norm") if sums else x2
+    return with_keys(d.norm(d.builder.emit(x2), weight, "mlp_norm") if sums else x2)
 
 
 def query_positions(d: Decoder, cache: Expr, n: Expr) -> Expr:
@@ -54,12 +82,22 @@ def query_positions(d: Decoder, cache: Expr, n: Expr) -> Expr:
     return d.builder.emit(relax.call_pure_packed(name, cache, ty_args=relax.TensorType([n], "int32")))
 
 
-def attention(d: Decoder, x: Expr, cache: Expr, layer_id: Expr, weight: Given, n: Expr, number: int) -> Expr:
+def attention(
+    d: Decoder,
+    x: Expr,
+    cache: Expr,
+    layer_id: Expr,
+    weight: Given,
+    n: Expr,
+    number: int,
+    parts: list[Expr] | None = None,
+) -> Expr:
     """x [n, H] -> [n, H], through the KV cache's layer `layer_id`; `number` is a layer of the same kind as this one.
 
     The KV cache appends the keys and values, turns queries and keys by their positions where that is the same for all
     layers, and attends. A layer that sees a window of positions only gives the cache a negative scale: the cache tells
-    its kernels nothing else about layers. The window and the soft cap are known to the kernels.
+    its kernels nothing else about layers. The window and the soft cap are known to the kernels. `parts` are
+    queries, keys and values, where they are made already.
     """
     s, own = d.structure, d.structure.at(number)
     key, value = heads.widths(own)
@@ -68,10 +106,7 @@ def attention(d: Decoder, x: Expr, cache: Expr, layer_id: Expr, weight: Given, n
     elif "qkv_proj" in weight:
         qkv = d.project(x, weight, "qkv", d.dtype)
     else:
-        parts = [d.project(x, weight, name, d.dtype) for name in ("q", "k", "v") if f"{name}_proj" in weight]
-        parts = [*parts, parts[1]] if len(parts) == 2 else parts
-        parts[2] = heads.normed_values(d, parts[2], own) if s.value_norm else parts[2]
-        qkv = d.builder.emit(relax.op.concat(parts, axis=1))
+        qkv = d.builder.emit(relax.op.concat(parts or heads.parts_of(d, x, weight, own), axis=1))
     if s.query_gate:
         qkv, gate = _gated_queries(d, qkv)
     if s.clip_qkv is not None:
@@ -158,10 +193,11 @@ def mlp(d: Decoder, x: Expr, before: Expr, weight: Given) -> Expr:
     return _dense(d, x, weight)
 
 
-def _dense(d: Decoder, x: Expr, weight: Given) -> Expr:
+def _dense(d: Decoder, x: Expr, weight: Given, sparsity: float = 0.0) -> Expr:
     operations, activation = d.operations, d.structure.activation
     if "gate_up_proj" in weight:
         both = d.project(x, weight, "gate_up")
+        both = streams.cut(d, both, sparsity) if sparsity else both
         if d.structure.gate == "first":
             inner = operations.gated(both, activation)
         else:

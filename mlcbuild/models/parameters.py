@@ -53,7 +53,12 @@ class Parameter:
         return len(self.shape) > 1 and not self.role.endswith(("_norm", "_norm_bias", "_up_bias", "_down_bias"))
 
 
-TABLES = ("embedding", "position_embedding", "token_type_embedding")  # roles that are looked up by row
+TABLES = (
+    "embedding",
+    "position_embedding",
+    "token_type_embedding",
+    "per_layer_embedding",
+)  # roles that are looked up by row
 # Roles outside the layers, by the pieces of a decoder that use them (mlcbuild.models.layer_pieces).
 EMBED = ("embedding",)
 BEGINNING = ("position_embedding", "embedding_norm", "embedding_norm_bias")
@@ -99,6 +104,11 @@ def _table(s: Structure) -> int:
     return s.embedding_size or s.hidden_size
 
 
+def _expert_width(s: Structure) -> int:
+    """Of what routed experts are given and return."""
+    return s.moe_latent_size or s.hidden_size
+
+
 def _head_norm(s: Structure, heads: int) -> tuple[int, ...]:
     dim = s.qk_head_dim or s.head_dim
     return {"head": (dim,), "per_head": (heads, dim), "all": (heads * dim,)}[s.qk_norm]
@@ -138,12 +148,32 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "experts_post_norm": _width,
     "expert_scale": lambda s: (s.num_experts,),
     "layer_scale": lambda s: (1,),
+    "per_layer_embedding": lambda s: (s.per_layer_rows, s.num_hidden_layers * s.per_layer_size),
+    "per_layer_proj": lambda s: (s.num_hidden_layers * s.per_layer_size, s.hidden_size),
+    "per_layer_norm": lambda s: (s.per_layer_size,),
+    "per_layer_gate_proj": lambda s: (s.per_layer_size, s.hidden_size),
+    "per_layer_out_proj": lambda s: (s.hidden_size, s.per_layer_size),
+    "per_layer_post_norm": _width,
+    "streams_proj": lambda s: ((s.streams - 1) * s.hidden_size, s.hidden_size),
+    **{f"streams_out_{number}_proj": lambda s: (s.hidden_size, s.hidden_size) for number in range(1, 4)},
+    "streams_router": lambda s: (s.streams, s.hidden_size),
+    "streams_predict": lambda s: (s.streams**2, s.streams),
+    "streams_correct": lambda s: (s.streams, s.streams),
+    "streams_norm": _width,
+    "streams_scale": _width,
+    "laurel_in_proj": lambda s: (s.laurel_rank, s.hidden_size),
+    "laurel_out_proj": lambda s: (s.hidden_size, s.laurel_rank),
+    "laurel_norm": _width,
     "router_correction": lambda s: (s.num_experts,),
-    "experts_gate_up_proj": lambda s: (s.num_experts, 2 * s.moe_intermediate_size, s.hidden_size),
-    "experts_down_proj": lambda s: (s.num_experts, s.hidden_size, s.moe_intermediate_size),
+    "experts_gate_up_proj": lambda s: (s.num_experts, 2 * s.moe_intermediate_size, _expert_width(s)),
+    "experts_up_proj": lambda s: (s.num_experts, s.moe_intermediate_size, _expert_width(s)),
+    "experts_down_proj": lambda s: (s.num_experts, _expert_width(s), s.moe_intermediate_size),
+    "experts_in_proj": lambda s: (_expert_width(s), s.hidden_size),
+    "experts_out_proj": lambda s: (s.hidden_size, _expert_width(s)),
     "experts_gate_up_bias": lambda s: (s.num_experts, 2 * s.moe_intermediate_size),
     "experts_down_bias": lambda s: (s.num_experts, s.hidden_size),
     "shared_gate_up_proj": lambda s: (2 * s.shared_expert_intermediate_size, s.hidden_size),
+    "shared_up_proj": lambda s: (s.shared_expert_intermediate_size, s.hidden_size),
     "shared_down_proj": lambda s: (s.hidden_size, s.shared_expert_intermediate_size),
     "shared_gate": lambda s: (1, s.hidden_size),
     "relative_bias": lambda s: (32, s.num_attention_heads),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,3 +42,29 @@ class ParameterRule:
             return self
         mine = tuple(number for number, layer in enumerate(layers) if layer in self.layers)
         return dataclasses.replace(self, layers=None if len(mine) == len(layers) else mine)
+
+
+def without_defaults(data: Any) -> dict[str, Any]:
+    """A dataclass's fields, but choices at their default."""
+    return {
+        name: value
+        for name, default, always in _fields_of(data.__class__)
+        if (value := getattr(data, name)) != default or always
+    }
+
+
+@functools.cache
+def _fields_of(kind: Any) -> list[tuple[str, Any, bool]]:
+    """Name and default of a dataclass's fields, and whether they are told even where they have it."""
+    return [(field.name, field.default, "choice" not in field.metadata) for field in dataclasses.fields(kind)]
+
+
+def library_rule(rule: ParameterRule) -> list[Any]:
+    """What a library depends on of a rule."""
+    more = {name: value for name in ("layers", "dtype") if (value := getattr(rule, name)) is not None}
+    return [rule.role, rule.name, more] if more else [rule.role, rule.name]
+
+
+def tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields with tuples where JSON has lists."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlcbuild.models.rules import ParameterRule, choice
+from mlcbuild.models.rules import ParameterRule, choice, library_rule, tuples, without_defaults
 
 ATTENDING = ("full", "sliding", "both")  # types of layers with keys and values in the cache
 KEEPING = ("state", "both")  # and of those with a state of one size
@@ -31,6 +31,7 @@ BY_LAYER = (
     "intermediate_size",
     "rope_theta",
     "rotary_dim",
+    "activation_sparsity",
 )
 
 
@@ -39,7 +40,8 @@ class Structure:
     """A model's dimensions and choices. Field names are those of Hugging Face configs where one exists.
 
     kind              decoder; hybrid, whose layer_types may also be `state` (a mixer with a state of one size in place
-                      of attention) or `both` (beside it); others (mlcbuild.models.kinds) leave most as it is
+                      of attention), `both` (beside it) or `mlp` (neither); others (mlcbuild.models.kinds) leave most
+                      as it is
     norm              rms, layer (with a bias and a weight where parameters play these roles)
     norm_position     pre: of what attention and MLP are given; post: of what they return; both; sum: of the sums with
                       what they were given, and no norm before the head
@@ -65,6 +67,10 @@ class Structure:
                       position_scale_unturned: only in layers without rotary positions, and p + 1 instead of p
     sliding_window_size  how many positions a token sees, its own included, in layers of type `sliding`: in all where
                       there are no layer_types (for each layer, full or sliding)
+    keys_from         for each layer, the one whose keys and values it reads; None: its own. per_layer_size: numbers
+                      that a table of per_layer_rows gives each layer for a token (mlcbuild.models.per_layer)
+    streams           hidden states of a token, laurel_rank of a product beside attention (mlcbuild.models.streams).
+                      activation_sparsity: the part of an MLP's gates that is cut off
     qk_norm           of queries and keys before they are turned: none; head: each head by the one weight; per_head: by
                       its own; all: all heads as one vector; unit: each head without a weight, in layers with rotary
                       positions only. Its kind is `norm`'s, with a bias where parameters play these roles.
@@ -101,10 +107,12 @@ class Structure:
                       state_norm_eps: of norms over steps, B and C, None: none. mamba2 has num_key_value_heads groups
     type_vocab_size   encoder: rows of `token_type_embedding`. embedding_size: width of its tables, where it is another
     optional_prefix   what checkpoint tensor names begin with, or leave out all together
+    wrapped           whether the checkpoint has another model beside this one (mlcbuild.models.wrappers)
     num_experts       experts of a layer that has a `router`. Each token goes to num_experts_per_tok of them, which
                       count by their probabilities (with norm_topk_prob divided by their sum), times
                       routed_scaling_factor; and to shared ones, where there are parameters of them. scoring,
                       expert_groups, expert_groups_per_tok, expert_group_best, router_jitter: mlcbuild.models.routers
+    moe_latent_size   width of what routed experts are given, where it is not hidden_size; 0: it is
     experts_averaged  whether what routed experts return and what shared ones do is averaged, and not added
     router_logit_softcapping  c: a router's logits become c * tanh(logits / c)
     attention_gate    what becomes of the gate that attention has where parameters play that role: sigmoid, softplus
@@ -159,10 +167,12 @@ class Structure:
     position_offset: int = choice(0)
     sinusoidal: bool = choice(False)
     optional_prefix: str = choice("")
+    wrapped: bool = choice(False)
     num_experts: int = choice(0)
     num_experts_per_tok: int = choice(0)
     moe_intermediate_size: int = choice(0)
     shared_expert_intermediate_size: int = choice(0)
+    moe_latent_size: int = choice(0)
     norm_topk_prob: bool = choice(False)
     routed_scaling_factor: float = choice(1.0)
     scoring: str = choice("softmax")
@@ -182,6 +192,12 @@ class Structure:
     chunked: bool = choice(False)
     sliding_window_size: int | None = choice(None)
     layer_types: tuple[str, ...] | None = choice(None)
+    keys_from: tuple[int, ...] | None = choice(None)
+    per_layer_size: int = choice(0)
+    per_layer_rows: int = choice(0)
+    streams: int = choice(1)
+    laurel_rank: int = choice(0)
+    activation_sparsity: float = choice(0.0)
     qk_norm: str = choice("none")
     qk_norm_last: bool = choice(False)
     rope_backwards: bool = choice(False)
@@ -232,16 +248,16 @@ class Structure:
 
     def to_json(self) -> dict[str, Any]:
         """Every field but choices at their default, JSON-able, such that `from_json` gives an equal structure."""
-        fields = _without_defaults(self)
-        fields["rules"] = [_without_defaults(rule) for rule in self.rules]
+        fields = without_defaults(self)
+        fields["rules"] = [without_defaults(rule) for rule in self.rules]
         return fields
 
     def library_json(self) -> dict[str, Any]:
         """The fields that a compiled library depends on."""
         fields = self.to_json()
-        for name in ("architecture", "vocab_size", "ignored", "optional_prefix"):
+        for name in ("architecture", "vocab_size", "ignored", "optional_prefix", "wrapped"):
             fields.pop(name, None)
-        fields["rules"] = [_library_rule(rule) for rule in self.rules]
+        fields["rules"] = [library_rule(rule) for rule in self.rules]
         return fields
 
     def roles(self) -> frozenset[str]:
@@ -249,7 +265,7 @@ class Structure:
         return frozenset(rule.role for rule in self.rules)
 
     def layer_type(self, number: int) -> str:
-        """full or sliding, of hybrids also state, both: what layers differ in beside their weights."""
+        """full or sliding, of hybrids also state, both, mlp: what layers differ in beside their weights."""
         if self.layer_types is not None:
             return self.layer_types[number]
         return "full" if self.sliding_window_size is None else "sliding"
@@ -257,6 +273,15 @@ class Structure:
     def numbers(self, *types: str) -> tuple[int, ...]:
         """The layers of these types."""
         return tuple(layer for layer in range(self.num_hidden_layers) if self.layer_type(layer) in types)
+
+    def borrows(self, number: int) -> bool:
+        """Whether a layer reads the keys and values of another."""
+        return self.keys_from is not None and self.keys_from[number] != number
+
+    @property
+    def cached(self) -> tuple[int, ...]:
+        """The layers whose keys and values are in the KV cache."""
+        return tuple(layer for layer in self.numbers(*ATTENDING) if not self.borrows(layer))
 
     def turns(self, number: int) -> bool:
         """Whether a layer has rotary positions."""
@@ -269,13 +294,24 @@ class Structure:
 
     def computed(self, layer: int) -> tuple[Any, ...]:
         """What layers that compute differently differ in, beside the parameters that they have."""
-        return (self.layer_type(layer), self.turns(layer), *(values[layer] for _, values in self.by_layer))
+        return (
+            self.layer_type(layer),
+            self.turns(layer),
+            self.borrows(layer),
+            *(values[layer] for _, values in self.by_layer),
+        )
 
     @property
     def layer_kinds(self) -> tuple[int, ...]:
         """For each layer the number of its kind, counted in the order in which kinds first occur: 0, 1, 1, 0 ..."""
         some = {rule.layers for rule in self.rules if rule.layers is not None}
-        if not some and not self.by_layer and self.layer_types is None and self.rope_layers is None:
+        if (
+            not some
+            and not self.by_layer
+            and self.layer_types is None
+            and self.rope_layers is None
+            and not self.keys_from
+        ):
             return (0,) * self.num_hidden_layers
         having, seen = [frozenset(layers) for layers in some], dict[Any, int]()
         return tuple(seen.setdefault(self._layer_kind(i, having), len(seen)) for i in range(self.num_hidden_layers))
@@ -313,8 +349,16 @@ class Structure:
         scaling = self.rope_scaling
         if scaling is not None and scaling["rope_type"] in ("dynamic", "longrope"):
             scaling = {**scaling, "length": self.context_window_size}
+        types = [self.layer_type(layer) for layer in layers]
+        own = {kind: at for at, kind in enumerate(types) if not self.borrows(layers[at])}
         return dataclasses.replace(
             self,
+            keys_from=None
+            if self.keys_from is None
+            else tuple(
+                own[kind] if self.borrows(layer) else at
+                for at, (layer, kind) in enumerate(zip(layers, types, strict=True))
+            ),
             rules=tuple(rule.of_layers(layers) for rule in self.rules),
             layer_types=None if self.layer_types is None else tuple(self.layer_types[layer] for layer in layers),
             rope_layers=None if self.rope_layers is None else tuple(self.rope_layers[layer] for layer in layers),
@@ -337,31 +381,12 @@ class Structure:
         return f"{self.model_type}-{self.digest[:8]}"
 
 
-def _without_defaults(data: Any) -> dict[str, Any]:
-    return {
-        name: value
-        for name, default, always in _fields_of(data.__class__)
-        if (value := getattr(data, name)) != default or always
-    }
-
-
-@functools.cache
-def _fields_of(kind: Any) -> list[tuple[str, Any, bool]]:
-    """Name and default of a dataclass's fields, and whether they are told even where they have it."""
-    return [(field.name, field.default, "choice" not in field.metadata) for field in dataclasses.fields(kind)]
-
-
-def _library_rule(rule: ParameterRule) -> list[Any]:
-    more = {name: value for name in ("layers", "dtype") if (value := getattr(rule, name)) is not None}
-    return [rule.role, rule.name, more] if more else [rule.role, rule.name]
-
-
 def from_json(data: Mapping[str, Any]) -> Structure:
     """The inverse of `Structure.to_json`."""
     fields = dict(data)
-    fields["rules"] = tuple(ParameterRule(**_tuples(rule)) for rule in fields["rules"])
+    fields["rules"] = tuple(ParameterRule(**tuples(rule)) for rule in fields["rules"])
     fields["by_layer"] = tuple((name, tuple(values)) for name, values in fields.get("by_layer", ()))
-    return Structure(**_tuples(fields))
+    return Structure(**tuples(fields))
 
 
 def from_library_json(data: Mapping[str, Any]) -> Structure:
@@ -370,7 +395,3 @@ def from_library_json(data: Mapping[str, Any]) -> Structure:
         {"role": role, "name": name, "sources": (), **(more[0] if more else {})} for role, name, *more in data["rules"]
     ]
     return from_json({"architecture": "", "vocab_size": 1, "ignored": (), **data, "rules": rules})
-
-
-def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}

@@ -82,6 +82,12 @@ class Given:
     def __contains__(self, role: str) -> bool:
         return role in self._pairs
 
+    def also(self, declared: Declared, expression: Any) -> Given:
+        """These parameters and one more."""
+        more = Given([declared], [expression])
+        more._pairs = {**self._pairs, **more._pairs}
+        return more
+
 
 class Weights:
     """The parameters that one function of the module was given, as relax expressions by role.

@@ -29,6 +29,7 @@ from mlcbuild.models import structure
 from mlcbuild.models.parameters import Parameter, ignored, parameters
 from mlcbuild.models.structure import Structure
 from mlcbuild.models.tied import tied_embedding
+from mlcbuild.models.wrappers import unwrapped
 
 VERSION = 2
 TOOLS = ("numpy",)
@@ -55,6 +56,7 @@ def run(job: Job) -> None:
 def _table(job: Job, files: Mapping[str, Entry], model: Structure) -> dict[str, TensorRef]:
     wanted = [name for parameter in parameters(model) for name in (*parameter.sources, *parameter.alternative)]
     found = read_table(*_paths_and_digests(files), job.note)
+    found = unwrapped(found) if model.wrapped else found
     return with_prefix(found, model.optional_prefix, [*wanted, *ignored(model)], job.note)
 
 

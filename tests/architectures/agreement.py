@@ -26,6 +26,7 @@ from mlcbuild.engine.job import local_job
 from mlcbuild.models.architecture import choose, resolve
 from mlcbuild.models.parameters import Parameter, parameters
 from mlcbuild.models.structure import Structure
+from mlcbuild.models.wrappers import unwrapped
 from mlcbuild.quantization.dequantize import dequantized
 from mlcbuild.recipes.types import Architecture
 from mlcbuild.runtime import weights
@@ -193,6 +194,7 @@ class Agreement:
         values = dict(dequantized(self.weights, wanted, form))
         tensors = _read(folder / "checkpoint")
         names = {name.removeprefix(self.structure.optional_prefix): name for name in tensors}
+        names |= unwrapped({name: name for name in tensors}) if self.structure.wrapped else {}
         for parameter in wanted:
             for source, array in originals(parameter, values[parameter.name], tensors, names).items():
                 tensors[source] = array

@@ -167,10 +167,12 @@ CASES |= {
 }
 
 
+SEEN = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
 def _wrapped(model_type: str, vision: str, text: Case, seen: Mapping[str, Any] = {}, **changes: Any) -> Case:
     """A case of a wrapper whose text model is that of `text`; `seen`: more of its vision_config."""
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    images = {"model_type": vision, "image_size": 28, "patch_size": 14, **sizes, **seen}
+    images = {"model_type": vision, "image_size": 28, "patch_size": 14, **SEEN, **seen}
     config = {"model_type": model_type, "text_config": dict(text.config), "vision_config": images, **changes}
     return Case(model_type, config, quantizations=("q0f32",))
 
@@ -185,4 +187,10 @@ CASES |= {
     "mistral3-ministral3": _wrapped("mistral3", "pixtral", CASES["ministral3"], tie_word_embeddings=False),
     "aria": _wrapped("aria", "idefics3_vision", CASES["aria_text"], projector_patch_to_query_dict={4: 4}),
     "mistral3": _wrapped("mistral3", "pixtral", _case("mistral", head_dim=16), tie_word_embeddings=False),
+    "phi4_multimodal": _case(
+        "phi4_multimodal",
+        original_max_position_embeddings=128,
+        vision_config={**SEEN, "image_size": 28, "patch_size": 14, "crop_size": 28},
+        audio_config={**SEEN, "num_blocks": 1, "nemo_conv_channels": 16, "input_size": 16, "ext_pw_out_channel": 32},
+    ),
 }

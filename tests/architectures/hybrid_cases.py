@@ -26,6 +26,14 @@ CASES: dict[str, Case] = {
         conv_L_cache=4,
     ),
 }
+CASES["lfm3"] = _case(
+    "lfm3",
+    head_dim=16,
+    layer_types=["conv", "full_attention", "sliding_attention", "conv"],
+    sliding_window=10,
+    attention_bias=True,
+    tie_word_embeddings="absent",
+)
 STATES = {"mamba_n_heads": 4, "mamba_d_state": 9, "mamba_n_groups": 2}
 SCALES = {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.1, "logits_scaling": 4.0}
 TWO = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}  # deltas lose by layer
@@ -82,6 +90,18 @@ CASES |= {
     "qwen3_5_moe_text": replace(_case("qwen3_5_moe_text", **DELTA, **MANY, **LINEAR), quantizations=("q0f32",)),
 }
 CASES |= {name: _wrapped(name) for name in ("qwen3_5", "qwen3_5_moe")}
+THREE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}  # one position without images
+SEEING = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 64}
+CASES["qwen2_5_vl"] = Case(
+    "qwen2",
+    {
+        "model_type": "qwen2_5_vl",
+        "text_config": like_llama("qwen2_5_vl_text", rope_parameters=THREE, rms_norm_eps=1e-5).config,
+        "vision_config": {**SEEING, "fullatt_block_indexes": [0]},
+        "tie_word_embeddings": False,
+    },
+    quantizations=("q0f32",),
+)
 CASES |= {
     "falcon_h1": _case(
         "falcon_h1",
@@ -115,6 +135,21 @@ CASES |= {
     "recurrent_gemma": _case(
         "recurrent_gemma", attention_window_size=10, lru_width=80, intermediate_size=128, attention_bias=True,
         tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+NEMOTRON = {
+    "num_hidden_layers": "absent", "head_dim": 16, "mamba_num_heads": 4, "mamba_head_dim": 20, "ssm_state_size": 9,
+    "n_groups": 2, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2,
+    "moe_intermediate_size": 24, "moe_shared_expert_intermediate_size": 40, "routed_scaling_factor": 1.5,
+}  # fmt: skip
+CASES |= {
+    "nemotron_h": _case("nemotron_h", **NEMOTRON, layers_block_type=["mamba", "moe", "attention", "mlp", "mamba"]),
+    "nemotron_h-latent": replace(
+        _case(
+            "nemotron_h", **NEMOTRON, layers_block_type=["mamba", "moe", "attention"], moe_latent_size=32,
+            mlp_bias=True, use_bias=True, use_conv_bias=False,
+        ),
+        quantizations=("q0f32",),
     ),
 }  # fmt: skip
 # The two forms of the delta rule that transformers has differ by 3e-5 to 2e-4 of the logits' deviation.

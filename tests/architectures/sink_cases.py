@@ -77,6 +77,21 @@ CASES |= {
     "gemma4_text-experts": _case("gemma4_text", **GEMMA4, enable_moe_block=True, num_experts=4, top_k_experts=2,
                                  moe_intermediate_size=40),
 }  # fmt: skip
+CASES |= {
+    "gemma4_text-shared": _case(
+        "gemma4_text",
+        **{**GEMMA4, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+           "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 96},
+        num_kv_shared_layers=2, use_double_wide_mlp=True,
+    ),
+}  # fmt: skip
+GEMMA3N = {
+    "tie_word_embeddings": True, "head_dim": 16, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "laurel_rank": 32,
+    "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 16, "vocab_size": 96,
+    "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 80, "intermediate_size": [96, 64, 96, 96],
+    "activation_sparsity_pattern": [0.7, 0.0, 0.0, 0.0],
+}  # fmt: skip
+CASES |= {"gemma3n_text": _case("gemma3n_text", **GEMMA3N)}
 UNIFIED = {key: value for key, value in GEMMA4.items() if key != "hidden_size_per_layer_input"}
 UNIFIED |= {"global_head_dim": 24}
 CASES |= {

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlcbuild.models.architecture import model_config, resolve
+from mlcbuild.models.architecture import choose, model_config, resolve
 from tests.architectures import attention_cases, cases, family_cases, hybrid_cases, sink_cases
 from tests.architectures.agreement import ARCHITECTURES, IDS, Agreement, config_of, error, known_architectures
 
@@ -54,7 +54,7 @@ def test_every_architecture_has_a_case() -> None:
 def test_a_config_of_transformers_4_means_the_same(name: str, tmp_path: Path) -> None:
     """The case says `rope_theta`; transformers 5 writes `rope_parameters`, and everything that was left out."""
     case = CASES[name]
-    chosen = known_architectures()[case.architecture]
+    chosen = choose(known_architectures(), config_of(case), None if "text_config" in case.config else case.architecture)
     whole = resolve(chosen, config_of(case), {})
     short = {key: value for key, value in config_of(case).items() if key != "rope_parameters"}
     older = {"rope_theta": whole.rope_theta, "torch_dtype": "float16", **short, **case.config}

@@ -105,7 +105,8 @@ class Built:
         convert.run(job)
         packing = local_job({"convert": job.output, "checkpoint": folder / "checkpoint"}, fields, folder / "quantize")
         quantize.run(packing)
-        self._take(dict(dequantized(packing.output, parameters(self.structure), form)))
+        if quantization != "q0f32":
+            self._take(dict(dequantized(packing.output, parameters(self.structure), form)))
         library = build(self.structure, form, folder)
         self.model = Model(network(library, packing.output, self.structure.vocab_size, False), {})
 
@@ -149,6 +150,30 @@ KIN: dict[str, dict[str, Any]] = {
     "distilbert": DISTIL,
     "mpnet": SIZES,
 }
+
+
+NEWER: dict[str, dict[str, Any]] = {
+    "modernbert": {
+        **SIZES,
+        "local_attention": 16,
+        "pad_token_id": 0,
+        "norm_bias": True,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "modernbert-plain": {**SIZES, "local_attention": 16, "num_hidden_layers": 4, "pad_token_id": 0},
+    "nomic_bert": SIZES,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NEWER)
+def test_those_with_rotary_positions_and_windows_agree(name: str, tmp_path: Path) -> None:
+    model_type = name.removesuffix("-plain")
+    quantization = "q0f32" if model_type == "nomic_bert" else "q4f32_1"  # its tensors have other names inside
+    built = Built(tmp_path, quantization, transformers_encoder(model_type, **NEWER[name]), model_type)
+    for ids in (IDS, IDS[:1], IDS[:17]):
+        assert error(built.model.hidden_states(ids), hidden_states(built.reference, ids)) < 2e-5
 
 
 @pytest.mark.slow

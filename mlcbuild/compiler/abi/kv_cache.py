@@ -11,7 +11,7 @@ from tvm import ir, relax, tirx
 from tvm.relax.frontend.nn.llm import kv_cache as tvm_kv_cache
 
 from mlcbuild.models import rope
-from mlcbuild.models.structure import ATTENDING, Structure
+from mlcbuild.models.structure import Structure
 
 _MHA, _ROPE_NORMAL = 0, 1
 
@@ -48,7 +48,7 @@ def emit_create(
     names = ("max_batch_size", "max_total_seq_len", "prefill_chunk_size", "page_size", "support_sliding_window")
     sizes = [tirx.Var(name, "int64") for name in names]
     params = [relax.Var(f"{name}_", relax.ShapeType([size])) for name, size in zip(names, sizes, strict=True)]
-    layers = len(s.numbers(*ATTENDING))
+    layers = len(s.cached)
     rotary = rope.rotary(s) if rope.in_cache(s) else rope.NOTHING
     table = rope.inverse_frequencies(s) if rotary.dim else np.zeros(1, np.float32)
 

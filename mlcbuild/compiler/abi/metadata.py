@@ -10,7 +10,7 @@ from typing import Any
 from tvm import DataType, IRModule, ir, relax, tirx
 
 from mlcbuild.models.kinds import DECODER, ENCODER, HYBRID
-from mlcbuild.models.structure import ATTENDING, Structure
+from mlcbuild.models.structure import Structure
 from mlcbuild.models.weights import Declared
 
 # What a session keeps; the other kinds keep an RNN state.
@@ -37,7 +37,7 @@ def describe(structure: Structure, quantization: str, declared: Sequence[Declare
     }
     if s.kind in (DECODER, HYBRID):
         facts["kv_cache"] = {
-            "num_hidden_layers": len(s.numbers(*ATTENDING)),
+            "num_hidden_layers": len(s.cached),
             "num_attention_heads": s.num_attention_heads,
             "num_key_value_heads": s.num_key_value_heads,
             "head_dim": s.head_dim,

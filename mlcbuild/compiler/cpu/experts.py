@@ -11,7 +11,6 @@ from math import prod
 from typing import Any
 
 from tvm import DataType, tirx
-from tvm.tirx.script import builder as T
 
 from mlcbuild.compiler.cpu import calls
 from mlcbuild.compiler.cpu.formats import Format

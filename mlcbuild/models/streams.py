@@ -1,0 +1,145 @@
+"""Several hidden states for a token, of which layers compute one: AltUp (Baykal et al., arXiv 2301.13310; Gemma 3n).
+
+`x` is [n, S * H], the states one after the other. A layer predicts all of them by small matrices that the first makes,
+computes with the first, and corrects all by what it made of it. LAuReL (arXiv 2411.07501), a product of two narrow
+matrices, is added beside attention. Source of the arithmetic: transformers modeling_gemma3n.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import NormalDist
+from typing import Any
+
+from tvm import relax, te, tirx
+
+from mlcbuild.models import per_layer
+from mlcbuild.models.decoder import Decoder
+from mlcbuild.models.operations import Expr
+from mlcbuild.models.structure import Structure
+from mlcbuild.models.weights import Given, Weights
+
+Part = Callable[[Expr], Expr]  # attention or MLP: [n, H] -> [n, H]
+_LEAST = 1e-5  # a mean square that states are divided by the root of
+
+
+def width(s: Structure) -> int:
+    """Of what goes from layer to layer."""
+    return s.streams * s.hidden_size
+
+
+def started(d: Decoder, x: Expr, weights: Weights) -> Expr:
+    """The first state [n, H] -> all of them [n, S * H]: products with a matrix for each, as long as the first."""
+    if d.structure.streams == 1:
+        return x
+    return _joined(d, [x, *(_as_long(d, each, x) for each in _parts(d, d.project(x, weights, "streams")))])
+
+
+def ended(d: Decoder, x: Expr, weights: Weights) -> Expr:
+    """All states -> one [n, H]: the mean of the first and of products of the others, as long as the first."""
+    s = d.structure
+    if s.streams == 1:
+        return x
+    first, *others = _parts(d, x)
+    total = first
+    for number, each in enumerate(others, 1):
+        made = d.project(each, weights, f"streams_out_{number}")
+        total = d.builder.emit(relax.op.add(total, _as_long(d, made, first)))
+    return d.scaled(total, 1 / s.streams)
+
+
+def layer(d: Decoder, x: Expr, weight: Given, given: Expr, attend: Part, mlp: Part) -> Expr:
+    """One layer on all states [n, S * H]; `given` is what the layer has of a token's own numbers [n, P]."""
+    s, emit = d.structure, d.builder.emit
+    coefficients = d.operations.linear(_modalities(d, _parts(d, x)[0], weight), weight("streams_predict"), "float32")
+    predicted = d.builder.emit_te(_predicted, x, coefficients, s.streams, primfunc_name_hint="predicted")
+    active = _parts(d, predicted)[0]
+    normed = d.norm(active, weight, "attention_norm")
+    narrow = d.project(d.project(normed, weight, "laurel_in"), weight, "laurel_out")
+    laurel = emit(relax.op.add(normed, d.norm(narrow, weight, "laurel_norm")))
+    attended = emit(relax.op.add(active, d.norm(attend(normed), weight, "attention_post_norm")))
+    x1 = d.scaled(emit(relax.op.add(attended, laurel)), 2**-0.5)
+    x2 = emit(relax.op.add(x1, d.norm(mlp(d.norm(x1, weight, "mlp_norm")), weight, "mlp_post_norm")))
+    coefficients = d.operations.linear(_modalities(d, x2, weight), weight("streams_correct"), "float32")
+    corrected = d.builder.emit_te(_corrected, predicted, x2, coefficients, primfunc_name_hint="corrected")
+    first, *others = _parts(d, corrected)
+    scaled = emit(relax.op.multiply(first, d.cast(weight("streams_scale").plain, d.operations.compute)))
+    more = per_layer.made(d, scaled, given, weight)
+    return _joined(d, [first, *(emit(relax.op.add(each, more)) for each in others)])
+
+
+def cut(d: Decoder, both: Expr, sparsity: float) -> Expr:
+    """Gates and ups [n, 2 * I] with a gate only where it is above so large a part of the normal distribution of all."""
+    return d.builder.emit_te(_cut, both, NormalDist().inv_cdf(sparsity), primfunc_name_hint="sparse_gates")
+
+
+def _parts(d: Decoder, x: Expr) -> list[Expr]:
+    count = int(x.ty.shape[1]) // d.structure.hidden_size
+    parts = d.builder.emit(relax.op.split(x, count, axis=1))
+    return [d.builder.emit(relax.TupleGetItem(parts, i)) for i in range(count)]
+
+
+def _joined(d: Decoder, parts: list[Expr]) -> Expr:
+    return d.builder.emit(relax.op.concat(parts, axis=1))
+
+
+def _as_long(d: Decoder, x: Expr, first: Expr) -> Expr:
+    return d.builder.emit_te(_rescaled, x, first, primfunc_name_hint="as_long")
+
+
+def _modalities(d: Decoder, x: Expr, weight: Given) -> Expr:
+    """[n, H] -> [n, S] between -1 and 1."""
+    normed = d.scaled(d.norm(x, weight, "streams_norm"), 1 / d.structure.hidden_size)
+    return d.builder.emit(relax.op.tanh(d.operations.linear(normed, weight("streams_router"), "float32")))
+
+
+def _mean_square(x: te.Tensor, name: str) -> te.Tensor:
+    k, size = te.reduce_axis((0, x.shape[1]), "k"), int(x.shape[1])
+    total = te.compute((x.shape[0],), lambda i: te.sum(x[i, k] * x[i, k], axis=k), name=name)
+    return te.compute((x.shape[0],), lambda i: total[i] / tirx.const(size, "float32"), name=f"{name}_mean")
+
+
+def _rescaled(x: te.Tensor, first: te.Tensor) -> te.Tensor:
+    mine, wanted = _mean_square(x, "mine"), _mean_square(first, "wanted")
+    least = tirx.const(_LEAST, "float32")
+    return te.compute(
+        x.shape, lambda i, j: x[i, j] * tirx.sqrt(wanted[i]) / tirx.sqrt(tirx.max(mine[i], least)), name="as_long"
+    )
+
+
+def _predicted(x: te.Tensor, coefficients: te.Tensor, streams: int) -> te.Tensor:
+    size = int(x.shape[1]) // streams
+
+    def number(i: Any, j: Any) -> Any:
+        total = x[i, j]
+        for other in range(streams):
+            total += x[i, other * size + j % size] * coefficients[i, j // size * streams + other]
+        return total
+
+    return te.compute(x.shape, number, name="predicted")
+
+
+def _corrected(predicted: te.Tensor, made: te.Tensor, coefficients: te.Tensor) -> te.Tensor:
+    size, one = int(made.shape[1]), tirx.const(1, "float32")
+
+    def number(i: Any, j: Any) -> Any:
+        news = made[i, j % size] - predicted[i, j % size]
+        return predicted[i, j] + news * (coefficients[i, j // size] + one)
+
+    return te.compute(predicted.shape, number, name="corrected")
+
+
+def _cut(both: te.Tensor, deviations: float) -> te.Tensor:
+    n, size = both.shape[0], int(both.shape[1]) // 2
+    k, again, count = te.reduce_axis((0, size), "k"), te.reduce_axis((0, size), "again"), tirx.const(size, "float32")
+    total = te.compute((n,), lambda i: te.sum(both[i, k], axis=k), name="total")
+    mean = te.compute((n,), lambda i: total[i] / count, name="mean")
+    spread = te.compute(
+        (n,), lambda i: te.sum((both[i, again] - mean[i]) * (both[i, again] - mean[i]), axis=again), name="spread"
+    )
+
+    def number(i: Any, j: Any) -> Any:
+        bound = mean[i] + tirx.sqrt(spread[i] / count) * tirx.const(deviations, "float32")
+        return tirx.if_then_else(j < size, tirx.max(both[i, j] - bound, tirx.const(0, "float32")), both[i, j])
+
+    return te.compute(both.shape, number, name="sparse_gates")

@@ -23,6 +23,17 @@ def only_builds(words: Sequence[str]) -> bool:
     return all(word in ("run", "build", "--continue", "-c") for word in rest)
 
 
+def only_lists(words: Sequence[str]) -> bool:
+    """Whether doit is asked for the names of tasks, and not for their states."""
+    first = next((word for word in words if not word.startswith("-") and "=" not in word), None)
+    short = [word[1:] for word in words if word.startswith("-") and not word.startswith("--")]
+    return (
+        first == "list"
+        and not any("s" in letters for letters in short)
+        and not any(word.startswith("--st") for word in words)
+    )
+
+
 def publishes(words: Sequence[str]) -> bool:
     """Whether tasks that publish are run."""
     return named_tasks(words).runs and any(word.partition(":")[0] == "publish" for word in words)

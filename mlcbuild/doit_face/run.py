@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from doit.globals import Globals
 from doit.task import Task
 
 from mlcbuild.cache.locks import begin
-from mlcbuild.doit_face.argv import check_words, keeps_going, publishes
+from mlcbuild.doit_face.argv import check_words, keeps_going, only_lists, publishes
 from mlcbuild.doit_face.reporter import Console, needs
 from mlcbuild.doit_face.session_tasks import Publish, tasks_of
 from mlcbuild.doit_face.variables import Variables, read_patience
@@ -49,18 +50,27 @@ def open_run(variables: Variables, console: Console, began: float) -> list[Task]
         shared=shared,
         pool=Pool(budget(variables.cores, variables.memory).totals()),
         cluster=_cluster(variables, console, shared) if runs else None,
+        names_only=only_lists(words),
     )
     session = open_session(Path.cwd(), console.report, variables.selection, settings)
+
+    @functools.cache
+    def whole() -> Session:
+        if not settings.names_only:
+            return session
+        return open_session(Path.cwd(), lambda event: None, variables.selection, replace(settings, names_only=False))
+
     if runs and session.graph.broken and not session.graph.goals:
         raise MlcBuildError("\n".join(dict.fromkeys(session.graph.broken.values())))
     begin(session.store.root, session.store.save_counts)
     console.at_start.append(partial(_before, session, console))
     console.at_end.append(lambda: remember(session, began))
-    tasks = tasks_of(session, _publisher(session, variables, console) if publishes(words) else None)
+    tasks = tasks_of(session, _publisher(session, variables, console) if publishes(words) else None, whole)
     check_words(words, {task.name for task in tasks}, session.graph.unavailable)
 
     def everything() -> Session:
-        return open_session(Path.cwd(), console.report, Selection(whole=False), replace(settings, keep_going=True))
+        every = replace(settings, keep_going=True, names_only=False)
+        return open_session(Path.cwd(), console.report, Selection(whole=False), every)
 
     lead_to_cache(Globals.dep_manager, session, everything)
     return tasks

@@ -19,38 +19,50 @@ from mlcbuild.workspace.session import Session
 Publish = Callable[[str, bool], None]
 
 
-def tasks_of(session: Session, publish: Publish | None) -> list[Task]:
-    """`publish` brings a recipe to a hub; None where nobody asked for that. It always looks at what is there."""
+def tasks_of(session: Session, publish: Publish | None, whole: Callable[[], Session]) -> list[Task]:
+    """`publish` brings a recipe to a hub; None where nobody asked for that. It always looks at what is there.
+
+    `whole` gives the session that tasks are run with, or are asked whether they are up to date, where `session` has
+    their names only.
+    """
     graph, docs = session.graph, GROUPS
-    steps = [
-        _task(
-            name,
-            docs.get(step.kind, step.kind),
-            step.producers,
-            partial(session.builder.build, name),
-            partial(session.is_built, name),
-        )
-        for name, step in graph.steps.items()
-    ]
-    publishing = [
-        _task(f"publish:{name}", docs["publish"], [f"build:{name}"], partial(publish or _not_asked, name))
-        for name in graph.goals
-    ]
-    goals = [_goal(session, name) for name in (*graph.goals, *graph.unlocked, *graph.broken)]
+    steps = [_Task(name, docs.get(step.kind, step.kind), _of_step, whole, name) for name, step in graph.steps.items()]
+    bring = publish or _not_asked
+    publishing = [_Task(f"publish:{name}", docs["publish"], _of_publishing, bring, name) for name in graph.goals]
+    goals = [_goal(session, name, whole) for name in (*graph.goals, *graph.unlocked, *graph.broken)]
     return [*goals, *steps, *publishing, *_groups(session)]
 
 
-def _goal(session: Session, name: str) -> Task:
+def _goal(session: Session, name: str, whole: Callable[[], Session]) -> Task:
     """A recipe's package. A recipe whose model is not locked yet, or cannot be planned, has no steps and fails."""
     graph, recipe = session.graph, session.catalog.recipes[name]
     what = f"{recipe.model.name} in {recipe.quantization.name} for {recipe.target.name} ({recipe.origin}"
-    task = partial(_task, f"build:{name}", clean=[(clean, [session, name])])
     if name in graph.goals:
-        steps = graph.goals[name].steps.values()
-        return task(f"{what})", steps, partial(session.install, name), partial(session.is_installed, name))
+        return _Task(f"build:{name}", f"{what})", _of_goal, whole, name)
     state = "unknown until locked" if name in graph.unlocked else "broken"
-    text = graph.unlocked.get(name) or graph.broken[name]
-    return task(f"{what}; {state})", [], partial(_refuse, session, name, text))
+    return _Task(f"build:{name}", f"{what}; {state})", _of_unplanned, whole, name)
+
+
+def _of_step(whole: Callable[[], Session], name: str) -> dict[str, Any]:
+    session = whole()
+    needs = session.graph.steps[name].producers
+    return _acting(needs, partial(session.builder.build, name), partial(session.is_built, name))
+
+
+def _of_publishing(publish: Publish, name: str) -> dict[str, Any]:
+    return _acting([f"build:{name}"], partial(publish, name))
+
+
+def _of_goal(whole: Callable[[], Session], name: str) -> dict[str, Any]:
+    session = whole()
+    steps, done = session.graph.goals[name].steps.values(), partial(session.is_installed, name)
+    return _acting(steps, partial(session.install, name), done, [(clean, [session, name])])
+
+
+def _of_unplanned(whole: Callable[[], Session], name: str) -> dict[str, Any]:
+    session = whole()
+    text = session.graph.unlocked.get(name) or session.graph.broken[name]
+    return _acting([], partial(_refuse, session, name, text), clean=[(clean, [session, name])])
 
 
 def _refuse(session: Session, recipe: str, text: str, forced: bool) -> None:
@@ -75,20 +87,33 @@ def _groups(session: Session) -> list[Task]:
 
 
 class _Task(Task):  # type: ignore[misc]
-    """One of very many, whose attributes are of the right types."""
+    """One of very many. What makes it run, as `how(*of)` gives it, is looked for when doit asks for anything but its
+    name and what it is: `doit list` does not, and most builds are about few."""
 
-    check_attr = staticmethod(lambda *_: None)
+    check_attr = staticmethod(lambda *_: None)  # what we give it is of the right types
+
+    def __init__(self, name: str, doc: str, how: Callable[..., dict[str, Any]], *of: Any) -> None:
+        self.name, self.doc, self.subtask_of, self.has_subtask = name, doc, name.partition(":")[0], False
+        self.rest = (how, of)
+
+    def __getattr__(self, attribute: str) -> Any:
+        rest = self.__dict__.pop("rest", None)
+        if rest is not None:
+            how, of = rest
+            super().__init__(self.name, subtask_of=self.subtask_of, doc=self.doc, **how(*of))
+        try:
+            return self.__dict__[attribute]
+        except KeyError:
+            raise AttributeError(attribute) from None
 
 
-def _task(
-    name: str,
-    doc: str,
+def _acting(
     needs: Iterable[str],
     do: Callable[[bool], Any],
     is_done: Callable[[], bool] = lambda: False,
     clean: Sequence[Any] = (),
-) -> Task:
-    """`do` is told whether it was forced; what it raises is for the user."""
+) -> dict[str, Any]:
+    """A task's attributes. `do` is told whether it was forced; what it raises is for the user."""
 
     def uptodate() -> bool:
         try:
@@ -105,15 +130,12 @@ def _task(
             return (TaskError if isinstance(error, StepBroke) else TaskFailed)(str(error))
         return None
 
-    return _Task(
-        name,
-        [act],
-        task_dep=list(needs),
-        uptodate=[uptodate],
-        clean=clean,
-        subtask_of=name.partition(":")[0],
-        io={"capture": False},
-        params=[ALWAYS],
-        doc=doc,
-        meta={"forced": False},
-    )
+    return {
+        "actions": [act],
+        "task_dep": list(needs),
+        "uptodate": [uptodate],
+        "clean": clean,
+        "io": {"capture": False},
+        "params": [ALWAYS],
+        "meta": {"forced": False},
+    }

@@ -6,13 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlcbuild.recipes.types import Recipe
 
 
-@dataclass(frozen=True)
-class Input:
+class Input(NamedTuple):  # made and compared by the hundred thousand where a matrix is large
     """One declared input: the artifact of a step, or a file or folder outside the cache."""
 
     name: str

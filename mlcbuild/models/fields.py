@@ -324,13 +324,18 @@ def _parsed(expression: str) -> ast.Expression:
     return ast.parse(expression, mode="eval")
 
 
-def names_in(expression: object) -> list[str]:
+def names_in(expression: object) -> tuple[str, ...]:
     """The names that an expression depends on, in its order; none where it is no expression."""
+    return _names_in(expression) if isinstance(expression, str) else ()
+
+
+@functools.cache
+def _names_in(expression: str) -> tuple[str, ...]:
     try:
-        tree = ast.parse(expression if isinstance(expression, str) else "", mode="eval")
+        tree = _parsed(expression)
     except SyntaxError:  # told by `evaluate`
-        return []
-    return [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
+        return ()
+    return tuple(node.id for node in ast.walk(tree) if isinstance(node, ast.Name))
 
 
 def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:

@@ -6,18 +6,20 @@ Planning reads a model's `config.json` (from its folder, or from recipes.lock) a
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlcbuild.cache.tree import digest_json
 from mlcbuild.chat.config import TOKENIZER_FILES
 from mlcbuild.compiler import targets, tools
 from mlcbuild.compiler.web import emscripten
-from mlcbuild.engine.graph import Goal, Graph, Input, Step
+from mlcbuild.engine.graph import Goal, Graph, Input
 from mlcbuild.errors import MlcBuildError, NotLocked, Unavailable
 from mlcbuild.models.kinds import HYBRID
-from mlcbuild.planning.backends import COSTS, PAGES, backend
+from mlcbuild.planning.adding import Steps
+from mlcbuild.planning.backends import PAGES, backend
 from mlcbuild.planning.files import (
     ADAPTER_FILES,
     POOLING_FILES,
@@ -36,6 +38,7 @@ from mlcbuild.recipes.types import (
     Recipe,
     Source,
     Target,
+    Template,
     format_json,
     has_few_bits,
     quantization_json,
@@ -46,13 +49,18 @@ STEPS = "mlcbuild.steps"  # the package with one module per kind of step
 _UNQUANTIZED, _HERE, _EXACT = "q0f32", "cpu", "cpu-exact"
 # Calibration decides what weights become, so it runs on code that is the same on every machine of a kind.
 _EVERYWHERE = "cpu-x86_64"
+BOUNDS = ("kl", "perplexity_increase", "perplexity", "cosine", "gate")  # of recipes' `verify`
 _EVALUATION_TEXT = Path(__file__).parents[1] / "verify" / "evaluation.txt"
 _CALIBRATION_TEXT = Path(__file__).parents[1] / "verify" / "calibration.txt"
 
 
 def plan(catalog: Catalog, recipes: Iterable[Recipe], lock: Callable[[Model], Locked | None]) -> Graph:
     """The steps of the recipes; `lock` gives the commit and files of a model on a hub, or None where it has none."""
-    planner = _Planner(catalog, lock)
+    return goals_of(Planner(catalog, lock), recipes)
+
+
+def goals_of(planner: Planner, recipes: Iterable[Recipe]) -> Graph:
+    """The graph of what the planner makes of the recipes."""
     goals: dict[str, Goal] = {}
     unavailable: dict[str, str] = {}
     unlocked: dict[str, str] = {}
@@ -66,42 +74,44 @@ def plan(catalog: Catalog, recipes: Iterable[Recipe], lock: Callable[[Model], Lo
             unlocked[recipe.name] = str(error)
         except MlcBuildError as error:
             broken[recipe.name] = f"model {recipe.model.name}: {error}"
-    return Graph(planner.steps, goals, unavailable, unlocked, broken)
+    return Graph(planner.steps.added, goals, unavailable, unlocked, broken)
 
 
-class _Planner:
+class Planner:
     """Adds steps, each once. What several recipes share is worked out once."""
 
     def __init__(self, catalog: Catalog, lock: Callable[[Model], Locked | None]) -> None:
         self.catalog = catalog
         self.lock = lock
-        self.steps: dict[str, Step] = {}
-        self._names: dict[str, str] = {}  # identity -> task name
-        self._digests: dict[int, tuple[Any, list[str]]] = {}  # by id, with what has it, so that it is nobody else's
+        self.steps = Steps(STEPS)
+        self._add = self.steps.add
+        self.shapes: dict[bytes, Shape] = {}  # by all that they follow from
         self.known: dict[tuple[Any, ...], Any] = {}  # what `once` knows
 
     def goal(self, recipe: Recipe) -> Goal:
         model, quantization, target = recipe.model, recipe.quantization, recipe.target
         self._device(target)  # whether it can be built here at all
-        for source in model.hub_sources:
-            self._locked(model, source)
-        shape = self._shape(model, recipe.overrides)
+        shape = self._shape(model, tuple(sorted(recipe.overrides.items())))
         if shape.fields.get("kind") == HYBRID and targets.is_gpu(target):
             raise Unavailable(f"target {target.name}: models of kind `{HYBRID}` are compiled for CPUs only")
+        steps = {
+            **self._weights(model, quantization),
+            **self._compiled(shape.whole, shape.two_layers, quantization, target),
+        }
+        steps["package"] = self._package(recipe, shape, steps)
+        steps["measure"] = self._measure(recipe, shape, steps)
+        steps["verify"] = self._verify(recipe, shape, steps)
+        return Goal(recipe, steps)
+
+    @once
+    def _weights(self, model: Model, quantization: Quantization) -> dict[str, str]:
+        """The steps that make weights, those of the model first."""
         steps = {"download": self._download(model), **self._merged(model), "convert": self._convert(model)}
         if quantization.rounding == "calibrated":
             steps["calibrate"] = self._calibrate(model)
         elif quantization.rounding == "gptq":
             steps["round"] = self._round(model, quantization)
-        steps["quantize"] = self._quantize(model, quantization)
-        steps["lower"] = self._lower(shape.whole, quantization, target)
-        steps["library"] = self._library(shape.whole, quantization, target)
-        executed = self._execute(shape, quantization, target)
-        steps |= {"execute": executed} if executed else {}
-        steps["package"] = self._package(recipe, shape, steps)
-        steps["measure"] = self._measure(recipe, shape, steps)
-        steps["verify"] = self._verify(recipe, shape, steps)
-        return Goal(recipe, steps)
+        return {**steps, "quantize": self._quantize(model, quantization)}
 
     def _download(self, model: Model) -> str:
         return self._fetched(model, model.source, model.name)
@@ -123,7 +133,7 @@ class _Planner:
         inputs = [Input("checkpoint", step=download, select=TENSOR_FILES)]
         for name, step in self._merged(model).items():
             inputs.append(Input(name, step=step, select=TENSOR_FILES if name == "base" else ADAPTER_FILES))
-        shape = self._shape(model, {})
+        shape = self._shape(model, ())
         fields: dict[str, Any] = {"structure": shape.fields, **({"untied": True} if shape.untied else {})}
         if model.source.hf is not None:  # what the structure is made of is compared with the file, once it is here
             fields["config"] = dict(self._config(model))
@@ -145,14 +155,14 @@ class _Planner:
 
     @once
     def _round(self, model: Model, quantization: Quantization) -> str:
-        fields = {"quantization": self._weights(quantization)}
+        fields = {"quantization": self._packing(quantization)}
         return self._measured("round", f"{model.name}-{quantization.name}", model, "gptq", fields)
 
     def _measured(self, kind: str, label: str, model: Model, rounding: str, fields: Mapping[str, Any]) -> str:
         """A step that runs the calibration text through the model."""
         everywhere = self.catalog.targets[_EVERYWHERE]
         target = everywhere if targets.runs_here(everywhere) else self.catalog.targets[_HERE]
-        shape = self._shape(model, {})
+        shape = self._shape(model, ())
         if shape.blocks is None:
             raise MlcBuildError(
                 f"rounding `{rounding}` measures a decoder layer by layer, and "
@@ -172,8 +182,8 @@ class _Planner:
     def _quantize(self, model: Model, quantization: Quantization) -> str:
         convert = self._convert(model)
         fields = {
-            "structure": self._shape(model, {}).fields,
-            "quantization": self._weights(quantization),
+            "structure": self._shape(model, ()).fields,
+            "quantization": self._packing(quantization),
         }
         inputs = [Input("convert", step=convert)]
         if quantization.rounding == "calibrated":
@@ -182,6 +192,17 @@ class _Planner:
             inputs.append(Input("rounded", step=self._round(model, quantization)))
         materials = (self._download(model), convert)
         return self._add("quantize", f"{model.name}-{quantization.name}", fields, tuple(inputs), materials)
+
+    @once
+    def _compiled(self, whole: Form, small: Form, quantization: Quantization, target: Target) -> dict[str, str]:
+        """The library's steps, with the one that tries its kernels where something here can run them."""
+        steps = {
+            "lower": self._lower(whole, quantization, target),
+            "library": self._library(whole, quantization, target),
+        }
+        if not targets.not_executed(target):
+            steps["execute"] = self._execute(whole, small, quantization, target)
+        return steps
 
     @once
     def _lower(self, form: Form, quantization: Quantization, target: Target) -> str:
@@ -227,12 +248,10 @@ class _Planner:
         fields = {"emscripten": emscripten.version(), "sources": emscripten.source_tree()}
         return self._add("runtime", "webgpu", fields)
 
-    def _execute(self, shape: Shape, quantization: Quantization, target: Target) -> str | None:
-        """The step that tries the kernels of a library for a GPU; None where nothing here can run them."""
-        if targets.not_executed(target):
-            return None
+    def _execute(self, whole: Form, form: Form, quantization: Quantization, target: Target) -> str:
+        """The step that tries the kernels of a library for a GPU: in the library of the small model `form`."""
         here = self.catalog.targets[_EXACT]
-        form, device = shape.two_layers, targets.real_device(target)
+        device = targets.real_device(target)
         inputs = [Input("cpu_library", step=self._library(form, quantization, here))]
         fields: dict[str, Any] = {"structure": form.fields, "quantization": self._format(quantization)}
         if device:
@@ -242,7 +261,7 @@ class _Planner:
             fields |= {"device": self._device(target), "host": dict(target.host)}
             fields["linker"] = dataclasses.asdict(target.linker)
             inputs.append(Input("lower", step=self._lower(form, quantization, target)))
-        label = f"{shape.whole.label}-{_format(quantization)}-{target.name}"
+        label = f"{whole.label}-{_format(quantization)}-{target.name}"
         return self._add("execute", label, fields, tuple(inputs))
 
     def _package(self, recipe: Recipe, shape: Shape, steps: Mapping[str, str]) -> str:
@@ -251,7 +270,7 @@ class _Planner:
             "quantization": recipe.quantization.name,
             "format": _format(recipe.quantization),
             "target": recipe.target.name,
-            "template": {"name": recipe.template.name, **recipe.template.data},
+            "template": self._template(recipe.template),
             "model_type": shape.fields["model_type"],
             "model_config": shape.model_config,
         }
@@ -268,30 +287,34 @@ class _Planner:
     def _measure(self, recipe: Recipe, shape: Shape, steps: Mapping[str, str]) -> str:
         """Figures belong to weights and to the library that runs: one here, in place of every target that is not."""
         quantization, verify = recipe.quantization, recipe.verify
-        here, unquantized = self.catalog.targets[_HERE], self.catalog.quantizations[_UNQUANTIZED]
         how = method_of(shape, verify)
         layers = shape.blocks if how == "layers" else None
-        runs = recipe.target if layers is None and targets.runs_here(recipe.target) else self._stand_in(recipe.target)
+        runs, reference, library = self._run(layers or shape.whole, quantization, recipe.target)
         fields: dict[str, Any] = {"method": how}
         inputs = [
             Input("quantize", step=steps["quantize"]),
             Input("checkpoint", step=steps["download"], select=TOKEN_FILES),
             Input("convert", step=steps["convert"]),
             Input("text", path=verify.text or _EVALUATION_TEXT),
-            Input("reference", step=self._library(layers or shape.whole, unquantized, here)),
+            Input("reference", step=reference),
+            Input("library" if layers is None else "blocks", step=library),
         ]
         if layers is not None:
-            fields["structure"] = self._shape(recipe.model, {}).fields
+            fields["structure"] = self._shape(recipe.model, ()).fields
             fields["quantization"] = self._format(quantization)
             fields["context_window_size"] = shape.model_config.get("context_window_size", -1)  # pieces take more
-            inputs.append(Input("blocks", step=self._library(layers, quantization, runs)))
-        else:
-            inputs.append(Input("library", step=self._library(shape.whole, quantization, runs)))
         if how == "embeddings":
             fields["embedding"] = shape.fields["embedding"]
             inputs[1] = Input("checkpoint", step=steps["download"], select=(*TOKEN_FILES, *POOLING_FILES))
-        label = f"{recipe.model.name}-{quantization.name}-{runs.name}"
+        label = f"{recipe.model.name}-{quantization.name}-{runs}"
         return self._add("measure", label, fields, tuple(inputs), (steps["download"], steps["convert"]))
+
+    @once
+    def _run(self, form: Form, quantization: Quantization, target: Target) -> tuple[str, str, str]:
+        """What weights are measured with: a target's name, the unquantized library and the quantized one."""
+        runs = target if not form.blocks and targets.runs_here(target) else self._stand_in(target)
+        reference = self._library(form, self.catalog.quantizations[_UNQUANTIZED], self.catalog.targets[_HERE])
+        return runs.name, reference, self._library(form, quantization, runs)
 
     def _stand_in(self, target: Target) -> Target:
         """A target that this machine runs and that rounds activations as `target` says: its figures are the other's."""
@@ -306,8 +329,8 @@ class _Planner:
             "method": how,
             "class": recipe.quantization.kind,
             "model_dtype": recipe.quantization.model_dtype,
-            "executed": how != "layers" and targets.runs_here(recipe.target),
-            **{name: getattr(verify, name) for name in ("kl", "perplexity_increase", "perplexity", "cosine", "gate")},
+            "executed": how != "layers" and self._runs_here(recipe.target),
+            **{name: getattr(verify, name) for name in BOUNDS},
             "notes": list(shape.notes),
             **({} if shape.blocks is not None else {"by_layer": False}),  # no rounding measures it
         }
@@ -319,21 +342,37 @@ class _Planner:
     # What is asked again and again
 
     @once
-    def _shape(self, model: Model, overrides: Mapping[str, int]) -> Shape:
+    def _shape(self, model: Model, overrides: tuple[tuple[str, int], ...]) -> Shape:
+        for source in model.hub_sources:
+            self._locked(model, source)
         adapter = adapter_of(model, lambda source: self._locked(model, source))
-        return shape_of(self.catalog, model, self._config(model), overrides, adapter)
+        config = self._config(model)
+        # Not `digest_json`, which refuses the NaN that a config.json may have.
+        told = json.dumps([config, adapter, model.architecture, overrides], sort_keys=True)
+        known = hashlib.sha256(told.encode()).digest()  # fine-tuned models have the config.json of their base
+        if known not in self.shapes:
+            self.shapes[known] = shape_of(self.catalog, model, config, dict(overrides), adapter)
+        return self.shapes[known]
 
     @once
     def _config(self, model: Model) -> Mapping[str, Any]:
         return config_of(model, lambda model: self._locked(model, model.source))
 
     @once
-    def _weights(self, quantization: Quantization) -> dict[str, Any]:
+    def _packing(self, quantization: Quantization) -> dict[str, Any]:
         return quantization_json(quantization)
 
     @once
     def _format(self, quantization: Quantization) -> dict[str, Any]:
         return format_json(quantization)
+
+    @once
+    def _template(self, template: Template) -> dict[str, Any]:
+        return {"name": template.name, **template.data}
+
+    @once
+    def _runs_here(self, target: Target) -> bool:
+        return targets.runs_here(target)
 
     @once
     def _lock(self, model: Model, source: Source) -> Locked | None:
@@ -354,41 +393,6 @@ class _Planner:
         if reason:
             raise Unavailable(f"target {target.name}: {reason}")
         return targets.resolve(target)
-
-    def _digest(self, value: dict[str, Any]) -> list[str]:
-        """Of what many steps share, like a structure: worked out once. In a list, which no field has of one text."""
-        known = self._digests.get(id(value))
-        if known is None:
-            known = self._digests[id(value)] = (value, [digest_json(value)])
-        return known[1]
-
-    def _add(
-        self,
-        kind: str,
-        label: str,
-        fields: Mapping[str, Any],
-        inputs: tuple[Input, ...] = (),
-        materials: tuple[str, ...] = (),
-        entry: str = "",
-        takes: tuple[str, ...] = (),
-        brings: int = 0,
-    ) -> str:
-        """The name of the step with this meaning; a new one is called `kind:label` unless another meaning is.
-
-        `entry` is the function of a backend that the step calls; `takes` is added to what its kind takes.
-        """
-        wanted = [[item.name, item.step, str(item.path), item.select] for item in inputs]
-        told = {name: self._digest(value) if isinstance(value, dict) else value for name, value in fields.items()}
-        identity = digest_json([kind, told, wanted, materials, entry])
-        name = self._names.get(identity)
-        if name is None:
-            name = f"{kind}:{label}"
-            if name in self.steps:
-                name = f"{name}-{identity[:8]}"
-            self._names[identity] = name
-            cost = dataclasses.replace(COSTS[kind], takes=(*COSTS[kind].takes, *takes)) if takes else COSTS[kind]
-            self.steps[name] = Step(kind, name, f"{STEPS}.{kind}", fields, inputs, materials, entry, cost, brings)
-        return name
 
 
 def _format(quantization: Quantization) -> str:

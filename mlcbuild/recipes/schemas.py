@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlcbuild.recipes.problems import did_you_mean, nearest, one_of, show, where
+from mlcbuild.recipes.valid import Checks, strict
 
 _WORDS = {
     "string": "text",
@@ -37,7 +38,7 @@ class Complaint:
 
 
 class Schemas:
-    """The schemas of one folder. jsonschema is imported when the first file has to be validated."""
+    """The schemas of one folder. jsonschema is imported when the first file is not valid."""
 
     def __init__(self, folder: Path) -> None:
         self._texts = {path.name: path.read_bytes() for path in sorted(folder.glob("*.schema.json"))}
@@ -57,6 +58,8 @@ class Schemas:
 
     def complaints(self, kind: str, data: Any) -> list[Complaint]:
         """Everything that is wrong with the content of a file of `kind`."""
+        if self._checks.at(kind)(data):
+            return []
         schema = self.contents[kind]
         found = [c for error in self._validators[kind].iter_errors(data) for c in _explain(error, schema)]
         # `modle: x` is one mistake, not an unknown key and a missing one ...
@@ -65,6 +68,10 @@ class Schemas:
         # ... and a single value has one mistake, however many keywords it offends.
         single = {c.path: c for c in reversed(found) if c.single}
         return [Complaint(c.path, c.key, c.text) for c in found if not c.single or c is single[c.path]]
+
+    @functools.cached_property
+    def _checks(self) -> Checks:
+        return Checks(self.contents)
 
     @functools.cached_property
     def _validators(self) -> dict[str, Any]:
@@ -170,7 +177,5 @@ def _phrase(description: str) -> str:
 def _pattern(validator: Any, pattern: str, value: Any, schema: Any) -> Iterator[Any]:
     from jsonschema import ValidationError
 
-    # Python's `$` also matches before a final line break, JSON Schema's does not.
-    strict = pattern[:-1] + r"\Z" if pattern.endswith("$") else pattern
-    if isinstance(value, str) and not re.search(strict, value):
+    if isinstance(value, str) and not re.search(strict(pattern), value):
         yield ValidationError(f"{value!r} does not match {pattern!r}")

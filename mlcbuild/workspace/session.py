@@ -23,6 +23,7 @@ from mlcbuild.engine.graph import Goal, Graph
 from mlcbuild.engine.lookup import Lookup
 from mlcbuild.engine.resources import Pool
 from mlcbuild.errors import MlcBuildError, StepFailed, Unavailable
+from mlcbuild.planning.outline import outline
 from mlcbuild.planning.planner import plan
 from mlcbuild.recipes.changed import changed_since
 from mlcbuild.recipes.load import load
@@ -47,6 +48,7 @@ class Settings:
 
     cache: Path | None = None  # None: cache/ in the workspace
     locked: bool = False  # a hub model that is not in recipes.lock is broken
+    names_only: bool = False  # nothing is asked of steps but their names and kinds
     keep_going: bool = False  # what is wrong with a model breaks its recipes and no others
     debug_dump: Path | None = None
     shared: SharedCache | None = None
@@ -188,6 +190,8 @@ def growing() -> Iterator[None]:
         yield
     finally:
         if outermost:
+            if gc.get_count()[0] > _MANY:
+                gc.freeze()
             gc.set_threshold(_MANY, 50, 1000)
             gc.enable()
 
@@ -214,7 +218,8 @@ def open_session(
         names = [name for name in names if name in changed]
     models = [catalog.recipes[name].model for name in selection.to_look_up(names, known)]
     refused = lock_missing(root, store.root, models, report, refuse=settings.locked)
-    graph = plan(catalog, [catalog.recipes[name] for name in names], locker(root, refused))
+    make = outline if settings.names_only else plan
+    graph = make(catalog, [catalog.recipes[name] for name in names], locker(root, refused))
     if graph.broken and not settings.keep_going:
         raise MlcBuildError("\n".join(dict.fromkeys(graph.broken.values())))
     missing = [f"{name}: unavailable: {graph.unavailable[name]}" for name in selection.demanded(graph.unavailable)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlcbuild.cli.main import main
-from mlcbuild.doit_face.argv import named_tasks
+from mlcbuild.doit_face.argv import named_tasks, only_lists
 from mlcbuild.recipes.lockfile import read_lock
 from mlcbuild.recipes.select import Selection
 from tests.checkpoints.hub_server import COMMIT, Fault, Hub, serving
@@ -58,6 +58,22 @@ def test_what_a_command_line_is_about(line: str, expected: Selection) -> None:
     found = named_tasks(shlex.split(line))
     assert set(found.recipes) == set(expected.recipes)
     assert found.__dict__ | {"recipes": ()} == expected.__dict__ | {"recipes": ()}
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("list", True),
+        ("list -q --all --sort definition", True),
+        ("list -qs", False),
+        ("list --status", False),
+        ("list --stat --all", False),
+        ("info build:a", False),
+        ("build", False),
+    ],
+)
+def test_which_command_lines_ask_for_names_only(line: str, expected: bool) -> None:
+    assert only_lists(line.split()) == expected
 
 
 def test_listing_and_planning_ask_no_hub(remote: Workspace, hub: Hub) -> None:

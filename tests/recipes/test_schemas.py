@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import json
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,3 +124,67 @@ def test_the_schemas_digest_covers_every_schema(tmp_path: Path) -> None:
     before = Schemas(tmp_path).digest
     (tmp_path / "recipe.schema.json").write_text("{}")
     assert Schemas(tmp_path).digest != before
+
+
+def _places(data: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where there is a value inside `data`."""
+    for key in data if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else ():
+        yield (*place, key)
+        yield from _places(data[key], (*place, key))
+
+
+def _changed(data: Any, chance: random.Random) -> Any:
+    """The content with one or two values taken out, replaced or added."""
+    data = copy.deepcopy(data)
+    values: list[Any] = [
+        None,
+        True,
+        0,
+        1,
+        -1,
+        1.0,
+        2.5,
+        7,
+        128,
+        "",
+        "x",
+        "a\n",
+        "float16",
+        "native",
+        [],
+        ["a"],
+        ["a", "a"],
+        {},
+    ]
+    values += [[1, True], [1, 1.0], {"path": "a"}, {"hf": "a/b"}, {"hf": "a", "path": "b"}]
+    for _ in range(chance.choice((1, 1, 2))):
+        places = list(_places(data))
+        if not places:
+            break
+        *around, last = chance.choice(places)
+        at = functools.reduce(lambda each, key: each[key], around, data)
+        match chance.choice("drra"):
+            case "d":
+                del at[last]
+            case "r":
+                at[last] = chance.choice(values)
+            case _ if isinstance(at, dict):
+                at[chance.choice(["extra", "extends", "path", "hf", "revision", "kind", "name"])] = chance.choice(
+                    values
+                )
+            case _:
+                at.append(chance.choice([*at, *values]))
+    return data
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_what_is_valid_is_found_out_as_jsonschema_does(kind: str) -> None:
+    """The quick check, whose yes is believed, is compared over content of every kind, changed at random."""
+    contents = SCHEMAS.contents[kind]["examples"]
+    contents += [syntax.construct(syntax.compose(path.read_text()))[0] for of, path in STOCK if of == kind][:40]
+    chance, check, whole, verdicts = random.Random(kind), SCHEMAS._checks.at(kind), SCHEMAS._validators[kind], set()
+    for _ in range(40 if kind == "architecture" else 150):
+        data = _changed(chance.choice(contents), chance)
+        verdicts.add(whole.is_valid(data))
+        assert check(data) == whole.is_valid(data), data
+    assert verdicts == {True, False}

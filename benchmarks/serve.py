@@ -1,6 +1,7 @@
 """How much faster a server is with many clients than with one.
 
-python benchmarks/serve.py dist/stories-cpu --clients 8 --tokens 128
+    python benchmarks/serve.py                                         # random weights in the shape of TinyLlama 1.1B
+    python benchmarks/serve.py dist/stories-cpu --clients 8 --tokens 128
 
 It starts `mlcbuild serve`, and measures in turns, several times: one client that asks again and again, then many at
 once, each as often. The figure is tokens a second of all clients together; texts are never ended by the model. What
@@ -15,6 +16,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,12 +28,23 @@ PROMPT = "Once upon a time there was"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("package", type=Path)
+    parser.add_argument("package", type=Path, nargs="?", help="default: random weights of the 1.1B shape in q4f16_1")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128, help="tokens of each text")
     parser.add_argument("--texts", type=int, default=4, help="texts of each client")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as made:
+        if options.package is None:
+            sys.path.insert(0, str(Path(__file__).parents[1]))
+            from benchmarks import shape_1b
+
+            options.package = Path(made) / "shape-1b"
+            shape_1b.write_package("q4f16_1", options.package, Path(made) / "scratch")
+        measure(options)
+
+
+def measure(options: argparse.Namespace) -> None:
     command = [sys.executable, "-m", "mlcbuild.cli", "serve", str(options.package), "--port", "0"]
     command += ["--sequences", str(options.clients)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import string
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+from mlcbuild.chat.config import chat_config
+from mlcbuild.chat.conversation import from_data
+from mlcbuild.chat.tokenizer_info import json_tokenizer
 from mlcbuild.compiler import assemble, targets
 from mlcbuild.compiler.cpu.build import build as build_library
 from mlcbuild.compiler.cpu.lower import lower
@@ -94,3 +99,41 @@ def write_weights(name: str, folder: Path, shape: Structure) -> int:
     index = {"metadata": {"ParamSize": len(shards), "ParamBytes": total, "BitsPerParam": 0.0}, "records": shards}
     (folder / "tensor-cache.json").write_text(json.dumps(index))
     return total
+
+
+def write_package(name: str, folder: Path, scratch: Path) -> None:
+    """A package of the shape as a build leaves it in dist/: weights, library, configuration, a made-up tokenizer."""
+    shape = structure()
+    weights = folder / f"shape-{name}-MLC"
+    write_weights(name, weights, shape)
+    build(name, folder / f"shape-{name}-cpu.so", scratch, shape)
+    tokenizer = byte_level_tokenizer(CONFIG["vocab_size"])
+    (weights / "tokenizer.json").write_text(json.dumps(tokenizer))
+    sizes = {"vocab_size": CONFIG["vocab_size"], "context_window_size": 2048, "prefill_chunk_size": 512}
+    template = from_data(
+        "LM", {"roles": {"user": "", "assistant": ""}, "seps": [""], "stop_str": [], "system_message": ""}
+    )
+    ends = [{"eos_token_id": 0, "bos_token_id": 0}]
+    config = chat_config("llama", name, sizes, template, json_tokenizer(tokenizer), ["tokenizer.json"], ends)
+    (weights / "mlc-chat-config.json").write_text(json.dumps(config))
+
+
+def byte_level_tokenizer(size: int) -> dict[str, Any]:
+    """A tokenizer.json of so many tokens: bytes, and words of two and four letters that merges make of them."""
+    from tokenizers import pre_tokenizers
+
+    singles = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = ["".join(pair) for pair in itertools.product(string.ascii_lowercase, repeat=2)]
+    merges = [*([*pair] for pair in pairs), *map(list, itertools.product(pairs, repeat=2))]
+    tokens = ["<end>", *singles, *("".join(merge) for merge in merges)][:size]
+    merges = merges[: size - 1 - len(singles)]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges}
+    end = {"id": 0, "content": "<end>", "special": True, "single_word": False, "lstrip": False, "rstrip": False}
+    return {
+        "version": "1.0",
+        "added_tokens": [{**end, "normalized": False}],
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": model,
+    }

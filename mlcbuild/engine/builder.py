@@ -187,4 +187,4 @@ class Builder:
 
     def _finished(self, name: str, outcome: Literal["hit", "built"], seconds: float, action: Action) -> None:
         size = total_size(action.tree.files.values())
-        self.report(StepFinished(name, action.step, outcome, seconds, size))
+        self.report(StepFinished(name, action.step, outcome, seconds, size, key=action.key))

@@ -52,6 +52,7 @@ class StepFinished:
     text: str = ""  # why it failed
     why: str = ""  # why it had to run: a line for each thing that differs from the nearest earlier run
     log: str = ""  # of a failure: the last lines of the step's own output
+    key: str = ""  # the digest of all that it depends on; of what failed, none
 
 
 @dataclass(frozen=True)

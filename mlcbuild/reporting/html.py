@@ -34,7 +34,14 @@ def html(runs: Sequence[Run]) -> str:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"when": _when, "amount": amount, "duration": duration, "facts": _facts, "worst": _worst}
+    environment.filters |= {
+        "power": plots.power,
+        "when": _when,
+        "amount": amount,
+        "duration": duration,
+        "facts": _facts,
+        "worst": _worst,
+    }
     run, changed = runs[-1], changes(runs)
     clouds = plots.clouds(run.cells)
     targets = sorted({cell.target for cell in run.cells})
@@ -46,6 +53,7 @@ def html(runs: Sequence[Run]) -> str:
         targets=targets,
         rows=_rows(run, targets),
         lines=[plots.line(name, [get(each) for each in runs], show) for name, get, show in _TRENDS if len(runs) > 1],
+        failures=_failures(run),
         changes=changed,
         few=_FEW,
         most=_MOST_CHANGES,
@@ -65,6 +73,15 @@ def _rows(run: Run, targets: Sequence[str]) -> list[tuple[str, list[list[Cell]]]
         (f"{model} {quantization}".strip(), [by_target.get(target, []) for target in targets])
         for (model, quantization), by_target in sorted(rows.items())
     ]
+
+
+def _failures(run: Run) -> list[tuple[tuple[str, str], list[Cell]]]:
+    """Reasons with their logs, each once, and the recipes that failed by them: many share a step."""
+    found: dict[tuple[str, str], list[Cell]] = {}
+    for cell in run.cells:
+        if cell.status == "failed":
+            found.setdefault((cell.failure, cell.log), []).append(cell)
+    return [*found.items()]
 
 
 def _worst(cells: Iterable[Cell]) -> str:

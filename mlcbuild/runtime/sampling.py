@@ -117,13 +117,29 @@ def probabilities(scores: npt.NDArray[Any], settings: Sampling) -> Scores:
     if 0 < settings.top_k < len(weights):
         weights[weights < np.partition(weights, -settings.top_k)[-settings.top_k]] = 0
     if settings.top_p < 1:
-        order = np.argsort(-weights, kind="stable")
+        order = _likeliest(weights, settings.top_p)
         sums = np.cumsum(weights[order])
         # The token that reaches top_p belongs to the set; rounding must never leave the set empty.
-        weights[order[int(np.searchsorted(sums, settings.top_p * sums[-1])) + 1 :]] = 0
+        kept = order[: int(np.searchsorted(sums, settings.top_p * weights.sum())) + 1]
+        others, weights = weights, np.zeros_like(weights)
+        weights[kept] = others[kept]
     if settings.min_p > 0:
         weights[weights < settings.min_p * weights.max()] = 0
     return weights
+
+
+def _likeliest(weights: Scores, share: float) -> npt.NDArray[np.intp]:
+    """Tokens from the likeliest on, equals by their number: so many that they hold `share` of all weights.
+
+    To sort a whole vocabulary takes ten times as long as to find some hundred that nearly always hold it.
+    """
+    least = share * weights.sum()
+    for count in (256, 4096):
+        if count < len(weights):
+            near = np.flatnonzero(weights >= np.partition(weights, -count)[-count])
+            if weights[near].sum() >= least:
+                return near[np.argsort(-weights[near], kind="stable")]
+    return np.argsort(-weights, kind="stable")
 
 
 def log_probabilities(logits: npt.NDArray[np.float32]) -> Scores:

@@ -20,10 +20,11 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.looks import dressed
 from mlcbuild.serve import answers
 from mlcbuild.serve.engine import Engine, QueueFull
 from mlcbuild.serve.metrics import Metrics
@@ -96,7 +97,7 @@ class Server:
             )
 
     async def _page(self, _: Request) -> Response:
-        return FileResponse(_PAGE, media_type="text/html")
+        return HTMLResponse(dressed(_PAGE.read_text(encoding="utf-8")))
 
     async def _health(self, _: Request) -> Response:
         return JSONResponse({"status": "ok", "models": list(self._engines)})

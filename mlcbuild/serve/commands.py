@@ -18,6 +18,7 @@ _LOOPBACK = ["127.0.0.1", "localhost", "[::1]", "::1"]
 _SECONDS = 1  # that answers which are being written have when the server ends
 _REST = 0.5  # seconds for their last words; who has not read them by then does not read
 _STEP = 0.2  # seconds that an engine has for its last step
+_IDLE = 60  # seconds that a connection stays open unused: more than clients keep one, or both could act at once
 
 
 def serve(
@@ -85,6 +86,7 @@ def serve(
         ws="none",
         log_level="info",
         access_log=False,
+        timeout_keep_alive=_IDLE,
         timeout_graceful_shutdown=_SECONDS + 1,
     )
     try:

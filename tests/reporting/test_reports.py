@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import shutil
 import subprocess
@@ -15,7 +17,7 @@ import pytest
 from mlcbuild.cli.main import main
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.reporting.changes import changes
-from mlcbuild.reporting.events import Event, from_json
+from mlcbuild.reporting.events import Event, StepFinished, from_json
 from mlcbuild.reporting.history import Cell, Run, read_logs, runs_of
 from mlcbuild.reporting.html import html
 from mlcbuild.reporting.plots import clouds
@@ -275,6 +277,29 @@ def test_quality_over_size_for_each_model_that_has_several() -> None:
     page = Page(html([run]))
     assert "q8: 4.0 MB, KL 0.0005" in page.texts and {"0.01", "2.0 MB", "8.0 MB"} <= set(page.texts)
     assert clouds([run.cells[0]]) == []
+
+
+def test_names_on_a_plot_do_not_lie_on_each_other() -> None:
+    names = [f"q4f16_{i}" for i in range(6)]
+    far = ("q0", "q0", 9_000_000, 0.02, "hit")
+    (cloud,) = clouds(run_of(*((n, n, 2_000_000, 0.02, "hit") for n in names), far).cells)
+    lines = sorted(dot.name_y for dot in cloud.dots if dot.name != "q0")
+    assert all(after - before > 11.9 for before, after in itertools.pairwise(lines))
+    assert cloud.dots[-1].name_y == cloud.dots[-1].y - 7, "where there is room, a name is above its dot"
+
+
+def test_what_failed_for_one_reason_is_said_once_and_keys_and_quality_are_shown() -> None:
+    kinds = [("a", 0.01, "hit"), ("b", None, "failed"), ("c", None, "failed"), ("d", None, "failed")]
+    cells = [
+        dataclasses.replace(run_of((n, n, 2_000_000, kl, status)).cells[0], failure="" if n == "a" else why)
+        for (n, kl, status), why in zip(kinds, ("", "no weights", "no weights", "too far"), strict=True)
+    ]
+    ran = StepFinished("quantize:a", "quantize", "built", 1.0, 5, key="0123456789abcdef")
+    page = Page(html([Run(0.0, [dataclasses.replace(cells[0], steps=(ran,)), *cells[1:]])]))
+    assert [text for text in page.texts if text in ("no weights", "too far")] == ["no weights", "too far"]
+    assert ("code", {"title": "0123456789abcdef"}) in page.tags and "0123456789ab" in page.texts
+    (meter,) = [attributes for tag, attributes in page.tags if tag == "meter"]
+    assert (meter["value"], meter["title"]) == ("-2.00", "KL 0.0100")
 
 
 def test_the_page_loads_nothing_and_only_filters(log: Path) -> None:

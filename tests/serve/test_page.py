@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import urllib.request
 from pathlib import Path
 
 import pytest
 
+from mlcbuild.compiler.web.try_out.page import chat_page
 from tests.serve.conftest import KEY
 from tests.support.chromium import browser
 from tests.support.tools import missing
@@ -35,3 +37,12 @@ def test_a_person_talks_to_a_package(address: str, tmp_path: Path) -> None:
         assert "tokens, " in page.texts("#status")[0] or page.texts(".model")[-1] == ""
         page.evaluate("document.querySelector('#reset').click()")
         assert page.texts("#talk") == [""]
+
+
+def test_the_page_in_a_package_has_the_same_looks(address: str) -> None:
+    with urllib.request.urlopen(address) as answer:
+        assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+        pages = [answer.read().decode(), chat_page("m", "m-MLC", "m.wasm")]
+    styles = {page.partition("<style>")[2].partition("</style>")[0] for page in pages}
+    assert len(styles) == 1 and "prefers-color-scheme: dark" in styles.pop()
+    assert not any("$" in page.partition("<script")[0] for page in pages), "a name that nothing was put in the place of"

@@ -22,6 +22,7 @@ class Format:
 
 
 _MAX_LANES = 16
+_WORDS_AT_ONCE = 4  # of a row, whose activations share a scale; at most that in dot_digits.h
 
 
 def format_of(weights: Weights | None) -> Format:
@@ -51,7 +52,7 @@ def format_of(weights: Weights | None) -> Format:
             ("TRANSPOSED", int(transposed)),
             ("ASYMMETRIC", int(not weights.symmetric)),
         ),
-        _MAX_LANES * elements_per_word(weights),
+        _MAX_LANES * _WORDS_AT_ONCE * elements_per_word(weights),
         weights.bits,
     )
 

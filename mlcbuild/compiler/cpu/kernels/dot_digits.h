@@ -1,9 +1,13 @@
 // Dot products of codes with activations in fixed point (fixed_point.h), the codes taken apart into bytes.
 //
-// A word's codes are QUADS times four bytes. A block of LANES words takes its activations as [DIGITS][QUADS][4 * LANES]
-// bytes, the highest digit first. WORDS_AT_ONCE words are a unit, whose activations share a scale and whose weights do.
-// The LANES units of WORDS_AT_ONCE blocks are a stretch: before its blocks, -ZERO times the sum of each unit's activations
-// and their scale, [LANES] float32 each. That is no more bytes than activations have in float32, whose place they take.
+// WORDS_AT_ONCE neighbouring words are a unit, whose activations share a scale and whose weights do. LANES units are a
+// stretch: as many registers, turned so that lane l of each holds a word of one unit. Then a unit's products are summed as
+// whole numbers, and turning costs the same for many tokens as for one.
+//
+// A stretch's activations are, per lane, -ZERO * sum(x) [LANES] int32 and the scale [LANES] float32; then for each register
+// [DIGITS][QUADS][4 * LANES] bytes, the highest digit first, where a word's codes are QUADS times four bytes. That is no
+// more than activations take in float32, whose place it is. The tokens' parts of a stretch lie one after the other: rows of
+// some KB each would meet in the same few lines of the first-level cache.
 
 #if BITS == 4
 #define QUADS 2  // even codes, odd codes
@@ -15,7 +19,7 @@ INLINE void split(u32v word, bytes_v *out) {
 INLINE i32v add_products(i32v acc, const bytes_v *code, const i8v *x) { return dot8(acc, code[0], code[1], x[0], x[1]); }
 #elif BITS == 8
 #define QUADS 1
-#define WORDS_AT_ONCE 8
+#define WORDS_AT_ONCE 4
 INLINE void split(u32v word, bytes_v *out) { out[0] = (bytes_v)word; }
 INLINE i32v add_products(i32v acc, const bytes_v *code, const i8v *x) { return dot4(acc, code[0], x[0]); }
 #elif BITS == 3
@@ -35,121 +39,184 @@ INLINE i32v add_products(i32v acc, const bytes_v *code, const i8v *x) {
 }
 #endif
 
+#define ROWS_AT_ONCE 2
+#define TOKENS_AT_ONCE 4
 #define HEAD_BYTES (2 * 4 * LANES)
 #define BLOCK_BYTES (4 * QUADS * DIGITS * LANES)
 #define STRETCH_WORDS (WORDS_AT_ONCE * LANES)
 #define STRETCH_BYTES (HEAD_BYTES + WORDS_AT_ONCE * BLOCK_BYTES)
-_Static_assert(HEAD_BYTES + BLOCK_BYTES <= 4 * PER_WORD * LANES, "a stretch takes the place of its activations in float32");
+_Static_assert(STRETCH_BYTES <= 4 * PER_WORD * STRETCH_WORDS, "a stretch takes the place of its activations in float32");
 _Static_assert(GROUP_WORDS % WORDS_AT_ONCE == 0, "the weights of a unit have one scale");
 
-// The activations of a unit, the unit-th of a stretch.
-INLINE void put_unit(fixed group, i8 *stretch, i64 unit) {
-    i8 *block = stretch + HEAD_BYTES + unit * WORDS_AT_ONCE / LANES * BLOCK_BYTES;
-    i64 lane = unit * WORDS_AT_ONCE % LANES;
-#if BITS == 4
-    for (int d = 0; d < DIGITS; d++) {
-        *(i8x16 *)(block + (8 * d) * LANES + 4 * lane) = EVEN(group.digit[d]);
-        *(i8x16 *)(block + (8 * d + 4) * LANES + 4 * lane) = ODD(group.digit[d]);
-    }
+// The unit that lane `lane` has after `turn`.
+INLINE int unit_in(int lane) {
+    int word = lane % 4 * WORDS_AT_ONCE;  // in the four lanes of each register that are turned together
+    return (word / 4 * LANES + lane / 4 * 4 + word % 4) / WORDS_AT_ONCE;
+}
+
+#if LANES == 16
+#define EVENS(a, b) __builtin_shufflevector(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30)
+#define ODDS(a, b) __builtin_shufflevector(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31)
+#elif LANES == 8
+#define EVENS(a, b) __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14)
+#define ODDS(a, b) __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15)
 #else
-    for (i64 word = 0; word < WORDS_AT_ONCE; word++)
-        for (i64 j = 0; j < 4 * QUADS; j++) {
-            i64 from = word * PER_WORD + j, to = j / 4 * 4 * LANES + 4 * (lane + word) + j % 4;
-            for (i64 d = 0; d < DIGITS; d++) block[4 * QUADS * d * LANES + to] = j < PER_WORD ? group.digit[d][from] : 0;
-        }
+#define EVENS(a, b) __builtin_shufflevector(a, b, 0, 2, 4, 6)
+#define ODDS(a, b) __builtin_shufflevector(a, b, 1, 3, 5, 7)
 #endif
-    ((f32 *)stretch)[unit] = (f32)(__builtin_reduce_add(group.value) * -ZERO);
-    ((f32 *)stretch)[LANES + unit] = group.scale;
-}
 
-INLINE void pack_dot(const void *x, i64 from, i32 wide, f32 *out, i64 k) {
-    i8 *stretch = (i8 *)out;
-    i64 blocks = (k + PER_WORD * LANES - 1) / (PER_WORD * LANES), units = blocks * LANES / WORDS_AT_ONCE;
-    for (i64 first = 0; first < units; first += LANES, stretch += STRETCH_BYTES) {
-        store_float32((f32 *)stretch, splat(0.0f));
-        store_float32((f32 *)stretch + LANES, splat(0.0f));
-        for (i64 unit = 0; unit < min_i64(LANES, units - first); unit++) {
-            i64 at = (first + unit) * WORDS_AT_ONCE * PER_WORD, end = min_i64(k, at + WORDS_AT_ONCE * PER_WORD);
-            put_unit(to_fixed(load_32(x, from, at, wide, end)), stretch, unit);
+// A stretch's words: v[j] gets word j of every unit. Four lanes stay four lanes, as the fastest shuffles have it.
+INLINE void turn(u32v v[WORDS_AT_ONCE]) {
+    UNROLL for (int step = 1; step < WORDS_AT_ONCE; step *= 2) {
+        u32v apart[WORDS_AT_ONCE];
+        UNROLL for (int i = 0; i < WORDS_AT_ONCE / 2; i++) {
+            apart[i] = EVENS(v[2 * i], v[2 * i + 1]);
+            apart[i + WORDS_AT_ONCE / 2] = ODDS(v[2 * i], v[2 * i + 1]);
         }
+        UNROLL for (int i = 0; i < WORDS_AT_ONCE; i++) v[i] = apart[i];
     }
 }
 
-// Adds the products of LANES words of each row with the b-th block of each token's stretch. `units` are the products of
-// the scales of both, a unit's in each lane.
-INLINE void dot_block(const i8 *stretch, i64 stride, int b, const u32v *word, f32v (*units)[TOKENS_AT_ONCE],
-                      f32v (*acc)[TOKENS_AT_ONCE], const int rows, const int tokens) {
-    bytes_v code[ROWS_AT_ONCE][QUADS];
-    i32v unit;
-    for (int lane = 0; lane < LANES; lane++) unit[lane] = (b * LANES + lane) / WORDS_AT_ONCE;
-    UNROLL for (int r = 0; r < rows; r++) split(word[r], code[r]);
-    UNROLL for (int t = 0; t < tokens; t++) {
-        const i8v *digits = (const i8v *)(stretch + t * stride + HEAD_BYTES + b * BLOCK_BYTES);
-        UNROLL for (int r = 0; r < rows; r++) {
-            i32v total = {};
-            UNROLL for (int d = 0; d < DIGITS; d++) total = add_products(total << 8, code[r], digits + QUADS * d);
-            acc[r][t] += __builtin_convertvector(total, f32v) * permute(units[r][t], unit);
+// A unit's activations, in lane `lane` of a stretch.
+INLINE void put_unit(fixed group, i8 *stretch, i64 lane) {
+    i8 *block = stretch + HEAD_BYTES + 4 * lane;
+    for (i64 word = 0; word < WORDS_AT_ONCE; word++, block += BLOCK_BYTES)
+        UNROLL for (int d = 0; d < DIGITS; d++) {
+            i8 *to = block + 4 * QUADS * d * LANES;
+#if BITS == 4
+            i8x16 evens = EVEN(group.digit[d]), odds = ODD(group.digit[d]);
+            *(i32 *)to = (*(i32x4 *)&evens)[word];
+            *(i32 *)(to + 4 * LANES) = (*(i32x4 *)&odds)[word];
+#else
+            for (i64 j = 0; j < 4 * QUADS; j++)
+                to[j / 4 * 4 * LANES + j % 4] = j < PER_WORD ? group.digit[d][word * PER_WORD + j] : 0;
+#endif
         }
+    ((i32 *)stretch)[lane] = __builtin_reduce_add(group.value) * -ZERO;
+    ((f32 *)stretch)[LANES + lane] = group.scale;
+}
+
+// Token `t` of `tokens`, whose activations are those of x from element `from` on.
+INLINE void pack_dot(const void *x, i64 from, i32 wide, f32 *packed, i64 t, i64 tokens, i64 k, i64 stride) {
+    (void)stride;
+    i8 *stretch = (i8 *)packed + t * STRETCH_BYTES;
+    for (i64 first = 0; first < k; first += STRETCH_WORDS * PER_WORD, stretch += tokens * STRETCH_BYTES)
+        for (int lane = 0; lane < LANES; lane++) {
+            i64 at = first + unit_in(lane) * WORDS_AT_ONCE * PER_WORD, end = min_i64(k, at + WORDS_AT_ONCE * PER_WORD);
+            put_unit(to_fixed(load_32(x, from, at, wide, end)), stretch, lane);
+        }
+}
+
+INLINE void fetch_bytes(const char *p, const int bytes) {
+    UNROLL for (int i = 0; i < bytes; i += 64) fetch(p + i, 0);
+}
+
+// Adds the products of a stretch of each row, whose units have these scales, with that of each token.
+INLINE void dot_stretch(const i8 *x, u32v (*word)[WORDS_AT_ONCE], const f32v *scale, f32v (*acc)[TOKENS_AT_ONCE],
+                        const int rows, const int tokens) {
+    bytes_v code[ROWS_AT_ONCE][WORDS_AT_ONCE][QUADS];
+    UNROLL for (int r = 0; r < rows; r++) {
+        turn(word[r]);
+        UNROLL for (int j = 0; j < WORDS_AT_ONCE; j++) split(word[r][j], code[r][j]);
+    }
+    UNROLL for (int t = 0; t < tokens; t++, x += STRETCH_BYTES) {
+        u32v total[ROWS_AT_ONCE] = {};
+        UNROLL for (int d = 0; d < DIGITS; d++) {
+            i32v sum[ROWS_AT_ONCE];
+            UNROLL for (int r = 0; r < rows; r++) sum[r] = d == DIGITS - 1 ? *(const i32v *)x : (i32v){};
+            UNROLL for (int j = 0; j < WORDS_AT_ONCE; j++)
+                UNROLL for (int r = 0; r < rows; r++)
+                    sum[r] = add_products(sum[r], code[r][j], (const i8v *)(x + HEAD_BYTES + j * BLOCK_BYTES) + QUADS * d);
+            UNROLL for (int r = 0; r < rows; r++) total[r] = (total[r] << 8) + (u32v)sum[r];
+        }
+        UNROLL for (int r = 0; r < rows; r++)
+            acc[r][t] += __builtin_convertvector((i32v)total[r], f32v) * (scale[r] * load_float32((const f32 *)x + LANES));
     }
 }
 
-// Scales of a stretch's units from those of LANES groups; the s-th stretch of these groups.
-INLINE f32v unit_scales(f32v groups, int s) {
-    i32v index;
-    for (int unit = 0; unit < LANES; unit++) index[unit] = (s * LANES + unit) * WORDS_AT_ONCE / GROUP_WORDS;
-    return permute(groups, index);
-}
-
-// The products of the scales of a row's units and of each token's, and what the codes' zero adds up to.
-INLINE void begin_stretch(const i8 *stretch, i64 stride, f32v scale, f32v *units, f32v *acc, const int tokens) {
-    UNROLL for (int t = 0; t < tokens; t++) {
-        const f32 *head = (const f32 *)(stretch + t * stride);
-        units[t] = scale * load_float32(head + LANES);
-        acc[t] += units[t] * load_float32(head);
-    }
-}
-
-// out[t * TASK_ROWS + r] = the products of `words` words of `rows` rows, which have `groups` groups, with `tokens` tokens,
-// `stride` bytes from one token to the next.
-INLINE void dot_tile(const void *packed, i64 stride, const u32 *codes, const scale_type *scales, i64 groups, i64 words,
-                     f32 *out, const int rows, const int tokens) {
-    // In turns where there is one sum: an addition waits for the one before.
-    f32v acc[2][ROWS_AT_ONCE][TOKENS_AT_ONCE] = {}, units[ROWS_AT_ONCE][TOKENS_AT_ONCE];
-    u32v word[ROWS_AT_ONCE];
-    const i8 *x = (const i8 *)packed;
-    i64 at = 0, row_words = groups * GROUP_WORDS, ahead = bytes_ahead(row_words, rows);
+// out[t * TASK_ROWS + r] = the products of `words` words of `rows` rows, which have `groups` groups, with `tokens` of all
+// the tokens that are packed. `next` and `next_scales` are what is to be fetched meanwhile: a share of as many bytes as
+// the rows have, one of `shares`, from the first to the last.
+INLINE void dot_tile(const i8 *x, i64 all, const u32 *codes, const scale_type *scales, i64 groups, i64 words, f32 *out,
+                     const char *next, const char *next_scales, const int rows, const int tokens, const int shares) {
+    f32v acc[ROWS_AT_ONCE][TOKENS_AT_ONCE] = {}, scale[ROWS_AT_ONCE];
+    u32v word[ROWS_AT_ONCE][WORDS_AT_ONCE];
+    i64 at = 0, row_words = groups * GROUP_WORDS;
     while (at + GROUP_WORDS * LANES <= words) {
-        f32v scale[ROWS_AT_ONCE];
-        UNROLL for (int r = 0; r < rows; r++) {
-            const scale_type *from = scales + r * groups + at / GROUP_WORDS;
-            fetch(from + ahead / (4 * GROUP_WORDS), rows > 1);
-            scale[r] = affine_v(from).scale;
-        }
-        UNROLL for (int s = 0; s < GROUP_WORDS / WORDS_AT_ONCE; s++, at += STRETCH_WORDS, x += STRETCH_BYTES) {
-            UNROLL for (int r = 0; r < rows; r++)
-                begin_stretch(x, stride, unit_scales(scale[r], s), units[r], acc[1][r], tokens);
-            UNROLL for (int b = 0; b < WORDS_AT_ONCE; b++) {
-                UNROLL for (int r = 0; r < rows; r++) {
-                    const u32 *from = codes + r * row_words + at + b * LANES;
-                    fetch((const char *)from + ahead, rows > 1);
-                    word[r] = *(const u32v *)from;
-                }
-                dot_block(x, stride, b, word, units, acc[rows * tokens == 1 && b % 2], rows, tokens);
+        f32v group[ROWS_AT_ONCE];
+        UNROLL for (int r = 0; r < rows; r++) group[r] = affine_v(scales + r * groups + at / GROUP_WORDS).scale;
+        fetch_bytes(next_scales, rows * LANES * (int)sizeof(scale_type) / shares);
+        next_scales += rows * LANES * (int)sizeof(scale_type) / shares;
+        UNROLL for (int s = 0; s < GROUP_WORDS / WORDS_AT_ONCE; s++, at += STRETCH_WORDS, x += all * STRETCH_BYTES) {
+            i32v index;
+            for (int lane = 0; lane < LANES; lane++) index[lane] = (s * LANES + unit_in(lane)) * WORDS_AT_ONCE / GROUP_WORDS;
+            fetch_bytes(next, rows * 4 * STRETCH_WORDS / shares);
+            next += rows * 4 * STRETCH_WORDS / shares;
+            UNROLL for (int r = 0; r < rows; r++) {
+                UNROLL for (int j = 0; j < WORDS_AT_ONCE; j++)
+                    word[r][j] = *(const u32v *)(codes + r * row_words + at + j * LANES);
+                scale[r] = permute(group[r], index);
             }
+            dot_stretch(x, word, scale, acc, rows, tokens);
         }
     }
-    for (; at < words; at += STRETCH_WORDS, x += STRETCH_BYTES) {
+    for (; at < words; at += STRETCH_WORDS, x += all * STRETCH_BYTES) {
         UNROLL for (int r = 0; r < rows; r++) {
-            f32v scale = spread_affine(scales + r * groups, at, WORDS_AT_ONCE, words).scale;
-            begin_stretch(x, stride, scale, units[r], acc[1][r], tokens);
+            scale_type some[LANES] = {0};
+            for (int lane = 0; lane < LANES; lane++) {
+                i64 first = at + unit_in(lane) * WORDS_AT_ONCE;
+                if (first < words) some[lane] = scales[r * groups + first / GROUP_WORDS];
+            }
+            scale[r] = affine_v(some).scale;
+            for (int j = 0; j < WORDS_AT_ONCE; j++)
+                word[r][j] = load_words(codes + r * row_words + at + j * LANES, words - at - j * LANES);
         }
-        UNROLL for (int b = 0; b < WORDS_AT_ONCE; b++) {
-            i64 first = at + b * LANES;
-            if (first >= words) break;
-            UNROLL for (int r = 0; r < rows; r++) word[r] = load_words(codes + r * row_words + first, words - first);
-            dot_block(x, stride, b, word, units, acc[0], rows, tokens);
-        }
+        dot_stretch(x, word, scale, acc, rows, tokens);
     }
     UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int t = 0; t < tokens; t++) out[t * TASK_ROWS + r] = sum(acc[0][r][t] + acc[1][r][t]);
+        UNROLL for (int t = 0; t < tokens; t++) out[t * TASK_ROWS + r] = sum(acc[r][t]);
+}
+
+#define DEFINE_DOT(R, T, SHARES) \
+    NOINLINE void dot_##R##_##T##_##SHARES(const i8 *x, i64 all, const u32 *codes, const scale_type *scales, i64 groups, \
+                                           i64 words, f32 *out, const char *next, const char *next_scales) { \
+        dot_tile(x, all, codes, scales, groups, words, out, next, next_scales, R, T, SHARES); \
+    }
+DEFINE_DOT(1, 1, 1)
+DEFINE_DOT(2, 2, 1)
+DEFINE_DOT(2, 3, 1)
+DEFINE_DOT(2, 4, 1)
+DEFINE_DOT(2, 1, 2)
+DEFINE_DOT(2, 2, 2)
+DEFINE_DOT(2, 3, 2)
+DEFINE_DOT(2, 4, 2)
+
+INLINE void dot(const f32 *packed, i64 stride, const weights *w, i64 first, i64 rows, i64 tokens, f32 *out) {
+    i64 groups = (w->k + GROUP_SIZE - 1) / GROUP_SIZE, row_words = groups * GROUP_WORDS, words = words_held(w), r = 0;
+    i64 turn = 8 * row_words, ahead = (AHEAD + turn - 1) / turn * turn;  // of two rows, whole turns
+    const i8 *x = (const i8 *)packed;
+    const u32 *codes = (const u32 *)w->part[0] + first * row_words;
+    const scale_type *scales = (const scale_type *)w->part[1] + first * groups;
+    (void)stride;
+#define DOT(R, T, SHARES, FROM, BEFORE) \
+    dot_##R##_##T##_##SHARES(x + (FROM) * STRETCH_BYTES, tokens, codes + r * row_words, scales + r * groups, groups, words, \
+        out + (FROM) * TASK_ROWS + r, (const char *)(codes + r * row_words) + (BEFORE), \
+        (const char *)(scales + r * groups) + (BEFORE) / (4 * GROUP_WORDS) * (i64)sizeof(scale_type))
+    // Of one token, one row after the other: memory is read fastest in one line. With more, rows share what they load, and
+    // what is fetched in advance is one line all the same.
+    for (; tokens > 1 && r + 2 <= rows; r += 2) {
+        if (tokens == 2) DOT(2, 2, 1, 0, ahead);
+        else if (tokens == 3) DOT(2, 3, 1, 0, ahead);
+        else if (tokens == 4) DOT(2, 4, 1, 0, ahead);
+        else {
+            DOT(2, 4, 2, 0, ahead);
+            if (tokens == 5) DOT(2, 1, 2, 4, ahead + turn / 2);
+            else if (tokens == 6) DOT(2, 2, 2, 4, ahead + turn / 2);
+            else if (tokens == 7) DOT(2, 3, 2, 4, ahead + turn / 2);
+            else DOT(2, 4, 2, 4, ahead + turn / 2);
+        }
+    }
+    for (; r < rows; r++)
+        for (i64 t = 0; t < tokens; t++) DOT(1, 1, 1, t, AHEAD);
+#undef DOT
 }

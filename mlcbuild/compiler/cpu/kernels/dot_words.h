@@ -1,7 +1,32 @@
 // Dot products with words taken lane by lane: lane l of a register holds word l of LANES neighbours, step j takes code j
 // of every word. The activations of such a block lie as [j][lane], so one register of scales serves the whole block.
 
-INLINE void pack_dot(const void *x, i64 from, i32 wide, f32 *out, i64 k) {
+// What LANES words of a row are scaled by: each step-th word from `at` on, which starts a group; the row has `words`.
+INLINE affine spread_affine(const scale_type *row, i64 at, i64 step, i64 words) {
+    scale_type some[LANES] = {0};
+    for (i64 i = 0; i < LANES && at + i * step < words; i++) some[i] = row[(at + i * step) / GROUP_WORDS];
+    return affine_v(some);
+}
+
+// The same for block `b` of GROUP_WORDS whole blocks, whose LANES scales are given.
+INLINE affine choose_affine(affine all, int b) {
+    i32v index;
+    for (int lane = 0; lane < LANES; lane++) index[lane] = (b * LANES + lane) / GROUP_WORDS;
+    return (affine){permute(all.scale, index), ASYMMETRIC ? permute(all.minimum, index) : all.minimum};
+}
+
+#define ROWS_AT_ONCE 4
+#define TOKENS_AT_ONCE 2
+
+// How far in advance words are fetched: of one row, what follows it; of rows that take turns, whole turns.
+INLINE i64 bytes_ahead(i64 words, const int rows) {
+    i64 turn = rows * words * (i64)sizeof(WORD);
+    return rows == 1 ? AHEAD : (16384 + turn - 1) / turn * turn;
+}
+
+INLINE void pack_dot(const void *x, i64 from, i32 wide, f32 *packed, i64 t, i64 tokens, i64 k, i64 stride) {
+    f32 *out = packed + t * stride;
+    (void)tokens;
     for (i64 start = 0; start < k; start += LANES * PER_WORD)
         for (int lane = 0; lane < LANES; lane++)
             UNROLL for (int j = 0; j < PER_WORD; j++) {
@@ -60,4 +85,23 @@ INLINE void dot_tile(const void *packed, i64 stride, const WORD *codes, const sc
     }
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int t = 0; t < tokens; t++) out[t * TASK_ROWS + r] = sum(acc[r][t]);
+}
+
+INLINE void dot(const f32 *x, i64 stride, const weights *w, i64 first, i64 rows, i64 tokens, f32 *out) {
+    i64 groups = (w->k + GROUP_SIZE - 1) / GROUP_SIZE, words = groups * GROUP_WORDS;
+    const WORD *codes = (const WORD *)w->part[0] + first * words;
+    const scale_type *scales = (const scale_type *)w->part[1] + first * groups;
+    i64 held = words_held(w), r = 0, bytes = stride * (i64)sizeof(f32);
+#define TILE(R, T) \
+    dot_tile(x + t * stride, bytes, codes + r * words, scales + r * groups, groups, held, out + t * TASK_ROWS + r, R, T)
+    // Of one token, one row after the other: memory is read fastest in one line, a quarter slower where rows alternate.
+    // With more, the multiplications take longer than the reading, and several rows share what is loaded for them.
+    for (; tokens > 1 && r + ROWS_AT_ONCE <= rows; r += ROWS_AT_ONCE) {
+        i64 t = 0;
+        for (; t + TOKENS_AT_ONCE <= tokens; t += TOKENS_AT_ONCE) TILE(ROWS_AT_ONCE, TOKENS_AT_ONCE);
+        for (; t < tokens; t++) TILE(ROWS_AT_ONCE, 1);
+    }
+    for (; r < rows; r++)
+        for (i64 t = 0; t < tokens; t++) TILE(1, 1);
+#undef TILE
 }

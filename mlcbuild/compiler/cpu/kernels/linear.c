@@ -42,7 +42,7 @@ NOINLINE void pack_rows(const void *x, i32 wide, const i32 *from, f32 *packed, i
     packed += first * stride;
 #if DOT_TOKENS
     if (tokens <= DOT_TOKENS) {
-        for (i64 t = 0; t < count; t++) pack_dot(x, row_of(from, t) * k, wide, packed + t * stride, k);
+        for (i64 t = 0; t < count; t++) pack_dot(x, row_of(from, t) * k, wide, packed, t, count, k, stride);
         return;
     }
 #endif

@@ -30,7 +30,9 @@ INLINE void unpack(const weights *w, i64 first, i64 rows, i64 start, i64 depth, 
     }
 }
 
-INLINE void pack_dot(const void *x, i64 at, i32 wide, f32 *out, i64 k) {
+INLINE void pack_dot(const void *x, i64 at, i32 wide, f32 *packed, i64 t, i64 tokens, i64 k, i64 stride) {
+    f32 *out = packed + t * stride;
+    (void)tokens;
     i64 i = 0;
     for (; i + LANES <= k; i += LANES) store_float32(out + i, load_any(x, at + i, wide));
     for (; i < k; i++) out[i] = get_any(x, at + i, wide);

@@ -114,27 +114,12 @@ INLINE f32 value(const weights *w, i64 row, i64 at) {
     return ASYMMETRIC ? code * a.scale[0] + a.minimum[0] : code * a.scale[0];
 }
 
-// What LANES words of a row are scaled by: each step-th word from `at` on, which starts a group; the row has `words`.
-INLINE affine spread_affine(const scale_type *row, i64 at, i64 step, i64 words) {
-    scale_type some[LANES] = {0};
-    for (i64 i = 0; i < LANES && at + i * step < words; i++) some[i] = row[(at + i * step) / GROUP_WORDS];
-    return affine_v(some);
-}
+#define AHEAD 4096  // bytes in advance of which words of a row are fetched
 
-// The same for block `b` of GROUP_WORDS whole blocks, whose LANES scales are given.
-INLINE affine choose_affine(affine all, int b) {
-    i32v index;
-    for (int lane = 0; lane < LANES; lane++) index[lane] = (b * LANES + lane) / GROUP_WORDS;
-    return (affine){permute(all.scale, index), ASYMMETRIC ? permute(all.minimum, index) : all.minimum};
-}
-
-#define ROWS_AT_ONCE 4
-#define TOKENS_AT_ONCE 2
-
-// How far in advance words are fetched: of one row, what follows it; of rows that take turns, whole turns.
-INLINE i64 bytes_ahead(i64 words, const int rows) {
-    i64 turn = rows * words * (i64)sizeof(WORD);
-    return rows == 1 ? 4096 : (16384 + turn - 1) / turn * turn;
+// Words of a row that have activations: what lies behind k, to the end of a group, has none.
+INLINE i64 words_held(const weights *w) {
+    i64 words = (w->k + GROUP_SIZE - 1) / GROUP_SIZE * GROUP_WORDS;
+    return min_i64(words, (w->k + PER_WORD * LANES - 1) / (PER_WORD * LANES) * LANES);
 }
 
 // Codes of 8 and of 3 bits fill bytes only where an instruction takes them unsigned and whole, and spreads them out.
@@ -147,27 +132,6 @@ INLINE i64 bytes_ahead(i64 words, const int rows) {
 #else
 #include "dot_words.h"
 #endif
-
-INLINE void dot(const f32 *x, i64 stride, const weights *w, i64 first, i64 rows, i64 tokens, f32 *out) {
-    i64 groups = (w->k + GROUP_SIZE - 1) / GROUP_SIZE, words = groups * GROUP_WORDS;
-    const WORD *codes = (const WORD *)w->part[0] + first * words;
-    const scale_type *scales = (const scale_type *)w->part[1] + first * groups;
-    // What lies behind k, to the end of a group, has no activations.
-    i64 held = min_i64(words, (w->k + PER_WORD * LANES - 1) / (PER_WORD * LANES) * LANES);
-    i64 r = 0, bytes = stride * (i64)sizeof(f32);
-#define TILE(R, T) \
-    dot_tile(x + t * stride, bytes, codes + r * words, scales + r * groups, groups, held, out + t * TASK_ROWS + r, R, T)
-    // Of one token, one row after the other: memory is read fastest in one line, a quarter slower where rows alternate.
-    // With more, the multiplications take longer than the reading, and several rows share what is loaded for them.
-    for (; tokens > 1 && r + ROWS_AT_ONCE <= rows; r += ROWS_AT_ONCE) {
-        i64 t = 0;
-        for (; t + TOKENS_AT_ONCE <= tokens; t += TOKENS_AT_ONCE) TILE(ROWS_AT_ONCE, TOKENS_AT_ONCE);
-        for (; t < tokens; t++) TILE(ROWS_AT_ONCE, 1);
-    }
-    for (; r < rows; r++)
-        for (i64 t = 0; t < tokens; t++) TILE(1, 1);
-#undef TILE
-}
 
 #endif
 

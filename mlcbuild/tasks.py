@@ -27,6 +27,7 @@ from mlcbuild.doit_face.signals import (
 )
 from mlcbuild.doit_face.variables import Variables, read_variables
 from mlcbuild.reporting.events import Event, PackageInstalled, RecipeUnavailable, StepFinished, json_log
+from mlcbuild.streams import open_streams
 from mlcbuild.workspace.fastpath import recall
 from mlcbuild.workspace.reports import annotator, planned
 
@@ -49,6 +50,7 @@ DOIT_CONFIG = {
 
 def task_steps() -> Iterator[Task]:
     """All steps and goals of the selected recipes."""
+    open_streams()
     end_cleanly()
     die_with_parent_after_fork()
     start_in_words()

@@ -12,6 +12,7 @@ from pathlib import Path
 from mlcbuild.cache.index import Index, signature
 from mlcbuild.cache.tree import Entry, Tree, check_name, matches
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.regular import nowhere, open_regular
 
 # A write within the file system's clock tick leaves the stat as it was (ticks are 1 to 10 ms on Linux), so a file is
 # hashed only when it has been left alone for longer than that.
@@ -45,7 +46,7 @@ _PLAIN = 0o644  # outside files count by content only: a chmod rebuilds nothing
 def hash_file(path: Path, read: Callable[[int], None] = lambda count: None) -> str:
     """sha256 (hex) of the content; `read` is told, block by block, how many bytes have come."""
     digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path) as file:
         while count := file.readinto(block):
             digest.update(block[:count])  # other threads run meanwhile
             read(count)
@@ -79,7 +80,7 @@ def entry_of(path: Path, index: Index | None) -> Entry:
     try:
         digest, stat = digest_of(path, index)
     except OSError as error:
-        raise MlcBuildError(f"{path}: cannot be read: {error.strerror}") from None
+        raise MlcBuildError(f"{path}: cannot be read: {error.strerror}{nowhere(path)}") from None
     return Entry(digest, stat.st_size, _PLAIN, path)
 
 
@@ -88,7 +89,8 @@ def tree_of_folder(folder: Path, patterns: Sequence[str] = (), index: Index | No
 
     Without `deep`, a subfolder is looked into where a pattern names it: `1_Pooling/config.json`.
 
-    Raises MlcBuildError when the folder does not exist, a file cannot be read, or its name is not UTF-8.
+    Raises MlcBuildError when the folder does not exist, a file cannot be read, or its name is not UTF-8; also for a
+    link that leads nowhere and for what is no file (a pipe, a device): it is not as if there were no such file.
     """
     if not folder.is_dir():
         raise MlcBuildError(f"{folder}: no such folder")
@@ -109,5 +111,5 @@ def _names(folder: Path, prefix: str, deep: bool, named: Sequence[str] = ()) -> 
             if entry.is_dir(follow_symlinks=False):
                 if deep or matches(entry.name, named):
                     yield from _names(folder / entry.name, f"{prefix}{entry.name}/", deep)
-            elif entry.is_file():
+            elif not Path(entry.path).is_dir():
                 yield f"{prefix}{entry.name}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from mlcbuild.cache import layout
 from mlcbuild.cache.action import DIGEST, Action, Damaged
 from mlcbuild.cache.pins import Hold
+from mlcbuild.regular import read_regular
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def read_record(path: Path) -> Record | None:
     """The entry at `path`; None when it is damaged or gone."""
     try:
         status = path.stat()
-        action = Action.from_json(path.stem, path.read_bytes())
+        action = Action.from_json(path.stem, read_regular(path))
     except (OSError, Damaged):
         return None
     if not DIGEST.fullmatch(action.key):

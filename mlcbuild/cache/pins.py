@@ -20,6 +20,7 @@ from mlcbuild.cache.layout import package_path, pin_path
 from mlcbuild.cache.store import Store
 from mlcbuild.cache.tree import canonical
 from mlcbuild.errors import CLOSED, MlcBuildError
+from mlcbuild.regular import read_regular
 
 MANIFEST = "manifest.json"
 
@@ -67,7 +68,7 @@ def hold_package(store: Store, folder: Path, keys: Iterable[str]) -> None:
     record = {"folder": str(folder), "manifest": _digest(folder / MANIFEST), "keys": sorted(keys)}
     content = canonical(record)
     with contextlib.suppress(OSError):
-        if path.read_bytes() == content:
+        if read_regular(path) == content:
             return
     try:
         store.write(path, content)
@@ -128,11 +129,11 @@ def _short(path: Path) -> str:
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256(read_regular(path)).hexdigest()
 
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_regular(path))
     except (OSError, ValueError):
         return None

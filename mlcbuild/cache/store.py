@@ -30,6 +30,7 @@ from mlcbuild.cache.locks import workplace
 from mlcbuild.cache.materialise import BLOB_MODE, BLOB_TIME
 from mlcbuild.cache.tree import Entry, canonical, mode_of
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.regular import read_regular
 
 _PLACES = 8  # that a borrowed blob is remembered at
 
@@ -214,7 +215,7 @@ class Store:
         """
         for path in sorted(layout.action_files(self.root), key=_modified):
             try:
-                record = record_of(path.read_bytes())
+                record = record_of(read_regular(path))
             except (OSError, Damaged):
                 continue
             if record["step"] == step:
@@ -225,7 +226,7 @@ class Store:
 
     def _read(self, path: Path) -> Action | None:
         try:
-            action = Action.from_json(path.stem, path.read_bytes())
+            action = Action.from_json(path.stem, read_regular(path))
         except (OSError, Damaged):
             return None  # an entry that was damaged on the disk is an entry that is not there
         tree = action.tree.at(self.find)
@@ -252,7 +253,7 @@ class Store:
 def borrowed_places(record: Path) -> list[tuple[str, str]]:
     """Where a borrowed blob lies, by its record: paths, and the stat that each had."""
     try:
-        return [(str(path), str(stat)) for path, stat in json.loads(record.read_bytes())["places"]]
+        return [(str(path), str(stat)) for path, stat in json.loads(read_regular(record))["places"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 

@@ -245,7 +245,10 @@ def _first_line(error: Exception) -> str:
 
 def _headers(request: Request) -> dict[str, str]:
     """Not huggingface_hub's own: those name the programs around it, which it asks the hub for."""
-    from huggingface_hub import constants, get_token
+    try:
+        from huggingface_hub import constants, get_token
+    except ValueError as error:  # as it is loaded, it reads the environment
+        raise CheckpointError(f"{request}: HF_ENDPOINT, or another variable of the hub's, is wrong: {error}") from None
 
     token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
     if token and not all("!" <= character <= "~" for character in token):

@@ -17,6 +17,7 @@ from mlcbuild.cli import cache, models, talk, workspace
 from mlcbuild.cli.options import add, command
 from mlcbuild.cli.watch import watch
 from mlcbuild.errors import in_words
+from mlcbuild.streams import open_streams, refused
 
 _DESCRIPTION = "Declarative builds of compiled language models. Building itself is doit's: doit build recipe=NAME"
 
@@ -26,6 +27,8 @@ _WATCHED = ("inspect", "new")  # what reads checkpoints in this process and not 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the status that the process should exit with."""
     words = sys.argv[1:] if arguments is None else [*arguments]
+    if arguments is None:
+        open_streams()
     if words[:1] == ["build"]:
         return _build(words)
     name, run = _command(words)
@@ -49,7 +52,7 @@ def _ended(name: str, run: Callable[[], int]) -> int:
         print(file=sys.stderr)
         return 130
     except Exception as error:
-        text = in_words(error)
+        text = refused(error) or in_words(error)
         if text is None:
             raise
         print(f"mlcbuild {name}: {text}", file=sys.stderr)

@@ -85,6 +85,7 @@ def reporter_class(console: Console) -> type[ConsoleReporter]:
         desc = "mlcbuild's own: a line per event, or live bars on a terminal"
 
         def __init__(self, outstream: Any, options: Mapping[str, Any]) -> None:
+            outstream = outstream or sys.stdout  # it was closed when doit began, and leads nowhere now
             super().__init__(outstream, options)
             from mlcbuild.reporting.screen import screen
 

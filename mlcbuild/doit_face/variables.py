@@ -101,6 +101,13 @@ def read_variables(given: Mapping[str, str], where: Path, tasks: Selection | Non
             values[name] = (where / values[name]).absolute()
     if values["remote"] is not None and "://" not in values["remote"]:
         values["remote"] = f"file://{(where / values['remote']).absolute()}"
+    if values["remote"]:
+        from urllib.parse import urlsplit
+
+        try:
+            urlsplit(values["remote"])
+        except ValueError as error:
+            raise MlcBuildError(f"remote=: {error}: expected an address (s3://bucket/folder) or a folder") from None
     if values["scheduler"] and not (values["remote"] and values["remote_write"]):
         raise MlcBuildError(
             f"scheduler={values['scheduler']}: workers and this machine exchange files through the shared cache, so it "

@@ -68,8 +68,16 @@ def needs(graph: Graph, name: str, cores: int) -> dict[str, int]:
 
 def memory_limit(graph: Graph, name: str) -> int:
     """Bytes at which the step called `name` has run away: far more than it declares. Raises MlcBuildError."""
+    return most_memory(max(LEAST_LIMIT, FAR_MORE * needs(graph, name, 1)["memory"]))
+
+
+def most_memory(default: int) -> int:
+    """Bytes that MLCBUILD_STEP_MEMORY says, or `default`. Raises MlcBuildError."""
     given = os.environ.get("MLCBUILD_STEP_MEMORY")
-    return parse_size(given) if given else max(LEAST_LIMIT, FAR_MORE * needs(graph, name, 1)["memory"])
+    try:
+        return parse_size(given) if given else default
+    except MlcBuildError as error:
+        raise MlcBuildError(f"MLCBUILD_STEP_MEMORY={given}: {error}") from None
 
 
 def silence_limit() -> float:

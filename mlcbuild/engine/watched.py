@@ -13,9 +13,8 @@ import time
 import traceback
 from collections.abc import Callable
 
-from mlcbuild.cache.gc import parse_size
 from mlcbuild.engine.child import die_with, own_memory
-from mlcbuild.engine.resources import LEAST_LIMIT, silence_limit
+from mlcbuild.engine.resources import LEAST_LIMIT, most_memory, silence_limit
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.text import amount, duration
 
@@ -27,8 +26,7 @@ def watched(run: Callable[[], int]) -> int:
 
     Raises MlcBuildError then, and where the fork dies of a signal.
     """
-    given = os.environ.get("MLCBUILD_STEP_MEMORY")
-    memory, patience = parse_size(given) if given else LEAST_LIMIT, silence_limit()
+    memory, patience = most_memory(LEAST_LIMIT), silence_limit()
     sys.stdout.flush()
     sys.stderr.flush()
     me, child = os.getpid(), os.fork()

@@ -12,7 +12,8 @@ from typing import Any
 from mlcbuild.chat.config import TOKENIZER_FILES
 from mlcbuild.checkpoints.locked import check_config
 from mlcbuild.errors import CheckpointError, MlcBuildError
-from mlcbuild.planning.shapes import read_config
+from mlcbuild.planning.files import files_of
+from mlcbuild.planning.shapes import adapter_of, read_config
 from mlcbuild.recipes.problems import did_you_mean
 from mlcbuild.recipes.types import Catalog, Locked, Model, Source
 from mlcbuild.workspace.hub_locks import locker, resolve
@@ -50,7 +51,7 @@ def open_checkpoint(
     model = catalog.models.get(word) if names and revision is None else None
     source = model.source if model is not None else source_of(word, catalog, revision, names)
     if source.path is not None:
-        found = {path.name: path for path in sorted(source.path.iterdir()) if path.is_file()}
+        found = files_of(source.path)
         found |= {name: path for name in _POOLING if (path := source.path / name).is_file()}
         sizes = {name: path.stat().st_size for name, path in found.items()}
         yield Checkpoint(source, read_config(source.path / "config.json"), sizes, found, model)
@@ -64,6 +65,15 @@ def open_checkpoint(
         if "config.json" in files:
             check_config(locked.config, read_config(files["config.json"]), str(source))
         yield Checkpoint(source, locked.config, sizes, files, model, locked, known is None, trouble)
+
+
+def adapter_config(model: Model, catalog: Catalog) -> Mapping[str, Any] | None:
+    """The adapter_config.json of what is merged with the model, of a repository as it is locked or, else, is now.
+
+    Raises MlcBuildError where it cannot be read.
+    """
+    lock = locker(catalog.root)
+    return adapter_of(model, lambda source: lock(Model("", source, "")) or resolve(source))
 
 
 def source_of(word: str, catalog: Catalog, revision: str | None = None, names: bool = False) -> Source:

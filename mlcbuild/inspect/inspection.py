@@ -12,7 +12,7 @@ from mlcbuild.checkpoints.index import index, with_prefix
 from mlcbuild.checkpoints.table import read_table
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.inspect import template as templates
-from mlcbuild.inspect.checkpoint import Checkpoint
+from mlcbuild.inspect.checkpoint import Checkpoint, adapter_config
 from mlcbuild.inspect.reuse import Reuse, reuse
 from mlcbuild.inspect.sizes import Size, sizes
 from mlcbuild.merging import prequantized
@@ -20,6 +20,8 @@ from mlcbuild.models import architecture as architectures
 from mlcbuild.models import parameters
 from mlcbuild.models.structure import Structure
 from mlcbuild.models.wrappers import unwrapped
+from mlcbuild.planning.files import checkpoint_files
+from mlcbuild.planning.shapes import merged_config
 from mlcbuild.recipes.types import Architecture, Catalog
 
 # Of no interest to a reader, or shown elsewhere.
@@ -93,6 +95,9 @@ def inspect_checkpoint(checkpoint: Checkpoint, catalog: Catalog, like: str) -> I
     model = checkpoint.model
     chosen = architectures.choose(catalog.architectures, checkpoint.config, model.architecture if model else None)
     structure = architectures.resolve(chosen, checkpoint.config, model.overrides if model else {})
+    if model and model.lora and structure.tie_word_embeddings:
+        merged = merged_config(structure, checkpoint.config, adapter_config(model, catalog))
+        structure = architectures.resolve(chosen, merged, model.overrides)
     chat = read_checkpoint_chat(checkpoint.files)
     guess = None if checkpoint.trouble else templates.guess(chat, catalog.templates, like)
     embedding = structure.embedding
@@ -155,6 +160,7 @@ def _tensors(checkpoint: Checkpoint, structure: Structure) -> Tensors | None:
         return None
     notes: list[str] = []
     try:
+        checkpoint_files(checkpoint.source.path)
         wanted = parameters.parameters(structure)
         ignored = parameters.ignored(structure)
         names = [*(source for parameter in wanted for source in parameter.sources), *ignored]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mlcbuild.cache.tree import matches
 from mlcbuild.chat.config import TOKENIZER_FILES
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.regular import nowhere
 
 CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*_Pooling/config.json")
 _TORCH_FILES = ("pytorch_model*.bin", "*.pth")  # read where there are no safetensors
@@ -31,6 +33,15 @@ def checkpoint_files(folder: Path) -> tuple[str, ...]:
                 "index, to config.json, or name the folder that has both as the source"
             )
     return CHECKPOINT_FILES if named else (*CHECKPOINT_FILES, *_TORCH_FILES)
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """The files of a local folder, by name. Raises MlcBuildError for what a step would take and is no file."""
+    found = {path.name: path for path in sorted(folder.iterdir()) if not path.is_dir()}
+    for name, path in found.items():
+        if not path.is_file() and matches(name, CHECKPOINT_FILES):
+            raise MlcBuildError(f"{path}: cannot be read{nowhere(path) or ': it is not a regular file'}")
+    return {name: path for name, path in found.items() if path.is_file()}
 
 
 def check_adapter(folder: Path | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from mlcbuild.models.tied import tied_embedding, unties
 from mlcbuild.models.tied import untied as untied_config
 from mlcbuild.planning.files import ADAPTER_FILES, check_adapter, inner
 from mlcbuild.recipes.types import Architecture, Catalog, Locked, Model, Source, Verify
+from mlcbuild.regular import nowhere, open_regular
 
 # What config.json calls the length up to which such a scaling leaves texts as they are.
 _ORIGINAL = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
@@ -62,12 +64,10 @@ def shape_of(
     """
     chosen = architectures.choose(catalog.architectures, config, model.architecture)
     structure = architectures.resolve(chosen, config, overrides)
-    # A model of texts has no output matrix.
-    tied = tied_embedding(parameters.parameters(structure)) if adapter and structure.embedding is None else None
-    untied = adapter is not None and tied is not None and unties(adapter, tied)
-    if untied:
-        config = untied_config(config)
-        structure = architectures.resolve(chosen, config, overrides)
+    merged, untied = merged_config(structure, config, adapter), False
+    if merged is not config:
+        config, structure = merged, architectures.resolve(chosen, merged, overrides)
+        untied = not structure.tie_word_embeddings
     return Shape(
         structure.to_json(),
         parameters.count(structure),
@@ -76,8 +76,17 @@ def shape_of(
         _form(structure.two_layers, "-two-layers"),
         _form(structure.one_layer, "-blocks", blocks=True) if by_layer(structure) else None,
         (*_chosen_by_hand(chosen, config), *_one_table(structure)),
-        untied and not structure.tie_word_embeddings,
+        untied,
     )
+
+
+def merged_config(
+    structure: Structure, config: Mapping[str, Any], adapter: Mapping[str, Any] | None
+) -> Mapping[str, Any]:
+    """config.json of a base with this structure and an adapter: another one where that unties what the base ties."""
+    # A model of texts has no output matrix.
+    tied = tied_embedding(parameters.parameters(structure)) if adapter and structure.embedding is None else None
+    return untied_config(config) if adapter and tied and unties(adapter, tied) else config
 
 
 def _chosen_by_hand(architecture: Architecture, config: Mapping[str, Any]) -> Iterator[str]:
@@ -129,19 +138,20 @@ def adapter_of(model: Model, lock: Callable[[Source], Locked]) -> Mapping[str, A
 def read_config(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises MlcBuildError where it is none, or more than a configuration can be."""
     try:
-        size = path.stat().st_size
-        if not path.is_file():  # to open another kind of file may take for ever
-            raise MlcBuildError(f"{path}: not a regular file")
-        if size > LARGEST_CONFIG:
-            raise MlcBuildError(f"{path}: {size:,} bytes; a config.json has at most {LARGEST_CONFIG:,}")
-        content = path.read_bytes()
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > LARGEST_CONFIG:
+                raise MlcBuildError(f"{path}: {size:,} bytes; a config.json has at most {LARGEST_CONFIG:,}")
+            content = file.read(LARGEST_CONFIG)
         if content.startswith(POINTER):
             raise MlcBuildError(pointer(str(path)))
         config = json.loads(content.decode("utf-8"))  # as the steps read it, and transformers
     except FileNotFoundError:
         text = f"{path}: no such file: a checkpoint in Hugging Face format has one"
-        raise MlcBuildError(text + inner(path.parent, path.name)) from None
-    except (OSError, ValueError, RecursionError) as error:
+        raise MlcBuildError(text + (nowhere(path) or inner(path.parent, path.name))) from None
+    except OSError as error:
+        raise MlcBuildError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise MlcBuildError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(config, dict):
         raise MlcBuildError(f"{path}: expected a JSON object, got {type(config).__name__}")

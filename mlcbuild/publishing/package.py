@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.regular import read_regular
 
 _METADATA = b'{"model_type"'
 PUBLISHED = "published.json"  # beside the manifest, once the package is on a hub: where
@@ -77,7 +78,7 @@ class Package:
     def published(self) -> Mapping[str, Any] | None:
         """Where the package is on a hub; None while it is nowhere."""
         try:
-            found: Mapping[str, Any] = json.loads((self.folder / PUBLISHED).read_bytes())
+            found: Mapping[str, Any] = json.loads(read_regular(self.folder / PUBLISHED))
         except (OSError, ValueError):
             return None
         return found
@@ -86,7 +87,7 @@ class Package:
 def read_package(folder: Path) -> Package:
     """The package installed in `folder`. Raises MlcBuildError where there is none."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
+        manifest = json.loads(read_regular(folder / "manifest.json"))
     except (OSError, ValueError):
         raise MlcBuildError(f"{folder}: no installed package: doit build recipe={folder.name}") from None
     recipe = manifest["recipe"]

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlcbuild.recipes import syntax
-from mlcbuild.recipes.files import File, read_regular, unreadable, write_atomically
+from mlcbuild.recipes.files import File, unreadable, write_atomically
 from mlcbuild.recipes.problems import Problem
 from mlcbuild.recipes.schemas import Schemas
+from mlcbuild.regular import read_regular
 
 if TYPE_CHECKING:
     import yaml
@@ -80,7 +81,7 @@ class Memo:
         if self._path is None:
             return {}
         try:
-            seal, _, body = self._path.read_text(encoding="utf-8").partition("\n")
+            seal, _, body = read_regular(self._path).decode("utf-8").partition("\n")
         except (OSError, UnicodeDecodeError):
             return {}
         known: dict[str, Any] = json.loads(body) if seal == self._seal(body) else {}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
-import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 import mlcbuild
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.recipes.problems import Problem, did_you_mean
+from mlcbuild.regular import nowhere
 
 FOLDERS = {
     "recipe": "",
@@ -114,14 +113,7 @@ def strays(recipes: Path, root: Path) -> Iterator[Problem]:
 
 
 def unreadable(name: str, error: OSError) -> Problem:
-    return Problem(name, 1, 1, f"cannot be read: {error.strerror}")
-
-
-def read_regular(path: Path) -> bytes:
-    """Raises OSError, also for what is no regular file: a pipe would be waited for, a device may have no end."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "it is not a regular file")
-    return path.read_bytes()
+    return Problem(name, 1, 1, f"cannot be read: {error.strerror}{nowhere(Path(error.filename))}")
 
 
 def yaml_file(recipes: Path, kind: str, name: str) -> Path | None:
@@ -165,6 +157,8 @@ def _yaml_files(folder: Path) -> list[Path]:
         with os.scandir(folder) as entries:
             names = [each.name for each in entries if each.name.lower().endswith(_ENDINGS) and not _is_folder(each)]
     except FileNotFoundError:
+        if folder.is_symlink():  # to a folder that is gone: its files are missed, and not absent
+            raise
         return []
     return [folder / name for name in sorted(names) if not name.startswith(".")]
 

@@ -20,9 +20,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlcbuild.errors import RecipeError
-from mlcbuild.recipes.files import read_regular, shown, unreadable, write_atomically
+from mlcbuild.recipes.files import shown, unreadable, write_atomically
 from mlcbuild.recipes.problems import Problem, show
 from mlcbuild.recipes.types import Locked, LockedFile, Source
+from mlcbuild.regular import read_regular
 
 _VERSION = 1
 _ADVICE = "restore the file from version control, or delete it: the next build resolves every repository again"

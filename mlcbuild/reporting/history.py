@@ -82,8 +82,10 @@ def read_logs(paths: Iterable[Path]) -> list[Run]:
     for path in paths:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise MlcBuildError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        except UnicodeDecodeError as error:
+            raise MlcBuildError(f"{path}: not UTF-8 text (byte {error.start}): no JSON log of a build") from None
+        except OSError as error:
+            raise MlcBuildError(f"{path}: cannot be read: {error.strerror}") from None
         runs += runs_of(_events(path, lines))
     if not runs:
         raise MlcBuildError("there is no build in these logs; `doit build log_json=FILE` writes one")

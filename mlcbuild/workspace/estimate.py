@@ -16,6 +16,7 @@ from mlcbuild.cache.store import Store, total_size
 from mlcbuild.cache.tree import canonical, digest_json, matches
 from mlcbuild.engine.graph import Graph, Step
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.regular import read_regular
 from mlcbuild.text import amount
 from mlcbuild.workspace.session import Session
 
@@ -212,7 +213,7 @@ def _size(record: Mapping[str, Any]) -> int:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        return record_of(path.read_bytes())
+        return record_of(read_regular(path))
     except (OSError, Damaged):
         return None
 

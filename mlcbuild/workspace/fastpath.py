@@ -32,6 +32,7 @@ from mlcbuild.cache.materialise import BLOB_TIME
 from mlcbuild.compiler.targets import cpu_flags
 from mlcbuild.recipes.files import stock
 from mlcbuild.recipes.select import Cell, Selection, cells, manual
+from mlcbuild.regular import read_regular
 
 if TYPE_CHECKING:  # loading these takes longer than recalling
     from mlcbuild.cache.store import Store
@@ -87,7 +88,7 @@ class Memory:
 def recall(root: Path, store: Path) -> Memory | None:
     """What is remembered of the workspace at `root`; None where its recipes, the program or a tool has changed."""
     try:
-        seal, _, body = _file(root, store).read_bytes().partition(b"\n")
+        seal, _, body = read_regular(_file(root, store)).partition(b"\n")
         if hashlib.sha256(body).hexdigest().encode() != seal:
             return None
         data = json.loads(body)
@@ -214,7 +215,7 @@ def _same(path: str, memory: Memory) -> bool:
 def _content(path: str, stamp: Stamp) -> str:
     """sha256 of a file while it has this stamp; "" of what is no file, or had another one."""
     with contextlib.suppress(OSError):
-        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        digest = hashlib.sha256(read_regular(Path(path))).hexdigest()
         return digest if _stamp(path) == stamp else ""
     return ""
 

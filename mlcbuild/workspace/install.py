@@ -20,6 +20,7 @@ from mlcbuild.cache.files import AT_ONCE, Progress, counting, hash_file, nobody
 from mlcbuild.cache.materialise import BLOB_MODE, BLOB_TIME, materialise
 from mlcbuild.cache.store import Store, total_size
 from mlcbuild.cache.tree import Entry
+from mlcbuild.regular import read_regular
 from mlcbuild.workspace.manifest import NAME as MANIFEST
 
 # What publishing adds to a package. It follows from the manifest, and no build depends on it.
@@ -168,7 +169,7 @@ def _exchange(one: Path, other: Path) -> bool:
 def _has_names(dist: Path, name: str, files: Mapping[str, Entry], manifest: bytes) -> bool:
     """Whether dist/<name> has this manifest and files of these names, and nobody was killed at putting it there."""
     folder = dist / name
-    if (folder / MANIFEST).read_bytes() != manifest or staging(dist, name).exists():
+    if read_regular(folder / MANIFEST) != manifest or staging(dist, name).exists():
         return False
     return _names(folder) - set(BESIDE) == {MANIFEST, *files}
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.recipes.select import Cell, cells
 from mlcbuild.redact import redactor
+from mlcbuild.regular import read_regular
 from mlcbuild.reporting.events import Event, PackageInstalled, RecipePlanned, StepFinished
 from mlcbuild.text import executed
 
@@ -83,7 +84,7 @@ def write_page(path: Path, text: str) -> None:
 def _figures(folder: Path) -> dict[str, Any]:
     """A package's size and quality, from its manifest."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
+        manifest = json.loads(read_regular(folder / "manifest.json"))
         quality = manifest["quality"]
         known = {"kl": quality.get("kl"), "status": quality.get("status", ""), "executed": executed(quality)}
         return {"size": manifest["size"], **known}

@@ -37,6 +37,7 @@ def refusal(source: str) -> str:
     ],
 )
 def test_templates_without_end(monkeypatch: pytest.MonkeyPatch, source: str, reason: str) -> None:
+    """FAULTS D: loops and long texts; siblings: `ljust`, and a text that is only long."""
     monkeypatch.setattr(apart, "SECONDS", 1)
     assert refusal(source) == (
         f"x.jinja: chat_template {reason}, for a conversation of a few lines: it is not one that can be used"
@@ -75,6 +76,7 @@ def test_a_template_is_rendered_once_for_each_conversation(monkeypatch: pytest.M
     ],
 )
 def test_files_that_are_no_templates(tmp_path: Path, content: bytes, text: str) -> None:
+    """FAULTS D, a sibling: a template that is megabytes."""
     path = tmp_path / "chat_template.jinja"
     path.write_bytes(content)
     with pytest.raises(MlcBuildError) as error:

@@ -134,6 +134,7 @@ def test_a_compressed_answer(server: Hub) -> None:
 
 
 def test_redirects_are_followed_without_what_they_come_with(server: Hub, tmp_path: Path) -> None:
+    """FAULTS D, a sibling: a redirect's own body, and redirects without end."""
     there = {"Location": f"{server.url}/owner/name/resolve/main/{WEIGHTS}"}
     server.faults = [Fault(WEIGHTS, 302, there, pieces=endless)]
     hub.fetch("owner/name", COMMIT, LOCKED, tmp_path / "out")
@@ -169,6 +170,7 @@ class Headers(socketserver.BaseRequestHandler):
 
 
 def test_headers_that_trickle(server: Hub, waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAULTS D, a sibling: so does a byte at each attempt."""
     from huggingface_hub import constants
 
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Headers) as slow:
@@ -181,6 +183,7 @@ def test_headers_that_trickle(server: Hub, waits: list[float], monkeypatch: pyte
 
 
 def test_a_byte_at_each_attempt(server: Hub, waits: list[float], tmp_path: Path) -> None:
+    """FAULTS D, a sibling of one byte a second."""
     server.faults = [Fault(WEIGHTS, cut=1, times=99)]
     with pytest.raises(CheckpointError, match="6 times in a row"):
         hub.fetch("owner/name", COMMIT, LOCKED, tmp_path / "out")

@@ -279,6 +279,7 @@ def test_pickles_that_would_never_end(tmp_path: Path, text: bytes, expected: str
 
 
 def test_a_pickle_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAULTS D, a sibling."""
     monkeypatch.setattr("mlcbuild.checkpoints.pickles.MAX_PICKLE", 1000)
     assert problem(crafted(tmp_path / FILE, b"N0" * 600 + b"}.")) == (
         f"{FILE}: its pickle has more than 1,000 bytes; save it as safetensors"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -245,12 +246,19 @@ def test_a_damaged_package_is_installed_again(built: Workspace) -> None:
         lambda: (package / "extra").write_text(""),
         lambda: (package / "package-0.txt").rename(package / "package-9.txt"),
         lambda: rewrite(package / "package-0.txt"),
+        lambda: pipe(package / "manifest.json"),  # FAULTS D, a sibling: it was waited for
+        lambda: pipe(package / "package-0.txt"),
         lambda: (built.dist / ".new-tiny-q4f16_1-cpu").mkdir(),
     ):
         damage()
         assert "ok build:tiny-q4f16_1-cpu" in built.doit()
         assert built.digests() == digests
     assert built.ran() == {}
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
 
 
 def rewrite(path: Path) -> None:
@@ -384,11 +392,13 @@ def test_debug_dump_changes_no_key(shared: Workspace) -> None:
     ],
 )  # fmt: skip
 def test_an_option_that_a_task_does_not_have(unbuilt: Workspace, words: list[str], text: str) -> None:
+    """FAULTS C: a dump of `CmdOption({…})`."""
     output = unbuilt.doit(*words, status=3)
     assert text in output and "CmdOption" not in output and "Traceback" not in output
 
 
 def test_the_help_of_a_task_names_the_variable_that_there_is(workspace: Workspace) -> None:
+    """FAULTS C: it named MLCBUILDLOG_JSON."""
     assert "MLCBUILD_LOG_JSON" in workspace.doit("help", "build")
     workspace.doit("build:tiny-q4f16_1-cpu", MLCBUILD_LOG_JSON="log.jsonl")
     assert (workspace.root / "log.jsonl").exists()

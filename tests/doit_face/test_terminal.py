@@ -14,7 +14,7 @@ import pytest
 
 from mlcbuild.reporting import events
 from mlcbuild.reporting.screen import screen
-from tests.engine.workspace import REPOSITORY, Workspace
+from tests.engine.workspace import REPOSITORY, Workspace, make_workspace
 from tests.support.terminal import Screen, on_terminal
 
 BAR = "━"
@@ -76,7 +76,7 @@ def test_a_build_that_fails_leaves_no_bars(workspace: Workspace, words: tuple[st
     ],
 )
 def test_a_reader_that_goes_is_no_error(shared: Workspace, words: tuple[str, ...], status: int) -> None:
-    """`doit info … | head`: nothing is said of it, and a build goes on."""
+    """FAULTS C: `doit info … | head`: nothing is said of it, and a build goes on."""
     reader, end = os.pipe()
     os.close(reader)
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TOY_TRICKS": str(shared.tricks)}
@@ -88,6 +88,36 @@ def test_a_reader_that_goes_is_no_error(shared: Workspace, words: tuple[str, ...
     assert done.returncode == status, done.stderr.decode()
     assert b"Traceback" not in done.stderr and b"BrokenPipe" not in done.stderr
     assert shared.ran() == ({"convert": 1, "quantize": 2} if words == ("doit", "-a", "quantize") else {})
+
+
+@pytest.mark.parametrize(
+    ("words", "how", "status", "said"),
+    [
+        ("doit build", ">&- <&-", 0, ""),
+        ("doit -a quantize", ">&- 2>&- <&-", 0, ""),
+        ("mlcbuild.cli plan", ">&-", 0, ""),
+        ("mlcbuild.cli check", ">/dev/full", 1, "the output cannot be written: No space left on device"),
+    ],
+)
+def test_streams_that_are_closed_or_full(shared: Workspace, words: str, how: str, status: int, said: str) -> None:
+    """FAULTS C, siblings of `| head`: under cron and the like a build ended in a traceback, and of a full disk behind
+    the output it was said that the workspace's is full."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TOY_TRICKS": str(shared.tricks)}
+    command = ["sh", "-c", f'exec "$0" -m {words} {how}', sys.executable]
+    done = subprocess.run(command, cwd=shared.root, env=environment, capture_output=True, text=True, timeout=60)
+    text = done.stderr.strip().removeprefix("mlcbuild check: ")
+    assert (done.returncode, done.stdout, text) == (status, "", said)
+
+
+def test_a_character_that_the_terminal_lacks(tmp_path: Path) -> None:
+    """FAULTS C, a sibling: it was told to save its files as UTF-8."""
+    workspace = make_workspace(tmp_path)
+    workspace.write("recipes/\u00e9.yaml", "model: tiny\n")
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONIOENCODING": "ascii"}
+    for words in (["mlcbuild.cli", "check"], ["doit", "list"]):
+        command = [sys.executable, "-m", *words]
+        done = subprocess.run(command, cwd=workspace.root, env=environment, capture_output=True, text=True, timeout=60)
+        assert "recipes/\\xe9.yaml:1:1: rename the file: " in done.stdout + done.stderr
 
 
 class Terminal(io.StringIO):

@@ -88,6 +88,12 @@ def test_the_budget_is_a_number_of_cores_and_a_size(tmp_path: Path, monkeypatch:
         read_variables({"memory": "0"}, tmp_path)
 
 
+def test_what_is_no_address(tmp_path: Path) -> None:
+    """FAULTS C, a sibling: a traceback of urllib's. What may be a password is not repeated."""
+    with pytest.raises(MlcBuildError, match=r"^remote=: Invalid IPv6 URL: expected an address \("):
+        read_variables({"remote": "https://user:secret@["}, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("words", "goes_on"),
     [

@@ -110,6 +110,7 @@ def test_no_more_of_a_blob_is_read_than_was_announced(
 
 
 def test_an_entry_need_not_end(store: Store, folder: Path) -> None:
+    """A sibling of bytes without end: /dev/zero in the place of an entry."""
     put(folder, action_name(WANTED.key), Path("/dev/zero"))
     assert "it has more than 16,777,216 bytes" in fetched(open_shared(str(folder), False, 20), store)
 
@@ -161,5 +162,6 @@ def endless(tmp_path: Path) -> Iterator[str]:
 
 
 def test_an_answer_that_never_ends_is_left(store: Store, endless: str) -> None:
+    """A sibling: a server's."""
     assert "it has more than 20 bytes" in fetched(open_shared(endless, False, 20), store)
     assert not list(store.root.glob("cas/*/*"))

@@ -128,6 +128,37 @@ def test_a_problem_is_in_the_exit_code(workspace: Workspace, capsys: pytest.Capt
     assert said.count("PROBLEM: ") == 2 and "PROBLEM: the model has only 2,000 rows for them" in said
 
 
+def test_weights_elsewhere_and_links_that_lead_nowhere(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """FAULTS C: shards in a subfolder were `no weights`. A sibling: a link without its file was no file at all."""
+    folder = workspace.root / "large"
+    shutil.copytree(STORIES, folder)
+    (folder / "shards").mkdir()
+    (folder / "model.safetensors").rename(folder / "shards/model.safetensors")
+    problem = inspected(capsys, "large")["tensors"]["problem"]
+    assert "no weights beside config.json: they lie in the folder shards/: move them" in problem
+    (folder / "generation_config.json").unlink()
+    (folder / "generation_config.json").symlink_to("../blobs/1")
+    assert main(["inspect", "large"]) == 1
+    said = f"{folder}/generation_config.json: cannot be read: it is a symbolic link to ../blobs/1: put that back, or "
+    assert said in capsys.readouterr().err
+
+
+def test_an_adapter_that_unties_what_the_base_ties(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    """FAULTS A6, a sibling: what is shown is the structure that is built."""
+    workspace.write("recipes/models/adapter/adapter_config.json", json.dumps({"modules_to_save": ["lm_head"]}))
+    shutil.copytree(STORIES, workspace.root / "base")
+    config = json.loads((STORIES / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (workspace.root / "base/config.json").write_text(json.dumps(config))
+    for name, more in (("plain", ""), ("tuned", "lora: {path: adapter}\n")):
+        workspace.write(f"recipes/models/{name}.yaml", f"source: {{path: ../../base}}\n{more}template: chatml\n")
+    plain, tuned = (inspected(capsys, name) for name in ("plain", "tuned"))
+    assert plain["choices"]["tie_word_embeddings"] and "tie_word_embeddings" not in tuned["choices"]
+    assert tuned["parameters"] - plain["parameters"] == config["vocab_size"] * config["hidden_size"]
+    assert tuned["structure"] != plain["structure"]
+
+
 def test_which_libraries_it_would_use(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(workspace.root / "recipes/models/tiny", workspace.root / "twin")
     config = {**CONFIG, "vocab_size": 64, "max_position_embeddings": 512}
@@ -234,6 +265,7 @@ def test_a_template_that_was_chosen_by_hand_is_compared(chat: CheckpointChat) ->
             "0.001",
             "it took more than 0.1 s and was stopped (MLCBUILD_STEP_SILENCE=MINUTES allows more)\n",
         ),
+        ("MLCBUILD_STEP_MEMORY", "much", "MLCBUILD_STEP_MEMORY=much: 'much' is not a size: expected a number with K"),
         ("MLCBUILD_STEP_SILENCE", "soon", "MLCBUILD_STEP_SILENCE=soon: expected a number of minutes"),
     ],
 )

@@ -120,11 +120,12 @@ def test_a_repository_is_locked_and_its_weights_are_not_fetched(
 def test_a_difference_and_an_adapter(workspace: Workspace, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["new", str(STORIES), "--name", "sum", "--delta-of", hub.repo]) == 0
     assert f"locked     hf:{hub.repo} at {COMMIT[:12]}, " in capsys.readouterr().out
-    assert main(["new", hub.repo, "--name", "tuned", "--lora", str(STORIES)]) == 0
+    adapter = workspace.write("adapter/adapter_config.json", "{}").parent
+    assert main(["new", hub.repo, "--name", "tuned", "--lora", str(adapter)]) == 0
     assert check(workspace.root).ok
     models = load(workspace.root).models
     assert str(models["sum"].delta_of) == f"hf:{hub.repo}" and models["sum"].source.path == STORIES
-    assert models["tuned"].lora is not None and models["tuned"].lora.path == STORIES
+    assert models["tuned"].lora is not None and models["tuned"].lora.path == adapter
     capsys.readouterr()
     assert main(["new", str(STORIES), "--name", "x", "--delta-of", "a/b", "--lora", "a/b"]) == 1
     assert "--delta-of and --lora: one of the two" in capsys.readouterr().err

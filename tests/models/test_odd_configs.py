@@ -151,6 +151,7 @@ def test_any_value_of_any_key_is_refused_or_understood(name: str) -> None:
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_named(config: dict[str, Any], place: tuple[str, ...], value: Any, problem: str) -> None:
+    """FAULTS C (MLX) and D (10^8 layers; siblings: experts, heads), and values of other kinds."""
     changed = with_value(config, place, value)
     with pytest.raises(MlcBuildError) as error:
         architecture.resolve(llama.architecture(config["model_type"]), changed, {})

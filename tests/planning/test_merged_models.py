@@ -118,7 +118,7 @@ def test_what_is_no_config(tmp_path: Path) -> None:
         config.unlink()
         os.mkfifo(config) if fifo else config.symlink_to("/dev/zero")
         (text,) = planned(workspace, "source: {path: tiny}").broken.values()
-        assert text == f"model tiny: {config}: not a regular file"
+        assert text == f"model tiny: {config}: cannot be read: it is not a regular file"
 
 
 def test_weights_in_a_folder_of_their_own(tmp_path: Path) -> None:

@@ -29,6 +29,18 @@ def test_fault_C_symlink_loop(workspace: Workspace) -> None:
     ]
 
 
+def test_fault_C_links_that_lead_nowhere(workspace: Workspace) -> None:
+    """A sibling of the loop: a folder whose link leads nowhere had no files, and nothing was said."""
+    folder = workspace.root / "recipes"
+    (folder / "r.yaml").symlink_to("gone.yaml")
+    (folder / "matrix").symlink_to("/gone/matrix")
+    text = "1:1: cannot be read: No such file or directory: it is a symbolic link to"
+    assert workspace.problems() == [
+        f"recipes/matrix:{text} /gone/matrix: put that back, or remove the link",
+        f"recipes/r.yaml:{text} gone.yaml: put that back, or remove the link",
+    ]
+
+
 @pytest.mark.parametrize(("name", "ending"), [("R.YAML", ".yaml"), ("models/m.Yml", ".yml")])
 def test_fault_C_ending_in_capitals(workspace: Workspace, name: str, ending: str) -> None:
     assert workspace.problem(name, RECIPE) == f"1:1: rename the file: its name ends in `{ending}`, in small letters"

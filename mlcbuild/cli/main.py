@@ -22,6 +22,7 @@ from mlcbuild.streams import open_streams, refused
 _DESCRIPTION = "Declarative builds of compiled language models. Building itself is doit's: doit build recipe=NAME"
 
 _WATCHED = ("inspect", "new")  # what reads checkpoints in this process and not in a step's
+_RUNNING = ("generate", "chat", "serve")  # what runs packages; `evaluate` does so with lm-eval, which wants torch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,6 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] == ["build"]:
         return _build(words)
     name, run = _command(words)
+    if arguments is None and name in _RUNNING:
+        from mlcbuild.engine.child import without_torch
+
+        without_torch()
     if arguments is None and name in _WATCHED:
         from mlcbuild.engine.watched import watched
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -143,3 +145,17 @@ def test_nothing_heavy_is_imported_before_it_is_needed(start: str) -> None:
         assert not heavy, f"{name} imports {sorted(heavy)} when it is imported itself: import it in the function"
         waiting += names
         waiting += [".".join(name.split(".")[:depth]) for depth in range(1, name.count(".") + 1)]
+
+
+def test_tvm_without_torch_is_tvm_without_torch() -> None:
+    """tvm_ffi imports torch where it is installed, as here; what compiles and runs models does not."""
+    program = """
+import sys, importlib.util
+assert importlib.util.find_spec("torch") is not None
+from mlcbuild.engine.child import without_torch
+without_torch()
+import tvm
+print([name for name in sys.modules if name.startswith("torch.")])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.stderr[-500:]) == ("[]\n", "")

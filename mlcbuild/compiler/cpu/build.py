@@ -37,9 +37,9 @@ def build(
     such generator.
     """
     generators.require(device, device)
-    from tvm import ir
+    from mlcbuild.compiler import canonical
 
-    module = ir.load_json(lowered.read_text(encoding="utf-8"))
+    module = canonical.from_text(lowered.read_text(encoding="utf-8"))
     triple = link_target(linker, device)
     needed = attached(module)
     kernels, commands = _compile_kernels(needed, triple, zig_cpu(device), scratch)

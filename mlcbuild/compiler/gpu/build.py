@@ -42,7 +42,7 @@ def build(
         tools = cuda.toolkit()
         cuda.load_runtime(tools, scratch)  # before TVM is imported, which looks for it then
         compile_cuda = functools.partial(cuda.compile_source, tools=tools, architectures=architectures, scratch=scratch)
-    from tvm import ir
+    from mlcbuild.compiler import canonical
 
     generators.require(device, host)
     compiled: list[bytes] = []
@@ -52,7 +52,7 @@ def build(
     if kind == "rocm":
         _answer("tvm_callback_rocm_bitcode_path", lambda *_: [], [])  # no libraries for the device
         _answer("tvm_callback_rocm_link", lambda code, *_: _link_rocm(bytes(code), scratch), compiled)
-    module = ir.load_json(lowered.read_text(encoding="utf-8"))
+    module = canonical.from_text(lowered.read_text(encoding="utf-8"))
     if prefix:
         module = static.with_prefix(module, prefix)
 

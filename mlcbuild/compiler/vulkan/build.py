@@ -34,7 +34,9 @@ def build(
     where TVM has no code generator for the host.
     """
     import tvm_ffi
-    from tvm import IRModule, get_global_func, ir, target
+    from tvm import IRModule, get_global_func, target
+
+    from mlcbuild.compiler import canonical
 
     for kind in (_PLACEHOLDER, "llvm"):
         generators.require({"kind": kind}, host)
@@ -55,7 +57,7 @@ def build(
         get_global_func("codegen.codegen_blob")(packed, False, json.dumps(dict(host)), "").write_to_file(path)
         return path
 
-    executable = export.generate(ir.load_json(lowered.read_text(encoding="utf-8")), device, host)
+    executable = export.generate(canonical.from_text(lowered.read_text(encoding="utf-8")), device, host)
     if debug_dump is not None:
         export.dump_sources(executable.mod, debug_dump, kinds=())
         for each in kernels:

@@ -144,6 +144,8 @@ def _quantizations(catalog: Catalog) -> str:
 
 def _weights(quantization: Quantization) -> str:
     weights = quantization.weights
+    if quantization.bits_per_weight is not None:
+        return f"{quantization.bits_per_weight:g} bits in all, of {', '.join(name for name, _ in quantization.formats)}"
     if weights is None:
         return "–"
     groups = f"groups of {weights.group_size}, " if weights.group_size else ""

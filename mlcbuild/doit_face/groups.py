@@ -12,6 +12,7 @@ GROUPS = {
     "convert": "bring checkpoints under the model's parameter names",
     "calibrate": "measure what the model's matrices are multiplied with",
     "round": "round matrices layer by layer, each to what the layers before it make",
+    "allocate": "choose the format of each kind of matrix, for quantizations that are budgets",
     "quantize": "make the weights only",
     "lower": "make optimised modules",
     "runtime": "compile TVM's runtime for browsers",

@@ -51,6 +51,8 @@ def inspect_library(path: Path, catalog: Catalog, weights: Path | None = None) -
     graph = plan(catalog, catalog.recipes.values(), locker(catalog.root))
     takes: dict[str, tuple[str, ...]] = {}
     for name, goal in graph.goals.items():
+        if "allocate" in goal.steps:  # what a budget makes of the model is in the cache, if anywhere
+            continue
         fields = graph.steps[goal.steps["quantize"]].fields
         made = quantized_parameters(parameters(structure.from_json(fields["structure"])), goal.recipe.quantization)
         try:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping
 
 from mlcbuild.engine.graph import Graph, Step
-from mlcbuild.planning.planner import BOUNDS, Planner, goals_of
+from mlcbuild.planning.goals import goals_of
+from mlcbuild.planning.planner import BOUNDS, Planner
 from mlcbuild.planning.shapes import Shape, method_of
 from mlcbuild.recipes.types import Catalog, Locked, Model, Recipe
 
@@ -35,7 +36,7 @@ class _Outliner(Planner):
     def _measure(self, recipe: Recipe, shape: Shape, steps: Mapping[str, str]) -> str:
         how = method_of(shape, recipe.verify)
         layers = shape.blocks if how == "layers" else None
-        runs, *libraries = self._run(layers or shape.whole, recipe.quantization, recipe.target)
+        runs, *libraries = self._run(layers or shape.whole, recipe.quantization, recipe.target, steps.get("allocate"))
         longest = shape.model_config.get("context_window_size") if layers is not None else None
         made = (steps["quantize"], steps["download"], steps["convert"])
         told = (how, recipe.verify.text, longest, *made, *libraries)

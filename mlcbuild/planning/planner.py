@@ -20,6 +20,7 @@ from mlcbuild.errors import MlcBuildError, NotLocked, Unavailable
 from mlcbuild.models.kinds import HYBRID
 from mlcbuild.planning.adding import Steps
 from mlcbuild.planning.backends import PAGES, backend
+from mlcbuild.planning.budgets import chosen, first, spending
 from mlcbuild.planning.files import (
     ADAPTER_FILES,
     POOLING_FILES,
@@ -28,8 +29,9 @@ from mlcbuild.planning.files import (
     TOKEN_FILES,
     checkpoint_files,
 )
+from mlcbuild.planning.goals import goals_of
 from mlcbuild.planning.once import once
-from mlcbuild.planning.shapes import Form, Shape, adapter_of, config_of, method_of, prefix, shape_of
+from mlcbuild.planning.shapes import Form, Shape, adapter_of, config_of, format_name, method_of, prefix, shape_of
 from mlcbuild.recipes.types import (
     Catalog,
     Locked,
@@ -59,24 +61,6 @@ def plan(catalog: Catalog, recipes: Iterable[Recipe], lock: Callable[[Model], Lo
     return goals_of(Planner(catalog, lock), recipes)
 
 
-def goals_of(planner: Planner, recipes: Iterable[Recipe]) -> Graph:
-    """The graph of what the planner makes of the recipes."""
-    goals: dict[str, Goal] = {}
-    unavailable: dict[str, str] = {}
-    unlocked: dict[str, str] = {}
-    broken: dict[str, str] = {}
-    for recipe in recipes:
-        try:
-            goals[recipe.name] = planner.goal(recipe)
-        except Unavailable as error:
-            unavailable[recipe.name] = str(error)
-        except NotLocked as error:
-            unlocked[recipe.name] = str(error)
-        except MlcBuildError as error:
-            broken[recipe.name] = f"model {recipe.model.name}: {error}"
-    return Graph(planner.steps.added, goals, unavailable, unlocked, broken)
-
-
 class Planner:
     """Adds steps, each once. What several recipes share is worked out once."""
 
@@ -96,7 +80,7 @@ class Planner:
             raise Unavailable(f"target {target.name}: models of kind `{HYBRID}` are compiled for CPUs only")
         steps = {
             **self._weights(model, quantization),
-            **self._compiled(shape.whole, shape.two_layers, quantization, target),
+            **self._compiled(shape.whole, shape.two_layers, quantization, target, self._allocate(model, quantization)),
         }
         steps["package"] = self._package(recipe, shape, steps)
         steps["measure"] = self._measure(recipe, shape, steps)
@@ -111,6 +95,8 @@ class Planner:
             steps["calibrate"] = self._calibrate(model)
         elif quantization.rounding == "gptq":
             steps["round"] = self._round(model, quantization)
+        if (budget := self._allocate(model, quantization)) is not None:
+            steps["allocate"] = budget
         return {**steps, "quantize": self._quantize(model, quantization)}
 
     def _download(self, model: Model) -> str:
@@ -151,21 +137,32 @@ class Planner:
 
     @once
     def _calibrate(self, model: Model) -> str:
-        return self._measured("calibrate", model.name, model, "calibrated", {})
+        return self._measured("calibrate", model.name, model, "rounding `calibrated`", {})
 
     @once
     def _round(self, model: Model, quantization: Quantization) -> str:
-        fields = {"quantization": self._packing(quantization)}
-        return self._measured("round", f"{model.name}-{quantization.name}", model, "gptq", fields)
+        fields, more = {"quantization": self._packing(quantization)}, chosen(self._allocate(model, quantization))
+        return self._measured("round", f"{model.name}-{quantization.name}", model, "rounding `gptq`", fields, more)
 
-    def _measured(self, kind: str, label: str, model: Model, rounding: str, fields: Mapping[str, Any]) -> str:
+    @once
+    def _allocate(self, model: Model, quantization: Quantization) -> str | None:
+        """What spends a budget, by the model's weights in the first of its formats; None for other quantizations."""
+        if not quantization.formats:
+            return None
+        weights = (Input("quantize", step=self._quantize(model, first(quantization))),)
+        fields = {"quantization": self._packing(first(quantization)), **spending(quantization)}
+        return self._measured("allocate", f"{model.name}-{quantization.name}", model, "a budget", fields, weights)
+
+    def _measured(
+        self, kind: str, label: str, model: Model, what: str, fields: Mapping[str, Any], more: tuple[Input, ...] = ()
+    ) -> str:
         """A step that runs the calibration text through the model."""
         everywhere = self.catalog.targets[_EVERYWHERE]
         target = everywhere if targets.runs_here(everywhere) else self.catalog.targets[_HERE]
         shape = self._shape(model, ())
         if shape.blocks is None:
             raise MlcBuildError(
-                f"rounding `{rounding}` measures a decoder layer by layer, and "
+                f"{what} measures a decoder layer by layer, and "
                 f"{shape.fields['architecture']} is none: choose the same quantization without it, or with "
                 "`rounding: mse`"
             )
@@ -175,6 +172,7 @@ class Planner:
             Input("blocks", step=self._library(shape.blocks, self.catalog.quantizations[_UNQUANTIZED], target)),
             Input("checkpoint", step=download, select=TOKENIZER_FILES),
             Input("text", path=model.calibration or _CALIBRATION_TEXT),
+            *more,
         )
         return self._add(kind, label, {"structure": shape.fields, **fields}, inputs, (download, convert))
 
@@ -185,7 +183,7 @@ class Planner:
             "structure": self._shape(model, ()).fields,
             "quantization": self._packing(quantization),
         }
-        inputs = [Input("convert", step=convert)]
+        inputs = [Input("convert", step=convert), *chosen(self._allocate(model, quantization))]
         if quantization.rounding == "calibrated":
             inputs.append(Input("calibration", step=self._calibrate(model)))
         elif quantization.rounding == "gptq":
@@ -194,19 +192,21 @@ class Planner:
         return self._add("quantize", f"{model.name}-{quantization.name}", fields, tuple(inputs), materials)
 
     @once
-    def _compiled(self, whole: Form, small: Form, quantization: Quantization, target: Target) -> dict[str, str]:
+    def _compiled(
+        self, whole: Form, small: Form, quantization: Quantization, target: Target, budget: str | None
+    ) -> dict[str, str]:
         """The library's steps, with the one that tries its kernels where something here can run them."""
         steps = {
-            "lower": self._lower(whole, quantization, target),
-            "library": self._library(whole, quantization, target),
+            "lower": self._lower(whole, quantization, target, budget),
+            "library": self._library(whole, quantization, target, budget),
         }
         if not targets.not_executed(target):
-            steps["execute"] = self._execute(whole, small, quantization, target)
+            steps["execute"] = self._execute(whole, small, quantization, target, budget)
         return steps
 
     @once
-    def _lower(self, form: Form, quantization: Quantization, target: Target) -> str:
-        name = _format(quantization)
+    def _lower(self, form: Form, quantization: Quantization, target: Target, budget: str | None = None) -> str:
+        name = format_name(quantization)
         fields = {
             "structure": form.fields,
             "quantization": self._format(quantization),
@@ -219,11 +219,12 @@ class Planner:
                 else {}
             ),
         }
-        return self._add("lower", f"{form.label}-{name}-{target.name}", fields, entry=backend(target).lower)
+        label = f"{form.label}-{name}-{target.name}"
+        return self._add("lower", label, fields, chosen(budget), entry=backend(target).lower)
 
     @once
-    def _library(self, form: Form, quantization: Quantization, target: Target) -> str:
-        name = _format(quantization)
+    def _library(self, form: Form, quantization: Quantization, target: Target, budget: str | None = None) -> str:
+        name = format_name(quantization)
         fields: dict[str, Any] = {
             "device": self._device(target),
             "host": dict(target.host),
@@ -232,43 +233,44 @@ class Planner:
         }
         options = {
             "architectures": list(target.architectures),
-            "prefix": prefix(form, name) if target.library == "tar" else "",
+            # Two models may choose otherwise: an app that holds both must tell their libraries apart.
+            "prefix": prefix(form, budget.partition(":")[2] if budget else name) if target.library == "tar" else "",
         }
-        chosen = backend(target)
-        fields |= {name: options[name] for name in chosen.options}
-        lower = self._lower(form, quantization, target)
+        by = backend(target)
+        fields |= {name: options[name] for name in by.options}
+        lower = self._lower(form, quantization, target, budget)
         label = f"{form.label}-{name}-{target.name}"
         inputs = [Input("lower", step=lower)]
         if target.linker.kind == "wasm":
             inputs.append(Input("runtime", step=self._runtime()))
-        return self._add("library", label, fields, tuple(inputs), entry=chosen.build, takes=chosen.takes)
+        return self._add("library", label, fields, tuple(inputs), entry=by.build, takes=by.takes)
 
     @once
     def _runtime(self) -> str:
         fields = {"emscripten": emscripten.version(), "sources": emscripten.source_tree()}
         return self._add("runtime", "webgpu", fields)
 
-    def _execute(self, whole: Form, form: Form, quantization: Quantization, target: Target) -> str:
+    def _execute(self, whole: Form, form: Form, quantization: Quantization, target: Target, budget: str | None) -> str:
         """The step that tries the kernels of a library for a GPU: in the library of the small model `form`."""
         here = self.catalog.targets[_EXACT]
         device = targets.real_device(target)
-        inputs = [Input("cpu_library", step=self._library(form, quantization, here))]
+        inputs = [Input("cpu_library", step=self._library(form, quantization, here, budget)), *chosen(budget)]
         fields: dict[str, Any] = {"structure": form.fields, "quantization": self._format(quantization)}
         if device:
             fields["device"] = device
-            inputs.append(Input("library", step=self._library(form, quantization, target)))
+            inputs.append(Input("library", step=self._library(form, quantization, target, budget)))
         else:
             fields |= {"device": self._device(target), "host": dict(target.host)}
             fields["linker"] = dataclasses.asdict(target.linker)
-            inputs.append(Input("lower", step=self._lower(form, quantization, target)))
-        label = f"{whole.label}-{_format(quantization)}-{target.name}"
+            inputs.append(Input("lower", step=self._lower(form, quantization, target, budget)))
+        label = f"{whole.label}-{format_name(quantization)}-{target.name}"
         return self._add("execute", label, fields, tuple(inputs))
 
     def _package(self, recipe: Recipe, shape: Shape, steps: Mapping[str, str]) -> str:
         fields = {
             "model": recipe.model.name,
             "quantization": recipe.quantization.name,
-            "format": _format(recipe.quantization),
+            "format": format_name(recipe.quantization),
             "target": recipe.target.name,
             "template": self._template(recipe.template),
             "model_type": shape.fields["model_type"],
@@ -289,7 +291,8 @@ class Planner:
         quantization, verify = recipe.quantization, recipe.verify
         how = method_of(shape, verify)
         layers = shape.blocks if how == "layers" else None
-        runs, reference, library = self._run(layers or shape.whole, quantization, recipe.target)
+        budget = steps.get("allocate")
+        runs, reference, library = self._run(layers or shape.whole, quantization, recipe.target, budget)
         fields: dict[str, Any] = {"method": how}
         inputs = [
             Input("quantize", step=steps["quantize"]),
@@ -302,6 +305,7 @@ class Planner:
         if layers is not None:
             fields["structure"] = self._shape(recipe.model, ()).fields
             fields["quantization"] = self._format(quantization)
+            inputs += chosen(budget)
             fields["context_window_size"] = shape.model_config.get("context_window_size", -1)  # pieces take more
         if how == "embeddings":
             fields["embedding"] = shape.fields["embedding"]
@@ -310,11 +314,11 @@ class Planner:
         return self._add("measure", label, fields, tuple(inputs), (steps["download"], steps["convert"]))
 
     @once
-    def _run(self, form: Form, quantization: Quantization, target: Target) -> tuple[str, str, str]:
+    def _run(self, form: Form, quantization: Quantization, target: Target, budget: str | None) -> tuple[str, str, str]:
         """What weights are measured with: a target's name, the unquantized library and the quantized one."""
         runs = target if not form.blocks and targets.runs_here(target) else self._stand_in(target)
         reference = self._library(form, self.catalog.quantizations[_UNQUANTIZED], self.catalog.targets[_HERE])
-        return runs.name, reference, self._library(form, quantization, runs)
+        return runs.name, reference, self._library(form, quantization, runs, budget)
 
     def _stand_in(self, target: Target) -> Target:
         """A target that this machine runs and that rounds activations as `target` says: its figures are the other's."""
@@ -334,7 +338,8 @@ class Planner:
             "notes": list(shape.notes),
             **({} if shape.blocks is not None else {"by_layer": False}),  # no rounding measures it
         }
-        inputs = [Input(name, step=steps[name]) for name in ("package", "measure", "execute") if name in steps]
+        given = ("package", "measure", "execute", "allocate")
+        inputs = [Input(name, step=steps[name]) for name in given if name in steps]
         if targets.is_gpu(recipe.target) and "execute" not in steps:
             fields["not_executed"] = targets.not_executed(recipe.target)
         return self._add("verify", recipe.name, fields, tuple(inputs))
@@ -393,8 +398,3 @@ class Planner:
         if reason:
             raise Unavailable(f"target {target.name}: {reason}")
         return targets.resolve(target)
-
-
-def _format(quantization: Quantization) -> str:
-    """The name of the format whose bytes these are: roundings and classes of one format share its libraries."""
-    return quantization.format or quantization.name

@@ -18,7 +18,7 @@ from mlcbuild.models.structure import Structure
 from mlcbuild.models.tied import tied_embedding, unties
 from mlcbuild.models.tied import untied as untied_config
 from mlcbuild.planning.files import ADAPTER_FILES, check_adapter, inner
-from mlcbuild.recipes.types import Architecture, Catalog, Locked, Model, Source, Verify
+from mlcbuild.recipes.types import Architecture, Catalog, Locked, Model, Quantization, Source, Verify
 from mlcbuild.regular import nowhere, open_regular
 
 # What config.json calls the length up to which such a scaling leaves texts as they are.
@@ -160,6 +160,11 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _form(structure: Structure, ending: str = "", blocks: bool = False) -> Form:
     return Form(f"{structure.digest}{ending}", f"{structure.label}{ending}", structure.library_json(), blocks)
+
+
+def format_name(quantization: Quantization) -> str:
+    """The name of the format whose bytes these are: roundings and classes of one format share its libraries."""
+    return quantization.format or quantization.name
 
 
 def prefix(form: Form, quantization: str) -> str:

@@ -1,7 +1,7 @@
 """Valid file contents as the types of mlcbuild.recipes.types.
 
-Nothing is checked here, but for quantizations that are made of others: `format` (those bytes, rounded otherwise) and
-`overrides`.
+Nothing is checked here, but for quantizations that are made of others: `format` (those bytes, rounded otherwise),
+`overrides` and `formats` (those that a budget chooses among).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from mlcbuild.recipes.document import Document
-from mlcbuild.recipes.problems import Problem
+from mlcbuild.recipes.problems import Problem, where
 from mlcbuild.recipes.types import (
     Architecture,
     Model,
@@ -25,20 +25,24 @@ from mlcbuild.recipes.types import (
 )
 
 Data = Mapping[str, Any]
+Place = tuple[str | int, ...]
 
 
 def quantization(name: str, data: Data, others: Mapping[str, Data]) -> Quantization:
-    """`others` are the contents of the quantizations that its overrides name."""
-    keys = ("embedding", "lm_head", "rounding", "scheme_version")
+    """`others` are the contents of the quantizations that its overrides, or a budget, name."""
+    keys = ("embedding", "lm_head", "rounding", "scheme_version", "bits_per_weight")
     overrides = tuple((pattern, _weights(others[other])) for pattern, other in data.get("overrides", {}).items())
+    formats = tuple((other, _weights(others[other])) for other in data.get("formats", ()))
+    budget: Data = {"embedding": "quantized", "lm_head": "quantized"} if formats else {}
     return Quantization(
         name,
         kind=data["class"],
         model_dtype=data["model_dtype"],
-        weights=_weights(data),
+        weights=formats[0][1] if formats else _weights(data),
         overrides=overrides,
+        formats=formats,
         format=name,
-        **{key: data[key] for key in keys if key in data},
+        **{key: value for key, value in {**budget, **data}.items() if key in keys},
     )
 
 
@@ -93,12 +97,13 @@ def quantizations(documents: Mapping[str, Document]) -> tuple[dict[str, Quantiza
     plain = {name: each for name, each in documents.items() if "format" not in each.data}
     whole = {}
     for name, each in plain.items():
-        mentioned = each.data.get("overrides", {})
+        mentioned: dict[Place, str] = {
+            ("overrides", pattern): other for pattern, other in each.data.get("overrides", {}).items()
+        }
+        mentioned |= {("formats", at): other for at, other in enumerate(each.data.get("formats", ()))}
         if any(other not in documents for other in mentioned.values()):
             continue
-        wrong = [
-            problem for pattern, other in mentioned.items() for problem in _clashes(each, pattern, documents[other])
-        ]
+        wrong = [problem for place, other in mentioned.items() for problem in _clashes(each, place, documents[other])]
         problems += wrong
         if not wrong:
             others = {other: documents[other].data for other in mentioned.values()}
@@ -131,9 +136,13 @@ def _has_scales(quantization: Quantization, rounding: str) -> bool:
     )
 
 
-def _clashes(document: Document, pattern: str, other: Document) -> list[Problem]:
+def _clashes(document: Document, place: Place, other: Document) -> list[Problem]:
+    """Why the file at `place`, an override's or one of a budget's formats, cannot be taken."""
+    weights = _weights(other.data)
     if "format" in other.data:
         text = "which only rounds otherwise; name the format of its bytes"
+    elif "formats" in other.data:
+        text = "which is a budget itself; name a format"
     elif "overrides" in other.data:
         text = "which has overrides itself; name one without"
     elif other.data["model_dtype"] != document.data["model_dtype"]:
@@ -141,6 +150,10 @@ def _clashes(document: Document, pattern: str, other: Document) -> list[Problem]
             f"whose model_dtype is {other.data['model_dtype']}; "
             f"expected one with {document.data['model_dtype']}, as here"
         )
+    elif place == ("formats", 0) and weights is None:
+        text = "in which nothing is lost; name one with groups first: what the model loses in that is measured"
+    elif place[0] == "formats" and weights is not None and weights.scheme != "group":
+        text = f"whose weights are of scheme {weights.scheme}; a budget chooses among formats with groups, and q0 ones"
     else:
         return []
-    return [document.problem(f"`overrides.{pattern}` is `{other.file.name}`, {text}", ("overrides", pattern))]
+    return [document.problem(f"`{where(place)}` is `{other.file.name}`, {text}", place)]

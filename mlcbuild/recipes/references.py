@@ -30,7 +30,11 @@ _NAMES: dict[str, dict[Place, str]] = {
     },
     "model": {("extends",): "model", ("template",): "template", ("architecture",): "architecture"},
     "architecture": {("extends",): "architecture"},
-    "quantization": {("format",): "quantization", ("overrides", "*"): "quantization"},
+    "quantization": {
+        ("format",): "quantization",
+        ("overrides", "*"): "quantization",
+        ("formats", "*"): "quantization",
+    },
 }
 # And where it names a file or a folder by its path, relative to itself.
 _PATHS: dict[str, dict[Place, str]] = {

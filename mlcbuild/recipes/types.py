@@ -93,6 +93,8 @@ class Quantization:
     overrides: tuple[
         tuple[str, Weights | None], ...
     ] = ()  # (pattern, its weights or None: kept); the last match counts
+    bits_per_weight: float | None = None  # a budget: of `formats`, each kind of matrix gets what the model needs
+    formats: tuple[tuple[str, Weights | None], ...] = ()  # (name of the format, its weights or None: kept)
     format: str = ""  # what runtimes are told: the name of the format whose bytes these are; "" means `name`
 
 
@@ -101,14 +103,18 @@ FEW_BITS = 4  # products with weights of so many bits, or fewer, may round activ
 
 def has_few_bits(quantization: Quantization) -> bool:
     """Whether some weights are in groups of at most FEW_BITS."""
-    every = (quantization.weights, *(weights for _, weights in quantization.overrides))
+    every = (quantization.weights, *(weights for _, weights in (*quantization.overrides, *quantization.formats)))
     return any(weights is not None and weights.scheme == "group" and weights.bits <= FEW_BITS for weights in every)
 
 
 def quantization_json(quantization: Quantization) -> dict[str, Any]:
-    """What decides the bytes of quantized weights. No name: two names for one format share everything."""
+    """What decides the bytes of quantized weights. No name: two names for one format share everything.
+
+    Of a budget, what is chosen comes on top (mlcbuild.quantization.budget).
+    """
     fields = asdict(quantization)
-    return {key: value for key, value in fields.items() if key not in ("name", "format", "kind")}
+    others = ("name", "format", "kind", "bits_per_weight", "formats")
+    return {key: value for key, value in fields.items() if key not in others}
 
 
 def format_json(quantization: Quantization) -> dict[str, Any]:

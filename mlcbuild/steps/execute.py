@@ -14,6 +14,7 @@ from mlcbuild.emulation import try_out
 from mlcbuild.engine.job import Job
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models import structure
+from mlcbuild.quantization.budget import fields_of
 from mlcbuild.recipes.types import linker_from_json, quantization_from_json
 from mlcbuild.verify import execution, random_weights
 
@@ -26,7 +27,7 @@ def run(job: Job) -> None:
     emulated = "lower" in job.inputs
     library = _emulated(job) if emulated else _library(job, "library")
     model = structure.from_library_json(job.fields["structure"])
-    format_ = quantization_from_json(job.fields["quantization"])
+    format_ = quantization_from_json(fields_of(job.fields, job.inputs))
     weights = random_weights.make(model, execution.VOCABULARY, format_, job.scratch / "weights", job.scratch)
     texts = execution.texts(model) if emulated else execution.SMALL
     if emulated:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from mlcbuild.engine.job import Job
 from mlcbuild.models import structure
+from mlcbuild.quantization.budget import fields_of
 from mlcbuild.recipes.types import quantization_from_json
 
 VERSION = 1
@@ -21,7 +22,7 @@ def run(job: Job) -> None:
 
     module = job.entry(
         structure.from_library_json(job.fields["structure"]),
-        quantization_from_json(job.fields["quantization"]),
+        quantization_from_json(fields_of(job.fields, job.inputs)),
         job.fields["name"],
         job.fields["device"],
         job.debug_dump,

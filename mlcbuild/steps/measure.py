@@ -13,6 +13,7 @@ from mlcbuild.chat import rwkv_vocabulary
 from mlcbuild.chat.checkpoint import embedding_metadata
 from mlcbuild.engine.job import Job
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.quantization.budget import fields_of
 from mlcbuild.verify.evaluate import read_text
 from mlcbuild.verify.measure import Case, measure
 
@@ -39,7 +40,7 @@ def run(job: Job) -> None:
     job.folder(job.inputs["checkpoint"], weights)
     rwkv_vocabulary.write_packed(files, weights)
     case = Case(
-        job.fields,
+        {**job.fields, **({"quantization": fields_of(job.fields, job.inputs)} if "blocks" in job.inputs else {})},
         weights,
         None if embedding is None else embedding_metadata(files, embedding),
         job.inputs["convert"].read_json("parameters.json"),

@@ -15,6 +15,7 @@ from mlcbuild.engine.job import Job
 from mlcbuild.errors import CheckpointError
 from mlcbuild.models import structure
 from mlcbuild.models.parameters import parameters
+from mlcbuild.quantization.budget import fields_of
 from mlcbuild.quantization.floats import Array
 from mlcbuild.quantization.packing import Packed
 from mlcbuild.quantization.stream import quantize
@@ -32,7 +33,7 @@ def run(job: Job) -> None:
         job.inputs["convert"].read_json("parameters.json"),
         job.materials,
         parameters(structure.from_json(job.fields["structure"])),
-        quantization_from_json(job.fields["quantization"]),
+        quantization_from_json(fields_of(job.fields, job.inputs)),
         job.output,
         job.progress,
         importance=_importance(job),

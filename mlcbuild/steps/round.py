@@ -11,6 +11,7 @@ import numpy as np
 
 from mlcbuild.engine.job import Job
 from mlcbuild.models import structure
+from mlcbuild.quantization.budget import fields_of
 from mlcbuild.quantization.feedback import Kernels
 from mlcbuild.quantization.packing import Packed
 from mlcbuild.recipes.types import quantization_from_json
@@ -29,7 +30,7 @@ def run(job: Job) -> None:
     (text,) = job.inputs["text"].files.values()
     pieces, windows = calibration.opened(blocks, tokenizer, text.path, model.context_window_size, job.note)
     checkpoint = Unquantized(job.inputs["convert"].read_json("parameters.json"), job.materials)
-    quantization = quantization_from_json(job.fields["quantization"])
+    quantization = quantization_from_json(fields_of(job.fields, job.inputs))
 
     def save(name: str, found: Packed) -> None:
         np.save(job.output / f"{name}.words.npy", found.words)

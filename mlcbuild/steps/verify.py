@@ -17,10 +17,13 @@ def run(job: Job) -> None:
     for the usual ones: kl, perplexity_increase, perplexity, cosine.
 
     Inputs: `package`, `measure` (figures.json); `execute` (execution.json), what was found of a GPU's library, or the
-    field not_executed: why there is none. Raises MlcBuildError for figures that are not finite, and with `gate: fail`
-    for a miss.
+    field not_executed: why there is none; `allocate` (shares.json), how a budget was spent. Raises MlcBuildError for
+    figures that are not finite, and with `gate: fail` for a miss.
     """
     folder = job.folder(job.inputs["package"], job.scratch / "package")
     execution = job.inputs["execute"].read_json("execution.json") if "execute" in job.inputs else None
-    report = judge(job.fields, folder, job.inputs["measure"].read_json("figures.json"), execution, job.note)
+    measured = job.inputs["measure"].read_json("figures.json")
+    if "allocate" in job.inputs and "details" in measured:
+        measured["details"]["budget"] = job.inputs["allocate"].read_json("shares.json")
+    report = judge(job.fields, folder, measured, execution, job.note)
     (job.output / "quality.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

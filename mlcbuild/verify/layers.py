@@ -75,7 +75,7 @@ def compare(
     waiting_p, waiting_q = iter(p), iter(q)
     figures = evaluate.compare(
         lambda ids: _logits(ours, next(waiting_q), given),
-        lambda ids: _sliced_logits(theirs, next(waiting_p), checkpoint, head),
+        lambda ids: sliced_logits(theirs, next(waiting_p), checkpoint.rows_of, head),
         windows,
     )
     return Layers(figures, tensors, blocks)
@@ -86,13 +86,14 @@ def _logits(library: Pieces, normed: Float32, head: Tensors) -> Iterator[Float32
         yield library.logits(normed[start : start + library.chunk], head)
 
 
-def _sliced_logits(
-    library: Pieces, normed: Float32, checkpoint: Unquantized, head: Sequence[Parameter]
+def sliced_logits(
+    library: Pieces, normed: Float32, rows: Callable[[Parameter, int, int], Float32], head: Sequence[Parameter]
 ) -> Iterator[Float32]:
+    """Logits [tokens, vocab_size] of all that the head is given, in pieces; `rows` reads a slice of its parameters."""
     for start in range(0, len(normed), library.chunk):
         piece = normed[start : start + library.chunk]
         slices = [
-            library.logits(piece, [tvm_runtime.tensor(checkpoint.rows(each.name, first, last)) for each in head])
+            library.logits(piece, [tvm_runtime.tensor(rows(each, first, last)) for each in head])
             for first, last in _slices(head[0])
         ]
         yield np.concatenate(slices, axis=1)

@@ -84,9 +84,12 @@ class Unquantized:
             self._sources.release(piece)
         return found
 
+    def rows_of(self, parameter: Parameter, start: int, stop: int) -> Float32:
+        return self.rows(parameter.name, start, stop)
+
     def take(self, name: str, rows: Sequence[int]) -> Float32:
-        """These rows of a parameter, at a 64-byte boundary."""
-        found = tvm_runtime.aligned_empty((len(rows), *self._entries[name]["shape"][1:]), np.float32)
+        """These rows of a matrix, or of experts one after the other, at a 64-byte boundary."""
+        found = tvm_runtime.aligned_empty((len(rows), self._entries[name]["shape"][-1]), np.float32)
         for at, row in enumerate(rows):
             found[at] = self.rows(name, row, row + 1)[0]
         return found

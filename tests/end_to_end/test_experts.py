@@ -43,8 +43,9 @@ def test_it_is_built_and_verified_whole_and_layer_by_layer(workspace: Workspace,
     workspace.recipe("exact-cpu", "q0f32", "mixture")
     workspace.recipe("calibrated-cpu", "q4f16_1-calibrated", "mixture")
     workspace.recipe("gptq-cpu", "q4f16_1-gptq", "mixture")
+    workspace.recipe("budget-cpu", "q5f16_auto", "large")
     workspace.doit("build")
-    names = ("mixture", "large", "exact", "calibrated", "gptq")
+    names = ("mixture", "large", "exact", "calibrated", "gptq", "budget")
     quality = {
         name: json.loads((workspace.root / "dist" / f"{name}-cpu" / "quality.json").read_text()) for name in names
     }
@@ -55,6 +56,13 @@ def test_it_is_built_and_verified_whole_and_layer_by_layer(workspace: Workspace,
     assert list(layers["relative_error"]["blocks"]) == ["embedding", "layer 0", "layer 1", "layer 2", "final norm"]
     assert quality["exact"]["kl"] == 0 < quality["calibrated"]["kl"] < whole["kl"]
     assert 0 < quality["gptq"]["kl"] < quality["calibrated"]["kl"]
+    spent = quality["budget"]["budget"]
+    (index,) = (workspace.root / "dist" / "budget-cpu").glob("*-MLC/tensor-cache.json")
+    assert json.loads(index.read_text())["metadata"]["BitsPerParam"] == pytest.approx(
+        spent["bits_per_weight"], abs=1e-3
+    )
+    assert quality["budget"]["method"] == "layers" and spent["bits_per_weight"] <= 5
+    assert len(set(spent["formats"].values())) > 1 and quality["budget"]["kl"] < whole["kl"]
     logits = load(workspace.root / "dist" / "exact-cpu").logits(IDS)
     expected = np.load(checkpoint.parent / "logits.npy")
     assert np.abs(logits - expected).max() <= 1e-4 * expected.std()

@@ -265,6 +265,34 @@ def test_error_feedback_is_a_step_of_its_own(workspace: Workspace) -> None:
     assert {item.path.name for step in rounds for item in step.inputs if item.path} == {"calibration.txt"}
 
 
+def test_a_budget_is_spent_by_a_step_of_its_own(workspace: Workspace) -> None:
+    """By weights in its first format, which another recipe may share; what follows is given the choice alone."""
+    for name in ("q5f16_auto", "q4f16_1-gptq"):
+        workspace.write(f"recipes/{name}.yaml", f"model: tiny\nquantization: {name}\ntarget: cpu\n")
+    found = planned(workspace, "q5f16_auto", "q4f16_1-gptq")
+    steps = found.goals["q5f16_auto"].steps
+    allocate = found.steps[steps["allocate"]]
+    assert allocate.name == "allocate:tiny-q5f16_auto" and allocate.fields["bits_per_weight"] == 5
+    assert found.goals["q4f16_1-gptq"].steps["quantize"] in allocate.producers
+    assert kinds(found)["round"] == kinds(found)["quantize"] == 2
+    for kind in ("round", "quantize", "lower"):
+        (given,) = (item for item in found.steps[steps[kind]].inputs if item.step == allocate.name)
+        assert (given.name, given.select) == ("budget", ("choice.json",))
+    assert allocate.name in found.steps[steps["verify"]].producers
+    assert "allocate" not in found.goals["q4f16_1-gptq"].steps
+
+
+def test_static_libraries_of_budgets_are_told_apart(workspace: Workspace) -> None:
+    workspace.write("recipes/models/other.yaml", "extends: tiny\nsource: {path: tiny}\ncalibration: {text: own.txt}\n")
+    workspace.write("recipes/models/own.txt", "My own text.")
+    for model in ("tiny", "other"):
+        workspace.write(f"recipes/{model}-iphone.yaml", f"model: {model}\nquantization: q5f16_auto\ntarget: iphone\n")
+    found = planned(workspace, "tiny-iphone", "other-iphone")
+    libraries = [found.steps[goal.steps["library"]] for goal in found.goals.values()]
+    prefixes = {step.fields["prefix"] for step in libraries}
+    assert len(prefixes) == 2 and all("q5f16_auto" in each for each in prefixes)
+
+
 def test_models_calibration_text(workspace: Workspace) -> None:
     mine = workspace.write("recipes/models/mine.txt", "My own text.")
     workspace.write("recipes/models/own.yaml", "extends: tiny\nsource: {path: tiny}\ncalibration: {text: mine.txt}\n")

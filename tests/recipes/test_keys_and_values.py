@@ -140,8 +140,8 @@ def test_model(workspace: Workspace, text: str, problem: str) -> None:
         ),
         (
             QUANTIZATION.replace("q4", "q0"),
-            "1:1: expected no `weights`, `embedding`, `lm_head`, `overrides` or `rounding` where `class` is q0: "
-            "it quantizes nothing",
+            "1:1: expected no `weights`, `embedding`, `lm_head`, `overrides`, `bits_per_weight`, `formats` or "
+            "`rounding` where `class` is q0: it quantizes nothing",
         ),
         (
             "class: q4\nmodel_dtype: float16\n",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -95,3 +96,63 @@ def test_a_rounding_that_a_format_cannot_have(workspace: Workspace, name: str, r
         f"2:11: `rounding` is `{rounding}`, expected {expected} for the format `{name}`: "
         "there is no other scale to search for"
     )
+
+
+BUDGET = """\
+class: q4
+model_dtype: float16
+bits_per_weight: 4.6
+formats: [q4f16_1, q8f16_1, q0f16]
+rounding: gptq
+"""
+
+
+def test_a_budget_chooses_among_the_weights_of_others(workspace: Workspace) -> None:
+    found = loaded(workspace, own=BUDGET, plain="format: own\nrounding: nearest\n")
+    q4, q8 = (Weights(bits, 32, "uint32", "NK", True) for bits in (4, 8))
+    own = found["own"]
+    assert (own.bits_per_weight, own.formats) == (4.6, (("q4f16_1", q4), ("q8f16_1", q8), ("q0f16", None)))
+    assert (own.weights, own.embedding, own.lm_head, own.overrides) == (q4, "quantized", "quantized", ())
+    assert found["plain"] == replace(own, name="plain", rounding="nearest")
+    assert quantization_json(replace(own, rounding="nearest")) == quantization_json(found["q4f16_1"])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            BUDGET.replace("q8f16_1", "q8f16_0"),
+            "4:20: `formats[1]` is `q8f16_0`, whose weights are of scheme minmax_outer; a budget chooses among formats "
+            "with groups, and q0 ones",
+        ),
+        (
+            BUDGET.replace("q8f16_1", "q4f16_1-mse"),
+            "4:20: `formats[1]` is `q4f16_1-mse`, which only rounds otherwise; name the format of its bytes",
+        ),
+        (
+            BUDGET.replace("q8f16_1", "q5f16_auto"),
+            "4:20: `formats[1]` is `q5f16_auto`, which is a budget itself; name a format",
+        ),
+        (
+            BUDGET.replace("q8f16_1", "q8f32_1"),
+            "4:20: `formats[1]` is `q8f32_1`, whose model_dtype is float32; expected one with float16, as here",
+        ),
+        (
+            BUDGET.replace("bits_per_weight: 4.6\n", ""),
+            "1:1: `bits_per_weight` is missing: a budget: bits that a number of the model may take on average, with "
+            "scales and what is not quantized",
+        ),
+        (
+            BUDGET + "embedding: kept\n",
+            "1:1: expected no `weights`, `embedding`, `lm_head`, `overrides` or "
+            "`scheme_version` in a budget: each matrix gets one of the `formats`",
+        ),
+        (
+            BUDGET.replace("[q4f16_1, q8f16_1, q0f16]", "[q0f16, q4f16_1]"),
+            "4:11: `formats[0]` is `q0f16`, in which nothing is lost; name one with groups first: what the model loses "
+            "in that is measured",
+        ),
+    ],
+)  # fmt: skip
+def test_budgets_that_cannot_be(workspace: Workspace, text: str, expected: str) -> None:
+    assert workspace.problem("quantizations/bad.yaml", text) == expected

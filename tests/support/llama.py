@@ -23,7 +23,7 @@ _ROOT = Path(__file__).parents[2]
 QUANTIZATIONS = {  # all that differ in bytes: not other roundings of the same formats, nor mixtures of formats
     path.stem: quantization(path.stem, data, {})
     for path in sorted((_ROOT / "recipes" / "quantizations").glob("*.yaml"))
-    if not {"format", "overrides"} & (data := yaml.safe_load(path.read_text())).keys()
+    if not {"format", "formats", "overrides"} & (data := yaml.safe_load(path.read_text())).keys()
 }
 _LINKER = Linker("zig", "native", ("-shared", "-nostdlib", "-Wl,-z,undefs", "-s"), ("libm.so.6", "libc.so.6"))
 CPU = Target("cpu", {"kind": "llvm", "mcpu": "native"}, "so", _LINKER, "native")

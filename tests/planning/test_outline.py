@@ -49,6 +49,8 @@ def catalog(tmp_path: Path) -> Catalog:
         ("tiny", "q4f16_1", "vulkan"),
         ("tiny", "q4f16_1", "opencl"),
         ("tiny", "q4f16_1", "webgpu"),
+        ("tiny", "q5f16_auto", "opencl"),
+        ("twin", "q5f16_auto", "iphone"),
         ("far", "q4f16_1", "cpu"),
         ("broken", "q4f16_1", "cpu"),
     ):

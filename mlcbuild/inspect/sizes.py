@@ -9,7 +9,7 @@ from math import prod
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.kinds import DECODER, HYBRID
 from mlcbuild.models.parameters import parameters
-from mlcbuild.models.structure import ATTENDING, Structure
+from mlcbuild.models.structure import Structure
 from mlcbuild.quantization.schemes import quantized_parameters
 from mlcbuild.recipes.types import Quantization
 
@@ -48,7 +48,7 @@ def size(structure: Structure, quantization: Quantization) -> Size:
     except MlcBuildError as error:
         return Size(problem=str(error))
     weights = sum(prod(tensor.shape) * _BYTES[tensor.dtype] for tensor in tensors)
-    per_token = 2 * len(structure.numbers(*ATTENDING)) * structure.num_key_value_heads * structure.head_dim
+    per_token = 2 * len(structure.cached) * structure.num_key_value_heads * structure.head_dim
     if structure.kind not in (DECODER, HYBRID):  # a recurrent model's state does not grow, and an encoder keeps nothing
         return Size(weights)
     context = structure.context_window_size

@@ -9,7 +9,7 @@ from math import prod
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.kinds import DECODER, HYBRID
 from mlcbuild.models.parameters import count, parameters
-from mlcbuild.models.structure import ATTENDING, Structure
+from mlcbuild.models.structure import Structure
 from mlcbuild.quantization.schemes import quantized_parameters
 from mlcbuild.recipes.types import Quantization
 
@@ -50,7 +50,7 @@ def size(structure: Structure, quantization: Quantization) -> Size:
     weights = sum(prod(tensor.shape) * _BYTES[tensor.dtype] for tensor in tensors)
     if quantization.bits_per_weight is not None:  # what is chosen is not known, but what it takes
         weights = max(weights, int(quantization.bits_per_weight * count(structure) / 8))
-    per_token = 2 * len(structure.numbers(*ATTENDING)) * structure.num_key_value_heads * structure.head_dim
+    per_token = 2 * len(structure.cached) * structure.num_key_value_heads * structure.head_dim
     if structure.kind not in (DECODER, HYBRID):  # a recurrent model's state does not grow, and an encoder keeps nothing
         return Size(weights)
     context = structure.context_window_size

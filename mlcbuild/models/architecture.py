@@ -38,10 +38,8 @@ def choose(
         said = "has no `model_type`" if model_type is None else f"has the model_type {model_type!r}, expected a text"
         raise MlcBuildError(f"config.json {said}: add it, or name the `architecture` in the model's YAML file")
     fitting = [each for each in architectures.values() if model_type in each.match.get("model_type", ())]
-    inner = wrappers.text_type(config)
-    if inner is not None and not fitting:
-        text = {**wrappers.text_config(config), "model_type": inner}
-        return wrappers.wrapping(choose(architectures, text), model_type)
+    if not fitting and wrappers.text_type(config) is not None:
+        return wrappers.wrapping(choose(architectures, wrappers.alone(config)), model_type)
     if len(fitting) > 1:
         raise MlcBuildError(
             f"config.json: model_type `{model_type}` is matched by several architectures: "

@@ -70,7 +70,13 @@ def layer(d: Decoder, x: Expr, weight: Given, given: Expr, attend: Part, mlp: Pa
 
 def cut(d: Decoder, both: Expr, sparsity: float) -> Expr:
     """Gates and ups [n, 2 * I] with a gate only where it is above so large a part of the normal distribution of all."""
-    return d.builder.emit_te(_cut, both, NormalDist().inv_cdf(sparsity), primfunc_name_hint="sparse_gates")
+    emit, deviations = d.builder.emit, NormalDist().inv_cdf(sparsity)
+    halves = emit(relax.op.split(both, 2, axis=1))
+    gate, up = (emit(relax.TupleGetItem(halves, i)) for i in (0, 1))
+    mean = emit(relax.op.mean(gate, 1, keepdims=True))
+    spread = emit(relax.op.sqrt(_mean_square(d, emit(relax.op.subtract(gate, mean)))))
+    bound = emit(relax.op.add(mean, d.scaled(spread, deviations)))
+    return _joined(d, [emit(relax.op.nn.relu(emit(relax.op.subtract(gate, bound)))), up])
 
 
 def _parts(d: Decoder, x: Expr) -> list[Expr]:
@@ -84,27 +90,21 @@ def _joined(d: Decoder, parts: list[Expr]) -> Expr:
 
 
 def _as_long(d: Decoder, x: Expr, first: Expr) -> Expr:
-    return d.builder.emit_te(_rescaled, x, first, primfunc_name_hint="as_long")
+    emit = d.builder.emit
+    mine = emit(relax.op.maximum(_mean_square(d, x), relax.const(_LEAST, "float32")))
+    factor = emit(relax.op.sqrt(emit(relax.op.divide(_mean_square(d, first), mine))))
+    return emit(relax.op.multiply(x, factor))
+
+
+def _mean_square(d: Decoder, x: Expr) -> Expr:
+    """Of each row: [n, 1]."""
+    return d.builder.emit(relax.op.mean(d.builder.emit(relax.op.multiply(x, x)), 1, keepdims=True))
 
 
 def _modalities(d: Decoder, x: Expr, weight: Given) -> Expr:
     """[n, H] -> [n, S] between -1 and 1."""
     normed = d.scaled(d.norm(x, weight, "streams_norm"), 1 / d.structure.hidden_size)
     return d.builder.emit(relax.op.tanh(d.operations.linear(normed, weight("streams_router"), "float32")))
-
-
-def _mean_square(x: te.Tensor, name: str) -> te.Tensor:
-    k, size = te.reduce_axis((0, x.shape[1]), "k"), int(x.shape[1])
-    total = te.compute((x.shape[0],), lambda i: te.sum(x[i, k] * x[i, k], axis=k), name=name)
-    return te.compute((x.shape[0],), lambda i: total[i] / tirx.const(size, "float32"), name=f"{name}_mean")
-
-
-def _rescaled(x: te.Tensor, first: te.Tensor) -> te.Tensor:
-    mine, wanted = _mean_square(x, "mine"), _mean_square(first, "wanted")
-    least = tirx.const(_LEAST, "float32")
-    return te.compute(
-        x.shape, lambda i, j: x[i, j] * tirx.sqrt(wanted[i]) / tirx.sqrt(tirx.max(mine[i], least)), name="as_long"
-    )
 
 
 def _predicted(x: te.Tensor, coefficients: te.Tensor, streams: int) -> te.Tensor:
@@ -127,19 +127,3 @@ def _corrected(predicted: te.Tensor, made: te.Tensor, coefficients: te.Tensor) -
         return predicted[i, j] + news * (coefficients[i, j // size] + one)
 
     return te.compute(predicted.shape, number, name="corrected")
-
-
-def _cut(both: te.Tensor, deviations: float) -> te.Tensor:
-    n, size = both.shape[0], int(both.shape[1]) // 2
-    k, again, count = te.reduce_axis((0, size), "k"), te.reduce_axis((0, size), "again"), tirx.const(size, "float32")
-    total = te.compute((n,), lambda i: te.sum(both[i, k], axis=k), name="total")
-    mean = te.compute((n,), lambda i: total[i] / count, name="mean")
-    spread = te.compute(
-        (n,), lambda i: te.sum((both[i, again] - mean[i]) * (both[i, again] - mean[i]), axis=again), name="spread"
-    )
-
-    def number(i: Any, j: Any) -> Any:
-        bound = mean[i] + tirx.sqrt(spread[i] / count) * tirx.const(deviations, "float32")
-        return tirx.if_then_else(j < size, tirx.max(both[i, j] - bound, tirx.const(0, "float32")), both[i, j])
-
-    return te.compute(both.shape, number, name="sparse_gates")

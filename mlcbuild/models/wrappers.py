@@ -69,6 +69,12 @@ def text_config(config: Config) -> Config:
     return {**default, **found, **outer}
 
 
+def alone(config: Config) -> Config:
+    """The config.json that the text model would have alone; a config that is no wrapper's as it is."""
+    inner = text_type(config)
+    return config if inner is None else {**text_config(config), "model_type": inner}
+
+
 def unwrapped(table: Mapping[str, Any]) -> dict[str, Any]:
     """What a wrapper's checkpoint has of its text model, by the names that it has alone."""
     for inside, alone in _BEGINNINGS:
@@ -76,4 +82,4 @@ def unwrapped(table: Mapping[str, Any]) -> dict[str, Any]:
             found = {name.removeprefix(inside): ref for name, ref in table.items() if name.startswith(inside)}
             head = {name: ref for name, ref in table.items() if name.startswith("lm_head.")}
             return {name if name.startswith("lm_head.") else alone + name: ref for name, ref in (found | head).items()}
-    return {name: ref for name, ref in table.items() if name.startswith(("model.", "lm_head."))}
+    return {name: ref for name, ref in table.items() if name.startswith(("model.", "backbone.", "lm_head."))}

@@ -17,13 +17,16 @@ from typing import Any, BinaryIO
 
 from mlcbuild.cache.tree import digest_json
 from mlcbuild.models.architecture import resolve
-from mlcbuild.models.fields import keys, lookup
+from mlcbuild.models.fields import keys
+from mlcbuild.models.kinds import HYBRID
 from mlcbuild.models.parameters import Parameter, parameters
-from mlcbuild.models.structure import Structure
+from mlcbuild.models.structure import ATTENDING, KEEPING, Structure
 from mlcbuild.recipes.types import Architecture
 
 VERSION = 1  # of the numbers: raise it when they change
 LAYERS, VOCABULARY = 2, 512
+# Keys of config.json: a letter for each layer; how many layers read the keys of others.
+_PATTERN, _BORROWING = "hybrid_override_pattern", "num_kv_shared_layers"
 _SEPARATOR = "<|endoftext|>"
 _PERIOD = 1_000_003  # random numbers; a prime, so that no two rows of a matrix are alike
 _ONE = b"\x80\x3f"  # bfloat16
@@ -43,11 +46,12 @@ def small_config(config: Mapping[str, Any], architecture: Architecture, awq_grou
         for key in keys(architecture.data["config"][field]):
             if key in small:
                 small[key] = value
-    layers = _layers(config, architecture)
-    lists = {name: value for name, value in small.items() if isinstance(value, list) and len(value) == layers}
-    types = lists.get("layer_types", [])
-    second = next((layer for layer, kind in enumerate(types) if kind != types[0]), 1)  # a hybrid needs both
-    small |= {name: [value[0], *value[second : second + 1]] for name, value in lists.items()}
+    whole = resolve(architecture, config, {})
+    first, second = _kept(whole)
+    for name, value in small.items():
+        if (isinstance(value, list) or name == _PATTERN) and len(value) == whole.num_hidden_layers:
+            small[name] = value[first : first + 1] + value[second : second + 1]
+    small |= {_BORROWING: 0} if _BORROWING in small else {}  # no layer is left to borrow from
     if isinstance(own := small.get("per_layer_config"), Mapping):
         small["per_layer_config"] = {key: each for key, each in own.items() if key.isdecimal() and int(key) < LAYERS}
     if awq_group is not None:
@@ -66,10 +70,14 @@ def _written(value: Any) -> Any:
     return value
 
 
-def _layers(config: Mapping[str, Any], architecture: Architecture) -> Any:
-    """How many layers the model has: lists that are so long have an element for each."""
-    rule = architecture.data["config"]["num_hidden_layers"]
-    return next((found for key in keys(rule) if (found := lookup(config, key)) is not None), None)
+def _kept(whole: Structure) -> tuple[int, int]:
+    """The layers that are kept: the first of two types; of a hybrid, one with attention and one with a state."""
+    types = [whole.layer_type(layer) for layer in range(whole.num_hidden_layers)]
+    second = next((layer for layer, kind in enumerate(types) if kind != types[0]), 1)
+    if whole.kind != HYBRID:
+        return 0, second
+    found = sorted({whole.numbers(*kinds)[0] for kinds in (ATTENDING, KEEPING)})
+    return (found[0], found[1]) if len(found) > 1 else (0, 1)
 
 
 def make(folder: Path, config: Mapping[str, Any], architecture: Architecture, special: Sequence[str]) -> Path:

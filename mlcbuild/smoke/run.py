@@ -17,6 +17,7 @@ from mlcbuild.engine.builder import Builder
 from mlcbuild.engine.lookup import Lookup
 from mlcbuild.errors import MlcBuildError, Unavailable
 from mlcbuild.models import architecture as architectures
+from mlcbuild.models import wrappers
 from mlcbuild.planning.planner import plan
 from mlcbuild.planning.shapes import config_of
 from mlcbuild.recipes.load import load
@@ -61,7 +62,7 @@ def small(catalog: Catalog, recipe: Recipe, config: Mapping[str, Any], folder: P
 
     Stop tokens are given by number in some templates; the small tokenizer has those that it has a number for.
     """
-    model = recipe.model
+    model, config = recipe.model, wrappers.alone(config)
     architecture = architectures.choose(catalog.architectures, config, model.architecture)
     special = tuple(recipe.template.data.get("stop_str", ()))
     weights = recipe.quantization.weights

@@ -119,11 +119,12 @@ def save(case: Case, folder: Path) -> None:
 
 
 def _class_of(case: Case) -> Any:
-    """What transformers makes it with: of wrappers, what sees images, too."""
+    """What transformers makes it with: of wrappers, what sees and hears, too."""
     import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES as SEEING
 
-    wrapper = "text_config" in case.config
-    return transformers.AutoModelForImageTextToText if wrapper else transformers.AutoModelForCausalLM
+    wrapper = case.config["model_type"] in SEEING
+    return transformers.AutoModelForMultimodalLM if wrapper else transformers.AutoModelForCausalLM
 
 
 def _random(random: np.random.Generator, name: str, shape: tuple[int, ...], start: float) -> Array:

@@ -88,7 +88,7 @@ def test_a_wrapper_of_the_hub_has_the_text_models_tensors(name: str, prefix: str
     save_file(named, tmp_path / "wrapper" / "model.safetensors", metadata={"format": "pt"})
     config = {"model_type": name, "text_config": plain, "vision_config": {"model_type": "seen"}}
     (tmp_path / "wrapper" / "config.json").write_text(json.dumps(config))
-    made = []
+    made: list[object] = []
     for folder, told in (("alone", plain), ("wrapper", config)):
         structure = resolve(choose(known_architectures(), told), told, {})
         job = local_job(

@@ -11,7 +11,8 @@ import pytest
 
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models import architecture
-from tests.architectures.agreement import config_of
+from tests.architectures import sink_cases
+from tests.architectures.agreement import config_of, known_architectures
 from tests.architectures.family_cases import CASES
 from tests.models.test_architecture import CONFIG
 from tests.support import llama
@@ -119,3 +120,10 @@ def test_what_a_choice_makes_optional() -> None:
     chosen(norm="layer")(data)
     data["parameters"].append(NORM)
     assert "attention_norm_bias" in architecture.resolve(replace(known, data=data), CONFIG, {}).roles()
+
+
+def test_layers_borrow_keys_of_earlier_ones_of_their_type() -> None:
+    config = {**config_of(sink_cases.CASES["gemma4_text-shared"]), "num_kv_shared_layers": 4}
+    wanted = "layer 0 is to read the keys and values of layer -1, expected those of an earlier layer of its type"
+    with pytest.raises(MlcBuildError, match=wanted):
+        architecture.resolve(architecture.choose(known_architectures(), config), config, {})

@@ -13,15 +13,18 @@ from safetensors.torch import load_file
 from mlcbuild.checkpoints.index import index
 from mlcbuild.checkpoints.table import read_table
 from mlcbuild.engine.job import local_job
-from mlcbuild.models.architecture import resolve
+from mlcbuild.models import wrappers
+from mlcbuild.models.architecture import choose, resolve
 from mlcbuild.models.parameters import ignored, parameters
 from mlcbuild.smoke import checkpoint
 from mlcbuild.steps import convert
-from tests.architectures.agreement import config_of
+from tests.architectures import hybrid_cases, sink_cases
+from tests.architectures.agreement import config_of, known_architectures
 from tests.architectures.cases import CASES
 from tests.architectures.deepseek import CONFIG as CONFIG_OF_EXPERTS
 from tests.support import llama
 
+DEPENDENT = {**hybrid_cases.CASES, **sink_cases.CASES}
 CONFIG = {
     "model_type": "llama",
     "hidden_size": 48,
@@ -55,6 +58,17 @@ def test_a_hybrid_keeps_layers_of_both_types() -> None:
     config = {"model_type": "lfm2", "num_hidden_layers": 4, "layer_types": ["conv", "conv", "full_attention", "conv"]}
     found = checkpoint.small_config(config, llama.architecture("lfm2"))
     assert found["layer_types"] == ["conv", "full_attention"] and found["num_hidden_layers"] == 2
+
+
+@pytest.mark.parametrize("name", ["nemotron_h", "gemma4_text-shared", "falcon_h1", "qwen2_5_vl"])
+def test_models_whose_layers_depend_on_one_another_convert_one(name: str, tmp_path: Path) -> None:
+    config = wrappers.alone(config_of(DEPENDENT[name]))
+    chosen = choose(known_architectures(), config)
+    small = checkpoint.small_config(config, chosen)
+    folder = checkpoint.make(tmp_path, small, chosen, ())
+    model = resolve(chosen, small, {})
+    assert model.num_hidden_layers == 2
+    convert.run(local_job({"checkpoint": folder}, {"structure": model.to_json()}, tmp_path / "job"))
 
 
 def test_it_has_exactly_the_tensors_that_convert_wants(tmp_path: Path) -> None:

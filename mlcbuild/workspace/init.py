@@ -13,6 +13,7 @@ _NAMES = {
     "recipes/stories-cpu.yaml": "recipe.yaml",
     ".gitignore": "gitignore.txt",
     "README.md": "README.md",
+    ".vscode/settings.json": "editor.json",
 }
 
 

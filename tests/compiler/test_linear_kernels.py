@@ -105,6 +105,19 @@ def test_activations_are_rounded_as_the_target_says(
     assert least <= error < most
 
 
+@pytest.mark.parametrize("level", ["native", "x86-64-v3"])
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_row_is_the_same_bits_whatever_it_is_computed_with(level: str, bits: int | None, tmp_path: Path) -> None:
+    """Of up to 8 rows: a text that a server writes does not depend on the others."""
+    quantization = QUANTIZATIONS["q4f16_1"]
+    form = format_of(quantization.weights)
+    kernels = Kernels(LEVELS[level], tmp_path, "float16", [form], bits)
+    packed, x = pack(normal(35, 1100, seed=1), quantization.weights, "float16"), normal(8, 1100)
+    alone = np.concatenate([kernels.product(form, row[None], packed.parts, 35) for row in x])
+    for tokens in range(2, 9):
+        assert (kernels.product(form, x[:tokens], packed.parts, 35) == alone[:tokens]).all()
+
+
 def test_activations_of_a_wide_range(case: Case) -> None:
     """A few values are thousands of times larger than the others, as in real models."""
     columns, rows = case.shape(640, 40)

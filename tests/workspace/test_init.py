@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
+import re
+from pathlib import Path, PurePath
 
 import pytest
 
@@ -24,6 +26,24 @@ def test_a_new_workspace(tmp_path: Path) -> None:
         line for line in (stock().recipes / "stories-cpu.yaml").read_text().splitlines() if not line.startswith("#")
     ]
     compile((folder / "dodo.py").read_text(), "dodo.py", "exec")
+
+
+def test_an_editor_finds_the_schema_of_each_file(tmp_path: Path) -> None:
+    """By globs, as yaml-language-server reads them; each names the schema that the stock files name themselves."""
+    init(tmp_path)
+    settings = json.loads((tmp_path / ".vscode" / "settings.json").read_text())["yaml.schemas"]
+    assert all((tmp_path / schema).is_file() for schema in settings)
+    files = list(stock().recipes.rglob("*.yaml"))
+    for file in files:
+        place = PurePath("recipes", file.relative_to(stock().recipes))
+        found = [
+            schema
+            for schema, glob in settings.items()
+            if len(PurePath(glob).parts) == len(place.parts) and place.match(glob)
+        ]
+        named = re.match(r"# yaml-language-server: \$schema=(\S+)", file.read_text())
+        assert named and [PurePath(schema).name for schema in found] == [PurePath(named[1]).name], file
+    assert len(files) > 100
 
 
 def test_files_that_are_there_are_left_alone(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import typing
 from pathlib import Path
@@ -84,6 +85,19 @@ def test_a_wrong_snippet_gives_the_text_that_follows_it(snippet: Block, after: B
     # How many files come with mlcbuild is nobody's business here.
     shown, said = (re.sub(r" of \d+$", "", text.rstrip()) for text in (after.text, render(check(tmp_path))))
     assert said == shown
+
+
+def test_what_is_said_to_be_an_override_is_one() -> None:
+    """FAULTS C: sizes of sliding windows and attention sinks were listed so, and are unknown keys."""
+    known = set(json.loads((ROOT / "schema/recipe.schema.json").read_text())["$defs"]["overrides"]["properties"])
+    cells = [line.strip("|").split("|") for line in page("coming-from.md").splitlines() if line.startswith("| `--")]
+    rows = [(left, right) for left, right in cells if right.strip().startswith("`overrides")]
+    assert len(rows) > 1
+    for left, right in rows:
+        keys = re.findall(r"`overrides: {(\w+)", right) or [
+            key or option.replace("-", "_") for option, key in re.findall(r"`--([\w-]+)`(?: \(`(\w+)`\))?", left)
+        ]
+        assert {*keys} <= {*known, "overrides"}, left
 
 
 def test_every_variable_of_the_command_line_is_described() -> None:

@@ -116,6 +116,8 @@ def test_fault_C_a_model_of_texts(
     assert told.get("pooling_strategy", told.get("problem", "")).startswith(embedding)
     assert found["choices"]["rope"] == "none" and "rope_theta" not in found["choices"]
     assert found["template"]["remarks"] == []
+    main(["inspect", "texts"])
+    assert "byte_fallback" not in capsys.readouterr().out, "which is of no use for WordPiece"
 
 
 def test_a_problem_is_in_the_exit_code(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,6 +93,7 @@ COMMAND = "import sys; from pathlib import Path; from mlcbuild.runtime.commands 
 
 
 def test_the_command_writes_to_standard_output(tiny: Model, tiny_package: Path) -> None:
+    """FAULTS G: and the speed, which it did not say, to the other one."""
     code = COMMAND + f"generate(Path({str(tiny_package)!r}), 'The sea was', max_tokens=12)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert done.stdout.decode() == tiny.generate("The sea was", max_tokens=12) + "\n"

@@ -1,4 +1,4 @@
-"""Conversations: what is kept, what is dropped, what is computed again; and the program on a pipe."""
+"""Conversations: what is kept, what is dropped, what is computed again; and the program on a pipe (FAULTS G)."""
 
 from __future__ import annotations
 

@@ -11,13 +11,18 @@ from tests.support import zig_cache
 
 # Files that take minutes begin first: one that begins last would keep one worker busy while the others have ended.
 FIRST = (
-    *("emulation/test_cuda.py", "targets/test_browser.py", "end_to_end/test_verify_methods.py"),
+    *("architectures/test_agreement.py", "emulation/test_cuda.py", "targets/test_browser.py"),
+    *("end_to_end/test_gpu_targets.py", "end_to_end/test_verify_methods.py", "compiler/test_gpu_attention.py"),
     *("targets/test_cross_built.py", "end_to_end/test_packages.py", "end_to_end/test_kills.py"),
     *("doit_face/test_doit.py", "compiler/test_decoder.py", "workspace/test_fastpath.py", "engine/test_shared.py"),
 )
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # A core for each worker: torch's threads, and those of numpy's products, wait for one another by spinning.
+        # How many threads TVM has is for each test to say, and for each build that it starts.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     # xdist would begin with the files of most tests; ours of few are those that take long.
     config.option.loadscopereorder = False
 

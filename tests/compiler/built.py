@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mlcbuild.recipes.types import Quantization
+from mlcbuild.recipes.types import Quantization, Target
 from mlcbuild.runtime import tvm_runtime
 from mlcbuild.runtime.library import Library, Network
 from mlcbuild.runtime.session import Session
@@ -20,13 +20,18 @@ class Built:
     """A library, the parameters it was given, and transformers on the weights that they stand for."""
 
     def __init__(
-        self, folder: Path, quantization: str | Quantization, changes: dict[str, Any], prefill_chunk_size: int = 100
+        self,
+        folder: Path,
+        quantization: str | Quantization,
+        changes: dict[str, Any],
+        prefill_chunk_size: int = 100,
+        target: Target = llama.UNOPTIMISED,
     ) -> None:
         if isinstance(quantization, str):
             quantization = llama.QUANTIZATIONS[quantization]
         reference = llama.transformers_llama(**changes)
         structure = llama.structure_of(reference, prefill_chunk_size=prefill_chunk_size)
-        self.library = Library(llama.build_library(structure, quantization, folder))
+        self.library = Library(llama.build_library(structure, quantization, folder, target))
         given, meant = pack_model(structure, quantization, llama.mlc_parameters(reference))
         self.reference = llama.with_parameters(reference, meant)
         tensors = []

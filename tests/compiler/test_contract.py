@@ -49,7 +49,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory, model: Any) -> Library:
-    return Library(llama.build_library(llama.structure_of(model), "q0f32", tmp_path_factory.mktemp("contract")))
+    return Library(llama.build_optimised(llama.structure_of(model), "q0f32", tmp_path_factory.mktemp("contract")))
 
 
 @pytest.fixture(scope="module")

@@ -69,7 +69,7 @@ def test_batches_of_sequences_of_different_lengths(exact: Built) -> None:
 @pytest.fixture(scope="module", params=["q4f32_1", "q4f16_1", "q0f16"])
 def rounded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Built]:
     changes = {"hidden_size": 88, "num_attention_heads": 4, "head_dim": 22, "initializer_range": 0.05}
-    return request.param, Built(tmp_path_factory.mktemp(request.param), request.param, changes)
+    return request.param, Built(tmp_path_factory.mktemp(request.param), request.param, changes, target=llama.CPU)
 
 
 def test_a_quantized_library_computes_what_its_weights_stand_for(rounded: tuple[str, Built]) -> None:

@@ -221,6 +221,7 @@ def test_clean_removes_what_is_in_dist(built: Workspace) -> None:
     assert built.ran() == {}
 
 
+@pytest.mark.slow
 def test_forget_names_what_others_share(built: Workspace) -> None:
     output = built.doit("forget", "recipe=tiny-q4f16_1-cpu")
     assert "forgetting convert:tiny, which is shared with tiny-q4f32_1-cpu\n" in output

@@ -66,6 +66,7 @@ def test_the_help_lists_it(workspace: Workspace) -> None:
     assert re.search(r"^ +build +the same as `doit build`", run(workspace, "mlcbuild.cli", "--help")[1], re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_watch_builds_again_what_an_edit_touches(workspace: Workspace) -> None:
     """Until Ctrl-C. A file with a mistake ends nothing: the next edit is seen."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TOY_TRICKS": str(workspace.tricks)}

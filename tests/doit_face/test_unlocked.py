@@ -141,6 +141,7 @@ def test_a_model_that_the_hub_refuses_breaks_only_its_recipes(remote: Workspace,
     assert {path.name for path in remote.dist.iterdir()} == {"tiny-q4f16_1-cpu", "tiny-q4f32_1-cpu"}
 
 
+@pytest.mark.slow
 def test_a_manual_recipe_is_built_when_it_is_asked_for(remote: Workspace, hub: Hub) -> None:
     matrix = "matrix: {model: [far], quantization: [q4f32_1], target: [cpu]}\nmanual: true\n"
     remote.write("recipes/matrix/far.yaml", matrix)

@@ -28,7 +28,7 @@ def build_library(structure: Structure, quantization: Quantization, folder: Path
     build(
         folder / "module.json",
         target.device,
-        target.host,
+        {**target.host, "opt-level": 0},  # calls of kernels, and sizes
         target.linker,
         folder / "model.so",
         folder,

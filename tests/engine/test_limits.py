@@ -13,6 +13,7 @@ from tests.engine.workspace import REPOSITORY, Workspace
 RECIPE = "recipe=tiny-q4f16_1-cpu"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of memory")
 @pytest.mark.parametrize(
     ("option", "values", "said"),

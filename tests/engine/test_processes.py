@@ -127,6 +127,7 @@ def _seconds(workspace: Workspace) -> float:
     return time.monotonic() - started
 
 
+@pytest.mark.slow
 def test_two_builds_at_once_run_each_step_once(workspace: Workspace) -> None:
     workspace.trick("all.sleep", "0.05")
     workspace.ran()

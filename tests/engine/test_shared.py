@@ -207,6 +207,7 @@ def test_a_folder_that_cannot_be_written_is_said_once(workspace: Workspace, tmp_
     assert said(output, "the shared cache cannot be") == 1
 
 
+@pytest.mark.slow
 def test_a_place_with_nothing_is_said_once(workspace: Workspace, folder: Path) -> None:
     """By readers: who writes may be the first."""
     assert said(workspace.doit(f"remote={folder}"), f"{folder}: there is nothing at all; is this the") == 1

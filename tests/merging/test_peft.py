@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from tests.architectures.agreement import known_architectures
 from tests.checkpoints.files import write
 from tests.checkpoints.test_convert_and_quantize import save
 
-torch = pytest.importorskip("torch")
-peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT says that tied weights are difficult
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # PEFT says that tied weights are difficult
+    pytest.mark.skipif(find_spec("peft") is None, reason="needs peft"),  # which takes seconds to import
+]
 
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
 # Targets and saved modules beside q_proj, and whether PEFT is to keep them tied.
@@ -47,6 +49,8 @@ CASES: dict[str, tuple[list[str], list[str], bool]] = {
 
 def train(folder: Path, tied: bool, targets: list[str], saved: list[str], keep: bool) -> None:
     """A base in `folder/base`, and in `folder/adapter` what PEFT saves of it with random weights."""
+    import peft
+    import torch
     from transformers import AutoModelForCausalLM
 
     save(folder / "base", tied=tied, dtype="float32")
@@ -65,15 +69,17 @@ def train(folder: Path, tied: bool, targets: list[str], saved: list[str], keep: 
         if "modules_to_save" in name and parameter.data_ptr() not in done:
             parameter.data += torch.randn_like(parameter)
             done.add(parameter.data_ptr())
-    model.save_pretrained(folder / "adapter")
+    model.save_pretrained(str(folder / "adapter"))
 
 
 def merged_by_peft(folder: Path) -> dict[str, Any]:
     """The weights of the adapter merged into the base, saved, and read again."""
+    import peft
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
-    peft.PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload().save_pretrained(folder / "merged")
+    merged = peft.PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
+    merged.save_pretrained(str(folder / "merged"))
     state = AutoModelForCausalLM.from_pretrained(folder / "merged").state_dict()
     return {name: tensor.numpy() for name, tensor in state.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ def known(folder: Path = STOCK) -> dict[str, Architecture]:
     return {path.stem: architecture(path.stem, folder) for path in sorted(folder.glob("*.yaml"))}
 
 
+@functools.cache
 def architecture(name: str, folder: Path = STOCK) -> Architecture:
     return convert.architecture(name, _whole(name, folder))
 
 
+@functools.cache
 def _whole(name: str, folder: Path) -> dict[str, Any]:
-    own = yaml.safe_load((folder / f"{name}.yaml").read_text())
+    own = yaml.load((folder / f"{name}.yaml").read_text(), yaml.CSafeLoader)
     return laid_over(_whole(own["extends"], folder) if "extends" in own else {}, own)

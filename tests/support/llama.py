@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ QUANTIZATIONS = {  # all that differ in bytes: not other roundings of the same f
 }
 _LINKER = Linker("zig", "native", ("-shared", "-nostdlib", "-Wl,-z,undefs", "-s"), ("libm.so.6", "libc.so.6"))
 CPU = Target("cpu", {"kind": "llvm", "mcpu": "native"}, "so", _LINKER, "native")
+# LLVM's passes over TVM's code take as long as all else; the C kernels, in which models compute, are compiled as ever.
+UNOPTIMISED = replace(CPU, device={**CPU.device, "opt-level": 0})
 
 SMALL = {
     "vocab_size": 320,
@@ -118,7 +121,11 @@ def pack(weight: Array, dtype: str) -> tuple[Array, Array, Array]:
 
 
 def build_library(
-    structure: Structure, quantization: str | Quantization, folder: Path, target: Target = CPU, blocks: bool = False
+    structure: Structure,
+    quantization: str | Quantization,
+    folder: Path,
+    target: Target = UNOPTIMISED,
+    blocks: bool = False,
 ) -> Path:
     """Lower, generate code and link, in this process; the library's file."""
     from mlcbuild.compiler import assemble, targets
@@ -134,3 +141,7 @@ def build_library(
     build(lowered, device, {}, target.linker, output, folder)
     lowered.unlink()
     return output
+
+
+# As a build for the stock target `cpu` compiles it.
+build_optimised = functools.partial(build_library, target=CPU)

@@ -74,9 +74,7 @@ class Action:
 
         Raises Damaged for an entry that is not whole.
         """
-        record = record_of(text)
-        if digest_json(record["files"]) != record["tree"]:
-            raise Damaged("its entry is of something else")
+        record = whole_record_of(text)
         given = {name: record[name] for name in ("step", "name", "code", "fields", "inputs", "toolchain")}
         files = {name: Entry(digest, size, mode, _NOWHERE) for name, (digest, size, mode) in record["files"].items()}
         return cls(key=key, **given, seconds=float(record["seconds"]), tree=Tree(files))
@@ -101,6 +99,14 @@ def _key(
 ) -> str:
     made_of = {"step": kind, "code": code, "fields": fields, "toolchain": toolchain}
     return digest_json({**made_of, "inputs": [[name, digest] for name, digest in sorted(inputs.items())]})
+
+
+def whole_record_of(text: bytes) -> dict[str, Any]:
+    """What an entry's text says, its files compared with their digest. Raises Damaged for one that is not whole."""
+    record = record_of(text)
+    if digest_json(record["files"]) != record["tree"]:
+        raise Damaged("its entry is of something else")
+    return record
 
 
 def record_of(text: bytes) -> dict[str, Any]:
@@ -132,7 +138,7 @@ def _problem(record: Any) -> str | None:
     if not 0 < len(files) <= _MOST_FILES:
         return f"has {len(files):,} files, which cannot be"
     for name, file in files.items():
-        if not _can_be(name, file) or any(name[:end] in files for end in _slashes(name)):
+        if not _can_be(name, file) or ("/" in name and any(name[:end] in files for end in _slashes(name))):
             return f"has a file {name[:80]!r} that cannot be"
     return None
 

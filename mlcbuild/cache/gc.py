@@ -69,7 +69,7 @@ def plan(found: Inventory, limit: int, holds: Iterable[Hold], running_since: flo
         if not references[digest]:
             going += files(digest)
     size = found.size - sum(file.size for file in going)
-    for file in sorted(found.loose, key=lambda file: (file.made, file.path)):
+    for file in sorted(found.loose, key=lambda file: (file.made, file.place)):
         if file.made < min(busy, now - _LOGS) or (size > limit and file.made < busy):
             going.append(file)
             size -= file.size
@@ -91,7 +91,7 @@ def plan(found: Inventory, limit: int, holds: Iterable[Hold], running_since: flo
     for digest, reason in kept.items():
         if digest in found.blobs:
             held[reason] += found.blobs[digest].size
-    known = {str(record.path): record for record in found.records}
+    known = {record.place: record for record in found.records}
     return Plan(now, tuple(records), tuple(going), found.size, size, dict(held), size <= limit, known)
 
 
@@ -106,11 +106,13 @@ def collect(root: Path, todo: Plan) -> int:
     needed = _needed(root, todo.known)
     for file in todo.files:
         with contextlib.suppress(OSError):
-            if file.path.name.partition(".")[0] not in needed and file.path.stat().st_ctime == file.made:
+            digest = file.place.rpartition(os.sep)[2].partition(".")[0]
+            if digest not in needed and file.path.stat().st_ctime == file.made:
                 file.path.unlink()
                 freed += file.size
     for top in (root / name for name in layout.LOOSE):
-        emptied = {parent for file in todo.files if file.path.is_relative_to(top) for parent in file.path.parents}
+        below = [file.path for file in todo.files if file.place.startswith(f"{top}{os.sep}")]
+        emptied = {parent for path in below for parent in path.parents}
         for folder in sorted((each for each in emptied if top in each.parents), reverse=True):
             with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
@@ -147,12 +149,12 @@ def parse_size(text: str) -> int:
 def _needed(root: Path, known: Mapping[str, Record]) -> set[str]:
     """Digests that entries refer to now. Those that came since the plan, or were written again, are read."""
     needed: set[str] = set()
-    for path in layout.action_files(root):
-        record = known.get(str(path))
+    for entry in layout.action_entries(root):
+        record = known.get(entry.path)
         with contextlib.suppress(OSError):
-            status = path.stat()
+            status = entry.stat()
             if record is None or record.made != (status.st_ino, status.st_ctime_ns):
-                record = read_record(path)
+                record = read_record(Path(entry.path))
         if record is not None:
             needed.update(record.blobs)
     return needed

@@ -7,19 +7,18 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from mlcbuild.cache import layout
-from mlcbuild.cache.action import DIGEST, Action, Damaged
+from mlcbuild.cache.action import DIGEST, MOST_BYTES, Damaged, whole_record_of
 from mlcbuild.cache.pins import Hold
-from mlcbuild.regular import read_regular
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):  # these two are made by the hundred thousand
     """An action's entry, as far as looking after the cache needs it."""
 
     key: str
-    path: Path
+    place: str  # its path
     step: str  # the kind
     name: str
     used: float  # seconds since 1970, to the hour
@@ -27,12 +26,19 @@ class Record:
     blobs: Mapping[str, int]  # digest -> size
     made: tuple[int, int] = (0, 0)  # inode, and when that was last changed (ns): another file has others
 
+    @property
+    def path(self) -> Path:
+        return Path(self.place)
 
-@dataclass(frozen=True)
-class Blob:
-    path: Path
+
+class Blob(NamedTuple):
+    place: str  # its path
     size: int  # bytes on the disk; of a borrowed blob only its record lies here
     made: float  # when this file came here (a blob's modification time says nothing: it is always the same)
+
+    @property
+    def path(self) -> Path:
+        return Path(self.place)
 
 
 @dataclass(frozen=True)
@@ -76,16 +82,17 @@ def inventory(root: Path) -> Inventory:
     """Everything in the cache folder `root`. What vanishes meanwhile is not in it."""
     records, blobs, borrowed, junk = [], {}, {}, []
     for file in _files(root / layout.ACTIONS):
-        record = read_record(file.path)
+        record = read_record(file.place)
         if record is None:
             junk.append(file)
         else:
             records.append(record)
     for file in _files(root / layout.BLOBS):
-        digest = file.path.name.removesuffix(layout.BORROWED)
-        if not DIGEST.fullmatch(digest) or file.path.parent.name != digest[:2]:
+        *_, folder, name = file.place.rsplit(os.sep, 2)
+        digest = name.removesuffix(layout.BORROWED)
+        if not DIGEST.fullmatch(digest) or folder != digest[:2]:
             junk.append(file)
-        elif digest != file.path.name:
+        elif digest != name:
             borrowed[digest] = file
         else:
             blobs[digest] = file
@@ -93,18 +100,25 @@ def inventory(root: Path) -> Inventory:
     return Inventory(tuple(records), blobs, borrowed, tuple(_files(root / layout.LOGS)), tuple(junk), loose)
 
 
-def read_record(path: Path) -> Record | None:
+def read_record(path: str | Path) -> Record | None:
     """The entry at `path`; None when it is damaged or gone."""
+    key = str(path).rpartition(os.sep)[2].removesuffix(".json")
+    if not DIGEST.fullmatch(key):
+        return None
     try:
-        status = path.stat()
-        action = Action.from_json(path.stem, read_regular(path))
+        # A pipe is not waited for, and neither it nor a device has a size.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            status = os.fstat(descriptor)
+            text = os.read(descriptor, min(status.st_size, MOST_BYTES + 1))
+        finally:
+            os.close(descriptor)
+        entry = whole_record_of(text)
     except (OSError, Damaged):
         return None
-    if not DIGEST.fullmatch(action.key):
-        return None
-    blobs = {entry.digest: entry.size for entry in action.tree.files.values()}
+    blobs = {digest: size for digest, size, _ in entry["files"].values()}
     made = (status.st_ino, status.st_ctime_ns)
-    return Record(action.key, path, action.step, action.name, status.st_mtime, status.st_size, blobs, made)
+    return Record(key, str(path), entry["step"], entry["name"], status.st_mtime, status.st_size, blobs, made)
 
 
 def stats(found: Inventory, holds: Iterable[Hold], counts: Mapping[tuple[str, str], int]) -> Stats:
@@ -155,4 +169,4 @@ def _files(folder: Path | str) -> Iterator[Blob]:
             elif entry.is_file(follow_symlinks=False):
                 with contextlib.suppress(OSError):
                     status = entry.stat(follow_symlinks=False)
-                    yield Blob(Path(entry.path), status.st_size, status.st_ctime)
+                    yield Blob(entry.path, status.st_size, status.st_ctime)

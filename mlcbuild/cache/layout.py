@@ -19,6 +19,7 @@ Names are relative to the folder and plain strings: the fast path asks for ten t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,7 +49,22 @@ def borrowed_name(digest: str) -> str:
 
 def action_files(root: Path) -> Iterator[Path]:
     """The entries of all actions, whole or not, in no order."""
-    return (root / ACTIONS).glob("*/*.json")
+    return (Path(entry.path) for entry in action_entries(root))
+
+
+def action_entries(root: Path) -> Iterator[os.DirEntry[str]]:
+    """The same, as the folders' listings have them: there may be a million."""
+    for folder in _listed(f"{root}/{ACTIONS}"):
+        if folder.is_dir():
+            yield from (entry for entry in _listed(folder.path) if entry.name.endswith(".json"))
+
+
+def _listed(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError:  # not there yet, or gone
+        return []
 
 
 def lock_path(root: Path, name: str) -> Path:

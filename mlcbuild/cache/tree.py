@@ -15,6 +15,8 @@ from typing import Any
 from mlcbuild.errors import MlcBuildError
 
 _LONGEST, _DEEPEST = 255, 32  # bytes of a part of a name, parts
+_PLAIN = re.compile(r"[\w-][\w.-]{0,199}", re.ASCII)  # what nearly all names are
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 _ODD = re.compile(r"[\x00-\x1f\x7f\\]")
 
 
@@ -81,7 +83,7 @@ def canonical(value: Any) -> bytes:
 
     Raises ValueError for NaN and infinities, TypeError for what JSON cannot hold.
     """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+    return _CANONICAL.encode(value).encode()
 
 
 def digest_json(value: Any) -> str:
@@ -102,6 +104,8 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 def check_name(name: str) -> str:
     """`name`, if it is a plain relative path that every file system can hold. Raises MlcBuildError when it is absolute,
     empty, climbs out, is no text, or is longer than names can be."""
+    if _PLAIN.fullmatch(name):
+        return name
     parts = name.split("/")
     try:
         plain = max(map(len, name.encode().split(b"/"))) <= _LONGEST and len(parts) <= _DEEPEST

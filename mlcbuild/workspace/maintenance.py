@@ -17,7 +17,7 @@ from mlcbuild.cache.pins import Hold, holds, installed, pin, pinned, unpin
 from mlcbuild.cache.store import Store
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.text import ago, amount
-from mlcbuild.workspace.session import Session
+from mlcbuild.workspace.session import Session, growing
 
 _KEEPERS = {"dist": "installed packages", "pin": "pins", "run": "running builds"}
 _PROGRESS_EVERY = 0.5  # seconds
@@ -26,7 +26,7 @@ _PROGRESS_EVERY = 0.5  # seconds
 def gc(store: Store, dist: Path, max_size: str, dry_run: bool) -> tuple[str, bool]:
     """Collect garbage down to `max_size`; what was done, and whether that size was reached. Raises MlcBuildError."""
     limit = parse_size(max_size)
-    with only_one(store.root):
+    with only_one(store.root), growing():
         if not dry_run:
             sweep_dead(store.root)
         now, since = time.time(), running_since(store.root)

@@ -30,6 +30,13 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[4], const uint32_t (
   }
 }
 
+// Of a matrix of 8 x 8 numbers of 16 bits, of which a lane has two neighbours in row lane / 4: those of its transpose.
+__device__ __forceinline__ uint32_t transposed(uint32_t pair) {
+  uint32_t result;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+  return result;
+}
+
 // (word & mask) | ones, one instruction.
 __device__ __forceinline__ uint32_t masked(uint32_t word, uint32_t mask, uint32_t ones) {
   uint32_t result;

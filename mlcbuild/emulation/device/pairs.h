@@ -52,6 +52,9 @@ static inline void multiply_tile(float (&sums)[4], const uint32_t (&a)[4], const
   emulation::wait_for_warp();
 }
 
+template <class T>
+static inline const T* one_address(const T* place) { return place; }
+
 // movmatrix.m8n8.trans: two neighbours in row lane / 4 become those of the transpose.
 static inline uint32_t transposed(uint32_t pair) {
   const int lane = emulation_lane(), row = lane / 4, column = lane % 4 * 2;

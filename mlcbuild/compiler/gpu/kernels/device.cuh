@@ -37,6 +37,13 @@ __device__ __forceinline__ uint32_t transposed(uint32_t pair) {
   return result;
 }
 
+// An address that what lies beside it is counted from: else the compiler computes one for each.
+template <class T>
+__device__ __forceinline__ const T* one_address(const T* place) {
+  asm("" : "+l"(place));
+  return place;
+}
+
 // (word & mask) | ones, one instruction.
 __device__ __forceinline__ uint32_t masked(uint32_t word, uint32_t mask, uint32_t ones) {
   uint32_t result;

@@ -16,9 +16,20 @@ BOUNDS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}  # of the referenc
 # One of each choice that a decoder has; each takes 15 seconds.
 ARCHITECTURES = (
     *("llama", "llama-yarn", "qwen2", "gemma", "gemma2", "gemma3_text", "gpt2", "gptj", "gpt_neox", "phi", "minicpm"),
-    *("mixtral", "qwen2_moe", "cohere-norms", "stablelm-parallel", "starcoder2", "olmo2", "chatglm", "qwen2-window"),
-    *("deepseek_v3", "gpt_oss", "mimo_v2_flash", "llama4_text", "laguna", "bloom", "mpt"),
+    *(
+        "mixtral",
+        "qwen2_moe",
+        "cohere-norms",
+        "stablelm-parallel",
+        "starcoder2",
+        "olmo2",
+        "chatglm",
+        "deepseek_v3",
+        "mpt",
+    ),
 )
+# Of each choice that attention has, whose kernels are others in 16 bits.
+ATTENTION = ("gemma2", "qwen2-window", "gpt_oss", "mimo_v2_flash", "llama4_text", "laguna", "bloom")
 # The kinds that are no decoders, each with a format.
 RECURRENT = {
     **{"rwkv": "q4f16_1", "rwkv5": "q4f32_1", "rwkv6": "q4f16_1"},
@@ -44,6 +55,11 @@ def check(answer: dict[str, Any], dtype: str) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architectures(name: str, worker: Worker) -> None:
     check(worker.ask({"architecture": name, "quantization": "q4f32_1"}), "float32")
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_in_16_bits(name: str, worker: Worker) -> None:
+    check(worker.ask({"architecture": name, "quantization": "q4f16_1"}), "float16")
 
 
 if os.environ.get("MLCBUILD_TEST_EMULATED") == "all":  # of each a quarter of a minute, which CI does not have

@@ -58,7 +58,7 @@ def source(function: Any, device: Mapping[str, Any]) -> tuple[str, dict[str, Blo
 
 
 def grids(function: Any, scalars: Mapping[str, int]) -> list[tuple[int, ...]]:
-    """How many blocks along x and y each kernel of a scheduled function is launched with."""
+    """How many blocks along x, y, z each kernel of a scheduled function is launched with."""
     found, inside = list[dict[str, int]](), True
     for extent, of, axis in re.findall(
         r'in T.thread_binding\((.*), thread="(block|thread)Idx.(\w)"', function.script()
@@ -68,7 +68,7 @@ def grids(function: Any, scalars: Mapping[str, int]) -> list[tuple[int, ...]]:
                 found.append({})
             found[-1][axis] = eval(extent, {"T": _SCRIPT}, dict(scalars))  # the script's arithmetic is Python's
         inside = of == "thread"
-    return [(axes.get("x", 1), axes.get("y", 1), 1) for axes in found]
+    return [(axes.get("x", 1), axes.get("y", 1), axes.get("z", 1)) for axes in found]
 
 
 def _compiled(function: Any, device: Mapping[str, Any]) -> Any:

@@ -1,5 +1,5 @@
 """Attention on GPUs: TVM's kernels, and what they lack: sliding windows that are exact, sinks, soft caps of scores, and
-linear biases. The kernel that merges two attentions is our own.
+linear biases. The kernel that merges two attentions is our own, and so are CUDA's in 16-bit floats (cuda_attention.py).
 
 TVM's kernels are functions already scheduled; they are changed where they say which keys a row sees, and where they
 store its scores. Windows are as on the CPU (mlcbuild.models.layer): a layer with a negative scale slides, and the
@@ -20,6 +20,7 @@ from tvm.relax.frontend.nn.llm import kv_cache as tvm_kv_cache
 from tvm.script import tirx as T
 
 from mlcbuild.compiler.abi.kv_cache import Kernels
+from mlcbuild.compiler.gpu import cuda_attention
 from mlcbuild.compiler.gpu.rope import split_rotary
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.rope import Rotary
@@ -50,6 +51,8 @@ def kernels(structure: Structure, dtype: str, device: target.Target) -> tuple[An
     """Attention among new tokens, of new tokens over cached pages, and of one new token per sequence over these."""
     s = structure
     heads, kv_heads, dim = s.num_attention_heads, s.num_key_value_heads, s.head_dim
+    if device.kind.name == "cuda" and cuda_attention.takes(s, dtype):
+        return cuda_attention.ragged(s, dtype), cuda_attention.prefill(s, dtype), cuda_attention.decode(s, dtype)
     ragged = tvm_kv_cache._attention_prefill_ragged(kv_heads, heads, dim, dim, dtype, _NO_SCALING, device)
     prefill = tvm_kv_cache._attention_prefill(kv_heads, heads, dim, dtype, False, _NO_SCALING, device)
     decode = tvm_kv_cache._attention_decode(kv_heads, heads, dim, dtype, False, _NO_SCALING, device)

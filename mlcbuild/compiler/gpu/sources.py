@@ -7,7 +7,13 @@ from pathlib import Path
 
 _KERNELS = Path(__file__).parent / "kernels"
 _NAMESPACE = "mlcbuild::"  # what calls them is told by it
-_FILES = {"few_rows": "few_rows.cuh"}  # the file that has a function
+_FILES = {  # the file that has a function
+    "few_rows": "few_rows.cuh",
+    "decode_attention": "decode_attention.cuh",
+    "join_parts": "decode_attention.cuh",
+    "prefill_attention": "prefill_attention.cuh",
+    "new_tokens_attention": "prefill_attention.cuh",
+}
 _FIRST = 'extern "C" __global__'  # what a kernel begins with; what stands before is the same for all models
 _BEGIN = "// Functions of mlcbuild\n"
 _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"\n', re.MULTILINE)

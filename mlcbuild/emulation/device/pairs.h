@@ -52,4 +52,14 @@ static inline void multiply_tile(float (&sums)[4], const uint32_t (&a)[4], const
   emulation::wait_for_warp();
 }
 
+template <class T>
+static inline const T* one_address(const T* place) { return place; }
+
+// movmatrix.m8n8.trans: two neighbours in row lane / 4 become those of the transpose.
+static inline uint32_t transposed(uint32_t pair) {
+  const int lane = emulation_lane(), row = lane / 4, column = lane % 4 * 2;
+  uint32_t from[2] = {emulation_exchange(pair, column * 4 + row / 2), emulation_exchange(pair, column * 4 + 4 + row / 2)};
+  return from[0] >> row % 2 * 16 & 0xffff | (from[1] >> row % 2 * 16) << 16;
+}
+
 }  // namespace mlcbuild

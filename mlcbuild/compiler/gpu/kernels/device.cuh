@@ -30,6 +30,20 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[4], const uint32_t (
   }
 }
 
+// Of a matrix of 8 x 8 numbers of 16 bits, of which a lane has two neighbours in row lane / 4: those of its transpose.
+__device__ __forceinline__ uint32_t transposed(uint32_t pair) {
+  uint32_t result;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+  return result;
+}
+
+// An address that what lies beside it is counted from: else the compiler computes one for each.
+template <class T>
+__device__ __forceinline__ const T* one_address(const T* place) {
+  asm("" : "+l"(place));
+  return place;
+}
+
 // (word & mask) | ones, one instruction.
 __device__ __forceinline__ uint32_t masked(uint32_t word, uint32_t mask, uint32_t ones) {
   uint32_t result;

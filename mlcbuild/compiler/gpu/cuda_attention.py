@@ -1,0 +1,304 @@
+"""Attention on CUDA devices: TIR around the functions of kernels/decode_attention.cuh and prefill_attention.cuh.
+
+The arguments are those that TVM's KV cache gives its kernels. At decode the keys of a sequence are split into parts
+where there are too few sequences and heads to keep a device busy; a second kernel joins them. How many is a matter
+of the call: of its sequences, and of the pages that they have in all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T
+
+from mlcbuild.compiler.gpu.cuda_rows import TYPES
+from mlcbuild.models.structure import Structure
+
+PAGE = 16  # tokens
+WARPS = 4  # of a block
+_THREADS = 32 * WARPS
+_SHARING = 8  # rows of a tile
+_BLOCKS = 4 * 132  # that the largest device (H100) shall have
+_PAGES = 2 * WARPS  # of a part at least: for its loads to be on their way before they are used
+_NARROW = 128  # head_dim up to which a thread's registers hold two tiles
+
+
+def takes(structure: Structure, dtype: str) -> bool:
+    """Whether there are functions for the structure's heads in the model dtype."""
+    return dtype in ("float16", "bfloat16") and structure.head_dim % 8 == 0
+
+
+def decode(structure: Structure, dtype: str) -> Any:
+    """`attention_decode`: one new token of each sequence over its cached pages."""
+    heads, kv_heads, dim, sinks = _heads(structure)
+    kind, seen, cap, bias = TYPES[dtype], *_seen(structure)
+    attend = f"mlcbuild::decode_attention<{kind}, {dim}, {heads}, {kv_heads}, {WARPS}, {seen}>"
+    join = f"mlcbuild::join_parts<{kind}, {dim}, {heads}, {sinks}>"
+    tiles = kv_heads * -(-(heads // kv_heads) // _SHARING)
+    shared_floats, joining = WARPS * _SHARING * (dim + 2), -(-heads * dim // _THREADS)
+
+    @T.prim_func(s_tir=True, private=True)
+    def attention_decode(
+        q: T.handle,
+        pages_: T.handle,
+        starts: T.handle,
+        numbers: T.handle,
+        lengths: T.handle,
+        offsets: T.handle,
+        positions: T.handle,
+        out: T.handle,
+        lse_: T.handle,
+        rotary_mode: T.int32,
+        rope_scale: T.float32,
+        rope_theta: T.float32,
+        sm_scale: T.float32,
+    ):
+        T.func_attr({"tirx.is_scheduled": True})
+        B = T.int32()
+        nnz_pages = T.int32()
+        max_num_pages = T.int32()
+        pages_elem_offset = T.int64()
+        page_indptr_elem_offset = T.int32()
+        page_values_elem_offset = T.int32()
+        k_rope_pos_offset_elem_offset = T.int32()
+        q_rope_position_elem_offset = T.int32()
+        length_info_elem_offset = T.int32()
+        Q = T.match_buffer(q, (B, heads, dim), dtype)
+        pages = T.match_buffer(pages_, (max_num_pages, 2, kv_heads, PAGE, dim), dtype, elem_offset=pages_elem_offset)
+        page_table_indptr = T.match_buffer(starts, (B + 1,), "int32", elem_offset=page_indptr_elem_offset)
+        page_table_values = T.match_buffer(numbers, (nnz_pages,), "int32", elem_offset=page_values_elem_offset)
+        length_info = T.match_buffer(lengths, (B,), "int32", elem_offset=length_info_elem_offset)
+        k_rope_pos_offset = T.match_buffer(offsets, (B,), "int32", elem_offset=k_rope_pos_offset_elem_offset)
+        q_rope_position = T.match_buffer(positions, (B,), "int32", elem_offset=q_rope_position_elem_offset)
+        output = T.match_buffer(out, (B, heads, dim), dtype)
+        lse = T.match_buffer(lse_, (B, heads), "float32")
+        splits = T.meta_var(T.max(1, T.min((_BLOCKS + B * tiles - 1) // (B * tiles), nnz_pages // _PAGES)))
+        parts = T.sblock_alloc_buffer((B * splits * heads * dim,), "float32")
+        sums = T.sblock_alloc_buffer((B * splits * heads * 2,), "float32")
+        for bx in T.thread_binding(B, thread="blockIdx.x"):
+            for by in T.thread_binding(tiles, thread="blockIdx.y"):
+                for bz in T.thread_binding(splits, thread="blockIdx.z"):
+                    for _tx in T.thread_binding(_THREADS, thread="threadIdx.x"):
+                        with T.sblock("attend"):
+                            T.reads()
+                            T.writes()
+                            shared = T.sblock_alloc_buffer((shared_floats,), "float32", scope="shared")
+                            T.evaluate(
+                                T.call_extern(
+                                    "void",
+                                    attend,
+                                    shared.data,
+                                    output.data,
+                                    lse.data,
+                                    parts.data,
+                                    sums.data,
+                                    Q.data,
+                                    T.address_of(pages[0, 0, 0, 0, 0]),
+                                    T.address_of(page_table_indptr[0]),
+                                    T.address_of(page_table_values[0]),
+                                    T.address_of(length_info[0]),
+                                    T.address_of(k_rope_pos_offset[0]),
+                                    T.address_of(q_rope_position[0]),
+                                    sm_scale,
+                                    T.float32(cap),
+                                    T.float32(bias),
+                                    splits,
+                                    bx,
+                                    by,
+                                    bz,
+                                )
+                            )
+        if splits > 1:
+            for bx in T.thread_binding(B, thread="blockIdx.x"):
+                for by in T.thread_binding(joining, thread="blockIdx.y"):
+                    for tx in T.thread_binding(_THREADS, thread="threadIdx.x"):
+                        with T.sblock("join"):
+                            T.reads()
+                            T.writes()
+                            T.evaluate(
+                                T.call_extern(
+                                    "void",
+                                    join,
+                                    output.data,
+                                    lse.data,
+                                    parts.data,
+                                    sums.data,
+                                    Q.data,
+                                    T.address_of(page_table_indptr[0]),
+                                    T.address_of(length_info[0]),
+                                    T.address_of(k_rope_pos_offset[0]),
+                                    T.address_of(q_rope_position[0]),
+                                    splits,
+                                    bx,
+                                    by * _THREADS + tx,
+                                )
+                            )
+
+    return attention_decode
+
+
+def prefill(structure: Structure, dtype: str) -> Any:
+    """`attention_prefill`: new tokens over their sequence's cached pages."""
+    heads, kv_heads, dim, rows, attend, cap, bias = _many("prefill_attention", structure, dtype)
+
+    @T.prim_func(s_tir=True, private=True)
+    def attention_prefill(
+        q_: T.handle,
+        starts: T.handle,
+        pages_: T.handle,
+        page_starts: T.handle,
+        numbers: T.handle,
+        lengths: T.handle,
+        offsets: T.handle,
+        positions: T.handle,
+        out: T.handle,
+        lse_: T.handle,
+        causal: T.int32,
+        rotary_mode: T.int32,
+        rope_scale: T.float32,
+        rope_theta: T.float32,
+        sm_scale: T.float32,
+    ):
+        T.func_attr({"tirx.is_scheduled": True})
+        batch_size = T.int32()
+        total_len = T.int32()
+        nnz_pages = T.int32()
+        max_num_pages = T.int32()
+        pages_elem_offset = T.int64()
+        q_indptr_elem_offset = T.int32()
+        page_indptr_elem_offset = T.int32()
+        page_values_elem_offset = T.int32()
+        k_rope_pos_offset_elem_offset = T.int32()
+        q_rope_position_elem_offset = T.int32()
+        length_info_elem_offset = T.int32()
+        q = T.match_buffer(q_, (total_len, heads, dim), dtype)
+        q_indptr = T.match_buffer(starts, (batch_size + 1,), "int32", elem_offset=q_indptr_elem_offset)
+        pages = T.match_buffer(pages_, (max_num_pages, 2, kv_heads, PAGE, dim), dtype, elem_offset=pages_elem_offset)
+        page_indptr = T.match_buffer(page_starts, (batch_size + 1,), "int32", elem_offset=page_indptr_elem_offset)
+        page_values = T.match_buffer(numbers, (nnz_pages,), "int32", elem_offset=page_values_elem_offset)
+        length_info = T.match_buffer(lengths, (batch_size,), "int32", elem_offset=length_info_elem_offset)
+        k_rope_pos_offset = T.match_buffer(offsets, (batch_size,), "int32", elem_offset=k_rope_pos_offset_elem_offset)
+        q_rope_position = T.match_buffer(positions, (total_len,), "int32", elem_offset=q_rope_position_elem_offset)
+        output = T.match_buffer(out, (total_len, heads, dim), dtype)
+        lse = T.match_buffer(lse_, (total_len, heads), "float32")
+        for bx in T.thread_binding((total_len * (heads // kv_heads)) // rows + batch_size, thread="blockIdx.x"):
+            for by in T.thread_binding(kv_heads, thread="blockIdx.y"):
+                for _tx in T.thread_binding(_THREADS, thread="threadIdx.x"):
+                    with T.sblock("attend"):
+                        T.reads()
+                        T.writes()
+                        T.evaluate(
+                            T.call_extern(
+                                "void",
+                                attend,
+                                output.data,
+                                lse.data,
+                                q.data,
+                                T.address_of(q_indptr[0]),
+                                T.address_of(pages[0, 0, 0, 0, 0]),
+                                T.address_of(page_indptr[0]),
+                                T.address_of(page_values[0]),
+                                T.address_of(length_info[0]),
+                                T.address_of(k_rope_pos_offset[0]),
+                                T.address_of(q_rope_position[0]),
+                                causal,
+                                sm_scale,
+                                T.float32(cap),
+                                T.float32(bias),
+                                batch_size,
+                                bx,
+                                by,
+                            )
+                        )
+
+    return attention_prefill
+
+
+def ragged(structure: Structure, dtype: str) -> Any:
+    """`attention_prefill_ragged`: new tokens of several sequences, each over those of its own."""
+    heads, kv_heads, dim, rows, attend, cap, bias = _many("new_tokens_attention", structure, dtype)
+
+    @T.prim_func(s_tir=True, private=True)
+    def attention_prefill_ragged(
+        q_: T.handle,
+        starts: T.handle,
+        k_: T.handle,
+        v_: T.handle,
+        key_starts: T.handle,
+        positions: T.handle,
+        offsets: T.handle,
+        out: T.handle,
+        lse_: T.handle,
+        causal: T.int32,
+        rotary_mode: T.int32,
+        rope_scale: T.float32,
+        rope_theta: T.float32,
+        sm_scale: T.float32,
+    ):
+        T.func_attr({"tirx.is_scheduled": True})
+        batch_size = T.int32()
+        qo_len = T.int32()
+        kv_len = T.int32()
+        q_indptr_elem_offset = T.int32()
+        kv_indptr_elem_offset = T.int32()
+        q_rope_position_elem_offset = T.int32()
+        k_rope_pos_offset_elem_offset = T.int32()
+        q = T.match_buffer(q_, (qo_len, heads, dim), dtype)
+        q_indptr = T.match_buffer(starts, (batch_size + 1,), "int32", elem_offset=q_indptr_elem_offset)
+        k = T.match_buffer(k_, (kv_len, kv_heads, dim), dtype)
+        v = T.match_buffer(v_, (kv_len, kv_heads, dim), dtype)
+        kv_indptr = T.match_buffer(key_starts, (batch_size + 1,), "int32", elem_offset=kv_indptr_elem_offset)
+        q_rope_position = T.match_buffer(positions, (qo_len,), "int32", elem_offset=q_rope_position_elem_offset)
+        T.match_buffer(offsets, (batch_size,), "int32", elem_offset=k_rope_pos_offset_elem_offset)
+        output = T.match_buffer(out, (qo_len, heads, dim), dtype)
+        lse = T.match_buffer(lse_, (qo_len, heads), "float32")
+        for bx in T.thread_binding((qo_len * (heads // kv_heads)) // rows + batch_size, thread="blockIdx.x"):
+            for by in T.thread_binding(kv_heads, thread="blockIdx.y"):
+                for _tx in T.thread_binding(_THREADS, thread="threadIdx.x"):
+                    with T.sblock("attend"):
+                        T.reads()
+                        T.writes()
+                        T.evaluate(
+                            T.call_extern(
+                                "void",
+                                attend,
+                                output.data,
+                                lse.data,
+                                q.data,
+                                T.address_of(q_indptr[0]),
+                                k.data,
+                                v.data,
+                                T.address_of(kv_indptr[0]),
+                                T.address_of(q_rope_position[0]),
+                                causal,
+                                sm_scale,
+                                T.float32(cap),
+                                T.float32(bias),
+                                batch_size,
+                                bx,
+                                by,
+                            )
+                        )
+
+    return attention_prefill_ragged
+
+
+def _many(function: str, structure: Structure, dtype: str) -> tuple[int, int, int, int, str, float, float]:
+    """heads, key heads, head_dim, rows of a block, the function's name, cap and bias."""
+    heads, kv_heads, dim, _ = _heads(structure)
+    tiles = 2 if dim <= _NARROW else 1
+    seen, cap, bias = _seen(structure)
+    name = f"mlcbuild::{function}<{TYPES[dtype]}, {dim}, {heads}, {kv_heads}, {WARPS}, {tiles}, {seen}>"
+    return heads, kv_heads, dim, WARPS * tiles * _SHARING, name, cap, bias
+
+
+def _heads(structure: Structure) -> tuple[int, int, int, str]:
+    s = structure
+    return s.num_attention_heads, s.num_key_value_heads, s.head_dim, str("sinks" in s.roles()).lower()
+
+
+def _seen(structure: Structure) -> tuple[str, float, float]:
+    """Which keys a row sees, as template arguments; the soft cap and the largest exponent of linear biases, or 0."""
+    s, sinks = structure, _heads(structure)[-1]
+    seen = f"{s.sliding_window_size or 0}, {str(s.chunked).lower()}, {sinks}"
+    return seen, float(s.attn_logit_softcapping or 0), float(s.alibi_bias_max or 0)

@@ -1,0 +1,199 @@
+"""Attention on CUDA devices in 16-bit floats, at decode with keys in parts that are joined, against NumPy."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlcbuild.compiler.gpu import cuda_attention, sources
+from mlcbuild.compiler.script import quick
+from mlcbuild.models.structure import Structure
+from tests.support import device_code, llama, sass
+from tests.support.gpus import DEVICES
+from tests.support.llama import Array
+
+CUDA = DEVICES[0]
+PAGE = 16
+LENGTHS = (420, 3, 129, 16)  # of sequences, their first cached tokens at these positions
+OFFSETS = (30, 0, 7, 0)
+SHAPES: dict[str, dict[str, Any]] = {
+    "32": {"head_dim": 32, "num_attention_heads": 6, "num_key_value_heads": 2},
+    "40": {"head_dim": 40, "num_attention_heads": 3, "num_key_value_heads": 3},
+    "64-window": {"head_dim": 64, "num_attention_heads": 10, "num_key_value_heads": 1, "sliding_window_size": 37},
+    "80-biases": {"head_dim": 80, "num_attention_heads": 12, "num_key_value_heads": 12, "alibi_bias_max": 8.0},
+    "96-chunks": {"head_dim": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window_size": 64},
+    "128": {"head_dim": 128, "num_attention_heads": 28, "num_key_value_heads": 4},
+    "256-cap": {"head_dim": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "attn_logit_softcapping": 0.7},
+}
+
+
+def structure(name: str) -> Structure:
+    given = dict(SHAPES[name])
+    model = llama.structure_of(llama.transformers_llama(head_dim=given["head_dim"]))
+    return dataclasses.replace(model, **given, chunked=name.endswith("chunks"))
+
+
+def expected(s: Structure, q: Array, k: Array, v: Array, head: int, scale: float, back: Array, position: int) -> Any:
+    """The mean of values, which are `back` positions before their query, and the logarithm of base 2 of the sum."""
+    scores = k.astype(np.float64) @ q.astype(np.float64) * abs(scale)
+    if s.attn_logit_softcapping:
+        scores = s.attn_logit_softcapping * np.tanh(scores / s.attn_logit_softcapping)
+    if s.alibi_bias_max:  # twelve heads: the eight of the power of two, and four between them
+        slopes = [2.0 ** -(i + 1) for i in range(8)] + [2.0 ** -(i + 0.5) for i in range(4)]
+        scores = scores - slopes[head] * back
+    if scale < 0:
+        window = s.sliding_window_size or 0
+        scores[back >= (position % window + 1 if s.chunked else window)] = -np.inf
+    if not len(scores) or scores.max() == -np.inf:
+        return np.zeros(v.shape[-1]), -5e4
+    most = scores.max()
+    shares = np.exp(scores - most)
+    return shares @ v.astype(np.float64) / shares.sum(), float((most + np.log(shares.sum())) / np.log(2))
+
+
+class Cached:
+    """Sequences of LENGTHS tokens in pages, and what a call's rows of `rows` new tokens each are compared with."""
+
+    def __init__(self, name: str, dtype: str, rows: Sequence[int], own: int) -> None:
+        import ml_dtypes
+
+        self.kind: Any = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16
+        self.structure, self.rows, self.bound = structure(name), rows, 2e-3 if dtype == "float16" else 1.6e-2
+        s, random = self.structure, np.random.default_rng(1)
+        heads, self.shape = s.num_attention_heads, (s.num_key_value_heads, s.head_dim)
+        counts = [-(-length // PAGE) for length in LENGTHS]
+        self.indptr = np.cumsum([0, *counts]).astype(np.int32)
+        self.numbers = random.permutation(self.indptr[-1] + 3)[: self.indptr[-1]].astype(np.int32)
+        pages = random.standard_normal((self.indptr[-1] + 3, 2, self.shape[0], PAGE, self.shape[1])).astype(self.kind)
+        for b, length in enumerate(LENGTHS):  # what no sequence has written may be anything
+            pages[self.numbers[self.indptr[b + 1] - 1], :, :, (length - 1) % PAGE + 1 :] = np.nan
+        self.pages = pages
+        self.query = random.standard_normal((sum(rows), heads, s.head_dim)).astype(self.kind)
+        # A row's position: the last of them has the last key for its own, or is so many behind it.
+        last = [a + b - 1 + own for a, b in zip(LENGTHS, OFFSETS, strict=True)]
+        self.positions = np.concatenate([np.arange(end - n + 1, end + 1) for end, n in zip(last, rows, strict=True)])
+
+    def arrays(self, names: str) -> dict[str, Any]:
+        """By the names of a kernel's arguments, of which those of queries and pages are given."""
+        query, indptr, numbers = names.split()
+        lengths = [(length - 1) % PAGE + 1 for length in LENGTHS]
+        return {
+            **{query: self.query, "pages": self.pages, indptr: self.indptr, numbers: self.numbers},
+            "length_info": np.array(lengths, np.int32),
+            "k_rope_pos_offset": np.array(OFFSETS, np.int32),
+            "q_rope_position": self.positions.astype(np.int32),
+            "output": np.zeros(self.query.shape, self.kind),
+            "lse": np.zeros(self.query.shape[:2], np.float32),
+        }
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        scale = self.shape[1] ** -0.5
+        return (scale, -scale) if self.structure.sliding_window_size else (scale,)
+
+    def run(self, function: Any, kernels: int, arrays: dict[str, Any], sizes: dict[str, int], scale: float) -> Any:
+        moved = {f"{key}_elem_offset": 0 for key in (*arrays, "page_indptr", "page_values")}
+        for which in range(kernels):
+            arrays |= CUDA.launch(function, which, arrays, {"sm_scale": scale, **sizes, **moved})
+        return arrays
+
+    def check(self, made: dict[str, Any], scale: float) -> None:
+        heads, kv_heads = self.structure.num_attention_heads, self.shape[0]
+        row = 0
+        for b, count in enumerate(self.rows):
+            own = self.numbers[self.indptr[b] : self.indptr[b + 1]]
+            for position in map(int, self.positions[row : row + count]):
+                back = position - OFFSETS[b] - np.arange(LENGTHS[b])
+                for head in range(heads):
+                    kv = head * kv_heads // heads
+                    k, v = (np.concatenate([self.pages[n, side, kv] for n in own])[: LENGTHS[b]] for side in (0, 1))
+                    value, lse = expected(self.structure, self.query[row, head], k, v, head, scale, back, position)
+                    where = (b, position, head, scale)
+                    assert np.abs(made["output"][row, head].astype(np.float64) - value).max() < self.bound, where
+                    assert abs(made["lse"][row, head] - lse) < 1e-3, where
+                row += 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_decoding_with_keys_in_parts(name: str, dtype: str) -> None:
+    cached, n = Cached(name, dtype, [1] * len(LENGTHS), 0), len(LENGTHS)
+    dim, heads = cached.shape[1], cached.structure.num_attention_heads
+    with quick():
+        function = cuda_attention.decode(cached.structure, dtype)
+    pages = int(cached.indptr[-1])
+    splits = pages // (2 * cuda_attention.WARPS)
+    assert splits > 3
+    sizes = {"B": n, "nnz_pages": pages, "max_num_pages": len(cached.pages)}
+    for scale in cached.scales:
+        arrays = cached.arrays("Q page_table_indptr page_table_values")
+        arrays["parts"] = np.full(n * splits * heads * dim, np.nan, np.float32)
+        arrays["sums"] = np.full(n * splits * heads * 2, np.nan, np.float32)
+        cached.check(cached.run(function, 2, arrays, sizes, scale), scale)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHAPES)
+def test_new_tokens_over_cached_ones(name: str) -> None:
+    rows = (9, 70, 0, 1)
+    cached = Cached(name, "float16", rows, max(rows))
+    with quick():
+        function = cuda_attention.prefill(cached.structure, "float16")
+    sizes = {"batch_size": len(rows), "total_len": sum(rows), "causal": 0}
+    sizes |= {"nnz_pages": int(cached.indptr[-1]), "max_num_pages": len(cached.pages)}
+    for scale in cached.scales:
+        arrays = cached.arrays("q page_indptr page_values")
+        arrays["q_indptr"] = np.cumsum([0, *rows]).astype(np.int32)
+        cached.check(cached.run(function, 1, arrays, sizes, scale), scale)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_new_tokens_over_each_other(name: str, dtype: str) -> None:
+    counts = (1, 83, 0, 18)
+    cached = Cached(name, dtype, counts, max(counts))
+    s, (kv_heads, dim), n = cached.structure, cached.shape, sum(counts)
+    random = np.random.default_rng(2)
+    k, v = (random.standard_normal((n, kv_heads, dim)).astype(cached.kind) for _ in range(2))
+    starts = np.cumsum([0, *counts]).astype(np.int32)
+    with quick():
+        function = cuda_attention.ragged(s, dtype)
+    sizes = {"batch_size": len(counts), "qo_len": n, "kv_len": n, "causal": 1}
+    for scale in cached.scales:
+        arrays = {"q": cached.query, "q_indptr": starts, "k": k, "v": v, "kv_indptr": starts}
+        arrays |= {name: cached.arrays("q i n")[name] for name in ("q_rope_position", "output", "lse")}
+        made = cached.run(function, 1, arrays, {**sizes, "k_rope_pos_offset_elem_offset": 0}, scale)
+        for row in range(n):
+            start = int(starts[np.searchsorted(starts, row, "right") - 1])
+            back, position = row - np.arange(start, row + 1), int(cached.positions[row])
+            for head in range(s.num_attention_heads):
+                kv = head * kv_heads // s.num_attention_heads
+                keys, values = k[start : row + 1, kv], v[start : row + 1, kv]
+                value, lse = expected(s, cached.query[row, head], keys, values, head, scale, back, position)
+                error = np.abs(made["output"][row, head].astype(np.float64) - value).max()
+                assert error < cached.bound and abs(made["lse"][row, head] - lse) < 1e-3, (row, head, scale)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_90"])
+def test_what_is_on_its_way_from_the_cache(architecture: str, tmp_path: Path) -> None:
+    """Of keys and values of heads of 128, those of Llama 3.1 8B: loads of 16 bytes, and 16 KB of a multiprocessor's."""
+    given = {"head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 8}
+    with quick():
+        made = cuda_attention.decode(dataclasses.replace(structure("128"), **given), "float16")
+    code, blocks = device_code.source(made, CUDA.TARGET)
+    found = sass.kernels(sources.complete(code), architecture, tmp_path)
+    assert {name: kernel.spilled for name, kernel in found.items()} == dict.fromkeys(blocks, 0)
+    attend = found[next(iter(blocks))]
+    loads = [name for name in attend.instructions[slice(*attend.loop)] if name.startswith("LDG")]
+    keys = values = 8  # loads of a lane for a page; there is another of each for a page that is not full
+    assert len(loads) == 2 * (keys + values) + 1 and sum(".128" in name for name in loads) == len(loads) - 1
+    blocks_that_fit = 65536 // (32 * cuda_attention.WARPS * -(-attend.registers // 8) * 8)
+    assert blocks_that_fit * cuda_attention.WARPS * 32 * 16 * (keys + values) >= 64 * 1024

@@ -185,7 +185,7 @@ def test_new_tokens_over_each_other(name: str, dtype: str) -> None:
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_90"])
 def test_what_is_on_its_way_from_the_cache(architecture: str, tmp_path: Path) -> None:
     """Of keys and values of heads of 128, those of Llama 3.1 8B: loads of 16 bytes, and 16 KB of a multiprocessor's."""
-    given = {"head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 8}
+    given: dict[str, Any] = {"head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 8}
     with quick():
         made = cuda_attention.decode(dataclasses.replace(structure("128"), **given), "float16")
     code, blocks = device_code.source(made, CUDA.TARGET)

@@ -100,7 +100,7 @@ class Attention:
         offsets = {f"{name}_elem_offset": 0 for name in OFFSETS}
         given = {name: array for name, array in arrays.items() if name not in ("output", "lse")}
         rows = (arrays["q"] if "q" in arrays else arrays["Q"]).shape
-        empty = {"output": np.zeros(rows, self.shape.dtype), "lse": np.zeros(rows[:2], np.float32)}
+        empty: dict[str, Array] = {"output": np.zeros(rows, self.shape.dtype), "lse": np.zeros(rows[:2], np.float32)}
         empty |= {"parts": np.zeros(1, np.float32), "sums": np.zeros(1, np.float32)}  # of CUDA's: there is one part
         found = self.gpu.launch(function, 0, {**given, **empty}, {**SCALARS, **offsets, **scalars})
         return found["output"], found["lse"]

@@ -68,7 +68,7 @@ def test_a11_a_key_that_is_absent_has_the_default_of_its_class(architecture: str
     for key in read_keys(architecture):
         try:
             config = whole(OF_TRANSFORMERS[architecture], key)
-        except (StrictDataclassClassValidationError, ValueError):  # with this default, the case's other sizes are no such model
+        except (StrictDataclassClassValidationError, ValueError):  # of this default and the other sizes: no such model
             continue
         ours = outcome(architecture, less(config, key))
         if ours != (theirs := outcome(architecture, config)):

@@ -67,7 +67,7 @@ def test_a_wrapper_computes_what_its_text_model_does(name: str, tmp_path: Path) 
     plain = json.loads((alone / "config.json").read_text())
     assert resolve(choose(known_architectures(), plain), plain, {}).library_json() == structure.library_json()
     expected = reference_logits(case, tmp_path / "wrapper", IDS)
-    assert error(reference_logits(text, alone, IDS), expected) < 2e-5
+    assert error(reference_logits(text, alone, IDS), expected) < 2e-5 * text.noise
 
 
 @pytest.mark.slow

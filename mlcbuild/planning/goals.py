@@ -1,31 +1,27 @@
-"""What recipes want of a planner, and why some of them get nothing."""
+"""What recipes want, and why some of them get nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
 
-from mlcbuild.engine.graph import Goal, Graph
+from mlcbuild.engine.graph import Goal, Graph, Step
 from mlcbuild.errors import MlcBuildError, NotLocked, Unavailable
 from mlcbuild.recipes.types import Recipe
 
-if TYPE_CHECKING:
-    from mlcbuild.planning.planner import Planner
 
-
-def goals_of(planner: Planner, recipes: Iterable[Recipe]) -> Graph:
-    """The graph of what the planner makes of the recipes."""
+def goals_of(steps: Mapping[str, Step], goal: Callable[[Recipe], Goal], recipes: Iterable[Recipe]) -> Graph:
+    """The graph of `steps`, to which `goal` adds what it makes of each recipe."""
     goals: dict[str, Goal] = {}
     unavailable: dict[str, str] = {}
     unlocked: dict[str, str] = {}
     broken: dict[str, str] = {}
     for recipe in recipes:
         try:
-            goals[recipe.name] = planner.goal(recipe)
+            goals[recipe.name] = goal(recipe)
         except Unavailable as error:
             unavailable[recipe.name] = str(error)
         except NotLocked as error:
             unlocked[recipe.name] = str(error)
         except MlcBuildError as error:
             broken[recipe.name] = f"model {recipe.model.name}: {error}"
-    return Graph(planner.steps.added, goals, unavailable, unlocked, broken)
+    return Graph(steps, goals, unavailable, unlocked, broken)

@@ -17,7 +17,8 @@ from mlcbuild.recipes.types import Catalog, Locked, Model, Recipe
 
 def outline(catalog: Catalog, recipes: Iterable[Recipe], lock: Callable[[Model], Locked | None]) -> Graph:
     """The graph of `plan` with the same names and kinds in the same order, in which steps may have nothing else."""
-    return goals_of(_Outliner(catalog, lock), recipes)
+    planner = _Outliner(catalog, lock)
+    return goals_of(planner.steps.added, planner.goal, recipes)
 
 
 class _Outliner(Planner):

@@ -58,7 +58,8 @@ _CALIBRATION_TEXT = Path(__file__).parents[1] / "verify" / "calibration.txt"
 
 def plan(catalog: Catalog, recipes: Iterable[Recipe], lock: Callable[[Model], Locked | None]) -> Graph:
     """The steps of the recipes; `lock` gives the commit and files of a model on a hub, or None where it has none."""
-    return goals_of(Planner(catalog, lock), recipes)
+    planner = Planner(catalog, lock)
+    return goals_of(planner.steps.added, planner.goal, recipes)
 
 
 class Planner:
@@ -289,9 +290,8 @@ class Planner:
     def _measure(self, recipe: Recipe, shape: Shape, steps: Mapping[str, str]) -> str:
         """Figures belong to weights and to the library that runs: one here, in place of every target that is not."""
         quantization, verify = recipe.quantization, recipe.verify
-        how = method_of(shape, verify)
+        how, budget = method_of(shape, verify), steps.get("allocate")
         layers = shape.blocks if how == "layers" else None
-        budget = steps.get("allocate")
         runs, reference, library = self._run(layers or shape.whole, quantization, recipe.target, budget)
         fields: dict[str, Any] = {"method": how}
         inputs = [

@@ -46,6 +46,8 @@ def catalog(tmp_path: Path) -> Catalog:
         ("twin", "q4f16_1", "cpu"),
         ("twin", "q4f16_1-gptq", "cpu-exact"),
         ("tiny", "q4f16_1-calibrated", "vulkan"),
+        ("tiny", "q5f16_auto", "cpu"),
+        ("twin", "q5f16_auto", "cpu"),
         ("tiny", "q4f16_1", "vulkan"),
         ("tiny", "q4f16_1", "opencl"),
         ("tiny", "q4f16_1", "webgpu"),

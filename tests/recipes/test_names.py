@@ -171,7 +171,10 @@ def test_a_folder_that_nothing_reads(workspace: Workspace) -> None:
 
 def test_a_file_that_cannot_be_read(workspace: Workspace) -> None:
     (workspace.root / "recipes" / "gone.yaml").symlink_to("nowhere")
-    assert workspace.problems() == ["recipes/gone.yaml:1:1: cannot be read: No such file or directory"]
+    assert workspace.problems() == [
+        "recipes/gone.yaml:1:1: cannot be read: No such file or directory: it is a symbolic link to nowhere: put that "
+        "back, or remove the link"
+    ]
 
 
 def test_a_workspace_file_takes_the_place_of_a_stock_file(workspace: Workspace) -> None:

@@ -117,7 +117,7 @@ def _choices(data: Mapping[str, Any]) -> str:
     decoder = data.get("decoder", {})
     fixed = [str(data["kind"])] if "kind" in data else []
     fixed += [f"{key} {value}" for key, value in decoder.items() if isinstance(value, str | float | int)]
-    if "rope_scaling" in decoder:
+    if decoder.get("rope_scaling"):
         fixed.append(f"rope scaling {'/'.join(decoder['rope_scaling'])}")
     chosen = [field for field in data["config"] if field in _CHOSEN]
     return "; ".join(filter(None, (", ".join(fixed), ", ".join(map(_code, chosen)))))

@@ -23,8 +23,8 @@ _BEGINNINGS = (
     ("model.language_model.", "model."),
     ("language_model.", ""),
     ("model.text_model.", "model."),
-    ("thinker.", ""),
 )
+_TIED = "tie_word_embeddings"
 
 
 @cache
@@ -58,15 +58,25 @@ def wrapping(architecture: Architecture, wrapper: str) -> Architecture:
 
 
 def text_config(config: Config) -> Config:
-    """The text model's own config.json. Embeddings are tied where the wrapper says so, as transformers does it."""
-    _, _, defaults, beside = _tables()
+    """The text model's own config.json. Embeddings are tied as transformers ties those of the wrapper."""
+    _, _, defaults, _, beside = _tables()
     inner = config.get("text_config") or config
     found = {key: value for key, value in inner.items() if key not in beside}
-    outer = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
     default = dict(defaults.get(_own_type(config), {}))
     if "rope_parameters" in found:
         default.pop("rope_theta", None)
-    return {**default, **found, **outer}
+    return {**default, **found, **_tied(config, inner)}
+
+
+def _tied(config: Config, inner: Config) -> dict[str, bool]:
+    """Whether embeddings are tied, of a wrapper and its text model; nothing where the text model's default counts."""
+    given, name = config.get(_TIED), config["model_type"]
+    unless, either, within = _tables()[3]
+    if name in either:
+        return {_TIED: bool(given or inner.get(_TIED))}
+    if given is None and name in within:
+        return {_TIED: inner[_TIED]} if _TIED in inner else {}
+    return {_TIED: name in unless if given is None else given}
 
 
 def alone(config: Config) -> Config:

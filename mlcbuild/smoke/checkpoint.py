@@ -1,4 +1,5 @@
-"""A random checkpoint of a model's own architecture and shape: two layers, a vocabulary of bytes, bfloat16.
+"""A random checkpoint of a model's own architecture and shape: two layers (of a hybrid, one of each kind), a vocabulary
+of bytes, bfloat16.
 
 For a quantization that is only read from AutoAWQ's checkpoints, its layers are packed like theirs. It lies in a folder
 named by the digest of what decides its content, so that the same one is made once.
@@ -20,11 +21,11 @@ from mlcbuild.models.architecture import resolve
 from mlcbuild.models.fields import keys
 from mlcbuild.models.kinds import HYBRID
 from mlcbuild.models.parameters import Parameter, parameters
-from mlcbuild.models.structure import ATTENDING, KEEPING, Structure
+from mlcbuild.models.structure import Structure
 from mlcbuild.recipes.types import Architecture
 
 VERSION = 1  # of the numbers: raise it when they change
-LAYERS, VOCABULARY = 2, 512
+VOCABULARY = 512
 # Keys of config.json: a letter for each layer; how many layers read the keys of others.
 _PATTERN, _BORROWING = "hybrid_override_pattern", "num_kv_shared_layers"
 _SEPARATOR = "<|endoftext|>"
@@ -42,18 +43,19 @@ def small_config(config: Mapping[str, Any], architecture: Architecture, awq_grou
     `awq_group` is the size of AWQ's groups, for a checkpoint that is packed.
     """
     small = {name: value for name, value in config.items() if name != "quantization_config"}
-    for field, value in (("num_hidden_layers", LAYERS), ("vocab_size", VOCABULARY)):
+    whole = resolve(architecture, config, {})
+    kept = _kept(whole)
+    for field, size in (("num_hidden_layers", len(kept)), ("vocab_size", VOCABULARY)):
         for key in keys(architecture.data["config"][field]):
             if key in small:
-                small[key] = value
-    whole = resolve(architecture, config, {})
-    first, second = _kept(whole)
+                small[key] = size
     for name, value in small.items():
         if (isinstance(value, list) or name == _PATTERN) and len(value) == whole.num_hidden_layers:
-            small[name] = value[first : first + 1] + value[second : second + 1]
+            some = [value[layer] for layer in kept]
+            small[name] = some if isinstance(value, list) else "".join(some)
     small |= {_BORROWING: 0} if _BORROWING in small else {}  # no layer is left to borrow from
     if isinstance(own := small.get("per_layer_config"), Mapping):
-        small["per_layer_config"] = {key: each for key, each in own.items() if key.isdecimal() and int(key) < LAYERS}
+        small["per_layer_config"] = {key: each for key, each in own.items() if key.isdecimal() and int(key) < len(kept)}
     if awq_group is not None:
         awq = {"quant_method": "awq", "bits": 4, "group_size": awq_group, "version": "gemm", "zero_point": True}
         small["quantization_config"] = awq
@@ -70,14 +72,14 @@ def _written(value: Any) -> Any:
     return value
 
 
-def _kept(whole: Structure) -> tuple[int, int]:
-    """The layers that are kept: the first of two types; of a hybrid, one with attention and one with a state."""
-    types = [whole.layer_type(layer) for layer in range(whole.num_hidden_layers)]
-    second = next((layer for layer, kind in enumerate(types) if kind != types[0]), 1)
+def _kept(whole: Structure) -> tuple[int, ...]:
+    """The layers that are kept: the first of two types; of a hybrid, the first of each kind."""
     if whole.kind != HYBRID:
-        return 0, second
-    found = sorted({whole.numbers(*kinds)[0] for kinds in (ATTENDING, KEEPING)})
-    return (found[0], found[1]) if len(found) > 1 else (0, 1)
+        types = [whole.layer_type(layer) for layer in range(whole.num_hidden_layers)]
+        return 0, next((layer for layer, kind in enumerate(types) if kind != types[0]), 1)
+    kinds = whole.layer_kinds
+    firsts = tuple(sorted({kind: kinds.index(kind) for kind in kinds}.values()))
+    return firsts if len(firsts) > 1 else (0, 1)
 
 
 def make(folder: Path, config: Mapping[str, Any], architecture: Architecture, special: Sequence[str]) -> Path:

@@ -99,14 +99,16 @@ def _try(store: Store, catalog: Catalog, recipe: Recipe, report: Report) -> str:
     session.install(recipe.name)
     folder = session.dist / recipe.name
     quality = json.loads((folder / QUALITY).read_text(encoding="utf-8"))
-    steps = [session.lookup.find(name) for name in graph.goals[recipe.name].steps.values()]
+    goal = graph.goals[recipe.name]
+    layers = graph.steps[goal.steps["lower"]].fields["structure"]["num_hidden_layers"]
+    steps = [session.lookup.find(name) for name in goal.steps.values()]
     weights = next(step for step in steps if step is not None and step.step == "quantize")
     size = amount(total_size(weights.tree.files.values()))
     vectors = quality["method"] == "embeddings"
     lost = f"vectors with a cosine of {quality['cosine']:g} to" if vectors else f"KL divergence {quality['kl']:g} from"
     return (
         f"{recipe.name}: every step works ({time.monotonic() - started:.1f} s). A random model of "
-        f"{checkpoint.LAYERS} layers and {checkpoint.VOCABULARY} tokens: {size} of weights, {lost} its unquantized "
+        f"{layers} layers and {checkpoint.VOCABULARY} tokens: {size} of weights, {lost} its unquantized "
         f"self over {quality['tokens']} tokens (random numbers lose more than a trained model's). It is in {folder}"
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -99,6 +101,25 @@ def test_a_wrapper_of_the_hub_has_the_text_models_tensors(name: str, prefix: str
         made.append([(each["name"], each["shape"], len(each["parts"])) for each in document["parameters"]])
         made.append(structure.library_json())
     assert made[:2] == made[2:]
+
+
+@pytest.mark.parametrize("name", wrappers.known())
+def test_embeddings_are_tied_where_transformers_ties_them(name: str) -> None:
+    from transformers import AutoConfig
+
+    kind = wrappers.text_type({"model_type": name})
+    for outer, inner in itertools.product((None, False, True), repeat=2):
+        text = {"model_type": kind} | ({} if inner is None else {"tie_word_embeddings": inner})
+        config = {"text_config": text} | ({} if outer is None else {"tie_word_embeddings": outer})
+        try:
+            expected = AutoConfig.for_model(name, **copy.deepcopy(config)).tie_word_embeddings
+        except AttributeError:  # it has no default of its own
+            assert (
+                outer is None
+                and wrappers.text_config({**config, "model_type": name}).get("tie_word_embeddings") == inner
+            )
+            continue
+        assert wrappers.text_config({**config, "model_type": name})["tie_word_embeddings"] == expected, (outer, inner)
 
 
 def cases_of(name: str) -> tuple[Case, Case]:

@@ -19,7 +19,7 @@ from tests.support.llama import Array
 
 CUDA = DEVICES[0]
 PAGE = 16
-LENGTHS = (420, 3, 129, 16)  # of sequences, their first cached tokens at these positions
+LENGTHS = (900, 3, 129, 16)  # of sequences, their first cached tokens at these positions
 OFFSETS = (30, 0, 7, 0)
 SHAPES: dict[str, dict[str, Any]] = {
     "32": {"head_dim": 32, "num_attention_heads": 6, "num_key_value_heads": 2},
@@ -128,8 +128,8 @@ def test_decoding_with_keys_in_parts(name: str, dtype: str) -> None:
     with quick():
         function = cuda_attention.decode(cached.structure, dtype)
     pages = int(cached.indptr[-1])
-    splits = pages // (2 * cuda_attention.WARPS)
-    assert splits > 3
+    splits = pages // (2 * cuda_attention.WARPS * n)
+    assert splits == 2
     sizes = {"B": n, "nnz_pages": pages, "max_num_pages": len(cached.pages)}
     for scale in cached.scales:
         arrays = cached.arrays("Q page_table_indptr page_table_values")
@@ -142,7 +142,9 @@ def test_decoding_with_keys_in_parts(name: str, dtype: str) -> None:
 @pytest.mark.parametrize("name", SHAPES)
 def test_new_tokens_over_cached_ones(name: str) -> None:
     rows = (9, 70, 0, 1)
-    cached = Cached(name, "float16", rows, max(rows))
+    cached = Cached(name, "float16", rows, 12)
+    cached.positions[5:9] -= 150  # sequences that share a prefix are one here, and their tokens begin anew
+    cached.positions[40:60] += 41
     with quick():
         function = cuda_attention.prefill(cached.structure, "float16")
     sizes = {"batch_size": len(rows), "total_len": sum(rows), "causal": 0}
@@ -181,19 +183,42 @@ def test_new_tokens_over_each_other(name: str, dtype: str) -> None:
                 assert error < cached.bound and abs(made["lse"][row, head] - lse) < 1e-3, (row, head, scale)
 
 
+def test_what_these_kernels_do_not_take_is_left_to_others() -> None:
+    made = structure("128")
+    taken = [cuda_attention.takes(dataclasses.replace(made, head_dim=dim), "float16") for dim in (36, 256, 512)]
+    assert taken == [False, True, False] and not cuda_attention.takes(made, "float32")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_90"])
 def test_what_is_on_its_way_from_the_cache(architecture: str, tmp_path: Path) -> None:
-    """Of keys and values of heads of 128, those of Llama 3.1 8B: loads of 16 bytes, and 16 KB of a multiprocessor's."""
-    given: dict[str, Any] = {"head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 8}
-    with quick():
-        made = cuda_attention.decode(dataclasses.replace(structure("128"), **given), "float16")
-    code, blocks = device_code.source(made, CUDA.TARGET)
-    found = sass.kernels(sources.complete(code), architecture, tmp_path)
-    assert {name: kernel.spilled for name, kernel in found.items()} == dict.fromkeys(blocks, 0)
-    attend = found[next(iter(blocks))]
+    """Of keys and values of heads of 128, those of Llama 3.1 8B: loads of 16 bytes, and 64 KB of a multiprocessor's."""
+    made = machine_code(cuda_attention.decode, 128, architecture, tmp_path)
+    assert [kernel.spilled for kernel in made] == [0, 0]
+    attend = made[0]
     loads = [name for name in attend.instructions[slice(*attend.loop)] if name.startswith("LDG")]
     keys = values = 8  # loads of a lane for a page; there is another of each for a page that is not full
     assert len(loads) == 2 * (keys + values) + 1 and sum(".128" in name for name in loads) == len(loads) - 1
     blocks_that_fit = 65536 // (32 * cuda_attention.WARPS * -(-attend.registers // 8) * 8)
     assert blocks_that_fit * cuda_attention.WARPS * 32 * 16 * (keys + values) >= 64 * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [128, 256])
+def test_prompts_leave_half_of_the_issue_slots_to_tensor_cores(dim: int, tmp_path: Path) -> None:
+    """A multiprocessor of sm_80 issues one instruction of each of four warps while a product of a tile takes eight."""
+    for kernel in (cuda_attention.prefill, cuda_attention.ragged):
+        (made,) = machine_code(kernel, dim, "sm_80", tmp_path)
+        loop = made.instructions[slice(*made.loop)]
+        products = sum(name.startswith("HMMA") for name in loop)
+        assert made.spilled == 0 and products == 32
+        assert 8 * products >= 0.5 * len(loop)  # of which a step whose rows see all of it skips a third
+
+
+def machine_code(kernel: Any, dim: int, architecture: str, folder: Path) -> list[sass.Kernel]:
+    given: dict[str, Any] = {"head_dim": dim, "num_attention_heads": 32, "num_key_value_heads": 8}
+    with quick():
+        made = kernel(dataclasses.replace(structure("128"), **given), "float16")
+    code, blocks = device_code.source(made, CUDA.TARGET)
+    found = sass.kernels(sources.complete(code), architecture, folder)
+    return [found[name] for name in blocks]

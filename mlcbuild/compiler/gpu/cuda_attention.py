@@ -19,13 +19,14 @@ WARPS = 4  # of a block
 _THREADS = 32 * WARPS
 _SHARING = 8  # rows of a tile
 _BLOCKS = 4 * 132  # that the largest device (H100) shall have
-_PAGES = 2 * WARPS  # of a part at least: for its loads to be on their way before they are used
+_PAGES = 2 * WARPS  # of a part, on the average of all sequences: for loads to be on their way before they are used
+_WIDEST = 256  # head_dim that registers and the shared memory of a block hold
 _NARROW = 128  # head_dim up to which a thread's registers hold two tiles
 
 
 def takes(structure: Structure, dtype: str) -> bool:
     """Whether there are functions for the structure's heads in the model dtype."""
-    return dtype in ("float16", "bfloat16") and structure.head_dim % 8 == 0
+    return dtype in ("float16", "bfloat16") and structure.head_dim % 8 == 0 and structure.head_dim <= _WIDEST
 
 
 def decode(structure: Structure, dtype: str) -> Any:
@@ -72,7 +73,7 @@ def decode(structure: Structure, dtype: str) -> Any:
         q_rope_position = T.match_buffer(positions, (B,), "int32", elem_offset=q_rope_position_elem_offset)
         output = T.match_buffer(out, (B, heads, dim), dtype)
         lse = T.match_buffer(lse_, (B, heads), "float32")
-        splits = T.meta_var(T.max(1, T.min((_BLOCKS + B * tiles - 1) // (B * tiles), nnz_pages // _PAGES)))
+        splits = T.meta_var(T.max(1, T.min((_BLOCKS + B * tiles - 1) // (B * tiles), nnz_pages // (_PAGES * B))))
         parts = T.sblock_alloc_buffer((B * splits * heads * dim,), "float32")
         sums = T.sblock_alloc_buffer((B * splits * heads * 2,), "float32")
         for bx in T.thread_binding(B, thread="blockIdx.x"):

@@ -63,6 +63,11 @@ typedef nv_bfloat16 __nv_bfloat16;
 EMULATION_ARITHMETIC(half)
 EMULATION_ARITHMETIC(nv_bfloat16)
 
+#define EMULATION_NARROW(NAME)                                                       \
+  static inline half h##NAME(half x) { return half(NAME##f(float(x))); }             \
+  static inline nv_bfloat16 h##NAME(nv_bfloat16 x) { return nv_bfloat16(NAME##f(float(x))); }
+EMULATION_FUNCTIONS(EMULATION_NARROW)
+
 static inline half __float2half_rn(float x) { return half(x); }
 static inline half __float2half(float x) { return half(x); }
 static inline float __half2float(half x) { return x; }

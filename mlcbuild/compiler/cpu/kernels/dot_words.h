@@ -1,10 +1,10 @@
 // Dot products with words taken lane by lane: lane l of a register holds word l of LANES neighbours, step j takes code j
 // of every word. The activations of such a block lie as [j][lane], so one register of scales serves the whole block.
 
-// What LANES words of a row are scaled by: each step-th word from `at` on, which starts a group; the row has `words`.
-INLINE affine spread_affine(const scale_type *row, i64 at, i64 step, i64 words) {
+// What LANES words of a row are scaled by, from word `at` on, which starts a group; the row has `words`.
+INLINE affine spread_affine(const scale_type *row, i64 at, i64 words) {
     scale_type some[LANES] = {0};
-    for (i64 i = 0; i < LANES && at + i * step < words; i++) some[i] = row[(at + i * step) / GROUP_WORDS];
+    for (i64 i = 0; i < LANES && at + i < words; i++) some[i] = row[(at + i) / GROUP_WORDS];
     return affine_v(some);
 }
 
@@ -55,15 +55,13 @@ INLINE void dot_block(const f32 *x, i64 stride, const u32v *word, const affine *
 }
 
 // out[t * TASK_ROWS + r] = the products of `words` words of `rows` rows, which have `groups` groups, with `tokens` tokens,
-// `stride` bytes from one token to the next.
-INLINE void dot_tile(const void *packed, i64 stride, const WORD *codes, const scale_type *scales, i64 groups, i64 words,
+// `stride` numbers from one token to the next.
+INLINE void dot_tile(const f32 *x, i64 stride, const WORD *codes, const scale_type *scales, i64 groups, i64 words,
                      f32 *out, const int rows, const int tokens) {
     f32v acc[ROWS_AT_ONCE][TOKENS_AT_ONCE] = {};
     u32v word[ROWS_AT_ONCE];
     affine all[ROWS_AT_ONCE], a[ROWS_AT_ONCE];
-    const f32 *x = (const f32 *)packed;
     i64 at = 0, row_words = groups * GROUP_WORDS, ahead = bytes_ahead(row_words, rows);
-    stride /= (i64)sizeof(f32);
     for (; at + GROUP_WORDS * LANES <= words; at += GROUP_WORDS * LANES) {
         UNROLL for (int r = 0; r < rows; r++) all[r] = affine_v(scales + r * groups + at / GROUP_WORDS);
         for (int b = 0; b < GROUP_WORDS; b++) {
@@ -79,7 +77,7 @@ INLINE void dot_tile(const void *packed, i64 stride, const WORD *codes, const sc
     for (; at < words; at += LANES) {
         UNROLL for (int r = 0; r < rows; r++) {
             word[r] = load_words(codes + r * row_words + at, words - at);
-            a[r] = spread_affine(scales + r * groups, at, 1, words);
+            a[r] = spread_affine(scales + r * groups, at, words);
         }
         dot_block(x + at * PER_WORD, stride, word, a, acc, rows, tokens);
     }
@@ -91,9 +89,9 @@ INLINE void dot(const f32 *x, i64 stride, const weights *w, i64 first, i64 rows,
     i64 groups = (w->k + GROUP_SIZE - 1) / GROUP_SIZE, words = groups * GROUP_WORDS;
     const WORD *codes = (const WORD *)w->part[0] + first * words;
     const scale_type *scales = (const scale_type *)w->part[1] + first * groups;
-    i64 held = words_held(w), r = 0, bytes = stride * (i64)sizeof(f32);
+    i64 held = words_held(w), r = 0;
 #define TILE(R, T) \
-    dot_tile(x + t * stride, bytes, codes + r * words, scales + r * groups, groups, held, out + t * TASK_ROWS + r, R, T)
+    dot_tile(x + t * stride, stride, codes + r * words, scales + r * groups, groups, held, out + t * TASK_ROWS + r, R, T)
     // Of one token, one row after the other: memory is read fastest in one line, a quarter slower where rows alternate.
     // With more, the multiplications take longer than the reading, and several rows share what is loaded for them.
     for (; tokens > 1 && r + ROWS_AT_ONCE <= rows; r += ROWS_AT_ONCE) {

@@ -57,8 +57,19 @@ __device__ __forceinline__ void attend(T* output, float* lse, const T* query, co
       rows.first[t][i] = first_of(r), rows.end[t][i] = end_of(r), rows.position[t][i] = own(r);
       rows.slopes[t][i] = slope<HEADS>(scoring.bias, kv_head * GROUP + (begin + r) % GROUP);
     }
+  // Rows may be those of several sequences that share a prefix: their positions, and so what they see first, rise and fall.
+  int least = rows.first[0][0], largest = least;
+#pragma unroll
+  for (int t = 0; t < TILES; t++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) least = min(least, rows.first[t][i]), largest = max(largest, rows.first[t][i]);
+#pragma unroll
+  for (int mask = 1; mask < 4; mask *= 2) {  // lanes that are alike but for lane % 4 hold all rows
+    least = min(least, __shfl_xor_sync(~0u, least, mask, 32));
+    largest = max(largest, __shfl_xor_sync(~0u, largest, mask, 32));
+  }
   const int to = (end_of(left - 1) + KEYS - 1) / KEYS;
-  rows.run(source, scoring, first_of(0) / KEYS, to, 1, first_of(left - 1), end_of(0));
+  rows.run(source, scoring, least / KEYS, to, 1, largest, end_of(0));
   const Results<T, DIM, SINKS> results = {output, lse, query};
 #pragma unroll
   for (int t = 0; t < TILES; t++)

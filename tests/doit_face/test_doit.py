@@ -163,6 +163,7 @@ def test_continue_does_what_can_be_done(workspace: Workspace) -> None:
 def test_list(workspace: Workspace) -> None:
     groups = workspace.doit("list", "-q").split()
     kinds = [
+        "allocate",
         "build",
         "calibrate",
         "convert",

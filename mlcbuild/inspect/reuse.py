@@ -26,12 +26,17 @@ class Reuse:
 
 
 def reuse(structure: Structure, catalog: Catalog) -> Reuse:
-    """Every quantization and target of the catalog's recipes counts; what each is for is in the library's name."""
+    """Every quantization and target of the catalog's recipes counts; what each is for is in the library's name.
+
+    But for budgets: what their libraries are for is what one model chose.
+    """
     wanted = _plain(structure.library_json())
     graph = plan(catalog, catalog.recipes.values(), locker(catalog.root))
     same: dict[str, list[str]] = {}
     close: dict[str, Mapping[str, int]] = {}
     for name, goal in graph.goals.items():
+        if "allocate" in goal.steps:
+            continue
         fields = _plain(graph.steps[goal.steps["lower"]].fields["structure"])
         differing = [key for key in {**fields, **wanted} if fields.get(key) != wanted.get(key)]
         if not differing:

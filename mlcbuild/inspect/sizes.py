@@ -10,6 +10,7 @@ from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.kinds import DECODER, HYBRID
 from mlcbuild.models.parameters import count, parameters
 from mlcbuild.models.structure import Structure
+from mlcbuild.quantization import budget
 from mlcbuild.quantization.schemes import quantized_parameters
 from mlcbuild.recipes.types import Quantization
 
@@ -44,15 +45,23 @@ def size(structure: Structure, quantization: Quantization) -> Size:
     if quantization.weights is not None and quantization.weights.scheme == "awq":
         return Size(problem="for checkpoints that AutoAWQ quantized")
     try:
-        tensors = quantized_parameters(parameters(structure), quantization)
+        weights = _weights(structure, quantization)
     except MlcBuildError as error:
         return Size(problem=str(error))
-    weights = sum(prod(tensor.shape) * _BYTES[tensor.dtype] for tensor in tensors)
-    if quantization.bits_per_weight is not None:  # what is chosen is not known, but what it takes
-        weights = max(weights, int(quantization.bits_per_weight * count(structure) / 8))
     per_token = 2 * len(structure.cached) * structure.num_key_value_heads * structure.head_dim
     if structure.kind not in (DECODER, HYBRID):  # a recurrent model's state does not grow, and an encoder keeps nothing
         return Size(weights)
     context = structure.context_window_size
     tokens = min(context, CONVERSATION) if context > 0 else CONVERSATION
     return Size(weights, per_token * tokens * _BYTES[quantization.model_dtype], tokens)
+
+
+def _weights(structure: Structure, quantization: Quantization) -> int:
+    """Bytes. What a budget chooses is not known, but what it has: if it is not more than the largest formats take."""
+    known = parameters(structure)
+    if quantization.bits_per_weight is None:
+        return sum(prod(each.shape) * _BYTES[each.dtype] for each in quantized_parameters(known, quantization))
+    bits, numbers = budget.bits(known, quantization), count(structure)
+    budget.choose(quantization.bits_per_weight, bits, {kind: of for kind, of in bits.items() if kind}, numbers)
+    largest = sum(max(of.values()) for of in bits.values())
+    return int(min(quantization.bits_per_weight * numbers, largest) / 8)

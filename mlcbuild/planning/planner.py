@@ -20,7 +20,7 @@ from mlcbuild.errors import MlcBuildError, NotLocked, Unavailable
 from mlcbuild.models.kinds import HYBRID
 from mlcbuild.planning.adding import Steps
 from mlcbuild.planning.backends import PAGES, backend
-from mlcbuild.planning.budgets import chosen, first, spending
+from mlcbuild.planning.budgets import check, chosen, first, spending
 from mlcbuild.planning.files import (
     ADAPTER_FILES,
     POOLING_FILES,
@@ -91,6 +91,7 @@ class Planner:
     @once
     def _weights(self, model: Model, quantization: Quantization) -> dict[str, str]:
         """The steps that make weights, those of the model first."""
+        check(quantization, self._shape(model, ()))
         steps = {"download": self._download(model), **self._merged(model), "convert": self._convert(model)}
         if quantization.rounding == "calibrated":
             steps["calibrate"] = self._calibrate(model)
@@ -138,12 +139,12 @@ class Planner:
 
     @once
     def _calibrate(self, model: Model) -> str:
-        return self._measured("calibrate", model.name, model, "rounding `calibrated`", {})
+        return self._measured("calibrate", model.name, model, {})
 
     @once
     def _round(self, model: Model, quantization: Quantization) -> str:
         fields, more = {"quantization": self._packing(quantization)}, chosen(self._allocate(model, quantization))
-        return self._measured("round", f"{model.name}-{quantization.name}", model, "rounding `gptq`", fields, more)
+        return self._measured("round", f"{model.name}-{quantization.name}", model, fields, more)
 
     @once
     def _allocate(self, model: Model, quantization: Quantization) -> str | None:
@@ -152,21 +153,16 @@ class Planner:
             return None
         weights = (Input("quantize", step=self._quantize(model, first(quantization))),)
         fields = {"quantization": self._packing(first(quantization)), **spending(quantization)}
-        return self._measured("allocate", f"{model.name}-{quantization.name}", model, "a budget", fields, weights)
+        return self._measured("allocate", f"{model.name}-{quantization.name}", model, fields, weights)
 
     def _measured(
-        self, kind: str, label: str, model: Model, what: str, fields: Mapping[str, Any], more: tuple[Input, ...] = ()
+        self, kind: str, label: str, model: Model, fields: Mapping[str, Any], more: tuple[Input, ...] = ()
     ) -> str:
         """A step that runs the calibration text through the model."""
         everywhere = self.catalog.targets[_EVERYWHERE]
         target = everywhere if targets.runs_here(everywhere) else self.catalog.targets[_HERE]
         shape = self._shape(model, ())
-        if shape.blocks is None:
-            raise MlcBuildError(
-                f"{what} measures a decoder layer by layer, and "
-                f"{shape.fields['architecture']} is none: choose the same quantization without it, or with "
-                "`rounding: mse`"
-            )
+        assert shape.blocks is not None, "`check` refuses others"
         download, convert = self._download(model), self._convert(model)
         inputs = (
             Input("convert", step=convert),

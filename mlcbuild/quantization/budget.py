@@ -16,9 +16,8 @@ from typing import Any, Protocol
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.parameters import Parameter
 from mlcbuild.quantization.schemes import STORAGE_BITS, packed, quantized_parameters
-from mlcbuild.recipes.types import Quantization, quantization_json
+from mlcbuild.recipes.types import CHOICE, Quantization, quantization_json
 
-CHOICE = "choice.json"  # what libraries and weights depend on: a format by kind
 _BITS = {**STORAGE_BITS, "float32": 32, "float16": 16, "bfloat16": 16}
 
 Choice = Mapping[str, str]  # role -> name of the format
@@ -75,8 +74,9 @@ def choose(
                 least = loss
     within = [each for each in front if each[0] <= most * numbers]
     if not within:
+        least = -(-100 * front[0][0] // numbers) / 100  # rounded up: so many are enough
         raise MlcBuildError(
-            f"bits_per_weight {most:g}: this model takes {front[0][0] / numbers:.2f} in the smallest of the formats; "
+            f"bits_per_weight {most:g}: this model takes {least:.2f} in the smallest of the formats; "
             "say at least so many, or name a format with fewer bits"
         )
     size, loss, choice = within[-1]

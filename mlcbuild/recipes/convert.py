@@ -105,16 +105,17 @@ def quantizations(documents: Mapping[str, Document]) -> tuple[dict[str, Quantiza
             continue
         wrong = [problem for place, other in mentioned.items() for problem in _clashes(each, place, documents[other])]
         problems += wrong
-        if not wrong:
-            others = {other: documents[other].data for other in mentioned.values()}
-            whole[name] = quantization(name, each.data, others)
+        if wrong:
+            continue
+        others = {other: documents[other].data for other in mentioned.values()}
+        made = quantization(name, each.data, others)
+        if made.formats and (text := _no_scales(made, made.rounding, made.formats[0][0])):
+            problems.append(each.problem(text, ("rounding",)))
+        else:
+            whole[name] = made
     for name, each in documents.items():
         base = each.data.get("format")
-        if base in whole and each.data["rounding"] != "nearest" and not _has_scales(whole[base], each.data["rounding"]):
-            text = (
-                f"`rounding` is `{each.data['rounding']}`, expected {_roundings(whole[base])} for the format `{base}`: "
-                "there is no other scale to search for"
-            )
+        if base in whole and (text := _no_scales(whole[base], each.data["rounding"], base)):
             problems.append(each.problem(text, ("rounding",)))
         elif base in whole:  # it stays the format's name
             whole[name] = replace(whole[base], name=name, rounding=each.data["rounding"])
@@ -124,8 +125,12 @@ def quantizations(documents: Mapping[str, Document]) -> tuple[dict[str, Quantiza
     return {name: whole[name] for name in sorted(whole)}, problems
 
 
-def _roundings(quantization: Quantization) -> str:
-    return "`nearest` or `gptq`" if _has_scales(quantization, "gptq") else "`nearest`"
+def _no_scales(quantization: Quantization, rounding: str, name: str) -> str | None:
+    """Why the rounding does not go with the format `name`; None where it does."""
+    if rounding == "nearest" or _has_scales(quantization, rounding):
+        return None
+    able = "`nearest` or `gptq`" if _has_scales(quantization, "gptq") else "`nearest`"
+    return f"`rounding` is `{rounding}`, expected {able} for the format `{name}`: there is no other scale to search for"
 
 
 def _has_scales(quantization: Quantization, rounding: str) -> bool:

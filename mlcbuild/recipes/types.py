@@ -98,6 +98,7 @@ class Quantization:
     format: str = ""  # what runtimes are told: the name of the format whose bytes these are; "" means `name`
 
 
+CHOICE = "choice.json"  # what libraries and weights of a budget depend on: a format by kind of matrix
 FEW_BITS = 4  # products with weights of so many bits, or fewer, may round activations (a target's `activation_bits`)
 
 

@@ -15,7 +15,7 @@ from mlcbuild.engine.job import Job
 from mlcbuild.models import structure
 from mlcbuild.models.parameters import count, parameters
 from mlcbuild.quantization import budget
-from mlcbuild.recipes.types import Weights, quantization_from_json
+from mlcbuild.recipes.types import CHOICE, Weights, quantization_from_json
 from mlcbuild.runtime.tokenizer import load_tokenizer
 from mlcbuild.verify import evaluate, shares
 from mlcbuild.verify.packed import Packed
@@ -53,5 +53,5 @@ def run(job: Job) -> None:
         "bits": {kind: {name: round(of[name] / numbers, 3) for name in of} for kind, of in sizes.items()},
     }
     job.note(f"{', '.join(f'{kind} {name}' for kind, name in choice.items())}: {bits:.2f} bits a weight")
-    for name, content in ((budget.CHOICE, budget.choice_json(wanted, choice)), ("shares.json", report)):
+    for name, content in ((CHOICE, budget.choice_json(wanted, choice)), ("shares.json", report)):
         (job.output / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

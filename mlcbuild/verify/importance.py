@@ -57,6 +57,7 @@ def importance(
         if not all(np.isfinite(total.squares).all() for total in sums):
             raise MlcBuildError(f"layer {number}: what runs through the model is NaN or Inf; the checkpoint is damaged")
         found |= {each.name: _rounded(total.mean()) for each, total in zip(matrices, sums, strict=True)}
+        del given  # before the next layer is read
         progress(number + 1, model.layers)
     norm = widened(model.norm, checkpoint)
     total = sum(np.square(library.normed(window, norm), dtype=np.float64).sum(axis=0) for window in hidden)

@@ -92,14 +92,14 @@ def sliced_logits(
     """Logits [tokens, vocab_size] of all that the head is given, in pieces; `rows` reads a slice of its parameters."""
     for start in range(0, len(normed), library.chunk):
         piece = normed[start : start + library.chunk]
-        slices = [
+        found = [
             library.logits(piece, [tvm_runtime.tensor(rows(each, first, last)) for each in head])
-            for first, last in _slices(head[0])
+            for first, last in slices(head[0])
         ]
-        yield np.concatenate(slices, axis=1)
+        yield np.concatenate(found, axis=1)
 
 
-def _slices(parameter: Parameter) -> Iterator[tuple[int, int]]:
+def slices(parameter: Parameter) -> Iterator[tuple[int, int]]:
     """Row ranges of at most `_SLICE` numbers, of one expert each; within it they start at multiples of 8."""
     *experts, rows, width = parameter.shape
     step = max(8, _SLICE // width // 8 * 8)
@@ -111,7 +111,7 @@ def _slices(parameter: Parameter) -> Iterator[tuple[int, int]]:
 def _error(parameter: Parameter, checkpoint: Unquantized, packed: Packed) -> float:
     """||q - w|| / ||w|| of a matrix, a slice at a time."""
     difference = total = 0.0
-    for start, stop in _slices(parameter):
+    for start, stop in slices(parameter):
         w = checkpoint.rows(parameter.name, start, stop)
         total += _square(w)
         difference += _square(packed.rows(parameter, start, stop) - w)

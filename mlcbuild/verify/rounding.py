@@ -94,6 +94,7 @@ class Rounding:
         for number in range(model.layers):
             given = widened(model.layer(number), self.checkpoint)
             hidden = [self.library.layer(each, given, model.kinds[number]) for each in hidden]
+            del given  # before the next layer is read
             progress(number + 1)
         norm = widened(model.norm, self.checkpoint)
         gram = Gram(self.kernels, self.structure.hidden_size, weights)

@@ -2,7 +2,8 @@
 
 A text goes through the unquantized model and, layer by layer beside it, through one model for each kind, in which the
 matrices of this kind are those of finished weights, and no others. In memory are a layer as float32, one kind of it
-rounded, and the hidden states of all models. That is a real run. What several kinds lose nearly adds up.
+rounded, and the hidden states of all models; of the embedding the rows that occur, of the output matrix a slice. That
+is a real run. What several kinds lose nearly adds up.
 
 A kind is run in one format only, that of the weights. In the others it loses more or less as the square of the error in
 its numbers does, for KL divergence is a square to begin with. Figures are rounded to three significant digits: sums may
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.parameters import Parameter
 from mlcbuild.models.structure import Structure
 from mlcbuild.quantization import asymmetric, group
@@ -25,13 +27,14 @@ from mlcbuild.quantization.budget import kinds
 from mlcbuild.recipes.types import Quantization, Weights
 from mlcbuild.runtime import tvm_runtime
 from mlcbuild.verify import evaluate
-from mlcbuild.verify.layers import sliced_logits
+from mlcbuild.verify.layers import sliced_logits, slices
 from mlcbuild.verify.packed import Packed
 from mlcbuild.verify.pieces import Float32, Pieces
-from mlcbuild.verify.tensors import PieceParameters, Unquantized, Windows, by_piece, embedded, widened
+from mlcbuild.verify.tensors import PieceParameters, Unquantized, Windows, begun, by_piece, widened
 
 TOKENS, WINDOW = 1024, 128  # of a text, and of a document, where it has enough documents
 _COMPARED = 2  # of how many tokens one is: a large vocabulary takes longer than the layers
+_BLOCK = 8  # rows that are unpacked together at least (mlcbuild.verify.packed)
 _ROWS = 4096  # of all matrices of a kind, whose errors in other formats are compared
 _DIGITS = 3
 
@@ -39,15 +42,28 @@ Shares = dict[str, dict[str, float]]  # kind -> format -> nats
 
 
 def some(documents: Iterable[Sequence[int]], context: int) -> list[Sequence[int]]:
-    """About TOKENS tokens of a text: the beginnings of documents, evenly chosen.
+    """About TOKENS tokens of a text: the beginnings of documents, the longest first, evenly chosen among equals.
 
-    Beginnings, as models compute otherwise where the token is missing that they expect before a text.
+    Beginnings, as models compute otherwise where the token is missing that they expect before a text. Raises
+    MlcBuildError where no document is long enough for a figure.
     """
-    every = [document for document in documents if len(document) > 1]
-    length = min(max(WINDOW, TOKENS // max(len(every), 1)), context)
-    long = [each for each in every if len(each) >= length] or every
-    wanted = min(len(long), max(TOKENS // length, 1))
-    return [long[number * len(long) // wanted][:length] for number in range(wanted)]
+    every = [document for document in documents if len(document) > _COMPARED]
+    if not every:
+        raise MlcBuildError(
+            f"the calibration text has no document of {_COMPARED + 1} tokens or more, and a budget is spent by what it "
+            "measures on one: give the model's file another text (`calibration: {text: FILE}`)"
+        )
+    length = min(max(WINDOW, TOKENS // len(every)), context)
+    windows = [document[:length] for document in every]
+    chosen, tokens = list[int](), 0
+    for size in sorted({len(each) for each in windows}, reverse=True):
+        equal = [number for number, each in enumerate(windows) if len(each) == size]
+        wanted = min(len(equal), -(-(TOKENS - tokens) // size))
+        chosen += [equal[number * len(equal) // wanted] for number in range(wanted)]
+        tokens += wanted * size
+        if tokens >= TOKENS:
+            break
+    return [windows[number] for number in sorted(chosen)]
 
 
 @dataclass(frozen=True)
@@ -70,11 +86,7 @@ class Measurement:
         hidden = {kind: self._begun(model, windows, kind) for kind in ("", *every)}
         total = model.layers + len(windows)
         for number in range(model.layers):
-            mine = model.layer(number)
-            exact = widened(mine, self.checkpoint)
-            for kind, states in hidden.items():
-                given = [self._rounded(each) if each.role == kind else exact[at] for at, each in enumerate(mine)]
-                hidden[kind] = [self.library.layer(window, given, model.kinds[number]) for window in states]
+            hidden = self._layer(model, number, hidden)
             progress(number + 1, total)
         norm = widened(model.norm, self.checkpoint)
         normed = {kind: [self.library.normed(each, norm) for each in states] for kind, states in hidden.items()}
@@ -94,15 +106,30 @@ class Measurement:
         }
 
     def _begun(self, model: PieceParameters, windows: Windows, kind: str) -> list[Float32]:
-        """What the first layer is given; of the embedding, only rows that occur are read where it is not rounded."""
-        (table,) = model.embedding
-        if kind not in (each.role for each in (table, *model.beginning)):
-            return embedded(model, self.library, self.checkpoint, windows)
-        embedding, *beginning = [
+        """What the first layer is given."""
+
+        def take(embedding: Parameter, rows: Sequence[int]) -> Float32:
+            if embedding.role == kind:
+                return self._taken(embedding, rows)
+            return self.checkpoint.take(embedding.name, rows)
+
+        beginning = [
             self._rounded(each) if each.role == kind else widened([each], self.checkpoint)[0]
-            for each in (table, *model.beginning)
+            for each in model.beginning
         ]
-        return [self.library.begin(self.library.embed(ids, [embedding]), beginning) for ids in windows]
+        return begun(model, self.library, take, beginning, windows)
+
+    def _layer(
+        self, model: PieceParameters, number: int, hidden: Mapping[str, list[Float32]]
+    ) -> dict[str, list[Float32]]:
+        """What comes out of a layer, by kind."""
+        mine, found = model.layer(number), {}
+        exact = widened(mine, self.checkpoint)
+        for kind, states in hidden.items():
+            given = [self._rounded(each) if each.role == kind else exact[at] for at, each in enumerate(mine)]
+            found[kind] = [self.library.layer(window, given, model.kinds[number]) for window in states]
+            del given  # before the next kind is made
+        return found
 
     def _divergence(
         self, model: PieceParameters, plain: Float32, normed: Float32, kind: str, ids: Sequence[int]
@@ -119,10 +146,21 @@ class Measurement:
         return evaluate.compare(logits, lambda ids: [plain], [ids]).kl
 
     def _rounded(self, parameter: Parameter) -> Any:
-        rows = prod(parameter.shape[:-1])
-        each = parameter.shape[-2]  # rows of an expert
-        values = [self.rounded.rows(parameter, first, first + each) for first in range(0, rows, each)]
-        return tvm_runtime.tensor(np.concatenate(values).reshape(parameter.shape))
+        found = tvm_runtime.aligned_empty(parameter.shape, np.float32)
+        rows = found.reshape(-1, parameter.shape[-1])
+        for first, last in slices(parameter):
+            rows[first:last] = self.rounded.rows(parameter, first, last)
+        return tvm_runtime.tensor(found)
+
+    def _taken(self, parameter: Parameter, rows: Sequence[int]) -> Float32:
+        """These rows of a matrix [N, K], in order: no others are unpacked but those around them."""
+        wanted = np.asarray(rows)
+        found = tvm_runtime.aligned_empty((len(rows), parameter.shape[-1]), np.float32)
+        for first in np.unique(wanted // _BLOCK * _BLOCK).tolist():
+            here = slice(*np.searchsorted(wanted, (first, first + _BLOCK)))
+            block = self.rounded.rows(parameter, first, min(first + _BLOCK, parameter.shape[0]))
+            found[here] = block[wanted[here] - first]
+        return found
 
     def _ratios(self, parameters: Sequence[Parameter]) -> Mapping[str, float]:
         """By format, the squared error in some rows of the matrices, relative to that in the first format."""

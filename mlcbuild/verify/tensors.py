@@ -5,7 +5,7 @@ And the beginning of each way of a text through the pieces.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -117,10 +117,24 @@ def widened(wanted: Sequence[Parameter], checkpoint: Unquantized) -> list[Any]:
 
 
 def embedded(model: PieceParameters, pieces: Pieces, checkpoint: Unquantized, windows: Windows) -> list[Float32]:
-    """The unquantized model's first hidden states of each window.
+    """The unquantized model's first hidden states of each window. Raises MlcBuildError as `begun` does."""
 
-    Of its embedding, only the rows that occur are read. Raises MlcBuildError for a token that has none, and for a text
-    without windows.
+    def take(embedding: Parameter, rows: Sequence[int]) -> Float32:
+        return checkpoint.take(embedding.name, rows)
+
+    return begun(model, pieces, take, widened(model.beginning, checkpoint), windows)
+
+
+def begun(
+    model: PieceParameters,
+    pieces: Pieces,
+    take: Callable[[Parameter, Sequence[int]], Float32],
+    beginning: Sequence[Any],
+    windows: Windows,
+) -> list[Float32]:
+    """First hidden states of each window. Of the embedding, `take` is asked for the rows that occur: sorted, [N, H].
+
+    Raises MlcBuildError for a token that has no row, and for a text without windows.
     """
     if not windows:
         raise MlcBuildError("the text has no document of two tokens or more: nothing to run the model on")
@@ -129,6 +143,5 @@ def embedded(model: PieceParameters, pieces: Pieces, checkpoint: Unquantized, wi
     wrong = used[(used < 0) | (used >= embedding.shape[0])]
     if len(wrong):
         raise MlcBuildError(f"token id {wrong[0]} is not in this model's vocabulary of {embedding.shape[0]}")
-    table = [tvm_runtime.tensor(checkpoint.take(embedding.name, used.tolist()))]
-    beginning = widened(model.beginning, checkpoint)
+    table = [tvm_runtime.tensor(take(embedding, used.tolist()))]
     return [pieces.begin(pieces.embed(np.searchsorted(used, ids).tolist(), table), beginning) for ids in windows]

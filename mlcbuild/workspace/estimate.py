@@ -131,7 +131,7 @@ def _estimated(session: Session, step: Step, past: _Runs, sizes: Mapping[str, in
         return StepEstimate(step.name, step.kind, True, total_size(action.tree.files.values()), 0, action.seconds)
     mass = sum(sizes[name] for name in session.graph.closure([step.name]) if name != step.name)
     nearest = _nearest(past, step, mass)
-    size, seconds = _first_guess(step, mass), None
+    size, seconds = _first_guess(session.graph, step, sizes), None
     if nearest is not None:
         # Work and results grow with what goes in; where nothing does (lower), they stay what they were.
         factor = mass / nearest.mass if nearest.mass and mass else 1.0
@@ -146,13 +146,22 @@ def _estimated(session: Session, step: Step, past: _Runs, sizes: Mapping[str, in
     return StepEstimate(step.name, step.kind, False, size, new, seconds)
 
 
-def _first_guess(step: Step, mass: int) -> int | None:
+def _first_guess(graph: Graph, step: Step, sizes: Mapping[str, int]) -> int | None:
     """Bytes of weights of a kind that was never made: checkpoints mostly have 16 bits per number."""
     if step.kind != "quantize":
         return None
-    weights = step.fields["quantization"].get("weights")
-    dense = 32 if step.fields["quantization"].get("model_dtype") == "float32" else 16
-    return round(mass * ((weights["bits"] + 1) if weights else dense) / 16)
+    quantization = step.fields["quantization"]
+
+    def bits(weights: Mapping[str, Any] | None) -> float:
+        return weights["bits"] + 1 if weights else 32 if quantization.get("model_dtype") == "float32" else 16
+
+    wanted = bits(quantization.get("weights"))
+    for item in step.inputs:
+        if item.name == "budget" and item.step:
+            budget = graph.steps[item.step].fields
+            wanted = min(budget["bits_per_weight"], max(bits(weights) for _, weights in budget["formats"]))
+    fetched = (sizes[name] for name in graph.closure([step.name]) if graph.steps[name].kind == "download")
+    return round(sum(fetched) * wanted / 16)
 
 
 def _download_bytes(step: Step) -> int:

@@ -154,7 +154,8 @@ def test_calibration_refuses_what_has_no_layers_to_go_through(built: tuple[Works
     done = workspace.doit("build", "recipe=calibrated-cpu", check=False)
     (workspace.root / "recipes/calibrated-cpu.yaml").unlink()
     assert done.returncode == 3
-    assert "rounding `calibrated` measures a decoder layer by layer, and rwkv is none" in done.stdout + done.stderr
+    said = "rounding `calibrated` runs a model layer by layer, and rwkv cannot be run so: choose the same quantization"
+    assert said in done.stdout + done.stderr
 
 
 def test_both_are_served(built: tuple[Workspace, Any, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -67,6 +68,13 @@ def test_sizes_are_those_of_the_built_weights(workspace: Workspace, capsys: pyte
     assert found == size(structure, catalog.quantizations["q4f16_1"]).weights
     # 4 bits and a float16 scale for every 32, and norms: within a percent of 4.5 bits each.
     assert found == pytest.approx(2_755_008 * 4.5 / 8, rel=0.01)
+    # A budget takes what it has, and no more than the largest of its formats does.
+    budget = catalog.quantizations["q5f16_auto"]
+    largest = size(structure, catalog.quantizations["q8f16_1"]).weights
+    for bits, expected in ((5, 2_755_008 * 5 // 8), (4, 2_755_008 * 4 // 8), (30, largest)):
+        assert size(structure, dataclasses.replace(budget, bits_per_weight=bits)).weights == expected
+    problem = size(structure, dataclasses.replace(budget, bits_per_weight=2)).problem
+    assert problem is not None and problem.startswith("bits_per_weight 2: this model takes 3.")
 
 
 def test_a_recurrent_model_keeps_no_keys_and_values(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,7 +179,11 @@ def test_which_libraries_it_would_use(workspace: Workspace, capsys: pytest.Captu
     limits = {"context_window_size": 256, "prefill_chunk_size": 256}
     assert longer["libraries"] == {} and longer["libraries_with_other_limits"][f"library:{label}"] == limits
     (workspace.root / "twin/config.json").write_text(json.dumps({**config, "max_position_embeddings": 256}))
-    assert inspected(capsys, "twin")["libraries"][f"library:{label}"] == ["tiny-q4f16_1-cpu"]
+    # Another model of the structure may choose otherwise where a quantization is a budget.
+    workspace.write("recipes/budget.yaml", "model: tiny\nquantization: q5f16_auto\ntarget: cpu\n")
+    twin = inspected(capsys, "twin")
+    assert twin["libraries"][f"library:{label}"] == ["tiny-q4f16_1-cpu"]
+    assert not [name for name in [*twin["libraries"], *twin["libraries_with_other_limits"]] if "q5f16_auto" in name]
     assert main(["inspect", "twin"]) == 1  # it has no weights
     text = capsys.readouterr().out
     assert f"{label}  tiny-q4f16_1-cpu" in text and "tensors       0" in text

@@ -309,6 +309,50 @@ def test_a_budget_is_spent_by_a_step_of_its_own(workspace: Workspace) -> None:
     assert "allocate" not in found.goals["q4f16_1-gptq"].steps
 
 
+@pytest.mark.parametrize(
+    ("quantization", "what", "instead"),
+    [
+        ("q5f16_auto", "a budget", "one of its formats, such as q4f16_1"),
+        ("auto-mse", "a budget", "one of its formats, such as q4f16_1"),
+        ("q4f16_1-gptq", "rounding `gptq`", "the same quantization without it, or with `rounding: mse`"),
+        ("q4f32_0-gptq", "rounding `gptq`", "the same quantization without it"),
+    ],
+)
+def test_models_that_are_not_run_layer_by_layer(
+    workspace: Workspace, quantization: str, what: str, instead: str
+) -> None:
+    """A decoder whose layers share keys is one; nothing is advised that would be refused too."""
+    from transformers import Gemma3nTextConfig
+
+    workspace.write("recipes/quantizations/auto-mse.yaml", "format: q5f16_auto\nrounding: mse\n")
+    workspace.write("recipes/quantizations/q4f32_0-gptq.yaml", "format: q4f32_0\nrounding: gptq\n")
+    rwkv = {"model_type": "rwkv", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 100, "context_length": 64}
+    for name, config in (
+        ("rwkv", {**rwkv, "intermediate_size": 128, "attention_hidden_size": 64}),
+        ("gemma3n_text", Gemma3nTextConfig(num_hidden_layers=10, num_kv_shared_layers=2).to_dict()),
+    ):
+        workspace.write(f"recipes/models/{name}/config.json", json.dumps(config))
+        workspace.write(f"recipes/models/{name}.yaml", f"source: {{path: {name}}}\ntemplate: chatml\n")
+        workspace.write(f"recipes/{name}.yaml", f"model: {name}\nquantization: {quantization}\ntarget: cpu\n")
+        text = f"{what} runs a model layer by layer, and {name} cannot be run so: choose {instead}"
+        assert planned(workspace, name).broken == {name: f"model {name}: {text}"}
+
+
+def test_a_budget_of_a_model_of_texts(workspace: Workspace) -> None:
+    config = json.dumps({**CONFIG, "model_type": "qwen3", "head_dim": 16})
+    workspace.write("recipes/models/texts/config.json", config)
+    text = "source: {path: texts}\ntemplate: chatml\narchitecture: qwen3-embedding\n"
+    workspace.write("recipes/models/texts.yaml", text)
+    for name in ("q5f16_auto", "q4f16_1-gptq"):
+        workspace.write(f"recipes/{name}.yaml", f"model: texts\nquantization: {name}\ntarget: cpu\n")
+    found = planned(workspace, "q5f16_auto", "q4f16_1-gptq")
+    assert found.broken == {
+        "q5f16_auto": "model texts: a budget is spent by what the probabilities of the next token lose, and this model "
+        "gives vectors of texts: choose one of its formats, such as q4f16_1"
+    }
+    assert list(found.goals) == ["q4f16_1-gptq"]
+
+
 def test_static_libraries_of_budgets_are_told_apart(workspace: Workspace) -> None:
     workspace.write("recipes/models/other.yaml", "extends: tiny\nsource: {path: tiny}\ncalibration: {text: own.txt}\n")
     workspace.write("recipes/models/own.txt", "My own text.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from dataclasses import replace
 from math import prod
@@ -61,12 +62,17 @@ def test_what_no_choice_keeps(structure: Structure) -> None:
     taken = budget.bits(parameters(structure), BUDGET)
     lost = {kind: dict.fromkeys(NAMES, 1.0) for kind in taken if kind}
     least = size(structure, budget.resolved(BUDGET, dict.fromkeys(lost, "q3f16_1"))) / count(structure)
+    least = math.ceil(100 * least) / 100
     expected = (
         f"bits_per_weight 2.5: this model takes {least:.2f} in the smallest of the formats; "
         "say at least so many, or name a format with fewer bits"
     )
     with pytest.raises(MlcBuildError, match=f"^{re.escape(expected)}$"):
         budget.choose(2.5, taken, lost, count(structure))
+    few: dict[str, dict[str, int]] = {"": {"": 0}, "embedding": {"q4f16_1": 4511}}
+    with pytest.raises(MlcBuildError, match=r"takes 4\.52 in the smallest"):
+        budget.choose(4.51, few, {"embedding": {"q4f16_1": 1.0}}, 1000)
+    assert budget.choose(4.52, few, {"embedding": {"q4f16_1": 1.0}}, 1000)[1] == 4.511, "as many as it said"
 
 
 def test_a_step_is_given_the_choice_as_overrides() -> None:

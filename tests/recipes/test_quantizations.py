@@ -152,6 +152,12 @@ def test_a_budget_chooses_among_the_weights_of_others(workspace: Workspace) -> N
             "4:11: `formats[0]` is `q0f16`, in which nothing is lost; name one with groups first: what the model loses "
             "in that is measured",
         ),
+        (
+            BUDGET.replace("float16", "float32").replace("[q4f16_1, q8f16_1, q0f16]", "[q4f32_0, q8f32_1]")
+            .replace("gptq", "mse"),
+            "5:11: `rounding` is `mse`, expected `nearest` or `gptq` for the format `q4f32_0`: there is no other scale "
+            "to search for",
+        ),
     ],
 )  # fmt: skip
 def test_budgets_that_cannot_be(workspace: Workspace, text: str, expected: str) -> None:

@@ -53,6 +53,20 @@ def test_before_the_first_build_everything_is_to_run_and_nothing_is_known_of_tim
     assert row == ["verify", "2", "0", "2", "unknown", "unknown"], "fault C: not 0 B and 0.0 s, as it said"
 
 
+def test_a_budget_takes_what_it_has_or_the_largest_of_its_formats(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph, "STEPS", "mlcbuild.steps")  # there is no toy that allocates
+    for bits in (5, 30):
+        text = f"class: q4\nmodel_dtype: float16\nbits_per_weight: {bits}\nformats: [q4f16_1, q8f16_1]\n"
+        workspace.write(f"recipes/quantizations/q{bits}.yaml", text)
+        workspace.write(f"recipes/q{bits}.yaml", f"model: tiny\nquantization: q{bits}\ntarget: cpu\n")
+    checkpoint = sum(path.stat().st_size for path in (workspace.root / "recipes/models/tiny").iterdir())
+    sizes = {step.name: step.size for step in plan(workspace).steps}
+    assert sizes["quantize:tiny-q5"] == round(checkpoint * 5 / 16)
+    assert sizes["quantize:tiny-q30"] == round(checkpoint * 9 / 16)
+
+
 def test_what_many_recipes_need_is_looked_at_once(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """FAULTS.md E: a checkpoint that was not built yet was hashed anew for every step that needs it, 72 times of 20."""
     looked = list[Path]()

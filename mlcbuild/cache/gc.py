@@ -96,7 +96,10 @@ def plan(found: Inventory, limit: int, holds: Iterable[Hold], running_since: flo
 
 
 def collect(root: Path, todo: Plan) -> int:
-    """Do it; the bytes that were freed. What was used or made again since the plan stays."""
+    """Do it; the bytes that were freed. What was used or made again since the plan stays.
+
+    Raises OSError, before any blob goes, where it cannot be known which are needed.
+    """
     freed = 0
     for record in todo.records:
         with contextlib.suppress(OSError):
@@ -147,14 +150,20 @@ def parse_size(text: str) -> int:
 
 
 def _needed(root: Path, known: Mapping[str, Record]) -> set[str]:
-    """Digests that entries refer to now. Those that came since the plan, or were written again, are read."""
+    """Digests that entries refer to now. Those that came since the plan, or were written again, are read.
+
+    Raises OSError where that cannot be known.
+    """
     needed: set[str] = set()
     for entry in layout.action_entries(root):
         record = known.get(entry.path)
-        with contextlib.suppress(OSError):
+        try:
             status = entry.stat()
             if record is None or record.made != (status.st_ino, status.st_ctime_ns):
                 record = read_record(Path(entry.path))
+        except OSError as error:
+            if not layout.is_absent(error):
+                raise
         if record is not None:
             needed.update(record.blobs)
     return needed

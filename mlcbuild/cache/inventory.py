@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -79,7 +78,10 @@ class Stats:
 
 
 def inventory(root: Path) -> Inventory:
-    """Everything in the cache folder `root`. What vanishes meanwhile is not in it."""
+    """Everything in the cache folder `root`. What vanishes meanwhile is not in it.
+
+    Raises OSError where the disk does not say what there is.
+    """
     records, blobs, borrowed, junk = [], {}, {}, []
     for file in _files(root / layout.ACTIONS):
         record = read_record(file.place)
@@ -101,7 +103,7 @@ def inventory(root: Path) -> Inventory:
 
 
 def read_record(path: str | Path) -> Record | None:
-    """The entry at `path`; None when it is damaged or gone."""
+    """The entry at `path`; None when it is damaged or gone. Raises OSError where the disk does not say."""
     key = str(path).rpartition(os.sep)[2].removesuffix(".json")
     if not DIGEST.fullmatch(key):
         return None
@@ -114,7 +116,11 @@ def read_record(path: str | Path) -> Record | None:
         finally:
             os.close(descriptor)
         entry = whole_record_of(text)
-    except (OSError, Damaged):
+    except OSError as error:
+        if not layout.is_absent(error):
+            raise
+        return None
+    except Damaged:
         return None
     blobs = {digest: size for digest, size, _ in entry["files"].values()}
     made = (status.st_ino, status.st_ctime_ns)
@@ -162,11 +168,14 @@ def stats(found: Inventory, holds: Iterable[Hold], counts: Mapping[tuple[str, st
 
 def _files(folder: Path | str) -> Iterator[Blob]:
     """All plain files below. Of strings, and with one stat each: there may be a million."""
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.is_dir(follow_symlinks=False):
-                yield from _files(entry.path)
-            elif entry.is_file(follow_symlinks=False):
-                with contextlib.suppress(OSError):
-                    status = entry.stat(follow_symlinks=False)
-                    yield Blob(entry.path, status.st_size, status.st_ctime)
+    for entry in sorted(layout.listed(folder), key=lambda entry: entry.name):
+        if entry.is_dir(follow_symlinks=False):
+            yield from _files(entry.path)
+        elif entry.is_file(follow_symlinks=False):
+            try:
+                status = entry.stat(follow_symlinks=False)
+            except OSError as error:
+                if not layout.is_absent(error):
+                    raise
+                continue
+            yield Blob(entry.path, status.st_size, status.st_ctime)

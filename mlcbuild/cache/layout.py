@@ -19,6 +19,7 @@ Names are relative to the folder and plain strings: the fast path asks for ten t
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,9 @@ PARTIAL, TEST_RUN, UNCHANGED = "partial", "test-run", "unchanged"
 LOOSE = (TEST_RUN, PARTIAL)  # worth keeping only where there is room
 INDEX, RECIPES_MEMO = "index.sqlite", "recipes.memo"
 _RUN = "run-"
+_ABSENT = (  # not there, shut, or nothing that the cache would read
+    errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.ENXIO,
+)  # fmt: skip
 
 
 def action_name(key: str) -> str:
@@ -48,23 +52,32 @@ def borrowed_name(digest: str) -> str:
 
 
 def action_files(root: Path) -> Iterator[Path]:
-    """The entries of all actions, whole or not, in no order."""
+    """The entries of all actions, whole or not, in no order. Raises OSError where that cannot be known."""
     return (Path(entry.path) for entry in action_entries(root))
 
 
 def action_entries(root: Path) -> Iterator[os.DirEntry[str]]:
     """The same, as the folders' listings have them: there may be a million."""
-    for folder in _listed(f"{root}/{ACTIONS}"):
+    for folder in listed(f"{root}/{ACTIONS}"):
         if folder.is_dir():
-            yield from (entry for entry in _listed(folder.path) if entry.name.endswith(".json"))
+            yield from (entry for entry in listed(folder.path) if entry.name.endswith(".json"))
 
 
-def _listed(folder: str) -> list[os.DirEntry[str]]:
+def listed(folder: str | Path) -> list[os.DirEntry[str]]:
+    """What lies in a folder; nothing in one that is absent. Raises OSError where it cannot be known."""
     try:
         with os.scandir(folder) as entries:
             return list(entries)
-    except OSError:  # not there yet, or gone
+    except OSError as error:
+        if not is_absent(error):
+            raise
         return []
+
+
+def is_absent(error: OSError) -> bool:
+    """Whether a file or folder counts as not there. What a failing disk or a lost server has may be needed: to take it
+    for absent would make garbage of blobs."""
+    return error.errno in _ABSENT
 
 
 def lock_path(root: Path, name: str) -> Path:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlcbuild.cache.disk import room_in
-from mlcbuild.cache.layout import package_path, pin_path
+from mlcbuild.cache.layout import is_absent, package_path, pin_path
 from mlcbuild.cache.store import Store
 from mlcbuild.cache.tree import canonical
 from mlcbuild.errors import CLOSED, MlcBuildError
@@ -135,5 +135,9 @@ def _digest(path: Path) -> str:
 def _read(path: Path) -> Any:
     try:
         return json.loads(read_regular(path))
-    except (OSError, ValueError):
+    except OSError as error:
+        if not is_absent(error):
+            raise  # what it holds must not go because a disk fails
+        return None
+    except ValueError:
         return None

@@ -113,7 +113,9 @@ def strays(recipes: Path, root: Path) -> Iterator[Problem]:
 
 
 def unreadable(name: str, error: OSError) -> Problem:
-    return Problem(name, 1, 1, f"cannot be read: {error.strerror}{nowhere(Path(error.filename))}")
+    # An error of opening a file names it, one of reading does not.
+    hint = nowhere(Path(error.filename)) if error.filename else ""
+    return Problem(name, 1, 1, f"cannot be read: {error.strerror}{hint}")
 
 
 def yaml_file(recipes: Path, kind: str, name: str) -> Path | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -179,6 +182,33 @@ def test_an_entry_is_read_once(four: Cache, monkeypatch: pytest.MonkeyPatch) -> 
     collect(four.store.root, todo)
     assert read == [four.keys["again"]]
     assert four.here() == {"c", "d", "again"}
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
+@pytest.mark.parametrize("call", ["scandir", "open"])
+def test_what_a_failing_disk_does_not_show_is_no_garbage(
+    four: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+) -> None:
+    """It counted as not there: the blobs of a folder of entries that could not be listed were removed."""
+    pin(four.store, tmp_path, "b", [four.keys["b"]])
+    todo, real = four.plan(2.5 * BLOB), getattr(os, call)
+    four.add("e", "d", "e")  # after the plan, so that its entry is read
+
+    def failing(path: Any, *arguments: Any, **named: Any) -> Any:
+        if f"{os.sep}ac{os.sep}" in str(path) or f"{os.sep}pins{os.sep}" in str(path):
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, failing)
+        with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+            four.plan(0)
+        with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+            collect(four.store.root, todo)
+        if call == "open":
+            with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+                holds(four.store.root)
+    assert four.blobs() == 5 and [hold.name for hold in holds(four.store.root)] == ["b"]
 
 
 def test_borrowed_files_are_never_touched(cache: Cache, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 
@@ -10,7 +11,7 @@ import pytest
 from mlcbuild.errors import RecipeError
 from mlcbuild.recipes import expand
 from mlcbuild.recipes.document import Document
-from mlcbuild.recipes.files import File
+from mlcbuild.recipes.files import File, unreadable
 from mlcbuild.recipes.load import check, render
 from mlcbuild.recipes.problems import Hints
 from tests.recipes.conftest import RECIPE, Workspace
@@ -39,6 +40,12 @@ def test_fault_C_links_that_lead_nowhere(workspace: Workspace) -> None:
         f"recipes/matrix:{text} /gone/matrix: put that back, or remove the link",
         f"recipes/r.yaml:{text} gone.yaml: put that back, or remove the link",
     ]
+
+
+def test_fault_C_a_disk_that_fails() -> None:
+    """A sibling: an error of reading names no file, which was a TypeError."""
+    text = "recipes/r.yaml:1:1: cannot be read: Input/output error"
+    assert str(unreadable("recipes/r.yaml", OSError(errno.EIO, os.strerror(errno.EIO)))) == text
 
 
 @pytest.mark.parametrize(("name", "ending"), [("R.YAML", ".yaml"), ("models/m.Yml", ".yml")])

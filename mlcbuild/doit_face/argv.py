@@ -13,8 +13,10 @@ from mlcbuild.recipes.select import Selection
 
 # doit's commands that run no task.
 _SHOWING = ("clean", "completion", "dumpdb", "forget", "help", "ignore", "info", "list", "reset-dep", "tabcompletion")
-_OF_RECIPES = ("build", "package", "verify", "publish")
-_OF_MODELS = ("download", "convert", "calibrate", "round", "quantize")
+# Kinds of tasks by what they are named for; the names of libraries say no model.
+OF_RECIPES = ("build", "package", "verify", "publish")
+OF_MODELS = ("download", "convert", "calibrate", "round", "allocate", "quantize", "measure")
+OF_LIBRARIES = ("lower", "runtime", "library", "execute")
 
 
 def only_builds(words: Sequence[str]) -> bool:
@@ -50,9 +52,9 @@ def named_tasks(words: Sequence[str]) -> Selection:
     return Selection(
         runs=True,
         whole=not tasks or len(named) < len(tasks),
-        recipes=tuple(name for kind, name in named if kind in _OF_RECIPES),
-        models=tuple(name for kind, name in named if kind in _OF_MODELS),
-        others=any(kind not in (*_OF_RECIPES, *_OF_MODELS) for kind, _ in named),
+        recipes=tuple(name for kind, name in named if kind in OF_RECIPES),
+        models=tuple(name for kind, name in named if kind in OF_MODELS),
+        others=any(kind in OF_LIBRARIES for kind, _ in named),
     )
 
 

@@ -88,7 +88,7 @@ def _groups(session: Session) -> list[Task]:
 
 class _Task(Task):  # type: ignore[misc]
     """One of very many. What makes it run, as `how(*of)` gives it, is looked for when doit asks for anything but its
-    name and what it is: `doit list` does not, and most builds are about few."""
+    name and what it is: `doit list` does not. To run tasks, or to show their states, doit asks it of all."""
 
     check_attr = staticmethod(lambda *_: None)  # what we give it is of the right types
 

@@ -96,4 +96,4 @@ def _cloud(model: str, cells: Mapping[str, Cell]) -> Cloud:
         )
         taken.append((left, right, line))
         dots.append(Dot(name, at, y(logs[name]), anchor, c.size, c.kl or 0.0, line))
-    return Cloud(model, dots, [(y(power), f"{10.0**power:g}") for power in range(low, high + 1)])
+    return Cloud(model, dots, [(y(log), f"{10.0**log:g}") for log in range(low, high + 1)])

@@ -136,7 +136,8 @@ def _likeliest(weights: Scores, share: float) -> npt.NDArray[np.intp]:
     least = share * weights.sum()
     for count in (256, 4096):
         if count < len(weights):
-            near = np.flatnonzero(weights >= np.partition(weights, -count)[-count])
+            bound = np.partition(weights, -count)[-count] or np.nextafter(0, 1)  # it is 0 where top_k left fewer
+            near = np.flatnonzero(weights >= bound)
             if weights[near].sum() >= least:
                 return near[np.argsort(-weights[near], kind="stable")]
     return np.argsort(-weights, kind="stable")

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from mlcbuild.cli.main import main
-from mlcbuild.doit_face.argv import named_tasks, only_lists
+from mlcbuild.doit_face.argv import OF_LIBRARIES, OF_MODELS, OF_RECIPES, named_tasks, only_lists
+from mlcbuild.doit_face.groups import GROUPS
 from mlcbuild.recipes.lockfile import read_lock
 from mlcbuild.recipes.select import Selection
 from tests.checkpoints.hub_server import COMMIT, Fault, Hub, serving
@@ -46,6 +47,10 @@ def remote(copied: Workspace) -> Workspace:
         ("-n 2 --continue run build", Selection(runs=True)),
         ("build:a 'build:b-*' verify:c", Selection(runs=True, whole=False, recipes=("a", "b-*", "c"))),
         ("quantize:m-q4f16_1", Selection(runs=True, whole=False, models=("m-q4f16_1",))),
+        (
+            "allocate:m-q5f16_auto measure:m-q4f16_1-cpu",
+            Selection(runs=True, whole=False, models=("m-q5f16_auto", "m-q4f16_1-cpu")),
+        ),
         ("library:llama-*", Selection(runs=True, whole=False, others=True)),
         ("list --all", Selection(whole=False)),
         ("info build:a", Selection(whole=False)),
@@ -58,6 +63,10 @@ def test_what_a_command_line_is_about(line: str, expected: Selection) -> None:
     found = named_tasks(shlex.split(line))
     assert set(found.recipes) == set(expected.recipes)
     assert found.__dict__ | {"recipes": ()} == expected.__dict__ | {"recipes": ()}
+
+
+def test_every_kind_of_task_is_named_for_something() -> None:
+    assert sorted([*OF_RECIPES, *OF_MODELS, *OF_LIBRARIES]) == sorted(GROUPS)
 
 
 @pytest.mark.parametrize(

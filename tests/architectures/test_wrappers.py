@@ -89,6 +89,7 @@ def test_a_wrapper_of_the_hub_has_the_text_models_tensors(name: str, prefix: str
     (tmp_path / "wrapper").mkdir()
     save_file(named, tmp_path / "wrapper" / "model.safetensors", metadata={"format": "pt"})
     config = {"model_type": name, "text_config": plain, "vision_config": {"model_type": "seen"}}
+    config["tie_word_embeddings"] = plain["tie_word_embeddings"]
     (tmp_path / "wrapper" / "config.json").write_text(json.dumps(config))
     made: list[object] = []
     for folder, told in (("alone", plain), ("wrapper", config)):

@@ -9,7 +9,7 @@ from io import FileIO
 from pathlib import Path
 
 
-def open_regular(path: Path) -> FileIO:
+def open_regular(path: str | Path) -> FileIO:
     """The file, unbuffered, for reading. Raises OSError, also for what is no regular file; waits for nobody."""
     file = FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):

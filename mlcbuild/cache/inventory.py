@@ -11,6 +11,7 @@ from typing import NamedTuple
 from mlcbuild.cache import layout
 from mlcbuild.cache.action import DIGEST, MOST_BYTES, Damaged, whole_record_of
 from mlcbuild.cache.pins import Hold
+from mlcbuild.regular import open_regular
 
 
 class Record(NamedTuple):  # these two are made by the hundred thousand
@@ -108,13 +109,9 @@ def read_record(path: str | Path) -> Record | None:
     if not DIGEST.fullmatch(key):
         return None
     try:
-        # A pipe is not waited for, and neither it nor a device has a size.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        try:
-            status = os.fstat(descriptor)
-            text = os.read(descriptor, min(status.st_size, MOST_BYTES + 1))
-        finally:
-            os.close(descriptor)
+        with open_regular(path) as file:
+            status = os.fstat(file.fileno())
+            text = file.readall() if status.st_size <= MOST_BYTES else b""
         entry = whole_record_of(text)
     except OSError as error:
         if not layout.is_absent(error):

@@ -160,47 +160,6 @@ def test_continue_does_what_can_be_done(workspace: Workspace) -> None:
     assert "build:tiny-q4f16_1-cpu: not built, because of quantize:tiny-q4f16_1" in output
 
 
-def test_list(workspace: Workspace) -> None:
-    groups = workspace.doit("list", "-q").split()
-    kinds = [
-        "allocate",
-        "build",
-        "calibrate",
-        "convert",
-        "download",
-        "execute",
-        "library",
-        "lower",
-        "measure",
-        "package",
-        "publish",
-        "quantize",
-        "round",
-        "runtime",
-        "verify",
-    ]
-    assert groups == kinds
-    listed = workspace.doit("list", "--all", "-q").split()
-    assert {"build:tiny-q4f16_1-cpu", "download:tiny", "convert:tiny", "quantize:tiny-q4f32_1"} < set(listed)
-
-
-def test_list_says_the_same_with_states(built: Workspace) -> None:
-    """For names alone nothing is planned; for states, which doit may ask for behind a name, everything is."""
-    built.doit("forget", "quantize:tiny-q4f16_1")
-    names = built.doit("list", "--all").splitlines()
-    states = built.doit("list", "--all", "-s").splitlines()
-    assert [line[2:] for line in states] == names
-    assert [line[0] for line in states if "quantize:" in line] == ["R", "U"]
-    assert built.doit("list", "--all", "--deps", "-q", "quantize").split() == [
-        *("quantize", "quantize:tiny-q4f16_1", "quantize:tiny-q4f32_1")
-    ]
-    assert built.doit("list", "--all", "--sort", "definition", "--template", "{name}") == built.doit(
-        "list", "--all", "--sort=definition", "-s", "--template={name}"
-    )
-    built.write("pyproject.toml", "[tool.doit.commands.list]\nstatus = true\n")
-    assert built.doit("list", "--all").splitlines() == states
-
-
 def test_info_says_why(built: Workspace) -> None:
     output = built.doit("info", "build:tiny-q4f16_1-cpu")
     assert "hit   verify:tiny-q4f16_1-cpu\nhit   dist/tiny-q4f16_1-cpu\n" in output

@@ -12,7 +12,7 @@ from mlcbuild.engine.graph import Graph, Step
 from mlcbuild.planning.planner import plan
 from mlcbuild.recipes.load import load
 from tests.engine.workspace import CONFIG, Workspace, make_workspace
-from tests.planning.test_plan import no_hub
+from tests.planning.planned import no_hub
 
 
 @pytest.fixture

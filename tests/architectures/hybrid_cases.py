@@ -204,6 +204,6 @@ DELTA_NETS = (
     "olmo_hybrid",
     "kimi_linear",
     "lara_mini",
+    "bailing_hybrid",
 )
-DELTA_NETS += ("bailing_hybrid",)
 CASES |= {name: replace(CASES[name], noise=10) for name in DELTA_NETS}

@@ -24,6 +24,7 @@ from mlcbuild.checkpoints.computed import Computed, place
 from mlcbuild.checkpoints.header import TensorRef
 from mlcbuild.checkpoints.mapped import FLOATS, MappedFile
 from mlcbuild.errors import CheckpointError
+from mlcbuild.merging import ternary
 from mlcbuild.merging.prequantized import Scheme
 from mlcbuild.quantization import floats
 
@@ -42,14 +43,14 @@ def plan(table: Mapping[str, TensorRef], scheme: Scheme) -> tuple[dict[str, Tens
     The new entries are placed in files `tensors-N.bin`. Raises CheckpointError with everything that does not fit.
     """
     problems: list[str] = []
-    find = _blocks if scheme.method == "mxfp4" else _scaled
+    find = {"mxfp4": _blocks, "bitnet": ternary.find}.get(scheme.method, _scaled)
     made = [each for name in table if (each := find(name, table, scheme, problems)) is not None]
     if problems:
         raise CheckpointError("\n".join(problems))
     if not made:
         raise CheckpointError(
             f"config.json says that the checkpoint was quantized by {scheme.method}, but it has no tensor "
-            + ("x_blocks" if scheme.method == "mxfp4" else f"of dtype {' or '.join(_FP8)}")
+            + {"mxfp4": "x_blocks", "bitnet": "x_proj.weight"}.get(scheme.method, f"of dtype {' or '.join(_FP8)}")
         )
     placed = place(each for each, _ in made)
     used = {name for _, names in made for name in names} | {

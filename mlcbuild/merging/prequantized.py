@@ -23,7 +23,7 @@ from mlcbuild.errors import CheckpointError
 from mlcbuild.quantization import awq, floats
 
 METHODS = ("awq", "gptq")
-FLOATS_OF = ("fp8", "mxfp4")  # and floats of few bits (mlcbuild.merging.low_floats)
+FLOATS_OF = ("fp8", "mxfp4", "bitnet")  # and numbers of few bits (mlcbuild.merging.low_floats, of ternary)
 _NAMES = {"fbgemm_fp8": "fp8", "compressed-tensors": "fp8"}  # what else the latter are called
 _PIECE = 1 << 20  # elements that are dequantized at once
 
@@ -37,6 +37,8 @@ class Scheme:
     group_size: int  # -1: one group for the whole column
     zero_offset: int  # what is added to a stored zero point
     block: tuple[int, int] = (128, 128)  # of fp8: rows and columns that a scale is for
+    online: bool = False  # of bitnet: whether the checkpoint has what the matrices are rounded from
+    divides: bool = False  # of bitnet: whether values are divided by their scale, and not multiplied
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ def scheme(config: Mapping[str, Any]) -> Scheme | None:
 
 
 def _floats(found: Mapping[str, Any], kind: str, where: str) -> Scheme:
+    if kind == "bitnet":
+        return _ternary(found, where)
     block = found.get("weight_block_size")
     if found.get("quant_method") == "compressed-tensors":
         groups = found.get("config_groups")
@@ -97,6 +101,20 @@ def _floats(found: Mapping[str, Any], kind: str, where: str) -> Scheme:
     if not isinstance(block, list) or len(block) != 2 or any(type(size) is not int or size < 1 for size in block):
         raise CheckpointError(f"{where}.weight_block_size is {block!r}: expected two positive numbers")
     return Scheme(kind, 8, -1, 0, (block[0], block[1]))
+
+
+def _ternary(found: Mapping[str, Any], where: str) -> Scheme:
+    """transformers' quantizer_bitnet.py: what its two classes of layers make of a checkpoint."""
+    layers, mode = found.get("linear_class", "bitlinear"), found.get("quantization_mode", "offline")
+    if layers not in ("bitlinear", "autobitlinear") or mode not in ("offline", "online"):
+        raise CheckpointError(
+            f"{where}: linear_class {layers!r} with quantization_mode {mode!r}: only bitlinear and autobitlinear are "
+            "read, offline or online"
+        )
+    if found.get("use_rms_norm"):
+        raise CheckpointError(f"{where}.use_rms_norm is true: norms inside of matrices are not computed")
+    online = layers == "autobitlinear" and mode == "online"
+    return Scheme("bitnet", 2, -1, 0, online=online, divides=layers == "bitlinear")
 
 
 def check_absent(table: Mapping[str, TensorRef]) -> None:

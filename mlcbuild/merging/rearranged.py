@@ -5,6 +5,7 @@
     ungroup_qvk  the same of four groups with rows `q.. v.. k..`, CodeGen's
     by_expert    all experts' rows in one matrix -> a matrix for each; of two such, each expert's rows joined
     deinterleave of every expert the rows 0, 2, 4 ..., then 1, 3, 5 ...: gpt-oss's gates, then its ups
+    first_rows   the rows that the parameter has, of more
     add_one      w -> 1 + w, for norms that are stored as what they differ from 1 (Gemma)
     unit_rows    w -> w / |w| row by row, as Baichuan 2 does with its head in every call
     softplus     w -> ln(1 + exp(w)), for numbers that are above 0 (Apertus)

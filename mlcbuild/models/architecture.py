@@ -76,6 +76,9 @@ def resolve(architecture: Architecture, config: Mapping[str, Any], overrides: Ma
     if problems:
         raise MlcBuildError("\n".join(problems))
     values = filled(kind, values)
+    problems = _capped(data, values, overrides)
+    if problems:
+        raise MlcBuildError("\n".join(problems))
     values.update(_limits(kind, values["context_window_size"], overrides))
     values.update(_windows(values))
     problems = _check_shape(values) + _check_limits(kind, values)
@@ -287,6 +290,24 @@ def _check_layers(values: Mapping[str, Any]) -> list[str]:
         if rotary is not None and (rotary > dim or rotary % 2):
             problems.append(f"config.json: {at}rotary_dim is {rotary}, expected an even number up to {name} {dim}")
     return problems
+
+
+def _capped(data: Mapping[str, Any], values: dict[str, Any], overrides: Mapping[str, int]) -> list[str]:
+    """Cuts the context to what the file says at most (`context_at_most`); what is wrong with that, or an override."""
+    if "context_at_most" not in data:
+        return []
+    key, most = data["context_at_most"], evaluate(data["context_at_most"], values)
+    if type(most) is not int or most < 1:
+        return [f"config.json: {key.strip('_')} is {most!r}, expected a whole number of at least 1"]
+    values["context_window_size"] = min(values["context_window_size"], most)
+    wanted = overrides.get("context_window_size", 1)
+    if wanted <= most:
+        return []
+    return [
+        f"overrides: context_window_size is {wanted}, but the model's indexer chooses {most} keys for each token "
+        f"({key.strip('_')}): up to there it chooses all, and attention is computed without it; which it chooses of "
+        f"more is not computed. Build with a context_window_size of {most} at most"
+    ]
 
 
 def _limits(kind: str, context: int, overrides: Mapping[str, int]) -> dict[str, int]:

@@ -103,7 +103,7 @@ def _attention(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
         needed = {"o_proj", *(_ONE_BY_ONE if roles & _ONE_BY_ONE else {"qkv_proj"})}
         needed -= {"v_proj"} if s.keys_as_values and "v_proj" not in roles else set()
     used = {f"{name}_bias" for name in ("qkv", "q", "k", "v", "q_a", "kv_a", "o")}
-    used |= {"attention_gate", "attention_head_gate", "sinks"}
+    used |= {"attention_gate", "attention_head_gate", "sinks", "o_norm"}
     if s.qk_norm not in ("none", "unit") and s.norm_weights:
         needed |= {"q_norm", "k_norm"}
         used |= {"q_norm_bias", "k_norm_bias"}
@@ -125,6 +125,7 @@ def _mlp(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
         needed = {"up_proj", "down_proj"}
     else:
         needed = {"down_proj", *({"gate_proj", "up_proj"} if "gate_proj" in roles else {"gate_up_proj"})}
+    used |= {"down_norm"}
     if s.activation == "xielu":
         needed |= {"xielu_positive", "xielu_negative"}
     return needed, used

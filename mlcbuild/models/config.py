@@ -20,6 +20,7 @@ _SCALING_NUMBERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": (("factor",), ()),
     "dynamic": (("factor", "max_position_embeddings"), ()),
     "alpha": (("alpha",), ()),
+    "ntk": (("factor",), ()),
     "proportional": (("partial_rotary_factor",), ("factor",)),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
     "yarn": (("original_max_position_embeddings",), ("factor", "attention_factor", "beta_fast", "beta_slow")),

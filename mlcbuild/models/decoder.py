@@ -83,6 +83,7 @@ class Decoder:
 
         `dtype` is the result's, by default the compute dtype; the sum is formed in that.
         """
+        x = self.rounded(x) if self.structure.input_bits else x
         compute = self.operations.compute
         return self.biased(x, weights, f"{name}_proj", f"{name}_bias", dtype or compute)
 
@@ -94,6 +95,20 @@ class Decoder:
         product = self.operations.linear(x, weights(matrix), compute)
         total = self.builder.emit(relax.op.add(product, self.cast(weights(bias).plain, compute)))
         return self.cast(total, dtype)
+
+    def rounded(self, x: Expr) -> Expr:
+        """x [n, K] with each row in whole steps of its largest magnitude / (2 ** (bits - 1) - 1), by float32."""
+        steps, wide = 2 ** (self.structure.input_bits - 1) - 1, self.cast(x, "float32")
+        largest = self.builder.emit(relax.op.max(self.builder.emit(relax.op.abs(wide)), axis=1, keepdims=True))
+
+        def table(x: te.Tensor, largest: te.Tensor) -> te.Tensor:
+            def value(i: tirx.Var, j: tirx.Var) -> Expr:
+                scale = tirx.const(steps, "float32") / tirx.max(largest[i, 0], tirx.const(1e-5, "float32"))
+                return tirx.round(x[i, j] * scale) / scale
+
+            return te.compute(x.shape, value, name="rounded")
+
+        return self.cast(self.builder.emit_te(table, wide, largest, primfunc_name_hint="rounded"), str(x.ty.dtype))
 
     def scaled(self, x: Expr, factor: float) -> Expr:
         return x if factor == 1 else self.builder.emit(relax.op.multiply(x, relax.const(factor, str(x.ty.dtype))))

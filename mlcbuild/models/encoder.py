@@ -123,7 +123,7 @@ def _emit_layer(d: Decoder, attend: Attend, number: int) -> relax.GlobalVar:
 
     def body() -> Expr:
         normed = d.norm(x, weight, "attention_norm") if first and "attention_norm" in weight else x
-        qkv = _turned(d, d.project(normed, weight, "qkv", d.dtype), mask, number)
+        qkv = _every_head(d, _turned(d, d.project(normed, weight, "qkv", d.dtype), mask, number))
         attended = attend(qkv, mask, used, s.num_attention_heads)
         x1 = d.builder.emit(relax.op.add(x, d.project(attended, weight, "o")))
         x1 = x1 if first else d.norm(x1, weight, "attention_norm")
@@ -135,15 +135,28 @@ def _emit_layer(d: Decoder, attend: Attend, number: int) -> relax.GlobalVar:
 
 
 def _turned(d: Decoder, qkv: Expr, mask: Expr, number: int) -> Expr:
-    """Fused heads [n, 3 * heads * D] with queries and keys turned, where the model does that."""
+    """Fused heads [n, (heads + 2 * kv heads) * D] with queries and keys turned, where the model does that."""
     s, shape = d.structure, list(qkv.ty.shape)
     if not s.turns(number):
         return qkv
-    heads, kind = s.num_attention_heads, s.layer_type(number)
+    kind, (heads, kv_heads) = s.layer_type(number), (s.num_attention_heads, s.num_key_value_heads)
     positions = d.builder.emit_te(_positions, mask, primfunc_name_hint="positions")
-    apart = d.builder.emit(relax.op.reshape(qkv, [shape[0], 3 * heads, s.head_dim]))
-    turned = d.operations.rope(apart, positions, inverse_frequencies(s, kind), (heads, heads), rotary(s, kind))
+    apart = d.builder.emit(relax.op.reshape(qkv, [shape[0], heads + 2 * kv_heads, s.head_dim]))
+    turned = d.operations.rope(apart, positions, inverse_frequencies(s, kind), (heads, kv_heads), rotary(s, kind))
     return d.builder.emit(relax.op.reshape(turned, shape))
+
+
+def _every_head(d: Decoder, qkv: Expr) -> Expr:
+    """Fused heads with as many keys and values as queries: [n, 3 * heads * D]. Neighbouring queries share theirs."""
+    s, emit, n = d.structure, d.builder.emit, qkv.ty.shape[0]
+    heads, kv_heads = s.num_attention_heads, s.num_key_value_heads
+    if heads == kv_heads:
+        return qkv
+    apart = emit(relax.op.reshape(qkv, [n, heads + 2 * kv_heads, s.head_dim]))
+    parts = emit(relax.op.split(apart, [heads, heads + kv_heads], axis=1))
+    q, k, v = (emit(relax.TupleGetItem(parts, i)) for i in range(3))
+    k, v = (emit(relax.op.repeat(each, heads // kv_heads, axis=1)) for each in (k, v))
+    return emit(relax.op.reshape(emit(relax.op.concat([q, k, v], axis=1)), [n, 3 * heads * s.head_dim]))
 
 
 def _emit_model(d: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalVar:
@@ -156,7 +169,7 @@ def _emit_model(d: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalVa
 
     def body() -> Expr:
         weights = d.weights(params)
-        hidden = d.norm(x, weights, "embedding_norm")
+        hidden = d.norm(x, weights, "embedding_norm") if "embedding_norm" in weights else x
         hidden = d.project(hidden, weights, "embedding") if "embedding_proj" in weights else hidden
         for number, function in enumerate(layers):
             hidden = d.builder.emit(relax.Call(function, [hidden, mask, *bias, *weights.layer(number)]))

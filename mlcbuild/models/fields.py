@@ -9,7 +9,7 @@ import ast
 import functools
 import json
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -47,7 +47,19 @@ def _same(value: Any) -> Any:
     return value[0] if isinstance(value, list | tuple) and value and all(v == value[0] for v in value) else value
 
 
-_FUNCTIONS: dict[str, Callable[..., Any]] = {"int": int, "min": min, "max": max, "len": len, "same": _same}
+def _others(count: int, without: Collection[int]) -> tuple[int, ...]:
+    """The layers below `count` that are not among `without`."""
+    return tuple(layer for layer in range(min(count, MOST_LAYERS + 1)) if layer not in without)
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "others": _others,
+    "int": int,
+    "min": min,
+    "max": max,
+    "len": len,
+    "same": _same,
+}
 
 SIZES = (
     "hidden_size",
@@ -84,6 +96,7 @@ COUNTS = (
     "per_layer_size",
     "per_layer_rows",
     "laurel_rank",
+    "input_bits",
     "rescale_every",
     "time_mix_extra_dim",
     "time_decay_extra_dim",
@@ -115,6 +128,8 @@ NUMBERS = (
     "attention_out_scale",
     "gate_scale",
     "mlp_out_scale",
+    "kept_scale",
+    "decay_limit",
     "value_scale",
     "swiglu_alpha",
     "activation_sparsity",
@@ -142,7 +157,7 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("rope_theta", "rope_local_theta"), ("a number above 1", partial(is_above, 1))),
 }
 CHOICES = {
-    "mixer": ("conv", "mamba", "mamba2", "delta", "kda", "rglru"),
+    "mixer": ("conv", "mamba", "mamba2", "delta", "kda", "rglru", "lightning"),
     "norm": ("rms", "layer"),
     "norm_position": ("pre", "post", "both", "sum"),
     "residual": ("sequential", "parallel"),

@@ -143,6 +143,7 @@ def attention(
     if s.query_gate:
         gate = d.builder.emit(relax.op.sigmoid(gate))
         out = d.builder.emit(relax.op.multiply(gate, d.cast(out, d.operations.compute)))
+    out = d.norm(d.cast(out, d.operations.compute), weight, "o_norm") if "o_norm" in weight else out
     return d.project(out, weight, "o")
 
 
@@ -210,6 +211,7 @@ def _dense(d: Decoder, x: Expr, weight: Given, sparsity: float = 0.0) -> Expr:
     else:
         inner = d.project(x, weight, "up")
         inner = _xielu(d, inner, weight) if activation == "xielu" else operations.activation(inner, activation)
+    inner = d.norm(inner, weight, "down_norm") if "down_norm" in weight else inner
     return d.project(inner, weight, "down")
 
 

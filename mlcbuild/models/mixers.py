@@ -7,6 +7,7 @@ delta     the gated delta net (Yang et al., arXiv 2412.06464): state_groups head
           state_heads of values of state_head_dim
 kda       the same with a decay for each key dimension (Kimi Team, arXiv 2510.26692)
 rglru     a gated linear recurrence (De et al., arXiv 2402.19427)
+lightning a linear attention that fades by the same share at every token (Qin et al., arXiv 2401.04658)
 
 What they compute is in mlcbuild.models.hybrid and mlcbuild.models.recurrent.state_space; here are their sizes.
 """
@@ -68,6 +69,7 @@ def shapes(s: Structure) -> Shapes:
         "convolution_bias": (m.convolved,),
         "out_bias": (m.hidden,),
         **_SHAPES[m.name](m),
+        **({"state_rate": (m.heads,)} if m.name == "kda" and "in_step_proj" in s.roles() else {}),
     }
 
 
@@ -96,9 +98,10 @@ def _state_space(m: Mixer) -> Shapes:
 
 
 def _delta(m: Mixer) -> Shapes:
-    # One matrix for all, and one for what gates writing and keeping; or one for each.
+    # One matrix for all; one for most, and one for what gates writing and keeping; or one for each.
     return {
         "in_proj": (m.convolved, m.hidden),
+        "joined_in_proj": (m.convolved + m.width + 2 * m.heads, m.hidden),
         "grouped_in_proj": (m.convolved + m.width, m.hidden),
         "in_gate_proj": (m.width, m.hidden),
         "in_step_proj": (m.heads, m.hidden),
@@ -114,6 +117,8 @@ def _delta(m: Mixer) -> Shapes:
 def _kda(m: Mixer) -> Shapes:
     return {
         "in_proj": (m.convolved, m.hidden),
+        "in_gate_proj": (m.width, m.hidden),
+        "in_step_proj": (m.heads * m.size, m.hidden),
         "gate_a_proj": (m.dim, m.hidden),
         "gate_b_proj": (m.width, m.dim),
         "step_a_proj": (m.dim, m.hidden),
@@ -139,6 +144,16 @@ def _rglru(m: Mixer) -> Shapes:
     }
 
 
+def _lightning(m: Mixer) -> Shapes:
+    return {
+        "in_proj": (2 * m.inner + m.width, m.hidden),
+        "in_gate_proj": (m.width, m.hidden),
+        "state_rate": (m.heads, 1, 1),
+        "state_norm": (m.width,),
+        "out_proj": (m.hidden, m.width),
+    }
+
+
 _SHAPES: dict[str, Callable[[Mixer], Shapes]] = {
     "conv": _conv,
     "mamba": _state_space,
@@ -146,15 +161,17 @@ _SHAPES: dict[str, Callable[[Mixer], Shapes]] = {
     "delta": _delta,
     "kda": _kda,
     "rglru": _rglru,
+    "lightning": _lightning,
 }
 _NEEDED = {
+    "lightning": {"in_proj", "in_gate_proj", "state_rate", "state_norm", "out_proj"},
     "rglru": {
         *("in_proj", "in_gate_proj", "convolution", "state_rate", "out_proj"),
         *("read_gate", "read_gate_bias", "keep_gate", "keep_gate_bias"),
     },
     "delta": {"convolution", "step_bias", "state_rate", "state_norm", "out_proj"},
     "kda": {
-        *("in_proj", "gate_a_proj", "gate_b_proj", "step_a_proj", "step_b_proj", "in_beta_proj"),
+        *("in_proj", "in_beta_proj"),
         *("convolution", "step_bias", "state_rate", "state_norm", "out_proj"),
     },
     "conv": {"in_proj", "convolution", "out_proj"},
@@ -172,12 +189,20 @@ _NEEDED = {
 }
 
 
+def _one_of(s: Structure, *choices: set[str]) -> set[str]:
+    """The first set of roles of which the model has one; the last where it has none."""
+    return next((each for each in choices if each & s.roles()), choices[-1])
+
+
 def roles(s: Structure) -> tuple[set[str], set[str]]:
     """The roles that a layer with the mixer needs, and those that it may have."""
     needed = _NEEDED[s.mixer]
     if s.mixer == "delta":
-        grouped = {"grouped_in_proj", "grouped_step_proj"}
-        needed = needed | (
-            grouped if grouped & s.roles() else {"in_proj", "in_gate_proj", "in_step_proj", "in_beta_proj"}
-        )
+        needed = needed | _one_of(
+            s, {"joined_in_proj"}, {"grouped_in_proj", "grouped_step_proj"},
+            {"in_proj", "in_gate_proj", "in_step_proj", "in_beta_proj"},
+        )  # fmt: skip
+    if s.mixer == "kda":
+        narrow = {"gate_a_proj", "gate_b_proj", "step_a_proj", "step_b_proj"}
+        needed = needed | _one_of(s, {"in_gate_proj", "in_step_proj"}, narrow)
     return needed, {*shapes(s)} - needed

@@ -25,6 +25,7 @@ class Parameter:
     by_expert    it has [experts * N, K], and where there are several, each expert's rows are joined
     deinterleave every expert's rows are: gate, up, gate, up ...
     ungroup_qvk  its rows are, for each of four groups: queries, values, keys
+    first_rows   it has more rows, which are left out
     add_one      the checkpoint has w - 1
     softplus     the checkpoint has w where ln(1 + exp(w)) is wanted
     unit_rows    its rows are divided by their lengths
@@ -126,6 +127,7 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "v_proj": lambda s: (_value(s), s.hidden_size),
     "sinks": lambda s: (s.num_attention_heads,),
     "o_proj": lambda s: (s.hidden_size, s.num_attention_heads * (s.value_head_dim or s.head_dim)),
+    "o_norm": lambda s: (s.num_attention_heads * (s.value_head_dim or s.head_dim),),
     "q_a_proj": lambda s: (s.q_lora_rank, s.hidden_size),
     "q_a_norm": lambda s: (s.q_lora_rank,),
     "q_b_proj": lambda s: (_query(s), s.q_lora_rank),
@@ -139,6 +141,7 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "gate_proj": lambda s: (s.intermediate_size, s.hidden_size),
     "up_proj": lambda s: (s.intermediate_size, s.hidden_size),
     "down_proj": lambda s: (s.hidden_size, s.intermediate_size),
+    "down_norm": lambda s: (s.intermediate_size,),
     "attention_gate": lambda s: (s.num_attention_heads * (s.value_head_dim or s.head_dim), s.hidden_size),
     "attention_head_gate": lambda s: (s.num_attention_heads, s.hidden_size),
     "router": lambda s: (s.num_experts, s.hidden_size),
@@ -247,12 +250,17 @@ def _groups(s: Structure) -> tuple[int, int, int, int]:
 def ignored(structure: Structure) -> tuple[str, ...]:
     """Names of checkpoint tensors that may be present and are not needed; `*` in a name is any text.
 
-    `{n}` is the number of layers: the first of those that the model has beside its own.
+    `{n}` is the number of layers: the first of those that the model has beside its own; `{o}` each layer of the
+    checkpoint that is none of the model's, up to the last (`source_layers`).
     """
-    names = []
+    names, mine = [], structure.source_layers or ()
+    others = [layer for layer in range(max(mine, default=-1) + 2) if layer not in mine]
     for name in structure.ignored:
         layers = range(structure.num_hidden_layers) if "{i}" in name else (0,)
         name = name.replace("{n}", str(structure.num_hidden_layers))
+        if "{o}" in name:
+            names += [name.replace("{o}", str(layer)) for layer in others]
+            continue
         names += [name.replace("{i}", str(layer)) for layer in layers]
     return tuple(names)
 
@@ -278,7 +286,8 @@ def _named(sources: Sequence[str], layer: int | None, rule: ParameterRule, struc
 
     `{h}` is each row of a norm per head: each head of queries, or of keys.
     """
-    here = tuple(source.replace("{i}", str(layer)) for source in sources)
+    number = layer if layer is None or structure.source_layers is None else structure.source_layers[layer]
+    here = tuple(source.replace("{i}", str(number)) for source in sources)
     for letter in ("{e}", "{h}"):
         if any(letter in source for source in here):
             count = structure.num_experts if letter == "{e}" else shape_of(rule.role, structure)[0]

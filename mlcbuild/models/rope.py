@@ -132,6 +132,13 @@ def _dynamic(structure: Structure, _: Frequencies, scaling: Settings) -> Frequen
     return 1 / _wavelengths(structure, theta)
 
 
+def _ntk(structure: Structure, _: Frequencies, scaling: Settings) -> Frequencies:
+    """A theta `factor` times as large, and all wavelengths longer by the same (su's kexue.fm/archives/9706): GTE's."""
+    factor = _number(scaling, "factor")
+    longer = np.float32(factor ** (2 / max(_dim(structure), 1)))
+    return (1 / _wavelengths(structure, structure.rope_theta * factor)) / longer
+
+
 def _proportional(structure: Structure, wavelengths: Frequencies, scaling: Settings) -> Frequencies:
     """The first pairs turn, a part of all; the others stay: Gemma 4's."""
     turning = int(_number(scaling, "partial_rotary_factor") * _dim(structure) // 2)
@@ -220,6 +227,7 @@ _SCALINGS: dict[str, Callable[[Structure, Frequencies, Settings], Frequencies]] 
     "proportional": _proportional,
     "dynamic": _dynamic,
     "alpha": _alpha,
+    "ntk": _ntk,
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,

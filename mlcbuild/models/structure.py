@@ -40,17 +40,16 @@ class Structure:
     """A model's dimensions and choices. Field names are those of Hugging Face configs where one exists.
 
     kind              decoder; hybrid, whose layer_types may also be `state` (a mixer with a state of one size in place
-                      of attention), `both` (beside it) or `mlp` (neither); others (mlcbuild.models.kinds) leave most
-                      as it is
+                      of attention), `both` or `mlp` (neither); others (mlcbuild.models.kinds) leave most as it is
     norm              rms, layer (with a bias and a weight where parameters play these roles)
     norm_position     pre: of what attention and MLP are given; post: of what they return; both; sum: of the sums with
                       what they were given, and no norm before the head
     norm_offset       what is added to a norm's weight; norm_weights: whether rms norms have any; norm_first: whether
                       the first layer's attention is given its input normed; norm_embeddings: whether embeddings are
                       normed without a parameter in the role `embedding_norm`
-    residual          sequential: attention, then the MLP; parallel: both of the same x, normed once where there is no
-                      `mlp_norm`
+    residual          sequential: attention, then the MLP; parallel: both of x, normed once if there is no `mlp_norm`
     mlp               gated: down(activation(gate(x)) * up(x)); plain: down(activation(up(x)))
+    input_bits        that what a layer's matrices are multiplied with is rounded to (arXiv 2402.17764); 0: it is not
     activation        silu, gelu, gelu_tanh, relu, relu2; xielu, of plain ones: with two trained numbers for each layer
     gate              which half of gate_up_proj is the gate: first, second
     head_activation   between a matrix before the head (`head_dense`) and its norm (`head_norm`)
@@ -59,10 +58,9 @@ class Structure:
     rope              full: rotary positions; none: of another kind, or none. rotary_dim: how many dimensions of a head
                       are turned (None: all); rope_pairing: halves, a dimension with that half of them further, or
                       neighbours; rope_backwards: turned the other way
-    rope_local_theta  theta of layers of type `sliding`, which then do not take part in rope_scaling
-    rope_layers       for each layer, whether it has rotary positions; None: all have
+    rope_local_theta  theta of `sliding` layers, not scaled then. rope_layers: which have positions; None: all
     attention_scale   of scores, None for head_dim ** -0.5; attn_logit_softcapping c: scores become c * tanh(scores / c)
-    chunked           layers of type `sliding` see what is in their own chunk of so many positions, instead of a window
+    chunked           layers of type `sliding` see what is in their own chunk of so many positions
     position_scale    b: a query at position p counts 1 + b * ln(1 + floor(p / position_scale_length)) times.
                       position_scale_unturned: only in layers without rotary positions, and p + 1 instead of p
     sliding_window_size  how many positions a token sees, its own included, in layers of type `sliding`: in all where
@@ -75,16 +73,15 @@ class Structure:
                       its own; all: all heads as one vector; unit: each head without a weight, in layers with rotary
                       positions only. Its kind is `norm`'s, with a bias where parameters play these roles.
                       qk_norm_last: after they are turned
-    alibi_bias_max    b: a score is lowered by the distance of query and key, times 2 ** (-b * h / heads) in the h-th
-                      head (where heads are no power of two: compiler/cpu/kernels/attention.c)
+    alibi_bias_max    b: a score is lowered by the distance of query and key, times 2 ** (-b * h / heads) in head h
+                      (where heads are no power of two: compiler/cpu/kernels/attention.c)
     query_gate        whether the matrix of queries gives for each head a gate besides, of what the head returns
     clip_qkv          c: queries, keys and values become min(max(x, -c), c)
     qk_head_dim, value_head_dim  numbers of a head's query and key, and of its value, where heads of the KV cache,
                       head_dim wide, have more: the rest is zeros (mlcbuild.models.heads). 0: head_dim
-    value_norm        whether heads of values are normed, without a weight; keys_as_values: whether layers without
-                      `v_proj` take their keys, before these are normed, as values
-    router_scale      what a router's logits are multiplied with
-    value_scale       what values are multiplied with
+    value_norm        whether heads of values are normed, without a weight
+    keys_as_values    whether layers without `v_proj` take their keys, before these are normed, as values
+    router_scale      what a router's logits are multiplied with, value_scale what values are
     by_layer          fields that layers differ in (BY_LAYER), each with its value in every layer. The structure's own
                       value is the largest
     kv_lora_rank      width of the vector that a token's keys and values are made of (mlcbuild.models.latent, with
@@ -100,13 +97,14 @@ class Structure:
     mixer_scale       hybrid: what a mixer is given is multiplied with, mixer_scales each part of its inputs (mamba2:
                       gates, channels, B, C, steps), mixer_out_scale what it returns; attention_in_scale,
                       attention_out_scale, gate_scale (gates of an MLP with matrices apart), mlp_out_scale likewise
-    beta_scale        delta: what the gates of writing are multiplied with
-    state_norm_first  mamba2: whether the norm comes before the gate
+    decay_limit       kda: the least logarithm of a decay; None: there is none
+    residual_normed   hybrid: what attention and MLP are given is added to, and not x; kept_scale: of what is added to
+    beta_scale        delta: of the gates of writing; state_norm_first: of mamba2, whether the norm precedes the gate
     state_size        mamba, mamba2: values that a channel keeps. conv_kernel: tokens that a convolution sees;
                       time_step_rank: width of a low-rank product; time_step_limits: between which steps are kept;
                       state_norm_eps: of norms over steps, B and C, None: none. mamba2 has num_key_value_heads groups
     type_vocab_size   encoder: rows of `token_type_embedding`. embedding_size: width of its tables, where it is another
-    optional_prefix   what checkpoint tensor names begin with, or leave out all together
+    optional_prefix   what tensor names begin with, or leave out; source_layers: the checkpoint's number of each layer
     wrapped           whether the checkpoint has another model beside this one (mlcbuild.models.wrappers)
     num_experts       experts of a layer that has a `router`. Each token goes to num_experts_per_tok of them, which
                       count by their probabilities (with norm_topk_prob divided by their sum), times
@@ -167,6 +165,7 @@ class Structure:
     position_offset: int = choice(0)
     sinusoidal: bool = choice(False)
     optional_prefix: str = choice("")
+    source_layers: tuple[int, ...] | None = choice(None)
     wrapped: bool = choice(False)
     num_experts: int = choice(0)
     num_experts_per_tok: int = choice(0)
@@ -207,6 +206,7 @@ class Structure:
     kv_lora_rank: int = choice(0)
     q_lora_rank: int = choice(0)
     value_scale: float = choice(1.0)
+    input_bits: int = choice(0)
     value_norm: bool = choice(False)
     keys_as_values: bool = choice(False)
     router_scale: float = choice(1.0)
@@ -237,8 +237,11 @@ class Structure:
     attention_in_scale: float = choice(1.0)
     attention_out_scale: float = choice(1.0)
     gate_scale: float = choice(1.0)
+    residual_normed: bool = choice(False)
+    kept_scale: float = choice(1.0)
     mlp_out_scale: float = choice(1.0)
     beta_scale: float = choice(1.0)
+    decay_limit: float | None = choice(None)
     state_norm_first: bool = choice(False)
     state_size: int = choice(0)
     conv_kernel: int = choice(0)
@@ -255,7 +258,7 @@ class Structure:
     def library_json(self) -> dict[str, Any]:
         """The fields that a compiled library depends on."""
         fields = self.to_json()
-        for name in ("architecture", "vocab_size", "ignored", "optional_prefix", "wrapped"):
+        for name in ("architecture", "vocab_size", "ignored", "optional_prefix", "source_layers", "wrapped"):
             fields.pop(name, None)
         fields["rules"] = [library_rule(rule) for rule in self.rules]
         return fields

@@ -53,14 +53,15 @@ def complaints(architecture: Architecture, config: Mapping[str, Any]) -> list[st
 def nearest(architectures: Iterable[Architecture], config: Mapping[str, Any]) -> str:
     """Sentences: those that read most of the config, and what each does not know or does not find in it.
 
-    Not those that refuse it. Among equals, the first is the one whose defaults are most like it. No key says how rope
-    pairs dimensions, where positions begin or which norm is meant. So none is promised to fit.
+    Not those that refuse it, or have an indexer where it has none. Among equals, the first is the one whose defaults
+    are most like it. No key says how rope pairs dimensions, where positions begin or which norm is meant. So none is
+    promised to fit.
     """
     ranked = sorted(
         (
             (missing_keys(each, config), unknown_keys(each, config), unlike(each, config), each.name)
             for each in architectures
-            if not refuses(each, config)
+            if not refuses(each, config) and _indexes_as(each, config)
         ),
         key=lambda found: (2 * len(found[0]) + len(found[1]), *found[2:]),
     )
@@ -70,6 +71,12 @@ def nearest(architectures: Iterable[Architecture], config: Mapping[str, Any]) ->
         parts += [f"misses {_list(missing)}"] if missing else []
         lines.append(f"  {name}: {'; '.join(parts) or 'knows every key, which does not say that it computes the same'}")
     return "\n".join(lines)
+
+
+def _indexes_as(architecture: Architecture, config: Mapping[str, Any]) -> bool:
+    """Whether the config has the indexer (`context_at_most`) that the architecture has, if that has one."""
+    name = architecture.data.get("context_at_most")
+    return name is None or any(lookup(config, key) is not None for key in keys(architecture.data["config"][name]))
 
 
 def missing_keys(architecture: Architecture, config: Mapping[str, Any]) -> list[str]:

@@ -62,7 +62,7 @@ def text_config(config: Config) -> Config:
     _, _, defaults, _, beside = _tables()
     inner = config.get("text_config") or config
     found = {key: value for key, value in inner.items() if key not in beside}
-    default = dict(defaults.get(_own_type(config), {}))
+    default = {**defaults.get(_own_type(config), {}), **defaults.get(config["model_type"], {})}
     if "rope_parameters" in found:
         default.pop("rope_theta", None)
     return {**default, **found, **_tied(config, inner)}

@@ -75,7 +75,7 @@ def shape_of(
         _form(structure),
         _form(structure.two_layers, "-two-layers"),
         _form(structure.one_layer, "-blocks", blocks=True) if by_layer(structure) else None,
-        (*_chosen_by_hand(chosen, config), *_one_table(structure)),
+        (*_chosen_by_hand(chosen, config), *_one_table(structure), *_all_keys(chosen, structure)),
         untied,
     )
 
@@ -95,6 +95,15 @@ def _chosen_by_hand(architecture: Architecture, config: Mapping[str, Any]) -> It
         yield (
             f"`architecture: {architecture.name}` was chosen by hand for the model_type {model_type}: nothing but the "
             "unquantized model's own figures tells whether it computes what it was trained to"
+        )
+
+
+def _all_keys(architecture: Architecture, structure: Structure) -> Iterator[str]:
+    if "context_at_most" in architecture.data:
+        yield (
+            f"the model has an indexer that chooses keys for each token. Within {structure.context_window_size} tokens "
+            "it chooses all of them, so the library attends to all and leaves the indexer out: it is not for "
+            "longer texts"
         )
 
 

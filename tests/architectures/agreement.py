@@ -222,6 +222,9 @@ def originals(
     parameter: Parameter, values: Array, tensors: Mapping[str, Array], names: Mapping[str, str]
 ) -> dict[str, Array]:
     """The checkpoint tensors that a parameter is made of: the inverse of what convert does, written anew."""
+    if "first_rows" in parameter.convert:
+        (source,) = parameter.sources
+        values = np.concatenate([values, tensors[names.get(source, source)][len(values) :]])
     if "add_one" in parameter.convert:
         values = values - 1
     if "negative_exp" in parameter.convert:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from tests.architectures import references
 from tests.architectures.agreement import Case
 from tests.architectures.cases import GPT2_SIZES, like_llama
 
@@ -24,6 +25,7 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "original
 LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 MODERN = dict.fromkeys(("num_key_value_heads", "tie_word_embeddings"), "absent")
 FALCON = {"num_key_value_heads": "absent", "intermediate_size": "absent", "ffn_hidden_size": 96}
+TERNARY = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 
 
@@ -40,6 +42,16 @@ def _gpt(model_type: str, **changes: Any) -> Case:
 CASES: dict[str, Case] = {
     "llama-biases": _case("llama", **BIASES, hidden_act="gelu"),
     "arcee": _case("arcee", **BIASES),
+    "bitnet": _case("bitnet", attention_bias=True),
+    # A number that float32 has a hair away from another rounding moves logits by a step of one input: 1 / 127.
+    "bitnet-ternary": Case(
+        "bitnet",
+        {**like_llama("bitnet").config, "quantization_config": TERNARY},
+        references.bitnet_shapes,
+        references.bitnet,
+        quantizations=("q0f32",),
+        noise=500,
+    ),
     "cwm": _case("cwm", head_dim=16, **SLIDING, rope_parameters=ONE_THETA),
     "ernie4_5": _case("ernie4_5", use_bias=True, head_dim=16),
     "exaone": _case("exaone", num_hidden_layers="absent", num_layers=3, head_dim=16),
@@ -78,6 +90,7 @@ LATENT = {**RANKS, "num_key_value_heads": 4, "qk_nope_head_dim": 24, "qk_rope_he
 V2 = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "first_k_dense_replace": 1}
 V3 = {**V2, "moe_intermediate_size": 24}
 DEEPSEEK_YARN = {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0}
+INDEXER = {"index_topk": 96, "index_n_heads": 2, "index_head_dim": 16}  # of a text of 96 tokens, it chooses all
 NEXT = {"head_dim": 16, "moe_intermediate_size": 40, "num_experts_per_tok": 2}
 CASES |= {
     "gemma-untied": _case("gemma", head_dim=16),
@@ -119,6 +132,8 @@ CASES |= {
     "youtu": _case("youtu", **LATENT, tie_word_embeddings=True, pad_token_id=None),
     "minicpm3": _case("minicpm3", **LATENT, scale_emb=3, dim_model_base=16, rms_norm_eps=1e-5, attention_bias=True),
     "glm4_moe_lite": _case("glm4_moe_lite", **LATENT, **V3),
+    "deepseek_v32": _case("deepseek_v32", **LATENT, **V3, **INDEXER, n_group=4, topk_group=2),
+    "glm_moe_dsa": _case("glm_moe_dsa", **LATENT, **V3, **INDEXER, index_topk_freq=2, attention_bias=True),
     "sarvam_mla": _case("sarvam_mla", **LATENT, **V3, rope_parameters=DEEPSEEK_YARN),
     "afmoe": _case("afmoe", **NEXT, num_experts=4, mup_enabled=True, attention_bias=True, **SLIDING),
 }

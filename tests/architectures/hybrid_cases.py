@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from tests.architectures import family_cases
 from tests.architectures.agreement import Case
 from tests.architectures.cases import like_llama
 
@@ -13,6 +14,7 @@ def _case(model_type: str, **changes: Any) -> Case:
     return like_llama(model_type, **{"num_hidden_layers": 4, **changes})
 
 
+FACTORS = ("full_attn_alpha_factor", "linear_attn_alpha_factor", "mlp_alpha_factor")
 CONV = {"layer_types": ["conv", "full_attention", "conv", "conv"]}
 CASES: dict[str, Case] = {
     "lfm2": _case("lfm2", **CONV, conv_bias=True, block_multiple_of=32, tie_word_embeddings="absent"),
@@ -102,6 +104,32 @@ CASES["qwen2_5_vl"] = Case(
     },
     quantizations=("q0f32",),
 )
+VIEW = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+for _name in ("aya_vision", "cohere2_vision"):
+    CASES[_name] = Case(
+        "aya_vision",
+        {
+            "model_type": _name,
+            "text_config": dict(family_cases.CASES["cohere2"].config),
+            "vision_config": {**VIEW, "num_hidden_layers": 1},
+        },
+        quantizations=("q0f32",),
+    )
+CASES["mllama"] = Case(
+    "mllama",
+    {
+        "model_type": "mllama",
+        "text_config": like_llama(
+            "mllama_text_model", num_hidden_layers=5, cross_attention_layers=[1, 4], rms_norm_eps=1e-5, pad_token_id=0
+        ).config,
+        "vision_config": {
+            "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_global_layers": 1,
+            "attention_heads": 2, "vision_output_dim": 64, "image_size": 28, "patch_size": 14,
+            "intermediate_layers_indices": [0],
+        },
+    },
+    quantizations=("q0f32",),
+)  # fmt: skip
 CASES |= {
     "falcon_h1": _case(
         "falcon_h1",
@@ -132,6 +160,20 @@ CASES |= {
         kv_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=24, v_head_dim=20, linear_head_dim=24, linear_num_heads=3,
         num_key_value_heads=4, num_experts_per_tok=3,
     ),
+    "lara_mini": _case(
+        "lara_mini", **{**DELTA, "head_dim": 16}, num_hidden_layers=3, num_experts=4, num_experts_per_tok=2,
+        layer_types=["linear_attention", "sliding_attention", "full_attention"], sliding_window=10,
+        moe_intermediate_size=32, shared_expert_intermediate_size=48, intermediate_size="absent",
+    ),
+    "bailing_hybrid": _case(
+        "bailing_hybrid", **LINEAR, num_experts=8, num_expert_group=4, topk_group=2, moe_intermediate_size=32,
+        kv_lora_rank=32, q_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=24, v_head_dim=20, head_dim=24,
+        num_key_value_heads=4, num_experts_per_token=3, first_k_dense_replace=1,
+    ),
+    "minimax": _case(
+        "minimax", num_local_experts=4, head_dim=24, num_hidden_layers=3, **dict.fromkeys(FACTORS, 3.5),
+        linear_attn_beta_factor=0.8, full_attn_beta_factor=0.9, mlp_beta_factor=0.7, rms_norm_eps=1e-5,
+    ),
     "recurrent_gemma": _case(
         "recurrent_gemma", attention_window_size=10, lru_width=80, intermediate_size=128, attention_bias=True,
         tie_word_embeddings=True,
@@ -153,5 +195,15 @@ CASES |= {
     ),
 }  # fmt: skip
 # The two forms of the delta rule that transformers has differ by 3e-5 to 2e-4 of the logits' deviation.
-DELTA_NETS = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "olmo_hybrid", "kimi_linear")
+DELTA_NETS = (
+    "qwen3_next",
+    "qwen3_5",
+    "qwen3_5_text",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "olmo_hybrid",
+    "kimi_linear",
+    "lara_mini",
+    "bailing_hybrid",
+)
 CASES |= {name: replace(CASES[name], noise=10) for name in DELTA_NETS}

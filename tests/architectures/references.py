@@ -117,6 +117,32 @@ def internlm_shapes(config: Config) -> Shapes:
     return llama_shapes(config, ("q_proj", "k_proj", "v_proj", "o_proj") if config["bias"] else ())
 
 
+def bitnet_shapes(config: Config) -> Shapes:
+    shapes = {**llama_shapes(config)}
+    for i in range(config["num_hidden_layers"]):
+        shapes[f"model.layers.{i}.self_attn.attn_sub_norm.weight"] = (config["hidden_size"],)
+        shapes[f"model.layers.{i}.mlp.ffn_sub_norm.weight"] = (config["intermediate_size"],)
+    return shapes
+
+
+def bitnet(config: Config, t: Tensors, ids: list[int]) -> Tensor:
+    """transformers' model, whose matrices in layers are given inputs rounded as its ActQuant rounds them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def rounded(_: torch.nn.Module, given: tuple[Tensor, ...]) -> Tensor:
+        scale = 127 / given[0].abs().max(dim=-1, keepdim=True).values.clamp_(min=1e-5)
+        return (given[0] * scale).round().clamp(-128, 127) / scale
+
+    plain = {name: value for name, value in config.items() if name != "quantization_config"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**plain), attn_implementation="eager").float().eval()
+    model.load_state_dict(dict(t))
+    for layer in model.model.layers.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_pre_hook(rounded)
+    logits: Tensor = model(torch.tensor([ids])).logits[0]
+    return logits
+
+
 def minicpm(config: Config, t: Tensors, ids: list[int]) -> Tensor:
     depth = config["scale_depth"] / math.sqrt(config["num_hidden_layers"])
     head = config["dim_model_base"] / config["hidden_size"]

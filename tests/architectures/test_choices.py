@@ -36,6 +36,7 @@ WITHOUT: dict[str, tuple[str, dict[str, Any]]] = {
     "sines of positions": ("xglm", {"sinusoidal": False}),
     "norms after queries and keys are turned": ("hunyuan_v1_dense", {"qk_norm_last": False}),
     "the scale of positions": ("ministral3", {"position_scale": None}),
+    "norms before the last matrices": ("bitnet", {"roles": ("o_norm",)}),
     "sinks": ("gpt_oss", {"roles": ("sinks",)}),
     "the limit of experts": ("gpt_oss", {"swiglu_limit": 100.0}),
     "chunks": ("llama4_text-plain", {"chunked": False}),

@@ -163,14 +163,19 @@ NEWER: dict[str, dict[str, Any]] = {
     },
     "modernbert-plain": {**SIZES, "local_attention": 16, "num_hidden_layers": 4, "pad_token_id": 0},
     "nomic_bert": SIZES,
+    "eurobert": {**SIZES, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True, "pad_token_id": 0},
+    "gte": {**SIZES, "type_vocab_size": 2},
+    "gte-plain": {**SIZES, "type_vocab_size": 0},
+    "jina_embeddings_v3": SIZES,
 }
+RENAMED = ("nomic_bert", "gte", "jina_embeddings_v3")  # inside transformers, tensors have other names than saved
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NEWER)
 def test_those_with_rotary_positions_and_windows_agree(name: str, tmp_path: Path) -> None:
     model_type = name.removesuffix("-plain")
-    quantization = "q0f32" if model_type == "nomic_bert" else "q4f32_1"  # its tensors have other names inside
+    quantization = "q0f32" if model_type in RENAMED else "q4f32_1"
     built = Built(tmp_path, quantization, transformers_encoder(model_type, **NEWER[name]), model_type)
     for ids in (IDS, IDS[:1], IDS[:17]):
         assert error(built.model.hidden_states(ids), hidden_states(built.reference, ids)) < 2e-5

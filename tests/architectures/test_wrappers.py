@@ -49,6 +49,11 @@ SMALL: dict[str, Any] = {
 }
 
 
+# What a text_config says because it would mean another thing in the wrapper than alone, if it did not.
+SAID: dict[str, dict[str, Any]] = {
+    "voxtral": {"head_dim": 16, "rms_norm_eps": 1e-6, "rope_theta": 10000.0},
+    "glmasr": {"rms_norm_eps": 1e-6},
+}
 # Those that transformers makes with packages that are not here, or saves under other names: how the hub's names begin.
 UNMADE = {"gemma3n": "model.language_model.", "kimi_k25": "language_model.model."}
 
@@ -134,7 +139,7 @@ def cases_of(name: str) -> tuple[Case, Case]:
     turned = {"rope_type": "default", "rope_theta": 10000.0}
     turned |= {"partial_rotary_factor": 0.5} if kind.startswith("glm") else {}
     same = {"rope_parameters": turned, "rms_norm_eps": 1e-6} if three else {}
-    text = replace(TEXTS[kind], config={**TEXTS[kind].config, **same})
+    text = replace(TEXTS[kind], config={**TEXTS[kind].config, **same, **SAID.get(name, {})})
     if kind == "qwen3_moe":  # whose shares are always divided by their sum, inside the wrappers
         text = replace(text, config={**text.config, "norm_topk_prob": True})
     parts = {key: _small(part) for key, part in whole.items() if isinstance(part, dict) and "model_type" in part}

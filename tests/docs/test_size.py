@@ -56,11 +56,11 @@ def test_each_bound_fails_with_a_sentence(repository: Path) -> None:
     for number in range(108):
         write(repository, f"mlcbuild/steps/step{number}.py", 400)
     write(repository, "mlcbuild/planning/planner.py", 401)
-    write(repository, "recipes/architectures/llama.yaml", 4001)
+    write(repository, "recipes/architectures/llama.yaml", 4301)
     done = size(repository)
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
         "mlcbuild/ has 43,732 lines, 732 over its budget of 43,000",
-        "recipes/architectures/ has 4,001 lines, 1 over its budget of 4,000",
+        "recipes/architectures/ has 4,301 lines, 1 over its budget of 4,300",
         "mlcbuild/planning/planner.py has 401 lines, over 400: split it by its ideas",
     ]

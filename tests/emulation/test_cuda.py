@@ -26,7 +26,13 @@ RECURRENT = {
     **{"rwkv": "q4f16_1", "rwkv5": "q4f32_1", "rwkv6": "q4f16_1"},
     **{"mamba": "q4f32_1", "falcon_mamba": "q4f32_1", "mamba2": "q4f32_1"},
 }
-ENCODERS = {"bert": "q4f16_1", "mpnet": "q4f32_1", "electra": "q4f32_1", "qwen3-embedding": "q4f32_1"}
+ENCODERS = {
+    "bert": "q4f16_1",
+    "mpnet": "q4f32_1",
+    "electra": "q4f32_1",
+    "eurobert": "q4f32_1",
+    "qwen3-embedding": "q4f32_1",
+}
 HEADS = [(32, 2), (64, 4), (80, 2), (96, 4), (128, 1), (256, 2)]  # head_dim, num_key_value_heads of 4 heads
 
 
@@ -46,6 +52,11 @@ def check(answer: dict[str, Any], dtype: str) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architectures(name: str, worker: Worker) -> None:
     check(worker.ask({"architecture": name, "quantization": "q4f32_1"}), "float32")
+
+
+def test_rounded_activations(worker: Worker) -> None:
+    """A number that is rounded the other way is a step of 1 / 127."""
+    check(worker.ask({"architecture": "bitnet-ternary", "quantization": "q4f32_1", "once": True}), "float16")
 
 
 @pytest.mark.parametrize("name", ATTENTION)

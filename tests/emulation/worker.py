@@ -92,7 +92,7 @@ def _vectors(asked: Mapping[str, Any], folder: Path) -> dict[str, float]:
     if kind == "qwen3-embedding":
         reference, chosen, limits = encoders.transformers_qwen3(32), kind, {"prefill_chunk_size": 24}
     else:
-        config = {**encoders.KIN.get(kind, encoders.SIZES), **asked.get("changes", {})}
+        config = {**{**encoders.KIN, **encoders.NEWER}.get(kind, encoders.SIZES), **asked.get("changes", {})}
         reference = encoders.transformers_encoder(kind, **config)
         chosen, limits = choose(known_architectures(), {"model_type": kind}).name, {"max_batch_size": 2}
     built = encoders.Built(folder, asked["quantization"], reference, chosen, build_library, **limits)

@@ -11,7 +11,7 @@ import pytest
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models import architecture
 from mlcbuild.models.fields import evaluate
-from mlcbuild.models.parameters import Parameter, parameters
+from mlcbuild.models.parameters import Parameter, ignored, parameters
 from mlcbuild.models.structure import Structure, from_json, from_library_json
 from mlcbuild.recipes.types import Architecture
 from tests.models.test_architecture import CONFIG
@@ -142,6 +142,35 @@ def test_a_file_that_leaves_a_choice_open() -> None:
 def test_a_context_beyond_the_learned_positions() -> None:
     with pytest.raises(MlcBuildError, match="context_window_size 256 is larger than the 128 positions"):
         resolve("gpt2", GPT2, context_window_size=256)
+
+
+def test_a_context_in_which_an_indexer_would_choose() -> None:
+    """DeepSeek V3.2 is built for texts of which its indexer chooses every key, and for no longer ones."""
+    config = {**CONFIG, "model_type": "deepseek_v32", "n_routed_experts": 16, "index_topk": 64}
+    assert resolve("deepseek_v32", config).context_window_size == 64
+    longest = config["max_position_embeddings"]
+    assert resolve("deepseek_v32", {**config, "index_topk": 1 << 20}).context_window_size == longest
+    with pytest.raises(MlcBuildError) as error:
+        resolve("deepseek_v32", config, context_window_size=65)
+    assert str(error.value) == (
+        "overrides: context_window_size is 65, but the model's indexer chooses 64 keys for each token (index_topk): up "
+        "to there it chooses all, and attention is computed without it; which it chooses of more is not computed. "
+        "Build with a context_window_size of 64 at most"
+    )
+    with pytest.raises(MlcBuildError, match="index_topk is 0, expected a whole number of at least 1"):
+        resolve("deepseek_v32", {**config, "index_topk": 0})
+
+
+def test_the_llama_inside_llama_3_2_vision_shares_the_library_of_one_alone() -> None:
+    """Layers 1 and 4 look at images: what is left of five are the checkpoint's 0, 2 and 3."""
+    plain = {**CONFIG, "num_key_value_heads": 2, "rope_theta": 500000.0, "tie_word_embeddings": False}
+    text = {**plain, "model_type": "mllama_text_model", "num_hidden_layers": 5, "cross_attention_layers": [1, 4]}
+    inside = resolve("mllama", {"model_type": "mllama", "text_config": text})
+    alone = resolve("llama", {**plain, "num_hidden_layers": 3})
+    assert inside.source_layers == (0, 2, 3) and inside.library_json() == alone.library_json()
+    assert {name for name in ignored(inside) if ".layers." in name} == {
+        f"language_model.model.layers.{layer}.*" for layer in (1, 4)
+    }
 
 
 def test_the_chat_configs_model_config_has_numbers_of_the_config_and_of_ours() -> None:

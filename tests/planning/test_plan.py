@@ -174,6 +174,15 @@ def test_rope_that_depends_on_the_length_of_a_text_is_said(
         assert "as one of 256 tokens" in notes["r256"][0] and "{context_window_size: 64}" in notes["r256"][0]
 
 
+def test_a_model_with_an_indexer_is_built_without_it_and_that_is_said(workspace: Workspace) -> None:
+    config = {**CONFIG, "model_type": "deepseek_v32", "n_routed_experts": 16, "index_topk": 64}
+    workspace.write("recipes/models/other/config.json", json.dumps(config))
+    workspace.write("recipes/models/other.yaml", "source: {path: other}\ntemplate: chatml\n")
+    workspace.write("recipes/other.yaml", "model: other\nquantization: q4f16_1\ntarget: cpu\n")
+    (note,) = planned(workspace, "other").steps["verify:other"].fields["notes"]
+    assert note.startswith("the model has an indexer that chooses keys for each token. Within 64 tokens it chooses all")
+
+
 def test_an_architecture_that_was_chosen_by_hand_is_said(workspace: Workspace) -> None:
     """FAULTS.md A14: a model_type that the architecture does not know, and keys that do not tell what differs."""
     workspace.write("recipes/models/other/config.json", json.dumps({**CONFIG, "model_type": "helium"}))

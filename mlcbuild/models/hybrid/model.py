@@ -2,7 +2,8 @@
 
 Private functions work on [n, H], `n` tokens of `b` sequences of equal length. They are given the KV cache, in which
 layers with attention are counted from 0, and the state, in which those with a mixer are; the state is handed on as an
-object. A layer is x + mixed(norm(x)), then x + mlp(norm(x)), with the norms, before and after, that it has weights for.
+object. A layer is x + mixed(norm(x)), then x + mlp(norm(x)), with the norms, before and after, that it has weights for;
+with `residual_normed`, norm(x) is added to.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from tvm import ir, relax, tirx
 
 from mlcbuild.models.decoder import Decoder, kv_cache, numbered, one_per_kind
 from mlcbuild.models.entry_points import emit_entry_points
-from mlcbuild.models.hybrid import convolution, delta, rglru
+from mlcbuild.models.hybrid import convolution, delta, lightning, rglru
 from mlcbuild.models.layer import attention, mlp, query_positions
 from mlcbuild.models.mixers import mixer_of
 from mlcbuild.models.operations import Expr
@@ -27,8 +28,9 @@ _MIXED = {
     **dict.fromkeys(("mamba", "mamba2"), state_space.mixed),
     **dict.fromkeys(("delta", "kda"), delta.mixed),
     "rglru": rglru.mixed,
+    "lightning": lightning.mixed,
 }
-_SLOTS = {"conv": convolution.slots, "rglru": rglru.slots}
+_SLOTS = {"conv": convolution.slots, "rglru": rglru.slots, "lightning": lightning.slots}
 
 
 def slots(s: Structure) -> tuple[Slot, ...]:
@@ -75,10 +77,11 @@ def _layer(at: Layer, x: Expr, cache: Expr, layer_id: Expr, number: int) -> Expr
     def normed(y: Expr, role: str) -> Expr:
         return d.norm(y, weight, role) if role in weight else y
 
-    def added(x: Expr, *ys: Expr, role: str) -> Expr:
+    def added(x: Expr, inner: Expr, *ys: Expr, role: str) -> Expr:
         for y in ys[1:]:
             ys = (at.add(ys[0], y),)
-        return at.add(x, d.scaled(normed(ys[0], role), s.residual_scale))
+        kept = d.scaled(inner if s.residual_normed else x, s.kept_scale)
+        return at.add(kept, d.scaled(normed(ys[0], role), s.residual_scale))
 
     kind, inner = s.layer_type(number), normed(x, "attention_norm")
     mixed = []
@@ -89,10 +92,11 @@ def _layer(at: Layer, x: Expr, cache: Expr, layer_id: Expr, number: int) -> Expr
         attended = attention(d, given, cache, layer_id, weight, x.ty.shape[0], number)
         mixed.append(d.scaled(attended, s.attention_out_scale))
     if mixed:
-        x = added(x, *mixed, role="attention_post_norm")
+        x = added(x, inner, *mixed, role="attention_post_norm")
     if "down_proj" in weight or "router" in weight:
-        returned = d.scaled(mlp(d, normed(x, "mlp_norm"), x, weight), s.mlp_out_scale)
-        x = added(x, returned, role="mlp_post_norm")
+        inner = normed(x, "mlp_norm")
+        returned = d.scaled(mlp(d, inner, x, weight), s.mlp_out_scale)
+        x = added(x, inner, returned, role="mlp_post_norm")
     return x
 
 

@@ -34,7 +34,8 @@ class Layer:
     positions: Callable[[], Expr] | None = None
 
     def te(self, function: Callable[..., Any], *arguments: Any) -> Expr:
-        return self.decoder.builder.emit_te(function, *arguments, primfunc_name_hint=function.__name__)
+        name = getattr(function, "func", function).__name__
+        return self.decoder.builder.emit_te(function, *arguments, primfunc_name_hint=name)
 
     def linear(self, x: Expr, role: str) -> Expr:
         return self.decoder.operations.linear(x, self.weight(role), self.decoder.operations.compute)

@@ -16,6 +16,9 @@ from tvm import relax, te, tirx
 from tvm.script import tirx as T
 
 from mlcbuild.compiler import operations
+from mlcbuild.compiler.gpu.delta import delta as _delta
+from mlcbuild.compiler.gpu.lru import gates as _lru_gates
+from mlcbuild.compiler.gpu.lru import lru as _lru
 from mlcbuild.compiler.gpu.rows import float32, widened
 from mlcbuild.models.operations import Expr
 from mlcbuild.models.recurrent.operations import Recurrence, Scanned
@@ -52,7 +55,19 @@ def recurrence(builder: relax.BlockBuilder, dtype: str) -> Recurrence:
         shapes = [list(inputs[0].ty.shape), list(inputs[-1].ty.shape)]
         return call(_scan(scanned), "scan", inputs, shapes)
 
-    return Recurrence(wkv4, wkv, project, convolve, scan)
+    def delta(x: Expr, decay: Expr, beta: Expr, state: Expr, scanned: Scanned) -> tuple[Expr, ...]:
+        shapes = [[x.ty.shape[0], scanned.heads * scanned.dim], list(state.ty.shape)]
+        return call(_delta(scanned), "delta", [x, decay, beta, state], shapes)
+
+    def lru_gates(x: Expr, w: Expr, bias: Expr) -> Expr:
+        heads, width, _ = (int(size) for size in w.ty.shape)
+        return call(_lru_gates(heads, width), "lru_gates", [x, w, bias], [list(x.ty.shape)])[0]
+
+    def lru(x: Expr, decay: Expr, state: Expr) -> tuple[Expr, ...]:
+        shapes = [list(x.ty.shape), list(state.ty.shape)]
+        return call(_lru(int(x.ty.shape[1])), "lru", [x, decay, state], shapes)
+
+    return Recurrence(wkv4, wkv, project, convolve, scan, delta, lru_gates, lru)
 
 
 @functools.cache

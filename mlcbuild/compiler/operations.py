@@ -22,7 +22,7 @@ class Factories:
     """What makes the kernels of a device, for one model dtype: PrimFuncs for given sizes.
 
     compute: the dtype of what most of them give; embedding, norm_heads and rope give the model dtype
-    operand: the dtype that products take x in; None: in any
+    operand: the dtype that `linear` takes x in; None: in any
     linear(weight, columns, dtype of x, dtype of the result), embedding(weight, columns)
     rms_norm(width, eps), layer_norm(width, eps, with a weight, with a bias), gated and activation(name, width)
     norm_heads((heads, kv_heads), dim, shapes of the weights, spans, centred, eps)
@@ -52,12 +52,10 @@ def operations(builder: relax.BlockBuilder, dtype: str, make: Factories) -> Oper
     """Operations that emit into `builder`; `dtype` is the model dtype."""
     compute, emit = make.compute, partial(call, builder)
 
-    def operand(x: Expr) -> Expr:
-        return x if make.operand in (None, str(x.ty.dtype)) else builder.emit(relax.op.astype(x, make.operand))
-
     def linear(x: Expr, weight: Weight, out_dtype: str) -> Expr:
         n, columns = x.ty.shape
-        x = operand(x)
+        if make.operand not in (None, str(x.ty.dtype)):
+            x = builder.emit(relax.op.astype(x, make.operand))
         kernel = make.linear(weight, int(columns), str(x.ty.dtype), out_dtype)
         return emit(kernel, "linear", [x, *weight.parts.values()], [n, weight.rows], out_dtype)
 
@@ -101,7 +99,7 @@ def operations(builder: relax.BlockBuilder, dtype: str, make: Factories) -> Oper
         (n, count), (rows_of_x, columns) = chosen.ty.shape, x.ty.shape
         each = not sym.Analyzer().can_prove_equal(rows_of_x, n)
         kernel = make.expert_linear(weight, int(columns), int(count), each)
-        return emit(kernel, "experts", [operand(x), chosen, *weight.parts.values()], [n * count, weight.rows], compute)
+        return emit(kernel, "experts", [x, chosen, *weight.parts.values()], [n * count, weight.rows], compute)
 
     def weighted_sum(x: Expr, share: Expr) -> Expr:
         (n, count), width = share.ty.shape, x.ty.shape[1]

@@ -13,7 +13,6 @@ from mlcbuild.compiler import canonical, pipeline
 from mlcbuild.compiler.abi import auxiliary, kv_cache, logits, metadata, rnn_state
 from mlcbuild.compiler.operations import Factories, call, operations
 from mlcbuild.compiler.script import quick
-from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.decoder import Decoder
 from mlcbuild.models.kinds import DECODER, ENCODER, HYBRID
 from mlcbuild.models.operations import Expr
@@ -101,11 +100,6 @@ def _emit_model(d: Decoder, backend: Backend) -> None:
     elif kind == HYBRID:
         from mlcbuild.models.hybrid.model import emit_hybrid, slots
 
-        if backend.threads is not None:
-            raise MlcBuildError(
-                f"architecture {d.structure.model_type}: models of kind `{kind}` are compiled for CPUs only; "
-                "choose a target such as cpu"
-            )
         emit_hybrid(d, backend.recurrence(d.builder, d.dtype))
         kv_cache.emit_create(d.builder, d.structure, d.dtype, backend.cache_kernels)
         rnn_state.emit_create(d.builder, len(d.structure.numbers(*KEEPING)), slots(d.structure))

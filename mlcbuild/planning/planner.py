@@ -17,7 +17,6 @@ from mlcbuild.compiler import targets, tools
 from mlcbuild.compiler.web import emscripten
 from mlcbuild.engine.graph import Goal, Graph, Input
 from mlcbuild.errors import MlcBuildError, NotLocked, Unavailable
-from mlcbuild.models.kinds import HYBRID
 from mlcbuild.planning.adding import Steps
 from mlcbuild.planning.backends import PAGES, backend
 from mlcbuild.planning.budgets import check, chosen, first, spending
@@ -77,8 +76,6 @@ class Planner:
         model, quantization, target = recipe.model, recipe.quantization, recipe.target
         self._device(target)  # whether it can be built here at all
         shape = self._shape(model, tuple(sorted(recipe.overrides.items())))
-        if shape.fields.get("kind") == HYBRID and targets.is_gpu(target):
-            raise Unavailable(f"target {target.name}: models of kind `{HYBRID}` are compiled for CPUs only")
         steps = {
             **self._weights(model, quantization),
             **self._compiled(shape.whole, shape.two_layers, quantization, target, self._allocate(model, quantization)),

@@ -7,12 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from mlcbuild.compiler.gpu.lower import lower
 from mlcbuild.errors import MlcBuildError
 from tests.architectures.agreement import CHUNK, IDS, Agreement, error
 from tests.architectures.hybrid_cases import CASES
-from tests.compiler.test_gpu_lowering import CUDA
-from tests.support import llama
 
 OTHER = IDS[5:20]
 
@@ -56,11 +53,6 @@ def test_the_contract_is_mlcs(built: Agreement) -> None:
     for name in ("embed", "batch_prefill", "batch_decode", "batch_verify", "create_tir_paged_kv_cache"):
         assert library.has(name), name
     assert library.has("create_rnn_state")
-
-
-def test_gpus_refuse_it_by_name(built: Agreement) -> None:
-    with pytest.raises(MlcBuildError, match="models of kind `hybrid` are compiled for CPUs only"):
-        lower(built.structure, llama.QUANTIZATIONS["q0f32"], "lfm2", CUDA)
 
 
 def test_a_session_does_not_fork_its_state(built: Agreement) -> None:

@@ -1,4 +1,7 @@
-"""The recurrences of RWKV and Mamba in float64, token by token, for sequences of equal length one after the other."""
+"""The recurrences of RWKV, Mamba, delta nets and Griffin in float64, token by token.
+
+Sequences are of equal length, one after the other.
+"""
 
 from __future__ import annotations
 
@@ -47,4 +50,38 @@ def scan(
             steps[t] * x[t]
         )
         out[t] = (state[s] * mine_c).sum(0) + np.repeat(skip, dim) * x[t]
+    return out, state
+
+
+def delta(x: Array, decay: Array, beta: Array, before: Array, groups: int) -> tuple[Array, Array]:
+    """out [n, heads * dim] and the states [b, heads, keys, dim] after it; decay: [n, heads, keys or 1]."""
+    sequences, heads, keys, dim = before.shape
+    q, k, v = np.split(x.astype(np.float64), [groups * keys, 2 * groups * keys], axis=1)
+    q, k = (
+        each / np.sqrt((each**2).sum(2, keepdims=True) + 1e-6) for each in (a.reshape(-1, groups, keys) for a in (q, k))
+    )
+    out, state = np.empty((len(x), heads * dim)), before.astype(np.float64)
+    for t in range(len(x)):
+        for h in range(heads):
+            held, key = state[t // (len(x) // sequences), h], k[t, h * groups // heads]
+            held *= decay[t, h][:, None]
+            held += np.outer(key, beta[t, h] * (v[t, h * dim : (h + 1) * dim] - key @ held))
+            out[t, h * dim : (h + 1) * dim] = q[t, h * groups // heads] @ held / np.sqrt(keys)
+    return out, state
+
+
+def lru_gates(x: Array, w: Array, bias: Array) -> Array:
+    """sigmoid(x w + bias) for each head; w: [heads, K, K]."""
+    heads, width, _ = w.shape
+    total = np.einsum("nhk,hkm->nhm", x.reshape(len(x), heads, width).astype(np.float64), w)
+    gates: Array = 1 / (1 + np.exp(-total.reshape(len(x), -1) - bias))
+    return gates
+
+
+def lru(x: Array, decay: Array, before: Array) -> tuple[Array, Array]:
+    """out [n, W] and the states [b, W] after it."""
+    out, state = np.empty(x.shape), before.astype(np.float64)
+    for t in range(len(x)):
+        s = t // (len(x) // len(before))
+        state[s] = out[t] = decay[t] * state[s] + x[t]
     return out, state

@@ -27,6 +27,7 @@ LIBRARIES = (
     "decoder-webgpu",
     "recurrent-cpu",
     "hybrid-cpu",
+    "hybrid-cuda",
     "embedding-cpu",
     "encoder-cpu",
 )
@@ -42,7 +43,7 @@ def structure_of(kind: str) -> Structure:
         return resolve(llama.architecture("bert"), ENCODER, {})
     cases = {**CASES, **hybrid_cases.CASES}
     case = cases[{"decoder": "llama", "recurrent": "rwkv6", "hybrid": "lfm2", "embedding": "qwen3"}[kind]]
-    sizes = {"head_dim": 32} if kind == "decoder" else {}
+    sizes = {"decoder": {"head_dim": 32}, "hybrid": {"hidden_size": 128}}.get(kind, {})
     name = "qwen3-embedding" if kind == "embedding" else case.architecture
     return resolve(llama.architecture(name), {**config_of(case), **sizes}, {"context_window_size": 64})
 

@@ -60,20 +60,9 @@ def test_delta(kernels: Kernels, heads: int, groups: int, keys: int, dim: int, e
     for task in range(SEQUENCES * heads * -(-dim // 64)):
         kernels("mlcbuild_delta", x, decay, beta, state, out, after, TOKENS, heads, dim, groups, keys,
                 decay.shape[2], task)  # fmt: skip
-    q, k, v = np.split(x.astype(np.float64), [groups * keys, 2 * groups * keys], axis=1)
-    q, k = (
-        each / np.linalg.norm(each, axis=2, keepdims=True) for each in (a.reshape(rows, groups, keys) for a in (q, k))
-    )
-    for s in range(SEQUENCES):
-        for h in range(heads):
-            held = state[s, h].astype(np.float64)
-            for t in range(s * TOKENS, (s + 1) * TOKENS):
-                key, value = k[t, h * groups // heads], v[t, h * dim : (h + 1) * dim]
-                held = held * decay[t, h][:, None]
-                held = held + np.outer(key, beta[t, h] * (value - key @ held))
-                expected = q[t, h * groups // heads] @ held / np.sqrt(keys)
-                np.testing.assert_allclose(out[t, h * dim : (h + 1) * dim], expected, rtol=1e-4, atol=1e-5)
-            np.testing.assert_allclose(after[s, h], held, rtol=1e-4, atol=1e-5)
+    expected, held = recurrences.delta(x, decay, beta, state, groups)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(after, held, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dim", [64, 20])

@@ -32,6 +32,7 @@ def test_wkv4(gpu: Any) -> None:
     given["a"][0, 0] = given["b"][0, 0] = 0
     expected, weighted, weights = recurrences.wkv4(*given.values())
     given["m"][0, 0] = -1e30
+    given["rates"] = np.concatenate([given.pop("decay"), given.pop("bonus")])
     results = {"out": (ROWS, width), **{f"{name}_after": (SEQUENCES, width) for name in "abm"}}
     given |= {name: np.zeros(shape, np.float32) for name, shape in results.items()}
     got = gpu.launch(recurrent._wkv4(width), 0, given, SIZES)

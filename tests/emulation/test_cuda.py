@@ -26,11 +26,13 @@ RECURRENT = {
     **{"rwkv": "q4f16_1", "rwkv5": "q4f32_1", "rwkv6": "q4f16_1"},
     **{"mamba": "q4f32_1", "falcon_mamba": "q4f32_1", "mamba2": "q4f32_1"},
 }
+# Attention in some layers, and one of each mixer in others; Falcon-H1 has both side by side.
+HYBRIDS = {
+    **{"lfm2": "q4f16_1", "jamba": "q4f32_1", "falcon_h1": "q4f32_1", "qwen3_5_text": "q4f32_1"},
+    **{"kimi_linear": "q4f32_1", "recurrent_gemma": "q4f16_1"},
+}
 ENCODERS = {
-    "bert": "q4f16_1",
-    "mpnet": "q4f32_1",
-    "electra": "q4f32_1",
-    "eurobert": "q4f32_1",
+    **{"bert": "q4f16_1", "mpnet": "q4f32_1", "electra": "q4f32_1", "eurobert": "q4f32_1"},
     "qwen3-embedding": "q4f32_1",
 }
 HEADS = [(32, 2), (64, 4), (80, 2), (96, 4), (128, 1), (256, 2)]  # head_dim, num_key_value_heads of 4 heads
@@ -43,9 +45,9 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     worker.close()
 
 
-def check(answer: dict[str, Any], dtype: str) -> None:
+def check(answer: dict[str, Any], dtype: str, noise: float = 1) -> None:
     assert answer["notes"] == {}
-    assert {name: error for name, error in answer["errors"].items() if not error < BOUNDS[dtype]} == {}
+    assert {name: error for name, error in answer["errors"].items() if not error < noise * BOUNDS[dtype]} == {}
     assert answer["kernels"] > 10
 
 
@@ -68,13 +70,13 @@ if os.environ.get("MLCBUILD_TEST_EMULATED") == "all":  # of each a quarter of a 
 
     @pytest.mark.parametrize("name", CASES)
     def test_every_architecture(name: str, worker: Worker) -> None:
-        check(worker.ask({"architecture": name, "quantization": "q4f16_1", "once": True}), "float16")
+        check(worker.ask({"architecture": name, "quantization": "q4f16_1", "once": True}), "float16", CASES[name].noise)
 
 
-@pytest.mark.parametrize("name", RECURRENT)
-def test_recurrent_models(name: str, worker: Worker) -> None:
-    dtype = "float16" if "f16" in RECURRENT[name] else "float32"
-    check(worker.ask({"architecture": name, "quantization": RECURRENT[name]}), dtype)
+@pytest.mark.parametrize(("name", "quantization"), {**RECURRENT, **HYBRIDS}.items())
+def test_models_with_a_state(name: str, quantization: str, worker: Worker) -> None:
+    dtype = "float16" if "f16" in quantization else "float32"
+    check(worker.ask({"architecture": name, "quantization": quantization}), dtype)
 
 
 @pytest.mark.parametrize("name", ENCODERS)

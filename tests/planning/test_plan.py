@@ -262,18 +262,6 @@ def test_the_pieces_of_models_that_differ_in_layers_only_are_one_library(workspa
     assert len([name for name in found.steps if name.startswith("library:") and "-blocks-" in name]) == 2
 
 
-def test_hybrids_are_unavailable_for_gpus(workspace: Workspace) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 300}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
-    workspace.write("recipes/models/other.yaml", "source: {path: other}\ntemplate: LM\n")
-    workspace.write("recipes/models/other/config.json", json.dumps({"model_type": "lfm2", **sizes, **heads}))
-    for target in ("cpu", "opencl"):
-        workspace.write(f"recipes/other-{target}.yaml", f"model: other\nquantization: q4f16_1\ntarget: {target}\n")
-    found = planned(workspace, "other-cpu", "other-opencl")
-    assert set(found.goals) == {"other-cpu"}
-    assert found.unavailable == {"other-opencl": "target opencl: models of kind `hybrid` are compiled for CPUs only"}
-
-
 def test_a_target_that_this_machine_lacks_is_unavailable(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     def resolve(target: object) -> dict[str, Any]:
         raise Unavailable("no such compiler: install it")

@@ -19,6 +19,7 @@ from tests.support.tools import missing
 Array = npt.NDArray[Any]
 
 TARGET = {"kind": "webgpu", "max_num_threads": 256, "max_shared_memory_per_block": 32768}
+MOST_BUFFERS = 10  # of a kernel: what TVM's runtime asks a browser for (tvmjs, requiredMaxStorageBuffersPerShaderStage)
 _LAVAPIPE = Path("/usr/share/vulkan/icd.d")
 _BINDING = re.compile(
     r"@group\(0\) @binding\((\d+)\) var<(storage, read_write|storage, read|uniform)> (\w+) : ([^;]+);"
@@ -53,6 +54,7 @@ class Kernel:
 
     def validate(self) -> Any:
         """The shader module. Raises where naga does not accept the source."""
+        assert sum(kind.startswith("storage") for _, kind, _, _ in self.bindings) <= MOST_BUFFERS, self.name
         return device().create_shader_module(code=self.source)
 
     def run(self, grid: Sequence[int], arrays: Mapping[str, Array], scalars: Mapping[str, int]) -> dict[str, Array]:

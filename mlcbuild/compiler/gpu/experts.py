@@ -78,15 +78,23 @@ def choose(experts: int, count: int, normalised: bool, scale: float) -> Any:
 
 @functools.cache
 def linear(
-    parts: tuple[Part, ...], weights: Weights | None, rows: int, in_features: int, count: int, each: bool, dtype: str
+    parts: tuple[Part, ...],
+    weights: Weights | None,
+    rows: int,
+    in_features: int,
+    count: int,
+    each: bool,
+    dtype: str,
+    compute: str,
 ) -> Any:
-    """x, chosen [n, count], the parts of w [experts, rows, in_features] -> [n * count, rows] of the model dtype.
+    """x, chosen [n, count], the parts of w [experts, rows, in_features] -> [n * count, rows].
 
-    x has the model dtype, [n, in_features]; with `each`, a row of its own for every choice: [n * count, in_features].
+    w is of the model `dtype`, x and the result of `compute`. x: [n, in_features]; with `each`, a row of its own for
+    every choice: [n * count, in_features].
     """
     n = tirx.Var("n", "int64")
     pairs = n * int64(count)
-    x = te.placeholder((pairs if each else n, int64(in_features)), dtype, "x")
+    x = te.placeholder((pairs if each else n, int64(in_features)), compute, "x")
     chosen = te.placeholder((n, int64(count)), "int32", "chosen")
     given = {name: te.placeholder([int64(int(size)) for size in shape], of, name) for name, shape, of in parts}
     k = te.reduce_axis((int64(0), int64(in_features)), "k")
@@ -97,7 +105,7 @@ def linear(
         return te.sum(widened(x[p if each else p // count, k]) * widened(read(j, k)), axis=k)
 
     total = te.compute((pairs, int64(rows)), product, name=PRODUCT)
-    result = te.compute((pairs, int64(rows)), lambda p, j: total[p, j].astype(dtype), name="result")
+    result = te.compute((pairs, int64(rows)), lambda p, j: total[p, j].astype(compute), name="result")
     function = private([x, chosen, *given.values(), result])
     return function.with_attr("op_pattern", _OPAQUE).with_attr(STEP, formats.words(weights))
 
@@ -139,7 +147,7 @@ class _Of:
 
 @functools.cache
 def weighted_sum(count: int, width: int, dtype: str) -> Any:
-    """x [n * count, width] of the model dtype, share [n, count] float32 -> [n, width]: rows times shares, added."""
+    """x [n * count, width], share [n, count] float32 -> [n, width] as x: rows times shares, added."""
     n = tirx.Var("n", "int64")
     x = te.placeholder((n * int64(count), int64(width)), dtype, "x")
     share = te.placeholder((n, int64(count)), "float32", "share")

@@ -15,7 +15,7 @@ from mlcbuild.compiler.gpu.device import Device, device_of
 from mlcbuild.compiler.gpu.operations import factories
 from mlcbuild.compiler.pipeline import Passes
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.models.kinds import DECODER, RECURRENT
+from mlcbuild.models.kinds import DECODER, HYBRID, RECURRENT
 from mlcbuild.models.structure import Structure
 from mlcbuild.recipes.types import Quantization
 
@@ -54,7 +54,7 @@ def lower(
             "use a format with storage_dtype uint32 for this target"
         )
     backend = Backend(
-        factories=partial(factories, device=gpu, wide=structure.kind in RECURRENT),
+        factories=partial(factories, device=gpu, wide=structure.kind in (HYBRID, *RECURRENT)),
         cache_kernels=partial(attention.cache_kernels, threads=gpu.threads),
         recurrence=recurrent.recurrence,
         masked=encoder.masked,
@@ -71,7 +71,7 @@ def _check(structure: Structure) -> None:
     kept = s.head_dim if s.kind in ("rwkv5", "rwkv6") else s.state_size
     if kept > _MAX_STATE:
         raise MlcBuildError(f"a channel's state has {kept} values: the GPU kernels keep up to {_MAX_STATE}")
-    if s.kind != DECODER:
+    if s.kind not in (DECODER, HYBRID):
         return
     if s.head_dim % 4 or not 32 <= s.head_dim <= 256:
         raise MlcBuildError(f"head_dim is {s.head_dim}: GPU attention takes multiples of 4 from 32 to 256")

@@ -1,4 +1,7 @@
-"""The decoder's kernels on a GPU: activations are of the model dtype (a recurrent model's float32), sums float32."""
+"""The decoder's kernels on a GPU.
+
+Activations are of the model dtype, or float32 where layers keep a state; sums are float32.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ def factories(dtype: str, device: Device, wide: bool = False) -> Factories:
         return products.linear(*_stored(weight), rows_of(weight), columns, x_dtype, out_dtype, tiles)
 
     def expert_linear(weight: Weight, columns: int, count: int, each: bool) -> Any:
-        return experts.linear(*_stored(weight), int(weight.rows), columns, count, each, dtype)
+        return experts.linear(*_stored(weight), int(weight.rows), columns, count, each, dtype, compute)
 
     return Factories(
         compute=compute,
@@ -39,7 +42,7 @@ def factories(dtype: str, device: Device, wide: bool = False) -> Factories:
         rope=lambda heads, dim, rotary: rope(*heads, dim, rotary, dtype),
         choose_experts=experts.choose,
         expert_linear=expert_linear,
-        weighted_sum=partial(experts.weighted_sum, dtype=dtype),
+        weighted_sum=partial(experts.weighted_sum, dtype=compute),
         softmax=partial(_softmax, threads=device.threads),
     )
 

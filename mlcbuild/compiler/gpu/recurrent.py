@@ -16,6 +16,9 @@ from tvm import relax, te, tirx
 from tvm.script import tirx as T
 
 from mlcbuild.compiler import operations
+from mlcbuild.compiler.gpu.delta import delta as _delta
+from mlcbuild.compiler.gpu.lru import gates as _lru_gates
+from mlcbuild.compiler.gpu.lru import lru as _lru
 from mlcbuild.compiler.gpu.rows import float32, widened
 from mlcbuild.models.operations import Expr
 from mlcbuild.models.recurrent.operations import Recurrence, Scanned
@@ -33,7 +36,8 @@ def recurrence(builder: relax.BlockBuilder, dtype: str) -> Recurrence:
 
     def wkv4(key: Expr, value: Expr, decay: Expr, bonus: Expr, state: Sequence[Expr]) -> tuple[Expr, ...]:
         shape, states = list(key.ty.shape), [list(each.ty.shape) for each in state]
-        return call(_wkv4(int(shape[1])), "wkv4", [key, value, decay, bonus, *state], [shape, *states])
+        rates = builder.emit(relax.op.concat([decay, bonus], axis=0))  # browsers give a kernel ten buffers
+        return call(_wkv4(int(shape[1])), "wkv4", [key, value, rates, *state], [shape, *states])
 
     def wkv(r: Expr, k: Expr, v: Expr, decay: Expr, bonus: Expr, state: Expr, heads: int) -> tuple[Expr, ...]:
         varies = not (isinstance(decay.ty.shape[0], tirx.IntImm) and int(decay.ty.shape[0]) == 1)
@@ -52,7 +56,19 @@ def recurrence(builder: relax.BlockBuilder, dtype: str) -> Recurrence:
         shapes = [list(inputs[0].ty.shape), list(inputs[-1].ty.shape)]
         return call(_scan(scanned), "scan", inputs, shapes)
 
-    return Recurrence(wkv4, wkv, project, convolve, scan)
+    def delta(x: Expr, decay: Expr, beta: Expr, state: Expr, scanned: Scanned) -> tuple[Expr, ...]:
+        shapes = [[x.ty.shape[0], scanned.heads * scanned.dim], list(state.ty.shape)]
+        return call(_delta(scanned), "delta", [x, decay, beta, state], shapes)
+
+    def lru_gates(x: Expr, w: Expr, bias: Expr) -> Expr:
+        heads, width, _ = (int(size) for size in w.ty.shape)
+        return call(_lru_gates(heads, width), "lru_gates", [x, w, bias], [list(x.ty.shape)])[0]
+
+    def lru(x: Expr, decay: Expr, state: Expr) -> tuple[Expr, ...]:
+        shapes = [list(x.ty.shape), list(state.ty.shape)]
+        return call(_lru(int(x.ty.shape[1])), "lru", [x, decay, state], shapes)
+
+    return Recurrence(wkv4, wkv, project, convolve, scan, delta, lru_gates, lru)
 
 
 @functools.cache
@@ -61,17 +77,15 @@ def _wkv4(width: int) -> Any:
 
     @T.prim_func(s_tir=True, private=True)
     def wkv4(
-        var_key: T.handle, var_value: T.handle, var_decay: T.handle, var_bonus: T.handle, var_a: T.handle,
-        var_b: T.handle, var_m: T.handle, var_out: T.handle, var_a_after: T.handle, var_b_after: T.handle,
-        var_m_after: T.handle,
+        var_key: T.handle, var_value: T.handle, var_rates: T.handle, var_a: T.handle, var_b: T.handle, var_m: T.handle,
+        var_out: T.handle, var_a_after: T.handle, var_b_after: T.handle, var_m_after: T.handle,
     ):  # fmt: skip
         T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True, "op_pattern": 8})
         n = T.int32()
         batch = T.int32()
         key = T.match_buffer(var_key, (n, width), "float32")
         value = T.match_buffer(var_value, (n, width), "float32")
-        decay = T.match_buffer(var_decay, (width,), "float32")
-        bonus = T.match_buffer(var_bonus, (width,), "float32")
+        rates = T.match_buffer(var_rates, (2 * width,), "float32")  # decays, then bonuses
         a = T.match_buffer(var_a, (batch, width), "float32")
         b = T.match_buffer(var_b, (batch, width), "float32")
         m = T.match_buffer(var_m, (batch, width), "float32")
@@ -95,14 +109,14 @@ def _wkv4(width: int) -> Any:
                             for t in range(n // batch):
                                 own[0] = key[by * (n // batch) + t, c]
                                 own[1] = value[by * (n // batch) + t, c]
-                                own[2] = T.max(state[2], own[0] + bonus[c])
+                                own[2] = T.max(state[2], own[0] + rates[width + c])
                                 own[3] = T.exp(state[2] - own[2])
-                                own[4] = T.exp(own[0] + bonus[c] - own[2])
+                                own[4] = T.exp(own[0] + rates[width + c] - own[2])
                                 out[by * (n // batch) + t, c] = (own[3] * state[0] + own[4] * own[1]) / (
                                     own[3] * state[1] + own[4]
                                 )
-                                own[2] = T.max(state[2] + decay[c], own[0])
-                                own[3] = T.exp(state[2] + decay[c] - own[2])
+                                own[2] = T.max(state[2] + rates[c], own[0])
+                                own[3] = T.exp(state[2] + rates[c] - own[2])
                                 own[4] = T.exp(own[0] - own[2])
                                 state[0] = own[3] * state[0] + own[4] * own[1]
                                 state[1] = own[3] * state[1] + own[4]

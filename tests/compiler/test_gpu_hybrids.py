@@ -1,0 +1,73 @@
+"""The recurrences of hybrids on every device, against NumPy in float64 (tests.compiler.recurrences)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mlcbuild.compiler.gpu import delta, lru
+from mlcbuild.models.recurrent.operations import Scanned
+from tests.compiler import recurrences
+from tests.support.gpus import Gpu
+from tests.support.llama import Array
+
+pytestmark = pytest.mark.slow
+
+
+def normal(seed: int, *shape: int) -> Array:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "keys", "dim", "each", "tokens"),
+    [
+        (4, 2, 24, 20, False, 7),
+        (3, 3, 21, 67, True, 11),
+        (5, 1, 128, 33, False, 1),
+        (1, 1, 256, 64, True, 5),
+    ],
+)
+def test_delta(gpu: Gpu, heads: int, groups: int, keys: int, dim: int, each: bool, tokens: int) -> None:
+    """Rows and columns that fill no block; more tokens than are read at a time, of two sequences; one token."""
+    sequences = 2
+    n, width = sequences * tokens, 2 * groups * keys + heads * dim
+    x, state = normal(0, n, width), normal(1, sequences, heads, keys, dim)
+    decay = np.exp(-np.abs(normal(2, n, heads, keys if each else 1)))
+    beta = 1 / (1 + np.exp(normal(3, n, heads)))
+    out, after = np.full((n, heads * dim), np.nan, np.float32), np.full_like(state, np.nan)
+    given = {"x": x, "decay": decay, "beta": beta, "before": state, "out": out, "after": after}
+    function = delta.delta(Scanned(heads, dim, groups, keys, (0.0, 0.0), each))
+    got = gpu.launch(function, 0, given, {"n": n, "batch": sequences})
+    expected, held = recurrences.delta(x, decay, beta, state, groups)
+    np.testing.assert_allclose(got["out"], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got["after"], held, rtol=1e-4, atol=2e-5)
+
+
+def test_delta_of_a_key_that_is_nothing(gpu: Gpu) -> None:
+    """A key of zeros maps to nothing and changes nothing: no number is divided by zero."""
+    heads, size = 1, 16
+    x, state = np.zeros((1, 3 * size), np.float32), normal(1, 1, heads, size, size)
+    one = np.ones((1, 1), np.float32)
+    given = {"x": x, "decay": one, "beta": one, "before": state, "out": one * np.full(size, np.nan, np.float32)}
+    function = delta.delta(Scanned(heads, size, 1, size, (0.0, 0.0), False))
+    got = gpu.launch(function, 0, {**given, "after": np.full_like(state, np.nan)}, {"n": 1, "batch": 1})
+    np.testing.assert_array_equal(got["after"], state)
+    np.testing.assert_array_equal(got["out"], 0)
+
+
+@pytest.mark.parametrize(("heads", "width", "rows"), [(3, 20, 5), (1, 257, 1)])
+def test_lru_gates(gpu: Gpu, heads: int, width: int, rows: int) -> None:
+    x, w, bias = normal(0, rows, heads * width), normal(1, heads, width, width) / width**0.5, normal(2, heads * width)
+    given = {"x": x, "w": w, "bias": bias, "out": np.full_like(x, np.nan)}
+    got = gpu.launch(lru.gates(heads, width), 0, given, {"n": rows})["out"]
+    np.testing.assert_allclose(got, recurrences.lru_gates(x, w, bias), rtol=1e-5, atol=1e-6)
+
+
+def test_lru(gpu: Gpu) -> None:
+    width = 80
+    x, decay, before = normal(0, 6, width), 1 / (1 + np.exp(normal(1, 6, width))), normal(2, 2, width)
+    given = {"x": x, "decay": decay, "before": before, "out": np.full_like(x, np.nan)}
+    got = gpu.launch(lru.lru(width), 0, {**given, "after": np.full_like(before, np.nan)}, {"n": 6, "batch": 2})
+    out, after = recurrences.lru(x, decay, before)
+    np.testing.assert_allclose(got["out"], out, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got["after"], after, rtol=1e-5, atol=1e-6)

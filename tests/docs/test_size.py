@@ -60,7 +60,7 @@ def test_each_bound_fails_with_a_sentence(repository: Path) -> None:
     done = size(repository)
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        "mlcbuild/ has 43,732 lines, 732 over its budget of 43,000",
+        "mlcbuild/ has 43,732 lines, 32 over its budget of 43,700",
         "recipes/architectures/ has 4,001 lines, 1 over its budget of 4,000",
         "mlcbuild/planning/planner.py has 401 lines, over 400: split it by its ideas",
     ]

@@ -79,9 +79,9 @@ def resolve(repo: str, revision: str | None = None) -> Locked:
     The hub knows the sha256 of large files; the small ones are downloaded here to compute theirs. Raises
     CheckpointError when the hub cannot be reached or does not give it out, and as `needed_files` does.
     """
-    _check_name(repo)
+    check_name(repo)
     asked = Request(repo, revision)
-    listing = read_listing(_read(asked, LARGEST_LISTING), str(asked))
+    listing = read_listing(read(asked, LARGEST_LISTING), str(asked))
     files: dict[str, LockedFile] = {}
     config: Any = None
     needed = needed_files(listing.entries, repo)
@@ -93,7 +93,7 @@ def resolve(repo: str, revision: str | None = None) -> Locked:
             files[name] = listed.large
             continue
         limit = LARGEST_CONFIG if name in (CONFIG, ADAPTER_CONFIG) else LARGEST_SMALL
-        content = _read(Request(repo, listing.commit, name), limit)
+        content = read(Request(repo, listing.commit, name), limit)
         if listed.size is not None and listed.size != len(content):
             raise listing.refusal(f"{name}: `size` is {listed.size}, and {len(content)} bytes came")
         files[name] = LockedFile(hashlib.sha256(content).hexdigest(), len(content))
@@ -207,7 +207,7 @@ def _check_room(repo: str, folder: Path, needed: int) -> None:
         )
 
 
-def _check_name(repo: str) -> None:
+def check_name(repo: str) -> None:
     """Raises CheckpointError for what cannot be the name of a repository."""
     from huggingface_hub import errors
     from huggingface_hub.utils import validate_repo_id
@@ -218,7 +218,7 @@ def _check_name(repo: str) -> None:
         raise CheckpointError(f"hf:{repo}: not a repository name: {error}") from None
 
 
-def _read(request: Request, limit: int) -> bytes:
+def read(request: Request, limit: int) -> bytes:
     """A small answer, whole."""
     content = io.BytesIO()
     receive(request, content, limit=limit)

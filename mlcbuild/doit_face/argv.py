@@ -15,7 +15,7 @@ from mlcbuild.recipes.select import Selection
 _SHOWING = ("clean", "completion", "dumpdb", "forget", "help", "ignore", "info", "list", "reset-dep", "tabcompletion")
 # Kinds of tasks by what they are named for; the names of libraries say no model.
 OF_RECIPES = ("build", "package", "verify", "publish")
-OF_MODELS = ("download", "convert", "calibrate", "round", "allocate", "quantize", "measure")
+OF_MODELS = ("download", "unpack", "convert", "calibrate", "round", "allocate", "quantize", "measure")
 OF_LIBRARIES = ("lower", "runtime", "library", "execute")
 
 

@@ -9,6 +9,7 @@ from doit.task import Task
 GROUPS = {
     "build": "build packages into dist/",
     "download": "fetch checkpoints",
+    "unpack": "make checkpoints of llama.cpp's files",
     "convert": "bring checkpoints under the model's parameter names",
     "calibrate": "measure what the model's matrices are multiplied with",
     "round": "round matrices layer by layer, each to what the layers before it make",

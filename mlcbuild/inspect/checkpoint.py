@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -50,6 +51,10 @@ def open_checkpoint(
     """
     model = catalog.models.get(word) if names and revision is None else None
     source = model.source if model is not None else source_of(word, catalog, revision, names)
+    if source.gguf:
+        with _unpacked(source, model, catalog) as checkpoint:
+            yield checkpoint
+        return
     if source.path is not None:
         found = files_of(source.path)
         found |= {name: path for name in _POOLING if (path := source.path / name).is_file()}
@@ -67,6 +72,34 @@ def open_checkpoint(
         yield Checkpoint(source, locked.config, sizes, files, model, locked, known is None, trouble)
 
 
+@contextmanager
+def _unpacked(source: Source, model: Model | None, catalog: Catalog) -> Iterator[Checkpoint]:
+    """The checkpoint that a GGUF file makes; of a repository's, only the header is fetched."""
+    from mlcbuild.gguf import checkpoint, repository, tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        locked, fresh = None, False
+        if source.path is not None:
+            paths = {path.name: path for path in checkpoint.local_parts(source.path)}
+            sizes = {name: path.stat().st_size for name, path in paths.items()}
+            header = checkpoint.read(paths)
+            config = checkpoint.config_of(header, paths)
+        else:
+            assert source.hf is not None
+            known = locker(catalog.root)(model or Model("", source, ""))
+            locked, fresh, paths = known or resolve(source), known is None, {}
+            sizes = {name: file.size for name, file in locked.files.items()}
+            header, config = repository.header(source.hf, locked.commit, list(locked.files)), dict(locked.config)
+        files, trouble = dict(paths), None
+        try:
+            for name, content in {"config.json": config, **tokenizer.files(header)}.items():
+                files[name] = Path(folder) / name
+                files[name].write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        except CheckpointError as error:
+            trouble = str(error)
+        yield Checkpoint(source, config, sizes, files, model, locked, fresh, trouble)
+
+
 def adapter_config(model: Model, catalog: Catalog) -> Mapping[str, Any] | None:
     """The adapter_config.json of what is merged with the model, of a repository as it is locked or, else, is now.
 
@@ -77,20 +110,23 @@ def adapter_config(model: Model, catalog: Catalog) -> Mapping[str, Any] | None:
 
 
 def source_of(word: str, catalog: Catalog, revision: str | None = None, names: bool = False) -> Source:
-    """The folder or repository that `word` means. Raises MlcBuildError for a folder that is not there."""
+    """The folder, GGUF file or repository that `word` means; `owner/name:Q4_K_M` is a GGUF file of a repository.
+
+    Raises MlcBuildError for a folder that is not there.
+    """
     path = Path(word)
-    if path.is_dir() and revision is None:
+    if revision is None and (path.is_dir() or (path.is_file() and path.suffix == ".gguf")):
         return Source(path=path.absolute())
-    if path.suffix == ".gguf":
-        raise MlcBuildError(
-            f"{word}: llama.cpp's format, which is not read: name what it was made from, a folder in Hugging Face's "
-            "format or owner/name"
-        )
+    if path.suffix == ".gguf" and ":" not in word and not path.exists():
+        raise MlcBuildError(f"{word}: no such file")
     if path.is_file():
         raise MlcBuildError(
-            f"{word}: a file; a checkpoint is a folder in Hugging Face's format (config.json and safetensors), or "
-            "owner/name"
+            f"{word}: a file; a checkpoint is a folder in Hugging Face's format (config.json and safetensors), a GGUF "
+            "file, or owner/name"
         )
+    repo, _, file = word.removeprefix("hf:").partition(":")
+    if file and not word.startswith(("/", ".", "~")):
+        return Source(hf=repo, revision=revision, file=file)
     if word.startswith(("/", "./", "../", "~")) or word.count("/") > 1:
         raise MlcBuildError(f"{word}: no such folder; a checkpoint is a folder in Hugging Face's format, or owner/name")
     if "/" not in word and names:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mlcbuild.chat.checkpoint import CheckpointChat, embedding_metadata, read_checkpoint_chat
-from mlcbuild.checkpoints.index import index, with_prefix
+from mlcbuild.checkpoints.index import as_stored, index, with_prefix
 from mlcbuild.checkpoints.table import read_table
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.inspect import template as templates
@@ -18,6 +18,7 @@ from mlcbuild.inspect.sizes import Size, sizes
 from mlcbuild.merging import prequantized
 from mlcbuild.models import architecture as architectures
 from mlcbuild.models import parameters
+from mlcbuild.models.parameters import Parameter
 from mlcbuild.models.structure import Structure
 from mlcbuild.models.wrappers import unwrapped
 from mlcbuild.planning.files import checkpoint_files
@@ -160,9 +161,11 @@ def _tensors(checkpoint: Checkpoint, structure: Structure) -> Tensors | None:
         return None
     notes: list[str] = []
     try:
-        checkpoint_files(checkpoint.source.path)
         wanted = parameters.parameters(structure)
         ignored = parameters.ignored(structure)
+        if checkpoint.source.gguf:
+            return _gguf_tensors(checkpoint, wanted, ignored)
+        checkpoint_files(checkpoint.source.path)
         names = [*(source for parameter in wanted for source in parameter.sources), *ignored]
         table = read_table(checkpoint.files, note=notes.append)
         table = unwrapped(table) if structure.wrapped else table
@@ -180,6 +183,22 @@ def _tensors(checkpoint: Checkpoint, structure: Structure) -> Tensors | None:
     except MlcBuildError as error:
         problem = str(error)
     return Tensors(len(table), dict(dtypes), problem, tuple(notes))
+
+
+def _gguf_tensors(checkpoint: Checkpoint, wanted: Sequence[Parameter], ignored: Collection[str]) -> Tensors:
+    from mlcbuild.gguf import checkpoint as gguf
+    from mlcbuild.gguf import tensors
+
+    notes: list[str] = []
+    paths = {name: path for name, path in checkpoint.files.items() if name.endswith(gguf.SUFFIX)}
+    header, problem = gguf.read(paths), None
+    dtypes = Counter(tensors.kind(each).name for each in header.tensors.values())
+    try:
+        table, _ = tensors.read(header, paths, {}, wanted, checkpoint.config)
+        index(as_stored(wanted, table), table, ignored, notes.append)
+    except MlcBuildError as error:
+        problem = str(error)
+    return Tensors(len(header.tensors), dict(dtypes), problem, tuple(notes))
 
 
 def _tokens(chat: CheckpointChat | None) -> Tokens | None:

@@ -77,7 +77,8 @@ def write_model_file(
 def suggested(word: str) -> str:
     """A model's name from a repository's or a folder's: `Qwen/Qwen2.5-0.5B` is `qwen2.5-0.5b`."""
     last = Path(word).resolve().name if Path(word).is_dir() else word.rstrip("/").rpartition("/")[2]
-    name = re.sub(r"[^a-z0-9._-]+", "-", last.removeprefix("hf:").lower()).strip("-._")
+    last = re.sub(r"(-00001-of-\d{5})?\.gguf$", "", last.removeprefix("hf:"))
+    name = re.sub(r"[^a-z0-9._-]+", "-", last.lower()).strip("-._")
     if not name:
         raise MlcBuildError(f"{word}: no name for a model follows from this: choose one with --name")
     return name
@@ -150,7 +151,8 @@ def _lines(
             yield f"{name}: {{path: {json.dumps(_written(source.path, path.parent), ensure_ascii=False)}}}"
         else:
             revision = f", revision: {json.dumps(source.revision, ensure_ascii=False)}" if source.revision else ""
-            yield f"{name}: {{hf: {source.hf}{revision}}}"
+            file = f", file: {json.dumps(source.file, ensure_ascii=False)}" if source.file else ""
+            yield f"{name}: {{hf: {source.hf}{file}{revision}}}"
     yield f"template: {template}"
     yield f"# Weights by quantization, with keys and values of so many tokens, that fit into {amount(wish.memory)}:"
     yield from (f"#   {line}" for line in quantizations(inspection, wish.memory))

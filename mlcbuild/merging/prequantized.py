@@ -7,7 +7,7 @@ an ordinary `x.weight` that is made: dequantized.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,10 @@ from mlcbuild.errors import CheckpointError
 from mlcbuild.quantization import awq, floats
 
 METHODS = ("awq", "gptq")
+GGUF = "gguf"  # what mlcbuild.gguf.config writes: its tensors say themselves how they are quantized
 FLOATS_OF = ("fp8", "mxfp4", "bitnet")  # and numbers of few bits (mlcbuild.merging.low_floats, of ternary)
-_NAMES = {"fbgemm_fp8": "fp8", "compressed-tensors": "fp8"}  # what else the latter are called
+INTS = ("compressed-tensors", "bitsandbytes", "mlx", "awq_gemv")  # and whole numbers (mlcbuild.merging.low_ints)
+_NAMES = {"fbgemm_fp8": "fp8"}  # what else the latter are called
 _PIECE = 1 << 20  # elements that are dequantized at once
 
 
@@ -32,13 +34,15 @@ _PIECE = 1 << 20  # elements that are dequantized at once
 class Scheme:
     """How a checkpoint was quantized, from `quantization_config` in its config.json."""
 
-    method: str  # of METHODS or FLOATS_OF
+    method: str  # of METHODS, FLOATS_OF or INTS
     bits: int
     group_size: int  # -1: one group for the whole column
     zero_offset: int  # what is added to a stored zero point
     block: tuple[int, int] = (128, 128)  # of fp8: rows and columns that a scale is for
     online: bool = False  # of bitnet: whether the checkpoint has what the matrices are rounded from
     divides: bool = False  # of bitnet: whether values are divided by their scale, and not multiplied
+    choices: tuple[int, ...] = ()  # of compressed-tensors: bits that its groups of layers have
+    layers: Mapping[str, Any] = field(default_factory=dict)  # of mlx: what single layers have otherwise
 
 
 @dataclass(frozen=True)
@@ -55,47 +59,71 @@ class Prequantized:
 
 def scheme(config: Mapping[str, Any]) -> Scheme | None:
     """None for a checkpoint that is not quantized. Raises CheckpointError for a quantization that is not read."""
-    found = config.get("quantization_config")
+    found, mlx = config.get("quantization_config"), config.get("quantization")
+    if isinstance(mlx, dict) and "bits" in mlx:
+        return _mlx(mlx)
     if found is None:
         return None
     where = "config.json: quantization_config"
     if not isinstance(found, dict):
         raise CheckpointError(f"{where} is not a mapping")
     method = found.get("quant_method")
+    if method == GGUF:
+        return Scheme(GGUF, 0, -1, 0)
+    if method == "compressed-tensors":
+        return _compressed(found, where)
+    if method == "bitnet":
+        return _ternary(found, where)
+    if method == "bitsandbytes":
+        return Scheme(method, 8 if found.get("load_in_8bit") else 4, -1, 0)
     if (kind := _NAMES.get(str(method), method)) in FLOATS_OF:
-        return _floats(found, str(kind), where)
+        return _floats(found.get("weight_block_size"), str(kind), where)
     if method not in METHODS:
         raise CheckpointError(
-            f"{where}.quant_method is {method!r}: only {', '.join(METHODS)}, {', '.join(FLOATS_OF)} and "
-            "compressed-tensors checkpoints are read; "
-            "use the model's unquantized checkpoint"
+            f"{where}.quant_method is {method!r}: only {', '.join(METHODS)}, {', '.join(FLOATS_OF)}, "
+            "compressed-tensors, bitsandbytes and MLX checkpoints are read; use the model's unquantized checkpoint"
         )
     bits, group_size = found.get("bits", found.get("w_bit")), found.get("group_size", found.get("q_group_size"))
-    if bits not in ((4,) if method == "awq" else (2, 4, 8)):
-        readable = "4" if method == "awq" else "2, 4 or 8"
+    if bits not in ((4,) if method == "awq" else (2, 3, 4, 8)):
+        readable = "4" if method == "awq" else "2, 3, 4 or 8"
         raise CheckpointError(f"{where}.bits is {bits!r}: {method} checkpoints are read with {readable} bits")
     if type(group_size) is not int or (group_size < 1 and group_size != -1):
         raise CheckpointError(f"{where}.group_size is {group_size!r}: expected a positive number, or -1")
     version = str(found.get("version", "gemm")).lower()
-    if method == "awq" and version != "gemm":
-        raise CheckpointError(f"{where}.version is {version!r}: only AutoAWQ's gemm packing is read")
+    if method == "awq" and version not in ("gemm", "gemv"):
+        raise CheckpointError(f"{where}.version is {version!r}: only AutoAWQ's gemm and gemv packings are read")
+    if version == "gemv":
+        return Scheme("awq_gemv", 4, group_size, 0)
     offset = int(method == "gptq" and found.get("checkpoint_format", "gptq") != "gptq_v2")
     return Scheme(method, int(str(bits)), group_size, offset)
 
 
-def _floats(found: Mapping[str, Any], kind: str, where: str) -> Scheme:
-    if kind == "bitnet":
-        return _ternary(found, where)
-    block = found.get("weight_block_size")
-    if found.get("quant_method") == "compressed-tensors":
-        groups = found.get("config_groups")
-        weights = [(each or {}).get("weights") or {} for each in groups.values()] if isinstance(groups, dict) else []
-        if not weights or any((each.get("type"), each.get("num_bits")) != ("float", 8) for each in weights):
-            raise CheckpointError(
-                f"{where}: compressed-tensors has {found.get('format')!r}: only floats of 8 bits are read; "
-                "use the model's unquantized checkpoint"
-            )
-        block = weights[0].get("block_structure")
+def _compressed(found: Mapping[str, Any], where: str) -> Scheme:
+    groups = found.get("config_groups")
+    weights = [(each or {}).get("weights") or {} for each in groups.values()] if isinstance(groups, dict) else []
+    kinds: set[Any] = {(each.get("type", "int"), each.get("num_bits")) for each in weights}
+    if kinds == {("float", 8)}:
+        return _floats(weights[0].get("block_structure"), "fp8", where)
+    if not kinds or any(kind != "int" or bits not in range(1, 9) for kind, bits in kinds):
+        raise CheckpointError(
+            f"{where}: compressed-tensors has {found.get('format')!r}: only floats of 8 bits, and whole numbers "
+            "of up to 8, are read; use the model's unquantized checkpoint"
+        )
+    bits = tuple(sorted(bits for _, bits in kinds))
+    return Scheme("compressed-tensors", bits[0], -1, 0, choices=bits)
+
+
+def _mlx(found: Mapping[str, Any]) -> Scheme:
+    bits, group_size, mode = found["bits"], found.get("group_size"), found.get("mode", "affine")
+    if mode != "affine" or type(bits) is not int or type(group_size) is not int or group_size < 1:
+        raise CheckpointError(
+            f"config.json: quantization: MLX has mode {mode!r:.40}, bits {bits!r:.20} and group_size "
+            f"{group_size!r:.20}: only its affine groups are read; use the checkpoint that it was made from"
+        )
+    return Scheme("mlx", bits, group_size, 0, layers=found)
+
+
+def _floats(block: Any, kind: str, where: str) -> Scheme:
     if block is None:
         return Scheme(kind, 4 if kind == "mxfp4" else 8, -1, 0)
     if not isinstance(block, list) or len(block) != 2 or any(type(size) is not int or size < 1 for size in block):
@@ -196,18 +224,18 @@ def _layer(
     if qzeros is None or scales is None:
         problems.append(f"{where}: there is no {prefix}{'scales' if qzeros else 'qzeros'} beside it")
         return None
-    per_word = 32 // scheme.bits
+    per_word = 32 / scheme.bits
     if any(len(ref.shape) != 2 for ref in (qweight, qzeros, scales)):
         problems.append(f"{where}: it, its qzeros and its scales are not all matrices")
         return None
     if scheme.method == "awq":
-        k, n = qweight.shape[0], qweight.shape[1] * per_word
+        k, n = qweight.shape[0], int(qweight.shape[1] * per_word)
     else:
-        k, n = qweight.shape[0] * per_word, qweight.shape[1]
+        k, n = int(qweight.shape[0] * per_word), qweight.shape[1]
     groups = 1 if scheme.group_size == -1 else -(-k // scheme.group_size)
     if scheme.method == "awq" and k % groups:
         problems.append(f"{where}: {k} input columns are not whole groups of {scheme.group_size}")
-    for ref, shape in ((qzeros, (groups, -(-n // per_word))), (scales, (groups, n))):
+    for ref, shape in ((qzeros, (groups, -(-n * scheme.bits // 32))), (scales, (groups, n))):
         if ref.shape != shape:
             problems.append(
                 f"{ref.file}: tensor {ref.name}: shape {list(ref.shape)}, but {list(qweight.shape)} of its qweight in "

@@ -61,7 +61,6 @@ def resolve(architecture: Architecture, config: Mapping[str, Any], overrides: Ma
     Raises MlcBuildError for a key that is missing, of the wrong type or out of range, and for a choice that the
     decoder cannot express. All such problems are in the one error.
     """
-    _check_packing(config)
     data = architecture.data
     flat = normalise(_text(data, config))
     kind = data.get("kind", DECODER)
@@ -99,16 +98,6 @@ def resolve(architecture: Architecture, config: Mapping[str, Any], overrides: Ma
     if problems:
         raise MlcBuildError("\n".join(f"recipes/architectures/{architecture.name}.yaml: {line}" for line in problems))
     return structure
-
-
-def _check_packing(config: Mapping[str, Any]) -> None:
-    """MLX has its own key for what others call quantization_config."""
-    packed = config.get("quantization")
-    if isinstance(packed, Mapping) and "bits" in packed:
-        raise MlcBuildError(
-            f"config.json: quantization: MLX packed the weights into {packed['bits']!r:.20} bits, which is not read: "
-            "name the checkpoint that it was made from as the source"
-        )
 
 
 def model_config(architecture: Architecture, structure: Structure, config: Mapping[str, Any]) -> dict[str, Any]:

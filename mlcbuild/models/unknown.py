@@ -24,6 +24,7 @@ _READ = (
     "rope_parameters",
     "original_max_position_embeddings",
     "quantization_config",
+    "quantization",  # MLX's own word for it
 )  # by name, in code
 # What `normalise` has under a name of its own, and where it has it from.
 _FROM = {"rope_local_partial_factor": "rope_parameters.sliding_attention.partial_rotary_factor"}

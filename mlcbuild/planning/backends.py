@@ -11,6 +11,7 @@ from mlcbuild.recipes.types import Target
 # waits for the network, not for a core.
 COSTS = {
     "download": Cost(base=0.2e9, takes=("network",)),
+    "unpack": Cost(base=1.0e9),
     "convert": Cost(base=0.2e9, factor=1.0, most=3e9),
     "calibrate": Cost(threads=True, base=0.5e9, factor=0.5, most=8e9),
     "allocate": Cost(threads=True, base=0.7e9, factor=0.7, most=10e9),

@@ -11,10 +11,12 @@ from mlcbuild.regular import nowhere
 
 CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*_Pooling/config.json")
 _TORCH_FILES = ("pytorch_model*.bin", "*.pth")  # read where there are no safetensors
-TENSOR_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.bin.index.json", *_TORCH_FILES)
+TENSOR_FILES = ("config.json", "*.gguf", "*.safetensors", "*.safetensors.index.json", "*.bin.index.json", *_TORCH_FILES)
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 TOKEN_FILES = ("tokenizer.json", "tokenizer.model", "added_tokens.json", "tokenizer_config.json", "rwkv_vocab_v*.txt")
 POOLING_FILES = ("modules.json", "*_Pooling/config.json", "sentence_bert_config.json")
+# What is taken of a checkpoint for its tokenizer alone: its config.json is another model's.
+OTHER_TOKENIZER = (*TOKENIZER_FILES, "chat_template.jinja", "special_tokens_map.json", "generation_config.json")
 TEXT_FILES = (
     *TOKENIZER_FILES,
     *("chat_template.jinja", "special_tokens_map.json", "config.json", "generation_config.json"),

@@ -20,13 +20,14 @@ from mlcbuild.errors import MlcBuildError, NotLocked, Unavailable
 from mlcbuild.planning.adding import Steps
 from mlcbuild.planning.backends import PAGES, backend
 from mlcbuild.planning.budgets import check, chosen, first, spending
+from mlcbuild.planning.fetching import fetched, unpacked
 from mlcbuild.planning.files import (
     ADAPTER_FILES,
+    OTHER_TOKENIZER,
     POOLING_FILES,
     TENSOR_FILES,
     TEXT_FILES,
     TOKEN_FILES,
-    checkpoint_files,
 )
 from mlcbuild.planning.goals import goals_of
 from mlcbuild.planning.once import once
@@ -48,8 +49,7 @@ from mlcbuild.recipes.types import (
 STEPS = "mlcbuild.steps"  # the package with one module per kind of step
 # The reference that every package is compared with, on a machine that everybody has; what stands for a GPU's precision.
 _UNQUANTIZED, _HERE, _EXACT = "q0f32", "cpu", "cpu-exact"
-# Calibration decides what weights become, so it runs on code that is the same on every machine of a kind.
-_EVERYWHERE = "cpu-x86_64"
+_EVERYWHERE = "cpu-x86_64"  # calibration decides what weights become: its code is the same on every such machine
 BOUNDS = ("kl", "perplexity_increase", "perplexity", "cosine", "gate")  # of recipes' `verify`
 _EVALUATION_TEXT = Path(__file__).parents[1] / "verify" / "evaluation.txt"
 _CALIBRATION_TEXT = Path(__file__).parents[1] / "verify" / "calibration.txt"
@@ -89,7 +89,9 @@ class Planner:
     def _weights(self, model: Model, quantization: Quantization) -> dict[str, str]:
         """The steps that make weights, those of the model first."""
         check(quantization, self._shape(model, ()))
-        steps = {"download": self._download(model), **self._merged(model), "convert": self._convert(model)}
+        steps = {"download": self._fetched(model, model.source, model.name), **self._merged(model)}
+        steps |= {"unpack": self._download(model)} if model.source.gguf else {}
+        steps["convert"] = self._convert(model)
         if quantization.rounding == "calibrated":
             steps["calibrate"] = self._calibrate(model)
         elif quantization.rounding == "gptq":
@@ -98,18 +100,19 @@ class Planner:
             steps["allocate"] = budget
         return {**steps, "quantize": self._quantize(model, quantization)}
 
+    @once
     def _download(self, model: Model) -> str:
-        return self._fetched(model, model.source, model.name)
+        """The step that has the checkpoint."""
+        download = self._fetched(model, model.source, model.name)
+        if not model.source.gguf:
+            return download  # else the step that makes it
+        names = (f"{model.name}-tokenizer", OTHER_TOKENIZER)
+        tokenizer = self._fetched(model, model.tokenizer_from, *names) if model.tokenizer_from is not None else None
+        return unpacked(self._add, model.name, download, tokenizer)
 
     @once
     def _fetched(self, model: Model, source: Source, label: str, files: tuple[str, ...] | None = None) -> str:
-        if source.path is not None:
-            patterns = files if files is not None else checkpoint_files(source.path)
-            return self._add("download", label, {}, (Input("files", path=source.path, select=patterns),))
-        locked = self._locked(model, source)
-        contents = {name: {"sha256": file.sha256, "size": file.size} for name, file in locked.files.items()}
-        fields = {"repo": source.hf, "commit": locked.commit, "files": contents}
-        return self._add("download", label, fields, brings=sum(file.size for file in locked.files.values()))
+        return fetched(self._add, label, source, files, lambda: self._locked(model, source))
 
     @once
     def _convert(self, model: Model) -> str:
@@ -275,7 +278,7 @@ class Planner:
         inputs = (
             Input("quantize", step=steps["quantize"]),
             Input("library", step=steps["library"]),
-            Input("checkpoint", step=steps["download"], select=TEXT_FILES),
+            Input("checkpoint", step=self._download(recipe.model), select=TEXT_FILES),
         )
         page = PAGES.get(recipe.target.linker.kind, "")
         return self._add("package", recipe.name, fields, inputs, entry=page)
@@ -287,9 +290,10 @@ class Planner:
         layers = shape.blocks if how == "layers" else None
         runs, reference, library = self._run(layers or shape.whole, quantization, recipe.target, budget)
         fields: dict[str, Any] = {"method": how}
+        checkpoint = self._download(recipe.model)
         inputs = [
             Input("quantize", step=steps["quantize"]),
-            Input("checkpoint", step=steps["download"], select=TOKEN_FILES),
+            Input("checkpoint", step=checkpoint, select=TOKEN_FILES),
             Input("convert", step=steps["convert"]),
             Input("text", path=verify.text or _EVALUATION_TEXT),
             Input("reference", step=reference),
@@ -302,9 +306,9 @@ class Planner:
             fields["context_window_size"] = shape.model_config.get("context_window_size", -1)  # pieces take more
         if how == "embeddings":
             fields["embedding"] = shape.fields["embedding"]
-            inputs[1] = Input("checkpoint", step=steps["download"], select=(*TOKEN_FILES, *POOLING_FILES))
+            inputs[1] = Input("checkpoint", step=checkpoint, select=(*TOKEN_FILES, *POOLING_FILES))
         label = f"{recipe.model.name}-{quantization.name}-{runs}"
-        return self._add("measure", label, fields, tuple(inputs), (steps["download"], steps["convert"]))
+        return self._add("measure", label, fields, tuple(inputs), (checkpoint, steps["convert"]))
 
     @once
     def _run(self, form: Form, quantization: Quantization, target: Target, budget: str | None) -> tuple[str, str, str]:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mlcbuild.errors import POINTER, MlcBuildError, NotLocked, pointer
+from mlcbuild.gguf import checkpoint
+from mlcbuild.gguf.checkpoint import local_parts
 from mlcbuild.models import architecture as architectures
 from mlcbuild.models import parameters
 from mlcbuild.models.kinds import by_layer
@@ -121,7 +123,13 @@ def _one_table(structure: Structure) -> Iterator[str]:
 
 
 def config_of(model: Model, lock: Callable[[Model], Locked | None]) -> Mapping[str, Any]:
-    """The model's config.json, from its folder or from recipes.lock. Raises MlcBuildError where it cannot be read."""
+    """The model's config.json, from its folder or from recipes.lock; of a GGUF file, what follows from its header.
+
+    Raises MlcBuildError where it cannot be read.
+    """
+    if model.source.path is not None and model.source.gguf:
+        paths = {path.name: path for path in local_parts(model.source.path)}
+        return checkpoint.config_of(checkpoint.read(paths), paths)
     if model.source.path is not None:
         return read_config(model.source.path / "config.json")
     found = lock(model)

@@ -34,7 +34,11 @@ def dequantize_awq(qweight: Array, qzeros: Array, scales: Float32) -> Float32:
 
 
 def unpack_natural(words: Array, bits: int) -> Float32:
-    """Codes `[rows, c * 32 / bits]` of words `[rows, c]` uint32, the first code lowest."""
+    """Codes `[rows, c * 32 / bits]` of words `[rows, c]` uint32, the first code lowest; some lie in two words."""
+    if 32 % bits:
+        single = np.unpackbits(words.view(np.uint8).reshape(len(words), -1), axis=1, bitorder="little")
+        whole = single[:, : single.shape[1] // bits * bits].reshape(len(words), -1, bits)
+        return (whole @ (1 << np.arange(bits))).astype(np.float32)
     shifts = np.arange(0, 32, bits, dtype=np.uint32)
     codes = words[:, :, None] >> shifts & np.uint32((1 << bits) - 1)
     return codes.reshape(len(words), -1).astype(np.float32)

@@ -84,6 +84,7 @@ def model(name: str, data: Data) -> Model:
         verify=Verify(**data.get("verify", {})),
         delta_of=Source(**data["delta_of"]) if "delta_of" in data else None,
         lora=Source(**data["lora"]) if "lora" in data else None,
+        tokenizer_from=Source(**data["tokenizer_from"]) if "tokenizer_from" in data else None,
         calibration=data.get("calibration", {}).get("text"),
     )
 

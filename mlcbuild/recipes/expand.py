@@ -11,7 +11,7 @@ from mlcbuild.recipes.document import Document
 from mlcbuild.recipes.problems import Hints, Problem, one_of, show, where
 from mlcbuild.recipes.select import AXES, Cell
 
-CHECKPOINTS = ("source", "delta_of", "lora")  # keys of a model that say where files are
+CHECKPOINTS = ("source", "delta_of", "lora", "tokenizer_from")  # keys of a model that say where files are
 
 
 Data = Mapping[str, Any]

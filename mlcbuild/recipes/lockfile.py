@@ -27,7 +27,7 @@ from mlcbuild.regular import read_regular
 
 _VERSION = 1
 _ADVICE = "restore the file from version control, or delete it: the next build resolves every repository again"
-_REPO = re.compile(r"([A-Za-z0-9_][A-Za-z0-9._-]*/)?[A-Za-z0-9_][A-Za-z0-9._-]*(@.+)?")
+_REPO = re.compile(r"([A-Za-z0-9_][A-Za-z0-9._-]*/)?[A-Za-z0-9_][A-Za-z0-9._-]*(:[^@]+)?(@.+)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -37,9 +37,9 @@ def lock_path(root: Path) -> Path:
 
 
 def key(source: Source) -> str:
-    """The name of a hub source's entry."""
+    """The name of a hub source's entry: owner/name, or owner/name:FILE of a GGUF file, and @revision."""
     assert source.hf is not None
-    return source.hf if source.revision is None else f"{source.hf}@{source.revision}"
+    return str(source).removeprefix("hf:")
 
 
 def entry(locked: Mapping[str, Locked], source: Source) -> Locked | None:

@@ -41,9 +41,10 @@ _PATHS: dict[str, dict[Place, str]] = {
     "recipe": {("verify", "text"): "file"},
     "matrix": {("adjust", "*", "verify", "text"): "file"},
     "model": {
-        ("source", "path"): "folder",
+        ("source", "path"): "checkpoint",
         ("delta_of", "path"): "folder",
         ("lora", "path"): "folder",
+        ("tokenizer_from", "path"): "folder",
         ("verify", "text"): "file",
         ("calibration", "text"): "file",
     },
@@ -75,6 +76,8 @@ def absolute(document: Document) -> dict[str, Any]:
 
 def _check_path(document: Document, path: Place, value: str, kind: str) -> Iterator[Problem]:
     resolved = _resolve(document, value)
+    if kind == "checkpoint":
+        kind = "file" if resolved.suffix == ".gguf" else "folder"
     try:
         mode = resolved.stat().st_mode
     except OSError:  # not there, or a name longer than the file system takes

@@ -14,18 +14,23 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Source:
-    """Where a checkpoint is: exactly one of a local folder and a Hugging Face repository."""
+    """Where a checkpoint is: exactly one of a local folder, or GGUF file, and a Hugging Face repository."""
 
     path: Path | None = None  # absolute: resolved against the YAML file that says it
     hf: str | None = None
     revision: str | None = None
+    file: str | None = None  # of a repository: a GGUF file's name, or the part of it that says how it is quantized
+
+    @property
+    def gguf(self) -> bool:
+        """Whether it is in llama.cpp's format."""
+        return self.file is not None or (self.path is not None and self.path.suffix == ".gguf")
 
     def __str__(self) -> str:
-        return (
-            str(self.path)
-            if self.path is not None
-            else f"hf:{self.hf}" + (f"@{self.revision}" if self.revision else "")
-        )
+        if self.path is not None:
+            return str(self.path)
+        file, revision = (f"{sign}{text}" if text else "" for sign, text in ((":", self.file), ("@", self.revision)))
+        return f"hf:{self.hf}{file}{revision}"
 
 
 @dataclass(frozen=True)
@@ -198,6 +203,7 @@ class Model:
     verify: Verify = Verify()
     delta_of: Source | None = None  # the base that `source` is the difference to
     lora: Source | None = None  # an adapter, merged into `source`
+    tokenizer_from: Source | None = None  # whose tokenizer's files a GGUF file gets; None: they are made of its own
     calibration: Path | None = (
         None  # text for `rounding: calibrated` and `gptq`; None means the one that ships with mlcbuild
     )
@@ -205,7 +211,8 @@ class Model:
     @property
     def sources(self) -> list[Source]:
         """Every checkpoint that the model is made of, its own first."""
-        return [source for source in (self.source, self.delta_of, self.lora) if source is not None]
+        every = (self.source, self.delta_of, self.lora, self.tokenizer_from)
+        return [source for source in every if source is not None]
 
     @property
     def hub_sources(self) -> list[Source]:

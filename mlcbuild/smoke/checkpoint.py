@@ -42,7 +42,7 @@ def small_config(config: Mapping[str, Any], architecture: Architecture, awq_grou
 
     `awq_group` is the size of AWQ's groups, for a checkpoint that is packed.
     """
-    small = {name: value for name, value in config.items() if name != "quantization_config"}
+    small = {name: value for name, value in config.items() if name not in ("quantization_config", "quantization")}
     whole = resolve(architecture, config, {})
     kept = _kept(whole)
     for field, size in (("num_hidden_layers", len(kept)), ("vocab_size", VOCABULARY)):

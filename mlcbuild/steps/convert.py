@@ -23,7 +23,8 @@ from mlcbuild.checkpoints.locked import check_config
 from mlcbuild.checkpoints.table import read_table
 from mlcbuild.engine.job import Entry, Job
 from mlcbuild.errors import CheckpointError
-from mlcbuild.merging import adapter, delta, lora, low_floats, prequantized
+from mlcbuild.gguf import checkpoint, tensors
+from mlcbuild.merging import adapter, delta, lora, low_floats, low_ints, prequantized
 from mlcbuild.merging.rearranged import rearranged
 from mlcbuild.models import structure
 from mlcbuild.models.parameters import Parameter, ignored, parameters
@@ -32,7 +33,7 @@ from mlcbuild.models.tied import tied_embedding
 from mlcbuild.models.wrappers import unwrapped
 
 VERSION = 2
-TOOLS = ("numpy",)
+TOOLS = ("gguf", "numpy")
 
 
 def run(job: Job) -> None:
@@ -41,12 +42,15 @@ def run(job: Job) -> None:
     files = job.inputs["checkpoint"].files
     if "config" in job.fields:
         check_config(job.fields["config"], _config(files), "the model")
-    table = _table(job, files, model)
     scheme = prequantized.scheme(_config(files))
-    if scheme is None:
+    if scheme is not None and scheme.method == prequantized.GGUF:
+        document = _of_gguf(job, model, files)
+    elif scheme is None:
+        table = _table(job, files, model)
         prequantized.check_absent(table)
         document = _indexed(job, model, table)
     else:
+        table = _table(job, files, model)
         _check_plain(job, table)
         document = _dequantized(job, model, table, scheme)
     text = json.dumps(document, indent=1, sort_keys=True)
@@ -151,7 +155,7 @@ def _dequantized(
         table, layers = prequantized.plan(table, scheme)
         made = [prequantized.numbers(layer) for layer in layers.values()]
     else:
-        table, made = low_floats.plan(table, scheme)
+        table, made = (low_ints if scheme.method in prequantized.INTS else low_floats).plan(table, scheme)
     wanted = as_stored(parameters(model), table)
     document = index(wanted, table, ignored(model), job.note)
     lossy = (
@@ -165,6 +169,23 @@ def _dequantized(
         packed = None if parameter.convert else prequantized.joined(layers, parameter.sources)
         if packed is not None:
             found["packed"] = packed
+    return document
+
+
+def _of_gguf(job: Job, model: Structure, files: Mapping[str, Entry]) -> dict[str, Any]:
+    """The index of llama.cpp's files."""
+    paths, blobs = _paths_and_digests({name: each for name, each in files.items() if name.endswith(checkpoint.SUFFIX)})
+    _check_plain(job, {})
+    wanted = parameters(model)
+    header = checkpoint.read(paths)
+    table, made = tensors.read(header, paths, blobs, wanted, _config(files))
+    wanted = as_stored(wanted, table)
+    document = index(wanted, table, ignored(model), job.note)
+    lossy = tensors.told(header)
+    if lossy:
+        job.note(lossy)
+        document["notes"] = [lossy]
+    _write(job, document, wanted, table, made)
     return document
 
 

@@ -141,8 +141,12 @@ def _estimated(session: Session, step: Step, past: _Runs, sizes: Mapping[str, in
         size = new = _download_bytes(step)
         if any(item.path is not None for item in step.inputs):
             new = 0  # borrowed where it lies
+    elif step.kind == "unpack":
+        size, new = mass, 0  # the file, passed on, with a few small ones
     elif step.kind == "package" and size is not None:  # weights and library are passed on, not copied
-        new = max(0, size - sum(sizes[name] for name in step.producers if not name.startswith("download:")))
+        new = max(
+            0, size - sum(sizes[name] for name in step.producers if not name.startswith(("download:", "unpack:")))
+        )
     return StepEstimate(step.name, step.kind, False, size, new, seconds)
 
 

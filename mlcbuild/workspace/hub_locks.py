@@ -105,6 +105,10 @@ def resolve(source: Source) -> Locked:
     from mlcbuild.checkpoints import hub  # not on the way of a build that has nothing to do
 
     assert source.hf is not None
+    if source.file is not None:
+        from mlcbuild.gguf import repository
+
+        return repository.resolve(source.hf, source.revision, source.file)
     return hub.resolve(source.hf, source.revision)
 
 

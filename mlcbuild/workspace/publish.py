@@ -197,7 +197,7 @@ class Publisher:
         fetched = [graph.steps[steps[kind]].fields for kind in ("download", "base", "lora") if kind in steps]
         repositories = {fields["repo"]: fields["commit"] for fields in fetched if "repo" in fields}
         if model.source.path is not None:
-            found = of_folder(model.source.path)
+            found = of_folder(model.source.path.parent if model.source.gguf else model.source.path)
             return Origin(repositories, found.licence, found.carried, found.files)
         try:
             return of_hub(repositories)

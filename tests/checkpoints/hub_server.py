@@ -66,7 +66,7 @@ class Hub:
                 "size": len(content),
                 "blobId": hashlib.sha1(content).hexdigest(),
             }
-            if name.endswith((".safetensors", ".bin")):
+            if name.endswith((".safetensors", ".bin", ".gguf")):
                 digest = hashlib.sha256(content).hexdigest()
                 entry["lfs"] = {"sha256": digest, "size": len(content), "pointerSize": 134}
             siblings.append(entry)

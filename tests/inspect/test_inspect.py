@@ -200,10 +200,7 @@ def test_outside_of_a_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     [
         (["tinny"], "tinny: no folder and no model of this name; did you mean `tiny`? (hf:tinny means the repository)"),
         (["./nowhere"], "./nowhere: no such folder; a checkpoint is a folder in Hugging Face's format, or owner/name"),
-        (
-            ["a.gguf"],
-            "a.gguf: llama.cpp's format, which is not read: name what it was made from, a folder in Hugging F",
-        ),
+        (["a.gguf"], "a.gguf: no such file"),
         (["dodo.py"], "dodo.py: a file; a checkpoint is a folder in Hugging Face's format (config.json and safeten"),
         (["recipes"], "config.json: no such file: a checkpoint in Hugging Face format has one"),
         (["strange"], "model_type `lama` is an unknown architecture (did you mean `llama`?)"),

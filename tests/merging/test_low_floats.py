@@ -136,8 +136,8 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     )
     integers = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
     assert problem("4", integers) == (
-        "config.json: quantization_config: compressed-tensors has 'pack-quantized': only floats of 8 bits are read; "
-        "use the model's unquantized checkpoint"
+        "config.json: quantization_config: compressed-tensors has 'pack-quantized': only floats of 8 bits, and "
+        "whole numbers of up to 8, are read; use the model's unquantized checkpoint"
     )
     four = {"quant_method": "mxfp4"}
     assert problem("5", four, x_blocks=torch.zeros((2, 3, 1, 16), dtype=torch.uint8)) == (

@@ -210,13 +210,13 @@ def problem(folder: Path, tensors: Mapping[str, Array], config: Mapping[str, Any
     ("change", "text"),
     [
         (
-            {"quant_method": "bitsandbytes"},
-            "quant_method is 'bitsandbytes': only awq, gptq, fp8, mxfp4 and compressed-tensors checkpoints are "
-            "read; use the model's unquantized checkpoint",
+            {"quant_method": "quanto"},
+            "quant_method is 'quanto': only awq, gptq, fp8, mxfp4, compressed-tensors, bitsandbytes and MLX "
+            "checkpoints are read; use the model's unquantized checkpoint",
         ),
         ({"bits": 3}, "bits is 3: awq checkpoints are read with 4 bits"),
         ({"group_size": "x"}, "group_size is 'x': expected a positive number, or -1"),
-        ({"version": "GEMV"}, "version is 'gemv': only AutoAWQ's gemm packing is read"),
+        ({"version": "GEMV_fast"}, "version is 'gemv_fast': only AutoAWQ's gemm and gemv packings are read"),
     ],
 )
 def test_a_quantization_that_is_not_read(tmp_path: Path, change: dict[str, Any], text: str) -> None:

@@ -145,8 +145,6 @@ def test_any_value_of_any_key_is_refused_or_understood(name: str) -> None:
         (LLAMA, ("num_hidden_layers",), 10**8, "num_hidden_layers is 100,000,000, and models of at most 4,096 are"),
         (GEMMA3, ("num_hidden_layers",), 10**8, "num_hidden_layers is 100,000,000, and models of at most 4,096 are"),
         (MOE, ("num_experts",), 10**6, "2 layers of 1,000,000 experts, and models of at most 500,000 experts in all"),
-        (LLAMA, ("quantization",), {"bits": 4, "group_size": 64},
-         "config.json: quantization: MLX packed the weights into 4 bits, which is not read: name the checkpoint that"),
         (LLAMA, ("head_dim",), 10**6, "head_dim is 1,000,000, and models of at most 65,536 are built"),
     ],
 )  # fmt: skip

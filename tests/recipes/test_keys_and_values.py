@@ -105,7 +105,8 @@ def test_recipe(workspace: Workspace, text: str, problem: str) -> None:
     [
         (
             "template: chatml\n",
-            "1:1: `source` is missing: where the checkpoint is: a local folder or a Hugging Face repository",
+            "1:1: `source` is missing: where the checkpoint is: a local folder or GGUF file, or a Hugging Face "
+            "repository",
         ),
         (
             "source: {path: .}\n",

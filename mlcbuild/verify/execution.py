@@ -33,6 +33,7 @@ class Texts:
     """How many tokens are tried: of one text `first`, then `more` onto it, then `steps` one by one; then two texts.
 
     Together they reach every kernel of a product (compiler/gpu/schedules.FEW): of one row, a few, up to 32, and many.
+    (The large blocks of CUDA's products of many rows are for longer texts than a slow device can try.)
     """
 
     first: int = 40

@@ -1,4 +1,4 @@
-"""What the machine code of decoding's products is measured by, without a device: instructions, loads, registers."""
+"""What the machine code of CUDA's products is measured by, without a device: instructions, loads, registers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mlcbuild.compiler.gpu import cuda_rows, sources
+from mlcbuild.compiler.gpu import cuda_many, cuda_rows
 from mlcbuild.recipes.load import load
 from tests.support import sass
+from tests.support.cuda_products import source, source_of_many
 
 ROOT = Path(__file__).parents[2]
 FORM = "4, 32, false of float16"  # q4f16_1
@@ -26,25 +27,7 @@ LOAD, WEIGHTS_OF_A_LOAD = "LDG.E.EF.128", 32
 MULTIPROCESSORS = 132  # of an H100; smaller devices have more blocks to each
 WARPS, REGISTERS = 48, 65536  # of a multiprocessor of sm_89; those of sm_80 and sm_90 have 64 warps
 IN_FLIGHT = 16 * 1024
-
-
-def source(instances: dict[str, cuda_rows.Instance]) -> str:
-    """Kernels as TVM writes them around the function."""
-    pieces = ["#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n"]
-    for name, one in instances.items():
-        number = next(of for of in ("nv_bfloat16", "float", "half") if f"<{of}," in one.name)
-        pieces.append(
-            f'extern "C" __global__ void __launch_bounds__({one.threads}) {name}({number}* __restrict__ y, '
-            f"{number}* __restrict__ s, unsigned int* __restrict__ w, {number}* __restrict__ x, int n, int rows) {{\n"
-            f"  float results[{one.results}];\n  __shared__ float partial[{one.shared}];\n"
-            f"  {one.name}(results, partial, x, w, s, n, rows, ((int)blockIdx.x));\n"
-            f"  for (int i = 0; i < {one.results}; ++i) {{\n"
-            f"    int at = i * {one.threads} + threadIdx.x, column = blockIdx.x * {one.rows} + at % {one.rows};\n"
-            f"    if (at / {one.rows} < n && column < rows)\n"
-            f"      y[at / {one.rows} * rows + column] = ({number})results[i];\n"
-            "  }\n}\n"
-        )
-    return sources.complete("".join(pieces))
+BOTH = ("false", "true")
 
 
 def test_rows_of_numbers_that_loads_of_16_bytes_do_not_meet_are_left_to_others() -> None:
@@ -96,3 +79,48 @@ def test_products_of_few_rows(architecture: str, tmp_path: Path) -> None:
         fit = min(WARPS // warps, REGISTERS // (one.threads * math.ceil(kernel.registers / 8) * 8))
         in_flight = min(blocks / MULTIPROCESSORS, fit) * warps * ahead * loads * 32 * 16
         assert in_flight >= min(IN_FLIGHT, rows * columns / 2 / MULTIPROCESSORS), where
+
+
+# Cycles that a quarter of a multiprocessor's tensor cores takes for mma.m16n8k16, 2,048 products: 256 products a cycle
+# by NVIDIA's A100 whitepaper (peak rates), half as many on Ada by its whitepaper, a quarter on its GeForce cards.
+CYCLES = {"sm_80": 8, "sm_89": 16}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", CYCLES)
+def test_products_of_many_rows(architecture: str, tmp_path: Path) -> None:
+    """In the loop, tensor cores are busy for twice as long as all instructions take to be issued."""
+    forms = {"q4f16_1": FORM, "q4f16_0": "4, 32, true of float16", "q8f16_1": "8, 32, false of float16"}
+    forms["q0f16"] = "16, 0, false of float16"
+    shapes = {"q4f16_1": [(22016, 4096), (4096, 11008), (1536, 8960)]}
+    chosen = {
+        f"{name}_{columns}": cuda_many.instance(form, rows, columns, narrow=False)
+        for name, form in forms.items()
+        for rows, columns in shapes.get(name, [(22016, 4096)])
+    }
+    small = cuda_many.instance(FORM, 4096, 4096, narrow=True)
+    assert small is not None and small.height == small.width == 64 and small.along == 2
+    found = sass.kernels(source_of_many({name: one for name, one in chosen.items() if one}), architecture, tmp_path)
+    assert len(found) == len(chosen)
+    for name, kernel in found.items():
+        begin, end = kernel.loop
+        loop = kernel.instructions[begin:end]
+        products = sum(each.startswith("HMMA.16816.F32") for each in loop)
+        assert products == 64 and any(each.startswith("LDGSTS") for each in loop), name
+        assert not any(each.startswith("I2F") for each in loop) and kernel.spilled == 0, name
+        assert len(loop) <= 0.5 * products * CYCLES[architecture], (name, len(loop))
+        assert 2 * math.ceil(kernel.registers / 8) * 8 * 128 <= REGISTERS, name  # two blocks to a multiprocessor
+
+
+@pytest.mark.slow
+def test_products_of_many_rows_spill_nothing_in_any_format(tmp_path: Path) -> None:
+    columns = {f"{bits}, {group}, {across}": 1000 for bits, group in ((4, 32), (3, 40), (8, 32)) for across in BOTH}
+    columns |= {"16, 0, false": 1032, "4, 48, false": 1056}
+    instances = {}
+    for number, (form, width) in enumerate(columns.items()):
+        for narrow in (True, False):
+            one = cuda_many.instance(f"{form} of float16", 1024, width, narrow)
+            assert one is not None
+            instances[f"k{number}_{narrow}"] = one
+    found = sass.kernels(source_of_many(instances), "sm_80", tmp_path)
+    assert {name for name, kernel in found.items() if kernel.spilled or kernel.counted()["I2F"]} == set()

@@ -113,6 +113,18 @@ def test_a_race_is_noted(body: str, machine: Machine) -> None:
     assert problem(machine, CUDA.format(body)).startswith("test: a race: thread orders 0 and ")
 
 
+@pytest.mark.parametrize("left_out", [None, "mlcbuild::wait_for_copies<0>();", "__syncthreads(); x_ptr"])
+def test_asynchronous_copies_are_there_behind_a_wait_and_a_barrier(left_out: str | None, machine: Machine) -> None:
+    body = f"""__shared__ alignas(64) float t[32]; x_ptr[i] = (float)i; __syncthreads();
+  if (i % 32 < 8) mlcbuild::copy_later<16>(t + i % 32 * 4, x_ptr + i + i % 32 * 3, true);
+  mlcbuild::end_of_copies(); mlcbuild::wait_for_copies<0>(); __syncthreads(); x_ptr[i] = {REVERSED};"""
+    if left_out is None:
+        assert launched(machine, CUDA.format(body)).tolist() == [*range(31, -1, -1), *range(63, 31, -1)]
+    else:
+        code = CUDA.format(body.replace(left_out, left_out.partition("; ")[2]))
+        assert "a race" in problem(machine, code)
+
+
 def test_simdgroup_functions_do_not_order_memory(machine: Machine) -> None:
     """What lanes have written is there for a matrix only behind a barrier."""
     body = """threadgroup float t[64]; t[i % 32] = (float)i; t[i % 32 + 32] = (float)i; BARRIER

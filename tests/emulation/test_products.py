@@ -1,4 +1,4 @@
-"""Products of few rows on the emulated CUDA device: the functions of our own (compiler/gpu/kernels), against NumPy."""
+"""Products on the emulated CUDA device: the functions of our own (compiler/gpu/kernels), against NumPy."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ CASES = [
     {"quantization": "q4f16_1", "rows": 16, "columns": 1000},  # a partial last group
     {"quantization": "q4f16_1", "rows": 17, "columns": 640, "changes": {"group_size": 16}},
     {"quantization": "q4f16_1", "rows": 17, "columns": 640, "changes": {"group_size": 128}},
+    {"quantization": "q4f16_1", "rows": 131, "columns": 480, "changes": {"group_size": 48}},  # in mid-step
+    {"quantization": "q4f16_1", "rows": 17000, "columns": 40},
+    {"quantization": "q8f16_1", "rows": 140, "columns": 96, "changes": {"group_size": 4}},
     {"quantization": "q4bf16_1", "rows": 33, "columns": 2080},
     {"quantization": "q4f32_1", "rows": 33, "columns": 2080},
     {"quantization": "q4f32_1", "rows": 16, "columns": 1000},
@@ -41,10 +44,11 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
-def test_products_of_few_rows(case: dict[str, Any], worker: Worker) -> None:
+def test_products(case: dict[str, Any], worker: Worker) -> None:
     answer = worker.ask({"product": case})
     name = case["quantization"]
     bound = BOUNDS["bfloat16" if "bf16" in name else "float32" if "f32" in name else "float16"]
     assert answer["notes"] == {}
     assert {n: error for n, error in answer["errors"].items() if not error < bound} == {}
-    assert answer["kernels"] == (2 if "f32" in name and "bf" not in name else 3)
+    # 3 bits have one kernel for more than 32 rows of x; of a large matrix, the small blocks end at 64.
+    assert answer["kernels"] == (2 if "f32" in name else 4 if "q3" in name else 5)

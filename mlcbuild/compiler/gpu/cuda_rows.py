@@ -21,7 +21,7 @@ COUNTS = (1, 8, 32)  # rows of x that there are functions for: up to so many
 TYPES = {"float16": "half", "bfloat16": "nv_bfloat16", "float32": "float"}
 _CODES = {(8, 4): 7, (10, 3): 3, (4, 8): 127}  # (codes of a word, bits): the code of 0
 _WORDS, _LANES = 4, 4  # words of a load; lanes along a row
-_MULTIPROCESSORS, _WARPS = 132, 12  # of the largest device (H100), and what each shall have of a product at least
+MULTIPROCESSORS, _WARPS = 132, 12  # of the largest device (H100), and what each shall have of a product at least
 _MOST_WARPS, _MOST_LARGE = 16, 8  # of a block; of one whose threads need more than 128 registers, or 32 KB are shared
 
 
@@ -52,10 +52,31 @@ def format_of(weights: Weights | None, dtype: str) -> dict[str, Any]:
     return {FORMAT: f"{weights.bits}, {weights.group_size}, {transposed} of {dtype}"}
 
 
-def instance(form: str, rows: int | None, columns: int, most: int) -> Instance | None:
-    """The function for a matrix [rows, columns] in a format that `format_of` gave, or None where there is none.
+@dataclass(frozen=True)
+class Matrix:
+    """What functions know of a matrix: `given` are its C++ type's arguments, `padded` the columns that are stored."""
 
-    `rows` is None where it is known at run time only. `most` are the rows of x: 1, or a multiple of 8.
+    given: str
+    dtype: str
+    bits: int
+    per_word: int
+    group: int  # 0 where there are no scales
+    across: bool
+    padded: int
+
+    @property
+    def wide(self) -> bool:
+        return self.dtype == "float32"
+
+    @property
+    def type(self) -> str:
+        return f"mlcbuild::Weights<{TYPES[self.dtype]}, {self.given}>"
+
+
+def matrix(form: str, rows: int | None, columns: int) -> Matrix | None:
+    """A matrix [rows, columns] in a format that `format_of` gave, or None where no function reads it.
+
+    `rows` is None where it is known at run time only.
     """
     given, _, dtype = form.partition(" of ")
     bits, group, transposed = given.split(", ")
@@ -63,21 +84,29 @@ def instance(form: str, rows: int | None, columns: int, most: int) -> Instance |
     chunk = _WORDS * per_word
     padded = -(-columns // (int(group) or chunk)) * (int(group) or chunk)
     aligned = 8 if per_word % 4 else 16
-    wide = dtype == "float32"
     across = transposed == "true"
-    if padded % chunk or columns * (4 if wide else 2) % aligned:
+    if padded % chunk or columns * (4 if dtype == "float32" else 2) % aligned:
         return None
     if not int(group) and columns % chunk:  # rows of plain numbers are not filled up
         return None
-    if (across and (rows is None or rows % _WORDS)) or (wide and most > 8):
+    if across and (rows is None or rows % _WORDS):
         return None
-    tiles = 2 if across or (most > 1 and not wide and _blocks(rows, 2) >= 2 * _MULTIPROCESSORS) else 1
-    steps = -(-(padded // chunk) // _LANES)
-    warps = _warps(_blocks(rows, tiles), steps, _MOST_LARGE if wide or most > 8 else _MOST_WARPS)
+    return Matrix(given, dtype, int(bits), per_word, int(group), across, padded)
+
+
+def instance(form: str, rows: int | None, columns: int, most: int) -> Instance | None:
+    """The function for a matrix of `matrix`, or None where there is none.
+
+    `most` are the rows of x: 1, or a multiple of 8.
+    """
+    of = matrix(form, rows, columns)
+    if of is None or (of.wide and most > 8):
+        return None
+    tiles = 2 if of.across or (most > 1 and not of.wide and _blocks(rows, 2) >= 2 * MULTIPROCESSORS) else 1
+    steps = -(-(of.padded // (_WORDS * of.per_word)) // _LANES)
+    warps = _warps(_blocks(rows, tiles), steps, _MOST_LARGE if of.wide or most > 8 else _MOST_WARPS)
     each = -(-steps // warps)
-    arguments = (
-        f"mlcbuild::Weights<{TYPES[dtype]}, {given}>, {columns}, {most}, {tiles}, {warps}, {_ahead(each, tiles)}"
-    )
+    arguments = f"{of.type}, {columns}, {most}, {tiles}, {warps}, {_ahead(each, tiles)}"
     height, threads = 16 * tiles, 32 * warps
     return Instance(arguments, height, threads, -(-height * most // threads), warps * height * most)
 
@@ -89,7 +118,7 @@ def _blocks(rows: int | None, tiles: int) -> int:
 def _warps(blocks: int, steps: int, most: int) -> int:
     """Of a block: enough for the device's memory to be busy, and no more than there are steps."""
     warps = 4
-    while warps < most and blocks * warps < _MULTIPROCESSORS * _WARPS and 2 * warps <= steps:
+    while warps < most and blocks * warps < MULTIPROCESSORS * _WARPS and 2 * warps <= steps:
         warps *= 2
     return warps
 
@@ -101,14 +130,37 @@ def _ahead(each: int, tiles: int) -> int:
 
 def few_rows(function: tirx.PrimFunc, product: Any, most: int) -> tirx.PrimFunc | None:
     """`function`, a product with what follows, for up to `most` rows of x; None where no function of ours is its."""
+    found = operands(function, product)
+    chosen = found and instance(found.form, found.fixed_rows, found.columns, most)
+    return function.with_body(_body(chosen, found)) if found and chosen else None
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Of a product: the format and sizes of its matrix, x, words and scales, and what becomes of sums."""
+
+    form: str
+    n: Any
+    rows: Any
+    columns: int
+    buffers: tuple[Any, ...]
+    epilogue: Epilogue
+
+    @property
+    def fixed_rows(self) -> int | None:
+        return int(self.rows) if isinstance(self.rows, tirx.IntImm) else None
+
+    @property
+    def pointers(self) -> list[Any]:
+        return [buffer.data for buffer in self.buffers]
+
+
+def operands(function: tirx.PrimFunc, product: Any) -> Operands | None:
+    """None where `function`, a product with what follows, is none that functions of ours can be put into."""
     form = product.annotations.get(FORMAT)
     if form is None:
         return None
     n, height, width = (var.dom.extent for var in product.iter_vars)
-    rows = int(height) if isinstance(height, tirx.IntImm) else None
-    chosen = instance(str(form), rows, int(width), most)
-    if chosen is None:
-        return None
     sch = s_tir.Schedule(function)
     block = sch.get_sblock(str(product.name_hint))
     x, w = (region.source for region in product.reads)
@@ -117,8 +169,8 @@ def few_rows(function: tirx.PrimFunc, product: Any, most: int) -> tirx.PrimFunc 
     last = sch.get(inline_consumers(sch, block) or block)
     if len(last.iter_vars) != 2 and last.init is None:
         return None
-    epilogue = _Epilogue(last, product.writes[0].source)
-    return function.with_body(_body(chosen, epilogue, [x, words, scales], n, height))
+    epilogue = Epilogue(last, product.writes[0].source)
+    return Operands(str(form), n, height, int(width), (x, words, scales), epilogue)
 
 
 def _writers(sch: Any, block: Any, buffer: Any) -> list[Any]:
@@ -126,7 +178,7 @@ def _writers(sch: Any, block: Any, buffer: Any) -> list[Any]:
     return [producer for producer in producers if producer.writes[0].source.same_as(buffer)]
 
 
-class _Epilogue:
+class Epilogue:
     """What is stored for a sum: `last` is the block that does so, `sums` the buffer that it takes it from."""
 
     def __init__(self, last: Any, sums: Any) -> None:
@@ -145,25 +197,28 @@ class _Epilogue:
         return tvm_ffi.structural_map(self.store, [(ir.TensorLoad, load), (ir.Var, place)])
 
 
-def _body(chosen: Instance, epilogue: _Epilogue, given: list[Any], n: Any, rows: Any) -> Any:
+def _body(chosen: Instance, product: Operands) -> Any:
     """Blocks of threads of which each takes `chosen.rows` rows of the matrix."""
     block, thread, number = (tirx.Var(name, "int32") for name in ("bx", "tx", "i"))
     results = tirx.decl_buffer((chosen.results,), "float32", "results", scope="local")
     shared = tirx.decl_buffer((chosen.shared,), "float32", "partial", scope="shared")
-    pointers = [buffer.data for buffer in (results, shared, *given)]
+    n, rows = product.n, product.rows
+    pointers = [results.data, shared.data, *product.pointers]
     call = tirx.Evaluate(tirx.call_extern("void", chosen.name, *pointers, n, rows, block))
     at = number * chosen.threads + thread
     row, column = at // chosen.rows, block * chosen.rows + at % chosen.rows
     inside = tirx.all(row < n, column < rows)
-    store = tirx.IfThenElse(inside, epilogue.at(row, column, tirx.BufferLoad(results, [number])), None)
+    store = tirx.IfThenElse(inside, product.epilogue.at(row, column, tirx.BufferLoad(results, [number])), None)
     stores = tirx.For(number, 0, chosen.results, tirx.ForKind.UNROLLED, store)
-    inner = s_tir.SBlock([], [], [], "few_rows", tirx.SeqStmt([call, stores]), alloc_buffers=[results, shared])
+    blocks = {"blockIdx.x": (block, (rows + chosen.rows - 1) // chosen.rows)}
+    return launched(tirx.SeqStmt([call, stores]), [results, shared], (thread, chosen.threads), blocks)
+
+
+def launched(body: Any, buffers: list[Any], threads: tuple[Any, int], blocks: Mapping[str, tuple[Any, Any]]) -> Any:
+    """A kernel whose threads do `body`, with buffers of their own and of their block: variables and their extents."""
+    inner = s_tir.SBlock([], [], [], "rows", body, alloc_buffers=buffers)
     body = s_tir.SBlockRealize([], True, inner)
-    extents: Mapping[str, tuple[Any, Any]] = {
-        "threadIdx.x": (thread, chosen.threads),
-        "blockIdx.x": (block, (rows + chosen.rows - 1) // chosen.rows),
-    }
-    for tag, (var, extent) in extents.items():
+    for tag, (var, extent) in {"threadIdx.x": threads, **blocks}.items():
         axis = tirx.IterVar(None, var, tirx.IterVar.ThreadIndex, tag)
         body = tirx.For(var, 0, extent, tirx.ForKind.THREAD_BINDING, body, thread_binding=axis)
     return s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", body))

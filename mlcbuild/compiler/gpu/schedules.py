@@ -12,7 +12,7 @@ from typing import Any
 from tvm import IRModule, s_tir, tirx
 from tvm.s_tir import dlight
 
-from mlcbuild.compiler.gpu import cuda_rows, experts, metal, recurrent
+from mlcbuild.compiler.gpu import cuda_many, cuda_rows, experts, metal, recurrent
 from mlcbuild.compiler.gpu.device import Device
 from mlcbuild.compiler.gpu.few_rows import few_rows
 from mlcbuild.compiler.gpu.products import PRODUCT, STEP
@@ -68,15 +68,18 @@ def _linear(function: tirx.PrimFunc, device: Device) -> tirx.PrimFunc:
     product = _product(function)
     rows_of_x = product.iter_vars[0].dom.extent
     step = int(function.attrs.get(STEP, 8))
-    many = _many_rows(function, device)
-    body = many.body
+    own = cuda_many.many_rows(function, product) if device.kind == "cuda" else []
+    many = own[-1][1] if own else _many_rows(function, device)
+    kernels = [(most, kernel) for most, kernel in own if most is not None]
     for limit, count in reversed(FEW):
         small = cuda_rows.few_rows(function, product, limit) if device.kind == "cuda" else None
         if small is None and count is not None:
             small = few_rows(function, device, count, step)
-        if small is None:
-            continue
-        body = tirx.IfThenElse(tirx.op.tvm_thread_invariant(rows_of_x <= limit), small.body, body)
+        if small is not None:
+            kernels.append((limit, small))
+    body = many.body
+    for most, kernel in kernels:
+        body = tirx.IfThenElse(tirx.op.tvm_thread_invariant(rows_of_x <= most), kernel.body, body)
     body = s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", body))
     result = many.with_body(body)
     return result.with_attr("tirx.is_scheduled", True).with_attr("tirx.HoistIfThenElseExprWithBlock", 1)

@@ -52,6 +52,58 @@ static inline void multiply_tile(float (&sums)[4], const uint32_t (&a)[4], const
   emulation::wait_for_warp();
 }
 
+// cp.async: BYTES to a place that is aligned to them.
+template <int BYTES>
+static inline void copy_later(void* to, const void* from, bool there) {
+  struct alignas(BYTES) All { char bytes[BYTES]; };
+  emulation::copy_later(emulation_aligned<All>(to), there ? emulation_aligned<All>(from) : nullptr, BYTES);
+}
+static inline void end_of_copies() { emulation::end_of_copies(); }
+template <int STEPS>
+static inline void wait_for_copies() { emulation::wait_for_copies(STEPS); }
+
+// Many such products at once, with the sums where the lanes have them: one lane does the work of its warp, eight columns at
+// a time, for nearly all time of a prefill is spent here. A lane has the same columns of both operands.
+template <class T, int A, int B, int PAIRS>
+static inline void multiply_tiles(float (*sums)[A][4], const uint32_t (&a)[A][2][PAIRS], const uint32_t (&b)[B][PAIRS]) {
+  typedef float Row __attribute__((vector_size(32)));
+  constexpr int EACH = 2 * PAIRS, K = 4 * EACH;
+  struct Given {
+    float (*sums)[A][4];
+    float a[A][2][EACH], b[B][EACH];
+  };
+  static Given given[emulation::MOST_THREADS];
+  static Row columns[K][B];
+  Given& own = given[emulation::thread];
+  auto widen = [](float (&to)[EACH], const uint32_t (&from)[PAIRS]) {
+    T numbers[EACH];
+    memcpy(numbers, from, sizeof(numbers));
+    for (int k = 0; k < EACH; k++) to[k] = numbers[k];
+  };
+  own.sums = sums;
+  for (int i = 0; i < A; i++) widen(own.a[i][0], a[i][0]), widen(own.a[i][1], a[i][1]);
+  for (int j = 0; j < B; j++) widen(own.b[j], b[j]);
+  emulation::wait_for_warp();
+  if (emulation_lane() == 0) {
+    const Given* warp = &given[emulation::thread];
+    for (int k = 0; k < K; k++)
+      for (int j = 0; j < B; j++)
+        for (int c = 0; c < 8; c++) columns[k][j][c] = warp[c * 4 + k / EACH].b[j][k % EACH];
+    for (int row = 0; row < 16 * A; row++) {
+      const Given* of_row = warp + row % 8 * 4;
+      const int i = row / 16, half_of_tile = row / 8 % 2;
+      Row all[B];
+      for (int j = 0; j < B; j++)
+        for (int c = 0; c < 8; c++) all[j][c] = of_row[c / 2].sums[j][i][half_of_tile * 2 + c % 2];
+      for (int k = 0; k < K; k++)
+        for (int j = 0; j < B; j++) all[j] += of_row[k / EACH].a[i][half_of_tile][k % EACH] * columns[k][j];
+      for (int j = 0; j < B; j++)
+        for (int c = 0; c < 8; c++) of_row[c / 2].sums[j][i][half_of_tile * 2 + c % 2] = all[j][c];
+    }
+  }
+  emulation::wait_for_warp();
+}
+
 template <class T>
 static inline const T* one_address(const T* place) { return place; }
 

@@ -25,13 +25,24 @@ struct Fiber {
   int source;  // the thread whose value it takes
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  int group;
+};
+
 struct Slot {
   char* end;  // the page behind it is closed
   size_t room, bytes;
   bool fresh;
 };
 
+constexpr int COPIES = 256;  // of a thread, on their way
+
 Fiber fibers[MOST_THREADS];
+Copy copies[MOST_THREADS][COPIES];
+int waiting[MOST_THREADS], groups[MOST_THREADS];  // copies of a thread, and groups that it has ended
 Slot slots[SLOTS + 1];
 char* stacks;
 void* scheduler;  // its stack pointer
@@ -65,6 +76,7 @@ void wait(State state) {
 
 void body() {
   running(running_arguments);
+  wait_for_copies(-1);  // those that nobody waited for come at some time, too
   wait(ENDED);
 }
 
@@ -73,6 +85,7 @@ void start(int number) {
   memset(frame, 0, FRAME * sizeof(void*));
   frame[RETURN_AT] = reinterpret_cast<void*>(body);
   fibers[number] = {frame, READY, 0, 0, 0};
+  waiting[number] = groups[number] = 0;
 }
 
 int in_order(int place, int count, int order) {
@@ -165,6 +178,25 @@ uint32_t exchange(uint32_t value, int lane) {
   fibers[own].source = lane < 0 || lane >= WARP ? -1 : own / WARP * WARP + lane;
   wait(AT_EXCHANGE);
   return fibers[own].taken;
+}
+
+void copy_later(void* to, const void* from, size_t bytes) {
+  if (waiting[thread] == COPIES) __builtin_trap();
+  memset(to, 0xff, bytes);
+  copies[thread][waiting[thread]++] = {to, from, bytes, groups[thread]};
+}
+
+void end_of_copies() { groups[thread]++; }
+
+void wait_for_copies(int last) {
+  Copy* own = copies[thread];
+  int kept = 0;
+  for (int i = 0; i < waiting[thread]; i++) {
+    if (own[i].group >= groups[thread] - last) own[kept++] = own[i];
+    else if (own[i].from) memcpy(own[i].to, own[i].from, own[i].bytes);
+    else memset(own[i].to, 0, own[i].bytes);
+  }
+  waiting[thread] = kept;
 }
 
 void* shared(int number, size_t bytes) {

@@ -50,6 +50,12 @@ void wait_for_warp();   // __syncwarp
 // What thread `lane` of this warp gives in the same call; 0xffffffff where it does not take part.
 uint32_t exchange(uint32_t value, int lane);
 
+// A copy that a thread does not wait for: everybody finds poison there until it has. `from`: nullptr for zeros. Copies are
+// waited for in groups, which end where the thread says so.
+void copy_later(void* to, const void* from, size_t bytes);
+void end_of_copies();
+void wait_for_copies(int groups);  // until only those of the last `groups` groups may be on their way
+
 // Shared memory number `slot` of the running block: poisoned when the block starts, a page that nobody may touch behind.
 void* shared(int slot, size_t bytes);
 void* dynamic_shared();

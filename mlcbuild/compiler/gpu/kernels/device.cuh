@@ -8,6 +8,13 @@
 
 namespace mlcbuild {
 
+template <int BYTES>
+struct Bytes;
+template <>
+struct Bytes<8> { typedef uint2 Type; };
+template <>
+struct Bytes<16> { typedef uint4 Type; };
+
 // sums += a * b: 16 rows, 16 columns of a, 8 columns of b. Of a lane: rows lane / 4 and that + 8, k in four places.
 template <class T>
 __device__ __forceinline__ void multiply_tile(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -28,6 +35,48 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[4], const uint32_t (
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
+}
+
+// Bytes to shared memory that are there once their thread has waited for them; zeros where there is nothing to copy.
+template <int BYTES>
+__device__ __forceinline__ void copy_later(void* to, const void* from, bool there) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  typedef typename Bytes<BYTES>::Type All;
+  *static_cast<All*>(to) = there ? *static_cast<const All*>(from) : All{};
+#else
+  const unsigned place = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  if constexpr (BYTES == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(there ? 16 : 0) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(place), "l"(from), "r"(there ? 8 : 0) : "memory");
+#endif
+}
+
+// A step's copies end here; wait until only those of the last STEPS steps may still be on their way.
+__device__ __forceinline__ void end_of_copies() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int STEPS>
+__device__ __forceinline__ void wait_for_copies() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(STEPS) : "memory");
+#endif
+}
+
+// Tiles of 16 rows of a with tiles of 8 rows of b, over four lanes' PAIRS of neighbouring columns. A lane has rows lane / 4
+// and that + 8 of each tile of a, and row lane / 4 of each of b.
+template <class T, int A, int B, int PAIRS>
+__device__ __forceinline__ void multiply_tiles(float (*sums)[A][4], const uint32_t (&a)[A][2][PAIRS],
+                                               const uint32_t (&b)[B][PAIRS]) {
+#pragma unroll
+  for (int p = 0; p < PAIRS; p += 2)
+#pragma unroll
+    for (int j = 0; j < B; j++)
+#pragma unroll
+      for (int i = 0; i < A; i++)
+        multiply_tile<T>(sums[j][i], {a[i][0][p], a[i][1][p], a[i][0][p + 1], a[i][1][p + 1]}, {b[j][p], b[j][p + 1]});
 }
 
 // Of a matrix of 8 x 8 numbers of 16 bits, of which a lane has two neighbours in row lane / 4: those of its transpose.

@@ -25,13 +25,26 @@ __device__ __forceinline__ uint32_t bfloat_field(uint32_t word) {
   return Pairs<__nv_bfloat16>::add(masked(word, MASK, ONES_BFLOAT), Pairs<__nv_bfloat16>::of(-128.f - MIDDLE));
 }
 
+// Two numbers from the lowest bits of two 16-bit halves, of MASK each.
+template <uint32_t MASK, int MIDDLE>
+__device__ __forceinline__ uint32_t low_field(uint32_t word, half*) { return half_field<1, MASK, MIDDLE>(word); }
+template <uint32_t MASK, int MIDDLE>
+__device__ __forceinline__ uint32_t low_field(uint32_t word, __nv_bfloat16*) { return bfloat_field<MASK, MIDDLE>(word); }
+
 // Codes of one word: `pairs` of numbers code - middle, and `sorted` activations in the same order, as pairs too.
+// `in_order` unpacks pairs of neighbours, for more instructions. UNIT: words that a lane takes at once for many rows.
 template <int BITS>
 struct Codes;
 
 template <>
 struct Codes<4> {
-  static constexpr int PER_WORD = 8, MIDDLE = 7;
+  static constexpr int PER_WORD = 8, MIDDLE = 7, UNIT = 1;
+  template <class T>
+  static __device__ __forceinline__ void in_order(uint32_t w, uint32_t* pairs, T* of) {
+    const uint32_t odd = w >> 4;
+#pragma unroll
+    for (int i = 0; i < 4; i++) pairs[i] = low_field<0x000f000f, MIDDLE>(__byte_perm(w, odd, i | (4 + i) << 8), of);
+  }
   static __device__ __forceinline__ void unpack(uint32_t w, uint32_t* pairs, half*) {
     pairs[0] = half_field<1, 0x000f000f, MIDDLE>(w), pairs[1] = half_field<16, 0x00f000f0, MIDDLE>(w);
     w >>= 8;
@@ -51,7 +64,15 @@ struct Codes<4> {
 
 template <>
 struct Codes<3> {
-  static constexpr int PER_WORD = 10, MIDDLE = 3;
+  static constexpr int PER_WORD = 10, MIDDLE = 3, UNIT = 2;
+  template <class T>
+  static __device__ __forceinline__ void in_order(uint32_t w, uint32_t* pairs, T* of) {
+#pragma unroll
+    for (int i = 0; i < 5; i++) {
+      const uint32_t odd = 6 * i < 13 ? w << (13 - 6 * i) : w >> (6 * i - 13);  // its code at bit 16
+      pairs[i] = low_field<0x00070007, MIDDLE>(__byte_perm(w >> 6 * i, odd, 0x7610), of);
+    }
+  }
   // Five codes to 16 bits.
   static __device__ __forceinline__ uint32_t spread(uint32_t w) { return (w & 0x7fff) | (w << 1 & 0x7fff0000); }
   static __device__ __forceinline__ void unpack(uint32_t w, uint32_t* pairs, half*) {
@@ -76,7 +97,9 @@ struct Codes<3> {
 
 template <>
 struct Codes<8> {
-  static constexpr int PER_WORD = 4, MIDDLE = 127;
+  static constexpr int PER_WORD = 4, MIDDLE = 127, UNIT = 2;
+  template <class T>
+  static __device__ __forceinline__ void in_order(uint32_t w, uint32_t* pairs, T* of) { unpack(w, pairs, of); }
   static __device__ __forceinline__ void unpack(uint32_t w, uint32_t* pairs, half*) {
     const uint32_t less = Pairs<half>::of(-1024.f - MIDDLE);
     pairs[0] = Pairs<half>::add(__byte_perm(w, ONES_HALF, 0x5150), less);
@@ -97,7 +120,9 @@ struct Codes<8> {
 
 template <>
 struct Codes<16> {  // numbers as they are, without scales
-  static constexpr int PER_WORD = 2;
+  static constexpr int PER_WORD = 2, UNIT = 4;
+  template <class T>
+  static __device__ __forceinline__ void in_order(uint32_t w, uint32_t* pairs, T*) { pairs[0] = w; }
   template <class T>
   static __device__ __forceinline__ void unpack(uint32_t w, uint32_t* pairs, T*) {
     pairs[0] = w;

@@ -1,0 +1,49 @@
+"""CUDA source of single products: kernels as TVM writes them around the functions of our own."""
+
+from __future__ import annotations
+
+from mlcbuild.compiler.gpu import cuda_many, cuda_rows, sources
+
+
+def source(instances: dict[str, cuda_rows.Instance]) -> str:
+    """Kernels as TVM writes them around the function."""
+    pieces = ["#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n"]
+    for name, one in instances.items():
+        number = next(of for of in ("nv_bfloat16", "float", "half") if f"<{of}," in one.name)
+        pieces.append(
+            f'extern "C" __global__ void __launch_bounds__({one.threads}) {name}({number}* __restrict__ y, '
+            f"{number}* __restrict__ s, unsigned int* __restrict__ w, {number}* __restrict__ x, int n, int rows) {{\n"
+            f"  float results[{one.results}];\n  __shared__ float partial[{one.shared}];\n"
+            f"  {one.name}(results, partial, x, w, s, n, rows, ((int)blockIdx.x));\n"
+            f"  for (int i = 0; i < {one.results}; ++i) {{\n"
+            f"    int at = i * {one.threads} + threadIdx.x, column = blockIdx.x * {one.rows} + at % {one.rows};\n"
+            f"    if (at / {one.rows} < n && column < rows)\n"
+            f"      y[at / {one.rows} * rows + column] = ({number})results[i];\n"
+            "  }\n}\n"
+        )
+    return sources.complete("".join(pieces))
+
+
+def source_of_many(instances: dict[str, cuda_many.Instance]) -> str:
+    """The same for products of many rows of float16."""
+    pieces = ["#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n"]
+    for name, one in instances.items():
+        handed = 64 * one.height // 128
+        given = "half* __restrict__ y, half* __restrict__ s, unsigned int* __restrict__ w, half* __restrict__ x, int n"
+        pieces.append(
+            f'extern "C" __global__ void __launch_bounds__(128) {name}({given}, int rows) {{\n'
+            f"  float sums[{one.height * one.width * one.along // 128}];\n"
+            f"  __shared__ alignas(64) float stages[{one.shared}];\n"
+            f"  {one.name}(sums, stages, x, w, s, n, rows, ((int)blockIdx.x), ((int)blockIdx.y));\n"
+        )
+        for part, hand_over in enumerate(one.handed):
+            total = " + ".join(f"stages[{along * 64 * (one.height + 4)} + low + inner]" for along in range(one.along))
+            pieces.append(
+                f"  {hand_over}(stages, sums);\n  for (int i = 0; i < {handed}; ++i) {{\n"
+                f"    int at = i * 128 + threadIdx.x, inner = at % {one.height}, of_x = at / {one.height};\n"
+                f"    int low = of_x * {one.height + 4}, row = blockIdx.x * {one.width} + {64 * part} + of_x;\n"
+                f"    int column = blockIdx.y * {one.height} + inner;\n"
+                f"    if (row < n && column < rows) y[row * rows + column] = (half)({total});\n  }}\n"
+            )
+        pieces.append("}\n")
+    return sources.complete("".join(pieces))

@@ -92,7 +92,7 @@ class Code:
         begin, end = self.kernel.loop
         names = self.kernel.instructions
         once, each = (sum(n.startswith(name) for n in part) for part in (names, names[begin:end]))
-        return once + (self.steps - 1) * each
+        return float(once + (self.steps - 1) * each)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def fit(code: Code, device: Mapping[str, Any]) -> int:
     registers = code.threads * math.ceil(code.kernel.registers / 8) * 8
     most = [device["warps"] * 32 // code.threads, int(REGISTERS // registers)]
     most += [device["shared"] * 1024 // (code.shared + 1024)] if code.shared else []
-    return max(1, min(most))
+    return max(1, int(min(most)))
 
 
 def seconds(launch: Launch, device: Mapping[str, Any]) -> tuple[float, str]:
@@ -151,15 +151,16 @@ class Machine:
         from mlcbuild.compiler.gpu import cuda_many, cuda_rows
         from tests.support import cuda_products, sass
 
-        self.few: dict[tuple[int, int, int], tuple[cuda_rows.Instance, Code]] = {}
-        self.many: dict[tuple[int, int, bool], tuple[cuda_many.Instance, Code]] = {}
+        self.few: dict[tuple[int, int, int], tuple[Any, Code]] = {}
+        self.many: dict[tuple[int, int, bool], tuple[Any, Code]] = {}
         matrices = [*shape.products.values(), (shape.vocabulary, shape.hidden)]
         few = {(*at, most): cuda_rows.instance(FORM, *at, most) for at in matrices for most in cuda_rows.COUNTS}
         many = {(*at, narrow): cuda_many.instance(FORM, *at, narrow) for at in matrices for narrow in (True, False)}
-        for instances, text, kept in (
+        pairs: tuple[tuple[Any, Any, Any], ...] = (
             (few, cuda_products.source, self.few),
             (many, cuda_products.source_of_many, self.many),
-        ):
+        )
+        for instances, text, kept in pairs:
             names: dict[Any, str] = {}
             for one in instances.values():
                 names.setdefault(one, f"k{len(names)}")

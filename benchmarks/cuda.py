@@ -8,7 +8,8 @@
 The bundle holds `stories` in q4f16_1 with the logits that our CPU library gives for its weights, libraries of a 1B and
 an 8B shape (TinyLlama's and Llama 3.1's), whose weights are made up there, and wheels of NumPy and tvm_ffi with TVM's
 runtime (`--python`: of the machine with the GPU). `run` prints how far the logits are off, decode and prefill in tokens
-a second, and the bytes of weights that decoding reads a second beside the device's own rate of copying.
+a second, and the bytes of weights that decoding reads a second beside the device's own rate of copying; under the 8B
+shape, what gpu_model.py has modelled for the devices of the bundle's architecture.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ def bundle(folder: Path, target_name: str, architectures: Sequence[str], python:
     for name, changes in (("1b", {}), ("8b", CONFIG_8B)):
         shape = shape_1b.structure({**shape_1b.CONFIG, **changes})
         _library(shape, target_name, architectures, folder / f"{name}.so", folder / "scratch" / name)
+    if _target(target_name).device["kind"] == "cuda":
+        (folder / "modelled.json").write_text(json.dumps(_modelled(architectures[0])))
     shutil.rmtree(folder / "scratch")
     _runtime(folder, python)
     print(f"{folder}: take it to the machine with the GPU and run `python3 cuda.py run .` in it")
@@ -104,6 +107,20 @@ def _library(shape: Any, target_name: str, architectures: Sequence[str], output:
     build(*given, output, scratch, architectures=architectures)
 
 
+def _modelled(architecture: str) -> dict[str, dict[str, float]]:
+    """By device of the architecture, what gpu_model.py expects of the 8B shape, in what `run` does."""
+    import yaml
+
+    devices = yaml.safe_load((ROOT / "benchmarks" / "gpu_devices.yaml").read_text())
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_model.py"), "--shape", "llama-3.1-8b"]
+    command += ["--json", str(PAGE + STEPS // 2), str(PROMPT), "--device"]
+    return {
+        name: json.loads(subprocess.run([*command, name], check=True, capture_output=True, text=True).stdout)
+        for name, device in devices.items()
+        if device["arch"] == architecture
+    }
+
+
 def _target(name: str) -> Any:
     import yaml
 
@@ -128,6 +145,8 @@ def _runtime(folder: Path, python: str) -> None:
 
 def run(folder: Path, device: str) -> None:
     """Print every figure. Raises SystemExit where the device is not there."""
+    if device == "cuda" and not _there():
+        raise SystemExit("no CUDA device here: take the bundle to a machine that has one, or say --device cpu")
     sys.path[:0] = _installed(folder)
     import numpy as np
 
@@ -155,6 +174,19 @@ def run(folder: Path, device: str) -> None:
         read = decode * model.bytes_of_a_token / 1e9
         print(f"{name:5} {decode:5.0f} t/s {read:5.0f} GB/s {read / rate:6.0%} {prefill:5.0f} t/s")
         del model
+    modelled = folder / "modelled.json"
+    for sheet, figures in json.loads(modelled.read_text()).items() if device == "cuda" and modelled.exists() else ():
+        print(f"8b modelled for {sheet}: {figures['decode']:.0f} t/s, prefill {figures['prefill']:.0f} t/s")
+
+
+def _there() -> bool:
+    """Whether the driver has a device."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int()
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
 
 def _installed(folder: Path) -> list[str]:

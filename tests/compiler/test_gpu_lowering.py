@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tvm import relax, tirx
 
 from mlcbuild.compiler import assemble
 from mlcbuild.compiler.gpu import lower
@@ -23,6 +24,7 @@ CUDA = {
     **{"kind": "cuda", "arch": "sm_80", "max_threads_per_block": 1024, "max_shared_memory_per_block": 49152},
     **{"thread_warp_size": 32, "host": {"kind": "llvm", "mtriple": "x86_64-linux-gnu"}},
 }
+Q4F16_1, CAPTURED = llama.QUANTIZATIONS["q4f16_1"], "batch_decode_cuda_graph_capture"
 METAL = {"kind": "metal", "max_threads_per_block": 256, "max_shared_memory_per_block": 32768, "thread_warp_size": 1}
 
 
@@ -105,3 +107,18 @@ def test_every_kernel_of_a_model_is_valid_wgsl(stories: Structure, quantization:
                 kernel.validate()
                 names.append(kernel.name)
     assert {"attention_prefill_kernel", "attention_decode_kernel", "linear_kernel_2"} <= set(names)
+
+
+@pytest.mark.slow
+def test_a_layer_launches_seven_kernels_of_the_librarys_own_at_decode(stories: Structure) -> None:
+    """Beside what the KV cache calls: two norms, four products with their residuals, the gate."""
+    counted = []
+    for layers in (2, 3):
+        module = lower.lower(replace(stories, num_hidden_layers=layers), Q4F16_1, "q4f16_1", CUDA)
+        functions = dict(module.functions_items())
+        kernels = [gv for gv, function in functions.items() if isinstance(function, tirx.PrimFunc)]
+        pieces = [gv for gv in functions if gv.name_hint == "batch_decode" or gv.name_hint.startswith(CAPTURED)]
+        bindings = [one for gv in pieces for block in functions[gv].body.blocks for one in block.bindings]
+        called = [one.value.op for one in bindings if isinstance(one.value, relax.Call)]
+        counted.append(sum(any(op.same_as(gv) for gv in kernels) and "shape_func" not in str(op) for op in called))
+    assert counted[1] - counted[0] == 7, counted

@@ -55,7 +55,7 @@ def instance(form: str, rows: int | None, columns: int, narrow: bool) -> Instanc
     if of is None or of.wide:
         return None
     tiles = 8 if narrow or of.bits == 3 else 16  # more numbers of 3 bits than shared memory holds
-    warps = 2 if narrow and of.bits != 3 and limit(rows) > _NARROW else _WARPS
+    warps = 2 if narrow and of.bits not in (3, 8) and limit(rows) > _NARROW else _WARPS  # for 8 bits, registers are few
     height, width, along = 32 * warps, 8 * tiles, _WARPS // warps
     stage = _stage(of, height, width, along)
     stages = min(_MOST_STAGES, _SHARED // stage)

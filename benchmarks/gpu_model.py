@@ -1,0 +1,355 @@
+"""How fast a CUDA library should decode and prefill on a device, from its machine code and the device's data sheet.
+
+    python benchmarks/gpu_model.py --device a100-80gb --shape llama-3.1-8b               # every kernel of a token
+    python benchmarks/gpu_model.py --device h100-sxm --shape vicuna-7b --summary         # tokens a second only
+
+No GPU is needed: nvcc and nvdisasm are (`pip install 'mlcbuild[cuda]' nvidia-cuda-nvdisasm`). Kernels of products and
+of attention are compiled for the device one by one, as the library has them, and their instructions are counted. A
+kernel takes as long as the slowest of these, after a launch:
+
+    memory   its bytes, at REACHED of the data sheet's rate, or as many as are on their way at once in LATENCY
+    issue    its instructions, four a cycle and multiprocessor, by waves of blocks
+    tensor   its matrix instructions, at the tensor cores' rate with float32 sums
+
+What it assumes beyond gpu_devices.yaml is ASSUMED. Figures are modelled: benchmarks/cuda.py measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+ASSUMED = {
+    "of the bandwidth that reading reaches": 0.92,
+    "seconds that a load takes on a busy device": 800e-9,
+    "seconds between kernels of a graph": 1.2e-6,
+    "seconds of a kernel launched alone": 2.5e-6,
+    "registers of a multiprocessor": 65536,
+    "warps that issue at once": 4,
+}
+REACHED, LATENCY, IN_GRAPH, ALONE, REGISTERS, ISSUING = ASSUMED.values()
+FORM, BITS, GROUP = "4, 32, false of float16", 4, 32  # q4f16_1
+ROWS, CONTEXTS, PROMPTS = (1, 8, 64), (512, 4096, 32768), (512, 4096, 32768)
+CHUNK = 2048  # tokens of a prompt that are prefilled in one call
+PRODUCTS_OF_AN_INSTRUCTION = 16 * 8 * 16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Those of a config.json that matter here."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    norms_of_heads: bool = False
+
+    @property
+    def products(self) -> dict[str, tuple[int, int]]:
+        """[rows, columns] of a layer's matrices."""
+        attention = self.heads * self.head_dim
+        return {
+            "qkv": (attention + 2 * self.kv_heads * self.head_dim, self.hidden),
+            "o": (self.hidden, attention),
+            "gate_up": (2 * self.intermediate, self.hidden),
+            "down": (self.hidden, self.intermediate),
+        }
+
+
+SHAPES = {
+    "vicuna-7b": Shape(4096, 11008, 32, 32, 32, 128, 32000),
+    "llama-3.1-8b": Shape(4096, 14336, 32, 32, 8, 128, 128256),
+    "qwen3-0.6b": Shape(1024, 3072, 28, 16, 8, 128, 151936, norms_of_heads=True),
+}
+
+
+@dataclass(frozen=True)
+class Code:
+    """Machine code of a kernel: what one warp executes for a row of `steps` steps, and what its block holds."""
+
+    kernel: Any  # tests.support.sass.Kernel
+    threads: int
+    shared: int  # bytes
+    steps: int  # rounds of the loop
+
+    def count(self, name: str = "") -> float:
+        """Instructions of a warp, or those whose names begin so."""
+        begin, end = self.kernel.loop
+        names = self.kernel.instructions
+        once, each = (sum(n.startswith(name) for n in part) for part in (names, names[begin:end]))
+        return float(once + (self.steps - 1) * each)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, and how often it is launched in a token or a prompt. No code: its bytes are all that it costs."""
+
+    name: str
+    count: int
+    bytes: float
+    blocks: float = 0
+    code: Code | None = None
+    in_graph: bool = True
+    share: float = 1.0  # of the code's loop that a block goes through
+
+
+def fit(code: Code, device: Mapping[str, Any]) -> int:
+    """Blocks that a multiprocessor holds at once."""
+    registers = code.threads * math.ceil(code.kernel.registers / 8) * 8
+    most = [device["warps"] * 32 // code.threads, int(REGISTERS // registers)]
+    most += [device["shared"] * 1024 // (code.shared + 1024)] if code.shared else []
+    return max(1, int(min(most)))
+
+
+def seconds(launch: Launch, device: Mapping[str, Any]) -> tuple[float, str]:
+    """Of one launch, and what binds it."""
+    cost = IN_GRAPH if launch.in_graph else ALONE
+    rate = device["bandwidth"] * 1e9 * REACHED
+    times = {"memory": launch.bytes / rate, "launch": 0.0}
+    code = launch.code
+    if code is not None:
+        hold, units = fit(code, device), device["multiprocessors"]
+        busy = min(hold, launch.blocks / units)
+        waves = math.ceil(launch.blocks / units) / (launch.blocks / units) if launch.blocks < 8 * units else 1.0
+        loads = sum("LDG" in n and "128" in n for n in code.kernel.instructions[: code.kernel.loop[1]])
+        asynchronous = any(n.startswith("LDGSTS") for n in code.kernel.instructions)
+        if loads and not asynchronous:
+            on_their_way = max(busy, 1 / units) * code.threads * 16 * loads / 2
+            times["in flight"] = launch.bytes / units / max(on_their_way / LATENCY, 1.0)
+        warps = launch.blocks * code.threads / 32 * launch.share / units * waves
+        cycle = 1e-9 / device["clock"]
+        times["issue"] = warps * code.count() / ISSUING * cycle
+        products = code.count("HMMA") * PRODUCTS_OF_AN_INSTRUCTION
+        if any(n.startswith("HMMA.1688") for n in code.kernel.instructions):
+            products /= 2
+        times["tensor"] = warps * products / (device["products"] * device["reach"]) * cycle
+    bound = max(times, key=lambda name: times[name])
+    if times[bound] < cost:
+        bound = "launch"
+    return cost + max(times.values()), bound
+
+
+class Machine:
+    """Machine code for one architecture, each kernel compiled once."""
+
+    def __init__(self, shape: Shape, architecture: str, folder: Path) -> None:
+        from mlcbuild.compiler.gpu import cuda_many, cuda_rows
+        from tests.support import cuda_products, sass
+
+        self.few: dict[tuple[int, int, int], tuple[Any, Code]] = {}
+        self.many: dict[tuple[int, int, bool], tuple[Any, Code]] = {}
+        matrices = [*shape.products.values(), (shape.vocabulary, shape.hidden)]
+        few = {(*at, most): cuda_rows.instance(FORM, *at, most) for at in matrices for most in cuda_rows.COUNTS}
+        many = {(*at, narrow): cuda_many.instance(FORM, *at, narrow) for at in matrices for narrow in (True, False)}
+        pairs: tuple[tuple[Any, Any, Any], ...] = (
+            (few, cuda_products.source, self.few),
+            (many, cuda_products.source_of_many, self.many),
+        )
+        for instances, text, kept in pairs:
+            names: dict[Any, str] = {}
+            for one in instances.values():
+                names.setdefault(one, f"k{len(names)}")
+            found = sass.kernels(text({name: one for one, name in names.items()}), architecture, folder)
+            for key, one in instances.items():
+                kept[key] = one, _code(found[names[one]], one, key[1])
+        self.attend, self.prompt = _attention(shape, architecture, folder)
+
+    def product(self, name: str, at: tuple[int, int], n: int, count: int, extra: float) -> Launch:
+        """`extra` bytes beside the matrix and x."""
+        from mlcbuild.compiler.gpu import cuda_many, cuda_rows
+
+        rows, columns = at
+        matrix = rows * columns * BITS / 8 + rows * columns / GROUP * 2
+        most = next((most for most in cuda_rows.COUNTS if n <= most), None)
+        if most is not None:
+            small, code = self.few[(*at, most)]
+            blocks = math.ceil(rows / small.rows)
+            return Launch(name, count, matrix + extra + n * columns * 2, blocks, code)
+        one, code = self.many[(*at, n <= cuda_many.limit(rows))]
+        blocks = math.ceil(rows / one.height) * math.ceil(n / one.width)
+        return Launch(name, count, matrix + extra + n * columns * 2, blocks, code)
+
+
+def _code(kernel: Any, one: Any, columns: int) -> Code:
+    from mlcbuild.compiler.gpu import cuda_many
+
+    if isinstance(one, cuda_many.Instance):
+        return Code(kernel, 128, one.shared * 4, math.ceil(columns / 32 / one.along))
+    warps, ahead = (int(text) for text in one.arguments.split(", ")[-2:])
+    return Code(kernel, one.threads, one.shared * 4, max(1, math.ceil(columns / 128 / warps / ahead)))
+
+
+def _attention(shape: Shape, architecture: str, folder: Path) -> tuple[Code, Code]:
+    """Of one step of 16 keys: of decoding, and of new tokens over each other."""
+    import dataclasses
+
+    from benchmarks import shape_1b
+    from mlcbuild.compiler.gpu import cuda_attention, sources
+    from tests.support import device_code, sass
+
+    given: dict[str, Any] = {
+        "head_dim": shape.head_dim,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+    }
+    structure = dataclasses.replace(shape_1b.structure(), **given)
+    target = shape_1b.TARGETS["cuda"].device
+    made = []
+    for kernel in (cuda_attention.decode, cuda_attention.ragged):
+        code, blocks = device_code.source(kernel(structure, "float16"), target)
+        name = next(iter(blocks))
+        found = sass.kernels(sources.complete(code), architecture, folder)[name]
+        made.append(Code(found, 32 * cuda_attention.WARPS, 0, 1))
+    return made[0], made[1]
+
+
+def of_a_token(machine: Machine, shape: Shape, n: int, context: int) -> Iterator[Launch]:
+    """Of `n` sequences, a token each."""
+    import dataclasses
+
+    width, layers = shape.hidden * 2 * n, shape.layers
+    heads = (shape.heads + 2 * shape.kv_heads) * shape.head_dim * 2 * n
+    at = shape.products
+    yield Launch("embedding", 1, 1.5 * width)
+    yield Launch("norms", 2 * layers + 1, 2 * width)
+    yield machine.product("qkv", at["qkv"], n, layers, heads)
+    if shape.norms_of_heads:
+        yield Launch("norms of heads", layers, 2 * heads)
+    yield Launch("rotary", layers, 2 * heads, in_graph=False)
+    yield Launch("append", layers, heads, in_graph=False)
+    tiles = shape.kv_heads * math.ceil(shape.heads / shape.kv_heads / 8)
+    splits = max(1, min(math.ceil(4 * 132 / (n * tiles)), context // 16 // 8))
+    code = dataclasses.replace(machine.attend, steps=max(1, math.ceil(context / 16 / splits / 4)))
+    cached = n * context * 2 * shape.kv_heads * shape.head_dim * 2
+    yield Launch("attention", layers, cached + heads, n * tiles * splits, code, in_graph=False)
+    if splits > 1:
+        parts = n * splits * shape.heads * (shape.head_dim + 2) * 4
+        yield Launch("joined parts", layers, 2.0 * parts, in_graph=False)
+    yield machine.product("o", at["o"], n, layers, 2 * width)
+    yield machine.product("gate_up", at["gate_up"], n, layers, n * at["gate_up"][0] * 2)
+    yield Launch("gate", layers, n * 3 * shape.intermediate * 2)
+    yield machine.product("down", at["down"], n, layers, 2 * width)
+    yield machine.product("head", (shape.vocabulary, shape.hidden), n, 1, n * shape.vocabulary * 4)
+
+
+def of_a_prompt(machine: Machine, shape: Shape, length: int) -> Iterator[Launch]:
+    """In calls of CHUNK tokens, each onto the ones before."""
+    import dataclasses
+
+    n = min(length, CHUNK)
+    calls = math.ceil(length / n)
+    times = calls * shape.layers
+    width, heads = shape.hidden * 2 * n, (shape.heads + 2 * shape.kv_heads) * shape.head_dim * 2 * n
+    at = shape.products
+    yield Launch("norms", 2 * times + 1, 2 * width, in_graph=False)
+    for name, extra in (("qkv", heads), ("o", 2 * width), ("gate_up", n * at["gate_up"][0] * 2), ("down", 2 * width)):
+        yield dataclasses.replace(machine.product(name, at[name], n, times, extra), in_graph=False)
+    yield Launch("rotary and append", 2 * times, 2 * heads, in_graph=False)
+    rows = 8 * 2 * 4  # of a block: cuda_attention.WARPS of two tiles
+    blocks = math.ceil(n * shape.heads / shape.kv_heads / rows) * shape.kv_heads
+    keys = (length + n) / 2 if calls > 1 else n / 2  # that a row sees, on the average
+    code = dataclasses.replace(machine.prompt, steps=max(1, round(keys / 16)))
+    yield Launch("attention", times, 2 * heads, blocks, code, in_graph=False)
+    yield Launch("gate", times, n * 3 * shape.intermediate * 2, in_graph=False)
+    yield machine.product("head", (shape.vocabulary, shape.hidden), 1, 1, 0)
+
+
+def floor(shape: Shape, n: int, context: int, device: Mapping[str, Any]) -> float:
+    """Seconds of a token that the bytes of weights and of the cache take at the data sheet's rate."""
+    matrices = sum(rows * columns for rows, columns in shape.products.values()) * shape.layers
+    weights = (matrices + shape.vocabulary * shape.hidden) * (BITS / 8 + 2 / GROUP)
+    cached = n * context * 2 * shape.kv_heads * shape.head_dim * 2 * shape.layers
+    return float((weights + cached) / (device["bandwidth"] * 1e9))
+
+
+def tensor_floor(shape: Shape, length: int, device: Mapping[str, Any]) -> float:
+    """Seconds of a prompt's products and attention at the tensor cores' dense rate."""
+    matrices = sum(rows * columns for rows, columns in shape.products.values())
+    attention = length / 2 * shape.heads * shape.head_dim * 2
+    rate = device["multiprocessors"] * device["products"] * device["clock"] * 1e9
+    return float(length * shape.layers * (matrices + attention) / rate)
+
+
+def table(launches: list[Launch], device: Mapping[str, Any]) -> float:
+    """Print every kernel; the seconds of all."""
+    print(
+        f"{'kernel':18} {'launches':>8} {'MB each':>8} {'µs each':>8} {'bound':>10}   of a warp: instructions, tensor"
+    )
+    total = 0.0
+    for launch in launches:
+        each, bound = seconds(launch, device)
+        total += launch.count * each
+        code = launch.code
+        counted = f"{code.count():10,.0f} {code.count('HMMA'):8,.0f}" if code is not None else ""
+        print(f"{launch.name:18} {launch.count:8} {launch.bytes / 1e6:8.2f} {each * 1e6:8.1f} {bound:>10} {counted}")
+    return total
+
+
+def figures(device: Mapping[str, Any], name: str, context: int, length: int) -> dict[str, float]:
+    """Tokens a second: of decoding one sequence, and of a prompt."""
+    shape = SHAPES[name]
+    with tempfile.TemporaryDirectory() as folder:
+        machine = Machine(shape, device["arch"], Path(folder))
+    decode, prompt = of_a_token(machine, shape, 1, context), of_a_prompt(machine, shape, length)
+    one, all_ = (sum(launch.count * seconds(launch, device)[0] for launch in each) for each in (decode, prompt))
+    return {"decode": 1 / one, "prefill": length / all_}
+
+
+def modelled(device: Mapping[str, Any], name: str, summary: bool) -> None:
+    shape = SHAPES[name]
+    with tempfile.TemporaryDirectory() as folder:
+        machine = Machine(shape, device["arch"], Path(folder))
+    print("modelled, q4f16_1:")
+    for n in ROWS:
+        for context in CONTEXTS:
+            launches = list(of_a_token(machine, shape, n, context))
+            total = sum(launch.count * seconds(launch, device)[0] for launch in launches)
+            if not summary:
+                print(f"\n{n} rows, context {context}")
+                table(launches, device)
+            least = floor(shape, n, context, device)
+            count = sum(launch.count for launch in launches)
+            print(
+                f"decode {n:2} x {context:6}: {n / total:8.0f} t/s, {least / total:4.0%} of the floor, {count} launches"
+            )
+    for length in PROMPTS:
+        launches = list(of_a_prompt(machine, shape, length))
+        total = sum(launch.count * seconds(launch, device)[0] for launch in launches)
+        if not summary:
+            print(f"\nprompt of {length}")
+            table(launches, device)
+        share = tensor_floor(shape, length, device) / total
+        print(f"prefill     {length:6}: {length / total:8.0f} t/s, {share:4.0%} of the tensor cores' rate")
+
+
+def main() -> None:
+    devices = yaml.safe_load((Path(__file__).parent / "gpu_devices.yaml").read_text())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=sorted(devices), default="a100-80gb")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.1-8b")
+    parser.add_argument("--summary", action="store_true", help="no table of kernels")
+    parser.add_argument("--json", nargs=2, type=int, metavar=("CONTEXT", "PROMPT"), help="two figures only")
+    options = parser.parse_args()
+    if options.json:
+        print(json.dumps(figures(devices[options.device], options.shape, *options.json)))
+        return
+    modelled(devices[options.device], options.shape, options.summary)
+
+
+if __name__ == "__main__":
+    main()

@@ -183,7 +183,7 @@ def test_those_with_rotary_positions_and_windows_agree(name: str, tmp_path: Path
 
 
 def test_gte_as_the_hubs_own_code_has_it() -> None:
-    """A config.json of `new`, and its NTK scaling: theta times the factor, then all frequencies by factor ** (2 / D)."""
+    """A config.json of `new`, and its NTK scaling: theta times the factor, frequencies by factor ** (2 / D)."""
     own = {
         "model_type": "new", "hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1, "rope_theta": 20000,
         "layer_norm_type": "layer_norm", "logn_attention_clip1": False, "logn_attention_scale": False,

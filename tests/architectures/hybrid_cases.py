@@ -107,7 +107,7 @@ CASES["qwen2_5_vl"] = Case(
 VIEW = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 for _name in ("aya_vision", "cohere2_vision"):
     CASES[_name] = Case(
-        "aya_vision",
+        _name,
         {
             "model_type": _name,
             "text_config": dict(family_cases.CASES["cohere2"].config),

@@ -16,6 +16,7 @@ from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.architecture import choose, resolve
 from mlcbuild.models.encoder import buckets
 from mlcbuild.models.parameters import parameters
+from mlcbuild.models.rope import inverse_frequencies
 from mlcbuild.models.structure import Structure
 from mlcbuild.quantization.dequantize import dequantized
 from mlcbuild.runtime.embedding import Pooling, encoded, pooled
@@ -179,6 +180,21 @@ def test_those_with_rotary_positions_and_windows_agree(name: str, tmp_path: Path
     built = Built(tmp_path, quantization, transformers_encoder(model_type, **NEWER[name]), model_type)
     for ids in (IDS, IDS[:1], IDS[:17]):
         assert error(built.model.hidden_states(ids), hidden_states(built.reference, ids)) < 2e-5
+
+
+def test_gte_as_the_hubs_own_code_has_it() -> None:
+    """A config.json of `new`, and its NTK scaling: theta times the factor, frequencies by factor ** (2 / D)."""
+    own = {
+        "model_type": "new", "hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1, "rope_theta": 20000,
+        "layer_norm_type": "layer_norm", "logn_attention_clip1": False, "logn_attention_scale": False,
+        "position_embedding_type": "rope", "rope_scaling": {"factor": 8.0, "type": "ntk"}, "pack_qkv": True,
+        "unpad_inputs": True, "use_memory_efficient_attention": True, "max_position_embeddings": 8192,
+    }  # fmt: skip
+    chosen = choose(known_architectures(), own)
+    structure = resolve(chosen, own, {})
+    assert chosen.name == "gte" and structure.context_window_size == 8192
+    expected = 160000.0 ** -(np.arange(0, 32, 2) / 32) / 8 ** (2 / 32)
+    np.testing.assert_allclose(inverse_frequencies(structure), expected, rtol=1e-6)
 
 
 @pytest.mark.slow

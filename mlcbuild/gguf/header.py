@@ -23,6 +23,7 @@ _MAGIC = b"GGUF"
 _STRING, _ARRAY, _FLOAT, _BOOL = 8, 9, 6, 7
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _MOST_FACTS, _MOST_DIMENSIONS = 10_000, 8
+_END = 1 << 42  # bytes that no file has (mlcbuild.checkpoints.listing), and no tensor
 
 
 class Truncated(CheckpointError):
@@ -89,7 +90,7 @@ def parse(content: bytes | mmap.mmap, file: str) -> Header:
             raise CheckpointError(f"{file}: the fact {key!r:.100} occurs twice")
         facts[key] = reader.value(*reader.numbers("I"))
     alignment = facts.get("general.alignment", 32)
-    if type(alignment) is not int or alignment < 1:
+    if type(alignment) is not int or not 1 <= alignment <= 1 << 20:
         raise CheckpointError(f"{file}: general.alignment is {alignment!r:.40}, expected a number of bytes")
     found = [reader.tensor() for _ in range(tensors)]
     start = -(-reader.position // alignment) * alignment
@@ -145,6 +146,8 @@ class _Reader:
             raise CheckpointError(f"{self._file}: tensor {name}: {dimensions} dimensions")
         shape = self.numbers(f"{dimensions}Q")
         kind, offset = self.numbers("IQ")
+        if max(offset, *shape, 0) >= _END:
+            raise CheckpointError(f"{self._file}: tensor {name}: its dimensions or its place are beyond any file")
         return Tensor(name, self._file, shape[::-1], kind, offset)
 
     def _skip(self, size: int) -> int:

@@ -29,6 +29,7 @@ from mlcbuild.checkpoints.torch_files import _MAGIC as MAGIC
 from mlcbuild.checkpoints.torch_files import read_torch
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.gguf import checkpoint, tensors
+from mlcbuild.gguf.config import _factors
 from mlcbuild.recipes import syntax
 from mlcbuild.recipes.lockfile import examine, lock_path
 from mlcbuild.reporting import events
@@ -84,7 +85,8 @@ def gguf(facts: dict[str, Any]) -> bytes:
 
     head = b"".join(text(key) + value(each) for key, each in facts.items())
     head += tensor("token_embd.weight", (4, 3), 0) + tensor("rope_freqs.weight", (2,), 64)
-    return b"GGUF" + struct.pack("<IQQ", 3, 2, len(facts)) + head + bytes(96) + struct.pack("<2f", 1, 8)
+    head = b"GGUF" + struct.pack("<IQQ", 3, 2, len(facts)) + head
+    return head + bytes(-len(head) % 32 + 64) + struct.pack("<2f", *_factors(8.0, 8192, 1e4, 2))
 
 
 def pickles(folder: Path, content: bytes) -> None:

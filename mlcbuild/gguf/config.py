@@ -10,6 +10,7 @@ from typing import Any
 
 from mlcbuild.errors import CheckpointError
 from mlcbuild.gguf.header import Bytes, Header, numbers
+from mlcbuild.models.config import is_above
 from mlcbuild.models.fields import evaluate
 from mlcbuild.models.fields import read as read_fields
 from mlcbuild.models.unknown import close_to
@@ -34,7 +35,7 @@ def rules(header: Header) -> Mapping[str, Any]:
     name = header.architecture
     if name not in known():
         raise CheckpointError(
-            f"{header.file}: general.architecture `{name}` is not one whose config.json can be made of a GGUF "
+            f"{header.file}: general.architecture `{name:.60}` is not one whose config.json can be made of a GGUF "
             f"file{close_to(name, known())}; they are {', '.join(sorted(known()))}. Name the checkpoint that it was "
             "made from"
         )
@@ -51,18 +52,18 @@ def config(header: Header, read: Bytes) -> dict[str, Any]:
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(f"{header.file}: no tensor token_embd.weight [tokens, size]: it is no language model")
-    queries = header.tensors.get(f"{_FIRST}attn_q.weight")
+    queries = header.tensors.get(f"{_FIRST}attn_q.weight", embedding)
     given = {
         "vocab_size": embedding.shape[0],
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "tensors": tuple(each.removeprefix(_FIRST) for each in header.tensors if each.startswith(_FIRST)),
-        "query_rows": queries.shape[0] if queries is not None else embedding.shape[1],
+        "query_rows": embedding.shape[1] if queries is embedding else next(iter(queries.shape), 0),
     }
-    facts = _nested(header.facts).get(name, {})
+    facts = _mapping(_nested(header.facts).get(name))
     values, problems = read_fields(table["config"], facts, given)
     if problems:
         told = "; ".join(problem.removeprefix("config.json: ") for problem in problems)
-        raise CheckpointError(f"{header.file}: of the facts about `{name}`: {told}")
+        raise CheckpointError(f"{header.file}: of the facts about `{name}`: {told:.2000}")
     made = {key: list(v) if isinstance(v, tuple) else v for key, v in values.items() if key[0] != "_" and v is not None}
     del made["tensors"], made["query_rows"]
     kind = evaluate(table.get("model_type", repr(name)), given)
@@ -91,9 +92,14 @@ def _nested(facts: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
 def _scaling(header: Header, facts: Mapping[str, Any], made: Mapping[str, Any], read: Bytes) -> dict[str, Any] | None:
     """`rope_scaling`, by the facts of `rope.scaling` or by factors that are tensors."""
-    found = facts.get("rope", {}).get("scaling", {})
+    rope = _mapping(facts.get("rope"))
+    found = _mapping(rope.get("scaling"))
     original = found.get("original_context_length")
     short, long = (numbers(header, name, read) for name in (SHORT, LONG))
     if short is not None and long is not None:
@@ -103,7 +109,7 @@ def _scaling(header: Header, facts: Mapping[str, Any], made: Mapping[str, Any], 
         return _llama3(header, factors, made["rope_theta"])
     kind, factor = found.get("type", "none"), found.get("factor")
     if kind == "none" or factor is None:
-        factor = facts.get("rope", {}).get("scale_linear") if factor is None else factor
+        factor = rope.get("scale_linear") if factor is None else factor
         return {"rope_type": "linear", "factor": factor} if factor not in (None, 1.0) and kind != "none" else None
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
@@ -112,12 +118,13 @@ def _scaling(header: Header, facts: Mapping[str, Any], made: Mapping[str, Any], 
                 "attention_factor": found.get("yarn_attn_factor")}  # fmt: skip
         given = {key: value for key, value in more.items() if value is not None}
         return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original, **given}
-    raise CheckpointError(f"{header.file}: rope.scaling.type `{kind}` without its factors is not read")
+    raise CheckpointError(f"{header.file}: rope.scaling.type `{kind!s:.60}` without its factors is not read")
 
 
 def _llama3(header: Header, factors: list[float], theta: float) -> dict[str, Any]:
     """The scaling `llama3` whose factors these are (transformers modeling_rope_utils.py)."""
-    for length in (8192, 4096, 16384, 32768):
+    sound = is_above(1, theta) and all(is_above(0, each) for each in factors)
+    for length in (8192, 4096, 16384, 32768) if sound and factors else ():
         scaling = {"rope_type": "llama3", "factor": max(factors), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                    "original_max_position_embeddings": length}  # fmt: skip
         expected = list(_factors(max(factors), length, theta, len(factors)))

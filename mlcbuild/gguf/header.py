@@ -22,7 +22,8 @@ Bytes = Callable[[str, int, int], bytes]  # those of a file, from an offset on, 
 _MAGIC = b"GGUF"
 _STRING, _ARRAY, _FLOAT, _BOOL = 8, 9, 6, 7
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_MOST_FACTS, _MOST_DIMENSIONS = 10_000, 8
+MOST_FACTS, MOST_DIMENSIONS = 10_000, 8
+_END = 1 << 42  # bytes that no file has (mlcbuild.checkpoints.listing), and no tensor
 
 
 class Truncated(CheckpointError):
@@ -78,9 +79,9 @@ def parse(content: bytes | mmap.mmap, file: str) -> Header:
         big = version in (2 << 24, 3 << 24)
         said = "its numbers are big-endian" if big else f"version {version} of GGUF"
         raise CheckpointError(f"{file}: {said}, and only versions 2 and 3, little-endian, are read: convert it again")
-    if tensors > MOST_TENSORS or count > _MOST_FACTS:
+    if tensors > MOST_TENSORS or count > MOST_FACTS:
         raise CheckpointError(
-            f"{file}: {tensors:,} tensors and {count:,} facts; at most {MOST_TENSORS:,} and {_MOST_FACTS:,} are read"
+            f"{file}: {tensors:,} tensors and {count:,} facts; at most {MOST_TENSORS:,} and {MOST_FACTS:,} are read"
         )
     facts: dict[str, Any] = {}
     for _ in range(count):
@@ -89,7 +90,7 @@ def parse(content: bytes | mmap.mmap, file: str) -> Header:
             raise CheckpointError(f"{file}: the fact {key!r:.100} occurs twice")
         facts[key] = reader.value(*reader.numbers("I"))
     alignment = facts.get("general.alignment", 32)
-    if type(alignment) is not int or alignment < 1:
+    if type(alignment) is not int or not 1 <= alignment <= 1 << 20:
         raise CheckpointError(f"{file}: general.alignment is {alignment!r:.40}, expected a number of bytes")
     found = [reader.tensor() for _ in range(tensors)]
     start = -(-reader.position // alignment) * alignment
@@ -141,10 +142,12 @@ class _Reader:
         if refused := refused_name(name):
             raise CheckpointError(f"{self._file}: {refused}")
         (dimensions,) = self.numbers("I")
-        if dimensions > _MOST_DIMENSIONS:
+        if dimensions > MOST_DIMENSIONS:
             raise CheckpointError(f"{self._file}: tensor {name}: {dimensions} dimensions")
         shape = self.numbers(f"{dimensions}Q")
         kind, offset = self.numbers("IQ")
+        if max(offset, *shape, 0) >= _END:
+            raise CheckpointError(f"{self._file}: tensor {name}: its dimensions or its place are beyond any file")
         return Tensor(name, self._file, shape[::-1], kind, offset)
 
     def _skip(self, size: int) -> int:

@@ -31,8 +31,12 @@ def files(header: Header) -> dict[str, Any]:
     kind, tokens = facts.get("model"), facts.get("tokens")
     if kind is None or not isinstance(tokens, list) or not tokens:
         raise CheckpointError(f"{header.file}: it has no tokenizer: {ADVICE}")
+    for key, type_ in {"tokens": str, "merges": str, "scores": float, "token_type": int}.items():
+        given = facts.get(key, [])
+        if not isinstance(given, list) or not all(type(each) is type_ for each in given):
+            raise CheckpointError(f"{header.file}: tokenizer.ggml.{key}: not a list of type {type_.__name__}: {ADVICE}")
     if kind not in ("gpt2", "llama"):
-        raise CheckpointError(f"{header.file}: a tokenizer of kind `{kind}` is not made of a GGUF file: {ADVICE}")
+        raise CheckpointError(f"{header.file}: a tokenizer of kind `{kind!s:.60}` is not made of a GGUF file: {ADVICE}")
     if len(set(tokens)) < len(tokens):
         tokens = _unlike(tokens)
     for key in ("token_type", "scores"):
@@ -78,23 +82,26 @@ def _cuts() -> Mapping[str, Any]:
 
 
 def _byte_level(header: Header, facts: Mapping[str, Any], tokens: Sequence[str]) -> tuple[dict[str, Any], bool]:
-    name = facts.get("pre", "gpt-2")
+    name = str(facts.get("pre", "gpt-2"))
     if name not in _cuts():
         raise CheckpointError(
-            f"{header.file}: tokenizer.ggml.pre `{name}`: how it cuts a text is not known; known are "
+            f"{header.file}: tokenizer.ggml.pre `{name:.60}`: how it cuts a text is not known; known are "
             f"{', '.join(_cuts())}: {ADVICE}"
         )
     how = _cuts()[name]
     splits = [
         {"type": "Split", "pattern": {"Regex": cut}, "behavior": "Isolated", "invert": False} for cut in how["cut"]
     ]
+    vocabulary = _vocabulary(tokens)
     plain = not splits or how.get("then_plain", False)
     bytes_ = {"type": "ByteLevel", "add_prefix_space": bool(facts.get("add_space_prefix", False)), "trim_offsets": True}
     steps = [*splits, {**bytes_, "use_regex": plain}]
     merges = [merge.split(" ", 1) for merge in facts.get("merges", ())]
+    if any(len(pair) < 2 or "".join(pair) not in vocabulary for pair in merges):
+        raise CheckpointError(f"{header.file}: tokenizer.ggml.merges: two halves that make no token: {ADVICE}")
     model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
              "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-             "ignore_merges": how.get("whole", False), "vocab": _vocabulary(tokens), "merges": merges}  # fmt: skip
+             "ignore_merges": how.get("whole", False), "vocab": vocabulary, "merges": merges}  # fmt: skip
     made = {"normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
             "decoder": {**bytes_, "use_regex": True}, "model": model}  # fmt: skip
     return made, bool(how.get("begins", False))

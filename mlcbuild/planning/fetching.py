@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +21,8 @@ def fetched(
 ) -> str:
     """The step's name. `files` are patterns, where not all of the source counts; `lock` gives a repository's entry."""
     if source.path is not None and source.gguf:
-        names = tuple(glob.escape(path.name) for path in local_parts(source.path))
-        return add("download", label, {}, (Input("files", path=source.path.parent, select=names),))
+        # File by file: their folder may have much else, which would be gone through at every build.
+        return add("download", label, {}, tuple(Input(path.name, path=path) for path in local_parts(source.path)))
     if source.path is not None:
         patterns = files if files is not None else checkpoint_files(source.path)
         return add("download", label, {}, (Input("files", path=source.path, select=patterns),))

@@ -21,7 +21,8 @@ _KEPT = 30 * 24 * 3600  # seconds: an unfinished download that nobody has gone o
 def run(job: Job) -> None:
     """Artifact: the checkpoint's files under their own names. Local ones are referred to, never copied.
 
-    fields: none for a local folder (input `files`); `repo`, `commit`, `files` (name -> sha256, size) for a hub's.
+    fields: none for a local folder (input `files`) or GGUF files (an input for each, under its name); `repo`, `commit`,
+    `files` (name -> sha256, size) for a hub's.
     Raises CheckpointError when the hub's files are not the locked ones, and for a folder without any.
     """
     if "repo" in job.fields:
@@ -34,7 +35,7 @@ def run(job: Job) -> None:
         _sweep(job.partial)
         hub.fetch(job.fields["repo"], job.fields["commit"], files, job.output, job.progress, partial=job.partial / name)
         return
-    given = job.inputs["files"].files
+    given = {name: entry for tree in job.inputs.values() for name, entry in tree.files.items()}
     if not given:
         raise CheckpointError("the folder has nothing that is read of a checkpoint: no config.json, no *.safetensors")
     for name, entry in given.items():

@@ -172,7 +172,9 @@ def _download_bytes(step: Step) -> int:
     """Of a repository's files, as they are locked, or of a local checkpoint's."""
     total: int = sum(file["size"] for file in step.fields.get("files", {}).values())
     for item in step.inputs:
-        if item.path is not None and item.path.is_dir():
+        if item.path is not None and item.path.is_file():
+            total += item.path.stat().st_size
+        elif item.path is not None and item.path.is_dir():
             files = (path for path in item.path.iterdir() if path.is_file())
             total += sum(path.stat().st_size for path in files if not item.select or matches(path.name, item.select))
     return total

@@ -39,7 +39,10 @@ def write(root: Path, snippet: Block) -> None:
     text = content.get("verify", {}).get("text")
     for key in ("source", "delta_of", "lora"):
         if folder := content.get(key, {}).get("path"):
-            (path.parent / folder).mkdir(parents=True, exist_ok=True)
+            place = path.parent / folder
+            (place.parent if place.suffix == ".gguf" else place).mkdir(parents=True, exist_ok=True)
+            if place.suffix == ".gguf":
+                place.touch()
     if text:
         (path.parent / text).parent.mkdir(parents=True, exist_ok=True)
         (path.parent / text).write_text("A text.\n")

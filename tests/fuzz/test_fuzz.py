@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import pickle
+import struct
 import time
 import traceback
 import zipfile
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -26,6 +28,8 @@ from mlcbuild.checkpoints.listing import read_listing
 from mlcbuild.checkpoints.torch_files import _MAGIC as MAGIC
 from mlcbuild.checkpoints.torch_files import read_torch
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.gguf import checkpoint, tensors
+from mlcbuild.gguf.config import _factors
 from mlcbuild.recipes import syntax
 from mlcbuild.recipes.lockfile import examine, lock_path
 from mlcbuild.reporting import events
@@ -50,6 +54,39 @@ def whole_files(folder: Path, content: bytes) -> None:
     path = folder / "x.safetensors"
     path.write_bytes(content)
     inside(read_header(path, path.name), path)
+
+
+def ggufs(folder: Path, content: bytes) -> None:
+    paths = {"x.gguf": folder / "x.gguf"}
+    paths["x.gguf"].write_bytes(content)
+    header = checkpoint.read(paths)
+    json.dumps(checkpoint.small_files(header, paths))
+    tensors.sizes(header, paths)
+
+
+def gguf(facts: dict[str, Any]) -> bytes:
+    """A llama without layers: its embedding and its factors of rope."""
+
+    def text(word: str) -> bytes:
+        return struct.pack("<Q", len(word)) + word.encode()
+
+    def value(given: Any) -> bytes:
+        if isinstance(given, list):
+            return struct.pack("<IIQ", 9, kinds[type(given[0])], len(given)) + b"".join(map(raw, given))
+        return struct.pack("<I", kinds[type(given)]) + raw(given)
+
+    def raw(given: Any) -> bytes:
+        return text(given) if isinstance(given, str) else struct.pack("<f" if isinstance(given, float) else "<i", given)
+
+    kinds: dict[type, int] = {str: 8, float: 6, int: 5}
+
+    def tensor(name: str, shape: tuple[int, ...], offset: int) -> bytes:
+        return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, 0, offset)
+
+    head = b"".join(text(key) + value(each) for key, each in facts.items())
+    head += tensor("token_embd.weight", (4, 3), 0) + tensor("rope_freqs.weight", (2,), 64)
+    head = b"GGUF" + struct.pack("<IQQ", 3, 2, len(facts)) + head
+    return head + bytes(-len(head) % 32 + 64) + struct.pack("<2f", *_factors(8.0, 8192, 1e4, 2))
 
 
 def pickles(folder: Path, content: bytes) -> None:
@@ -123,6 +160,25 @@ TREE = Tree({"a/b": Entry(DIGEST, 3, 0o644, Path())})
 TARGETS = {
     "headers": Target(headers, HEAD),
     "whole files": Target(whole_files, len(HEAD).to_bytes(8, "little") + HEAD + bytes(12)),
+    "ggufs": Target(
+        ggufs,
+        gguf(
+            {
+                "general.architecture": "llama",
+                **{f"llama.{name}": 4 for name in ("context_length", "embedding_length", "block_count")},
+                "llama.attention.head_count": 2,
+                "llama.attention.layer_norm_rms_epsilon": 0.5,
+                "llama.rope.scaling.type": "yarn",
+                "llama.rope.scaling.factor": 4.0,
+                "tokenizer.ggml.model": "gpt2",
+                "tokenizer.ggml.pre": "qwen2",
+                "tokenizer.ggml.tokens": ["a", "b", "ab"],
+                "tokenizer.ggml.token_type": [1, 1, 3],
+                "tokenizer.ggml.merges": ["a b"],
+                "tokenizer.ggml.bos_token_id": 2,
+            }
+        ),
+    ),
     "pickles": Target(pickles, TENSOR),
     "older pickles": Target(older, b"".join(pickle.dumps(each, 2) for each in (MAGIC, 1001, {"little_endian": True}))),
     "yaml": Target(yaml, b"model: tiny\nmatrix: [a, {b: &x 1e3}]\n? *x\n: |\n  text\n"),

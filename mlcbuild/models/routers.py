@@ -24,7 +24,7 @@ from mlcbuild.models.weights import Given
 BLOCK = "router_"  # what the names of its blocks begin with: on GPUs each row is one thread's
 _NONE = -3.0e38  # below every score
 # te.max begins with the least int32, which WGSL cannot write.
-_LARGEST = te.comm_reducer(tirx.max, lambda dtype: tirx.const(0, dtype), name="largest")
+_LARGEST = te.comm_reducer(lambda a, b: tirx.max(a, b), lambda dtype: tirx.const(0, dtype), name="largest")
 _TINY = 1e-20  # what transformers adds to the sum that shares are divided by
 
 

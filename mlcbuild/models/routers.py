@@ -23,6 +23,8 @@ from mlcbuild.models.weights import Given
 
 BLOCK = "router_"  # what the names of its blocks begin with: on GPUs each row is one thread's
 _NONE = -3.0e38  # below every score
+# te.max begins with the least int32, which WGSL cannot write.
+_LARGEST = te.comm_reducer(lambda a, b: tirx.max(a, b), lambda dtype: tirx.const(0, dtype), name="largest")
 _TINY = 1e-20  # what transformers adds to the sum that shares are divided by
 
 
@@ -73,7 +75,8 @@ def _chosen(rank: te.Tensor, count: int) -> te.Tensor:
     e = te.reduce_axis((0, rank.shape[1]), "e")
 
     def number(i: Any, c: Any) -> Any:
-        return te.max(tirx.Select(rank[i, e] == c.astype("int32"), e.astype("int32"), tirx.const(0, "int32")), axis=e)
+        of_rank = tirx.Select(rank[i, e] == c.astype("int32"), e.astype("int32"), tirx.const(0, "int32"))
+        return _LARGEST(of_rank, axis=e)
 
     return te.compute((rank.shape[0], count), number, name=f"{BLOCK}chosen")
 

@@ -24,7 +24,7 @@ VOCABULARY = 520  # tokens: the head's kernel takes any number; no multiple of a
 BOUNDS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}
 # Times that, by the kind of layer: a scan multiplies what four products gave, and their errors add up; of a delta net,
 # what a head gives is normed, and it is small where a query and what was written point elsewhere.
-_NOISE = {"mamba": 2, "mamba2": 2, "delta": 10, "kda": 10}
+_NOISE = {"mamba": 2, "mamba2": 2, "delta": 5, "kda": 5}
 _MANY_PRODUCTS = 20_000_000  # for a row of activations: above, one takes an emulated device seconds
 
 

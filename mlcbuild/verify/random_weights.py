@@ -18,6 +18,7 @@ from mlcbuild.recipes.types import Quantization
 _BLOCK = 1_000_003  # numbers; a prime, so that no two rows of a matrix are alike
 _PIECE = _BLOCK // 2  # numbers of a matrix that lie together
 _STEP = 7919  # numbers between the beginnings of two pieces; a prime, too
+_CENTRES = {"state_rate": -1.0}  # of numbers by role
 _AWQ_DEVIATION = 6.5  # of a random code from a random zero point
 
 
@@ -25,7 +26,7 @@ def make(structure: Structure, vocabulary: int, quantization: Quantization, fold
     """A weights folder, `folder`, of `vocabulary` tokens. The same arguments make the same bytes.
 
     Matrices `[N, K]` have a deviation of K^-1/2, which keeps the length of what they are multiplied with; norms lie
-    around 1, biases around 0.
+    around 1, biases around 0, the rates of state spaces around -1: of a positive rate a state grows without end.
     """
     wanted = parameters(replace(structure, vocab_size=vocabulary))
     blocks = _Blocks(scratch / "numbers.bin")
@@ -52,7 +53,7 @@ def _entry(parameter: Parameter, tensors: list[QuantizedParameter], blocks: _Blo
             "packed": {"scheme": "awq", "bits": packed.bits, "group_size": packed.group_size, "tensors": ready},
         }
     if not parameter.is_matrix:
-        centre = 0.0 if parameter.role.endswith("_bias") else 1.0
+        centre = _CENTRES.get(parameter.role, 0.0 if parameter.role.endswith("_bias") else 1.0)
         return {**entry, "parts": [blocks.part((centre, 0.1), shape)]}
     *experts, rows, columns = shape
     most = max(1, _PIECE // columns)

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tvm import te, tirx
 
-from mlcbuild.compiler.gpu import experts
+from mlcbuild.compiler.gpu import experts, rows
+from mlcbuild.models import routers
 from mlcbuild.quantization.schemes import parts_of
 from tests.compiler.packing import pack, rounded
 from tests.support.gpus import Gpu
@@ -75,3 +77,13 @@ def test_what_the_experts_say_is_added_by_their_shares(gpu: Gpu, dtype: str) -> 
     got = gpu.launch(function, 0, given, {"n": 3})["weighted_sum"]
     expected = np.einsum("nck,nc->nk", x.reshape(3, 4, 37), share)
     assert np.abs(got - expected).max() < (3e-3 if dtype == "float16" else 1e-5)
+
+
+def test_the_experts_of_the_first_ranks(gpu: Gpu) -> None:
+    """Of a row whose ranks are in disorder, experts that exist."""
+    rank = np.stack([*(np.random.default_rng(i).permutation(9) for i in range(3)), np.full(9, 8)]).astype(np.int32)
+    given = te.placeholder((tirx.Var("n", "int32"), 9), "int32", "rank")
+    function = gpu.scheduled(rows.private([given, routers._chosen(given, 3)]))
+    arrays = {"rank": rank, "router_chosen": np.full((4, 3), -1, np.int32)}
+    got = gpu.launch(function, 0, arrays, {"n": 4})["router_chosen"]
+    np.testing.assert_array_equal(got, [*np.argsort(rank[:3], 1)[:, :3], [0, 0, 0]])

@@ -24,7 +24,7 @@ from mlcbuild.verify import engine_calls
 VOCABULARY = 520  # tokens: the head's kernel takes any number; no multiple of a tile
 # Of the CPU's logits' deviation, what a model dtype may be off by: its precision times a few operations.
 BOUNDS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}
-_SCANNED = 2  # times that: a scan multiplies what four products gave, and their errors add up
+SCANNED = 2  # times that: a scan multiplies what four products gave, and their errors add up
 _MANY_PRODUCTS = 20_000_000  # for a row of activations: above, one takes an emulated device seconds
 _FEW_PRODUCTS = 3_000_000  # up to here, hundreds of rows take it seconds
 _LONG = 272  # tokens: of one text, 17 pages
@@ -95,7 +95,7 @@ def compare(
 
 def bound(structure: Structure, model_dtype: str) -> float:
     """What logits may be off by, of their deviation."""
-    return BOUNDS[model_dtype] * (_SCANNED if structure.kind in STATE_SPACES else 1)
+    return BOUNDS[model_dtype] * (SCANNED if structure.kind in STATE_SPACES else 1)
 
 
 def problems(errors: Mapping[str, float], structure: Structure, model_dtype: str) -> list[str]:

@@ -186,7 +186,7 @@ class Agreement:
         return reference_logits(self.case, self._meant, ids)
 
     def rounded(self, ids: list[int]) -> Array:
-        """The same as the reference computes it in float16: what rounding alone does."""
+        """The same as transformers computes it in float16: what rounding alone does."""
         return reference_logits(self.case, self._meant, ids, "float16")
 
     def unquantized(self, ids: list[int]) -> Array:
@@ -276,16 +276,15 @@ def _read(folder: Path) -> dict[str, Array]:
 
 
 def reference_logits(case: Case, folder: Path, ids: list[int], dtype: str = "float32") -> Array:
-    """float32 [n, V] of the checkpoint in `folder`, computed in `dtype` by transformers or the case's own reference."""
+    """float32 [n, V] of the checkpoint in `folder`: by transformers in `dtype`, or by the case's own reference."""
     import torch
 
-    computed_in = getattr(torch, dtype)
     if case.reference is not None:
-        tensors = {name: torch.tensor(values).to(computed_in) for name, values in _read(folder).items()}
+        tensors = {name: torch.tensor(values) for name, values in _read(folder).items()}
         with torch.no_grad():
             computed: Array = case.reference(case.config, tensors, ids).float().numpy()
         return computed
-    model = _class_of(case).from_pretrained(folder, dtype=computed_in, attn_implementation="eager").eval()
+    model = _class_of(case).from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="eager").eval()
     if case.architecture == "llama4":  # which transformers 5.24 does not compute without an image
         model = model.language_model
     with torch.no_grad(), _token_by_token(model):

@@ -149,7 +149,8 @@ def _logits(asked: Mapping[str, Any], folder: Path) -> tuple[dict[str, float], f
         session.batch_prefill(three, [IDS[:length] for length in lengths]), expected[[n - 1 for n in lengths]]
     )
     errors["batch decode"] = error(session.batch_decode(three, [IDS[n] for n in lengths]), expected[[*lengths]])
-    large = "f16" in asked["quantization"] and max(errors.values()) > LARGE
+    # References that are written in these tests compute in float32 only.
+    large = case.reference is None and "f16" in asked["quantization"] and max(errors.values()) > LARGE
     return errors, error(agreement.rounded(IDS), expected) if large else 0.0
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+from mlcbuild import host
 from mlcbuild.cache.action import Damaged
 from mlcbuild.cache.files import hash_file
 from mlcbuild.cache.tree import Entry
@@ -17,7 +17,6 @@ from mlcbuild.cache.tree import Entry
 BLOB_TIME = 315_532_800
 BLOB_MODE = 0o444
 
-_FICLONE = 0x40049409  # _IOW(0x94, 9, int) of linux/fs.h: share the source's extents, copy on write
 _SMALL = 1 << 20  # a copy of this many bytes is nothing, and unlike a hard link it does not expose the blob
 _CHUNK = 1 << 20
 
@@ -51,7 +50,7 @@ def materialise(
 def _reflink(source: Path, destination: Path) -> bool:
     with source.open("rb") as reader, destination.open("wb") as writer:
         try:
-            fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
+            host.clone(reader.fileno(), writer.fileno())
         except OSError:
             destination.unlink()
             return False

@@ -11,9 +11,9 @@ import resource
 import select
 import signal
 from collections.abc import Callable
-from pathlib import Path
 from typing import NoReturn
 
+from mlcbuild import host
 from mlcbuild.errors import MlcBuildError
 
 SECONDS = 5  # of a processor; a template takes a thousandth of one
@@ -70,7 +70,7 @@ def _work(make: Callable[[], str], what: str, writing: int) -> NoReturn:
         signal.signal(signal.SIGXCPU, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
-        statistics = Path("/proc/self/statm")
+        statistics = host.PROC / "self/statm"
         if statistics.exists():
             size = int(statistics.read_text().split()[0]) * resource.getpagesize()
             _, hard = resource.getrlimit(resource.RLIMIT_AS)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mlcbuild import host
 from mlcbuild.checkpoints.header import TensorRef
 from mlcbuild.errors import CheckpointError
 
@@ -49,7 +50,7 @@ class MappedFile:
         start = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
         end = (offset + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
         if end > start:
-            self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
+            host.advise(self._map, "MADV_DONTNEED", start, end - start)
 
 
 def read(ref: TensorRef) -> npt.NDArray[Any]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlcbuild import host
 from mlcbuild.errors import Unavailable
 from mlcbuild.recipes.types import Target
 
@@ -47,7 +48,12 @@ def resolve(target: Target) -> dict[str, Any]:
     device.update({f"supports_{feature}": True for feature in device.pop("supports", ())})
     if device.get("mcpu") != "native":
         return device
-    machine = platform.machine()
+    machine, system = platform.machine(), platform.system()
+    if system != "Linux":
+        raise Unavailable(
+            f"target {target.name}: `mcpu: native` builds for Linux, this machine runs {system}: build on Linux, where "
+            "what is built for other systems is verified, too"
+        )
     flags = cpu_flags()
     features = sorted(llvm for name, llvm in _FEATURES.items() if name in flags)
     if machine == "x86_64":
@@ -92,7 +98,7 @@ def real_device(target: Target) -> str | None:
         return None
     if not str(target.host.get("mtriple", "")).startswith(f"{platform.machine()}-linux"):
         return None  # a library is code of its host, too
-    found = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    found = sorted((host.PROC / "driver/nvidia/gpus").glob("*/information"))
     names = [line.partition(":")[2].strip() for line in found[0].read_text().splitlines()] if found else []
     return names[0] if names else None
 
@@ -129,7 +135,7 @@ def cpu_level(flags: frozenset[str]) -> str:
 def cpu_flags() -> frozenset[str]:
     """The features of this machine's first processor, as the kernel names them."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = (host.PROC / "cpuinfo").read_text()
     except OSError:
         return frozenset()
     for line in text.splitlines():

@@ -13,6 +13,7 @@ from types import FrameType
 from doit.exceptions import InvalidCommand
 from doit.runner import MThreadRunner
 
+from mlcbuild import host
 from mlcbuild.errors import MlcBuildError, plainly
 
 _PATIENCE = 30  # seconds
@@ -44,11 +45,7 @@ def end_cleanly() -> None:
 
 def die_with_parent_after_fork() -> None:
     """Worker processes that doit forks (`-P process`) get a death signal, or a killed doit would leave them waiting."""
-    if sys.platform == "linux":
-        import ctypes
-
-        prctl = ctypes.CDLL(None).prctl
-        os.register_at_fork(after_in_child=lambda: prctl(1, signal.SIGKILL))  # 1: PR_SET_PDEATHSIG, linux/prctl.h
+    os.register_at_fork(after_in_child=host.die_with_parent)
 
 
 def end_with_reader() -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Report:
-    """`notes`: what is wrong, by kernel. `launches`: how often each kernel ran."""
+    """`notes`: what is wrong, by kernel. `launches`: how often each kernel of the loaded modules ran."""
 
     notes: Mapping[str, tuple[str, ...]]
     launches: Mapping[str, int]

@@ -32,9 +32,10 @@ def check(orders: bool) -> None:
 
 
 def found() -> dict[str, Any]:
-    """What ran. Raises MlcBuildError, naming the kernels, where one has a fault."""
+    """What ran, and which of the library's kernels did not. Raises MlcBuildError, naming them, where kernels fail."""
     report = cuda.report()
     if report.notes:
         notes = [f"{kernel}: {'; '.join(texts)}" for kernel, texts in report.notes.items()]
         raise MlcBuildError("\n".join(["kernels fail on the emulated device:", *notes]))
-    return {"device": "emulated by mlcbuild", "kernels": sum(count > 0 for count in report.launches.values())}
+    idle = sorted(kernel for kernel, count in report.launches.items() if not count)
+    return {"device": "emulated by mlcbuild", "kernels": len(report.launches) - len(idle), "kernels_not_run": idle}

@@ -20,7 +20,8 @@ import sys
 from types import FrameType
 from typing import Any, NoReturn
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+from mlcbuild import host
+
 _EVERY = 0.5  # seconds between two looks at the memory that a step has taken
 _RAN_AWAY = (
     "it took more than {:.1f} GB of memory, far more than a step of its kind needs, and was stopped "
@@ -91,7 +92,7 @@ def _kill(worker: int) -> None:
 def _taken(group: int) -> int:
     """Bytes that the processes of the group have for themselves alone: files that they have mapped do not count."""
     total, numbers = 0, list[str]()
-    with contextlib.suppress(OSError), os.scandir("/proc") as entries:  # where there is none, there is no limit
+    with contextlib.suppress(OSError), os.scandir(host.PROC) as entries:  # where there is none, there is no limit
         numbers = [entry.name for entry in entries if entry.name.isdigit()]
     for number in numbers:
         with contextlib.suppress(OSError, ValueError):  # it has just ended
@@ -102,20 +103,15 @@ def _taken(group: int) -> int:
 
 def own_memory(process: int) -> int:
     """Bytes that a process has for itself alone; 0 where that cannot be known."""
-    from pathlib import Path
-
     with contextlib.suppress(OSError, ValueError):  # it has just ended
-        lines = Path("/proc", str(process), "status").read_text(encoding="utf-8").splitlines()
+        lines = (host.PROC / str(process) / "status").read_text(encoding="utf-8").splitlines()
         return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
     return 0
 
 
 def die_with(parent: int) -> None:
     """Have the kernel kill this process when `parent` ends, whose child it is."""
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    host.die_with_parent()
     if os.getppid() != parent:
         os._exit(1)  # it was already gone, and the request to the kernel came too late
 

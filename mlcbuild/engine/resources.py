@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlcbuild import host
 from mlcbuild.cache.gc import parse_size
 from mlcbuild.cache.tree import matches
 from mlcbuild.engine.graph import Graph
@@ -41,17 +42,17 @@ class Budget:
 
 def budget(cores: int | None = None, memory: int | None = None) -> Budget:
     """What is asked for; where nothing is, this process's cores and nine tenths of the free memory."""
-    return Budget(cores or len(os.sched_getaffinity(0)), memory or int(_RESERVE * free_memory()))
+    return Budget(cores or len(host.processors()), memory or int(_RESERVE * free_memory()))
 
 
 def free_memory() -> int:
     """Bytes that could be used now: the system's, or what the control group leaves of its limit."""
     free = 8 * 10**9
     with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = (host.PROC / "meminfo").read_text().splitlines()
         free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
     with contextlib.suppress(OSError, ValueError):  # "max" is no number
-        group = Path("/sys/fs/cgroup")
+        group = host.SYS / "fs/cgroup"
         limit = int((group / "memory.max").read_text())
         free = min(free, max(0, limit - int((group / "memory.current").read_text())))
     return free

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from mlcbuild import host
 from mlcbuild.quantization import floats
 from mlcbuild.quantization.floats import Array, Float32
 from mlcbuild.quantization.packing import Packed
@@ -52,7 +52,7 @@ class Kernels:
     def __init__(self, folder: Path, threads: int | None = None) -> None:
         self._folder = folder
         self._formats: dict[tuple[Weights, str], Any] = {}
-        self.threads = threads or max(1, len(os.sched_getaffinity(0)))
+        self.threads = threads or max(1, len(host.processors()))
         self._pool = ThreadPoolExecutor(self.threads)
         self._common = self._compile({})
 

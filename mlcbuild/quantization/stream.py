@@ -8,7 +8,6 @@ back once read.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from mlcbuild import host
 from mlcbuild.errors import CheckpointError, MlcBuildError
 from mlcbuild.models.parameters import Parameter
 from mlcbuild.quantization import asymmetric, floats, group, outer, search
@@ -114,7 +114,7 @@ def quantize(
     ]
     sources = Sources((part for plan in plans for part in _parts(plan, quantization)), blobs)
     total = sum(piece.nbytes for plan in plans for piece in plan.pieces)
-    workers = threads or max(1, len(os.sched_getaffinity(0)))
+    workers = threads or max(1, len(host.processors()))
     with ThreadPoolExecutor(workers) as pool, Writer(folder, shard_bytes) as writer:
         encode = Compiled(scratch, note).encode if scratch and total >= _WORTH_COMPILING else group.encode
         _Stream(quantization.model_dtype, sources, writer, pool, workers + 2, progress, total, encode).run(plans)

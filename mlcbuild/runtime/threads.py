@@ -10,15 +10,15 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable
-from pathlib import Path
 
+from mlcbuild import host
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.runtime import tvm_runtime
 
 ENVIRONMENT = "TVM_NUM_THREADS"
 _SHARE_ALL_CORES = -3  # AffinityMode kSpecifyThreadShareAllCore of TVM's threading_backend.h
-_CPUS = Path("/sys/devices/system/cpu")
-_CGROUP2, _CGROUP1 = Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/cpu")
+_CPUS = host.SYS / "devices/system/cpu"
+_CGROUP2, _CGROUP1 = host.SYS / "fs/cgroup/cpu.max", host.SYS / "fs/cgroup/cpu"
 _configured = threading.local()
 
 
@@ -31,7 +31,7 @@ def choose(wanted: int | None = None) -> int:
     """
     text = str(wanted) if wanted is not None else os.environ.get(ENVIRONMENT)
     if text is None:
-        return min(physical_cores(_allowed_cpus()), _quota())
+        return min(physical_cores(host.processors()), _quota())
     if not text.isdecimal() or int(text) < 1:
         source = "threads" if wanted is not None else ENVIRONMENT
         raise MlcBuildError(f"{source} is {text}: expected a whole number of at least 1")
@@ -61,7 +61,7 @@ def _configure(count: int) -> int:
     os.environ["TVM_BIND_THREADS"] = bind or "0"
     try:
         # The list's length is the pool's size; which CPUs it names is not looked at while nothing is bound.
-        cpus = _names(_allowed_cpus(), count)
+        cpus = _names(host.processors(), count)
         tvm_runtime.function("runtime.config_threadpool")(_SHARE_ALL_CORES, count, cpus)
     finally:
         if bind is None:
@@ -71,12 +71,6 @@ def _configure(count: int) -> int:
 
 def _names(cpus: list[int], count: int) -> list[str]:
     return [str(cpus[i % len(cpus)]) for i in range(count)]
-
-
-def _allowed_cpus() -> list[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 def _quota() -> int:

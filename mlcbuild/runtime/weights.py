@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from mlcbuild import host
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.runtime import tvm_runtime
 
@@ -82,9 +83,8 @@ def map_file(path: Path) -> mmap.mmap:
     """
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            mapped.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        host.advise(mapped, "MADV_HUGEPAGE")
     return mapped
 
 

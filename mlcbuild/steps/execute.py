@@ -1,4 +1,5 @@
-"""execute: a library's kernels run before it is shipped, against the CPU's library, over random weights and few tokens.
+"""execute: a library's kernels run before it is shipped, against the CPU's library, over random weights and few tokens;
+what engines call around the model, against NumPy.
 
 Fields: structure (in library form, of a model of two layers: its kernels are those of every depth), quantization,
 device; for a device that is emulated here a TVM target, with host and linker; for one that this machine has its name.
@@ -31,8 +32,9 @@ def run(job: Job) -> None:
     weights = random_weights.make(model, execution.VOCABULARY, format_, job.scratch / "weights", job.scratch)
     texts = execution.texts(model) if emulated else execution.SMALL
     if emulated:
-        try_out.check(texts == execution.SMALL)
-    errors = execution.compare(library, _library(job, "cpu_library"), weights, texts)
+        try_out.check(texts != execution.FEW)
+    cpu_library = _library(job, "cpu_library")
+    errors, functions = execution.compare(library, cpu_library, weights, model, format_.model_dtype, texts)
     found = try_out.found() if emulated else {"device": job.fields["device"]}
     problems = execution.problems(errors, model, format_.model_dtype)
     if problems:
@@ -43,6 +45,7 @@ def run(job: Job) -> None:
         **execution.described(model, texts),
         "errors": {name: float(f"{error:.1e}") for name, error in errors.items()},
         "bound": execution.bound(model, format_.model_dtype),
+        "functions": functions,
     }
     (job.output / "execution.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import os
@@ -14,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from mlcbuild import host
 from mlcbuild.cache.action import Damaged
 from mlcbuild.cache.disk import room_in
 from mlcbuild.cache.files import AT_ONCE, Progress, counting, hash_file, nobody
@@ -25,7 +25,6 @@ from mlcbuild.workspace.manifest import NAME as MANIFEST
 
 # What publishing adds to a package. It follows from the manifest, and no build depends on it.
 BESIDE = ("published.json", "provenance.intoto.json", "sbom.cdx.json")
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 def is_installed(dist: Path, name: str, files: Mapping[str, Entry], manifest: bytes) -> bool:
@@ -150,20 +149,11 @@ def _replace(new: Path, place: Path) -> None:
     try:
         new.rename(place)
     except OSError:  # it exists and is not empty
-        if not _exchange(new, place):
+        if not host.exchange(new, place):
             aside = new.with_name(f"{new.name}-{secrets.token_hex(4)}")
             place.rename(aside)
             new.rename(place)
             aside.rename(new)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step, where the system and the file system can."""
-    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
-    if renameat2 is None:
-        return False
-    code: int = renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
-    return code == 0
 
 
 def _has_names(dist: Path, name: str, files: Mapping[str, Entry], manifest: bytes) -> bool:

@@ -185,6 +185,10 @@ class Agreement:
         """Logits [n, V] of the reference on the numbers that the quantized weights stand for."""
         return reference_logits(self.case, self._meant, ids)
 
+    def rounded(self, ids: list[int]) -> Array:
+        """The same as transformers computes it in float16: what rounding alone does."""
+        return reference_logits(self.case, self._meant, ids, "float16")
+
     def unquantized(self, ids: list[int]) -> Array:
         """Logits [n, V] of the reference on the checkpoint."""
         return reference_logits(self.case, self._checkpoint, ids)
@@ -274,8 +278,8 @@ def _read(folder: Path) -> dict[str, Array]:
     return {name: np.array(read(ref)) for name, ref in read_table(files).items() if ref.dtype in FLOATS}
 
 
-def reference_logits(case: Case, folder: Path, ids: list[int]) -> Array:
-    """float32 [n, V] of the checkpoint in `folder`, by transformers or by the case's own reference."""
+def reference_logits(case: Case, folder: Path, ids: list[int], dtype: str = "float32") -> Array:
+    """float32 [n, V] of the checkpoint in `folder`: by transformers in `dtype`, or by the case's own reference."""
     import torch
 
     if case.reference is not None:
@@ -283,7 +287,7 @@ def reference_logits(case: Case, folder: Path, ids: list[int]) -> Array:
         with torch.no_grad():
             computed: Array = case.reference(case.config, tensors, ids).float().numpy()
         return computed
-    model = _class_of(case).from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = _class_of(case).from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="eager").eval()
     if case.architecture == "llama4":  # which transformers 5.24 does not compute without an image
         model = model.language_model
     with torch.no_grad(), _token_by_token(model):

@@ -1,4 +1,4 @@
-"""GPU attention by head_dim, with windows and soft caps, on every device that there is here, against NumPy."""
+"""GPU attention by head_dim, with windows, caps and linear biases, on every device that there is, against NumPy."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ class Shape:
     dtype: str = "float16"
     window: int | None = None
     cap: float | None = None
+    bias: float | None = None  # ALiBi's largest
 
     def __str__(self) -> str:
         return str(self.dim)
@@ -61,13 +62,21 @@ class Shape:
     def numbers(self, seed: int, *shape: int) -> Array:
         return np.random.default_rng(seed).standard_normal(shape).astype(self.dtype)
 
-    def row(self, q: Array, k: Array, v: Array, scale: float) -> Array:
-        """q [dim] over k and v [n, dim], in float64."""
+    def row(self, q: Array, k: Array, v: Array, scale: float, head: int) -> Array:
+        """q [dim] over k and v [n, dim], the last at its own position, in float64."""
         scores = k.astype(np.float64) @ q.astype(np.float64) * scale
+        if self.bias is not None:
+            scores = scores - self.slope(head) * np.arange(len(k))[::-1]
         scores = scores if self.cap is None else self.cap * np.tanh(scores / self.cap)
         weights = np.exp(scores - scores.max())
         out: Array = weights @ v.astype(np.float64) / weights.sum()
         return out
+
+    def slope(self, head: int) -> float:
+        """Press et al., arXiv 2108.12409: of twelve heads, eight as of eight, and every second one of sixteen."""
+        power = 1 << (self.heads.bit_length() - 1)
+        exponent = (head + 1) / power if head < power else (2 * (head - power) + 1) / (2 * power)
+        return float(2.0 ** -((self.bias or 0.0) * exponent))
 
 
 SHAPES = (
@@ -77,6 +86,7 @@ SHAPES = (
     Shape(96, 3, 1, window=12),
     Shape(128, 4, 1, cap=0.5),
     Shape(256, 2, 1),
+    Shape(40, 12, 4, "float32", bias=8.0),
 )
 
 
@@ -91,6 +101,7 @@ class Attention:
             num_key_value_heads=shape.kv_heads,
             sliding_window_size=shape.window,
             attn_logit_softcapping=shape.cap,
+            alibi_bias_max=shape.bias,
         )
         device = target.Target(dict(gpu.TARGET))
         with quick(), device:
@@ -128,7 +139,7 @@ def test_new_tokens(attended: Attention) -> None:
             seen = slice(max(start, i + 1 - (shape.window or n)) if scale < 0 else start, i + 1)
             for head in range(shape.heads):
                 kv = head * shape.kv_heads // shape.heads
-                expected = shape.row(q[i, head], k[seen, kv], v[seen, kv], abs(scale))
+                expected = shape.row(q[i, head], k[seen, kv], v[seen, kv], abs(scale), head)
                 assert np.abs(got[i, head] - expected).max() < shape.bound
 
 
@@ -166,7 +177,7 @@ def check_cached(shape: Shape, arrays: dict[str, Array], rows: list[tuple[int, i
                 assert lse[i, head] < -4e4  # counts for nothing where both attentions are merged
                 continue
             kv = head * shape.kv_heads // shape.heads
-            expected = shape.row(q[i, head], seen[0][:, kv], seen[1][:, kv], abs(scale))
+            expected = shape.row(q[i, head], seen[0][:, kv], seen[1][:, kv], abs(scale), head)
             assert np.abs(output[i, head] - expected).max() < shape.bound
 
 

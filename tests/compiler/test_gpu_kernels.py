@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlcbuild.compiler.abi import logits
+from mlcbuild.compiler.abi import auxiliary, logits
 from mlcbuild.compiler.gpu import choosing, products, rope, rows, softmax, sorting
 from mlcbuild.models.rope import Rotary
 from mlcbuild.quantization.schemes import parts
@@ -82,6 +82,17 @@ def test_embedding(gpu: Gpu, rng: np.random.Generator, name: str) -> None:
     given = {"ids": ids, **arrays, "rows_of_embedding": np.zeros((4, 64), dtype)}
     got = gpu.launch(function, 0, given, {"n": 4, "rows": 50})["rows_of_embedding"]
     assert np.abs(got.astype(np.float32) - values[ids]).max() < (2e-3 if dtype == "float16" else 1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_rows_are_gathered_and_scattered(gpu: Gpu, rng: np.random.Generator, dtype: str) -> None:
+    few, many = (floats(rng, count, 70).astype(dtype) for count in (2, 5))
+    places, scattered = np.array([3, 1], np.int32), many.copy()
+    scattered[places] = few
+    for scatter, source, into, expected in ((False, many, few * 0, many[places]), (True, few, many, scattered)):
+        function = gpu.scheduled(auxiliary._copy_rows(dtype, scatter, False))
+        given = {"src": source, "indices": places, "dst": into}
+        assert (gpu.launch(function, 0, given, {"count": 2, "m": 5, "n": 70})["dst"] == expected).all()
 
 
 @pytest.mark.parametrize("vocabulary", [5, 1024, 5000, None])

@@ -7,13 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mlcbuild.engine.job import local_job
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.recipes.types import format_json
+from mlcbuild.runtime.library import Library
 from mlcbuild.steps import execute
-from mlcbuild.verify import execution, random_weights
+from mlcbuild.verify import engine_calls, execution, random_weights
 from tests.support import llama
 
 DEEP = replace(llama.structure_of(llama.transformers_llama()), num_hidden_layers=5)
@@ -64,6 +66,13 @@ def test_a_library_that_computes_something_else_stops_the_package(tmp_path: Path
     found = run("right", MODEL.rope_theta)
     assert (found["executed"], found["device"], found["layers"]) == ("device", "NVIDIA H100", 2)
     assert set(found["errors"].values()) == {0.0} and found["bound"] == 0.01
+    assert {"apply_penalty_inplace", "gather_hidden_states", "softmax_with_temperature"} <= set(found["functions"])
     with pytest.raises(MlcBuildError) as error:
         run("wrong", MODEL.rope_theta / 100)
     assert str(error.value).startswith("the library does not compute what the CPU's does:\nprefill: logits are off by ")
+
+    library = Library(next((tmp_path / "cpu").glob("model.*")))
+    calls = {call.name: call for call in engine_calls.calls()}
+    wrong = replace(calls["apply_bitmask_inplace"], expected=(np.ones((3, 70), np.float32),))
+    said = engine_calls.problem(library, wrong, "float16")
+    assert said is not None and said.startswith("apply_bitmask_inplace: result 0 is off by 3.4e+38")

@@ -11,7 +11,6 @@ import pytest
 from mlcbuild.cache.action import Damaged
 from mlcbuild.cache.store import Store
 from mlcbuild.cache.tree import Entry
-from mlcbuild.workspace import install as module
 from mlcbuild.workspace.install import install, is_installed, uninstall
 
 Files = dict[str, Entry]
@@ -59,7 +58,7 @@ def test_replacing_leaves_only_the_new_package(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
 ) -> None:
     if not exchange:
-        monkeypatch.setattr(module, "_exchange", lambda *_: False)
+        monkeypatch.setattr("mlcbuild.host.exchange", lambda *_: False)
     install(tmp_path / "dist", "r", files(store, "one"), b"1", store)
     install(tmp_path / "dist", "r", files(store, "two"), b"2", store)
     assert is_installed(tmp_path / "dist", "r", files(store, "two"), b"2")

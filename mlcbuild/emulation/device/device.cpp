@@ -13,6 +13,7 @@
 namespace emulation {
 
 struct Module {
+  const Module* next;
   void* handle;
   const Kernel* kernels;
   bool (*run)(Thunk, void**, const Launch&);
@@ -42,6 +43,7 @@ struct Note {
 };
 
 Allocation* allocations;
+const Module* modules;
 Function* functions;
 Note* notes;
 bool checking;
@@ -225,6 +227,7 @@ Module* load(const void* image) {
   if (!module->handle) return no_module(dlerror());
   module->kernels = static_cast<const Kernel*>(dlsym(module->handle, "emulation_kernels"));
   module->run = reinterpret_cast<decltype(module->run)>(dlsym(module->handle, "emulation_run"));
+  module->next = modules, modules = module;
   return module;
 }
 
@@ -280,7 +283,8 @@ EXPORTED int emulation_launch(void* function, const unsigned* sizes, void** argu
 }
 EXPORTED const char* emulation_problem() { return emulation::problem; }
 
-// What was noted, a line each: `note KERNEL TEXT` and `ran KERNEL LAUNCHES`. Returns the length that it needs.
+// What was noted, a line each: `note KERNEL TEXT`, and for every kernel of the modules `ran KERNEL LAUNCHES`. Returns the
+// length that it needs.
 EXPORTED size_t emulation_report(char* out, size_t room) {
   size_t length = 0;
   auto line = [&](const char* what, const char* kernel, const char* text) {
@@ -288,6 +292,8 @@ EXPORTED size_t emulation_report(char* out, size_t room) {
     length += snprintf(left ? out + length : nullptr, left, "%s %s %s\n", what, kernel, text);
   };
   for (emulation::Note* one = emulation::notes; one; one = one->next) line("note", one->kernel, one->text);
+  for (const emulation::Module* one = emulation::modules; one; one = one->next)
+    for (const emulation::Kernel* kernel = one->kernels; kernel->name; kernel++) line("ran", kernel->name, "0");
   for (emulation::Function* one = emulation::functions; one; one = one->next) {
     char count[32];
     snprintf(count, sizeof(count), "%ld", one->launches);

@@ -54,7 +54,7 @@ def test_first_tokens_count_three_times_all_others(case: Case, tmp_path: Path) -
     """Of a matrix, and of experts that have a row for each choice."""
     rounding = Rounding(case.structure, GPTQ, case.blocks("q0f32"), case.checkpoint, Kernels(tmp_path))
     for choices in (1, 2):
-        chosen = [[], []] if choices == 1 else [[np.zeros((n, choices), np.int32)] for n in (5, 12)]
+        chosen = [[], []] if choices == 1 else [[np.zeros((n, choices), np.float32)] for n in (5, 12)]
         rows = [np.ones((n * choices, 3), np.float32) for n in (5, 12)]
         rounding._first_counted([(mine, *more) for mine, more in zip(rows, chosen, strict=True)])
         first = sum(np.square(mine[:choices]).sum() for mine in rows)

@@ -50,6 +50,18 @@ def test_a_text_with_nothing_in_it(case: Case, tmp_path: Path) -> None:
         done(case, tmp_path, [])
 
 
+def test_first_tokens_count_three_times_all_others(case: Case, tmp_path: Path) -> None:
+    """Of a matrix, and of experts that have a row for each choice."""
+    rounding = Rounding(case.structure, GPTQ, case.blocks("q0f32"), case.checkpoint, Kernels(tmp_path))
+    for choices in (1, 2):
+        chosen = [[], []] if choices == 1 else [[np.zeros((n, choices), np.float32)] for n in (5, 12)]
+        rows = [np.ones((n * choices, 3), np.float32) for n in (5, 12)]
+        rounding._first_counted([(mine, *more) for mine, more in zip(rows, chosen, strict=True)])
+        first = sum(np.square(mine[:choices]).sum() for mine in rows)
+        assert first == pytest.approx(3 * sum(np.square(mine[choices:]).sum() for mine in rows))
+        assert all((mine[choices:] == 1).all() and np.ptp(mine[:choices]) == 0 for mine in rows)
+
+
 def test_experts_are_rounded_by_their_own_tokens(case: Case, tmp_path: Path) -> None:
     """The last one by the tokens of all, since none chose it."""
     random = np.random.default_rng(0)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import mmap
+    from collections.abc import Callable
 
 LINUX = sys.platform == "linux"
 PROC, SYS = Path("/proc"), Path("/sys")  # absent elsewhere: whoever reads a file there expects OSError
@@ -30,12 +31,17 @@ def processors() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends; elsewhere, nothing."""
-    if LINUX:
-        import ctypes
+def death_signal() -> Callable[[], object]:
+    """What has the kernel kill the process that calls it when its parent ends; elsewhere, what does nothing.
 
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    All that it needs is looked up here: the child of a process with threads may find locks held for ever.
+    """
+    if not LINUX:
+        return lambda: None
+    import ctypes
+
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def clone(source: int, destination: int) -> None:

@@ -45,7 +45,7 @@ def end_cleanly() -> None:
 
 def die_with_parent_after_fork() -> None:
     """Worker processes that doit forks (`-P process`) get a death signal, or a killed doit would leave them waiting."""
-    os.register_at_fork(after_in_child=host.die_with_parent)
+    os.register_at_fork(after_in_child=host.death_signal())
 
 
 def end_with_reader() -> None:

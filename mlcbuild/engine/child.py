@@ -111,7 +111,7 @@ def own_memory(process: int) -> int:
 
 def die_with(parent: int) -> None:
     """Have the kernel kill this process when `parent` ends, whose child it is."""
-    host.die_with_parent()
+    host.death_signal()()
     if os.getppid() != parent:
         os._exit(1)  # it was already gone, and the request to the kernel came too late
 

@@ -340,14 +340,14 @@ class Structure:
         """
         firsts = self._firsts()
         second = [1] if len(firsts) == 1 and self.num_hidden_layers > 1 else []
-        return self._of([*firsts, *second], 2)
+        return self._of([*firsts, *second], 2, TEXT_CHUNK + 16)  # CUDA's large blocks are for more than 256 tokens
 
     def _firsts(self) -> list[int]:
         """The first layer of each kind."""
         kinds = self.layer_kinds
         return [kinds.index(kind) for kind in sorted(set(kinds))]
 
-    def _of(self, layers: Sequence[int], texts: int) -> Structure:
+    def _of(self, layers: Sequence[int], texts: int, chunk: int = TEXT_CHUNK) -> Structure:
         # Frequencies that depend on the longest text (mlcbuild.models.rope) stay what they are.
         scaling = self.rope_scaling
         if scaling is not None and scaling["rope_type"] in ("dynamic", "longrope"):
@@ -369,7 +369,7 @@ class Structure:
             num_hidden_layers=len(layers),
             rope_scaling=scaling,
             context_window_size=TEXT_WINDOW,
-            prefill_chunk_size=TEXT_CHUNK,
+            prefill_chunk_size=chunk,
             max_batch_size=texts,
         )
 

@@ -30,7 +30,7 @@ def run(job: Job) -> None:
     model = structure.from_library_json(job.fields["structure"])
     format_ = quantization_from_json(fields_of(job.fields, job.inputs))
     weights = random_weights.make(model, execution.VOCABULARY, format_, job.scratch / "weights", job.scratch)
-    texts = execution.texts(model) if emulated else execution.SMALL
+    texts = execution.texts(model) if emulated else execution.LONG
     if emulated:
         try_out.check(texts != execution.FEW)
     cpu_library = _library(job, "cpu_library")

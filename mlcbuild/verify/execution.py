@@ -26,12 +26,13 @@ VOCABULARY = 520  # tokens: the head's kernel takes any number; no multiple of a
 BOUNDS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}
 # Times that, by the kind of layer: a scan multiplies what four products gave, and their errors add up; of a delta net,
 # what a head gives is normed, and it is small where a query and what was written point elsewhere.
-_NOISE = {"mamba": 2, "mamba2": 2, "delta": 5, "kda": 5}
+_NOISE = {"mamba": 2, "mamba2": 2, "lightning": 2, "delta": 5, "kda": 5}
 _MANY_PRODUCTS = 20_000_000  # for a row of activations: above, one takes an emulated device seconds
 _FEW_PRODUCTS = 3_000_000  # up to here, hundreds of rows take it seconds
 _LONG = 272  # tokens: of one text, 17 pages
+_HEAD = "head, "  # how names of calls begin that ask for the head alone
 _KEPT = 20  # tokens of a text that another begins with: some pages and a part
-_HEAD_ROWS = (20, 40)  # the head's kernels of more rows than there are texts
+_HEAD_ROWS = (20, 40, 70)  # the head's kernels of more rows than there are texts; CUDA's large blocks begin at 65
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Texts:
     """How many tokens are tried: of one text `first`, then `more` onto it, then `steps` one by one; then two texts.
 
     Together they reach every kernel of a product (compiler/gpu/schedules.FEW): of one row, a few, up to 32, and many.
-    (The large blocks of CUDA's products of many rows are for longer texts than a slow device can try.)
-    `long`: of a text whose keys decoding splits into parts (compiler/gpu/cuda_attention.py); 0 where there is no time.
+    `long`: of a text whose keys decoding splits into parts (compiler/gpu/cuda_attention.py), and for whose rows CUDA has
+    large blocks (compiler/gpu/cuda_many.py); 0 where there is no time.
     """
 
     first: int = 40
@@ -110,10 +111,12 @@ def problems(errors: Mapping[str, float], structure: Structure, model_dtype: str
     """What is further off than the model dtype explains.
 
     Of two experts that count nearly the same, rounding may choose either, and that token's logits are others then. So
-    of a model with experts it is the median of the calls that counts.
+    of a model with experts it is the median of the calls that counts, but of those that ask for the head alone.
     """
     most, what = bound(structure, model_dtype), "logits" if structure.embedding is None else "hidden states"
-    judged = {"the median of all calls": statistics.median(errors.values())} if structure.num_experts else errors
+    heads = {name: error for name, error in errors.items() if name.startswith(_HEAD)}
+    rest = [error for name, error in errors.items() if name not in heads]
+    judged = {"the median of all other calls": statistics.median(rest), **heads} if structure.num_experts else errors
     return [
         f"{name}: {what} are off by {error:.2g} of their deviation; {model_dtype} explains {most:g}"
         for name, error in judged.items()
@@ -166,7 +169,7 @@ def _heads(network: Network, hidden: Mapping[int, Logits], model_dtype: str) -> 
     for rows, states in hidden.items() if library.has("get_logits") else ():
         given = engine_calls.placed(library.device, states, model_dtype)
         logits = library["get_logits"](given, network.parameters)
-        yield f"head, {rows} rows", library.device.array(logits, (rows, VOCABULARY))
+        yield f"{_HEAD}{rows} rows", library.device.array(logits, (rows, VOCABULARY))
 
 
 def _hidden(rows: int, width: int) -> Logits:

@@ -18,7 +18,6 @@ from mlcbuild.recipes.types import Quantization
 _BLOCK = 1_000_003  # numbers; a prime, so that no two rows of a matrix are alike
 _PIECE = _BLOCK // 2  # numbers of a matrix that lie together
 _STEP = 7919  # numbers between the beginnings of two pieces; a prime, too
-_CENTRES = {"state_rate": -1.0}  # of numbers by role
 _AWQ_DEVIATION = 6.5  # of a random code from a random zero point
 
 
@@ -27,19 +26,21 @@ def make(structure: Structure, vocabulary: int, quantization: Quantization, fold
 
     Matrices `[N, K]` have a deviation of K^-1/2, which keeps the length of what they are multiplied with; norms lie
     around 1, biases around 0, the rates of state spaces around -1: of a positive rate a state grows without end.
+    (Lightning attention has them without the sign.)
     """
+    rate = 1.0 if structure.mixer == "lightning" else -1.0
     wanted = parameters(replace(structure, vocab_size=vocabulary))
     blocks = _Blocks(scratch / "numbers.bin")
     made: dict[str, list[QuantizedParameter]] = {}
     for tensor in quantized_parameters(wanted, quantization):
         made.setdefault(tensor.source, []).append(tensor)
-    entries = [_entry(parameter, made[parameter.name], blocks) for parameter in wanted]
+    entries = [_entry(parameter, made[parameter.name], blocks, rate) for parameter in wanted]
     folder.mkdir()
     quantize({"parameters": entries}, {_Blocks.name: blocks.write()}, wanted, quantization, folder, scratch=scratch)
     return folder
 
 
-def _entry(parameter: Parameter, tensors: list[QuantizedParameter], blocks: _Blocks) -> dict[str, Any]:
+def _entry(parameter: Parameter, tensors: list[QuantizedParameter], blocks: _Blocks, rate: float) -> dict[str, Any]:
     """The parameter as parameters.json has one."""
     shape = list(parameter.shape)
     packed = tensors[0].weights
@@ -52,8 +53,10 @@ def _entry(parameter: Parameter, tensors: list[QuantizedParameter], blocks: _Blo
             "parts": [],
             "packed": {"scheme": "awq", "bits": packed.bits, "group_size": packed.group_size, "tensors": ready},
         }
+    if parameter.role == "state_rate":
+        return {**entry, "parts": [blocks.part((rate, 0.1), shape)]}
     if not parameter.is_matrix:
-        centre = _CENTRES.get(parameter.role, 0.0 if parameter.role.endswith("_bias") else 1.0)
+        centre = 0.0 if parameter.role.endswith("_bias") else 1.0
         return {**entry, "parts": [blocks.part((centre, 0.1), shape)]}
     *experts, rows, columns = shape
     most = max(1, _PIECE // columns)

@@ -19,7 +19,7 @@ CHOOSES = 0.05  # an error that no rounding of sums explains: another expert, or
 ARCHITECTURES = (
     *("llama", "llama-yarn", "qwen2", "gemma", "gemma2", "gemma3_text", "gpt2", "gptj", "gpt_neox", "phi", "minicpm"),
     *("mixtral", "qwen2_moe", "cohere-norms", "stablelm-parallel", "starcoder2", "olmo2", "chatglm", "deepseek_v3"),
-    *("laguna", "mpt"),  # in 16 bits, laguna's router takes another expert at one token
+    *("laguna", "mpt"),
 )
 # Which are compared in another format than q4f16_1, and why.
 UNLIKE = {
@@ -36,7 +36,7 @@ RECURRENT = {
 # Attention in some layers, and one of each mixer in others; Falcon-H1 has both side by side.
 HYBRIDS = {
     **{"lfm2": "q4f16_1", "jamba": "q4f32_1", "falcon_h1": "q4f32_1", "qwen3_5_text": "q4f32_1"},
-    **{"kimi_linear": "q4f32_1", "recurrent_gemma": "q4f16_1"},
+    **{"kimi_linear": "q4f32_1", "recurrent_gemma": "q4f16_1", "minimax": "q4f32_1"},
 }
 ENCODERS = {
     **{"bert": "q4f16_1", "mpnet": "q4f32_1", "electra": "q4f32_1", "eurobert": "q4f32_1"},
@@ -68,7 +68,7 @@ def test_architectures(name: str, worker: Worker) -> None:
 
 def test_rounded_activations(worker: Worker) -> None:
     """A number that is rounded the other way is a step of 1 / 127."""
-    check(worker.ask({"architecture": "bitnet-ternary", "quantization": "q4f32_1", "once": True}), "float16")
+    check(worker.ask({"architecture": "bitnet-ternary", "quantization": "q4f32_1"}), "float16")
 
 
 @pytest.mark.parametrize("name", ATTENTION)

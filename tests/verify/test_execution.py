@@ -45,7 +45,11 @@ def test_experts_that_are_alike_may_be_taken_for_one_another() -> None:
     assert execution.problems(errors, MODEL, "float16") == [
         "prefill: logits are off by 0.3 of their deviation; float16 explains 0.01"
     ]
-    assert not execution.problems(errors, replace(MODEL, num_experts=4), "float16")
+    experts = replace(MODEL, num_experts=4)
+    assert not execution.problems(errors, experts, "float16")
+    assert execution.problems({**errors, "head, 20 rows": 0.3}, experts, "float16") == [
+        "head, 20 rows: logits are off by 0.3 of their deviation; float16 explains 0.01"
+    ]
     assert execution.problems({"decode": float("nan")}, MODEL, "float16")
 
 
@@ -76,3 +80,7 @@ def test_a_library_that_computes_something_else_stops_the_package(tmp_path: Path
     wrong = replace(calls["apply_bitmask_inplace"], expected=(np.ones((3, 70), np.float32),))
     said = engine_calls.problem(library, wrong, "float16")
     assert said is not None and said.startswith("apply_bitmask_inplace: result 0 is off by 3.4e+38")
+    right = calls["apply_bitmask_inplace"]
+    louder = np.where(right.expected[0] < -1e30, right.expected[0], 1.01 * right.expected[0])
+    said = engine_calls.problem(library, replace(right, expected=(louder,)), "float16")
+    assert said is not None and said.startswith("apply_bitmask_inplace: result 0 is off by 0.0")

@@ -25,6 +25,11 @@ _AHEAD, _KEPT = 8, 2048  # tokens whose keys and queries a block has at a time: 
 _TINY = 1e-6  # added to squared lengths, as transformers does
 
 
+def threads(size: int) -> int:
+    """Of a block, for keys of `size` numbers."""
+    return _COLUMNS * -(-size // _ROWS)
+
+
 @functools.cache
 def delta(s: Scanned) -> Any:
     """x [n, 2 * groups * size + heads * dim], decay [n, heads * each], beta [n, heads], the states before

@@ -10,7 +10,7 @@ from typing import Any
 from tvm import IRModule
 
 from mlcbuild.compiler.assemble import Backend, assemble, declare
-from mlcbuild.compiler.gpu import attention, encoder, graphs, recurrent, sampling, schedules
+from mlcbuild.compiler.gpu import attention, delta, encoder, graphs, lru, recurrent, sampling, schedules
 from mlcbuild.compiler.gpu.device import Device, device_of
 from mlcbuild.compiler.gpu.operations import factories
 from mlcbuild.compiler.pipeline import Passes
@@ -39,7 +39,7 @@ def lower(
     each kind. Raises MlcBuildError for a structure or a format that GPU kernels do not have.
     """
     gpu = device_of(device)
-    _check(structure)
+    _check(structure, gpu.threads)
     if quantization.model_dtype == "bfloat16" and gpu.kind in _NO_BFLOAT16:
         raise MlcBuildError(
             f"quantization {name}: its model dtype is bfloat16, which {gpu.kind} does not have; "
@@ -65,12 +65,17 @@ def lower(
     return assemble(structure, declared, name, quantization.model_dtype, device, backend, debug_dump, blocks)
 
 
-def _check(structure: Structure) -> None:
+def _check(structure: Structure, threads: int) -> None:
     """Raise MlcBuildError, naming it, for a choice that the GPU kernels do not have."""
     s = structure
     kept = s.head_dim if s.kind in ("rwkv5", "rwkv6") else s.state_size
     if kept > _MAX_STATE:
         raise MlcBuildError(f"a channel's state has {kept} values: the GPU kernels keep up to {_MAX_STATE}")
+    wanted = {"delta": delta.threads(s.state_size), "kda": delta.threads(s.state_size), "rglru": lru.THREADS}
+    if wanted.get(s.mixer or "", 0) > threads:
+        raise MlcBuildError(
+            f"mixer is {s.mixer}: its kernel has blocks of {wanted[s.mixer]} threads, and the device takes {threads}"
+        )
     if s.kind not in (DECODER, HYBRID):
         return
     if s.head_dim % 4 or not 32 <= s.head_dim <= 256:

@@ -9,6 +9,7 @@ from tvm.script import tirx as T
 
 _THREADS = 64  # of a block of channels: few, so that one sequence's channels make many blocks
 _COLUMNS, _PARTS, _ROWS = 32, 8, 4  # of a gate's block: columns, among how many threads a sum is shared out, rows of x
+THREADS = max(_THREADS, _COLUMNS * _PARTS)  # of the largest block
 
 
 @functools.cache

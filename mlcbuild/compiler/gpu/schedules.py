@@ -1,6 +1,6 @@
 """Schedules: which thread computes what, for every function that has none yet.
 
-A matrix product becomes three or four kernels, and the number of rows of x decides at run time which one is launched:
+A matrix product becomes three to five kernels, and the number of rows of x decides at run time which one is launched:
 few rows (decoding) are bound by reading the matrix, so its rows are shared out and x stays in the caches; many rows
 (prefill) go through tensor cores, simdgroups or shared memory. Everything else is TVM's dlight.
 """

@@ -33,7 +33,6 @@ def mixed(at: Layer, x: Expr) -> Expr:
     )
     beta = d.scaled(d.builder.emit(relax.op.sigmoid(beta)), d.structure.beta_scale)
     scanned = Scanned(m.heads, m.dim, m.groups, m.size, (0.0, 0.0), each)
-    assert at.recurrence.delta is not None
     out, after = at.recurrence.delta(convolved(at, inner), decay, beta, at.state.read(_STATE), scanned)
     at.state.write(_STATE, after)
     n = out.ty.shape[0]

@@ -27,7 +27,7 @@ def slots(m: Mixer) -> tuple[Slot, ...]:
 def mixed(at: Layer, x: Expr) -> Expr:
     """What is added to the residual: [n, H]."""
     d, lru = at.decoder, at.recurrence.lru
-    assert lru is not None and at.recurrence.lru_gates is not None and at.positions is not None
+    assert at.positions is not None
     gate = d.operations.activation(d.project(x, at.weight, "in_gate"), d.structure.activation)
     inner = convolved(at, d.project(x, at.weight, "in"), activated=False)
     reads, keeps = (

@@ -62,8 +62,6 @@ class Recurrence:
         For each head: sigmoid(x w + bias).
     lru(x [n, W], decay [n, W], state [b, W]) -> (out [n, W], state)
         For each channel, over the tokens in order: s becomes decay s + x; then out = s.
-
-    None stands for what a device does not have.
     """
 
     wkv4: Callable[..., tuple[Expr, Expr, Expr, Expr]]
@@ -71,9 +69,9 @@ class Recurrence:
     project: Callable[[Expr, Expr], Expr]
     convolve: Callable[[Expr, Expr, Expr | None, Expr, bool], tuple[Expr, Expr]]
     scan: Callable[..., tuple[Expr, Expr]]
-    delta: Callable[..., tuple[Expr, Expr]] | None = None
-    lru_gates: Callable[[Expr, Expr, Expr], Expr] | None = None
-    lru: Callable[[Expr, Expr, Expr], tuple[Expr, Expr]] | None = None
+    delta: Callable[..., tuple[Expr, Expr]]
+    lru_gates: Callable[[Expr, Expr, Expr], Expr]
+    lru: Callable[[Expr, Expr, Expr], tuple[Expr, Expr]]
 
 
 @dataclass(frozen=True)

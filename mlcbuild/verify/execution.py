@@ -40,8 +40,8 @@ class Texts:
     """How many tokens are tried: of one text `first`, then `more` onto it, then `steps` one by one; then two texts.
 
     Together they reach every kernel of a product (compiler/gpu/schedules.FEW): of one row, a few, up to 32, and many.
-    `long`: of a text whose keys decoding splits into parts (compiler/gpu/cuda_attention.py), and for whose rows CUDA has
-    large blocks (compiler/gpu/cuda_many.py); 0 where there is no time.
+    `long`: of a text whose keys decoding splits into parts (compiler/gpu/cuda_attention.py), and for whose rows CUDA
+    has large blocks (compiler/gpu/cuda_many.py); 0 where there is no time.
     """
 
     first: int = 40

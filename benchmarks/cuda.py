@@ -108,14 +108,14 @@ def _library(shape: Any, target_name: str, architectures: Sequence[str], output:
 
 
 def _modelled(architecture: str) -> dict[str, dict[str, float]]:
-    """By device of the architecture, what gpu_model.py expects of the 8B shape, in what `run` does."""
+    """By device of the architecture, what gpu_model.py expects of the 8B shape; it needs nvdisasm."""
     import yaml
 
     devices = yaml.safe_load((ROOT / "benchmarks" / "gpu_devices.yaml").read_text())
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_model.py"), "--shape", "llama-3.1-8b"]
     command += ["--json", str(PAGE + STEPS // 2), str(PROMPT), "--device"]
     return {
-        name: json.loads(subprocess.run([*command, name], check=True, capture_output=True, text=True).stdout)
+        name: json.loads(subprocess.run([*command, name], check=True, stdout=subprocess.PIPE, text=True).stdout)
         for name, device in devices.items()
         if device["arch"] == architecture
     }

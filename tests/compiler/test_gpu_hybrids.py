@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from mlcbuild.compiler.gpu import delta, lru
+from mlcbuild.compiler.gpu import delta, lru, sources
 from mlcbuild.models.recurrent.operations import Scanned
 from tests.compiler import recurrences
+from tests.compiler.test_gpu_lowering import CUDA
+from tests.support import device_code, sass
 from tests.support.gpus import Gpu
 from tests.support.llama import Array
 
@@ -41,6 +45,14 @@ def test_delta(gpu: Gpu, heads: int, groups: int, keys: int, dim: int, each: boo
     expected, held = recurrences.delta(x, decay, beta, state, groups)
     np.testing.assert_allclose(got["out"], expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(got["after"], held, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_states_of_delta_nets_stay_in_registers(each: bool, tmp_path: Path) -> None:
+    code, blocks = device_code.source(delta.delta(Scanned(32, 128, 16, 128, (0.0, 0.0), each)), CUDA)
+    (kernel,) = (sass.kernels(sources.complete(code), "sm_90", tmp_path)[name] for name in blocks)
+    assert kernel.registers <= 80
+    assert {name for name in kernel.counted() if name in ("LDL", "STL")} == set()
 
 
 def test_delta_of_a_key_that_is_nothing(gpu: Gpu) -> None:

@@ -46,6 +46,16 @@ def test_what_the_kernels_lack_is_named(stories: Structure, changes: dict[str, A
         lower.lower(replace(stories, **changes), llama.QUANTIZATIONS["q4f16_1"], "q4f16_1", METAL)
 
 
+@pytest.mark.parametrize(("mixer", "threads"), [("rglru", 256), ("delta", 160), ("kda", 160)])
+def test_blocks_that_a_device_does_not_take_are_named(stories: Structure, mixer: str, threads: int) -> None:
+    small = {**METAL, "max_threads_per_block": 128}
+    with pytest.raises(MlcBuildError) as error:
+        lower.lower(replace(stories, mixer=mixer, state_size=129), Q4F16_1, "q4f16_1", small)
+    assert str(error.value) == (
+        f"mixer is {mixer}: its kernel has blocks of {threads} threads, and the device takes 128"
+    )
+
+
 @pytest.mark.parametrize(
     ("target", "quantization", "problem"),
     [

@@ -17,9 +17,9 @@ from mlcbuild.models.structure import Structure
 PAGE = 16  # tokens
 WARPS = 4  # of a block
 _THREADS = 32 * WARPS
-_SHARING = 8  # rows of a tile
-_BLOCKS = 4 * 132  # that the largest device (H100) shall have
-_PAGES = 2 * WARPS  # of a part, on the average of all sequences: for loads to be on their way before they are used
+SHARING = 8  # rows of a tile
+BLOCKS = 4 * 132  # that the largest device (H100) shall have
+PAGES = 2 * WARPS  # of a part, on the average of all sequences: for loads to be on their way before they are used
 _WIDEST = 256  # head_dim that registers and the shared memory of a block hold
 _NARROW = 128  # head_dim up to which a thread's registers hold two tiles
 
@@ -35,8 +35,8 @@ def decode(structure: Structure, dtype: str) -> Any:
     kind, seen, cap, bias = TYPES[dtype], *_seen(structure)
     attend = f"mlcbuild::decode_attention<{kind}, {dim}, {heads}, {kv_heads}, {WARPS}, {seen}>"
     join = f"mlcbuild::join_parts<{kind}, {dim}, {heads}, {sinks}>"
-    tiles = kv_heads * -(-(heads // kv_heads) // _SHARING)
-    shared_floats, joining = WARPS * _SHARING * (dim + 2), -(-heads * dim // _THREADS)
+    tiles = kv_heads * -(-(heads // kv_heads) // SHARING)
+    shared_floats, joining = WARPS * SHARING * (dim + 2), -(-heads * dim // _THREADS)
 
     @T.prim_func(s_tir=True, private=True)
     def attention_decode(
@@ -73,7 +73,7 @@ def decode(structure: Structure, dtype: str) -> Any:
         q_rope_position = T.match_buffer(positions, (B,), "int32", elem_offset=q_rope_position_elem_offset)
         output = T.match_buffer(out, (B, heads, dim), dtype)
         lse = T.match_buffer(lse_, (B, heads), "float32")
-        splits = T.meta_var(T.max(1, T.min((_BLOCKS + B * tiles - 1) // (B * tiles), nnz_pages // (_PAGES * B))))
+        splits = T.meta_var(T.max(1, T.min((BLOCKS + B * tiles - 1) // (B * tiles), nnz_pages // (PAGES * B))))
         parts = T.sblock_alloc_buffer((B * splits * heads * dim,), "float32")
         sums = T.sblock_alloc_buffer((B * splits * heads * 2,), "float32")
         for bx in T.thread_binding(B, thread="blockIdx.x"):
@@ -290,7 +290,7 @@ def _many(function: str, structure: Structure, dtype: str) -> tuple[int, int, in
     tiles = 2 if dim <= _NARROW else 1
     seen, cap, bias = _seen(structure)
     name = f"mlcbuild::{function}<{TYPES[dtype]}, {dim}, {heads}, {kv_heads}, {WARPS}, {tiles}, {seen}>"
-    return heads, kv_heads, dim, WARPS * tiles * _SHARING, name, cap, bias
+    return heads, kv_heads, dim, WARPS * tiles * SHARING, name, cap, bias
 
 
 def _heads(structure: Structure) -> tuple[int, int, int, str]:

@@ -55,7 +55,7 @@ def _embedded(d: Decoder, weight: Weights, flat: Expr, ids: Expr) -> Expr:
 
     total = looked_up(flat, "embedding")
     if "position_embedding" in weight:
-        positions = d.builder.emit_te(_positions, ids, primfunc_name_hint="positions")
+        positions = d.builder.emit_te(_positions, ids, flat.ty.shape[0], primfunc_name_hint="positions")
         total = relax.op.add(total, looked_up(d.rows(positions), "position_embedding"))
     if "token_type_embedding" in weight:
         first = d.builder.emit_te(
@@ -108,9 +108,9 @@ def buckets(longest: int) -> npt.NDArray[np.int32]:
     return found
 
 
-def _positions(ids: te.Tensor) -> te.Tensor:
-    tokens = ids.shape[1]
-    return te.compute((ids.shape[0] * tokens,), lambda i: (i % tokens).astype("int32"), name="positions")
+def _positions(ids: te.Tensor, n: Expr) -> te.Tensor:
+    """[n], n being the number of ids as those name it who are given positions: kernels are joined by equal shapes."""
+    return te.compute((n,), lambda i: (i % ids.shape[1]).astype("int32"), name="positions")
 
 
 def _emit_layer(d: Decoder, attend: Attend, number: int) -> relax.GlobalVar:
@@ -140,7 +140,7 @@ def _turned(d: Decoder, qkv: Expr, mask: Expr, number: int) -> Expr:
     if not s.turns(number):
         return qkv
     kind, (heads, kv_heads) = s.layer_type(number), (s.num_attention_heads, s.num_key_value_heads)
-    positions = d.builder.emit_te(_positions, mask, primfunc_name_hint="positions")
+    positions = d.builder.emit_te(_positions, mask, shape[0], primfunc_name_hint="positions")
     apart = d.builder.emit(relax.op.reshape(qkv, [shape[0], heads + 2 * kv_heads, s.head_dim]))
     turned = d.operations.rope(apart, positions, inverse_frequencies(s, kind), (heads, kv_heads), rotary(s, kind))
     return d.builder.emit(relax.op.reshape(turned, shape))
@@ -148,15 +148,20 @@ def _turned(d: Decoder, qkv: Expr, mask: Expr, number: int) -> Expr:
 
 def _every_head(d: Decoder, qkv: Expr) -> Expr:
     """Fused heads with as many keys and values as queries: [n, 3 * heads * D]. Neighbouring queries share theirs."""
-    s, emit, n = d.structure, d.builder.emit, qkv.ty.shape[0]
-    heads, kv_heads = s.num_attention_heads, s.num_key_value_heads
+    heads, kv_heads, dim = d.structure.num_attention_heads, d.structure.num_key_value_heads, d.structure.head_dim
     if heads == kv_heads:
         return qkv
-    apart = emit(relax.op.reshape(qkv, [n, heads + 2 * kv_heads, s.head_dim]))
-    parts = emit(relax.op.split(apart, [heads, heads + kv_heads], axis=1))
-    q, k, v = (emit(relax.TupleGetItem(parts, i)) for i in range(3))
-    k, v = (emit(relax.op.repeat(each, heads // kv_heads, axis=1)) for each in (k, v))
-    return emit(relax.op.reshape(emit(relax.op.concat([q, k, v], axis=1)), [n, 3 * heads * s.head_dim]))
+
+    def spread(fused: te.Tensor) -> te.Tensor:
+        def at(i: tirx.Var, j: tirx.Var) -> Expr:
+            head = j // dim
+            kind, number = head // heads, head % heads  # queries, keys or values
+            theirs = heads + (kind - 1) * kv_heads + number // (heads // kv_heads)
+            return fused[i, tirx.if_then_else(kind == 0, head, theirs) * dim + j % dim]
+
+        return te.compute((fused.shape[0], 3 * heads * dim), at, name="every_head")
+
+    return d.builder.emit_te(spread, qkv, primfunc_name_hint="every_head")
 
 
 def _emit_model(d: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalVar:

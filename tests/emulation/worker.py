@@ -41,7 +41,9 @@ class Worker:
         self._process.stdin.write(f"{json.dumps(case)}\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
-        assert line, self._log.read_text()[-3000:]
+        if not line:
+            self.close()  # it is ending: the next case shall not meet it
+            raise AssertionError(self._log.read_text()[-3000:])
         answer: dict[str, Any] = json.loads(line)
         return answer
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,8 @@ def architectures(catalog: Catalog) -> str:
         rows.append((_code(name), types, _choices(data), _TESTED[data.get("tested_against")], _packed_in(data)))
     heads = ("architecture", "`model_type` in config.json", "choices", "tested against", "quantizations")
     inside = ", ".join(map(_code, wrappers.known()))
-    return f"{_table(heads, rows)}\n\nThe text model inside these, too ([wrappers](#wrappers)): {inside}."
+    others = textwrap.fill(f"The text model inside these, too ([wrappers](#wrappers)): {inside}.", 120)
+    return f"{_table(heads, rows)}\n\n{others}"
 
 
 def _names_of_architectures(catalog: Catalog) -> str:

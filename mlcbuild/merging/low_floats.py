@@ -45,6 +45,11 @@ def plan(table: Mapping[str, TensorRef], scheme: Scheme) -> tuple[dict[str, Tens
     problems: list[str] = []
     find = {"mxfp4": _blocks, "bitnet": ternary.find}.get(scheme.method, _scaled)
     made = [each for name in table if (each := find(name, table, scheme, problems)) is not None]
+    problems += [
+        f"{table[names[0]].file}: tensor {names[0]}: it stands for {list(each.target.shape)} numbers"
+        for each, names in made
+        if not prod(each.target.shape)
+    ]
     if problems:
         raise CheckpointError("\n".join(problems))
     if not made:

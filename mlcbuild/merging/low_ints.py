@@ -4,8 +4,9 @@ compressed-tensors  `x_packed`, words of 32 bits (dense, lowest first, 2^(bits-1
                     `x_scale` [N, groups]; `x_zero_point`, packed along N where the numbers are; `x_g_idx` [K]
 mlx                 `x.weight`, words of 32 bits (dense, lowest first); `x.scales` and `x.biases` [N, groups]
 bitsandbytes        8 bits: `x.weight` int8 and `x.SCB` [N], 127 times the scale. 4 bits: `x.weight`, bytes of two
-                    numbers, the upper half first: places in `quant_map`, times `absmax` of their block; which, doubly
-                    quantized, are places in `nested_quant_map`, times `nested_absmax` of theirs, plus an offset
+                    numbers, the upper half first, in a tensor of any dtype: places in `quant_map`, times `absmax` of
+                    their block; which, doubly quantized, are places in `nested_quant_map`, times `nested_absmax` of
+                    theirs, plus an offset
 awq_gemv            `x.qweight` and `x.qzeros`, words of 32 bits along K and along groups; `x.scales`, wider than those
 
 Sources: vllm-project/compressed-tensors compressors/pack_quantized, ml-explore/mlx mlx/ops.cpp, bitsandbytes
@@ -16,11 +17,11 @@ a 16-bit scale is exact.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +38,11 @@ Array = npt.NDArray[Any]
 Table = Mapping[str, TensorRef]
 _PIECE = 1 << 20  # elements that are made at once
 _INTEGERS = {"I8": "i1", "U8": "u1", "I32": "<i4", "U32": "<u4", "I64": "<i8"}
+_WORDS = ("I32", "U32")
+_STORAGE = ("U8", "I8", "F16", "BF16", "F32", "F64")  # bnb_4bit_quant_storage: what bytes of two numbers are held as
+# What is raised where metadata say what cannot be: each is a problem of the tensor whose metadata they are.
+_IMPOSSIBLE = (ValueError, TypeError, IndexError, KeyError, ArithmeticError)
+_END = 1 << 31  # of blocks' sizes
 _BNB_STATE = ".quant_state.bitsandbytes__"
 # What else lies there: of activations and caches, and what follows from the shapes.
 _UNUSED = ("input_scale", "input_zero_point", "k_scale", "v_scale", "q_scale", "output_scale", "weight_format")
@@ -63,7 +69,12 @@ def plan(table: Table, scheme: Scheme) -> tuple[dict[str, TensorRef], list[Compu
         except CheckpointError as error:
             problems.append(str(error))
             continue
-        if each is not None:
+        except _IMPOSSIBLE as error:
+            problems.append(_wrong(table[name], f"{scheme.title} has nothing like it ({error!s:.100})"))
+            continue
+        if each is not None and min(each.shape) < 1:
+            problems.append(_wrong(table[name], f"it stands for {list(each.shape)} numbers"))
+        elif each is not None:
             found.append(each)
     if problems:
         raise CheckpointError("\n".join(problems))
@@ -91,19 +102,27 @@ def _pieces(found: Found) -> Iterator[Array]:
         yield np.ascontiguousarray(values, np.float32)
 
 
-def _read(ref: TensorRef) -> Array:
-    """The tensor's numbers as they are stored, floats as float32."""
+def _wrong(ref: TensorRef, what: str) -> str:
+    return f"{ref.file}: tensor {ref.name}: {what}"
+
+
+def _refuse(ref: TensorRef, what: str) -> NoReturn:
+    raise CheckpointError(_wrong(ref, what))
+
+
+def _read(ref: TensorRef, dtypes: Collection[str] = FLOATS) -> Array:
+    """The tensor's numbers as they are stored, floats as float32. Raises CheckpointError for one of another dtype."""
+    if ref.dtype not in dtypes:
+        _refuse(ref, f"dtype {ref.dtype}, expected {', '.join(dtypes)}")
     content = MappedFile(ref.path).bytes(ref.offset, ref.nbytes)
     if ref.dtype in FLOATS:
         return floats.widen(content.view(FLOATS[ref.dtype][1]), FLOATS[ref.dtype][0]).reshape(ref.shape)
-    if ref.dtype not in _INTEGERS:
-        raise CheckpointError(f"{ref.file}: tensor {ref.name}: dtype {ref.dtype}, which is not expected there")
     return content.view(_INTEGERS[ref.dtype]).reshape(ref.shape)
 
 
 def _beside(table: Table, name: str, wanted: str) -> TensorRef:
     if wanted not in table:
-        raise CheckpointError(f"{table[name].file}: tensor {name}: there is no {wanted} beside it")
+        _refuse(table[name], f"there is no {wanted} beside it")
     return table[wanted]
 
 
@@ -126,9 +145,7 @@ def _scales(ref: TensorRef, shape: tuple[int, int]) -> Array:
     found = _read(ref).reshape(1, 1) if prod(ref.shape) == 1 else _read(ref)
     found = found.reshape(-1, 1) if found.ndim == 1 else found
     if found.ndim != 2 or found.shape[0] not in (1, shape[0]) or not found.shape[1] or shape[1] % found.shape[1]:
-        raise CheckpointError(
-            f"{ref.file}: tensor {ref.name}: shape {list(ref.shape)}, expected scales of whole groups in {list(shape)}"
-        )
+        _refuse(ref, f"shape {list(ref.shape)}, expected scales of whole groups in {list(shape)}")
     return found
 
 
@@ -137,7 +154,7 @@ def _groups(columns: int, groups: int) -> Array:
 
 
 def _words(ref: TensorRef, bits: int, columns: int) -> Callable[[slice], Array]:
-    words = _read(ref).view("<u4")
+    words = _read(ref, _WORDS).view("<u4")
     return lambda rows: unpack_natural(np.ascontiguousarray(words[rows]), bits)[:, :columns]
 
 
@@ -145,18 +162,16 @@ def _compressed(name: str, table: Table, scheme: Scheme) -> Found | None:
     base = name.removesuffix("_packed")
     ref = table[name]
     if name.endswith(".weight_packed"):
-        shape = tuple(int(size) for size in _read(_beside(table, name, f"{base}_shape")))
-        fitting = [bits for bits in scheme.choices if ref.shape == (shape[0], -(-shape[-1] * bits // 32))]
-        if len(shape) != 2 or not fitting:
-            raise CheckpointError(
-                f"{ref.file}: tensor {name}: shape {list(ref.shape)}, but {list(shape)} in {base}_shape want words of "
-                f"{' or '.join(map(str, scheme.choices))} bits"
-            )
+        shape = tuple(map(int, _read(_beside(table, name, f"{base}_shape"), ("I64", "I32")).reshape(-1)))
+        fitting = [b for b in scheme.choices if len(shape) == 2 and ref.shape == (shape[0], -(-shape[1] * b // 32))]
+        if not fitting:
+            bits_of = " or ".join(map(str, scheme.choices))
+            _refuse(ref, f"shape {list(ref.shape)}, but {list(shape)} in {base}_shape want words of {bits_of} bits")
         bits, offset = fitting[0], 1 << (fitting[0] - 1)
         unpacked = _words(ref, bits, shape[1])
         codes: Callable[[slice], Array] = lambda rows: unpacked(rows) - np.float32(offset)  # noqa: E731
     elif ref.dtype == "I8" and f"{name}_scale" in table and len(ref.shape) == 2:
-        shape, bits, numbers = ref.shape, 0, _read(ref)
+        shape, bits, numbers = ref.shape, 0, _read(ref, ("I8",))
         codes = lambda rows: numbers[rows]  # noqa: E731
     else:
         return None
@@ -164,9 +179,9 @@ def _compressed(name: str, table: Table, scheme: Scheme) -> Found | None:
     zeros = _compressed_zeros(table.get(f"{base}_zero_point"), bits, scales)
     group_of = _groups(shape[1], scales.shape[1])
     if (index := table.get(f"{base}_g_idx")) is not None:
-        given = _read(index).astype(np.int64)
+        given = _read(index, ("I32", "I64")).astype(np.int64)
         if given.shape != (shape[1],) or given.max(initial=0) >= scales.shape[1]:
-            raise CheckpointError(f"{index.file}: tensor {index.name}: not a group for each of {shape[1]} columns")
+            _refuse(index, f"not a group for each of {shape[1]} columns")
         group_of = group_of if given.min(initial=0) < 0 else given
     used = (name, *(f"{base}_{part}" for part in ("shape", "scale", "zero_point", "g_idx")))
     return Found(base, (shape[0], shape[1]), used, _affine(codes, scales, zeros, group_of))
@@ -175,16 +190,14 @@ def _compressed(name: str, table: Table, scheme: Scheme) -> Found | None:
 def _compressed_zeros(ref: TensorRef | None, bits: int, scales: Array) -> Array | None:
     if ref is None:
         return None
-    if ref.dtype in ("I32", "U32") and bits:  # packed along N
-        columns = np.ascontiguousarray(_read(ref).view("<u4").reshape(-1, scales.shape[1]).T)
-        zeros = unpack_natural(columns, bits)[:, : len(scales)].T - np.float32(1 << (bits - 1))
-    else:
-        zeros = _read(ref).astype(np.float32)
-    if zeros.size != scales.size:
-        raise CheckpointError(
-            f"{ref.file}: tensor {ref.name}: shape {list(ref.shape)}, but {list(scales.shape)} scales"
-        )
-    return zeros.reshape(scales.shape)
+    packed = ref.dtype in _WORDS and bits > 0  # along N
+    words = (-(-len(scales) * bits // 32), scales.shape[1])
+    if prod(ref.shape) != (prod(words) if packed else scales.size):
+        _refuse(ref, f"shape {list(ref.shape)}, but {list(scales.shape)} scales")
+    if packed:
+        columns = np.ascontiguousarray(_read(ref, _WORDS).view("<u4").reshape(words).T)
+        return unpack_natural(columns, bits)[:, : len(scales)].T - np.float32(1 << (bits - 1))
+    return _read(ref, (*_INTEGERS, *FLOATS)).astype(np.float32).reshape(scales.shape)
 
 
 def _mlx(name: str, table: Table, scheme: Scheme) -> Found | None:
@@ -194,50 +207,86 @@ def _mlx(name: str, table: Table, scheme: Scheme) -> Found | None:
     words, scales = table[f"{base}.weight"], table[name]
     own = scheme.layers.get(base)
     group = own.get("group_size", scheme.group_size) if isinstance(own, Mapping) else scheme.group_size
-    rows, columns = scales.shape[0], scales.shape[-1] * group
-    bits = words.shape[-1] * 32 / columns if columns else 0
-    if words.dtype != "U32" or len(words.shape) != 2 or bits not in (2, 3, 4, 5, 6, 8) or words.shape[0] != rows:
-        raise CheckpointError(
-            f"{words.file}: tensor {words.name}: {words.dtype} {list(words.shape)}, but {list(scales.shape)} scales of "
-            f"groups of {group} want words of 2 to 8 bits"
+    if type(group) is not int or group < 1:
+        _refuse(words, f"config.json: quantization: group_size {group!r:.20}, expected a positive number")
+    if len(words.shape) == 3 == len(scales.shape):
+        _refuse(
+            words, "experts that MLX stacks in one tensor are not read; use the checkpoint that they were made from"
         )
-    factors, shifts = (
-        _scales(_beside(table, name, f"{base}.{part}"), (rows, columns)) for part in ("scales", "biases")
-    )
+    columns = scales.shape[-1] * group if scales.shape else 0
+    bits = words.shape[-1] * 32 / columns if columns and words.shape else 0
+    fits = len(words.shape) == 2 == len(scales.shape) and words.shape[0] == scales.shape[0]
+    if words.dtype != "U32" or not fits or bits not in (2, 3, 4, 5, 6, 8):
+        _refuse(
+            words,
+            f"{words.dtype} {list(words.shape)}, but {list(scales.shape)} scales of groups of {group} want words of "
+            "2 to 8 bits",
+        )
+    biases = _beside(table, name, f"{base}.biases")
+    if biases.shape != scales.shape:
+        _refuse(biases, f"shape {list(biases.shape)}, but {list(scales.shape)} scales")
+    shape, factors, shifts = (words.shape[0], columns), _read(scales), _read(biases)
     group_of = _groups(columns, factors.shape[1])
     scaled = _affine(_words(words, int(bits), columns), factors, None, group_of)
-    used = (f"{base}.weight", name, f"{base}.biases")
-    return Found(f"{base}.weight", (rows, columns), used, lambda part: scaled(part) + shifts[part][:, group_of])
+    used = (words.name, name, biases.name)
+    return Found(words.name, shape, used, lambda part: scaled(part) + shifts[part][:, group_of])
 
 
 def _bitsandbytes(name: str, table: Table, scheme: Scheme) -> Found | None:
     if name.endswith(".SCB"):
-        base = f"{name.removesuffix('.SCB')}.weight"
-        ref = _beside(table, name, base)
-        numbers, shape = _read(ref), ref.shape
-        scales = _scales(table[name], (shape[0], shape[-1])) / np.float32(127)
-        made = _affine(lambda rows: numbers[rows], scales, None, np.zeros(shape[-1], np.int64))
-        return Found(base, (shape[0], shape[-1]), (name, base), made)
+        return _of_rows(name, table)
     base, found, kind = name.partition(_BNB_STATE)
     if not found:
         return None
+    doubly = f"{base}.nested_absmax" in table
     try:
-        state = json.loads(bytes(_read(table[name])))
+        state = json.loads(bytes(_read(table[name], ("U8",))))
         shape, block = tuple(map(int, state["shape"])), int(state["blocksize"])
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{table[name].file}: tensor {name}: not the JSON that bitsandbytes writes") from None
-    words = _read(_beside(table, name, base)).reshape(-1)
-    codes, largest = (_read(_beside(table, name, f"{base}.{part}")) for part in ("quant_map", "absmax"))
-    if f"{base}.nested_absmax" in table:
-        nested, outer = _read(_beside(table, name, f"{base}.nested_quant_map")), _read(table[f"{base}.nested_absmax"])
-        blocks = np.arange(largest.size) // int(state["nested_blocksize"])
-        largest = nested[largest] * outer[blocks] + np.float32(state["nested_offset"])
-    if len(shape) != 2 or 2 * words.size < prod(shape) or block * largest.size < prod(shape) or codes.size != 16:
-        raise CheckpointError(
-            f"{table[name].file}: tensor {base}: {kind} of {list(shape)} in blocks of {block} has more"
-        )
+        outer_block, shift = (int(state["nested_blocksize"]), float(state["nested_offset"])) if doubly else (1, 0.0)
+        if len(shape) != 2 or min(shape) < 1 or not 0 < min(block, outer_block) <= max(block, outer_block) < _END:
+            raise ValueError
+    except (*_IMPOSSIBLE, RecursionError):
+        _refuse(table[name], "not the JSON that bitsandbytes writes of a matrix")
+    words, codes, largest = (_beside(table, name, each) for each in (base, f"{base}.quant_map", f"{base}.absmax"))
+    count, told = prod(shape), f"{kind} of {list(shape)} in blocks of {block}"
+    if words.dtype not in _STORAGE:
+        _refuse(words, f"dtype {words.dtype}, expected {', '.join(_STORAGE)}")
+    if not 0 <= 2 * words.nbytes - count < 16:  # what is held as larger numbers may be filled up to one
+        _refuse(words, f"{words.nbytes} bytes, but {told} has {-(-count // 2)}")
+    blocks = -(-count // block)
+    scales = _at_least(largest, blocks, told, ("U8",) if doubly else FLOATS)
+    if doubly:
+        nested = _at_least(_beside(table, name, f"{base}.nested_quant_map"), 256, told)
+        outer = _at_least(table[f"{base}.nested_absmax"], -(-blocks // outer_block), told)
+        scales = nested[scales] * outer[np.arange(blocks) // outer_block] + np.float32(shift)
     used = (base, name, *(f"{base}.{part}" for part in ("quant_map", "absmax", "nested_absmax", "nested_quant_map")))
-    return Found(base, (shape[0], shape[1]), used, partial(_of_blocks, words, codes, largest, block, shape[1]))
+    content = MappedFile(words.path).bytes(words.offset, words.nbytes)
+    values = partial(_of_blocks, content, _at_least(codes, 16, told), scales, block, shape[1])
+    return Found(base, (shape[0], shape[1]), used, values)
+
+
+def _at_least(ref: TensorRef, count: int, told: str, dtypes: Collection[str] = FLOATS) -> Array:
+    """The first `count` numbers of a tensor, flat."""
+    if prod(ref.shape) < count:
+        _refuse(ref, f"{prod(ref.shape)} numbers, but {told} has {count}")
+    return _read(ref, dtypes).reshape(-1)[:count]
+
+
+def _of_rows(name: str, table: Table) -> Found:
+    """A matrix of bitsandbytes' 8 bits, by its scales `name`."""
+    base = f"{name.removesuffix('.SCB')}.weight"
+    ref, scales = _beside(table, name, base), table[name]
+    if ref.dtype != "I8" or len(ref.shape) != 2 or prod(scales.shape) != ref.shape[0]:
+        _refuse(ref, f"{ref.dtype} {list(ref.shape)} beside {list(scales.shape)} scales, expected I8 [N, K] and [N]")
+    kept = table.get(f"{name.removesuffix('.SCB')}.weight_format")
+    if kept is not None and _read(kept, ("U8",)).any():
+        _refuse(
+            kept,
+            "not 0: the numbers are in the order of one kind of GPU; save the model anew, with a later bitsandbytes",
+        )
+    numbers, factors = _read(ref, ("I8",)), _read(scales).reshape(-1, 1) / np.float32(127)
+    made = _affine(lambda rows: numbers[rows], factors, None, np.zeros(ref.shape[1], np.int64))
+    return Found(base, (ref.shape[0], ref.shape[1]), (name, base), made)
 
 
 def _of_blocks(words: Array, codes: Array, largest: Array, block: int, columns: int, rows: slice) -> Array:
@@ -253,18 +302,19 @@ def _awq_gemv(name: str, table: Table, scheme: Scheme) -> Found | None:
     if base == name:
         return None
     words = table[name]
-    rows, columns = words.shape[0], words.shape[-1] * 8
-    groups = 1 if scheme.group_size == -1 else columns // scheme.group_size
     zeros, scales = (_beside(table, name, f"{base}.{part}") for part in ("qzeros", "scales"))
-    if columns % groups or zeros.shape[-1] * 8 < groups or scales.shape[-1] < groups:
-        raise CheckpointError(
-            f"{words.file}: tensor {name}: {list(words.shape)} in groups of {scheme.group_size}, but zero points "
-            f"{list(zeros.shape)} and scales {list(scales.shape)}"
+    group, columns = scheme.group_size, words.shape[-1] * 8 if words.shape else 0
+    groups, rest = (1, 0) if group == -1 else divmod(columns, group)
+    matrices = {(len(ref.shape), *ref.shape[:1]) for ref in (words, zeros, scales)} == {(2, *words.shape[:1])}
+    if not matrices or rest or not groups or zeros.shape[1] * 8 < groups or scales.shape[1] < groups:
+        _refuse(
+            words,
+            f"{list(words.shape)} in groups of {group}, but zero points {list(zeros.shape)} and scales "
+            f"{list(scales.shape)}",
         )
-    codes = _words(words, 4, columns)
-    made = _affine(codes, _read(scales)[:, :groups], _words(zeros, 4, groups)(slice(None)), _groups(columns, groups))
-    used = (name, zeros.name, scales.name)
-    return Found(f"{base}.weight", (rows, columns), used, made)
+    codes, shifts = _words(words, 4, columns), _words(zeros, 4, groups)(slice(None))
+    made = _affine(codes, _read(scales)[:, :groups], shifts, _groups(columns, groups))
+    return Found(f"{base}.weight", (words.shape[0], columns), (name, zeros.name, scales.name), made)
 
 
 _FINDERS: dict[str, Callable[[str, Table, Scheme], Found | None]] = {

@@ -1,7 +1,8 @@
-"""Checkpoints whose linear layers are quantized already, by AutoAWQ or GPTQ.
+"""Checkpoints that are quantized already: what config.json says of it, and those by AutoAWQ or GPTQ.
 
-Instead of `x.weight` they have `x.qweight`, `x.qzeros`, `x.scales` (and GPTQ `x.g_idx`). `plan` gives each its place as
-an ordinary `x.weight` that is made: dequantized.
+`scheme` reads all that are known; `plan` is for the two. Instead of `x.weight` these have `x.qweight`, `x.qzeros`,
+`x.scales` (and GPTQ `x.g_idx`); each gets its place as an ordinary `x.weight` that is made: dequantized.
+mlcbuild.merging.low_floats and low_ints have a `plan` for the others.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,9 @@ METHODS = ("awq", "gptq")
 GGUF = "gguf"  # what mlcbuild.gguf.config writes: its tensors say themselves how they are quantized
 FLOATS_OF = ("fp8", "mxfp4", "bitnet")  # and numbers of few bits (mlcbuild.merging.low_floats, of ternary)
 INTS = ("compressed-tensors", "bitsandbytes", "mlx", "awq_gemv")  # and whole numbers (mlcbuild.merging.low_ints)
-_NAMES = {"fbgemm_fp8": "fp8"}  # what else the latter are called
+_NAMES = {"fbgemm_fp8": "fp8"}  # what else FLOATS_OF are called
+_SHOWN = {"awq_gemv": "AWQ", "bitnet": "BitNet"} | {name: name for name in ("bitsandbytes", "compressed-tensors")}
+_FUSED = ("weight_input", "weight_output")  # where compressed-tensors' transforms are in the numbers already
 _PIECE = 1 << 20  # elements that are dequantized at once
 
 
@@ -36,13 +40,33 @@ class Scheme:
 
     method: str  # of METHODS, FLOATS_OF or INTS
     bits: int
-    group_size: int  # -1: one group for the whole column
-    zero_offset: int  # what is added to a stored zero point
-    block: tuple[int, int] = (128, 128)  # of fp8: rows and columns that a scale is for
-    online: bool = False  # of bitnet: whether the checkpoint has what the matrices are rounded from
-    divides: bool = False  # of bitnet: whether values are divided by their scale, and not multiplied
-    choices: tuple[int, ...] = ()  # of compressed-tensors: bits that its groups of layers have
-    layers: Mapping[str, Any] = field(default_factory=dict)  # of mlx: what single layers have otherwise
+    # awq, awq_gemv, gptq, mlx: columns that a scale is for; -1: all
+    group_size: int
+    # gptq: what is added to a stored zero point
+    zero_offset: int
+    # fp8: rows and columns that a scale is for
+    block: tuple[int, int] = (128, 128)
+    # bitnet: whether the checkpoint has what the matrices are rounded from
+    online: bool = False
+    # bitnet: whether values are divided by their scale, and not multiplied
+    divides: bool = False
+    # compressed-tensors: bits that its groups of layers have
+    choices: tuple[int, ...] = ()
+    # mlx: what single layers have otherwise
+    layers: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        return _SHOWN.get(self.method, self.method.upper())
+
+    def told(self, count: int) -> str:
+        """The note about `count` matrices that are made."""
+        if self.online:
+            return f"{count} matrices are rounded to the three values that {self.title} computes with"
+        own = [each.get("bits") for each in self.layers.values() if isinstance(each, Mapping)]
+        every = sorted({self.bits, *self.choices, *(bits for bits in own if type(bits) is int)})
+        size = "three values" if self.method == "bitnet" else f"{' and '.join(map(str, every))} bits"
+        return f"{count} matrices that {self.title} quantized to {size} are dequantized; what was lost then stays lost"
 
 
 @dataclass(frozen=True)
@@ -84,7 +108,7 @@ def scheme(config: Mapping[str, Any]) -> Scheme | None:
             "compressed-tensors, bitsandbytes and MLX checkpoints are read; use the model's unquantized checkpoint"
         )
     bits, group_size = found.get("bits", found.get("w_bit")), found.get("group_size", found.get("q_group_size"))
-    if bits not in ((4,) if method == "awq" else (2, 3, 4, 8)):
+    if type(bits) is not int or bits not in ((4,) if method == "awq" else (2, 3, 4, 8)):
         readable = "4" if method == "awq" else "2, 3, 4 or 8"
         raise CheckpointError(f"{where}.bits is {bits!r}: {method} checkpoints are read with {readable} bits")
     if type(group_size) is not int or (group_size < 1 and group_size != -1):
@@ -95,22 +119,40 @@ def scheme(config: Mapping[str, Any]) -> Scheme | None:
     if version == "gemv":
         return Scheme("awq_gemv", 4, group_size, 0)
     offset = int(method == "gptq" and found.get("checkpoint_format", "gptq") != "gptq_v2")
-    return Scheme(method, int(str(bits)), group_size, offset)
+    return Scheme(method, bits, group_size, offset)
 
 
 def _compressed(found: Mapping[str, Any], where: str) -> Scheme:
+    _check_fused(found.get("transform_config"), f"{where}.transform_config")
     groups = found.get("config_groups")
-    weights = [(each or {}).get("weights") or {} for each in groups.values()] if isinstance(groups, dict) else []
-    kinds: set[Any] = {(each.get("type", "int"), each.get("num_bits")) for each in weights}
-    if kinds == {("float", 8)}:
+    given = [each if isinstance(each, dict) else {} for each in groups.values()] if isinstance(groups, dict) else []
+    weights = [each["weights"] if isinstance(each.get("weights"), dict) else {} for each in given]
+    kinds = [(each.get("type", "int"), each.get("num_bits")) for each in weights]
+    if kinds and all(kind == ("float", 8) for kind in kinds):
         return _floats(weights[0].get("block_structure"), "fp8", where)
-    if not kinds or any(kind != "int" or bits not in range(1, 9) for kind, bits in kinds):
+    if not kinds or any(kind != "int" or type(bits) is not int or not 0 < bits < 9 for kind, bits in kinds):
         raise CheckpointError(
-            f"{where}: compressed-tensors has {found.get('format')!r}: only floats of 8 bits, and whole numbers "
+            f"{where}: compressed-tensors has {found.get('format')!r:.40}: only floats of 8 bits, and whole numbers "
             "of up to 8, are read; use the model's unquantized checkpoint"
         )
-    bits = tuple(sorted(bits for _, bits in kinds))
-    return Scheme("compressed-tensors", bits[0], -1, 0, choices=bits)
+    choices = tuple(sorted({bits for _, bits in kinds}))
+    return Scheme("compressed-tensors", choices[0], -1, 0, choices=choices)
+
+
+def _check_fused(given: Any, where: str) -> None:
+    """Refuse rotations that are computed while the model runs (compressed-tensors, transform_args.py: `is_online`)."""
+    if not given:
+        return
+    try:
+        groups = list(given["config_groups"].values())
+        found = {str(each["location"]) for group in groups for each in group.get("apply") or ()}
+    except (AttributeError, KeyError, TypeError):
+        raise CheckpointError(f"{where}: not the transforms that compressed-tensors writes") from None
+    if online := sorted(found.difference(_FUSED)):
+        raise CheckpointError(
+            f"{where}: transforms with location {', '.join(online):.80} are computed while the model runs; only those "
+            "of weights are read; use the model's unquantized checkpoint"
+        )
 
 
 def _mlx(found: Mapping[str, Any]) -> Scheme:
@@ -225,7 +267,7 @@ def _layer(
         problems.append(f"{where}: there is no {prefix}{'scales' if qzeros else 'qzeros'} beside it")
         return None
     per_word = 32 / scheme.bits
-    if any(len(ref.shape) != 2 for ref in (qweight, qzeros, scales)):
+    if any(len(ref.shape) != 2 or not prod(ref.shape) for ref in (qweight, qzeros, scales)):
         problems.append(f"{where}: it, its qzeros and its scales are not all matrices")
         return None
     if scheme.method == "awq":

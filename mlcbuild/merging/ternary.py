@@ -37,6 +37,9 @@ def find(
     ref = table[name]
     if not name.endswith("_proj.weight") or (ref.dtype == "U8") == scheme.online:
         return None
+    if scheme.online and ref.dtype not in FLOATS:
+        problems.append(f"{ref.file}: tensor {name}: dtype {ref.dtype}, expected {', '.join(FLOATS)}")
+        return None
     if scheme.online:
         return _made(name, ref.shape, partial(_rounded, ref)), (name,)
     scale = table.get(f"{name}_scale")

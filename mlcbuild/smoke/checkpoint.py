@@ -32,6 +32,8 @@ _SEPARATOR = "<|endoftext|>"
 _PERIOD = 1_000_003  # random numbers; a prime, so that no two rows of a matrix are alike
 _ONE = b"\x80\x3f"  # bfloat16
 _BYTES = {"BF16": 2, "F16": 2, "I32": 4}
+# Of BitNet's matrices: the structure follows from it, and random ones are rounded to three values at convert.
+_BITNET = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
 _AWQ_PER_WORD, _AWQ_DEVIATION = 8, 6.5  # of a random code from a random zero point
 
 Tensor = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
@@ -56,6 +58,9 @@ def small_config(config: Mapping[str, Any], architecture: Architecture, awq_grou
     small |= {_BORROWING: 0} if _BORROWING in small else {}  # no layer is left to borrow from
     if isinstance(own := small.get("per_layer_config"), Mapping):
         small["per_layer_config"] = {key: each for key, each in own.items() if key.isdecimal() and int(key) < len(kept)}
+    found = config.get("quantization_config")
+    if isinstance(found, Mapping) and found.get("quant_method") == _BITNET["quant_method"]:
+        small["quantization_config"] = _BITNET
     if awq_group is not None:
         awq = {"quant_method": "awq", "bits": 4, "group_size": awq_group, "version": "gemm", "zero_point": True}
         small["quantization_config"] = awq
@@ -90,9 +95,9 @@ def make(folder: Path, config: Mapping[str, Any], architecture: Architecture, sp
     """
     model = resolve(architecture, config, {})
     tensors = list(_tensors(model))
-    if "quantization_config" in config:
+    if (awq := config.get("quantization_config", _BITNET)) != _BITNET:
         linear = {source for each in parameters(model) if each.role.endswith("_proj") for source in each.sources}
-        group = config["quantization_config"]["group_size"]
+        group = awq["group_size"]
         tensors = [each for tensor in tensors for each in (_packed(tensor, group) if tensor[0] in linear else [tensor])]
     identity = [VERSION, config, special, tensors]
     place = folder / digest_json(identity)

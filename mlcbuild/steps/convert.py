@@ -158,12 +158,9 @@ def _dequantized(
         table, made = (low_ints if scheme.method in prequantized.INTS else low_floats).plan(table, scheme)
     wanted = as_stored(parameters(model), table)
     document = index(wanted, table, ignored(model), job.note)
-    lossy = (
-        f"{len(made)} matrices that {scheme.method.upper()} quantized to {scheme.bits} bits are dequantized; "
-        "what was lost then stays lost"
-    )
-    job.note(lossy)
-    document["notes"] = [lossy]
+    told = scheme.told(len(made))
+    job.note(told)
+    document["notes"] = [told]
     _write(job, document, wanted, table, made)
     for parameter, found in zip(wanted, document["parameters"], strict=True):
         packed = None if parameter.convert else prequantized.joined(layers, parameter.sources)

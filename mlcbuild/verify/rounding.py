@@ -156,7 +156,7 @@ class Rounding:
     def _first_counted(self, inputs: Sequence[Inputs]) -> Sequence[Inputs]:
         """The same, with the first token of each window grown, so that all squares of first ones count `_FIRST`."""
         tokens = [len(chosen[0] if chosen else rows) for rows, *chosen in inputs]
-        factor = np.float32(np.sqrt(_FIRST * (sum(tokens) - len(tokens)) / len(tokens)))
+        factor = np.float32(np.sqrt(max(1, _FIRST * (sum(tokens) - len(tokens)) / len(tokens))))
         for (rows, *_), count in zip(inputs, tokens, strict=True):
             rows[: len(rows) // count] *= factor
         return inputs

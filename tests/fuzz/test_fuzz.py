@@ -15,6 +15,7 @@ import traceback
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -35,6 +36,7 @@ from mlcbuild.recipes.lockfile import examine, lock_path
 from mlcbuild.reporting import events
 from mlcbuild.reporting.history import read_logs
 from tests.checkpoints.hub_server import Hub
+from tests.fuzz import packed
 
 pytestmark = pytest.mark.slow
 ASKED = os.environ.get("MLCBUILD_FUZZ_SECONDS")
@@ -179,6 +181,7 @@ TARGETS = {
             }
         ),
     ),
+    **{name: Target(partial(packed.run, name), name.encode()) for name in packed.FORMATS},
     "pickles": Target(pickles, TENSOR),
     "older pickles": Target(older, b"".join(pickle.dumps(each, 2) for each in (MAGIC, 1001, {"little_endian": True}))),
     "yaml": Target(yaml, b"model: tiny\nmatrix: [a, {b: &x 1e3}]\n? *x\n: |\n  text\n"),

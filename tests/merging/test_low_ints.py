@@ -105,14 +105,39 @@ def test_compressed_tensors_of_int8(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, words.float() * scales.float())
 
 
+@pytest.mark.parametrize("location", ["weight_input", "weight_output", "input", "output", "q_attn", "k_cache"])
+def test_compressed_tensors_that_were_turned(location: str) -> None:
+    """What is fused into weights is read; what is computed while the model runs is not (the package says which)."""
+    from compressed_tensors.transform import TransformArgs, TransformConfig, TransformScheme
+
+    args = TransformArgs(targets=["Linear"], location=location)
+    turned = TransformConfig(config_groups={"r": TransformScheme(type="hadamard", apply=[args])})
+    written = turned.model_dump(mode="json", exclude={"config_groups": {"r": {"precision"}}})
+    config = {"quantization_config": {"quant_method": "compressed-tensors",
+              "config_groups": {"g": {"weights": {"num_bits": 4}}},
+              "transform_config": written}}  # fmt: skip
+    if not args.is_online():
+        assert prequantized.scheme(config) is not None
+        return
+    with pytest.raises(CheckpointError) as error:
+        prequantized.scheme(config)
+    assert str(error.value) == (
+        f"config.json: quantization_config.transform_config: transforms with location {location} are computed while "
+        "the model runs; only those of weights are read; use the model's unquantized checkpoint"
+    )
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_bitsandbytes_of_4_bits(kind: str, double: bool, tmp_path: Path) -> None:
-    """Packed, and made floats of again, by bitsandbytes on the CPU."""
+def test_bitsandbytes_of_4_bits(kind: str, double: bool, storage: torch.dtype, tmp_path: Path) -> None:
+    """Packed, and made floats of again, by bitsandbytes on the CPU; held as larger numbers as FSDP wants it."""
     from bitsandbytes import functional
 
     weight = random(N, K)
-    packed, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=double, quant_type=kind)
+    packed, state = functional.quantize_4bit(
+        weight, blocksize=64, compress_statistics=double, quant_type=kind, quant_storage=storage
+    )
     given = {f"x.weight.{name}": each for name, each in state.as_dict(packed=True).items()}
     config = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     found = numbers(tmp_path, {"x.weight": packed, **given}, config)["x.weight"]
@@ -198,6 +223,38 @@ def test_the_same_package_as_from_its_floats(tmp_path: Path) -> None:
     assert packed == made(tmp_path / "floats", meant, CONFIG)
 
 
+BNB = {"quantization_config": {"quant_method": "bitsandbytes"}}
+COMPRESSED = {"quantization_config": {"quant_method": "compressed-tensors",
+              "config_groups": {"g": {"weights": {"num_bits": 4}}}}}  # fmt: skip
+GEMV = {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemv"}}
+MLX = {"quantization": {"bits": 4, "group_size": 64}}
+
+
+def bnb(**changes: Any) -> dict[str, torch.Tensor]:
+    """Numbers [2, 32], doubly quantized, with other metadata."""
+    state = {"shape": [2, 32], "blocksize": 16, "nested_blocksize": 2, "nested_offset": 0.5, **changes}
+    return {"x.weight": torch.zeros((32, 1), dtype=torch.uint8), "x.weight.quant_map": torch.ones(16),
+            "x.weight.absmax": torch.ones(4, dtype=torch.uint8), "x.weight.nested_absmax": torch.ones(2),
+            "x.weight.nested_quant_map": torch.ones(256),
+            "x.weight.quant_state.bitsandbytes__nf4": torch.tensor([*json.dumps(state).encode()], dtype=torch.uint8),
+            }  # fmt: skip
+
+
+def compressed() -> dict[str, torch.Tensor]:
+    return {"x.weight_packed": torch.zeros((2, 4), dtype=torch.int32), "x.weight_scale": torch.ones((2, 1)),
+            "x.weight_shape": torch.tensor([2, 32])}  # fmt: skip
+
+
+def mlx() -> dict[str, torch.Tensor]:
+    return {"x.weight": torch.zeros((2, 8), dtype=torch.uint32), "x.scales": torch.ones((2, 1)),
+            "x.biases": torch.ones((2, 1))}  # fmt: skip
+
+
+def gemv() -> dict[str, torch.Tensor]:
+    return {"x.qweight": torch.zeros((2, 8), dtype=torch.int32), "x.qzeros": torch.zeros((2, 1), dtype=torch.int32),
+            "x.scales": torch.ones((2, 1)).half()}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("config", "tensors", "problem"),
     [
@@ -213,6 +270,45 @@ def test_the_same_package_as_from_its_floats(tmp_path: Path) -> None:
         ({"quantization_config": {"quant_method": "bitsandbytes"}},
          {f"x.weight{end}": torch.zeros(4, dtype=torch.uint8) for end in ("", ".quant_state.bitsandbytes__nf4")},
          "quant_state.bitsandbytes__nf4: not the JSON that bitsandbytes writes"),
+        (BNB, bnb(nested_offset=None), "__nf4: not the JSON that bitsandbytes writes of a matrix"),
+        (BNB, bnb(nested_blocksize=0), "__nf4: not the JSON that bitsandbytes writes of a matrix"),
+        (BNB, bnb(shape=[-2, -32]), "__nf4: not the JSON that bitsandbytes writes of a matrix"),
+        (BNB, bnb(shape=[4, 32]), "tensor x.weight: 32 bytes, but nf4 of [4, 32] in blocks of 16 has 64"),
+        (BNB, bnb() | {"x.weight": torch.zeros(4, dtype=torch.int64)},
+         "tensor x.weight: dtype I64, expected U8, I8, F16, BF16, F32, F64"),
+        (BNB, bnb() | {"x.weight.absmax": torch.ones(4)}, "tensor x.weight.absmax: dtype F32, expected U8"),
+        (BNB, bnb() | {"x.weight.absmax": torch.ones(3, dtype=torch.uint8)},
+         "tensor x.weight.absmax: 3 numbers, but nf4 of [2, 32] in blocks of 16 has 4"),
+        (BNB, bnb() | {"x.weight.nested_absmax": torch.ones(1)},
+         "tensor x.weight.nested_absmax: 1 numbers, but nf4 of [2, 32] in blocks of 16 has 2"),
+        *((BNB, {"x.weight": torch.zeros(shape, dtype=dtype), "x.SCB": torch.ones(4)}, f"tensor x.weight: {told}")
+          for shape, dtype, told in (
+            ((), torch.int8, "I8 [] beside [4] scales, expected I8 [N, K] and [N]"),
+            ((4, 2, 2), torch.int8, "I8 [4, 2, 2] beside [4] scales, expected I8 [N, K] and [N]"),
+            ((4, 2), torch.float32, "F32 [4, 2] beside [4] scales, expected I8 [N, K] and [N]"))),
+        (BNB, {"x.weight": torch.zeros((4, 2), dtype=torch.int8), "x.SCB": torch.ones(4),
+               "x.weight_format": torch.tensor(2, dtype=torch.uint8)},
+         "tensor x.weight_format: not 0: the numbers are in the order of one kind of GPU"),
+        *((COMPRESSED, compressed() | changes, f"tensor x.{told}") for changes, told in (
+            ({"x.weight_shape": torch.tensor(2)}, "weight_packed: shape [2, 4], but [2] in x.weight_shape want words"),
+            ({"x.weight_shape": torch.zeros(0, dtype=torch.int64)}, "weight_packed: shape [2, 4], but [] in x.weight"),
+            ({"x.weight_packed": torch.zeros((2, 4))}, "weight_packed: dtype F32, expected I32, U32"),
+            ({"x.weight_packed": torch.zeros((2, 4), dtype=torch.uint8)}, "weight_packed: dtype U8, expected I32, U32"),
+            ({"x.weight_zero_point": torch.zeros((2, 1), dtype=torch.int32)},
+             "weight_zero_point: shape [2, 1], but [2, 1] scales"))),
+        ({"quantization": {"bits": 4, "group_size": 64, "x": {"group_size": "a"}}}, mlx(),
+         "tensor x.weight: config.json: quantization: group_size 'a', expected a positive number"),
+        (MLX, mlx() | {"x.scales": torch.tensor(1.0)}, "tensor x.weight: U32 [2, 8], but [] scales of groups of 64"),
+        (MLX, mlx() | {"x.biases": torch.ones((2, 2))}, "tensor x.biases: shape [2, 2], but [2, 1] scales"),
+        (MLX, {name: each[None] for name, each in mlx().items()},
+         "tensor x.weight: experts that MLX stacks in one tensor are not read; use the checkpoint that they were made"),
+        *((GEMV, gemv() | changes, f"tensor x.qweight: {told}") for changes, told in (
+            ({"x.qweight": torch.zeros((2, 4), dtype=torch.int32)}, "[2, 4] in groups of 64, but zero points"),
+            ({"x.scales": torch.ones(2)}, "[2, 8] in groups of 64, but zero points [2, 1] and scales [2]"),
+            ({"x.qzeros": torch.zeros((3, 1), dtype=torch.int32)}, "[2, 8] in groups of 64, but zero points [3, 1]"))),
+        (GEMV, gemv() | {"x.qweight": torch.zeros((2, 8))}, "tensor x.qweight: dtype F32, expected I32, U32"),
+        *(({"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"g": group}}}, {},
+           "compressed-tensors has None: only floats of 8 bits") for group in ([1], {"weights": {"num_bits": [4]}})),
         ({"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemv"}},
          {"x.qweight": torch.zeros((2, 16), dtype=torch.int32), "x.qzeros": torch.zeros((2, 1), dtype=torch.int32),
           "x.scales": torch.ones((2, 1)).half()},
@@ -225,3 +321,23 @@ def test_what_does_not_fit(
     with pytest.raises(CheckpointError) as error:
         numbers(tmp_path, tensors or {"y": torch.ones(1)}, config)
     assert problem in str(error.value), json.dumps(str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (GEMV, "2 matrices that AWQ quantized to 4 bits are dequantized; what was lost then stays lost"),
+        ({"quantization_config": {"quant_method": "bitnet"}}, "2 matrices that BitNet quantized to three values are"),
+        ({"quantization_config": {"quant_method": "bitnet", "linear_class": "autobitlinear",
+                                  "quantization_mode": "online"}},
+         "2 matrices are rounded to the three values that BitNet computes with"),
+        ({"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {
+            name: {"weights": {"num_bits": bits}} for name, bits in (("a", 8), ("b", 4), ("c", 8))}}},
+         "2 matrices that compressed-tensors quantized to 4 and 8 bits are"),
+        ({"quantization": {"bits": 4, "group_size": 64, "x": {"bits": 6}, "y": False}},
+         "2 matrices that MLX quantized to 4 and 6 bits are"),
+    ],
+)  # fmt: skip
+def test_what_is_told(config: dict[str, Any], told: str) -> None:
+    scheme = prequantized.scheme(config)
+    assert scheme is not None and scheme.told(2).startswith(told)

@@ -211,8 +211,8 @@ def problem(folder: Path, tensors: Mapping[str, Array], config: Mapping[str, Any
     [
         (
             {"quant_method": "quanto"},
-            "quant_method is 'quanto': only awq, gptq, fp8, mxfp4, compressed-tensors, bitsandbytes and MLX "
-            "checkpoints are read; use the model's unquantized checkpoint",
+            "quant_method is 'quanto': only awq, gptq, fp8, mxfp4, bitnet, compressed-tensors, bitsandbytes and "
+            "MLX checkpoints are read; use the model's unquantized checkpoint",
         ),
         ({"bits": 3}, "bits is 3: awq checkpoints are read with 4 bits"),
         ({"group_size": "x"}, "group_size is 'x': expected a positive number, or -1"),

@@ -60,6 +60,21 @@ def test_a_hybrid_keeps_layers_of_both_types() -> None:
     assert found["layer_types"] == ["conv", "full_attention"] and found["num_hidden_layers"] == 2
 
 
+def test_bitnet_keeps_its_three_values(tmp_path: Path) -> None:
+    """What its matrices are multiplied with is rounded, as in the recipe's own structure."""
+    packed = {"quant_method": "bitnet", "linear_class": "bitlinear", "quantization_mode": "offline"}
+    config = {**CONFIG, "model_type": "bitnet", "hidden_act": "relu2", "quantization_config": packed}
+    chosen = llama.architecture("bitnet")
+    small = checkpoint.small_config(config, chosen)
+    model = resolve(chosen, small, {})
+    assert model.input_bits == resolve(chosen, config, {}).input_bits == 8
+    folder = checkpoint.make(tmp_path, small, chosen, ())
+    job = local_job({"checkpoint": folder}, {"structure": model.to_json()}, tmp_path / "job")
+    convert.run(job)
+    notes = json.loads((job.output / "parameters.json").read_text())["notes"]
+    assert notes == ["14 matrices are rounded to the three values that BitNet computes with"]
+
+
 @pytest.mark.parametrize("name", ["nemotron_h", "gemma4_text-shared", "falcon_h1", "qwen2_5_vl"])
 def test_models_whose_layers_depend_on_one_another_convert_one(name: str, tmp_path: Path) -> None:
     config = wrappers.alone(config_of(DEPENDENT[name]))

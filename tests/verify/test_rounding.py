@@ -60,6 +60,8 @@ def test_first_tokens_count_three_times_all_others(case: Case, tmp_path: Path) -
         first = sum(np.square(mine[:choices]).sum() for mine in rows)
         assert first == pytest.approx(3 * sum(np.square(mine[choices:]).sum() for mine in rows))
         assert all((mine[choices:] == 1).all() and np.ptp(mine[:choices]) == 0 for mine in rows)
+    alone = [[np.ones((1, 3), np.float32)], [np.ones((1, 3), np.float32)]]
+    assert all((mine == 1).all() for (mine,) in rounding._first_counted(alone))  # there are no others
 
 
 def test_experts_are_rounded_by_their_own_tokens(case: Case, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from mlcbuild.errors import CheckpointError
 
 _NAMED = 3  # keys that a message names
+_GGUF = {"quant_method": "gguf"}  # of a config.json that follows from a header, by rules that versions add to
 
 
 def check_config(locked: Mapping[str, Any], pinned: Mapping[str, Any], source: str) -> None:
@@ -20,6 +21,11 @@ def check_config(locked: Mapping[str, Any], pinned: Mapping[str, Any], source: s
             for key in different[:_NAMED]
         )
         more = f" (and {len(different) - _NAMED} more)" if len(different) > _NAMED else ""
+        if pinned.get("quantization_config") == _GGUF:
+            raise CheckpointError(
+                f"recipes.lock: another version of mlcbuild made the config of {source}, a GGUF file's: {named}{more}; "
+                "run `mlcbuild lock --update`"
+            )
         raise CheckpointError(
             f"recipes.lock: the config of {source} is not that of the locked commit: {named}{more}; restore "
             "recipes.lock from version control, or run `mlcbuild lock --update`"

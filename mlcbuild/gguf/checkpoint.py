@@ -22,18 +22,21 @@ def parts(name: str, names: Collection[str], where: str = "") -> list[str]:
     found = _PART.fullmatch(name)
     if found is None:
         return [name]
-    wanted = [f"{found[1]}-{number:05}-of-{found[3]}.gguf" for number in range(1, int(found[3]) + 1)]
+    count = int(found[3])
+    if not 1 <= int(found[2]) <= count:
+        raise CheckpointError(f"{where}{name}: a part {int(found[2])} of {count}: its name is not what it was")
+    wanted = [f"{found[1]}-{number:05}-of-{found[3]}.gguf" for number in range(1, count + 1)]
     missing = [each for each in wanted if each not in names]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(
-            f"{where}{name}: one of {int(found[3])} parts, of which {missing[0]}{more} is not there: get it"
-        )
+        raise CheckpointError(f"{where}{name}: one of {count} parts, of which {missing[0]}{more} is not there: get it")
     return wanted
 
 
 def local_parts(path: Path) -> list[Path]:
-    """The same of a file that is here."""
+    """The same of a file that is here; no folder of such a name."""
+    if path.is_dir():
+        raise CheckpointError(f"{path}: a folder with the name of a GGUF file: rename it")
     names = {each.name for each in path.parent.glob(f"*{SUFFIX}")}
     return [path.parent / name for name in parts(path.name, names, f"{path.parent}/")]
 
@@ -55,7 +58,12 @@ def joined(headers: Sequence[Header]) -> Header:
 
 
 def read(paths: Mapping[str, Path]) -> Header:
-    """The header of files that are here, by their names."""
+    """The header of files that are here, by their names. Raises CheckpointError where there are none."""
+    if not paths:
+        raise CheckpointError(
+            f"config.json says quant_method gguf, and no file that ends in {SUFFIX} is there: name the file as the "
+            "source"
+        )
     return joined([read_header(paths[name], name) for name in sorted(paths)])
 
 

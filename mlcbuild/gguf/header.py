@@ -22,7 +22,8 @@ Bytes = Callable[[str, int, int], bytes]  # those of a file, from an offset on, 
 _MAGIC = b"GGUF"
 _STRING, _ARRAY, _FLOAT, _BOOL = 8, 9, 6, 7
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-MOST_FACTS, MOST_DIMENSIONS = 10_000, 8
+MOST_FACTS, MOST_DIMENSIONS, MOST_VALUES = 10_000, 8, 10_000_000  # values: of a list
+LARGEST_HEADER = 256 << 20  # bytes
 _END = 1 << 42  # bytes that no file has (mlcbuild.checkpoints.listing), and no tensor
 
 
@@ -129,6 +130,8 @@ class _Reader:
 
     def _list(self) -> list[Any]:
         kind, count = self.numbers("IQ")
+        if count > MOST_VALUES:
+            raise CheckpointError(f"{self._file}: a list of {count:,} values; at most {MOST_VALUES:,} are read")
         if kind == _STRING:
             self._check(8 * count)
             return [self.text() for _ in range(count)]
@@ -156,6 +159,8 @@ class _Reader:
         return begin
 
     def _check(self, size: int) -> None:
+        if self.position + size > LARGEST_HEADER:
+            raise CheckpointError(f"{self._file}: its header goes on after {LARGEST_HEADER:,} bytes: it is damaged")
         if self.position + size > len(self._content):
             here = len(self._content)
             raise Truncated(f"{self._file}: truncated: its header goes on after the {here:,} bytes; get it again")
@@ -171,10 +176,18 @@ def _shortest(number: float) -> float:
 
 
 def numbers(header: Header, name: str, read: Bytes) -> list[float] | None:
-    """The values of a small float32 tensor, rounded as facts are; None where there is none."""
+    """The values of a small float32 tensor, rounded as facts are; None where there is none.
+
+    Raises CheckpointError for one of another type or shape.
+    """
     found = header.tensors.get(name)
-    if found is None or found.kind != 0 or len(found.shape) != 1 or found.shape[0] > 1 << 16:
+    if found is None:
         return None
+    if found.kind != 0 or len(found.shape) != 1 or found.shape[0] > 1 << 16:
+        raise CheckpointError(
+            f"{found.file}: tensor {name}: ggml's type {found.kind}, {list(found.shape)!r:.100}; expected a list of "
+            "float32 (type 0)"
+        )
     content = read(found.file, found.offset, 4 * found.shape[0])
     if len(content) < 4 * found.shape[0]:
         raise Truncated(f"{found.file}: truncated: tensor {name} lies beyond its end; get it again")

@@ -14,10 +14,10 @@ from mlcbuild.checkpoints.listing import read_listing
 from mlcbuild.errors import CheckpointError
 from mlcbuild.gguf.checkpoint import SUFFIX, joined, parts
 from mlcbuild.gguf.config import config
-from mlcbuild.gguf.header import Header, Truncated, parse
+from mlcbuild.gguf.header import LARGEST_HEADER, Header, Truncated, parse
 from mlcbuild.recipes.types import Locked, LockedFile
 
-_FIRST, LARGEST_HEADER = 1 << 20, 256 << 20  # bytes that are asked for first, and at most
+_FIRST = 1 << 20  # bytes that are asked for first
 _OTHER = re.compile(r"(^|/)(mmproj|imatrix)", re.IGNORECASE)  # what is no language model's
 
 
@@ -41,11 +41,13 @@ def resolve(repo: str, revision: str | None, file: str) -> Locked:
 
 def chosen(names: Collection[str], file: str, where: str) -> list[str]:
     """The file of this name, or the one whose name says so of its quantization (Q4_K_M); with all its parts."""
-    known = sorted(name for name in names if name.lower().endswith(SUFFIX) and not _OTHER.search(name))
+    known = sorted(name for name in names if name.endswith(SUFFIX) and not _OTHER.search(name))
     word = re.compile(rf"(^|[-._/]){re.escape(file)}(-\d{{5}}-of-\d{{5}})?\.gguf", re.IGNORECASE)
     found = [name for name in known if name == file] or [name for name in known if word.search(name)]
     if not found:
-        raise CheckpointError(f"{where}: no GGUF file is `{file}`, or says so; there are: {', '.join(known) or 'none'}")
+        raise CheckpointError(
+            f"{where}: no GGUF file is `{file}`, or says so; there are: {', '.join(known) or 'none that ends in .gguf'}"
+        )
     whole = parts(found[0], names, f"{where}: ")
     if others := [name for name in found if name not in whole]:
         raise CheckpointError(f"{where}: `{file}` may be {found[0]} or {others[0]}: write the whole name")
@@ -76,14 +78,18 @@ class Ranges:
         self._repo, self._commit = repo, commit
 
     def __call__(self, file: str, offset: int, size: int) -> bytes:
-        taken = _Taken(offset)
+        taken, request = _Taken(offset), Request(self._repo, self._commit, file)
 
         def arrived(count: int) -> None:
             if count >= offset + size:
                 raise _EnoughError
+            if count - taken.begin > LARGEST_HEADER:
+                raise CheckpointError(
+                    f"{request}: the hub sends all of it where a part is asked for: name a local file"
+                )
 
         with contextlib.suppress(_EnoughError):
-            receive(Request(self._repo, self._commit, file), taken, arrived=arrived)
+            receive(request, taken, arrived=arrived)
         begin = offset - taken.begin
         return taken.getvalue()[begin : begin + size]
 

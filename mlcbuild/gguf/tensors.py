@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +28,7 @@ from mlcbuild.models.parameters import Parameter
 Array = npt.NDArray[Any]
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _ENDINGS = (".weight", ".bias")
-_UNUSED = ("rope_freqs.weight", "*.attn_rot_embd", "*.rope_freqs.weight", LLAMA3, SHORT, LONG)
+_UNUSED = ("*.attn_rot_embd", "*.rope_freqs.weight", LLAMA3, SHORT, LONG)
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,10 @@ class _Stored:
 
 
 def sizes(header: Header, paths: Mapping[str, Path]) -> dict[str, int]:
-    """The bytes of each tensor. Raises CheckpointError for a type that is unknown, and for a file that is too short."""
+    """The bytes of each tensor.
+
+    Raises CheckpointError for a type that is unknown or not computed, and for a file that is too short.
+    """
     from gguf.constants import GGML_QUANT_SIZES
 
     problems, found = [], {}
@@ -50,6 +55,9 @@ def sizes(header: Header, paths: Mapping[str, Path]) -> dict[str, int]:
             block, nbytes = GGML_QUANT_SIZES[kind(each)]
         except CheckpointError as error:
             problems.append(str(error))
+            continue
+        if kind(each) not in computed_kinds():
+            problems.append(f"{where}: floats of the type {kind(each).name} are not computed; known are {_known()}")
             continue
         if not each.shape or each.shape[-1] % block:
             problems.append(f"{where}: {kind(each).name} {list(each.shape)}: rows are not whole blocks of {block}")
@@ -63,10 +71,22 @@ def sizes(header: Header, paths: Mapping[str, Path]) -> dict[str, int]:
     return found
 
 
-def _known() -> str:
-    from gguf.constants import GGMLQuantizationType
+@functools.cache
+def computed_kinds() -> tuple[Any, ...]:
+    """The types that `gguf` computes floats of."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
 
-    return ", ".join(kind.name for kind in GGMLQuantizationType)
+    found = []
+    for each in GGMLQuantizationType:
+        with contextlib.suppress(NotImplementedError):
+            dequantize(np.zeros((1, GGML_QUANT_SIZES[each][1]), np.uint8), each)
+            found.append(each)
+    return tuple(found)
+
+
+def _known() -> str:
+    return ", ".join(each.name for each in computed_kinds())
 
 
 def read(
@@ -121,7 +141,7 @@ def kind(tensor: Tensor) -> Any:
 def told(header: Header) -> str | None:
     """What is lost in the file already, by the types of its matrices; None where nothing is."""
     counts = Counter(kind(each).name for each in header.tensors.values() if len(each.shape) > 1)
-    lossy = {name: count for name, count in counts.most_common() if name not in (*FLOATS, "F64")}
+    lossy = {name: count for name, count in counts.most_common() if name not in FLOATS}
     if not lossy:
         return None
     said = ", ".join(f"{count} of {name}" for name, count in lossy.items())

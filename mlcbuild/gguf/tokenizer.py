@@ -20,6 +20,8 @@ _SPACE = "▁"
 _ROLES = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id",
           "pad_token": "padding_token_id"}  # fmt: skip
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+# Architectures of which a file that does not say how a text is cut, as before May 2024, is cut as llama.cpp does then.
+_PLAIN = ("gpt2", "gptneox", "phi2")
 ADVICE = "name a checkpoint that has its files: `tokenizer_from: {hf: owner/name}`"
 
 
@@ -48,6 +50,8 @@ def files(header: Header) -> dict[str, Any]:
     made, begins = _byte_level(header, facts, tokens) if kind == "gpt2" else _sentencepiece(facts, tokens, roles)
     adds = {"bos_token": facts.get("add_bos_token", begins), "eos_token": facts.get("add_eos_token", False)}
     ends = [facts[key] for key in _ENDS if type(facts.get(key)) is int]
+    if beyond := [each for each in ends if not 0 <= each < len(tokens)]:
+        raise CheckpointError(f"{header.file}: a text ends at token {beyond[0]}, and there are {len(tokens)}: {ADVICE}")
     template = header.facts.get("tokenizer.chat_template")
     config = {
         **roles,
@@ -82,6 +86,11 @@ def _cuts() -> Mapping[str, Any]:
 
 
 def _byte_level(header: Header, facts: Mapping[str, Any], tokens: Sequence[str]) -> tuple[dict[str, Any], bool]:
+    if "pre" not in facts and header.architecture not in _PLAIN:
+        raise CheckpointError(
+            f"{header.file}: no tokenizer.ggml.pre, as in files before May 2024: how it cuts a text is not known: "
+            f"{ADVICE}"
+        )
     name = str(facts.get("pre", "gpt-2"))
     if name not in _cuts():
         raise CheckpointError(
@@ -145,12 +154,13 @@ def _vocabulary(tokens: Sequence[str]) -> dict[str, int]:
 
 def _unlike(tokens: Sequence[str]) -> list[str]:
     """Two tokens of one text are two in the model: the later ones, which no text has, get a name of their own."""
-    seen: set[str] = set()
-    made = []
+    known, made = set(tokens), dict.fromkeys(())
     for i, token in enumerate(tokens):
-        made.append(f"{token}<{i}>" if token in seen else token)
-        seen.add(token)
-    return made
+        name = token
+        while name in made or (name != token and name in known):
+            name += f"<{i}>"
+        made[name] = None
+    return list(made)
 
 
 def _added(tokens: Sequence[str], types: Sequence[int]) -> list[dict[str, Any]]:

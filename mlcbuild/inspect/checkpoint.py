@@ -13,7 +13,7 @@ from typing import Any
 from mlcbuild.chat.config import TOKENIZER_FILES
 from mlcbuild.checkpoints.locked import check_config
 from mlcbuild.errors import CheckpointError, MlcBuildError
-from mlcbuild.planning.files import files_of
+from mlcbuild.planning.files import files_of, only_tokenizer
 from mlcbuild.planning.shapes import adapter_of, read_config
 from mlcbuild.recipes.problems import did_you_mean
 from mlcbuild.recipes.types import Catalog, Locked, Model, Source
@@ -90,14 +90,28 @@ def _unpacked(source: Source, model: Model | None, catalog: Catalog) -> Iterator
             locked, fresh, paths = known or resolve(source), known is None, {}
             sizes = {name: file.size for name, file in locked.files.items()}
             header, config = repository.header(source.hf, locked.commit, list(locked.files)), dict(locked.config)
-        files, trouble = dict(paths), None
+        made, other, trouble = {"config.json": config}, {}, None
         try:
-            for name, content in {"config.json": config, **tokenizer.files(header)}.items():
-                files[name] = Path(folder) / name
-                files[name].write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+            if model is not None and model.tokenizer_from is not None:
+                other, trouble = _tokenizer(model.tokenizer_from, catalog, Path(folder) / "tokenizer")
+            else:
+                made |= tokenizer.files(header)
         except CheckpointError as error:
             trouble = str(error)
+        for name, content in made.items():
+            (Path(folder) / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        files = {**paths, **other, **{name: Path(folder) / name for name in made}}
         yield Checkpoint(source, config, sizes, files, model, locked, fresh, trouble)
+
+
+def _tokenizer(source: Source, catalog: Catalog, folder: Path) -> tuple[dict[str, Path], str | None]:
+    """Another checkpoint's tokenizer, by name; or why there is none."""
+    if source.path is not None:
+        files, trouble = files_of(source.path), None
+    else:
+        folder.mkdir()
+        files, trouble = _fetched(source, locker(catalog.root)(Model("", source, "")) or resolve(source), folder)
+    return only_tokenizer(files), trouble
 
 
 def adapter_config(model: Model, catalog: Catalog) -> Mapping[str, Any] | None:
@@ -119,6 +133,8 @@ def source_of(word: str, catalog: Catalog, revision: str | None = None, names: b
         return Source(path=path.absolute())
     if path.suffix == ".gguf" and ":" not in word and not path.exists():
         raise MlcBuildError(f"{word}: no such file")
+    if revision is not None and path.is_file():
+        raise MlcBuildError(f"{word}: a file, and --revision is for a repository")
     if path.is_file():
         raise MlcBuildError(
             f"{word}: a file; a checkpoint is a folder in Hugging Face's format (config.json and safetensors), a GGUF "

@@ -177,7 +177,7 @@ def _tensors(checkpoint: Checkpoint, structure: Structure) -> Tensors | None:
     try:
         scheme = prequantized.scheme(checkpoint.config)
         if scheme is not None:
-            notes.append(f"{scheme.method.upper()} quantized it to {scheme.bits} bits")
+            notes.append(f"{scheme.title} quantized it to {scheme.size}")
         elif checkpoint.model is None or (checkpoint.model.delta_of is None and checkpoint.model.lora is None):
             index(wanted, table, ignored, notes.append)
     except MlcBuildError as error:

@@ -55,6 +55,10 @@ def write_model_file(
         raise MlcBuildError(f"no template is named `{wish.template}`{hint}")
     others = {key: source_of(word, catalog) for key, word in _others(wish).items()}
     with open_checkpoint(wish.word, catalog, wish.revision, names=False) as checkpoint:
+        if checkpoint.source.gguf and others:
+            raise MlcBuildError(
+                f"{wish.word}: a GGUF file; deltas and adapters are merged with unquantized checkpoints"
+            )
         inspection = inspect_checkpoint(replace(checkpoint, model=_merged(checkpoint, others)), catalog, name)
     chosen, remarks = _template(wish, inspection, catalog)
     locks = _to_lock(inspection.checkpoint, others, catalog)

@@ -59,14 +59,20 @@ class Scheme:
     def title(self) -> str:
         return _SHOWN.get(self.method, self.method.upper())
 
+    @property
+    def size(self) -> str:
+        """What each number was quantized to."""
+        if self.method == "bitnet":
+            return "three values"
+        own = [each.get("bits") for each in self.layers.values() if isinstance(each, Mapping)]
+        every = sorted({self.bits, *self.choices, *(bits for bits in own if type(bits) is int)})
+        return f"{' and '.join(map(str, every))} bits"
+
     def told(self, count: int) -> str:
         """The note about `count` matrices that are made."""
         if self.online:
             return f"{count} matrices are rounded to the three values that {self.title} computes with"
-        own = [each.get("bits") for each in self.layers.values() if isinstance(each, Mapping)]
-        every = sorted({self.bits, *self.choices, *(bits for bits in own if type(bits) is int)})
-        size = "three values" if self.method == "bitnet" else f"{' and '.join(map(str, every))} bits"
-        return f"{count} matrices that {self.title} quantized to {size} are dequantized; what was lost then stays lost"
+        return f"{count} matrices that {self.title} quantized to {self.size} are dequantized; what was lost then stays lost"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from mlcbuild.cache.tree import matches
@@ -44,6 +45,11 @@ def files_of(folder: Path) -> dict[str, Path]:
         if not path.is_file() and matches(name, CHECKPOINT_FILES):
             raise MlcBuildError(f"{path}: cannot be read{nowhere(path) or ': it is not a regular file'}")
     return {name: path for name, path in found.items() if path.is_file()}
+
+
+def only_tokenizer(files: Mapping[str, Path]) -> dict[str, Path]:
+    """Of a checkpoint's files those that count where only its tokenizer is wanted."""
+    return {name: path for name, path in files.items() if matches(name, OTHER_TOKENIZER)}
 
 
 def check_adapter(folder: Path | None) -> None:

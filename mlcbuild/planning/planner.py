@@ -90,7 +90,9 @@ class Planner:
         """The steps that make weights, those of the model first."""
         check(quantization, self._shape(model, ()))
         steps = {"download": self._fetched(model, model.source, model.name), **self._merged(model)}
-        steps |= {"unpack": self._download(model)} if model.source.gguf else {}
+        if model.source.gguf:
+            steps["unpack"] = self._download(model)
+            steps |= {"tokenizer": tokenizer} if (tokenizer := self._tokenizer(model)) else {}
         steps["convert"] = self._convert(model)
         if quantization.rounding == "calibrated":
             steps["calibrate"] = self._calibrate(model)
@@ -102,13 +104,14 @@ class Planner:
 
     @once
     def _download(self, model: Model) -> str:
-        """The step that has the checkpoint."""
+        """The step that has the checkpoint, or that makes it of a GGUF file."""
         download = self._fetched(model, model.source, model.name)
-        if not model.source.gguf:
-            return download  # else the step that makes it
+        return unpacked(self._add, model.name, download, self._tokenizer(model)) if model.source.gguf else download
+
+    def _tokenizer(self, model: Model) -> str | None:
+        """The step that fetches another checkpoint's tokenizer for a GGUF file."""
         names = (f"{model.name}-tokenizer", OTHER_TOKENIZER)
-        tokenizer = self._fetched(model, model.tokenizer_from, *names) if model.tokenizer_from is not None else None
-        return unpacked(self._add, model.name, download, tokenizer)
+        return self._fetched(model, model.tokenizer_from, *names) if model.tokenizer_from is not None else None
 
     @once
     def _fetched(self, model: Model, source: Source, label: str, files: tuple[str, ...] | None = None) -> str:

@@ -33,6 +33,14 @@ def of_folder(folder: Path) -> Origin:
     return Origin({}, *facts(card), {path.name: path.read_bytes() for path in texts})
 
 
+def of_gguf(said: Mapping[str, Any]) -> Origin:
+    """Of a GGUF file that is here, by the facts in its header (ggml-org/ggml docs/gguf.md): its folder is anyone's."""
+    names = {"license": "license", "license.name": "license_name", "license.link": "license_link"}
+    card = {ours: said[f"general.{key}"] for key, ours in names.items() if isinstance(said.get(f"general.{key}"), str)}
+    languages = said.get("general.languages")
+    return Origin({}, *facts({**card, "language": languages if isinstance(languages, list) else None}))
+
+
 def of_hub(repositories: Mapping[str, str]) -> Origin:
     """Of repositories on the hub at these commits; the licence is the first one's. Raises what huggingface_hub does."""
     from huggingface_hub import HfApi, hf_hub_download

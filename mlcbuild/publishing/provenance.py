@@ -41,7 +41,7 @@ def statement(package: Package, origin: Origin) -> bytes:
     ]
     sources += [
         {"name": f"{kind}/{name}", "digest": {"sha256": digest}}
-        for kind in ("checkpoint", "delta_of", "lora")
+        for kind in ("checkpoint", "delta_of", "lora", "tokenizer_from")
         for name, digest in manifest.get(kind, {}).items()
     ]
     predicate = {

@@ -13,6 +13,14 @@ from mlcbuild.recipes.select import AXES, Cell
 
 CHECKPOINTS = ("source", "delta_of", "lora", "tokenizer_from")  # keys of a model that say where files are
 
+_PLAIN = (
+    "is merged with an unquantized checkpoint, and `source` is a GGUF file: name the checkpoint that it was made from"
+)
+_BESIDE = {
+    "delta_of": _PLAIN,
+    "lora": _PLAIN,
+    "tokenizer_from": "is for a GGUF file, and `source` is none: its own tokenizer is taken; remove it",
+}
 
 Data = Mapping[str, Any]
 Key = tuple[str, bool]  # a file's name, and whether it is a stock file whose place another one has taken
@@ -150,6 +158,12 @@ def _incomplete(document: Document, _: Data, data: Data) -> list[Problem]:
         own, other = ("delta_of", "lora") if "delta_of" in document.data else ("lora", "delta_of")
         text = f"`{own}`: the model that it extends has a `{other}`; one of the two"
         problems.append(document.problem(text, (own,) if own in document.data else ("extends",), key=True))
+    source = data.get("source", {})
+    gguf = "file" in source or str(source.get("path", "")).endswith(".gguf")
+    for key, text in _BESIDE.items():
+        if key in data and gguf == (key != "tokenizer_from"):
+            at = next(each for each in (key, "source", "extends") if each in document.data)
+            problems.append(document.problem(f"`{key}`: {text}", (at,), key=True))
     return problems
 
 

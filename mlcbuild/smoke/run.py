@@ -44,7 +44,7 @@ def test_run(root: Path, names: str, cache: Path | None, report: Report) -> dict
     problems = []
     for recipe in select(catalog, names):
         try:
-            only_config = replace(recipe.model, delta_of=None, lora=None)
+            only_config = replace(recipe.model, delta_of=None, lora=None, tokenizer_from=None)
             refused = lock_missing(root, store.root, [only_config], report, refuse=False)
             config = config_of(recipe.model, locker(root, refused))
             with made_for(store.root):  # the next user who tries this recipe replaces what is made here

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,6 +73,8 @@ class _Past:
     seconds: float
 
 
+_QUANTIZED = re.compile(r"(?:^|[-._/])(?:I?Q|TQ)([1-8])_", re.IGNORECASE)  # Q4_K_M of a GGUF file's name
+
 # By kind of step and by format (as text; None: all of them): the recorded actions, the smallest mass first.
 _Runs = Mapping[tuple[str, str | None], Sequence[_Past]]
 
@@ -129,7 +132,9 @@ def _estimated(session: Session, step: Step, past: _Runs, sizes: Mapping[str, in
     action = session.lookup.known(step.name)
     if action is not None:
         return StepEstimate(step.name, step.kind, True, total_size(action.tree.files.values()), 0, action.seconds)
-    mass = sum(sizes[name] for name in session.graph.closure([step.name]) if name != step.name)
+    # A GGUF file is counted once: `unpack` passes on what `download` has.
+    others = (name for name in session.graph.closure([step.name]) if name != step.name)
+    mass = sum(sizes[name] for name in others if not name.startswith("unpack:"))
     nearest = _nearest(past, step, mass)
     size, seconds = _first_guess(session.graph, step, sizes), None
     if nearest is not None:
@@ -151,9 +156,17 @@ def _estimated(session: Session, step: Step, past: _Runs, sizes: Mapping[str, in
 
 
 def _first_guess(graph: Graph, step: Step, sizes: Mapping[str, int]) -> int | None:
-    """Bytes of weights of a kind that was never made: checkpoints mostly have 16 bits per number."""
-    if step.kind != "quantize":
+    """Bytes of weights of a kind that was never made: checkpoints mostly have 16 bits per number.
+
+    A GGUF file has what its name says; of fewer than 16, `convert` makes 32.
+    """
+    if step.kind not in ("convert", "quantize"):
         return None
+    fetched = [name for name in graph.closure([step.name]) if graph.steps[name].kind == "download"]
+    numbers = sum(sizes[name] / _stored_bits(graph.steps[name]) for name in fetched)
+    if step.kind == "convert":
+        packed = any(_stored_bits(graph.steps[name]) < 16 for name in fetched)
+        return round(numbers * 32) if packed else None
     quantization = step.fields["quantization"]
 
     def bits(weights: Mapping[str, Any] | None) -> float:
@@ -164,8 +177,14 @@ def _first_guess(graph: Graph, step: Step, sizes: Mapping[str, int]) -> int | No
         if item.name == "budget" and item.step:
             budget = graph.steps[item.step].fields
             wanted = min(budget["bits_per_weight"], max(bits(weights) for _, weights in budget["formats"]))
-    fetched = (sizes[name] for name in graph.closure([step.name]) if graph.steps[name].kind == "download")
-    return round(sum(fetched) * wanted / 16)
+    return round(numbers * wanted)
+
+
+def _stored_bits(step: Step) -> float:
+    """Bits of a number in what a step downloads; with the scales of blocks, of which a GGUF file has many kinds."""
+    names = (*step.fields.get("files", ()), *(item.name for item in step.inputs))
+    found = next((found for name in names if name.endswith(".gguf") and (found := _QUANTIZED.search(name))), None)
+    return int(found[1]) + 0.75 if found else 16
 
 
 def _download_bytes(step: Step) -> int:

@@ -15,6 +15,8 @@ from mlcbuild.engine.graph import Goal
 from mlcbuild.recipes.types import Recipe, Source
 
 NAME = "manifest.json"
+# What is fetched of a model, and by which step.
+_FETCHED = {"checkpoint": "download", "delta_of": "base", "lora": "lora", "tokenizer_from": "tokenizer"}
 
 
 def manifest(goal: Goal, actions: Mapping[str, Action], files: Mapping[str, Entry], quality: Any, device: Any) -> bytes:
@@ -28,7 +30,7 @@ def manifest(goal: Goal, actions: Mapping[str, Action], files: Mapping[str, Entr
         "recipe": {**_recipe(goal.recipe), "device": device},
         **{
             key: {name: entry.digest for name, entry in actions[kind].tree.files.items()}
-            for key, kind in (("checkpoint", "download"), ("delta_of", "base"), ("lora", "lora"))
+            for key, kind in _FETCHED.items()
             if kind in actions
         },
         "steps": {
@@ -46,7 +48,7 @@ def manifest(goal: Goal, actions: Mapping[str, Action], files: Mapping[str, Entr
 def _recipe(recipe: Recipe) -> dict[str, Any]:
     """The recipe as resolved; a local path is only its last name, because what lies there is given by digest."""
     model = recipe.model
-    sources = {"source": model.source, "delta_of": model.delta_of, "lora": model.lora}
+    sources = {key: getattr(model, key) for key in ("source", "delta_of", "lora", "tokenizer_from")}
     return {
         "name": recipe.name,
         "model": {"name": model.name, **{key: _source(each) for key, each in sources.items() if each is not None}},
@@ -61,7 +63,7 @@ def _recipe(recipe: Recipe) -> dict[str, Any]:
 def _source(source: Source) -> dict[str, Any]:
     if source.path is not None:
         return {"path": _last(source.path)}
-    return {"hf": source.hf, "revision": source.revision}
+    return {"hf": source.hf, "revision": source.revision, **({"file": source.file} if source.file else {})}
 
 
 def _last(path: Path | None) -> str | None:

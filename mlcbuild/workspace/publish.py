@@ -19,10 +19,12 @@ from mlcbuild.cache.layout import lock_path
 from mlcbuild.cache.locks import locked
 from mlcbuild.engine.graph import Step
 from mlcbuild.errors import MlcBuildError, StepFailed
+from mlcbuild.gguf.checkpoint import local_parts
+from mlcbuild.gguf.header import read_header
 from mlcbuild.publishing import hub
 from mlcbuild.publishing.card import card
 from mlcbuild.publishing.lists import lists
-from mlcbuild.publishing.origin import Origin, of_folder, of_hub
+from mlcbuild.publishing.origin import Origin, of_folder, of_gguf, of_hub
 from mlcbuild.publishing.package import PUBLISHED, Package, installed, read_package
 from mlcbuild.publishing.provenance import MATERIALS, STATEMENT, bill_of_materials, statement
 from mlcbuild.recipes.files import write_atomically
@@ -194,10 +196,13 @@ class Publisher:
     def _origin(self, recipe: str) -> Origin:
         model = self.session.catalog.recipes[recipe].model
         graph, steps = self.session.graph, self.session.graph.goals[recipe].steps
-        fetched = [graph.steps[steps[kind]].fields for kind in ("download", "base", "lora") if kind in steps]
+        fetched = [
+            graph.steps[steps[kind]].fields for kind in ("download", "base", "lora", "tokenizer") if kind in steps
+        ]
         repositories = {fields["repo"]: fields["commit"] for fields in fetched if "repo" in fields}
         if model.source.path is not None:
-            found = of_folder(model.source.path.parent if model.source.gguf else model.source.path)
+            path = model.source.path
+            found = of_gguf(read_header(local_parts(path)[0]).facts) if model.source.gguf else of_folder(path)
             return Origin(repositories, found.licence, found.carried, found.files)
         try:
             return of_hub(repositories)

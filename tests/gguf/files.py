@@ -50,7 +50,7 @@ SHAPES = {
     "ffn_up": (INNER, HIDDEN),
     "ffn_down": (HIDDEN, INNER),
 }
-# Every type that `gguf` computes floats of.
+# Most of the types that `gguf` computes floats of: all ways in which it stores blocks.
 KINDS = tuple(
     gguf.GGMLQuantizationType[name]
     for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",

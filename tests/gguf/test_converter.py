@@ -71,6 +71,7 @@ WHOLE: dict[str, dict[str, Any]] = {
     "phi": {"intermediate_size": 256, "num_key_value_heads": 4},
     "phi3-longrope": {"rope_parameters": LONG, "rope_scaling": None},
     "qwen3_moe": {"norm_topk_prob": True},
+    "olmo3": {},
     "smollm3": {"no_rope_layers": None, "num_hidden_layers": 4},
     "starcoder2": {"sliding_window": None},
     "cohere2": {"layer_types": None, "num_hidden_layers": 4},

@@ -16,7 +16,7 @@ import pytest
 from mlcbuild.checkpoints.mapped import FLOATS
 from mlcbuild.engine.job import Job, local_job
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.gguf import checkpoint, repository
+from mlcbuild.gguf import checkpoint, repository, tensors, tokenizer
 from mlcbuild.gguf.config import _factors, config
 from mlcbuild.gguf.header import Header, Tensor, parse, read_header
 from mlcbuild.models.architecture import choose, resolve
@@ -163,6 +163,14 @@ def test_damaged_headers(tmp_path: Path, change: Callable[[bytes], bytes], probl
         ({"tokenizer.ggml.model": None}, "it has no tokenizer: name a checkpoint that has its files: `tokenizer_from:"),
         ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "own"}, "tokenizer.ggml.pre `own`: how it cuts a"),
         ({"tokenizer.ggml.scores": [0.5]}, "265 tokens, but 1 in tokenizer.ggml.scores"),
+        ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": None}, "no tokenizer.ggml.pre, as in files before May "
+         "2024: how it cuts a text is not known: name a checkpoint that has its files: `tokenizer_from:"),
+        ({"tokenizer.ggml.eot_token_id": 265}, "a text ends at token 265, and there are 265: name a checkpoint"),
+        ({"llama.attention.scale": 0.5}, "of the facts about `llama`: `attention.scale` is 0.5, which config.json "
+         "would not say: name the checkpoint that it was made from"),
+        ({"llama.attention.sliding_window": 32}, "`attention.sliding_window` is 32, which config.json would not say"),
+        ({"llama.attention.causal": False}, "`attention.causal` is False, which config.json would not say"),
+        ({"llama.rope.dimension_count": 32}, "`rope.dimension_count` is 32, which config.json would not say"),
     ],
 )  # fmt: skip
 def test_what_is_not_known(tmp_path: Path, facts: dict[str, Any], problem: str) -> None:
@@ -201,19 +209,23 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
 def test_scalings_of_rope() -> None:
     """Those of llama.cpp's facts and tensors, as transformers has them."""
 
-    def scaling(facts: dict[str, Any], factors: Mapping[str, list[float]] = MappingProxyType({})) -> Any:
-        tensors = {n: Tensor(n, "f", (len(v),), 0, i) for i, (n, v) in enumerate(factors.items())}
-        tensors["token_embd.weight"] = Tensor("token_embd.weight", "f", (265, 256), 0, 0)
+    def scaling(facts: dict[str, Any], factors: Mapping[str, list[float]] = MappingProxyType({}), kind: int = 0) -> Any:
+        found = {n: Tensor(n, "f", (len(v),), kind, i) for i, (n, v) in enumerate(factors.items())}
+        found["token_embd.weight"] = Tensor("token_embd.weight", "f", (265, 256), 0, 0)
         whole = {"general.architecture": "llama", **files.FACTS, "llama.rope.freq_base": 5e5, **facts}
         values = [np.array(each, np.float32).tobytes() for each in factors.values()]
-        return config(Header("f", whole, tensors), lambda file, offset, size: values[offset]).get("rope_scaling")
+        return config(Header("f", whole, found), lambda file, offset, size: values[offset]).get("rope_scaling")
 
-    assert scaling({}) is None and scaling({"llama.rope.scaling.type": "none"}) is None
-    linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
-    assert scaling(linear) == {"rope_type": "linear", "factor": 4.0}
+    kind, four = ({f"llama.rope.scaling.{key}": value} for key, value in (("type", "none"), ("factor", 4.0)))
+    for none in ({}, kind, {**kind, **four}, {"llama.rope.scaling.factor": 0.0}, {"llama.rope.scaling.type": "yarn"}):
+        assert scaling(none) is None
+    linear = {"llama.rope.scaling.type": "linear", **four}
+    for same in (linear, four, {"llama.rope.scale_linear": 4.0}, {**linear, "llama.rope.scale_linear": 2.0}):
+        assert scaling(same) == {"rope_type": "linear", "factor": 4.0}
     yarn = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.original_context_length": 32}
-    assert scaling({**linear, **yarn}) == {
-        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
+    for told, length in ((yarn, 32), ({"llama.rope.scaling.type": "yarn"}, 128)):
+        assert scaling({**linear, **told}) == {
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": length}  # fmt: skip
     for factor in (8.0, 32.0):
         assert scaling({}, {"rope_freqs.weight": list(_factors(factor, 8192, 5e5, 32))}) == {
             "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -222,8 +234,79 @@ def test_scalings_of_rope() -> None:
         scaling({}, {"rope_freqs.weight": [1.0, 2.0, 1.0, 8.0]})
     both = {"rope_factors_short.weight": [1.0, 1.1], "rope_factors_long.weight": [1.5, 2.9]}
     assert scaling({}, both) == {"rope_type": "longrope", "short_factor": [1.0, 1.1], "long_factor": [1.5, 2.9]}
-    with pytest.raises(MlcBuildError, match=r"rope.scaling.type `longrope` without its factors is not read"):
-        scaling({**linear, "llama.rope.scaling.type": "longrope"})
+    for other in ("longrope", "su"):
+        for more in ({}, four):
+            with pytest.raises(MlcBuildError, match=rf"rope.scaling.type `{other}` without its factors is not read"):
+                scaling({**more, "llama.rope.scaling.type": other})
+    with pytest.raises(MlcBuildError, match=r"one of the tensors rope_factors_short.weight and .*, without the other"):
+        scaling({}, {"rope_factors_short.weight": [1.0, 1.1]})
+    with pytest.raises(MlcBuildError, match=r"rope is scaled by 4.0 and by rope_freqs.weight: name the checkpoint"):
+        scaling(four, {"rope_freqs.weight": list(_factors(8.0, 8192, 5e5, 32))})
+    with pytest.raises(
+        MlcBuildError, match=r"tensor rope_freqs.weight: ggml's type 1, \[2\]; expected a list of float32"
+    ):
+        scaling({}, {"rope_freqs.weight": [1.0, 2.0]}, kind=1)
+
+
+def test_what_the_facts_of_other_architectures_make() -> None:
+    """Windows by layer, no experts, and tensors that are laid out as no rule has them."""
+
+    def made(name: str, facts: dict[str, Any], **shapes: tuple[int, ...]) -> dict[str, Any]:
+        whole = {key.replace("llama.", f"{name}."): value for key, value in files.FACTS.items()}
+        whole |= {"general.architecture": name, **{f"{name}.{key}": value for key, value in facts.items()}}
+        every = {"token_embd": (265, 256), **{key.replace("__", "."): shape for key, shape in shapes.items()}}
+        found = {f"{n}.weight": Tensor(f"{n}.weight", "f", shape, 0, 0) for n, shape in every.items()}
+        return config(Header("f", whole, found), lambda file, offset, size: b"")
+
+    window, kinds = "attention.sliding_window", ["sliding_attention", "full_attention", "sliding_attention"]
+    for pattern in ([True, False, True], 2):
+        olmo = made("olmo2", {window: 16, f"{window}_pattern": pattern})
+        assert (olmo["model_type"], olmo["sliding_window"], olmo["layer_types"]) == ("olmo3", 16, kinds)
+    assert made("olmo2", {window: 16})["model_type"] == "olmo3", "whose layers are then every fourth"
+    assert made("olmo2", {})["model_type"] == "olmo2"
+    gemma = made("gemma3", {window: 16, f"{window}_pattern": [True, False, True]})
+    assert gemma["layer_types"] == kinds and "sliding_window_pattern" not in gemma
+    assert "num_local_experts" not in made("llama", {"expert_count": 0, "expert_used_count": 0})
+    with pytest.raises(
+        MlcBuildError, match=r"f: a tensor for each expert \(blk.0.ffn_gate.0.weight\), as llama.cpp wrote"
+    ):
+        made("llama", {"expert_count": 8}, blk__0__ffn_gate__0=(512, 256))
+    with pytest.raises(MlcBuildError, match=r"f: a norm for each head \(blk.0.attn_q_norm.weight\), as StableLM 2 12B"):
+        made("stablelm", {}, blk__0__attn_q_norm=(4, 64))
+
+
+def test_two_tokens_of_one_text() -> None:
+    assert tokenizer._unlike(["a", "a", "a<1>", "b"]) == ["a", "a<1><1>", "a<1>", "b"]
+
+
+def test_types_that_are_not_computed() -> None:
+    import gguf
+
+    assert set(files.KINDS) < set(tensors.computed_kinds())
+    header = Header("f", {}, {"t": Tensor("t", "f", (2, 256), int(gguf.GGMLQuantizationType.F64), 0)})
+    with pytest.raises(MlcBuildError, match="f: tensor t: floats of the type F64 are not computed; known are F32, F16"):
+        tensors.sizes(header, {"f": Path(__file__)})
+
+
+def test_names_of_files(tmp_path: Path) -> None:
+    for name in ("x-00001-of-00000.gguf", "x-00004-of-00003.gguf"):
+        with pytest.raises(MlcBuildError, match=rf"in/{name}: a part \d of \d: its name is not what it was"):
+            checkpoint.parts(name, [name], "in/")
+    (tmp_path / "x.gguf").mkdir()
+    with pytest.raises(MlcBuildError, match=r"x.gguf: a folder with the name of a GGUF file: rename it"):
+        checkpoint.local_parts(tmp_path / "x.gguf")
+    with pytest.raises(MlcBuildError, match=r"config.json says quant_method gguf, and no file that ends in .gguf is"):
+        checkpoint.read({})
+
+
+def test_bounds_of_a_header() -> None:
+    import struct
+
+    begin = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"e" + struct.pack("<IIQ", 9, 4, 10_000_001)
+    with pytest.raises(MlcBuildError, match="f: a list of 10,000,001 values; at most 10,000,000 are read"):
+        parse(begin, "f")
+    with pytest.raises(MlcBuildError, match="f: its header goes on after 268,435,456 bytes: it is damaged"):
+        parse(b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 40), "f")
 
 
 def test_which_file_of_a_repository() -> None:

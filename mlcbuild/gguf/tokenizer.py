@@ -154,7 +154,7 @@ def _vocabulary(tokens: Sequence[str]) -> dict[str, int]:
 
 def _unlike(tokens: Sequence[str]) -> list[str]:
     """Two tokens of one text are two in the model: the later ones, which no text has, get a name of their own."""
-    known, made = set(tokens), dict.fromkeys(())
+    known, made = set(tokens), dict[str, None]()
     for i, token in enumerate(tokens):
         name = token
         while name in made or (name != token and name in known):

@@ -90,7 +90,7 @@ def _unpacked(source: Source, model: Model | None, catalog: Catalog) -> Iterator
             locked, fresh, paths = known or resolve(source), known is None, {}
             sizes = {name: file.size for name, file in locked.files.items()}
             header, config = repository.header(source.hf, locked.commit, list(locked.files)), dict(locked.config)
-        made, other, trouble = {"config.json": config}, {}, None
+        made, other, trouble = {"config.json": config}, dict[str, Path](), None
         try:
             if model is not None and model.tokenizer_from is not None:
                 other, trouble = _tokenizer(model.tokenizer_from, catalog, Path(folder) / "tokenizer")

@@ -72,7 +72,8 @@ class Scheme:
         """The note about `count` matrices that are made."""
         if self.online:
             return f"{count} matrices are rounded to the three values that {self.title} computes with"
-        return f"{count} matrices that {self.title} quantized to {self.size} are dequantized; what was lost then stays lost"
+        packed = f"{count} matrices that {self.title} quantized to {self.size}"
+        return f"{packed} are dequantized; what was lost then stays lost"
 
 
 @dataclass(frozen=True)

@@ -90,9 +90,7 @@ class Planner:
         """The steps that make weights, those of the model first."""
         check(quantization, self._shape(model, ()))
         steps = {"download": self._fetched(model, model.source, model.name), **self._merged(model)}
-        if model.source.gguf:
-            steps["unpack"] = self._download(model)
-            steps |= {"tokenizer": tokenizer} if (tokenizer := self._tokenizer(model)) else {}
+        steps |= {"unpack": self._download(model), **self._tokenizer(model)} if model.source.gguf else {}
         steps["convert"] = self._convert(model)
         if quantization.rounding == "calibrated":
             steps["calibrate"] = self._calibrate(model)
@@ -106,12 +104,13 @@ class Planner:
     def _download(self, model: Model) -> str:
         """The step that has the checkpoint, or that makes it of a GGUF file."""
         download = self._fetched(model, model.source, model.name)
-        return unpacked(self._add, model.name, download, self._tokenizer(model)) if model.source.gguf else download
+        tokenizer = self._tokenizer(model).get("tokenizer")
+        return unpacked(self._add, model.name, download, tokenizer) if model.source.gguf else download
 
-    def _tokenizer(self, model: Model) -> str | None:
-        """The step that fetches another checkpoint's tokenizer for a GGUF file."""
-        names = (f"{model.name}-tokenizer", OTHER_TOKENIZER)
-        return self._fetched(model, model.tokenizer_from, *names) if model.tokenizer_from is not None else None
+    def _tokenizer(self, model: Model) -> dict[str, str]:
+        """The step that fetches another checkpoint's tokenizer for a GGUF file, by its kind."""
+        other, names = model.tokenizer_from, (f"{model.name}-tokenizer", OTHER_TOKENIZER)
+        return {"tokenizer": self._fetched(model, other, *names)} if other is not None else {}
 
     @once
     def _fetched(self, model: Model, source: Source, label: str, files: tuple[str, ...] | None = None) -> str:

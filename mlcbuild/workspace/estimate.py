@@ -221,7 +221,7 @@ def _past(store: Store, graph: Graph) -> _Runs:
                 makers.setdefault(digest_json(chosen), record)
     past: dict[tuple[str, str | None], list[_Past]] = {}
     for record in records:
-        mass = sum(_size(maker) for maker in _ancestry(record, makers))
+        mass = sum(_size(maker) for maker in _ancestry(record, makers) if maker["step"] != "unpack")
         format_ = canonical(record["fields"].get("quantization")).decode()
         for of in (format_, None):
             past.setdefault((record["step"], of), []).append(_Past(mass, _size(record), record["seconds"]))

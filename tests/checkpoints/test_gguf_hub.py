@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,3 +57,18 @@ def test_what_a_hub_lacks(server: Hub, hosted: bytes) -> None:
         resolve(Source(hf="owner/name", file="Q2_K"))
     with pytest.raises(CheckpointError, match=r"tiny-Q8_0.gguf: truncated: its header goes on after the 5,000 bytes"):
         resolve(Source(hf="owner/name", file="Q8_0"))
+
+
+def test_a_hub_that_ignores_ranges(server: Hub, hosted: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = server.answer
+
+    def whole(path: str, headers: dict[str, str]) -> Any:
+        headers.pop("range", None)
+        return answer(path, headers)
+
+    monkeypatch.setattr(server, "answer", whole)
+    ranges = repository.Ranges("owner/name", server.commit)
+    assert ranges(NAME, 12_345, 100) == hosted[12_345:12_445]
+    monkeypatch.setattr(repository, "LARGEST_HEADER", 1000)
+    with pytest.raises(CheckpointError, match="the hub sends all of it where a part is asked for: name a local file"):
+        ranges(NAME, len(hosted) - 100, 100)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 from mlcbuild import zig
 from mlcbuild.compiler import targets
@@ -38,6 +39,9 @@ class Kernels:
     def __init__(
         self, cpu: str, folder: Path, dtype: str, formats: Sequence[Format] = (), activation_bits: int | None = None
     ) -> None:
+        level = "x86-64-v4"
+        if cpu == LEVELS[level] and targets.cpu_level(targets.cpu_flags()) != level:
+            pytest.skip(f"needs a processor of {level}")
         objects, cache = [], zig_cache.share(folder)
         for source in sources(formats, dtype, FILES, activation_bits):
             objects.append(folder / f"{source.name}.o")

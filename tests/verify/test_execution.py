@@ -81,6 +81,6 @@ def test_a_library_that_computes_something_else_stops_the_package(tmp_path: Path
     said = engine_calls.problem(library, wrong, "float16")
     assert said is not None and said.startswith("apply_bitmask_inplace: result 0 is off by 3.4e+38")
     right = calls["apply_bitmask_inplace"]
-    louder = np.where(right.expected[0] < -1e30, right.expected[0], 1.01 * right.expected[0])
+    louder = right.expected[0] * np.where(right.expected[0] < -1e30, 1, np.float32(1.01))
     said = engine_calls.problem(library, replace(right, expected=(louder,)), "float16")
     assert said is not None and said.startswith("apply_bitmask_inplace: result 0 is off by 0.0")

@@ -25,6 +25,7 @@ def test_list(workspace: Workspace) -> None:
         "quantize",
         "round",
         "runtime",
+        "unpack",
         "verify",
     ]
     assert groups == kinds

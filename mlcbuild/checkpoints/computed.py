@@ -100,3 +100,12 @@ def _rows(ref: TensorRef) -> Iterator[npt.NDArray[Any]]:
         return
     for rows in row_pieces(ref.shape):
         yield whole[rows]
+
+
+def exchanged(
+    table: Mapping[str, TensorRef], made: Iterable[Computed], used: Collection[str]
+) -> tuple[dict[str, TensorRef], list[Computed]]:
+    """The table with what is made in the place of what it is made of (`used`), and that with its places in files."""
+    placed = place(made)
+    plain = {name: ref for name, ref in table.items() if name not in used}
+    return plain | {each.target.name: each.target for each in placed}, placed

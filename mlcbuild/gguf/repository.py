@@ -60,9 +60,9 @@ def header(repo: str, commit: str, names: list[str]) -> Header:
 
 
 def _header(repo: str, commit: str, name: str) -> Header:
-    ranges, size = Ranges(repo, commit), _FIRST
+    ranges, size, content = Ranges(repo, commit), _FIRST, b""
     while True:
-        content = ranges(name, 0, size)
+        content += ranges(name, len(content), size - len(content))
         try:
             return parse(content, name)
         except Truncated:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlcbuild.checkpoints.computed import Computed, place
+from mlcbuild.checkpoints.computed import Computed, exchanged
 from mlcbuild.checkpoints.header import TensorRef
 from mlcbuild.checkpoints.mapped import FLOATS, MappedFile
 from mlcbuild.errors import CheckpointError
@@ -57,12 +57,9 @@ def plan(table: Mapping[str, TensorRef], scheme: Scheme) -> tuple[dict[str, Tens
             f"config.json says that the checkpoint was quantized by {scheme.method}, but it has no tensor "
             + {"mxfp4": "x_blocks", "bitnet": "x_proj.weight"}.get(scheme.method, f"of dtype {' or '.join(_FP8)}")
         )
-    placed = place(each for each, _ in made)
-    used = {name for _, names in made for name in names} | {
-        name for name in table if name.rpartition(".")[2] in _UNUSED
-    }
-    plain = {name: ref for name, ref in table.items() if name not in used}
-    return plain | {each.target.name: each.target for each in placed}, placed
+    used = {name for _, names in made for name in names}
+    used |= {name for name in table if name.rpartition(".")[2] in _UNUSED}
+    return exchanged(table, [each for each, _ in made], used)
 
 
 _Found = tuple[Computed, tuple[str, ...]]

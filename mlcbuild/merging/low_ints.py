@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from mlcbuild.checkpoints.computed import Computed, place
+from mlcbuild.checkpoints.computed import Computed, exchanged, row_pieces
 from mlcbuild.checkpoints.header import TensorRef
 from mlcbuild.checkpoints.mapped import FLOATS, MappedFile
 from mlcbuild.errors import CheckpointError
@@ -36,7 +36,6 @@ from mlcbuild.quantization.awq import unpack_natural
 
 Array = npt.NDArray[Any]
 Table = Mapping[str, TensorRef]
-_PIECE = 1 << 20  # elements that are made at once
 _INTEGERS = {"I8": "i1", "U8": "u1", "I32": "<i4", "U32": "<u4", "I64": "<i8"}
 _WORDS = ("I32", "U32")
 _STORAGE = ("U8", "I8", "F16", "BF16", "F32", "F64")  # bnb_4bit_quant_storage: what bytes of two numbers are held as
@@ -82,10 +81,8 @@ def plan(table: Table, scheme: Scheme) -> tuple[dict[str, TensorRef], list[Compu
         raise CheckpointError(
             f"config.json says that the checkpoint was quantized by {scheme.method}, but it has no such tensors"
         )
-    placed = place(map(_computed, found))
     used = {name for each in found for name in each.used} | {n for n in table if n.rpartition(".")[2] in _UNUSED}
-    plain = {name: ref for name, ref in table.items() if name not in used}
-    return plain | {each.target.name: each.target for each in placed}, placed
+    return exchanged(table, [_computed(each) for each in found], used)
 
 
 def _computed(found: Found) -> Computed:
@@ -94,9 +91,8 @@ def _computed(found: Found) -> Computed:
 
 
 def _pieces(found: Found) -> Iterator[Array]:
-    rows, columns = found.shape
-    for start in range(0, rows, step := max(1, _PIECE // max(1, columns))):
-        values = found.values(slice(start, min(rows, start + step)))
+    for rows in row_pieces(found.shape):
+        values = found.values(rows)
         if not np.isfinite(values).all():
             raise CheckpointError(f"tensor {found.name}: numbers that are none or infinite; the checkpoint is damaged")
         yield np.ascontiguousarray(values, np.float32)

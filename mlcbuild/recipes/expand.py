@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mlcbuild.recipes import architectures, references
 from mlcbuild.recipes.document import Document
 from mlcbuild.recipes.problems import Hints, Problem, one_of, show, where
 from mlcbuild.recipes.select import AXES, Cell
+from mlcbuild.recipes.types import Source
 
 CHECKPOINTS = ("source", "delta_of", "lora", "tokenizer_from")  # keys of a model that say where files are
 
@@ -159,7 +161,7 @@ def _incomplete(document: Document, _: Data, data: Data) -> list[Problem]:
         text = f"`{own}`: the model that it extends has a `{other}`; one of the two"
         problems.append(document.problem(text, (own,) if own in document.data else ("extends",), key=True))
     source = data.get("source", {})
-    gguf = "file" in source or str(source.get("path", "")).endswith(".gguf")
+    gguf = Source(Path(str(source["path"])) if "path" in source else None, file=source.get("file")).gguf
     for key, text in _BESIDE.items():
         if key in data and gguf == (key != "tokenizer_from"):
             at = next(each for each in (key, "source", "extends") if each in document.data)

@@ -11,6 +11,7 @@ from typing import Any
 from mlcbuild.recipes.document import Document
 from mlcbuild.recipes.files import FOLDERS
 from mlcbuild.recipes.problems import Hints, Problem, one_of, show, where
+from mlcbuild.recipes.types import Source
 
 Place = tuple[str | int, ...]
 
@@ -77,7 +78,7 @@ def absolute(document: Document) -> dict[str, Any]:
 def _check_path(document: Document, path: Place, value: str, kind: str) -> Iterator[Problem]:
     resolved = _resolve(document, value)
     if kind == "checkpoint":
-        kind = "file" if resolved.suffix == ".gguf" else "folder"
+        kind = "file" if Source(resolved).gguf else "folder"
     try:
         mode = resolved.stat().st_mode
     except OSError:  # not there, or a name longer than the file system takes

@@ -95,9 +95,10 @@ def make(folder: Path, config: Mapping[str, Any], architecture: Architecture, sp
     """
     model = resolve(architecture, config, {})
     tensors = list(_tensors(model))
-    if (awq := config.get("quantization_config", _BITNET)) != _BITNET:
+    packed = config.get("quantization_config", {})
+    if packed.get("quant_method") == "awq":
         linear = {source for each in parameters(model) if each.role.endswith("_proj") for source in each.sources}
-        group = awq["group_size"]
+        group = packed["group_size"]
         tensors = [each for tensor in tensors for each in (_packed(tensor, group) if tensor[0] in linear else [tensor])]
     identity = [VERSION, config, special, tensors]
     place = folder / digest_json(identity)

@@ -47,7 +47,8 @@ def sizes(header: Header, paths: Mapping[str, Path]) -> dict[str, int]:
     """
     from gguf.constants import GGML_QUANT_SIZES
 
-    problems, found = [], {}
+    problems, found = list[str](), dict[str, int]()
+    ends = dict[str, tuple[int, str]]()  # of the last tensor of each file
     lengths = {file: path.stat().st_size for file, path in paths.items()}
     for each in header.tensors.values():
         where = f"{each.file}: tensor {each.name}"
@@ -63,9 +64,11 @@ def sizes(header: Header, paths: Mapping[str, Path]) -> dict[str, int]:
             problems.append(f"{where}: {kind(each).name} {list(each.shape)}: rows are not whole blocks of {block}")
             continue
         found[each.name] = prod(each.shape) // block * nbytes
-        end, length = each.offset + found[each.name], lengths[each.file]
-        if end > length:
-            problems.append(f"{where}: truncated: it ends at byte {end}, the file has {length}; get it again")
+        ends[each.file] = max(ends.get(each.file, (0, "")), (each.offset + found[each.name], each.name))
+    for file, (end, name) in ends.items():
+        if end > lengths[file]:
+            end_of_file = f"it ends at byte {end}, the file has {lengths[file]}"
+            problems.append(f"{file}: tensor {name}: truncated: {end_of_file}; get it again")
     if problems:
         raise CheckpointError(first_of(problems))
     return found

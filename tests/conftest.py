@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import zig_cache
+from mlcbuild import zig
 
 # Files that take minutes begin first: one that begins last would keep one worker busy while the others have ended.
 FIRST = (
@@ -33,10 +33,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
+@pytest.fixture(scope="session")
+def of_the_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the workers of a run have in common."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
 @pytest.fixture(scope="session", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+def compiled_once(of_the_run: Path) -> None:
     """Every C kernel once in a run, whichever worker or process of a test needs it first."""
-    run = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        run = run.parent  # the workers' common folder
-    os.environ[zig_cache.PLACE] = str(run / "zig")
+    os.environ[zig.SHARED] = str(of_the_run / "zig")
+
+
+@pytest.fixture(scope="session")
+def shared_cache(of_the_run: Path) -> Path:
+    """One cache for all tests that do not need their own: what several build, the first of them builds."""
+    return of_the_run / "shared-cache"

@@ -48,7 +48,7 @@ class Inventory:
     borrowed: Mapping[str, Blob]  # by digest; `path` is the record's
     logs: tuple[Blob, ...]
     junk: tuple[Blob, ...]  # among entries and blobs, but nothing that the cache would read
-    loose: tuple[Blob, ...] = ()  # test runs and unfinished downloads: worth keeping only where there is room
+    loose: tuple[Blob, ...] = ()  # worth keeping where there is room: test runs, unfinished downloads, compiled kernels
 
     @property
     def size(self) -> int:

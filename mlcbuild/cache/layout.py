@@ -10,6 +10,7 @@
     pins/               <recipe>@<workspace>.json; dist/<digest of the folder>.json: an installed package
     partial/            what has arrived of downloads that broke off
     test-run/           what `mlcbuild test-run` made and installed
+    compiled/           zig's own cache: the kernels that libraries have in common
     unchanged/          what the fast path remembers, a file per workspace
     recipes.memo        parsed YAML files
     index.sqlite        what was learned about files, by their stat
@@ -27,8 +28,8 @@ from pathlib import Path
 ACTIONS, BLOBS = "ac", "cas"
 BORROWED = ".at"  # what a borrowed blob's record is called behind its digest
 LOCKS, WORKPLACES, LOGS, PINS = "locks", "tmp", "logs", "pins"
-PARTIAL, TEST_RUN, UNCHANGED = "partial", "test-run", "unchanged"
-LOOSE = (TEST_RUN, PARTIAL)  # worth keeping only where there is room
+PARTIAL, TEST_RUN, UNCHANGED, COMPILED = "partial", "test-run", "unchanged", "compiled"
+LOOSE = (TEST_RUN, PARTIAL, COMPILED)  # worth keeping only where there is room
 INDEX, RECIPES_MEMO = "index.sqlite", "recipes.memo"
 _RUN = "run-"
 _ABSENT = (  # not there, shut, or nothing that the cache would read

@@ -147,11 +147,14 @@ def _run(document: dict[str, Any], events: int) -> dict[str, Any]:
     import importlib
 
     from mlcbuild.cache.disk import room_in
+    from mlcbuild.cache.layout import COMPILED
     from mlcbuild.engine.job import Job, Places, Request
     from mlcbuild.errors import MlcBuildError, bounded
+    from mlcbuild.zig import SHARED
 
     request, places = Request.from_json(document["request"]), Places.from_json(document["places"])
     job = Job(request, places, events)
+    os.environ.setdefault(SHARED, str(places.cache / COMPILED))
     try:
         with room_in(places.cache):
             importlib.import_module(request.module).run(job)

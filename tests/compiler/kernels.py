@@ -17,7 +17,6 @@ from mlcbuild.compiler.cpu.experts import plan_size
 from mlcbuild.compiler.cpu.formats import Format, sources
 from mlcbuild.compiler.cpu.linear import PACK_TOKENS, TASK_ROWS
 from mlcbuild.compiler.link import linkers
-from tests.support import zig_cache
 from tests.support.llama import CPU
 
 Array = npt.NDArray[Any]
@@ -42,15 +41,16 @@ class Kernels:
         level = "x86-64-v4"
         if cpu == LEVELS[level] and targets.cpu_level(targets.cpu_flags()) != level:
             pytest.skip(f"needs a processor of {level}")
-        objects, cache = [], zig_cache.share(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        objects = []
         for source in sources(formats, dtype, FILES, activation_bits):
             objects.append(folder / f"{source.name}.o")
             defines = [*source.defines, ("EXPORT", "")]
             triple = "x86_64-linux-gnu.2.28"
-            linkers.zig_compile(FOLDER / source.file, objects[-1], triple, cpu, cache, defines)
+            linkers.zig_compile(FOLDER / source.file, objects[-1], triple, cpu, folder / "zig", defines)
         output = folder / "kernels.so"
         flags = ["-target", "x86_64-linux-gnu.2.28", "-shared", "-nostdlib", "-Wl,-z,undefs"]
-        zig.run_zig(["cc", *flags, "-o", str(output), *map(str, objects)], cache)
+        zig.run_zig(["cc", *flags, "-o", str(output), *map(str, objects)], folder / "zig")
         ctypes.CDLL("libm.so.6", mode=ctypes.RTLD_GLOBAL)
         self._library = ctypes.CDLL(str(output))
 

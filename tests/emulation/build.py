@@ -13,7 +13,6 @@ from mlcbuild.emulation import cuda
 from mlcbuild.models.structure import Structure
 from mlcbuild.recipes.load import load
 from mlcbuild.recipes.types import Quantization
-from tests.support import zig_cache
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,7 +21,6 @@ def build_library(structure: Structure, quantization: Quantization, folder: Path
     """Lower, generate code and link, in this process; the library's file."""
     target = load(ROOT).targets["cuda"]
     folder.mkdir(parents=True, exist_ok=True)
-    zig_cache.share(folder)
     lowered = lower(replace(structure, vocab_size=1), quantization, quantization.name, target.device)
     assemble.save(lowered, folder / "module.json")
     build(

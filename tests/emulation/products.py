@@ -27,7 +27,6 @@ def judged(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     from mlcbuild.quantization.schemes import elements_per_word, max_code
     from mlcbuild.recipes.load import load
     from tests.emulation.build import ROOT
-    from tests.support import zig_cache
 
     catalog = load(ROOT)
     quantization = catalog.quantizations[asked["quantization"]]
@@ -58,7 +57,6 @@ def judged(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     function = products.linear(parts, weights, height, columns, dtype, asked.get("out", "float32"), False)
     device = catalog.targets["cuda"].device
     folder.mkdir(parents=True)
-    zig_cache.share(folder)
 
     def compiled(code: str, *_: Any) -> bytes:
         for name in ("few_rows", "many_rows") if dtype != "float32" else ("few_rows",):

@@ -7,7 +7,6 @@ import pytest
 
 from mlcbuild.emulation.kernels import Array, Machine
 from mlcbuild.errors import MlcBuildError
-from tests.support import zig_cache
 
 CUDA = """extern "C" __global__ void __launch_bounds__(64) test(float* __restrict__ x_ptr) {{
   int i = ((int)blockIdx.x) * 32 + ((int)threadIdx.x);
@@ -47,9 +46,7 @@ STAGED = {  # by way of shared memory
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
-    folder = tmp_path_factory.mktemp("device")
-    zig_cache.share(folder)
-    return Machine(folder)
+    return Machine(tmp_path_factory.mktemp("device"))
 
 
 def launched(machine: Machine, code: str, language: str = "cuda", threads: int = 32) -> Array:

@@ -56,10 +56,8 @@ class Worker:
 def main() -> None:
     from mlcbuild.emulation import cuda
     from tests.emulation import products
-    from tests.support import zig_cache
 
     with tempfile.TemporaryDirectory() as folder:
-        zig_cache.share(Path(folder))
         cuda.load(Path(folder))
         for number, line in enumerate(sys.stdin):
             case, place = json.loads(line), Path(folder) / str(number)

@@ -1,4 +1,4 @@
-"""One cache and one tiny checkpoint for all end-to-end tests that do not need their own."""
+"""One tiny checkpoint for all end-to-end tests that do not need their own."""
 
 from __future__ import annotations
 
@@ -7,11 +7,6 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.workspace import Workspace, make_workspace, write_checkpoint
-
-
-@pytest.fixture(scope="session")
-def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="session")

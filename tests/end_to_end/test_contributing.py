@@ -83,9 +83,9 @@ def _lowered(workspace: Workspace, environment: dict[str, str]) -> str:
 
 
 def _is_sums(path: Path) -> bool:
-    if not path.is_file() or path.stat().st_size > 10_000:
+    try:
+        content = path.read_bytes() if path.stat().st_size < 10_000 else b""
+    except OSError:  # a folder, or a file that another worker's build has just renamed
         return False
-    first = path.read_bytes().splitlines()[:1]
-    return (
-        bool(first) and len(first[0]) > 66 and first[0][64:66] == b"  " and b"mlc-chat-config.json" in path.read_bytes()
-    )
+    first = content.splitlines()[:1]
+    return bool(first) and len(first[0]) > 66 and first[0][64:66] == b"  " and b"mlc-chat-config.json" in content

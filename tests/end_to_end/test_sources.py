@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -233,7 +234,7 @@ def test_a_model_on_a_hub(
     hub.requests.clear()
     for path in [*(shared_cache / "ac").rglob("*.json")]:
         if "repo" in json.loads(path.read_text())["fields"]:
-            path.unlink()
+            path.unlink(missing_ok=True)
     for fault in (Fault("model.safetensors", 401), Fault("model.safetensors", 403), Fault("model.safetensors", 404)):
         hub.faults = [fault]
         assert f"download:tiny: hf:owner/name@{COMMIT[:12]}: model.safetensors: " in run("doit", "build")
@@ -246,9 +247,16 @@ def test_a_model_on_a_hub(
         path
         for folder in (workspace.root, shared_cache, tmp_path / "hf")
         for path in folder.rglob("*")
-        if path.is_file() and SECRET.encode() in path.read_bytes()
+        if SECRET.encode() in _content(path)
     ]
     assert not holders
+
+
+def _content(path: Path) -> bytes:
+    """Nothing of a folder, or of a file that another worker's build has just renamed."""
+    with contextlib.suppress(OSError):
+        return path.read_bytes()
+    return b""
 
 
 def test_a_killed_download_goes_on_in_the_next_build(hub: Hub, tmp_path: Path, tiny_checkpoint: Path) -> None:

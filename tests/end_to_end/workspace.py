@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlcbuild import zig
 from tests.runtime.conftest import byte_level_tokenizer
 from tests.support import llama
 
@@ -42,7 +43,8 @@ class Workspace:
         return done
 
     def environment(self, more: Mapping[str, str]) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("MLCBUILD_")}
+        own = {name for name in os.environ if name.startswith("MLCBUILD_")} - {zig.SHARED}
+        kept = {name: value for name, value in os.environ.items() if name not in own}
         return {**kept, "MLCBUILD_CACHE": str(self.cache), **more}
 
     def doit(

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from mlcbuild.emulation.kernels import Kernel as EmulatedKernel
 from mlcbuild.emulation.kernels import Machine
 from mlcbuild.recipes.load import load
-from tests.support import device_code, spirv, wgsl, zig_cache
+from tests.support import device_code, spirv, wgsl
 
 Array = npt.NDArray[Any]
 _ROOT = Path(__file__).parents[2]
@@ -89,9 +89,7 @@ def _emulated(name: str) -> Gpu:
 
 @functools.cache
 def machine() -> Machine:
-    folder = Path(tempfile.mkdtemp(prefix="emulated-"))
-    zig_cache.share(folder)
-    return Machine(folder)
+    return Machine(Path(tempfile.mkdtemp(prefix="emulated-")))
 
 
 @functools.lru_cache(maxsize=32)

@@ -16,7 +16,7 @@ from mlcbuild.models.parameters import parameters
 from mlcbuild.models.structure import Structure
 from mlcbuild.recipes.convert import quantization
 from mlcbuild.recipes.types import Architecture, Linker, Quantization, Target
-from tests.support import architectures, zig_cache
+from tests.support import architectures
 
 Array = npt.NDArray[Any]
 
@@ -133,7 +133,6 @@ def build_library(
     from mlcbuild.compiler.cpu.lower import lower
 
     folder.mkdir(parents=True, exist_ok=True)
-    zig_cache.share(folder)
     output, lowered = folder / "model.so", folder / "module.json"
     device = targets.resolve(target)
     given = QUANTIZATIONS[quantization] if isinstance(quantization, str) else quantization

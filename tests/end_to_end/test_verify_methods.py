@@ -22,7 +22,7 @@ def quality(workspace: Workspace, recipe: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("quantization", ["q0f16", "q4f16_1", "q3f16_0", "q4f32_0", "q8f16_1"])
+@pytest.mark.parametrize("quantization", ["q0f16", "q4f16_1", "q3f16_0"])  # nothing packed, words, words turned
 def test_both_methods_agree(workspace: Workspace, tiny_checkpoint: Path, quantization: str) -> None:
     workspace.model("small", tiny_checkpoint, "verify: {gate: report, memory: 0}\n")
     for model in ("tiny", "small"):

@@ -73,10 +73,12 @@ def cut(d: Decoder, both: Expr, sparsity: float) -> Expr:
     emit, deviations = d.builder.emit, NormalDist().inv_cdf(sparsity)
     halves = emit(relax.op.split(both, 2, axis=1))
     gate, up = (emit(relax.TupleGetItem(halves, i)) for i in (0, 1))
+    gate = d.cast(gate, "float32")
     mean = emit(relax.op.mean(gate, 1, keepdims=True))
     spread = emit(relax.op.sqrt(_mean_square(d, emit(relax.op.subtract(gate, mean)))))
     bound = emit(relax.op.add(mean, d.scaled(spread, deviations)))
-    return _joined(d, [emit(relax.op.nn.relu(emit(relax.op.subtract(gate, bound)))), up])
+    above = emit(relax.op.nn.relu(emit(relax.op.subtract(gate, bound))))
+    return _joined(d, [d.cast(above, str(up.ty.dtype)), up])
 
 
 def _parts(d: Decoder, x: Expr) -> list[Expr]:
@@ -93,12 +95,13 @@ def _as_long(d: Decoder, x: Expr, first: Expr) -> Expr:
     emit = d.builder.emit
     mine = emit(relax.op.maximum(_mean_square(d, x), relax.const(_LEAST, "float32")))
     factor = emit(relax.op.sqrt(emit(relax.op.divide(_mean_square(d, first), mine))))
-    return emit(relax.op.multiply(x, factor))
+    return d.cast(emit(relax.op.multiply(d.cast(x, "float32"), factor)), str(x.ty.dtype))
 
 
 def _mean_square(d: Decoder, x: Expr) -> Expr:
-    """Of each row: [n, 1]."""
-    return d.builder.emit(relax.op.mean(d.builder.emit(relax.op.multiply(x, x)), 1, keepdims=True))
+    """Of each row: float32 [n, 1]. A square of a state is more than float16 holds."""
+    wide = d.cast(x, "float32")
+    return d.builder.emit(relax.op.mean(d.builder.emit(relax.op.multiply(wide, wide)), 1, keepdims=True))
 
 
 def _modalities(d: Decoder, x: Expr, weight: Given) -> Expr:
@@ -111,10 +114,11 @@ def _predicted(x: te.Tensor, coefficients: te.Tensor, streams: int) -> te.Tensor
     size = int(x.shape[1]) // streams
 
     def number(i: Any, j: Any) -> Any:
-        total = x[i, j]
+        total = x[i, j].astype("float32")
         for other in range(streams):
-            total += x[i, other * size + j % size] * coefficients[i, j // size * streams + other]
-        return total
+            wide = x[i, other * size + j % size].astype("float32")
+            total += wide * coefficients[i, j // size * streams + other]
+        return total.astype(x.dtype)
 
     return te.compute(x.shape, number, name="predicted")
 
@@ -123,7 +127,8 @@ def _corrected(predicted: te.Tensor, made: te.Tensor, coefficients: te.Tensor) -
     size, one = int(made.shape[1]), tirx.const(1, "float32")
 
     def number(i: Any, j: Any) -> Any:
-        news = made[i, j % size] - predicted[i, j % size]
-        return predicted[i, j] + news * (coefficients[i, j // size] + one)
+        before = predicted[i, j].astype("float32")
+        news = made[i, j % size].astype("float32") - predicted[i, j % size].astype("float32")
+        return (before + news * (coefficients[i, j // size] + one)).astype(predicted.dtype)
 
     return te.compute(predicted.shape, number, name="corrected")

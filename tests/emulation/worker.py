@@ -158,7 +158,7 @@ def _logits(asked: Mapping[str, Any], folder: Path) -> tuple[dict[str, float], f
 
 def _wide(config: Mapping[str, Any]) -> dict[str, Any]:
     """The same with heads of at least 32, the least that GPU attention takes; many of the CPU's cases have less."""
-    keys = ("hidden_size", "n_embd", "d_model", "kv_channels", "head_dim")
+    keys = ("hidden_size", "n_embd", "d_model", "kv_channels", "head_dim", "global_head_dim")
     doubled: dict[str, Any] = {
         key: 2 * config[key] for key in keys if key in config and (key != "head_dim" or config[key] < 32)
     }
@@ -166,6 +166,8 @@ def _wide(config: Mapping[str, Any]) -> dict[str, Any]:
         if "short_factor" in config.get(key, {}):
             factors = {name: 2 * config[key][name] for name in ("short_factor", "long_factor")}
             doubled[key] = {**config[key], **factors}
+    if "text_config" in config:
+        doubled["text_config"] = _wide(config["text_config"])
     return {**config, **doubled}
 
 

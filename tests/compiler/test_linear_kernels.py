@@ -127,7 +127,8 @@ def of_8_bits(x: Array) -> Array:
     padded.reshape(len(x), -1)[:, : x.shape[1]] = x
     top = np.abs(padded).max(axis=-1, keepdims=True)
     whole = np.rint(padded * (np.float32(127) / top)).astype(np.float64)
-    return (whole * (top / np.float32(127))).reshape(len(x), -1)[:, : x.shape[1]]
+    taken: Array = whole * (top / np.float32(127))
+    return taken.reshape(len(x), -1)[:, : x.shape[1]]
 
 
 @pytest.mark.parametrize("level", ["native", "x86-64-v3"])

@@ -13,6 +13,7 @@ import pytest
 
 from mlcbuild import zig
 from mlcbuild.compiler import targets
+from mlcbuild.compiler.cpu.build import link_target
 from mlcbuild.compiler.cpu.experts import plan_size
 from mlcbuild.compiler.cpu.formats import Format, sources
 from mlcbuild.compiler.cpu.linear import PACK_TOKENS, TASK_ROWS
@@ -88,6 +89,16 @@ class Kernels:
             shape = (pairs, experts, rows, columns, stride, task)
             self(f"mlcbuild_{form.name}_multiply_experts", packed, plan, *given, y, *shape)
         return y
+
+
+def rounds_many_rows(form: Format, dtype: str, activation_bits: int | None, cpu: str, folder: Path) -> bool:
+    """Whether products of many rows round activations on this processor: the kernels' headers say so."""
+    (source,) = sources([form], dtype, (), activation_bits)
+    macros, triple = folder / "macros.h", link_target(CPU.linker, targets.resolve(CPU))
+    defines = [f"-D{name}={value}" for name, value in source.defines]
+    command = ["cc", "-target", triple, f"-mcpu={cpu}", *defines, "-E", "-dM", str(FOLDER / source.file)]
+    zig.run_zig([*command, "-o", str(macros)], zig_cache.share(folder))
+    return "#define HAS_DIGIT_PANELS" in macros.read_text()
 
 
 def _wide(dtype: Any) -> np.int32:

@@ -1,6 +1,9 @@
 // Sums of products of bytes, which processors have instructions for: dot8 adds to each lane of `acc` the products of its
-// four unsigned bytes a, b (below 16) with the signed bytes x, y. HAS_DOT8 says that there is one, HAS_DOT4 that it is
-// faster than multiplying floats even where registers hold many rows.
+// four unsigned bytes a, b (below 16) with the signed bytes x, y. HAS_DOT8 says that there is one, HAS_DOT4 that a and b
+// may have all 8 bits.
+//
+// add_four and total do the same for up to 8 registers of codes, one after the other: `sums` may be narrower than the
+// total. Numbers of up to MOST_DIGITS signed bytes are multiplied faster so than floats even where registers hold many rows.
 #pragma once
 
 #include "common.h"
@@ -24,6 +27,7 @@ INLINE bytes_v high_nibbles(u32v word) {
 #if LANES == 16 && defined(__AVX512VNNI__)
 #define HAS_DOT8
 #define HAS_DOT4
+#define MOST_DIGITS 3
 INLINE i32v dot4(i32v acc, bytes_v a, i8v x) { return __builtin_ia32_vpdpbusd512(acc, a, x); }
 INLINE i32v dot8(i32v acc, bytes_v a, bytes_v b, i8v x, i8v y) { return dot4(dot4(acc, a, x), b, y); }
 #elif LANES == 16 && defined(__AVX512BW__)
@@ -34,12 +38,13 @@ INLINE i32v dot8(i32v acc, bytes_v a, bytes_v b, i8v x, i8v y) {
 }
 #elif LANES == 8 && defined(__AVXVNNI__)
 #define HAS_DOT8
-INLINE i32v dot8(i32v acc, bytes_v a, bytes_v b, i8v x, i8v y) {
-    acc = __builtin_ia32_vpdpbusd256(acc, a, x);
-    return __builtin_ia32_vpdpbusd256(acc, b, y);
-}
+#define MOST_DIGITS 2
+INLINE i32v dot4(i32v acc, bytes_v a, i8v x) { return __builtin_ia32_vpdpbusd256(acc, a, x); }
+INLINE i32v dot8(i32v acc, bytes_v a, bytes_v b, i8v x, i8v y) { return dot4(dot4(acc, a, x), b, y); }
 #elif LANES == 8 && defined(__AVX2__)
 #define HAS_DOT8
+#define MOST_DIGITS 1
+#define SUMS_OF_16_BITS
 INLINE i32v dot8(i32v acc, bytes_v a, bytes_v b, i8v x, i8v y) {
     i16v pairs = __builtin_ia32_pmaddubsw256((i8v)a, x) + __builtin_ia32_pmaddubsw256((i8v)b, y);
     return acc + __builtin_ia32_pmaddwd256(pairs, (i16v){} + 1);
@@ -47,8 +52,22 @@ INLINE i32v dot8(i32v acc, bytes_v a, bytes_v b, i8v x, i8v y) {
 #elif defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
 #define HAS_DOT8
-INLINE i32v dot8(i32v acc, bytes_v a, bytes_v b, i8v x, i8v y) {
-    acc = (i32v)vdotq_s32((int32x4_t)acc, (int8x16_t)a, (int8x16_t)x);
-    return (i32v)vdotq_s32((int32x4_t)acc, (int8x16_t)b, (int8x16_t)y);
+#define MOST_DIGITS 2
+INLINE i32v dot4(i32v acc, bytes_v a, i8v x) {
+    return (i32v)vdotq_s32((int32x4_t)acc, (int8x16_t)a, (int8x16_t)x);
 }
+INLINE i32v dot8(i32v acc, bytes_v a, bytes_v b, i8v x, i8v y) { return dot4(dot4(acc, a, x), b, y); }
+#endif
+
+#ifndef MOST_DIGITS
+#define MOST_DIGITS 0
+#elif defined(SUMS_OF_16_BITS)
+// 8 times two products of 15 and -128 are -30720: additions of 16 bits, which are twice as many numbers, suffice.
+typedef i16v sums;
+INLINE sums add_four(sums acc, bytes_v a, i8v x) { return acc + __builtin_ia32_pmaddubsw256((i8v)a, x); }
+INLINE i32v total(sums acc) { return __builtin_ia32_pmaddwd256(acc, (i16v){} + 1); }
+#else
+typedef i32v sums;
+INLINE sums add_four(sums acc, bytes_v a, i8v x) { return dot4(acc, a, x); }
+INLINE i32v total(sums acc) { return acc; }
 #endif

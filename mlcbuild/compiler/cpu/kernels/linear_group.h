@@ -135,6 +135,6 @@ INLINE i64 words_held(const weights *w) {
 
 #endif
 
-#if BITS == 4 && WORD_BITS == 32 && GROUP_SIZE % 32 == 0 && !ASYMMETRIC && defined(HAS_DOT4)
+#if BITS == 4 && WORD_BITS == 32 && GROUP_SIZE % 32 == 0 && !ASYMMETRIC && DIGITS <= MOST_DIGITS
 #include "panels_digits.h"
 #endif

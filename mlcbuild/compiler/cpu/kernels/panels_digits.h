@@ -1,12 +1,19 @@
 // Products of many rows with activations in fixed point (fixed_point.h): what panels.h does, with codes left as bytes.
 //
-// Activations come in panels of FOUR rows, then single ones. A panel is, for every 32 columns, [8][DIGITS][width]
+// Activations come in panels of TOGETHER rows, then single ones. A panel is, for every 32 columns, [8][DIGITS][width]
 // words of four digits (those of the even codes of a word, then of its odd ones, the highest digit first), then
-// -ZERO * sum(x) [width] int32 and the scale [width] float32: less than float32 would take. A tile is the bytes [quad of k][ROWS][4] of codes in the same order, and
-// scales [32 columns][ROWS].
+// -ZERO * sum(x) [width] int32 and the scale [width] float32: less than float32 would take. A tile is the bytes
+// [quad of k][ROWS][4] of codes in the same order, and scales [32 columns][ROWS].
 
 #define HAS_DIGIT_PANELS
-#define FOUR 4  // times the digits and VECTORS: sums that stay in 32 registers
+#if LANES == 16
+#define TOGETHER 4  // times the digits and VECTORS: sums that stay in 32 registers
+#define EACH_QUAD UNROLL
+#else
+#define TOGETHER (4 / DIGITS)
+// Unrolled, it would be put into another order, in which sums are few and codes do not stay in registers.
+#define EACH_QUAD _Pragma("clang loop unroll(disable)")
+#endif
 #define DIGITS_K 512  // columns of a tile, which stays in the first-level cache
 #define GROUP_INTS (8 * DIGITS + 2)  // 32-bit numbers of a row for 32 columns
 
@@ -15,7 +22,7 @@ typedef struct {
     f32v scale[DIGITS_K / 32][VECTORS];
 } digits_tile;
 
-INLINE i64 digits_width(i64 left) { return left >= FOUR ? FOUR : 1; }
+INLINE i64 digits_width(i64 left) { return left >= TOGETHER ? TOGETHER : 1; }
 
 INLINE void pack_digit_panels(const void *x, i32 wide, const i32 *from, f32 *out, i64 rows, i64 k, i64 stride) {
     for (i64 row = 0; row < rows;) {
@@ -76,27 +83,31 @@ INLINE void unpack_digits(const weights *w, i64 first, i64 rows, i64 start, i64 
     (void)words;
 }
 
+// Adds the products of four columns, the quad-th of 32.
+INLINE void add_quad(const i32 *panel, const u32v (*codes)[VECTORS], i64 quad, sums (*acc)[TOGETHER][VECTORS], const int width) {
+    bytes_v code[VECTORS];
+    UNROLL for (int v = 0; v < VECTORS; v++) code[v] = (bytes_v)codes[quad][v];
+    UNROLL for (int m = 0; m < width; m++)
+        UNROLL for (int d = 0; d < DIGITS; d++) {
+            i8v digits = (i8v)(panel[(DIGITS * quad + d) * width + m] - (i32v){});
+            UNROLL for (int v = 0; v < VECTORS; v++) acc[d][m][v] = add_four(acc[d][m][v], code[v], digits);
+        }
+}
+
 // c [width][ROWS] += panel · tile over `depth` columns.
 INLINE void multiply_digits(const i32 *panel, const digits_tile *tile, i64 depth, f32 *c, const int width) {
-    f32v out[FOUR][VECTORS] = {};  // from zero, not from c: long sums in stretches lose less
+    f32v out[TOGETHER][VECTORS] = {};  // from zero, not from c: long sums in stretches lose less
     for (i64 at = 0; at < (depth + 31) / 32; at++, panel += GROUP_INTS * width) {
-        i32v acc[DIGITS][FOUR][VECTORS] = {};
-        UNROLL for (int quad = 0; quad < 8; quad++) {
-            bytes_v code[VECTORS];
-            UNROLL for (int v = 0; v < VECTORS; v++) code[v] = (bytes_v)tile->code[8 * at + quad][v];
-            UNROLL for (int m = 0; m < width; m++)
-                UNROLL for (int d = 0; d < DIGITS; d++) {
-                    i8v digits = (i8v)(panel[(DIGITS * quad + d) * width + m] - (i32v){});
-                    UNROLL for (int v = 0; v < VECTORS; v++) acc[d][m][v] = dot4(acc[d][m][v], code[v], digits);
-                }
-        }
+        sums acc[DIGITS][TOGETHER][VECTORS] = {};
+        add_quad(panel, tile->code + 8 * at, 0, acc, width);
+        EACH_QUAD for (int quad = 1; quad < 8; quad++) add_quad(panel, tile->code + 8 * at, quad, acc, width);
         UNROLL for (int m = 0; m < width; m++) {
             u32 term = (u32)panel[8 * DIGITS * width + m];
             f32 scale = ((const f32 *)panel)[(8 * DIGITS + 1) * width + m];
             UNROLL for (int v = 0; v < VECTORS; v++) {
-                u32v total = (u32v)acc[0][m][v];
-                UNROLL for (int d = 1; d < DIGITS; d++) total = (total << 8) + (u32v)acc[d][m][v];
-                f32v product = __builtin_convertvector((i32v)(total + term), f32v);
+                u32v whole = (u32v)total(acc[0][m][v]);
+                UNROLL for (int d = 1; d < DIGITS; d++) whole = (whole << 8) + (u32v)total(acc[d][m][v]);
+                f32v product = __builtin_convertvector((i32v)(whole + term), f32v);
                 out[m][v] += product * (tile->scale[at][v] * splat(scale));
             }
         }
@@ -108,8 +119,8 @@ INLINE void multiply_digits(const i32 *panel, const digits_tile *tile, i64 depth
         }
 }
 
-NOINLINE void digits_4(const i32 *panel, const digits_tile *tile, i64 depth, f32 *c) {
-    multiply_digits(panel, tile, depth, c, FOUR);
+NOINLINE void digits_wide(const i32 *panel, const digits_tile *tile, i64 depth, f32 *c) {
+    multiply_digits(panel, tile, depth, c, TOGETHER);
 }
 NOINLINE void digits_1(const i32 *panel, const digits_tile *tile, i64 depth, f32 *c) {
     multiply_digits(panel, tile, depth, c, 1);
@@ -120,7 +131,7 @@ INLINE void multiply_digit_panels(const f32 *x, i64 stride, i64 start, const dig
     for (i64 row = 0; row < rows;) {
         i64 width = digits_width(rows - row);
         const i32 *panel = (const i32 *)(x + row * stride) + start / 32 * GROUP_INTS * width;
-        if (width == FOUR) digits_4(panel, tile, depth, c + row * ROWS);
+        if (width == TOGETHER) digits_wide(panel, tile, depth, c + row * ROWS);
         else digits_1(panel, tile, depth, c + row * ROWS);
         row += width;
     }

@@ -28,6 +28,8 @@ LEVELS = {
     "x86-64-v4": "x86_64_v4",
     "x86-64-v3": "x86_64_v3",
 }
+# Of those that mean the same processor here, one.
+LEVELS_HERE = tuple(level for level, cpu in LEVELS.items() if level == "native" or cpu != LEVELS["native"])
 
 
 class Kernels:
@@ -97,7 +99,7 @@ def rounds_many_rows(form: Format, dtype: str, activation_bits: int | None, cpu:
     macros, triple = folder / "macros.h", link_target(CPU.linker, targets.resolve(CPU))
     defines = [f"-D{name}={value}" for name, value in source.defines]
     command = ["cc", "-target", triple, f"-mcpu={cpu}", *defines, "-E", "-dM", str(FOLDER / source.file)]
-    zig.run_zig([*command, "-o", str(macros)], zig_cache.share(folder))
+    zig.run_zig([*command, "-o", str(macros)], folder / "zig")
     return "#define HAS_DIGIT_PANELS" in macros.read_text()
 
 

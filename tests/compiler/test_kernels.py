@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from tests.compiler.kernels import LEVELS, Array, Kernels
+from tests.compiler.kernels import LEVELS, LEVELS_HERE, Array, Kernels
 from tests.compiler.packing import rounded, stored
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the kernels are built for x86-64 here")
@@ -43,7 +43,7 @@ class Model:
         close(self.read(got), expected, _TOLERANCE[self.dtype])
 
 
-@pytest.fixture(scope="module", params=[(d, level) for level in LEVELS for d in _TOLERANCE], ids="-".join)
+@pytest.fixture(scope="module", params=[(d, level) for level in LEVELS_HERE for d in _TOLERANCE], ids="-".join)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     dtype, level = request.param
     return Model(Kernels(LEVELS[level], tmp_path_factory.mktemp("kernels"), dtype), dtype)

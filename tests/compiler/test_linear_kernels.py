@@ -12,7 +12,7 @@ import pytest
 
 from mlcbuild.compiler.cpu.formats import format_of
 from mlcbuild.recipes.types import Quantization
-from tests.compiler.kernels import LEVELS, Array, Kernels, rounds_many_rows
+from tests.compiler.kernels import LEVELS, LEVELS_HERE, Array, Kernels, rounds_many_rows
 from tests.compiler.packing import Packed, pack, rounded, stored
 from tests.support.llama import QUANTIZATIONS
 
@@ -71,8 +71,8 @@ def of_size(quantization: Quantization, group_size: int) -> Quantization:
 FORMATS = QUANTIZATIONS | {new: of_size(QUANTIZATIONS[name], size) for (name, size), new in SIZES.items()}
 
 # Every format here and with AVX2; where AVX-512 has no VNNI, the formats whose code that changes.
-CASES = [(name, level) for level in ("native", "x86-64-v3") for name in FORMATS]
-CASES += [(name, "x86-64-v4") for name in ("q4f16_1", "q4f32_1", "q4f16_0")]
+CASES = [(name, level) for level in LEVELS_HERE if level != "x86-64-v4" for name in FORMATS]
+CASES += [(name, "x86-64-v4") for name in ("q4f16_1", "q4f32_1", "q4f16_0") if "x86-64-v4" in LEVELS_HERE]
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)

@@ -7,12 +7,12 @@ import pytest
 
 from mlcbuild.compiler.cpu.attention import QUERIES
 from tests.compiler import recurrences
-from tests.compiler.kernels import LEVELS, Array, Kernels
+from tests.compiler.kernels import LEVELS, LEVELS_HERE, Array, Kernels
 
 SEQUENCES, TOKENS = 2, 7
 
 
-@pytest.fixture(scope="module", params=["native", "x86-64-v3"])
+@pytest.fixture(scope="module", params=[level for level in LEVELS_HERE if level != "x86-64-v4"])
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     return Kernels(LEVELS[request.param], tmp_path_factory.mktemp("kernels"), "float32")
 

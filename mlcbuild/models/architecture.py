@@ -220,6 +220,8 @@ def _check_shape(values: Mapping[str, Any]) -> list[str]:
     state_heads, state_groups = values.get("state_heads"), values.get("state_groups") or 1
     if state_heads is not None and state_heads % state_groups:
         problems.append(f"config.json: state_heads {state_heads} is not a multiple of state_groups {state_groups}")
+    if values.get("differential") and kv_heads % 2:
+        problems.append(f"config.json: num_key_value_heads {kv_heads} is odd: differential attention halves them")
     rotary, dim = values.get("rotary_dim"), values["qk_head_dim" if "qk_head_dim" in values else "head_dim"]
     scaling = values["rope_scaling"]
     if scaling is not None:

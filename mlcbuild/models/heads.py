@@ -55,7 +55,49 @@ def parts_of(d: Decoder, x: Expr, weight: Given, own: Structure) -> list[Expr]:
     if len(parts) == 1:
         return parts
     parts = [*parts, parts[1]] if len(parts) == 2 else parts
+    if own.differential:
+        return [*parts[:2], _both_halves(d, parts[2], own)]
     return [*parts[:2], normed_values(d, parts[2], own) if own.value_norm else parts[2]]
+
+
+def _both_halves(d: Decoder, values: Expr, own: Structure) -> Expr:
+    """Values [n, kv heads * D] of differential attention -> [n, kv heads * 2 D].
+
+    Head i of the first half of heads has a value with head i of the second one, and both have that pair.
+    """
+    n, half, width = values.ty.shape[0], own.num_key_value_heads // 2, widths(own)[1] // 2
+    apart = d.builder.emit(relax.op.reshape(values, [n, 2, half, width]))
+    pairs = d.builder.emit(relax.op.permute_dims(apart, [0, 2, 1, 3]))
+    flat = d.builder.emit(relax.op.reshape(pairs, [n, half * 2 * width]))
+    return d.builder.emit(relax.op.concat([flat, flat], axis=1))
+
+
+def difference(d: Decoder, out: Expr, own: Structure, weight: Given) -> Expr:
+    """What the heads return [n, heads * 2 D] -> [n, heads * D]: the second half's part taken from the first, normed."""
+    (n, total), width, numbers = out.ty.shape, widths(own)[1], weight("difference").plain
+    rows = n * (own.num_attention_heads // 2)
+    less = d.cast(d.builder.emit_te(_less, out, numbers, primfunc_name_hint="difference"), d.operations.compute)
+    normed = d.operations.rms_norm(
+        d.builder.emit(relax.op.reshape(less, [rows, width])), d.ones(width), d.structure.norm_eps
+    )
+    whole = d.builder.emit(relax.op.reshape(normed, [n, total // 2]))
+    return d.builder.emit_te(_times_second, whole, numbers, primfunc_name_hint="difference_scaled")
+
+
+def _less(x: te.Tensor, numbers: te.Tensor) -> te.Tensor:
+    """float32 [n, W] of x [n, 2 W]: the first half of columns less numbers[0] times the second."""
+    width = x.shape[1] // 2
+    return te.compute(
+        (x.shape[0], width),
+        lambda i, j: x[i, j].astype("float32") - numbers[0] * x[i, j + width].astype("float32"),
+        name="difference",
+    )
+
+
+def _times_second(x: te.Tensor, numbers: te.Tensor) -> te.Tensor:
+    return te.compute(
+        x.shape, lambda i, j: (x[i, j].astype("float32") * numbers[1]).astype(x.dtype), name="difference_scaled"
+    )
 
 
 def normed_values(d: Decoder, values: Expr, own: Structure) -> Expr:

@@ -140,6 +140,7 @@ def attention(
         )
     )
     out = heads.gated(d, d.scaled(heads.values_of(d, out, own), s.value_scale), x, own, weight)
+    out = heads.difference(d, out, own, weight) if own.differential else out
     if s.query_gate:
         gate = d.builder.emit(relax.op.sigmoid(gate))
         out = d.builder.emit(relax.op.multiply(gate, d.cast(out, d.operations.compute)))

@@ -27,6 +27,8 @@ class Parameter:
     ungroup_qvk  its rows are, for each of four groups: queries, values, keys
     first_rows   it has more rows, which are left out
     add_one      the checkpoint has w - 1
+    differential it has the vectors q1, k1, q2, k2: exp(q1 · k1) - exp(q2 · k2) + b and 1 - b are wanted, where b is
+                 0.8 - 0.6 * exp(-0.3 * layer)
     softplus     the checkpoint has w where ln(1 + exp(w)) is wanted
     unit_rows    its rows are divided by their lengths
     negative_exp, exp_negative_exp
@@ -93,7 +95,12 @@ def _key(s: Structure) -> int:
 
 
 def _value(s: Structure) -> int:
-    return s.num_key_value_heads * (s.value_head_dim or s.head_dim)
+    return s.num_key_value_heads * _value_width(s)
+
+
+def _value_width(s: Structure) -> int:
+    """Of a value as matrices have it: two of them are the value of a head with differential attention."""
+    return (s.value_head_dim or s.head_dim) // (1 + s.differential)
 
 
 def _width(s: Structure) -> tuple[int, ...]:
@@ -126,7 +133,8 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "k_proj": lambda s: (_key(s), s.hidden_size),
     "v_proj": lambda s: (_value(s), s.hidden_size),
     "sinks": lambda s: (s.num_attention_heads,),
-    "o_proj": lambda s: (s.hidden_size, s.num_attention_heads * (s.value_head_dim or s.head_dim)),
+    "o_proj": lambda s: (s.hidden_size, s.num_attention_heads * _value_width(s)),
+    "difference": lambda s: (2,),
     "o_norm": lambda s: (s.num_attention_heads * (s.value_head_dim or s.head_dim),),
     "q_a_proj": lambda s: (s.q_lora_rank, s.hidden_size),
     "q_a_norm": lambda s: (s.q_lora_rank,),

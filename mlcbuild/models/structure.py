@@ -19,7 +19,6 @@ from mlcbuild.models.rules import ParameterRule, choice, library_rule, tuples, w
 
 ATTENDING = ("full", "sliding", "both")  # types of layers with keys and values in the cache
 KEEPING = ("state", "both")  # and of those with a state of one size
-TEXT_WINDOW, TEXT_CHUNK = 1024, 256  # tokens of a sequence and of one call, where a text is evaluated
 
 
 # Fields that an architecture's file may give a value for each layer; the largest is what the KV cache is made for.
@@ -75,6 +74,8 @@ class Structure:
                       qk_norm_last: after they are turned
     alibi_bias_max    b: a score is lowered by the distance of query and key, times 2 ** (-b * h / heads) in head h
                       (where heads are no power of two: compiler/cpu/kernels/attention.c)
+    differential      whether attention is the difference of two (Ye et al., arXiv 2410.05258): that of the second half
+                      of heads, times `difference`, is taken from that of the first (mlcbuild.models.heads)
     query_gate        whether the matrix of queries gives for each head a gate besides, of what the head returns
     clip_qkv          c: queries, keys and values become min(max(x, -c), c)
     qk_head_dim, value_head_dim  numbers of a head's query and key, and of its value, where heads of the KV cache,
@@ -201,6 +202,7 @@ class Structure:
     qk_norm_last: bool = choice(False)
     rope_backwards: bool = choice(False)
     query_gate: bool = choice(False)
+    differential: bool = choice(False)
     clip_qkv: float | None = choice(None)
     alibi_bias_max: float | None = choice(None)
     kv_lora_rank: int = choice(0)
@@ -322,56 +324,6 @@ class Structure:
     def _layer_kind(self, layer: int, having: Sequence[frozenset[int]]) -> Any:
         """What layers that compute differently differ in; `having`: those that have what others lack."""
         return (*self.computed(layer), *(layer in layers for layers in having))
-
-    @property
-    def one_layer(self) -> Structure:
-        """The structure of a library that computes one layer at a time, over texts (mlcbuild.models.layer_pieces).
-
-        It has a single layer of each kind and limits that suit whoever goes through a text, so that models which differ
-        in these only share it.
-        """
-        return self._of(self._firsts(), 1)
-
-    @property
-    def two_layers(self) -> Structure:
-        """The structure of a small model whose library has this one's kernels: a layer of each kind, and two at least.
-
-        Its limits suit short texts, two at once.
-        """
-        firsts = self._firsts()
-        second = [1] if len(firsts) == 1 and self.num_hidden_layers > 1 else []
-        return self._of([*firsts, *second], 2, TEXT_CHUNK + 16)  # CUDA's large blocks are for more than 256 tokens
-
-    def _firsts(self) -> list[int]:
-        """The first layer of each kind."""
-        kinds = self.layer_kinds
-        return [kinds.index(kind) for kind in sorted(set(kinds))]
-
-    def _of(self, layers: Sequence[int], texts: int, chunk: int = TEXT_CHUNK) -> Structure:
-        # Frequencies that depend on the longest text (mlcbuild.models.rope) stay what they are.
-        scaling = self.rope_scaling
-        if scaling is not None and scaling["rope_type"] in ("dynamic", "longrope"):
-            scaling = {**scaling, "length": self.context_window_size}
-        types = [self.layer_type(layer) for layer in layers]
-        own = {kind: at for at, kind in enumerate(types) if not self.borrows(layers[at])}
-        return dataclasses.replace(
-            self,
-            keys_from=None
-            if self.keys_from is None
-            else tuple(
-                own[kind] if self.borrows(layer) else at
-                for at, (layer, kind) in enumerate(zip(layers, types, strict=True))
-            ),
-            rules=tuple(rule.of_layers(layers) for rule in self.rules),
-            layer_types=None if self.layer_types is None else tuple(self.layer_types[layer] for layer in layers),
-            rope_layers=None if self.rope_layers is None else tuple(self.rope_layers[layer] for layer in layers),
-            by_layer=tuple((name, tuple(values[layer] for layer in layers)) for name, values in self.by_layer),
-            num_hidden_layers=len(layers),
-            rope_scaling=scaling,
-            context_window_size=TEXT_WINDOW,
-            prefill_chunk_size=chunk,
-            max_batch_size=texts,
-        )
 
     @functools.cached_property
     def digest(self) -> str:

@@ -15,6 +15,7 @@ from mlcbuild.gguf import checkpoint
 from mlcbuild.gguf.checkpoint import local_parts
 from mlcbuild.models import architecture as architectures
 from mlcbuild.models import parameters
+from mlcbuild.models.few_layers import one_layer, two_layers
 from mlcbuild.models.kinds import by_layer
 from mlcbuild.models.structure import Structure
 from mlcbuild.models.tied import tied_embedding, unties
@@ -75,8 +76,8 @@ def shape_of(
         parameters.count(structure),
         architectures.model_config(chosen, structure, config),
         _form(structure),
-        _form(structure.two_layers, "-two-layers"),
-        _form(structure.one_layer, "-blocks", blocks=True) if by_layer(structure) else None,
+        _form(two_layers(structure), "-two-layers"),
+        _form(one_layer(structure), "-blocks", blocks=True) if by_layer(structure) else None,
         (*_chosen_by_hand(chosen, config), *_one_table(structure), *_all_keys(chosen, structure)),
         untied,
     )

@@ -79,7 +79,7 @@ def _layer(s: Structure, roles: set[str], layer: int) -> tuple[set[str], set[str
     needed |= {f"per_layer_{name}" for name in ("gate_proj", "out_proj", "post_norm")} if s.per_layer_size else set()
     norms = {f"{part}_norm" for part in ("attention", "mlp") if s.norm_position != "post"}
     norms |= {f"{part}_post_norm" for part in ("attention", "mlp") if s.norm_position in ("post", "both")}
-    used |= norms | set(_biases(s, norms))
+    used |= norms | {"mlp_post_norm"} | set(_biases(s, norms))  # A.X K1 norms what experts return, and no plain MLP
     if s.norm == "rms" and s.norm_weights:
         needed |= norms - ({"mlp_norm"} if s.residual == "parallel" else set())
     return needed, used
@@ -104,7 +104,7 @@ def _attention(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
         needed -= {"v_proj"} if s.keys_as_values and "v_proj" not in roles else set()
     needed |= {"difference"} if s.differential else set()
     used = {f"{name}_bias" for name in ("qkv", "q", "k", "v", "q_a", "kv_a", "o")}
-    used |= {"attention_gate", "attention_head_gate", "sinks", "o_norm"}
+    used |= {"attention_gate", "attention_gate_bias", "attention_head_gate", "sinks", "o_norm"}
     if s.qk_norm not in ("none", "unit") and s.norm_weights:
         needed |= {"q_norm", "k_norm"}
         used |= {"q_norm_bias", "k_norm_bias"}

@@ -115,6 +115,8 @@ def gated(d: Decoder, out: Expr, x: Expr, own: Structure, weight: Given) -> Expr
         return out
     compute, emit = d.operations.compute, d.builder.emit
     gate = d.operations.linear(x, weight(role), compute)
+    if "attention_gate_bias" in weight:
+        gate = d.builder.emit_te(_with_head_bias, gate, weight("attention_gate_bias").plain, primfunc_name_hint="gates")
     gate = (
         d.builder.emit_te(_softplus, gate) if d.structure.attention_gate == "softplus" else emit(relax.op.sigmoid(gate))
     )
@@ -125,6 +127,12 @@ def gated(d: Decoder, out: Expr, x: Expr, own: Structure, weight: Given) -> Expr
     gate = emit(relax.op.reshape(gate, [*by_head[:2], 1]))
     product = emit(relax.op.multiply(gate, emit(relax.op.reshape(out, by_head))))
     return emit(relax.op.reshape(product, shape))
+
+
+def _with_head_bias(gate: te.Tensor, bias: te.Tensor) -> te.Tensor:
+    """Gates [n, heads * width], each head's plus its number of [heads]."""
+    width = gate.shape[1] // bias.shape[0]
+    return te.compute(gate.shape, lambda i, j: gate[i, j] + bias[j // width].astype(gate.dtype), name="gates")
 
 
 def _softplus(x: te.Tensor) -> te.Tensor:

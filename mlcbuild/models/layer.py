@@ -38,7 +38,7 @@ def layer(decoder: Decoder, x: Expr, cache: Expr, layer_id: Expr, *given: Expr, 
 
     def returned(y: Expr, role: str) -> Expr:
         """What attention or the MLP returns, as it is added."""
-        y = d.norm(y, weight, role) if post else y
+        y = d.norm(y, weight, role) if post or role in weight else y
         return d.scaled(y, s.residual_scale)
 
     def attend(normed: Expr) -> Expr:
@@ -159,12 +159,15 @@ def _gated_queries(d: Decoder, qkv: Expr) -> tuple[Expr, Expr]:
 
 
 def _scaled_queries(s: Structure, qkv: te.Tensor, positions: te.Tensor) -> te.Tensor:
-    """Fused heads with queries multiplied with a number that grows with their position (Llama 4's, Ministral 3's)."""
+    """Fused heads with queries multiplied with a number that grows with their position (Llama 4's, Beam's)."""
 
     def value(i: tirx.Var, h: tirx.Var, j: tirx.Var) -> Expr:
         position = positions[i] + (1 if s.position_scale_unturned else 0)
         times = tirx.floordiv(position, s.position_scale_length).astype("float32")
         factor = 1 + tirx.const(s.position_scale, "float32") * tirx.log(1 + times)
+        if s.position_scale_power:
+            part = (positions[i] + 1).astype("float32") / tirx.const(s.position_scale_length, "float32")
+            factor = tirx.exp(tirx.const(s.position_scale, "float32") * tirx.log(1 + part))
         x = qkv[i, h, j]
         return tirx.if_then_else(h < s.num_attention_heads, (x.astype("float32") * factor).astype(x.dtype), x)
 

@@ -151,6 +151,7 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "down_proj": lambda s: (s.hidden_size, s.intermediate_size),
     "down_norm": lambda s: (s.intermediate_size,),
     "attention_gate": lambda s: (s.num_attention_heads * (s.value_head_dim or s.head_dim), s.hidden_size),
+    "attention_gate_bias": lambda s: (s.num_attention_heads,),
     "attention_head_gate": lambda s: (s.num_attention_heads, s.hidden_size),
     "router": lambda s: (s.num_experts, s.hidden_size),
     "router_norm": _width,

@@ -61,6 +61,7 @@ class Structure:
     attention_scale   of scores, None for head_dim ** -0.5; attn_logit_softcapping c: scores become c * tanh(scores / c)
     chunked           layers of type `sliding` see what is in their own chunk of so many positions
     position_scale    b: a query at position p counts 1 + b * ln(1 + floor(p / position_scale_length)) times.
+                      position_scale_power: (1 + (p + 1) / position_scale_length) ** b instead.
                       position_scale_unturned: only in layers without rotary positions, and p + 1 instead of p
     sliding_window_size  how many positions a token sees, its own included, in layers of type `sliding`: in all where
                       there are no layer_types (for each layer, full or sliding)
@@ -188,6 +189,7 @@ class Structure:
     attn_logit_softcapping: float | None = choice(None)
     position_scale: float | None = choice(None)
     position_scale_length: int = choice(0)
+    position_scale_power: bool = choice(False)
     position_scale_unturned: bool = choice(False)
     chunked: bool = choice(False)
     sliding_window_size: int | None = choice(None)

@@ -160,7 +160,10 @@ def _rules(rule: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[Param
     convert = rule.get("convert", ())
     convert = (convert,) if isinstance(convert, str) else tuple(convert)
     others = _tensors(rule.get("or_from", ()))
-    made = ParameterRule(rule["role"], rule["name"], _sources(rule), convert, layers, rule.get("dtype"), others)
+    numbers = tuple((letter, tuple(evaluate(of, values))) for letter, of in rule.get("numbers", {}).items())
+    made = ParameterRule(
+        rule["role"], rule["name"], _sources(rule), convert, layers, rule.get("dtype"), others, numbers
+    )
     yield made
     if evaluate(rule.get("bias", False), values):
         role = made.role.removesuffix("_proj") + "_bias"

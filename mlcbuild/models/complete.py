@@ -93,6 +93,8 @@ def _hybrid(s: Structure, roles: set[str], layer: int) -> tuple[set[str], set[st
     parts += [_mlp(s, roles)] if roles & {"router", "down_proj"} else []
     norms = {f"{part}_{when}norm" for part in ("attention", "mlp") for when in ("", "post_")}
     used = norms | set(_biases(s, norms))
+    if s.attention_into_mixer:
+        parts.append(({"mixer_norm", *({"into_mixer_proj"} if kind == "both" else ())}, set()))
     return set[str]().union(*(needed for needed, _ in parts)), used.union(*(also for _, also in parts))
 
 
@@ -104,6 +106,7 @@ def _attention(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
         needed -= {"v_proj"} if s.keys_as_values and "v_proj" not in roles else set()
     needed |= {"difference"} if s.differential else set()
     used = {f"{name}_bias" for name in ("qkv", "q", "k", "v", "q_a", "kv_a", "o")}
+    used |= {f"{name}_adapter_{end}_proj" for name in "qkv" for end in "ab"} if s.adapter_rank else set()
     used |= {"attention_gate", "attention_gate_bias", "attention_head_gate", "sinks", "o_norm"}
     if s.qk_norm not in ("none", "unit") and s.norm_weights:
         needed |= {"q_norm", "k_norm"}
@@ -126,7 +129,7 @@ def _mlp(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
         needed = {"up_proj", "down_proj"}
     else:
         needed = {"down_proj", *({"gate_proj", "up_proj"} if "gate_proj" in roles else {"gate_up_proj"})}
-    used |= {"down_norm"}
+    used |= {"down_norm", *({"gate_up_adapter_a_proj", "gate_up_adapter_b_proj"} if s.adapter_rank else ())}
     if s.activation == "xielu":
         needed |= {"xielu_positive", "xielu_negative"}
     return needed, used

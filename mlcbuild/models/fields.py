@@ -101,6 +101,7 @@ COUNTS = (
     "time_mix_extra_dim",
     "time_decay_extra_dim",
     "position_offset",
+    "adapter_rank",
     "position_scale_length",
 )
 # What no model comes near. Layers and experts are gone through one by one, and every one has tensors of its own.

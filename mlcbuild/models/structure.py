@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlcbuild.models.rules import ParameterRule, choice, library_rule, tuples, without_defaults
+from mlcbuild.models.rules import ParameterRule, choice, library_rule, rule_from_json, tuples, without_defaults
 
 ATTENDING = ("full", "sliding", "both")  # types of layers with keys and values in the cache
 KEEPING = ("state", "both")  # and of those with a state of one size
@@ -101,6 +101,9 @@ class Structure:
                       attention_out_scale, gate_scale (gates of an MLP with matrices apart), mlp_out_scale likewise
     decay_limit       kda: the least logarithm of a decay; None: there is none
     residual_normed   hybrid: what attention and MLP are given is added to, and not x; kept_scale: of what is added to
+    attention_into_mixer  mamba2: attention of layers of type `both` is given x beside the embeddings, an MLP what it
+                      returns, and the mixer is given x + into_mixer(that): nothing of it is added to x (Zamba, arXiv
+                      2405.16712, 2411.15242). adapter_rank: of the differences of matrices that layers share
     beta_scale        delta: of the gates of writing; state_norm_first: of mamba2, whether the norm precedes the gate
     state_size        mamba, mamba2: values that a channel keeps. conv_kernel: tokens that a convolution sees;
                       time_step_rank: width of a low-rank product; time_step_limits: between which steps are kept;
@@ -245,6 +248,8 @@ class Structure:
     kept_scale: float = choice(1.0)
     mlp_out_scale: float = choice(1.0)
     beta_scale: float = choice(1.0)
+    attention_into_mixer: bool = choice(False)
+    adapter_rank: int = choice(0)
     decay_limit: float | None = choice(None)
     state_norm_first: bool = choice(False)
     state_size: int = choice(0)
@@ -341,7 +346,7 @@ class Structure:
 def from_json(data: Mapping[str, Any]) -> Structure:
     """The inverse of `Structure.to_json`."""
     fields = dict(data)
-    fields["rules"] = tuple(ParameterRule(**tuples(rule)) for rule in fields["rules"])
+    fields["rules"] = tuple(map(rule_from_json, fields["rules"]))
     fields["by_layer"] = tuple((name, tuple(values)) for name, values in fields.get("by_layer", ()))
     return Structure(**tuples(fields))
 

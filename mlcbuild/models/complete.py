@@ -124,7 +124,7 @@ def _mlp(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
         used |= {"router", "router_bias", "router_correction", "shared_gate", f"shared_{up}_bias", "shared_down_bias"}
         used |= {"experts_down_bias", "expert_scale", "experts_in_bias", "experts_out_bias"}
         used |= {"experts_gate_up_bias"} if up == "gate_up" else set()
-        needed |= {"down_proj", "gate_up_proj", *_BESIDE} if "down_proj" in roles else set()
+        needed |= {"down_proj", "gate_up_proj", *(() if s.shortcut else _BESIDE)} if "down_proj" in roles else set()
     elif s.mlp == "plain":
         needed = {"up_proj", "down_proj"}
     else:

@@ -20,7 +20,8 @@ def layer_inputs(decoder: Decoder, number: int = 0) -> list[relax.Var]:
     mlcbuild.models.per_layer adds, and its parameters in order.
     """
     d, n = decoder, tirx.Var("seq_len", "int64")
-    x = d.tensor("x", [n, streams.width(d.structure)], d.operations.compute)
+    awaiting = d.structure.shortcut and not any(p.role == "router" and p.of(number) for p in d.declared)
+    x = d.tensor("x", [n, streams.width(d.structure) * (1 + awaiting)], d.operations.compute)
     more = per_layer.variables(d, number, n)
     return [x, kv_cache(), relax.Var("layer_id", ir.PrimType("int64")), *more, *d.layer_parameters(number)]
 
@@ -28,12 +29,16 @@ def layer_inputs(decoder: Decoder, number: int = 0) -> list[relax.Var]:
 def layer(decoder: Decoder, x: Expr, cache: Expr, layer_id: Expr, *given: Expr, number: int = 0) -> Expr:
     """One layer's computation on what `layer_inputs` describes: [n, H]. `number` is a layer of the same kind.
 
-    With what its own keys and values are made of, where layers may borrow these.
+    With what its own keys and values are made of, where layers may borrow these; with `shortcut` [n, 2 H] goes to a
+    layer without experts, the second half of which it adds.
     """
     d, s = decoder, decoder.structure
     count = len(given) - sum(p.layer == number for p in d.declared)
     more, weight = given[:count], d.given(number, given[count:])
-    parts = None
+    parts, late = None, None
+    if s.shortcut and "router" not in weight:
+        both = d.builder.emit(relax.op.split(x, 2, axis=1))
+        x, late = (d.builder.emit(relax.TupleGetItem(both, i)) for i in range(2))
     pre, post, sums = (s.norm_position in kinds for kinds in (("pre", "both"), ("post", "both"), ("sum",)))
 
     def returned(y: Expr, role: str) -> Expr:
@@ -68,6 +73,11 @@ def layer(decoder: Decoder, x: Expr, cache: Expr, layer_id: Expr, *given: Expr, 
         normed = d.norm(x1, weight, "mlp_norm") if pre else x1
     elif "mlp_norm" in weight:
         normed = d.norm(x, weight, "mlp_norm")
+    if s.shortcut:
+        x2 = d.builder.emit(relax.op.add(x1, _dense(d, normed, weight)))
+        if late is not None:
+            return relax.op.add(x2, late)
+        return relax.op.concat([x2, experts(d, normed, normed, weight)], axis=1)
     x2 = relax.op.add(x1, returned(mlp(d, normed, x1, weight), "mlp_post_norm"))
     if s.per_layer_size:
         x2 = per_layer.added(d, d.builder.emit(x2), more[0], weight)

@@ -88,6 +88,7 @@ class Structure:
                       value is the largest
     kv_lora_rank      width of the vector that a token's keys and values are made of (mlcbuild.models.latent, with
                       q_lora_rank); 0: they are made of hidden states
+    latent_scales     what the latents of queries, and of keys and values, are multiplied with once they are normed
     final_logit_softcapping  c: logits become c * tanh(logits / c)
     max_position_embeddings  rows of a learned `position_embedding`. position_offset: the row of a text's first token
     sinusoidal        whether positions are sines and cosines, added to embeddings: of position + position_offset
@@ -115,6 +116,9 @@ class Structure:
                       count by their probabilities (with norm_topk_prob divided by their sum), times
                       routed_scaling_factor; and to shared ones, where there are parameters of them. scoring,
                       expert_groups, expert_groups_per_tok, expert_group_best, router_jitter: mlcbuild.models.routers
+    zero_experts      more experts that a router may choose, which return what they are given. shortcut: layers have
+                      experts beside their MLP, whose sum is added after the next layer only, which has none
+                      (LongCat-Flash, arXiv 2509.01322, 2.1 and 2.2)
     moe_latent_size   width of what routed experts are given, where it is not hidden_size; 0: it is
     experts_averaged  whether what routed experts return and what shared ones do is averaged, and not added
     router_logit_softcapping  c: a router's logits become c * tanh(logits / c)
@@ -176,6 +180,8 @@ class Structure:
     num_experts_per_tok: int = choice(0)
     moe_intermediate_size: int = choice(0)
     shared_expert_intermediate_size: int = choice(0)
+    zero_experts: int = choice(0)
+    shortcut: bool = choice(False)
     moe_latent_size: int = choice(0)
     norm_topk_prob: bool = choice(False)
     routed_scaling_factor: float = choice(1.0)
@@ -212,6 +218,7 @@ class Structure:
     alibi_bias_max: float | None = choice(None)
     kv_lora_rank: int = choice(0)
     q_lora_rank: int = choice(0)
+    latent_scales: tuple[float, float] = choice((1.0, 1.0))
     value_scale: float = choice(1.0)
     input_bits: int = choice(0)
     value_norm: bool = choice(False)

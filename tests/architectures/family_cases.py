@@ -89,6 +89,8 @@ CASES: dict[str, Case] = {
 }
 RANKS = {"q_lora_rank": 24, "kv_lora_rank": 32}
 LATENT = {**RANKS, "num_key_value_heads": 4, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 20}
+LONGCAT = {"ffn_hidden_size": 96, "expert_ffn_hidden_size": 40, "head_dim": 8}
+LONGCAT |= dict.fromkeys(("num_hidden_layers", "intermediate_size"), "absent")
 V2 = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "first_k_dense_replace": 1}
 V3 = {**V2, "moe_intermediate_size": 24}
 DEEPSEEK_YARN = {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0}
@@ -145,6 +147,18 @@ CASES |= {
     "minicpm3": _case("minicpm3", **LATENT, scale_emb=3, dim_model_base=16, rms_norm_eps=1e-5, attention_bias=True),
     "glm4_moe_lite": _case("glm4_moe_lite", **LATENT, **V3),
     "axk1": _case("axk1", **LATENT, **V3, n_group=4, topk_group=2, rope_parameters=DEEPSEEK_YARN),
+    "longcat_flash": _case(
+        "longcat_flash",
+        **LATENT,
+        **LONGCAT,
+        num_layers=2,
+        moe_topk=4,
+        n_routed_experts=4,
+        zero_expert_num=4,
+        attention_bias=True,
+        routed_scaling_factor=1.5,
+        rope_parameters=DEEPSEEK_YARN,
+    ),
     "deepseek_v32": _case("deepseek_v32", **LATENT, **V3, **INDEXER, n_group=4, topk_group=2),
     "glm_moe_dsa": _case("glm_moe_dsa", **LATENT, **V3, **INDEXER, index_topk_freq=2, attention_bias=True),
     "sarvam_mla": _case("sarvam_mla", **LATENT, **V3, rope_parameters=DEEPSEEK_YARN),

@@ -154,8 +154,9 @@ def told(header: Header) -> str | None:
 def _stored(tensor: Tensor, path: Path, blob: str, nbytes: int, undo: Mapping[str, str]) -> _Stored:
     short = re.sub(r"^blk\.\d+\.", "", tensor.name)
     how = next((how for pattern, how in undo.items() if fnmatchcase(short, pattern)), None)
-    ref = TensorRef(tensor.name, tensor.file, blob, path, tensor.offset, nbytes, kind(tensor).name, tensor.shape)
-    return _Stored(ref, kind(tensor), how)
+    shape = (tensor.shape[0], 1, *tensor.shape[1:]) if how == "apart" else tensor.shape
+    ref = TensorRef(tensor.name, tensor.file, blob, path, tensor.offset, nbytes, kind(tensor).name, shape)
+    return _Stored(ref, kind(tensor), None if how == "apart" else how)
 
 
 def _names(header: Header, parameters: Sequence[Parameter]) -> dict[str, str]:
@@ -216,12 +217,15 @@ def _pieces(stored: _Stored, config: Mapping[str, Any]) -> Iterator[Array]:
         values = values.reshape(-1, *ref.shape[1:]) if len(ref.shape) > 1 else values.reshape(-1)
         if stored.undo == "subtract_one":
             values = values - np.float32(1)
+        if stored.undo == "log":
+            values = np.log(-values)
         yield np.ascontiguousarray(values.T) if stored.undo == "transpose" else values
 
 
 def _heads(config: Mapping[str, Any]) -> tuple[int, int]:
     heads = config.get("num_attention_heads", config.get("n_head"))
-    return int(str(heads)), int(str(config.get("num_key_value_heads", heads)))
+    groups = config.get("num_key_value_heads", config.get("num_kv_heads", heads))
+    return int(str(heads)), int(str(groups))
 
 
 def _split_halves(ref: TensorRef, config: Mapping[str, Any]) -> npt.NDArray[np.int64]:

@@ -85,7 +85,7 @@ def config(header: Header, read: Bytes) -> dict[str, Any]:
     return {
         "model_type": kind,
         **made,
-        **({"rope_scaling": scaling} if scaling else {}),
+        **({"rope_scaling": {**scaling, **table.get("scaling", {})}} if scaling else {}),
         "quantization_config": {"quant_method": "gguf"},
     }
 

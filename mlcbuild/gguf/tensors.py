@@ -27,6 +27,7 @@ from mlcbuild.models.parameters import Parameter
 
 Array = npt.NDArray[Any]
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_INTERLEAVED = re.compile(r"\.(\d+)\.mlp\.experts\.(gate_up|down)_proj(_bias)?$")
 _ENDINGS = (".weight", ".bias")
 _UNUSED = ("*.attn_rot_embd", "*.rope_freqs.weight", LLAMA3, SHORT, LONG)
 
@@ -114,7 +115,14 @@ def read(
     made: list[Computed] = []
     used = {name for name in stored if any(fnmatchcase(name, pattern) for pattern in _UNUSED)}
     for parameter in parameters:
-        sources = {name: found for name in parameter.sources if (found := _source(names.get(name), name, stored))}
+        for name in parameter.sources if "interleaved" in rules(header) else ():
+            parts = _parts(name, rules(header)["interleaved"])
+            if parts and all(part in stored for part in parts):
+                made.append(_joined(name, [stored[part] for part in parts]))
+                table[name] = made[-1].target
+                used |= {*parts}
+        rest = [name for name in parameter.sources if name not in table]
+        sources = {name: found for name in rest if (found := _source(names.get(name), name, stored))}
         used |= {names[name] for name in sources}
         plain = {each.ref.dtype for each in sources.values() if each.undo is None}
         mixed = len(plain) != 1 or any(each.undo for each in sources.values()) or not plain <= FLOATS.keys()
@@ -125,8 +133,7 @@ def read(
                 table[name] = computed.target
             else:
                 table[name] = replace(each.ref, name=name)
-    rest = {name: each.ref for name, each in stored.items() if name not in used}
-    return rest | table, made
+    return {name: each.ref for name, each in stored.items() if name not in used} | table, made
 
 
 def kind(tensor: Tensor) -> Any:
@@ -173,7 +180,7 @@ def _names(header: Header, parameters: Sequence[Parameter]) -> dict[str, str]:
         others = (key, key.removeprefix("transformer."), key.replace(".block_sparse_moe.", ".mlp."))
         name = next((name for each in others if (name := table.get_name(each, _ENDINGS))), None)
         if name is not None:
-            found[wanted] = name
+            found[wanted] = name if name in header.tensors else f"{name}.weight"
     return found
 
 
@@ -189,6 +196,39 @@ def _source(name: str | None, wanted: str, stored: Mapping[str, _Stored]) -> _St
     size = found.ref.nbytes // count
     ref = replace(found.ref, offset=found.ref.offset + number * size, nbytes=size, shape=tuple(shape))
     return replace(found, ref=ref)
+
+
+def _parts(name: str, interleaved: Sequence[str]) -> list[str]:
+    """The file's tensors that one of all experts of a layer is made of; none where it is another."""
+    match = _INTERLEAVED.search(name)
+    if match is None:
+        return []
+    layer, of, bias = match.groups()
+    parts = interleaved if of == "gate_up" else ["down"]
+    return [f"blk.{layer}.ffn_{part}_exps.{'bias' if bias else 'weight'}" for part in parts]
+
+
+def _joined(name: str, parts: Sequence[_Stored]) -> Computed:
+    count, rows, *inner = parts[0].ref.shape
+    shape = (count, *inner, rows * len(parts))
+    return Computed(TensorRef(name, "", "", Path(), 0, 4 * prod(shape), "F32", shape), partial(_turns, parts))
+
+
+def _turns(parts: Sequence[_Stored]) -> Iterator[Array]:
+    """Expert by expert the rows of the parts in turn, as columns: float32 [1, K, N], of biases [1, N]."""
+    from gguf.quants import dequantize
+
+    contents = [MappedFile(each.ref.path).bytes(each.ref.offset, each.ref.nbytes) for each in parts]
+    count, *shape = parts[0].ref.shape
+    for rows in zip(*(content.reshape(count, -1) for content in contents), strict=True):
+        values = [
+            dequantize(row.reshape(shape[0], -1) if len(shape) > 1 else row.reshape(1, -1), each.kind).reshape(shape)
+            for each, row in zip(parts, rows, strict=True)
+        ]
+        turned = np.stack(values, axis=1).reshape(-1, *shape[1:])
+        if not np.isfinite(turned).all():
+            raise CheckpointError(f"{parts[0].ref.file}: tensor {parts[0].ref.name}: it is damaged")
+        yield np.ascontiguousarray(turned.T, dtype=np.float32)[None]
 
 
 def _computed(name: str, stored: _Stored, config: Mapping[str, Any]) -> Computed:

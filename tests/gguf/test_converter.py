@@ -24,13 +24,13 @@ from mlcbuild.gguf import checkpoint, tensors
 from mlcbuild.gguf.config import known
 from mlcbuild.models.architecture import choose, resolve
 from mlcbuild.models.parameters import ignored, parameters
-from tests.architectures import attention_cases, cases, family_cases, hybrid_cases
+from tests.architectures import attention_cases, cases, family_cases, hybrid_cases, sink_cases
 from tests.architectures.agreement import save
 from tests.support import architectures
 from tests.support.tools import missing
 
 CONVERTER = "MLCBUILD_TEST_CONVERTER"
-EVERY = {**hybrid_cases.CASES, **family_cases.CASES, **attention_cases.CASES, **cases.CASES}
+EVERY = {**sink_cases.CASES, **hybrid_cases.CASES, **family_cases.CASES, **attention_cases.CASES, **cases.CASES}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
 LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32,
@@ -80,6 +80,7 @@ WHOLE: dict[str, dict[str, Any]] = {
     "falcon": {"ffn_hidden_size": 256, "max_position_embeddings": 2048},
     "falcon-40b": {"ffn_hidden_size": 256, "max_position_embeddings": 2048, "bias": False},
     "falcon-11b": {"ffn_hidden_size": 256, "max_position_embeddings": 2048},
+    "gpt_oss": {"swiglu_limit": 7.0},
     "lfm2": {"conv_bias": False},
     "mamba": {"intermediate_size": 92},
     "mamba-biases": {"intermediate_size": 92},

@@ -28,6 +28,7 @@ from mlcbuild.models.parameters import Parameter
 Array = npt.NDArray[Any]
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _INTERLEAVED = re.compile(r"\.(\d+)\.mlp\.experts\.(gate_up|down)_proj(_bias)?$")
+_LATENT = re.compile(r"\.(\d+)\.self_attn\.kv_b_proj\.weight$")
 _ENDINGS = (".weight", ".bias")
 _UNUSED = ("*.attn_rot_embd", "*.rope_freqs.weight", LLAMA3, SHORT, LONG)
 
@@ -115,10 +116,10 @@ def read(
     made: list[Computed] = []
     used = {name for name in stored if any(fnmatchcase(name, pattern) for pattern in _UNUSED)}
     for parameter in parameters:
-        for name in parameter.sources if "interleaved" in rules(header) else ():
-            parts = _parts(name, rules(header)["interleaved"])
+        for name in parameter.sources:
+            parts = _parts(name, rules(header).get("interleaved", ()))
             if parts and all(part in stored for part in parts):
-                made.append(_joined(name, [stored[part] for part in parts]))
+                made.append((_key_and_value if "kv_b" in name else _joined)(name, [stored[part] for part in parts]))
                 table[name] = made[-1].target
                 used |= {*parts}
         rest = [name for name in parameter.sources if name not in table]
@@ -176,7 +177,7 @@ def _names(header: Header, parameters: Sequence[Parameter]) -> dict[str, str]:
     table = get_tensor_name_map(by_name.get(header.architecture, MODEL_ARCH.LLAMA), layers)
     found = {}
     for wanted in (name for parameter in parameters for name in parameter.sources):
-        key = _EXPERT.sub(".experts.", wanted)
+        key = _EXPERT.sub(".experts.", wanted).replace("_correction_bias", "_correction.bias")
         others = (key, key.removeprefix("transformer."), key.replace(".block_sparse_moe.", ".mlp."))
         name = next((name for each in others if (name := table.get_name(each, _ENDINGS))), None)
         if name is not None:
@@ -199,8 +200,10 @@ def _source(name: str | None, wanted: str, stored: Mapping[str, _Stored]) -> _St
 
 
 def _parts(name: str, interleaved: Sequence[str]) -> list[str]:
-    """The file's tensors that one of all experts of a layer is made of; none where it is another."""
-    match = _INTERLEAVED.search(name)
+    """The file's tensors that one of latent attention, or of all experts of a layer, is made of; none of another."""
+    if latent := _LATENT.search(name):
+        return [f"blk.{latent[1]}.attn_{part}_b.weight" for part in "kv"]
+    match = _INTERLEAVED.search(name) if interleaved else None
     if match is None:
         return []
     layer, of, bias = match.groups()
@@ -214,20 +217,35 @@ def _joined(name: str, parts: Sequence[_Stored]) -> Computed:
     return Computed(TensorRef(name, "", "", Path(), 0, 4 * prod(shape), "F32", shape), partial(_turns, parts))
 
 
-def _turns(parts: Sequence[_Stored]) -> Iterator[Array]:
-    """Expert by expert the rows of the parts in turn, as columns: float32 [1, K, N], of biases [1, N]."""
+def _key_and_value(name: str, parts: Sequence[_Stored]) -> Computed:
+    """kv_b_proj [heads * (K + V), R] of keys [heads, R, K], which stand transposed, and values [heads, V, R]."""
+    (heads, rank, key), (_, value, _) = (each.ref.shape for each in parts)
+    shape = (heads * (key + value), rank)
+
+    def pieces() -> Iterator[Array]:
+        for keys, values in zip(*map(_apart, parts), strict=True):
+            yield np.concatenate([keys.T, values]).astype(np.float32, copy=False)
+
+    return Computed(TensorRef(name, "", "", Path(), 0, 4 * prod(shape), "F32", shape), pieces)
+
+
+def _apart(each: _Stored) -> Iterator[Array]:
+    """A tensor's floats by its first axis, an expert or a head at a time."""
     from gguf.quants import dequantize
 
-    contents = [MappedFile(each.ref.path).bytes(each.ref.offset, each.ref.nbytes) for each in parts]
-    count, *shape = parts[0].ref.shape
-    for rows in zip(*(content.reshape(count, -1) for content in contents), strict=True):
-        values = [
-            dequantize(row.reshape(shape[0], -1) if len(shape) > 1 else row.reshape(1, -1), each.kind).reshape(shape)
-            for each, row in zip(parts, rows, strict=True)
-        ]
-        turned = np.stack(values, axis=1).reshape(-1, *shape[1:])
-        if not np.isfinite(turned).all():
-            raise CheckpointError(f"{parts[0].ref.file}: tensor {parts[0].ref.name}: it is damaged")
+    count, *shape = each.ref.shape
+    for row in MappedFile(each.ref.path).bytes(each.ref.offset, each.ref.nbytes).reshape(count, -1):
+        rows = row.reshape(shape[0], -1) if len(shape) > 1 else row.reshape(1, -1)
+        values: Array = dequantize(rows, each.kind).reshape(shape)
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"{each.ref.file}: tensor {each.ref.name}: numbers that are none or infinite")
+        yield values
+
+
+def _turns(parts: Sequence[_Stored]) -> Iterator[Array]:
+    """Expert by expert the rows of the parts in turn, as columns: float32 [1, K, N], of biases [1, N]."""
+    for values in zip(*map(_apart, parts), strict=True):
+        turned = np.stack(values, axis=1).reshape(-1, *values[0].shape[1:])
         yield np.ascontiguousarray(turned.T, dtype=np.float32)[None]
 
 

@@ -89,7 +89,7 @@ CASES: dict[str, Case] = {
 }
 RANKS = {"q_lora_rank": 24, "kv_lora_rank": 32}
 LATENT = {**RANKS, "num_key_value_heads": 4, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 20}
-LONGCAT = {"ffn_hidden_size": 96, "expert_ffn_hidden_size": 40, "head_dim": 8}
+LONGCAT: dict[str, Any] = {"ffn_hidden_size": 96, "expert_ffn_hidden_size": 40, "head_dim": 8}
 LONGCAT |= dict.fromkeys(("num_hidden_layers", "intermediate_size"), "absent")
 V2 = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "first_k_dense_replace": 1}
 V3 = {**V2, "moe_intermediate_size": 24}

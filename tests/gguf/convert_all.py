@@ -24,7 +24,8 @@ def main() -> None:
     find = importlib.import_module("conversion").get_model_class
 
     for missing in ("DSPARK_CONF_PROJ", "DSPARK_MARKOV_W1", "DSPARK_MARKOV_W2"):  # asked for by name in 0.1.1
-        hasattr(gguf.MODEL_TENSOR, missing) or setattr(gguf.MODEL_TENSOR, missing, None)
+        if not hasattr(gguf.MODEL_TENSOR, missing):
+            setattr(gguf.MODEL_TENSOR, missing, None)
     logging.disable(logging.WARNING)
     for folder in map(Path, folders):
         try:

@@ -99,7 +99,9 @@ def _hybrid(s: Structure, roles: set[str], layer: int) -> tuple[set[str], set[st
 
 
 def _attention(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
-    if s.kv_lora_rank:
+    if "attention_router" in roles:
+        needed = {"attention_router", "kv_proj", *(f"attention_experts_{of}" for of in ("q_proj", "o_proj", "bias"))}
+    elif s.kv_lora_rank:
         needed = {"o_proj", *_LATENT, *(_NARROW_QUERY if s.q_lora_rank else {"q_proj"})}
     else:
         needed = {"o_proj", *(_ONE_BY_ONE if roles & _ONE_BY_ONE else {"qkv_proj"})}
@@ -122,7 +124,7 @@ def _mlp(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
         needed = {f"experts_{up}_proj", "experts_down_proj", *(shared if roles & shared else ())}
         needed |= _NARROW_EXPERTS if s.moe_latent_size else set()
         used |= {"router", "router_bias", "router_correction", "shared_gate", f"shared_{up}_bias", "shared_down_bias"}
-        used |= {"experts_down_bias", "expert_scale", "experts_in_bias", "experts_out_bias"}
+        used |= {"experts_down_bias", "expert_scale", "experts_in_bias", "experts_out_bias", "experts_sum_bias"}
         used |= {"experts_gate_up_bias"} if up == "gate_up" else set()
         needed |= {"down_proj", "gate_up_proj", *(() if s.shortcut else _BESIDE)} if "down_proj" in roles else set()
     elif s.mlp == "plain":

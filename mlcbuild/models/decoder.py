@@ -60,16 +60,16 @@ class Decoder:
     def norm(self, x: Expr, weights: Given | Weights, role: str) -> Expr:
         """x [n, H] normed, with the weight that plays `role` and the bias that plays `role`_bias, where there are."""
         s = self.structure
+        eps = s.norm_eps if role != "final_norm" or s.final_norm_eps is None else s.final_norm_eps
         weight, bias = (weights(each).plain if each in weights else None for each in (role, f"{role}_bias"))
         if s.norm_offset and weight is not None:
             compute = self.operations.compute  # not the model dtype, which would round the sum
             factor = relax.op.add(self.cast(weight, compute), relax.const(s.norm_offset, compute))
-            x = relax.op.multiply(self._plain_norm(x, None, None), self.builder.emit(factor))
+            x = relax.op.multiply(self._plain_norm(x, None, None, eps), self.builder.emit(factor))
             return self.builder.emit(x if bias is None else relax.op.add(x, self.cast(bias, compute)))
-        return self._plain_norm(x, weight, bias)
+        return self._plain_norm(x, weight, bias, eps)
 
-    def _plain_norm(self, x: Expr, weight: Expr | None, bias: Expr | None) -> Expr:
-        eps = self.structure.norm_eps
+    def _plain_norm(self, x: Expr, weight: Expr | None, bias: Expr | None, eps: float) -> Expr:
         if self.structure.norm == "rms":
             return self.operations.rms_norm(x, self.ones(x.ty.shape[1]) if weight is None else weight, eps)
         return self.operations.layer_norm(x, weight, bias, eps)

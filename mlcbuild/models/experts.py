@@ -57,6 +57,8 @@ def experts(d: Decoder, x: Expr, routed: Expr, weight: Given) -> Expr:
         inner = gated(d, _product(d, given, chosen, weight, "experts_gate_up"))
     out = o.weighted_sum(_product(d, inner, chosen, weight, "experts_down"), share)
     out = d.project(out, weight, "experts_out") if "experts_out_proj" in weight else out
+    if "experts_sum_bias" in weight:
+        out = d.builder.emit(relax.op.add(out, d.cast(weight("experts_sum_bias").plain, o.compute)))
     out = out if kept is None else d.builder.emit(relax.op.add(out, kept))
     if "shared_down_proj" not in weight:
         return out

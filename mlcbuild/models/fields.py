@@ -138,6 +138,7 @@ NUMBERS = (
     "router_scale",
 )
 _POSITIVE = (
+    "final_norm_eps",
     "state_norm_eps",
     "final_logit_softcapping",
     "attention_scale",

@@ -6,7 +6,7 @@ from functools import partial
 
 from tvm import ir, relax, te, tirx
 
-from mlcbuild.models import heads, latent, per_layer, streams
+from mlcbuild.models import attention_experts, heads, latent, per_layer, streams
 from mlcbuild.models.decoder import Decoder, kv_cache
 from mlcbuild.models.experts import beside, experts
 from mlcbuild.models.operations import Expr
@@ -111,7 +111,10 @@ def attention(
     """
     s, own = d.structure, d.structure.at(number)
     key, value = heads.widths(own)
-    if s.kv_lora_rank:
+    choice = attention_experts.choose(d, x, weight) if "attention_router" in weight else None
+    if choice is not None:
+        qkv = attention_experts.heads_of(d, x, choice, weight)
+    elif s.kv_lora_rank:
         qkv = latent.heads_of(d, x, weight)
     elif "qkv_proj" in weight:
         qkv = d.project(x, weight, "qkv", d.dtype)
@@ -155,7 +158,7 @@ def attention(
         gate = d.builder.emit(relax.op.sigmoid(gate))
         out = d.builder.emit(relax.op.multiply(gate, d.cast(out, d.operations.compute)))
     out = d.norm(d.cast(out, d.operations.compute), weight, "o_norm") if "o_norm" in weight else out
-    return d.project(out, weight, "o")
+    return d.project(out, weight, "o") if choice is None else attention_experts.returned(d, out, choice, weight)
 
 
 def _gated_queries(d: Decoder, qkv: Expr) -> tuple[Expr, Expr]:

@@ -41,6 +41,7 @@ class Structure:
     kind              decoder; hybrid, whose layer_types may also be `state` (a mixer with a state of one size in place
                       of attention), `both` or `mlp` (neither); others (mlcbuild.models.kinds) leave most as it is
     norm              rms, layer (with a bias and a weight where parameters play these roles)
+    final_norm_eps    of the norm before the head, where it is not norm_eps
     norm_position     pre: of what attention and MLP are given; post: of what they return; both; sum: of the sums with
                       what they were given, and no norm before the head
     norm_offset       what is added to a norm's weight; norm_weights: whether rms norms have any; norm_first: whether
@@ -159,6 +160,7 @@ class Structure:
     disaggregation: bool = False
     # choices that not every decoder has
     norm_position: str = choice("pre")
+    final_norm_eps: float | None = choice(None)
     norm_offset: float = choice(0.0)
     norm_weights: bool = choice(True)
     norm_embeddings: bool = choice(False)

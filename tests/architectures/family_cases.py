@@ -71,6 +71,10 @@ CASES: dict[str, Case] = {
     "helium": _case("helium", head_dim=16, attention_bias=True),
     "hyperclovax": _case("hyperclovax", **SCALES, head_dim=16),
     "hyperclovax-pre": _case("hyperclovax", head_dim=16, use_post_norm=False),
+    "jetmoe": replace(
+        _case("jetmoe", num_attention_heads="absent", kv_channels=16, num_local_experts=4, rms_norm_eps=1e-3),
+        quantizations=("q0f32", "q4f32_1"),
+    ),
     "internlm3": _case("internlm3", head_dim=16),
     "iquestcoder": _case("iquestcoder", head_dim=16),
     "jais2": _case("jais2", head_dim=16),

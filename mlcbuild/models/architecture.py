@@ -298,7 +298,7 @@ def _capped(data: Mapping[str, Any], values: dict[str, Any], overrides: Mapping[
     if wanted <= most:
         return []
     return [
-        f"overrides: context_window_size is {wanted}, but the model's indexer chooses {most} keys for each token "
+        f"overrides: context_window_size is {wanted}, but the model chooses {most} keys for each token "
         f"({key.strip('_')}): up to there it chooses all, and attention is computed without it; which it chooses of "
         f"more is not computed. Build with a context_window_size of {most} at most"
     ]

@@ -74,7 +74,7 @@ def _layer(s: Structure, roles: set[str], layer: int) -> tuple[set[str], set[str
     """The same for a layer, as far as its other parameters decide."""
     (needed, used), (more, more_used) = _attention(s, roles), _mlp(s, roles)
     needed -= {"k_proj", "v_proj", "k_norm"} if s.borrows(layer) else set()
-    needed, used = needed | more, used | more_used | {"layer_scale"}
+    needed, used = needed | more, used | more_used | {"layer_scale", "attention_residual", "mlp_residual"}
     needed |= _STREAMS if s.streams > 1 else set()
     needed |= {f"per_layer_{name}" for name in ("gate_proj", "out_proj", "post_norm")} if s.per_layer_size else set()
     norms = {f"{part}_norm" for part in ("attention", "mlp") if s.norm_position != "post"}
@@ -109,6 +109,7 @@ def _attention(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
     needed |= {"difference"} if s.differential else set()
     used = {f"{name}_bias" for name in ("qkv", "q", "k", "v", "q_a", "kv_a", "o")}
     used |= {f"{name}_adapter_{end}_proj" for name in "qkv" for end in "ab"} if s.adapter_rank else set()
+    used |= {"key_step_proj", "key_step_bias", "key_rate"}
     used |= {"attention_gate", "attention_gate_bias", "attention_head_gate", "sinks", "o_norm"}
     if s.qk_norm not in ("none", "unit") and s.norm_weights:
         needed |= {"q_norm", "k_norm"}

@@ -38,7 +38,31 @@ def in_cache(d: Decoder, qkv: Expr, own: Structure, weight: Given) -> Expr:
         return qkv
     flat = qkv if len(qkv.ty.shape) == 2 else d.builder.emit(relax.op.reshape(qkv, [n, qkv.ty.shape[1] * width]))
     sinks = [d.cast(weight("sinks").plain, "float32")] if "sinks" in weight else []
-    return d.builder.emit_te(partial(_whole, s, own), flat, *sinks, primfunc_name_hint="cache_heads")
+    whole = d.builder.emit_te(partial(_whole, s, own), flat, *sinks, primfunc_name_hint="cache_heads")
+    return _with_steps(d, whole, flat, own, weight) if "key_step_proj" in weight else whole
+
+
+def _with_steps(d: Decoder, whole: Expr, flat: Expr, own: Structure, weight: Given) -> Expr:
+    """Heads of the cache, the last number of each key being what is added to its scores, that of each query 1.
+
+    A key's is exp(key_rate * softplus(key_step_proj values)), over the scale of scores (Doge's mask; arXiv 2508.02124).
+    """
+    heads, width = own.num_attention_heads, widths(own)[0]
+    at = (heads + own.num_key_value_heads) * width
+    values = d.builder.emit(relax.TupleGetItem(d.builder.emit(relax.op.split(flat, [at], axis=1)), 1))
+    steps = d.project(values, weight, "key_step")
+
+    def table(whole: te.Tensor, steps: te.Tensor, rate: te.Tensor) -> te.Tensor:
+        def number(i: Any, h: Any, j: Any) -> Any:
+            key = tirx.min(tirx.max(h - heads, 0), own.num_key_value_heads - 1)
+            added = te.exp(rate[key].astype("float32") * softplus(steps[i, key].astype("float32"))) * width**0.5
+            of_key = tirx.if_then_else(h < heads + own.num_key_value_heads, added.astype(whole.dtype), whole[i, h, j])
+            last = tirx.if_then_else(h < heads, tirx.const(1, whole.dtype), of_key)
+            return tirx.if_then_else(j == whole.shape[2] - 1, last, whole[i, h, j])
+
+        return te.compute(whole.shape, number, name="key_steps")
+
+    return d.builder.emit_te(table, whole, steps, weight("key_rate").plain, primfunc_name_hint="key_steps")
 
 
 def values_of(d: Decoder, out: Expr, own: Structure) -> Expr:

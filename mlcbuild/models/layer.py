@@ -46,6 +46,12 @@ def layer(decoder: Decoder, x: Expr, cache: Expr, layer_id: Expr, *given: Expr, 
         y = d.norm(y, weight, role) if post or role in weight else y
         return d.scaled(y, s.residual_scale)
 
+    def kept(x: Expr, role: str) -> Expr:
+        """What something is added to."""
+        if role not in weight:
+            return x
+        return d.builder.emit(relax.op.multiply(x, d.cast(weight(role).plain, d.operations.compute)))
+
     def attend(normed: Expr) -> Expr:
         nonlocal parts, weight
         if s.keys_from is not None:
@@ -66,7 +72,7 @@ def layer(decoder: Decoder, x: Expr, cache: Expr, layer_id: Expr, *given: Expr, 
         return with_keys(streams.layer(d, x, weight, more[0], attend, lambda y: _dense(d, y, weight, sparsity)))
     normed = d.norm(x, weight, "attention_norm") if pre and (number or s.norm_first) else x
     attended = attend(normed)
-    x1 = d.builder.emit(relax.op.add(x, returned(attended, "attention_post_norm")))
+    x1 = d.builder.emit(relax.op.add(kept(x, "attention_residual"), returned(attended, "attention_post_norm")))
     x1 = d.norm(x1, weight, "attention_norm") if sums else x1
     parallel = s.residual == "parallel"
     if not parallel:
@@ -78,7 +84,7 @@ def layer(decoder: Decoder, x: Expr, cache: Expr, layer_id: Expr, *given: Expr, 
         if late is not None:
             return relax.op.add(x2, late)
         return relax.op.concat([x2, experts(d, normed, normed, weight)], axis=1)
-    x2 = relax.op.add(x1, returned(mlp(d, normed, x1, weight), "mlp_post_norm"))
+    x2 = relax.op.add(kept(x1, "mlp_residual"), returned(mlp(d, normed, x1, weight), "mlp_post_norm"))
     if s.per_layer_size:
         x2 = per_layer.added(d, d.builder.emit(x2), more[0], weight)
     if "layer_scale" in weight:

@@ -104,8 +104,8 @@ def _chosen_by_hand(architecture: Architecture, config: Mapping[str, Any]) -> It
 def _all_keys(architecture: Architecture, structure: Structure) -> Iterator[str]:
     if "context_at_most" in architecture.data:
         yield (
-            f"the model has an indexer that chooses keys for each token. Within {structure.context_window_size} tokens "
-            "it chooses all of them, so the library attends to all and leaves the indexer out: it is not for "
+            f"the model chooses keys for each token. Within {structure.context_window_size} tokens "
+            "it chooses all of them, so the library attends to all and leaves the choice out: it is not for "
             "longer texts"
         )
 

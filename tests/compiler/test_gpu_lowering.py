@@ -72,7 +72,19 @@ def test_formats_that_a_device_cannot_read(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["glm4_moe", "deepseek_v2", "xglm", "apertus", "ministral3", "diffllama", "beam", "longcat_flash", "jetmoe"]
+    "name",
+    [
+        "glm4_moe",
+        "deepseek_v2",
+        "xglm",
+        "apertus",
+        "ministral3",
+        "diffllama",
+        "beam",
+        "longcat_flash",
+        "jetmoe",
+        "doge",
+    ],
 )
 def test_what_one_architecture_has_lowers_for_cuda(name: str) -> None:
     """What no other test lowers: every kernel is shared out among threads."""

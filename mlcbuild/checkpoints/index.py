@@ -145,6 +145,8 @@ def _mismatches(parameter: Parameter, refs: Sequence[TensorRef]) -> list[str]:
         shapes = [(parameter.shape[0], ref.shape[0] // parameter.shape[0], *ref.shape[1:]) for ref in refs]
         joined = (*shapes[0][:1], sum(shape[1] for shape in shapes), *shapes[0][2:])
         refs = [replace(refs[0], shape=joined)] if len({shape[2:] for shape in shapes}) == 1 else refs
+    if "differential" in parameter.convert and {len(ref.shape) for ref in refs} == {1}:
+        refs = [replace(refs[0], shape=parameter.shape)] if len({ref.shape for ref in refs}) == 1 else refs
     if "first_rows" in parameter.convert:
         refs = [replace(ref, shape=(min(ref.shape[0], parameter.shape[0]), *ref.shape[1:])) for ref in refs]
     if "transpose" in parameter.convert:

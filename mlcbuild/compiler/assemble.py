@@ -139,8 +139,9 @@ def declare(structure: Structure, quantization: Quantization) -> tuple[Declared,
     # The vocabulary stays symbolic: its size is in no shape of the module, so that variants share the library.
     known = {p.name: p for p in parameters(replace(structure, vocab_size=1))}
     return tuple(
-        Declared(p.name, p.shape, p.dtype, known[p.source].role, known[p.source].layer, p.weights, p.rows_axis)
+        Declared(p.name, p.shape, p.dtype, of.role, of.layer, p.weights, p.rows_axis, of.users)
         for p in quantized_parameters(tuple(known.values()), quantization)
+        for of in [known[p.source]]
     )
 
 

@@ -22,7 +22,8 @@ _PATTERN = "attention.sliding_window_pattern"
 _SCALING = tuple(
     f"rope.{each}"
     for each in ("scale_linear", "scaling.type", "scaling.factor", "scaling.original_context_length",
-                 "scaling.yarn_beta_fast", "scaling.yarn_beta_slow", "scaling.yarn_attn_factor")
+                 "scaling.yarn_beta_fast", "scaling.yarn_beta_slow", "scaling.yarn_attn_factor",
+                 "scaling.yarn_log_multiplier")
 )  # fmt: skip
 _OTHER = "name the checkpoint that it was made from"
 
@@ -85,7 +86,7 @@ def config(header: Header, read: Bytes) -> dict[str, Any]:
     return {
         "model_type": kind,
         **made,
-        **({"rope_scaling": scaling} if scaling else {}),
+        **({"rope_scaling": {**scaling, **table.get("scaling", {})}} if scaling else {}),
         "quantization_config": {"quant_method": "gguf"},
     }
 
@@ -174,6 +175,8 @@ def _scaling(header: Header, facts: Mapping[str, Any], made: Mapping[str, Any], 
         return {"rope_type": "linear", "factor": factor}
     more = {"beta_fast": found.get("yarn_beta_fast"), "beta_slow": found.get("yarn_beta_slow"),
             "attention_factor": found.get("yarn_attn_factor")}  # fmt: skip
+    if (factor_of_scale := found.get("yarn_log_multiplier")) is not None:  # DeepSeek's, both of one value
+        more |= dict.fromkeys(("mscale", "mscale_all_dim"), round(10 * factor_of_scale, 5))
     given = {key: value for key, value in more.items() if value is not None}
     original = found.get("original_context_length", facts.get("context_length"))
     return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original, **given}

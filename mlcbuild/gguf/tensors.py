@@ -27,6 +27,8 @@ from mlcbuild.models.parameters import Parameter
 
 Array = npt.NDArray[Any]
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_INTERLEAVED = re.compile(r"\.(\d+)\.mlp\.experts\.(gate_up|down)_proj(_bias)?$")
+_LATENT = re.compile(r"\.(\d+)\.self_attn\.kv_b_proj\.weight$")
 _ENDINGS = (".weight", ".bias")
 _UNUSED = ("*.attn_rot_embd", "*.rope_freqs.weight", LLAMA3, SHORT, LONG)
 
@@ -114,7 +116,14 @@ def read(
     made: list[Computed] = []
     used = {name for name in stored if any(fnmatchcase(name, pattern) for pattern in _UNUSED)}
     for parameter in parameters:
-        sources = {name: found for name in parameter.sources if (found := _source(names.get(name), name, stored))}
+        for name in parameter.sources:
+            parts = _parts(name, rules(header).get("interleaved", ()))
+            if parts and all(part in stored for part in parts):
+                made.append((_key_and_value if "kv_b" in name else _joined)(name, [stored[part] for part in parts]))
+                table[name] = made[-1].target
+                used |= {*parts}
+        rest = [name for name in parameter.sources if name not in table]
+        sources = {name: found for name in rest if (found := _source(names.get(name), name, stored))}
         used |= {names[name] for name in sources}
         plain = {each.ref.dtype for each in sources.values() if each.undo is None}
         mixed = len(plain) != 1 or any(each.undo for each in sources.values()) or not plain <= FLOATS.keys()
@@ -125,8 +134,7 @@ def read(
                 table[name] = computed.target
             else:
                 table[name] = replace(each.ref, name=name)
-    rest = {name: each.ref for name, each in stored.items() if name not in used}
-    return rest | table, made
+    return {name: each.ref for name, each in stored.items() if name not in used} | table, made
 
 
 def kind(tensor: Tensor) -> Any:
@@ -154,8 +162,9 @@ def told(header: Header) -> str | None:
 def _stored(tensor: Tensor, path: Path, blob: str, nbytes: int, undo: Mapping[str, str]) -> _Stored:
     short = re.sub(r"^blk\.\d+\.", "", tensor.name)
     how = next((how for pattern, how in undo.items() if fnmatchcase(short, pattern)), None)
-    ref = TensorRef(tensor.name, tensor.file, blob, path, tensor.offset, nbytes, kind(tensor).name, tensor.shape)
-    return _Stored(ref, kind(tensor), how)
+    shape = (tensor.shape[0], 1, *tensor.shape[1:]) if how == "apart" else tensor.shape
+    ref = TensorRef(tensor.name, tensor.file, blob, path, tensor.offset, nbytes, kind(tensor).name, shape)
+    return _Stored(ref, kind(tensor), None if how == "apart" else how)
 
 
 def _names(header: Header, parameters: Sequence[Parameter]) -> dict[str, str]:
@@ -168,11 +177,11 @@ def _names(header: Header, parameters: Sequence[Parameter]) -> dict[str, str]:
     table = get_tensor_name_map(by_name.get(header.architecture, MODEL_ARCH.LLAMA), layers)
     found = {}
     for wanted in (name for parameter in parameters for name in parameter.sources):
-        key = _EXPERT.sub(".experts.", wanted)
+        key = _EXPERT.sub(".experts.", wanted).replace("_correction_bias", "_correction.bias")
         others = (key, key.removeprefix("transformer."), key.replace(".block_sparse_moe.", ".mlp."))
         name = next((name for each in others if (name := table.get_name(each, _ENDINGS))), None)
         if name is not None:
-            found[wanted] = name
+            found[wanted] = name if name in header.tensors else f"{name}.weight"
     return found
 
 
@@ -188,6 +197,56 @@ def _source(name: str | None, wanted: str, stored: Mapping[str, _Stored]) -> _St
     size = found.ref.nbytes // count
     ref = replace(found.ref, offset=found.ref.offset + number * size, nbytes=size, shape=tuple(shape))
     return replace(found, ref=ref)
+
+
+def _parts(name: str, interleaved: Sequence[str]) -> list[str]:
+    """The file's tensors that one of latent attention, or of all experts of a layer, is made of; none of another."""
+    if latent := _LATENT.search(name):
+        return [f"blk.{latent[1]}.attn_{part}_b.weight" for part in "kv"]
+    match = _INTERLEAVED.search(name) if interleaved else None
+    if match is None:
+        return []
+    layer, of, bias = match.groups()
+    parts = interleaved if of == "gate_up" else ["down"]
+    return [f"blk.{layer}.ffn_{part}_exps.{'bias' if bias else 'weight'}" for part in parts]
+
+
+def _joined(name: str, parts: Sequence[_Stored]) -> Computed:
+    count, rows, *inner = parts[0].ref.shape
+    shape = (count, *inner, rows * len(parts))
+    return Computed(TensorRef(name, "", "", Path(), 0, 4 * prod(shape), "F32", shape), partial(_turns, parts))
+
+
+def _key_and_value(name: str, parts: Sequence[_Stored]) -> Computed:
+    """kv_b_proj [heads * (K + V), R] of keys [heads, R, K], which stand transposed, and values [heads, V, R]."""
+    (heads, rank, key), (_, value, _) = (each.ref.shape for each in parts)
+    shape = (heads * (key + value), rank)
+
+    def pieces() -> Iterator[Array]:
+        for keys, values in zip(*map(_apart, parts), strict=True):
+            yield np.concatenate([keys.T, values]).astype(np.float32, copy=False)
+
+    return Computed(TensorRef(name, "", "", Path(), 0, 4 * prod(shape), "F32", shape), pieces)
+
+
+def _apart(each: _Stored) -> Iterator[Array]:
+    """A tensor's floats by its first axis, an expert or a head at a time."""
+    from gguf.quants import dequantize
+
+    count, *shape = each.ref.shape
+    for row in MappedFile(each.ref.path).bytes(each.ref.offset, each.ref.nbytes).reshape(count, -1):
+        rows = row.reshape(shape[0], -1) if len(shape) > 1 else row.reshape(1, -1)
+        values: Array = dequantize(rows, each.kind).reshape(shape)
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"{each.ref.file}: tensor {each.ref.name}: numbers that are none or infinite")
+        yield values
+
+
+def _turns(parts: Sequence[_Stored]) -> Iterator[Array]:
+    """Expert by expert the rows of the parts in turn, as columns: float32 [1, K, N], of biases [1, N]."""
+    for values in zip(*map(_apart, parts), strict=True):
+        turned = np.stack(values, axis=1).reshape(-1, *values[0].shape[1:])
+        yield np.ascontiguousarray(turned.T, dtype=np.float32)[None]
 
 
 def _computed(name: str, stored: _Stored, config: Mapping[str, Any]) -> Computed:
@@ -216,12 +275,15 @@ def _pieces(stored: _Stored, config: Mapping[str, Any]) -> Iterator[Array]:
         values = values.reshape(-1, *ref.shape[1:]) if len(ref.shape) > 1 else values.reshape(-1)
         if stored.undo == "subtract_one":
             values = values - np.float32(1)
+        if stored.undo == "log":
+            values = np.log(-values)
         yield np.ascontiguousarray(values.T) if stored.undo == "transpose" else values
 
 
 def _heads(config: Mapping[str, Any]) -> tuple[int, int]:
     heads = config.get("num_attention_heads", config.get("n_head"))
-    return int(str(heads)), int(str(config.get("num_key_value_heads", heads)))
+    groups = config.get("num_key_value_heads", config.get("num_kv_heads", heads))
+    return int(str(heads)), int(str(groups))
 
 
 def _split_halves(ref: TensorRef, config: Mapping[str, Any]) -> npt.NDArray[np.int64]:

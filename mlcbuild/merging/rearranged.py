@@ -8,6 +8,7 @@
     first_rows   the rows that the parameter has, of more
     add_one      w -> 1 + w, for norms that are stored as what they differ from 1 (Gemma)
     unit_rows    w -> w / |w| row by row, as Baichuan 2 does with its head in every call
+    differential vectors q1, k1, q2, k2 -> exp(q1 · k1) - exp(q2 · k2) + b and 1 - b, b by the layer (arXiv 2410.05258)
     softplus     w -> ln(1 + exp(w)), for numbers that are above 0 (Apertus)
     negative_exp, exp_negative_exp
                  w -> -exp(w) and exp(-exp(w)): the decay of RWKV-4 and RWKV-5, which is trained as w
@@ -67,6 +68,7 @@ _ARITHMETIC: dict[str, Callable[[Array, Parameter], Array]] = {
     "softplus": lambda values, _: np.logaddexp(values, np.float32(0)),
     "negative_exp": lambda values, _: -np.exp(values),
     "exp_negative_exp": lambda values, _: np.exp(-np.exp(values)),
+    "differential": lambda values, parameter: _differential(values, parameter.layer or 0),
     "halve": lambda values, parameter: values * np.float32(0.5**parameter.halvings),
 }
 
@@ -74,6 +76,12 @@ _ARITHMETIC: dict[str, Callable[[Array, Parameter], Array]] = {
 def _unit_rows(wide: Array) -> Array:
     lengths: Array = np.sqrt((wide * wide).sum(axis=1, keepdims=True))
     return np.asarray(wide / np.maximum(lengths, np.float32(1e-12)))
+
+
+def _differential(wide: Array, layer: int) -> Array:
+    q1, k1, q2, k2 = np.split(wide, 4)
+    start = np.float32(0.8 - 0.6 * np.exp(-0.3 * layer))
+    return np.array([np.exp(q1 @ k1) - np.exp(q2 @ k2) + start, 1 - start], np.float32)
 
 
 def _dtype(parameter: Parameter, source: str) -> str:
@@ -89,6 +97,10 @@ def _rows(parameter: Parameter, refs: Sequence[TensorRef]) -> Iterator[Array]:
         for matrices in zip(*arrays, strict=True):
             whole = np.concatenate(matrices)[None]
             yield np.ascontiguousarray(np.swapaxes(whole, -1, -2) if "transpose" in parameter.convert else whole)
+        return
+    if "differential" in parameter.convert:
+        joined = np.concatenate([floats.widen(array, FLOATS[refs[0].dtype][0]) for array in arrays])
+        yield _ARITHMETIC["differential"](joined, parameter)
         return
     if "transpose" in parameter.convert:
         arrays = [np.swapaxes(array, -1, -2) for array in arrays]

@@ -160,7 +160,10 @@ def _rules(rule: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[Param
     convert = rule.get("convert", ())
     convert = (convert,) if isinstance(convert, str) else tuple(convert)
     others = _tensors(rule.get("or_from", ()))
-    made = ParameterRule(rule["role"], rule["name"], _sources(rule), convert, layers, rule.get("dtype"), others)
+    numbers = tuple((letter, tuple(evaluate(of, values))) for letter, of in rule.get("numbers", {}).items())
+    made = ParameterRule(
+        rule["role"], rule["name"], _sources(rule), convert, layers, rule.get("dtype"), others, numbers
+    )
     yield made
     if evaluate(rule.get("bias", False), values):
         role = made.role.removesuffix("_proj") + "_bias"
@@ -220,6 +223,8 @@ def _check_shape(values: Mapping[str, Any]) -> list[str]:
     state_heads, state_groups = values.get("state_heads"), values.get("state_groups") or 1
     if state_heads is not None and state_heads % state_groups:
         problems.append(f"config.json: state_heads {state_heads} is not a multiple of state_groups {state_groups}")
+    if values.get("differential") and kv_heads % 2:
+        problems.append(f"config.json: num_key_value_heads {kv_heads} is odd: differential attention halves them")
     rotary, dim = values.get("rotary_dim"), values["qk_head_dim" if "qk_head_dim" in values else "head_dim"]
     scaling = values["rope_scaling"]
     if scaling is not None:
@@ -293,7 +298,7 @@ def _capped(data: Mapping[str, Any], values: dict[str, Any], overrides: Mapping[
     if wanted <= most:
         return []
     return [
-        f"overrides: context_window_size is {wanted}, but the model's indexer chooses {most} keys for each token "
+        f"overrides: context_window_size is {wanted}, but the model chooses {most} keys for each token "
         f"({key.strip('_')}): up to there it chooses all, and attention is computed without it; which it chooses of "
         f"more is not computed. Build with a context_window_size of {most} at most"
     ]

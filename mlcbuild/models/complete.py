@@ -74,12 +74,12 @@ def _layer(s: Structure, roles: set[str], layer: int) -> tuple[set[str], set[str
     """The same for a layer, as far as its other parameters decide."""
     (needed, used), (more, more_used) = _attention(s, roles), _mlp(s, roles)
     needed -= {"k_proj", "v_proj", "k_norm"} if s.borrows(layer) else set()
-    needed, used = needed | more, used | more_used | {"layer_scale"}
+    needed, used = needed | more, used | more_used | {"layer_scale", "attention_residual", "mlp_residual"}
     needed |= _STREAMS if s.streams > 1 else set()
     needed |= {f"per_layer_{name}" for name in ("gate_proj", "out_proj", "post_norm")} if s.per_layer_size else set()
     norms = {f"{part}_norm" for part in ("attention", "mlp") if s.norm_position != "post"}
     norms |= {f"{part}_post_norm" for part in ("attention", "mlp") if s.norm_position in ("post", "both")}
-    used |= norms | set(_biases(s, norms))
+    used |= norms | {"mlp_post_norm"} | set(_biases(s, norms))  # A.X K1 norms what experts return, and no plain MLP
     if s.norm == "rms" and s.norm_weights:
         needed |= norms - ({"mlp_norm"} if s.residual == "parallel" else set())
     return needed, used
@@ -93,17 +93,24 @@ def _hybrid(s: Structure, roles: set[str], layer: int) -> tuple[set[str], set[st
     parts += [_mlp(s, roles)] if roles & {"router", "down_proj"} else []
     norms = {f"{part}_{when}norm" for part in ("attention", "mlp") for when in ("", "post_")}
     used = norms | set(_biases(s, norms))
+    if s.attention_into_mixer:
+        parts.append(({"mixer_norm", *({"into_mixer_proj"} if kind == "both" else ())}, set()))
     return set[str]().union(*(needed for needed, _ in parts)), used.union(*(also for _, also in parts))
 
 
 def _attention(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
-    if s.kv_lora_rank:
+    if "attention_router" in roles:
+        needed = {"attention_router", "kv_proj", *(f"attention_experts_{of}" for of in ("q_proj", "o_proj", "bias"))}
+    elif s.kv_lora_rank:
         needed = {"o_proj", *_LATENT, *(_NARROW_QUERY if s.q_lora_rank else {"q_proj"})}
     else:
         needed = {"o_proj", *(_ONE_BY_ONE if roles & _ONE_BY_ONE else {"qkv_proj"})}
         needed -= {"v_proj"} if s.keys_as_values and "v_proj" not in roles else set()
+    needed |= {"difference"} if s.differential else set()
     used = {f"{name}_bias" for name in ("qkv", "q", "k", "v", "q_a", "kv_a", "o")}
-    used |= {"attention_gate", "attention_head_gate", "sinks", "o_norm"}
+    used |= {f"{name}_adapter_{end}_proj" for name in "qkv" for end in "ab"} if s.adapter_rank else set()
+    used |= {"key_step_proj", "key_step_bias", "key_rate"}
+    used |= {"attention_gate", "attention_gate_bias", "attention_head_gate", "sinks", "o_norm"}
     if s.qk_norm not in ("none", "unit") and s.norm_weights:
         needed |= {"q_norm", "k_norm"}
         used |= {"q_norm_bias", "k_norm_bias"}
@@ -118,14 +125,14 @@ def _mlp(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
         needed = {f"experts_{up}_proj", "experts_down_proj", *(shared if roles & shared else ())}
         needed |= _NARROW_EXPERTS if s.moe_latent_size else set()
         used |= {"router", "router_bias", "router_correction", "shared_gate", f"shared_{up}_bias", "shared_down_bias"}
-        used |= {"experts_down_bias", "expert_scale", "experts_in_bias", "experts_out_bias"}
+        used |= {"experts_down_bias", "expert_scale", "experts_in_bias", "experts_out_bias", "experts_sum_bias"}
         used |= {"experts_gate_up_bias"} if up == "gate_up" else set()
-        needed |= {"down_proj", "gate_up_proj", *_BESIDE} if "down_proj" in roles else set()
+        needed |= {"down_proj", "gate_up_proj", *(() if s.shortcut else _BESIDE)} if "down_proj" in roles else set()
     elif s.mlp == "plain":
         needed = {"up_proj", "down_proj"}
     else:
         needed = {"down_proj", *({"gate_proj", "up_proj"} if "gate_proj" in roles else {"gate_up_proj"})}
-    used |= {"down_norm"}
+    used |= {"down_norm", *({"gate_up_adapter_a_proj", "gate_up_adapter_b_proj"} if s.adapter_rank else ())}
     if s.activation == "xielu":
         needed |= {"xielu_positive", "xielu_negative"}
     return needed, used

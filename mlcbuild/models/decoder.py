@@ -48,11 +48,11 @@ class Decoder:
 
     def layer_parameters(self, number: int) -> list[relax.Var]:
         """The parameters of a layer, as a function of it takes them: in order."""
-        return [self.tensor(p.name, p.shape, p.dtype) for p in self.declared if p.layer == number]
+        return [self.tensor(p.name, p.shape, p.dtype) for p in self.declared if p.of(number)]
 
     def given(self, number: int, parameters: Sequence[Expr]) -> Given:
         """The same by role."""
-        return Given([p for p in self.declared if p.layer == number], parameters)
+        return Given([p for p in self.declared if p.of(number)], parameters)
 
     def weights(self, params: relax.Var) -> Weights:
         return Weights(self.builder, self.declared, params)
@@ -60,16 +60,16 @@ class Decoder:
     def norm(self, x: Expr, weights: Given | Weights, role: str) -> Expr:
         """x [n, H] normed, with the weight that plays `role` and the bias that plays `role`_bias, where there are."""
         s = self.structure
+        eps = s.norm_eps if role != "final_norm" or s.final_norm_eps is None else s.final_norm_eps
         weight, bias = (weights(each).plain if each in weights else None for each in (role, f"{role}_bias"))
         if s.norm_offset and weight is not None:
             compute = self.operations.compute  # not the model dtype, which would round the sum
             factor = relax.op.add(self.cast(weight, compute), relax.const(s.norm_offset, compute))
-            x = relax.op.multiply(self._plain_norm(x, None, None), self.builder.emit(factor))
+            x = relax.op.multiply(self._plain_norm(x, None, None, eps), self.builder.emit(factor))
             return self.builder.emit(x if bias is None else relax.op.add(x, self.cast(bias, compute)))
-        return self._plain_norm(x, weight, bias)
+        return self._plain_norm(x, weight, bias, eps)
 
-    def _plain_norm(self, x: Expr, weight: Expr | None, bias: Expr | None) -> Expr:
-        eps = self.structure.norm_eps
+    def _plain_norm(self, x: Expr, weight: Expr | None, bias: Expr | None, eps: float) -> Expr:
         if self.structure.norm == "rms":
             return self.operations.rms_norm(x, self.ones(x.ty.shape[1]) if weight is None else weight, eps)
         return self.operations.layer_norm(x, weight, bias, eps)
@@ -79,13 +79,18 @@ class Decoder:
         return self.builder.emit(relax.op.ones([width], self.dtype))
 
     def project(self, x: Expr, weights: Given | Weights, name: str, dtype: str | None = None) -> Expr:
-        """x [n, K] times the matrix of role `name`_proj, plus its `name`_bias where there is one: [n, N].
+        """x [n, K] times the matrix of role `name`_proj, plus its `name`_bias where there is one, and a low-rank
+        difference (Hu et al., arXiv 2106.09685): [n, N].
 
         `dtype` is the result's, by default the compute dtype; the sum is formed in that.
         """
         x = self.rounded(x) if self.structure.input_bits else x
         compute = self.operations.compute
-        return self.biased(x, weights, f"{name}_proj", f"{name}_bias", dtype or compute)
+        if f"{name}_adapter_a_proj" not in weights:
+            return self.biased(x, weights, f"{name}_proj", f"{name}_bias", dtype or compute)
+        more = self.project(self.project(x, weights, f"{name}_adapter_a"), weights, f"{name}_adapter_b")
+        whole = self.biased(x, weights, f"{name}_proj", f"{name}_bias", compute)
+        return self.cast(self.builder.emit(relax.op.add(whole, more)), dtype or compute)
 
     def biased(self, x: Expr, weights: Given | Weights, matrix: str, bias: str, dtype: str) -> Expr:
         """As `project`, by the roles of matrix and bias."""
@@ -190,7 +195,7 @@ def one_per_kind(decoder: Decoder, emit: Callable[[int], relax.GlobalVar]) -> tu
     kinds: dict[Any, relax.GlobalVar] = {}
     functions = []
     for number in range(decoder.structure.num_hidden_layers):
-        packed = tuple((p.role, p.part, p.shape, p.dtype, p.packing) for p in decoder.declared if p.layer == number)
+        packed = tuple((p.role, p.part, p.shape, p.dtype, p.packing) for p in decoder.declared if p.of(number))
         kind = *decoder.structure.computed(number), packed
         if kind not in kinds:
             kinds[kind] = emit(number)

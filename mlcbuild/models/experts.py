@@ -9,7 +9,7 @@ from tvm import relax, te, tirx
 
 from mlcbuild.models.decoder import Decoder
 from mlcbuild.models.operations import Expr
-from mlcbuild.models.routers import choose
+from mlcbuild.models.routers import choose, zero_experts
 from mlcbuild.models.structure import Structure
 from mlcbuild.models.weights import Given
 
@@ -44,6 +44,9 @@ def experts(d: Decoder, x: Expr, routed: Expr, weight: Given) -> Expr:
         chosen, share = choose(d, logits, weight)
     if "expert_scale" in weight:
         share = d.builder.emit_te(_times_scale, share, chosen, weight("expert_scale").plain)
+    kept = None
+    if s.zero_experts:
+        chosen, share, kept = zero_experts(d, x, chosen, share)
     given = d.project(x, weight, "experts_in") if "experts_in_proj" in weight else x
     if s.expert_input_scaled:
         given = d.builder.emit_te(_times_share, given, share, primfunc_name_hint="expert_inputs")
@@ -54,6 +57,9 @@ def experts(d: Decoder, x: Expr, routed: Expr, weight: Given) -> Expr:
         inner = gated(d, _product(d, given, chosen, weight, "experts_gate_up"))
     out = o.weighted_sum(_product(d, inner, chosen, weight, "experts_down"), share)
     out = d.project(out, weight, "experts_out") if "experts_out_proj" in weight else out
+    if "experts_sum_bias" in weight:
+        out = d.builder.emit(relax.op.add(out, d.cast(weight("experts_sum_bias").plain, o.compute)))
+    out = out if kept is None else d.builder.emit(relax.op.add(out, kept))
     if "shared_down_proj" not in weight:
         return out
     if "shared_up_proj" in weight:

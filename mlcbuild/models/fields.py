@@ -101,6 +101,8 @@ COUNTS = (
     "time_mix_extra_dim",
     "time_decay_extra_dim",
     "position_offset",
+    "zero_experts",
+    "adapter_rank",
     "position_scale_length",
 )
 # What no model comes near. Layers and experts are gone through one by one, and every one has tensors of its own.
@@ -136,6 +138,7 @@ NUMBERS = (
     "router_scale",
 )
 _POSITIVE = (
+    "final_norm_eps",
     "state_norm_eps",
     "final_logit_softcapping",
     "attention_scale",
@@ -153,6 +156,7 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(_POSITIVE, ("a number above 0", partial(is_above, 0))),
     "conv_kernel": ("a whole number of at least 2", lambda value: type(value) is int and value > 1),
     "mixer_scales": ("five numbers", lambda value: _are_numbers(value, 5)),
+    "latent_scales": ("two numbers", lambda value: _are_numbers(value, 2)),
     "time_step_limits": ("two numbers, the least and the largest step", lambda value: _is_range(value)),
     **dict.fromkeys(("rope_theta", "rope_local_theta"), ("a number above 1", partial(is_above, 1))),
 }

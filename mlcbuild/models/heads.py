@@ -38,7 +38,31 @@ def in_cache(d: Decoder, qkv: Expr, own: Structure, weight: Given) -> Expr:
         return qkv
     flat = qkv if len(qkv.ty.shape) == 2 else d.builder.emit(relax.op.reshape(qkv, [n, qkv.ty.shape[1] * width]))
     sinks = [d.cast(weight("sinks").plain, "float32")] if "sinks" in weight else []
-    return d.builder.emit_te(partial(_whole, s, own), flat, *sinks, primfunc_name_hint="cache_heads")
+    whole = d.builder.emit_te(partial(_whole, s, own), flat, *sinks, primfunc_name_hint="cache_heads")
+    return _with_steps(d, whole, flat, own, weight) if "key_step_proj" in weight else whole
+
+
+def _with_steps(d: Decoder, whole: Expr, flat: Expr, own: Structure, weight: Given) -> Expr:
+    """Heads of the cache, the last number of each key being what is added to its scores, that of each query 1.
+
+    A key's is exp(key_rate * softplus(key_step_proj values)), over the scale of scores (Doge's mask; arXiv 2508.02124).
+    """
+    heads, width = own.num_attention_heads, widths(own)[0]
+    at = (heads + own.num_key_value_heads) * width
+    values = d.builder.emit(relax.TupleGetItem(d.builder.emit(relax.op.split(flat, [at], axis=1)), 1))
+    steps = d.project(values, weight, "key_step")
+
+    def table(whole: te.Tensor, steps: te.Tensor, rate: te.Tensor) -> te.Tensor:
+        def number(i: Any, h: Any, j: Any) -> Any:
+            key = tirx.min(tirx.max(h - heads, 0), own.num_key_value_heads - 1)
+            added = te.exp(rate[key].astype("float32") * softplus(steps[i, key].astype("float32"))) * width**0.5
+            of_key = tirx.if_then_else(h < heads + own.num_key_value_heads, added.astype(whole.dtype), whole[i, h, j])
+            last = tirx.if_then_else(h < heads, tirx.const(1, whole.dtype), of_key)
+            return tirx.if_then_else(j == whole.shape[2] - 1, last, whole[i, h, j])
+
+        return te.compute(whole.shape, number, name="key_steps")
+
+    return d.builder.emit_te(table, whole, steps, weight("key_rate").plain, primfunc_name_hint="key_steps")
 
 
 def values_of(d: Decoder, out: Expr, own: Structure) -> Expr:
@@ -55,7 +79,49 @@ def parts_of(d: Decoder, x: Expr, weight: Given, own: Structure) -> list[Expr]:
     if len(parts) == 1:
         return parts
     parts = [*parts, parts[1]] if len(parts) == 2 else parts
+    if own.differential:
+        return [*parts[:2], _both_halves(d, parts[2], own)]
     return [*parts[:2], normed_values(d, parts[2], own) if own.value_norm else parts[2]]
+
+
+def _both_halves(d: Decoder, values: Expr, own: Structure) -> Expr:
+    """Values [n, kv heads * D] of differential attention -> [n, kv heads * 2 D].
+
+    Head i of the first half of heads has a value with head i of the second one, and both have that pair.
+    """
+    n, half, width = values.ty.shape[0], own.num_key_value_heads // 2, widths(own)[1] // 2
+    apart = d.builder.emit(relax.op.reshape(values, [n, 2, half, width]))
+    pairs = d.builder.emit(relax.op.permute_dims(apart, [0, 2, 1, 3]))
+    flat = d.builder.emit(relax.op.reshape(pairs, [n, half * 2 * width]))
+    return d.builder.emit(relax.op.concat([flat, flat], axis=1))
+
+
+def difference(d: Decoder, out: Expr, own: Structure, weight: Given) -> Expr:
+    """What the heads return [n, heads * 2 D] -> [n, heads * D]: the second half's part taken from the first, normed."""
+    (n, total), width, numbers = out.ty.shape, widths(own)[1], weight("difference").plain
+    rows = n * (own.num_attention_heads // 2)
+    less = d.cast(d.builder.emit_te(_less, out, numbers, primfunc_name_hint="difference"), d.operations.compute)
+    normed = d.operations.rms_norm(
+        d.builder.emit(relax.op.reshape(less, [rows, width])), d.ones(width), d.structure.norm_eps
+    )
+    whole = d.builder.emit(relax.op.reshape(normed, [n, total // 2]))
+    return d.builder.emit_te(_times_second, whole, numbers, primfunc_name_hint="difference_scaled")
+
+
+def _less(x: te.Tensor, numbers: te.Tensor) -> te.Tensor:
+    """float32 [n, W] of x [n, 2 W]: the first half of columns less numbers[0] times the second."""
+    width = x.shape[1] // 2
+    return te.compute(
+        (x.shape[0], width),
+        lambda i, j: x[i, j].astype("float32") - numbers[0] * x[i, j + width].astype("float32"),
+        name="difference",
+    )
+
+
+def _times_second(x: te.Tensor, numbers: te.Tensor) -> te.Tensor:
+    return te.compute(
+        x.shape, lambda i, j: (x[i, j].astype("float32") * numbers[1]).astype(x.dtype), name="difference_scaled"
+    )
 
 
 def normed_values(d: Decoder, values: Expr, own: Structure) -> Expr:
@@ -73,6 +139,8 @@ def gated(d: Decoder, out: Expr, x: Expr, own: Structure, weight: Given) -> Expr
         return out
     compute, emit = d.operations.compute, d.builder.emit
     gate = d.operations.linear(x, weight(role), compute)
+    if "attention_gate_bias" in weight:
+        gate = d.builder.emit_te(_with_head_bias, gate, weight("attention_gate_bias").plain, primfunc_name_hint="gates")
     gate = (
         d.builder.emit_te(_softplus, gate) if d.structure.attention_gate == "softplus" else emit(relax.op.sigmoid(gate))
     )
@@ -83,6 +151,12 @@ def gated(d: Decoder, out: Expr, x: Expr, own: Structure, weight: Given) -> Expr
     gate = emit(relax.op.reshape(gate, [*by_head[:2], 1]))
     product = emit(relax.op.multiply(gate, emit(relax.op.reshape(out, by_head))))
     return emit(relax.op.reshape(product, shape))
+
+
+def _with_head_bias(gate: te.Tensor, bias: te.Tensor) -> te.Tensor:
+    """Gates [n, heads * width], each head's plus its number of [heads]."""
+    width = gate.shape[1] // bias.shape[0]
+    return te.compute(gate.shape, lambda i, j: gate[i, j] + bias[j // width].astype(gate.dtype), name="gates")
 
 
 def _softplus(x: te.Tensor) -> te.Tensor:

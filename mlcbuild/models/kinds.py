@@ -22,7 +22,8 @@ Shapes = dict[str, tuple[int, ...]]  # by role; matrices are [N out, K in]
 
 def by_layer(structure: Structure) -> bool:
     """Whether the model can be run one layer at a time (mlcbuild.models.layer_pieces)."""
-    return structure.kind == DECODER and structure.keys_from is None and not structure.per_layer_size
+    whole = structure.keys_from is not None or structure.per_layer_size or structure.shortcut
+    return structure.kind == DECODER and not whole
 
 
 def recurrent_shapes(s: Structure) -> Shapes:

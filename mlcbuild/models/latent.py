@@ -29,12 +29,13 @@ def heads_of(d: Decoder, x: Expr, weight: Given) -> Expr:
     s = d.structure
     if "q_a_proj" in weight:
         narrow = d.operations.rms_norm(d.project(x, weight, "q_a"), weight("q_a_norm").plain, _EPS)
+        narrow = d.scaled(narrow, s.latent_scales[0])
         q = d.project(narrow, weight, "q_b", d.dtype)
     else:
         q = d.project(x, weight, "q", d.dtype)
     parts = d.builder.emit(relax.op.split(d.project(x, weight, "kv_a"), [s.kv_lora_rank], axis=1))
     latent, turned = (d.builder.emit(relax.TupleGetItem(parts, i)) for i in range(2))
-    latent = d.operations.rms_norm(latent, weight("kv_a_norm").plain, _EPS)
+    latent = d.scaled(d.operations.rms_norm(latent, weight("kv_a_norm").plain, _EPS), s.latent_scales[1])
     kv = d.project(latent, weight, "kv_b", d.dtype)
     turned = d.cast(turned, d.dtype)
     return d.builder.emit_te(partial(_whole, s), q, turned, kv, primfunc_name_hint="latent_heads")

@@ -6,7 +6,7 @@ from functools import partial
 
 from tvm import ir, relax, te, tirx
 
-from mlcbuild.models import heads, latent, per_layer, streams
+from mlcbuild.models import attention_experts, heads, latent, per_layer, streams
 from mlcbuild.models.decoder import Decoder, kv_cache
 from mlcbuild.models.experts import beside, experts
 from mlcbuild.models.operations import Expr
@@ -20,7 +20,8 @@ def layer_inputs(decoder: Decoder, number: int = 0) -> list[relax.Var]:
     mlcbuild.models.per_layer adds, and its parameters in order.
     """
     d, n = decoder, tirx.Var("seq_len", "int64")
-    x = d.tensor("x", [n, streams.width(d.structure)], d.operations.compute)
+    awaiting = d.structure.shortcut and not any(p.role == "router" and p.of(number) for p in d.declared)
+    x = d.tensor("x", [n, streams.width(d.structure) * (1 + awaiting)], d.operations.compute)
     more = per_layer.variables(d, number, n)
     return [x, kv_cache(), relax.Var("layer_id", ir.PrimType("int64")), *more, *d.layer_parameters(number)]
 
@@ -28,18 +29,28 @@ def layer_inputs(decoder: Decoder, number: int = 0) -> list[relax.Var]:
 def layer(decoder: Decoder, x: Expr, cache: Expr, layer_id: Expr, *given: Expr, number: int = 0) -> Expr:
     """One layer's computation on what `layer_inputs` describes: [n, H]. `number` is a layer of the same kind.
 
-    With what its own keys and values are made of, where layers may borrow these.
+    With what its own keys and values are made of, where layers may borrow these; with `shortcut` [n, 2 H] goes to a
+    layer without experts, the second half of which it adds.
     """
     d, s = decoder, decoder.structure
     count = len(given) - sum(p.layer == number for p in d.declared)
     more, weight = given[:count], d.given(number, given[count:])
-    parts = None
+    parts, late = None, None
+    if s.shortcut and "router" not in weight:
+        both = d.builder.emit(relax.op.split(x, 2, axis=1))
+        x, late = (d.builder.emit(relax.TupleGetItem(both, i)) for i in range(2))
     pre, post, sums = (s.norm_position in kinds for kinds in (("pre", "both"), ("post", "both"), ("sum",)))
 
     def returned(y: Expr, role: str) -> Expr:
         """What attention or the MLP returns, as it is added."""
-        y = d.norm(y, weight, role) if post else y
+        y = d.norm(y, weight, role) if post or role in weight else y
         return d.scaled(y, s.residual_scale)
+
+    def kept(x: Expr, role: str) -> Expr:
+        """What something is added to."""
+        if role not in weight:
+            return x
+        return d.builder.emit(relax.op.multiply(x, d.cast(weight(role).plain, d.operations.compute)))
 
     def attend(normed: Expr) -> Expr:
         nonlocal parts, weight
@@ -61,14 +72,19 @@ def layer(decoder: Decoder, x: Expr, cache: Expr, layer_id: Expr, *given: Expr, 
         return with_keys(streams.layer(d, x, weight, more[0], attend, lambda y: _dense(d, y, weight, sparsity)))
     normed = d.norm(x, weight, "attention_norm") if pre and (number or s.norm_first) else x
     attended = attend(normed)
-    x1 = d.builder.emit(relax.op.add(x, returned(attended, "attention_post_norm")))
+    x1 = d.builder.emit(relax.op.add(kept(x, "attention_residual"), returned(attended, "attention_post_norm")))
     x1 = d.norm(x1, weight, "attention_norm") if sums else x1
     parallel = s.residual == "parallel"
     if not parallel:
         normed = d.norm(x1, weight, "mlp_norm") if pre else x1
     elif "mlp_norm" in weight:
         normed = d.norm(x, weight, "mlp_norm")
-    x2 = relax.op.add(x1, returned(mlp(d, normed, x1, weight), "mlp_post_norm"))
+    if s.shortcut:
+        x2 = d.builder.emit(relax.op.add(x1, _dense(d, normed, weight)))
+        if late is not None:
+            return relax.op.add(x2, late)
+        return relax.op.concat([x2, experts(d, normed, normed, weight)], axis=1)
+    x2 = relax.op.add(kept(x1, "mlp_residual"), returned(mlp(d, normed, x1, weight), "mlp_post_norm"))
     if s.per_layer_size:
         x2 = per_layer.added(d, d.builder.emit(x2), more[0], weight)
     if "layer_scale" in weight:
@@ -101,7 +117,10 @@ def attention(
     """
     s, own = d.structure, d.structure.at(number)
     key, value = heads.widths(own)
-    if s.kv_lora_rank:
+    choice = attention_experts.choose(d, x, weight) if "attention_router" in weight else None
+    if choice is not None:
+        qkv = attention_experts.heads_of(d, x, choice, weight)
+    elif s.kv_lora_rank:
         qkv = latent.heads_of(d, x, weight)
     elif "qkv_proj" in weight:
         qkv = d.project(x, weight, "qkv", d.dtype)
@@ -140,11 +159,12 @@ def attention(
         )
     )
     out = heads.gated(d, d.scaled(heads.values_of(d, out, own), s.value_scale), x, own, weight)
+    out = heads.difference(d, out, own, weight) if own.differential else out
     if s.query_gate:
         gate = d.builder.emit(relax.op.sigmoid(gate))
         out = d.builder.emit(relax.op.multiply(gate, d.cast(out, d.operations.compute)))
     out = d.norm(d.cast(out, d.operations.compute), weight, "o_norm") if "o_norm" in weight else out
-    return d.project(out, weight, "o")
+    return d.project(out, weight, "o") if choice is None else attention_experts.returned(d, out, choice, weight)
 
 
 def _gated_queries(d: Decoder, qkv: Expr) -> tuple[Expr, Expr]:
@@ -158,12 +178,15 @@ def _gated_queries(d: Decoder, qkv: Expr) -> tuple[Expr, Expr]:
 
 
 def _scaled_queries(s: Structure, qkv: te.Tensor, positions: te.Tensor) -> te.Tensor:
-    """Fused heads with queries multiplied with a number that grows with their position (Llama 4's, Ministral 3's)."""
+    """Fused heads with queries multiplied with a number that grows with their position (Llama 4's, Beam's)."""
 
     def value(i: tirx.Var, h: tirx.Var, j: tirx.Var) -> Expr:
         position = positions[i] + (1 if s.position_scale_unturned else 0)
         times = tirx.floordiv(position, s.position_scale_length).astype("float32")
         factor = 1 + tirx.const(s.position_scale, "float32") * tirx.log(1 + times)
+        if s.position_scale_power:
+            part = (positions[i] + 1).astype("float32") / tirx.const(s.position_scale_length, "float32")
+            factor = tirx.exp(tirx.const(s.position_scale, "float32") * tirx.log(1 + part))
         x = qkv[i, h, j]
         return tirx.if_then_else(h < s.num_attention_heads, (x.astype("float32") * factor).astype(x.dtype), x)
 

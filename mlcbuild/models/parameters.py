@@ -27,14 +27,17 @@ class Parameter:
     ungroup_qvk  its rows are, for each of four groups: queries, values, keys
     first_rows   it has more rows, which are left out
     add_one      the checkpoint has w - 1
+    differential it has the vectors q1, k1, q2, k2: exp(q1 · k1) - exp(q2 · k2) + b and 1 - b are wanted, where b is
+                 0.8 - 0.6 * exp(-0.3 * layer)
     softplus     the checkpoint has w where ln(1 + exp(w)) is wanted
     unit_rows    its rows are divided by their lengths
     negative_exp, exp_negative_exp
                  the checkpoint has w where -exp(w) or exp(-exp(w)) is wanted
     halve        the checkpoint has 2 ** halvings times the parameter
 
-    `dtype` is what it is stored in, None for the quantization's model dtype. `groups` holds, for qkv parameters, the
-    number of key-value heads and the rows of queries, of the key and of the value in each group.
+    `users` are later layers that have it, too. `dtype` is what it is stored in, None for the quantization's model
+    dtype. `groups` holds, for qkv parameters, the number of key-value heads and the rows of queries, of the key and of
+    the value in each group.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Parameter:
     layer: int | None = None
     convert: tuple[str, ...] = ()
     dtype: str | None = None
+    users: tuple[int, ...] = ()
     groups: tuple[int, int, int, int] | None = None
     alternative: tuple[str, ...] = ()
     halvings: int = 0
@@ -93,11 +97,21 @@ def _key(s: Structure) -> int:
 
 
 def _value(s: Structure) -> int:
-    return s.num_key_value_heads * (s.value_head_dim or s.head_dim)
+    return s.num_key_value_heads * _value_width(s)
+
+
+def _value_width(s: Structure) -> int:
+    """Of a value as matrices have it: two of them are the value of a head with differential attention."""
+    return (s.value_head_dim or s.head_dim) // (1 + s.differential)
 
 
 def _width(s: Structure) -> tuple[int, ...]:
     return (s.hidden_size,)
+
+
+def _attended(s: Structure) -> int:
+    """The width of what attention is given."""
+    return s.hidden_size * (1 + s.attention_into_mixer)
 
 
 def _table(s: Structure) -> int:
@@ -121,12 +135,31 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "token_type_embedding": lambda s: (s.type_vocab_size, _table(s)),
     "embedding_norm": lambda s: (_table(s),),
     "embedding_proj": lambda s: (s.hidden_size, _table(s)),
-    "qkv_proj": lambda s: ((1 + s.query_gate) * _query(s) + _key(s) + _value(s), s.hidden_size),
-    "q_proj": lambda s: ((1 + s.query_gate) * _query(s), s.hidden_size),
-    "k_proj": lambda s: (_key(s), s.hidden_size),
-    "v_proj": lambda s: (_value(s), s.hidden_size),
+    "qkv_proj": lambda s: ((1 + s.query_gate) * _query(s) + _key(s) + _value(s), _attended(s)),
+    "q_proj": lambda s: ((1 + s.query_gate) * _query(s), _attended(s)),
+    "k_proj": lambda s: (_key(s), _attended(s)),
+    "v_proj": lambda s: (_value(s), _attended(s)),
+    **{f"{name}_adapter_a_proj": lambda s: (s.adapter_rank, _attended(s)) for name in ("q", "k", "v")},
+    "q_adapter_b_proj": lambda s: (_query(s), s.adapter_rank),
+    "k_adapter_b_proj": lambda s: (_key(s), s.adapter_rank),
+    "v_adapter_b_proj": lambda s: (_value(s), s.adapter_rank),
+    "gate_up_adapter_a_proj": lambda s: (s.adapter_rank, s.hidden_size),
+    "gate_up_adapter_b_proj": lambda s: (2 * s.intermediate_size, s.adapter_rank),
+    "into_mixer_proj": lambda s: (s.hidden_size, s.hidden_size),
+    "mixer_norm": _width,
+    "kv_proj": lambda s: (_key(s) + _value(s), s.hidden_size),
+    "attention_router": lambda s: (s.num_experts, s.hidden_size),
+    "attention_experts_q_proj": lambda s: (s.num_experts, _key(s), s.hidden_size),
+    "attention_experts_o_proj": lambda s: (s.num_experts, s.hidden_size, _value(s)),
+    "attention_experts_bias": _width,
+    "experts_sum_bias": _width,
+    "key_step_proj": lambda s: (s.num_key_value_heads, _value(s)),
+    "key_rate": lambda s: (s.num_key_value_heads,),
+    "attention_residual": _width,
+    "mlp_residual": _width,
     "sinks": lambda s: (s.num_attention_heads,),
-    "o_proj": lambda s: (s.hidden_size, s.num_attention_heads * (s.value_head_dim or s.head_dim)),
+    "o_proj": lambda s: (s.hidden_size, s.num_attention_heads * _value_width(s)),
+    "difference": lambda s: (2,),
     "o_norm": lambda s: (s.num_attention_heads * (s.value_head_dim or s.head_dim),),
     "q_a_proj": lambda s: (s.q_lora_rank, s.hidden_size),
     "q_a_norm": lambda s: (s.q_lora_rank,),
@@ -143,8 +176,9 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "down_proj": lambda s: (s.hidden_size, s.intermediate_size),
     "down_norm": lambda s: (s.intermediate_size,),
     "attention_gate": lambda s: (s.num_attention_heads * (s.value_head_dim or s.head_dim), s.hidden_size),
+    "attention_gate_bias": lambda s: (s.num_attention_heads,),
     "attention_head_gate": lambda s: (s.num_attention_heads, s.hidden_size),
-    "router": lambda s: (s.num_experts, s.hidden_size),
+    "router": lambda s: (s.num_experts + s.zero_experts, s.hidden_size),
     "router_norm": _width,
     "dense_post_norm": _width,
     "experts_norm": _width,
@@ -167,7 +201,7 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "laurel_in_proj": lambda s: (s.laurel_rank, s.hidden_size),
     "laurel_out_proj": lambda s: (s.hidden_size, s.laurel_rank),
     "laurel_norm": _width,
-    "router_correction": lambda s: (s.num_experts,),
+    "router_correction": lambda s: (s.num_experts + s.zero_experts,),
     "experts_gate_up_proj": lambda s: (s.num_experts, 2 * s.moe_intermediate_size, _expert_width(s)),
     "experts_up_proj": lambda s: (s.num_experts, s.moe_intermediate_size, _expert_width(s)),
     "experts_down_proj": lambda s: (s.num_experts, _expert_width(s), s.moe_intermediate_size),
@@ -182,7 +216,7 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "relative_bias": lambda s: (32, s.num_attention_heads),
     "q_norm": lambda s: _head_norm(s, s.num_attention_heads),
     "k_norm": lambda s: _head_norm(s, s.num_key_value_heads),
-    "attention_norm": _width,
+    "attention_norm": lambda s: (_attended(s),),
     "attention_post_norm": _width,
     "mlp_norm": _width,
     "xielu_positive": lambda s: (1,),
@@ -197,9 +231,10 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
 
 def parameters(structure: Structure) -> tuple[Parameter, ...]:
     """Every parameter of the model in MLC's order, which is the order in which a library takes them."""
+    users = _users(structure)
     return tuple(
         Parameter(
-            name=rule.name.replace("{i}", str(layer)),
+            name=_name(rule, layer),
             shape=shape_of(rule.role, own := structure if layer is None else structure.at(layer)),
             role=rule.role,
             sources=_named(rule.sources, layer, rule, structure),
@@ -207,11 +242,26 @@ def parameters(structure: Structure) -> tuple[Parameter, ...]:
             layer=layer,
             convert=_convert(rule, halvings := _halvings(structure, layer)),
             dtype=rule.dtype,
+            users=users.get(_name(rule, layer), ()),
             groups=_groups(own) if rule.role.startswith("qkv_") else None,
             halvings=halvings,
         )
         for rule, layer in _ordered(structure)
+        if layer not in users.get(_name(rule, layer), ())
     )
+
+
+def _name(rule: ParameterRule, layer: int | None) -> str:
+    return rule.named(rule.name, layer).replace("{i}", str(layer))
+
+
+def _users(structure: Structure) -> dict[str, tuple[int, ...]]:
+    """For the names of parameters that layers have together, those layers but the first."""
+    found: dict[str, list[int]] = {}
+    for rule, layer in _ordered(structure) if any(rule.numbers for rule in structure.rules) else ():
+        if rule.numbers and layer is not None:
+            found.setdefault(_name(rule, layer), []).append(layer)
+    return {name: tuple(layers[1:]) for name, layers in found.items() if len(layers) > 1}
 
 
 def count(structure: Structure) -> int:
@@ -223,6 +273,8 @@ def _count(rule: ParameterRule, structure: Structure) -> int:
     if not rule.per_layer:
         return prod(shape_of(rule.role, structure))
     layers = range(structure.num_hidden_layers) if rule.layers is None else rule.layers
+    if rule.numbers:
+        return prod(shape_of(rule.role, structure)) * len({_name(rule, layer) for layer in layers})
     if structure.by_layer:
         return sum(prod(shape_of(rule.role, structure.at(layer))) for layer in layers)
     return prod(shape_of(rule.role, structure)) * len(layers)
@@ -287,7 +339,7 @@ def _named(sources: Sequence[str], layer: int | None, rule: ParameterRule, struc
     `{h}` is each row of a norm per head: each head of queries, or of keys.
     """
     number = layer if layer is None or structure.source_layers is None else structure.source_layers[layer]
-    here = tuple(source.replace("{i}", str(number)) for source in sources)
+    here = tuple(rule.named(source, layer).replace("{i}", str(number)) for source in sources)
     for letter in ("{e}", "{h}"):
         if any(letter in source for source in here):
             count = structure.num_experts if letter == "{e}" else shape_of(rule.role, structure)[0]

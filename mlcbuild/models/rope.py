@@ -115,7 +115,7 @@ def _number(scaling: Settings, key: str) -> float:
 
 
 def _length(structure: Structure) -> int:
-    """The longest text; a library of single layers says that of its model (Structure.one_layer)."""
+    """The longest text; a library of single layers says that of its model (mlcbuild.models.few_layers)."""
     length: int = (structure.rope_scaling or {}).get("length", structure.context_window_size)
     return length
 

@@ -52,6 +52,40 @@ def choose(d: Decoder, logits: Expr, weight: Given) -> tuple[Expr, Expr]:
     return chosen, d.scaled(share, s.routed_scaling_factor)
 
 
+def zero_experts(d: Decoder, x: Expr, chosen: Expr, share: Expr) -> tuple[Expr, Expr, Expr]:
+    """chosen and share [n, count] of all experts -> of those that compute; x [n, H] times the shares of the others.
+
+    In place of a choice that computes nothing stands the last expert that does, with a share of 0.
+    """
+    experts, emit_te = d.structure.num_experts, d.builder.emit_te
+    kept = emit_te(_kept, x, chosen, share, experts, primfunc_name_hint="zero_experts")
+    share = emit_te(_computing, share, chosen, experts, primfunc_name_hint="zero_shares")
+    return emit_te(_existing, chosen, experts, primfunc_name_hint="zero_choices"), share, kept
+
+
+def _kept(x: te.Tensor, chosen: te.Tensor, share: te.Tensor, experts: int) -> te.Tensor:
+    c, none = te.reduce_axis((0, share.shape[1]), "c"), tirx.const(0, "float32")
+    total = te.compute(
+        (share.shape[0],),
+        lambda i: te.sum(tirx.Select(chosen[i, c] >= experts, share[i, c], none), axis=c),
+        name=f"{BLOCK}kept",
+    )
+    return te.compute(x.shape, lambda i, j: (x[i, j].astype("float32") * total[i]).astype(x.dtype), name="kept")
+
+
+def _computing(share: te.Tensor, chosen: te.Tensor, experts: int) -> te.Tensor:
+    none = tirx.const(0, "float32")
+    return te.compute(
+        share.shape, lambda i, c: tirx.Select(chosen[i, c] < experts, share[i, c], none), name="computing"
+    )
+
+
+def _existing(chosen: te.Tensor, experts: int) -> te.Tensor:
+    return te.compute(
+        chosen.shape, lambda i, c: tirx.min(chosen[i, c], tirx.const(experts - 1, "int32")), name="choices"
+    )
+
+
 def _pair(d: Decoder, shares: Any, rank: Expr, values: Expr) -> tuple[Expr, Expr]:
     count = d.structure.num_experts_per_tok
     chosen = d.builder.emit_te(_chosen, rank, count, primfunc_name_hint="chosen_experts")

@@ -20,8 +20,9 @@ class ParameterRule:
 
     `convert` is how the checkpoint's tensors become the parameter (mlcbuild.merging.rearranged); `layers` those that
     have it, None for all; `dtype` what it is stored in where it is not the quantization's model dtype. `{e}` in a
-    source stands for each expert, `{h}` for each head of a norm; `alternative` is what a checkpoint may have instead of
-    the sources.
+    source stands for each expert, `{h}` for each head of a norm; `numbers` are other letters, each with what it stands
+    for in every layer. Layers in which a parameter has one name have it together. `alternative` is what a checkpoint
+    may have instead of the sources.
     """
 
     role: str
@@ -31,17 +32,25 @@ class ParameterRule:
     layers: tuple[int, ...] | None = choice(None)
     dtype: str | None = choice(None)
     alternative: tuple[str, ...] = choice(())
+    numbers: tuple[tuple[str, tuple[int, ...]], ...] = choice(())
 
     @property
     def per_layer(self) -> bool:
-        return "{i}" in self.name
+        return "{" in self.name
+
+    def named(self, text: str, layer: int | None) -> str:
+        """A name with a layer's numbers in it, but that of the layer itself."""
+        for letter, values in self.numbers:
+            text = text if layer is None else text.replace(f"{{{letter}}}", str(values[layer]))
+        return text
 
     def of_layers(self, layers: Sequence[int]) -> ParameterRule:
         """The rule in a model that consists of these layers."""
+        numbers = tuple((letter, tuple(values[layer] for layer in layers)) for letter, values in self.numbers)
         if self.layers is None:
-            return self
+            return dataclasses.replace(self, numbers=numbers) if numbers else self
         mine = tuple(number for number, layer in enumerate(layers) if layer in self.layers)
-        return dataclasses.replace(self, layers=None if len(mine) == len(layers) else mine)
+        return dataclasses.replace(self, layers=None if len(mine) == len(layers) else mine, numbers=numbers)
 
 
 def without_defaults(data: Any) -> dict[str, Any]:
@@ -61,8 +70,14 @@ def _fields_of(kind: Any) -> list[tuple[str, Any, bool]]:
 
 def library_rule(rule: ParameterRule) -> list[Any]:
     """What a library depends on of a rule."""
-    more = {name: value for name in ("layers", "dtype") if (value := getattr(rule, name)) is not None}
+    more = {name: value for name in ("layers", "dtype", "numbers") if (value := getattr(rule, name))}
     return [rule.role, rule.name, more] if more else [rule.role, rule.name]
+
+
+def rule_from_json(data: Mapping[str, Any]) -> ParameterRule:
+    """The inverse of `without_defaults`."""
+    numbers = tuple((letter, tuple(values)) for letter, values in data.get("numbers", ()))
+    return ParameterRule(**tuples({**data, "numbers": numbers}))
 
 
 def tuples(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,11 +15,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlcbuild.models.rules import ParameterRule, choice, library_rule, tuples, without_defaults
+from mlcbuild.models.rules import ParameterRule, choice, library_rule, rule_from_json, tuples, without_defaults
 
 ATTENDING = ("full", "sliding", "both")  # types of layers with keys and values in the cache
 KEEPING = ("state", "both")  # and of those with a state of one size
-TEXT_WINDOW, TEXT_CHUNK = 1024, 256  # tokens of a sequence and of one call, where a text is evaluated
 
 
 # Fields that an architecture's file may give a value for each layer; the largest is what the KV cache is made for.
@@ -42,6 +41,7 @@ class Structure:
     kind              decoder; hybrid, whose layer_types may also be `state` (a mixer with a state of one size in place
                       of attention), `both` or `mlp` (neither); others (mlcbuild.models.kinds) leave most as it is
     norm              rms, layer (with a bias and a weight where parameters play these roles)
+    final_norm_eps    of the norm before the head, where it is not norm_eps
     norm_position     pre: of what attention and MLP are given; post: of what they return; both; sum: of the sums with
                       what they were given, and no norm before the head
     norm_offset       what is added to a norm's weight; norm_weights: whether rms norms have any; norm_first: whether
@@ -62,6 +62,7 @@ class Structure:
     attention_scale   of scores, None for head_dim ** -0.5; attn_logit_softcapping c: scores become c * tanh(scores / c)
     chunked           layers of type `sliding` see what is in their own chunk of so many positions
     position_scale    b: a query at position p counts 1 + b * ln(1 + floor(p / position_scale_length)) times.
+                      position_scale_power: (1 + (p + 1) / position_scale_length) ** b instead.
                       position_scale_unturned: only in layers without rotary positions, and p + 1 instead of p
     sliding_window_size  how many positions a token sees, its own included, in layers of type `sliding`: in all where
                       there are no layer_types (for each layer, full or sliding)
@@ -75,6 +76,8 @@ class Structure:
                       qk_norm_last: after they are turned
     alibi_bias_max    b: a score is lowered by the distance of query and key, times 2 ** (-b * h / heads) in head h
                       (where heads are no power of two: compiler/cpu/kernels/attention.c)
+    differential      whether attention is the difference of two (Ye et al., arXiv 2410.05258): that of the second half
+                      of heads, times `difference`, is taken from that of the first (mlcbuild.models.heads)
     query_gate        whether the matrix of queries gives for each head a gate besides, of what the head returns
     clip_qkv          c: queries, keys and values become min(max(x, -c), c)
     qk_head_dim, value_head_dim  numbers of a head's query and key, and of its value, where heads of the KV cache,
@@ -86,6 +89,7 @@ class Structure:
                       value is the largest
     kv_lora_rank      width of the vector that a token's keys and values are made of (mlcbuild.models.latent, with
                       q_lora_rank); 0: they are made of hidden states
+    latent_scales     what the latents of queries, and of keys and values, are multiplied with once they are normed
     final_logit_softcapping  c: logits become c * tanh(logits / c)
     max_position_embeddings  rows of a learned `position_embedding`. position_offset: the row of a text's first token
     sinusoidal        whether positions are sines and cosines, added to embeddings: of position + position_offset
@@ -99,6 +103,9 @@ class Structure:
                       attention_out_scale, gate_scale (gates of an MLP with matrices apart), mlp_out_scale likewise
     decay_limit       kda: the least logarithm of a decay; None: there is none
     residual_normed   hybrid: what attention and MLP are given is added to, and not x; kept_scale: of what is added to
+    attention_into_mixer  mamba2: attention of layers of type `both` is given x beside the embeddings, an MLP what it
+                      returns, and the mixer is given x + into_mixer(that): nothing of it is added to x (Zamba, arXiv
+                      2405.16712, 2411.15242). adapter_rank: of the differences of matrices that layers share
     beta_scale        delta: of the gates of writing; state_norm_first: of mamba2, whether the norm precedes the gate
     state_size        mamba, mamba2: values that a channel keeps. conv_kernel: tokens that a convolution sees;
                       time_step_rank: width of a low-rank product; time_step_limits: between which steps are kept;
@@ -110,6 +117,9 @@ class Structure:
                       count by their probabilities (with norm_topk_prob divided by their sum), times
                       routed_scaling_factor; and to shared ones, where there are parameters of them. scoring,
                       expert_groups, expert_groups_per_tok, expert_group_best, router_jitter: mlcbuild.models.routers
+    zero_experts      more experts that a router may choose, which return what they are given. shortcut: layers have
+                      experts beside their MLP, whose sum is added after the next layer only, which has none
+                      (LongCat-Flash, arXiv 2509.01322, 2.1 and 2.2)
     moe_latent_size   width of what routed experts are given, where it is not hidden_size; 0: it is
     experts_averaged  whether what routed experts return and what shared ones do is averaged, and not added
     router_logit_softcapping  c: a router's logits become c * tanh(logits / c)
@@ -150,6 +160,7 @@ class Structure:
     disaggregation: bool = False
     # choices that not every decoder has
     norm_position: str = choice("pre")
+    final_norm_eps: float | None = choice(None)
     norm_offset: float = choice(0.0)
     norm_weights: bool = choice(True)
     norm_embeddings: bool = choice(False)
@@ -171,6 +182,8 @@ class Structure:
     num_experts_per_tok: int = choice(0)
     moe_intermediate_size: int = choice(0)
     shared_expert_intermediate_size: int = choice(0)
+    zero_experts: int = choice(0)
+    shortcut: bool = choice(False)
     moe_latent_size: int = choice(0)
     norm_topk_prob: bool = choice(False)
     routed_scaling_factor: float = choice(1.0)
@@ -187,6 +200,7 @@ class Structure:
     attn_logit_softcapping: float | None = choice(None)
     position_scale: float | None = choice(None)
     position_scale_length: int = choice(0)
+    position_scale_power: bool = choice(False)
     position_scale_unturned: bool = choice(False)
     chunked: bool = choice(False)
     sliding_window_size: int | None = choice(None)
@@ -201,10 +215,12 @@ class Structure:
     qk_norm_last: bool = choice(False)
     rope_backwards: bool = choice(False)
     query_gate: bool = choice(False)
+    differential: bool = choice(False)
     clip_qkv: float | None = choice(None)
     alibi_bias_max: float | None = choice(None)
     kv_lora_rank: int = choice(0)
     q_lora_rank: int = choice(0)
+    latent_scales: tuple[float, float] = choice((1.0, 1.0))
     value_scale: float = choice(1.0)
     input_bits: int = choice(0)
     value_norm: bool = choice(False)
@@ -241,6 +257,8 @@ class Structure:
     kept_scale: float = choice(1.0)
     mlp_out_scale: float = choice(1.0)
     beta_scale: float = choice(1.0)
+    attention_into_mixer: bool = choice(False)
+    adapter_rank: int = choice(0)
     decay_limit: float | None = choice(None)
     state_norm_first: bool = choice(False)
     state_size: int = choice(0)
@@ -323,56 +341,6 @@ class Structure:
         """What layers that compute differently differ in; `having`: those that have what others lack."""
         return (*self.computed(layer), *(layer in layers for layers in having))
 
-    @property
-    def one_layer(self) -> Structure:
-        """The structure of a library that computes one layer at a time, over texts (mlcbuild.models.layer_pieces).
-
-        It has a single layer of each kind and limits that suit whoever goes through a text, so that models which differ
-        in these only share it.
-        """
-        return self._of(self._firsts(), 1)
-
-    @property
-    def two_layers(self) -> Structure:
-        """The structure of a small model whose library has this one's kernels: a layer of each kind, and two at least.
-
-        Its limits suit short texts, two at once.
-        """
-        firsts = self._firsts()
-        second = [1] if len(firsts) == 1 and self.num_hidden_layers > 1 else []
-        return self._of([*firsts, *second], 2, TEXT_CHUNK + 16)  # CUDA's large blocks are for more than 256 tokens
-
-    def _firsts(self) -> list[int]:
-        """The first layer of each kind."""
-        kinds = self.layer_kinds
-        return [kinds.index(kind) for kind in sorted(set(kinds))]
-
-    def _of(self, layers: Sequence[int], texts: int, chunk: int = TEXT_CHUNK) -> Structure:
-        # Frequencies that depend on the longest text (mlcbuild.models.rope) stay what they are.
-        scaling = self.rope_scaling
-        if scaling is not None and scaling["rope_type"] in ("dynamic", "longrope"):
-            scaling = {**scaling, "length": self.context_window_size}
-        types = [self.layer_type(layer) for layer in layers]
-        own = {kind: at for at, kind in enumerate(types) if not self.borrows(layers[at])}
-        return dataclasses.replace(
-            self,
-            keys_from=None
-            if self.keys_from is None
-            else tuple(
-                own[kind] if self.borrows(layer) else at
-                for at, (layer, kind) in enumerate(zip(layers, types, strict=True))
-            ),
-            rules=tuple(rule.of_layers(layers) for rule in self.rules),
-            layer_types=None if self.layer_types is None else tuple(self.layer_types[layer] for layer in layers),
-            rope_layers=None if self.rope_layers is None else tuple(self.rope_layers[layer] for layer in layers),
-            by_layer=tuple((name, tuple(values[layer] for layer in layers)) for name, values in self.by_layer),
-            num_hidden_layers=len(layers),
-            rope_scaling=scaling,
-            context_window_size=TEXT_WINDOW,
-            prefill_chunk_size=chunk,
-            max_batch_size=texts,
-        )
-
     @functools.cached_property
     def digest(self) -> str:
         """sha256 (hex) of `library_json()`."""
@@ -387,7 +355,7 @@ class Structure:
 def from_json(data: Mapping[str, Any]) -> Structure:
     """The inverse of `Structure.to_json`."""
     fields = dict(data)
-    fields["rules"] = tuple(ParameterRule(**tuples(rule)) for rule in fields["rules"])
+    fields["rules"] = tuple(map(rule_from_json, fields["rules"]))
     fields["by_layer"] = tuple((name, tuple(values)) for name, values in fields.get("by_layer", ()))
     return Structure(**tuples(fields))
 

@@ -27,6 +27,11 @@ class Declared:
     layer: int | None
     packing: Packing | None = None
     rows_axis: int | None = 0
+    users: tuple[int, ...] = ()  # later layers that have it, too
+
+    def of(self, layer: int) -> bool:
+        """Whether a layer has it."""
+        return self.layer == layer or layer in self.users
 
     @property
     def part(self) -> str:
@@ -110,7 +115,7 @@ class Weights:
 
     def layer(self, layer: int) -> list[Any]:
         """All parameters of one layer, in order."""
-        return [self._take(index) for index, p in enumerate(self._declared) if p.layer == layer]
+        return [self._take(index) for index, p in enumerate(self._declared) if p.of(layer)]
 
     def _take(self, index: int) -> Any:
         declared = self._declared[index]

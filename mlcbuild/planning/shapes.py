@@ -15,6 +15,7 @@ from mlcbuild.gguf import checkpoint
 from mlcbuild.gguf.checkpoint import local_parts
 from mlcbuild.models import architecture as architectures
 from mlcbuild.models import parameters
+from mlcbuild.models.few_layers import one_layer, two_layers
 from mlcbuild.models.kinds import by_layer
 from mlcbuild.models.structure import Structure
 from mlcbuild.models.tied import tied_embedding, unties
@@ -75,8 +76,8 @@ def shape_of(
         parameters.count(structure),
         architectures.model_config(chosen, structure, config),
         _form(structure),
-        _form(structure.two_layers, "-two-layers"),
-        _form(structure.one_layer, "-blocks", blocks=True) if by_layer(structure) else None,
+        _form(two_layers(structure), "-two-layers"),
+        _form(one_layer(structure), "-blocks", blocks=True) if by_layer(structure) else None,
         (*_chosen_by_hand(chosen, config), *_one_table(structure), *_all_keys(chosen, structure)),
         untied,
     )
@@ -103,8 +104,8 @@ def _chosen_by_hand(architecture: Architecture, config: Mapping[str, Any]) -> It
 def _all_keys(architecture: Architecture, structure: Structure) -> Iterator[str]:
     if "context_at_most" in architecture.data:
         yield (
-            f"the model has an indexer that chooses keys for each token. Within {structure.context_window_size} tokens "
-            "it chooses all of them, so the library attends to all and leaves the indexer out: it is not for "
+            f"the model chooses keys for each token. Within {structure.context_window_size} tokens "
+            "it chooses all of them, so the library attends to all and leaves the choice out: it is not for "
             "longer texts"
         )
 

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from mlcbuild.cache.tree import digest_json
 from mlcbuild.models.architecture import resolve
-from mlcbuild.models.fields import keys
+from mlcbuild.models.fields import keys, names_in
 from mlcbuild.models.kinds import HYBRID
 from mlcbuild.models.parameters import Parameter, parameters
 from mlcbuild.models.structure import Structure
@@ -51,6 +51,9 @@ def small_config(config: Mapping[str, Any], architecture: Architecture, awq_grou
         for key in keys(architecture.data["config"][field]):
             if key in small:
                 small[key] = size
+    for name in names_in(architecture.data["config"]["num_hidden_layers"].get("value")):  # of pairs
+        for key in keys(architecture.data["config"].get(name, {})):
+            small |= {key: 1} if type(small.get(key)) is int else {}
     for name, value in small.items():
         if (isinstance(value, list) or name == _PATTERN) and len(value) == whole.num_hidden_layers:
             some = [value[layer] for layer in kept]
@@ -145,6 +148,8 @@ def _rows(parameter: Parameter) -> list[int]:
     """The rows of each of the parameter's sources, which for experts are matrices of one of them each."""
     shape = parameter.shape if len(parameter.shape) == 1 else parameter.shape[:-1]
     count, rows = len(parameter.sources), prod(shape)
+    if "differential" in parameter.convert:
+        return [64] * count  # any length, for all of them
     if parameter.groups is not None and count == 3:
         heads, *widths = parameter.groups
         return [heads * width for width in widths]

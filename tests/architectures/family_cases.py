@@ -54,6 +54,9 @@ CASES: dict[str, Case] = {
     ),
     "cwm": _case("cwm", head_dim=16, **SLIDING, rope_parameters=ONE_THETA),
     "ernie4_5": _case("ernie4_5", use_bias=True, head_dim=16),
+    "diffllama": replace(_case("diffllama", attention_bias=True), quantizations=("q0f32", "q4f32_1")),
+    "diffllama-40-wide": _case("diffllama", num_key_value_heads=4, head_dim=40),
+    "doge": _case("doge", attention_bias=True, mlp_bias=True),
     "exaone": _case("exaone", num_hidden_layers="absent", num_layers=3, head_dim=16),
     "falcon": _case("falcon", **FALCON),
     "falcon-40b": _case("falcon", **FALCON, new_decoder_architecture=True, num_kv_heads=2, bias=True),
@@ -69,6 +72,10 @@ CASES: dict[str, Case] = {
     "helium": _case("helium", head_dim=16, attention_bias=True),
     "hyperclovax": _case("hyperclovax", **SCALES, head_dim=16),
     "hyperclovax-pre": _case("hyperclovax", head_dim=16, use_post_norm=False),
+    "jetmoe": replace(
+        _case("jetmoe", num_attention_heads="absent", kv_channels=16, num_local_experts=4, rms_norm_eps=1e-3),
+        quantizations=("q0f32", "q4f32_1"),
+    ),
     "internlm3": _case("internlm3", head_dim=16),
     "iquestcoder": _case("iquestcoder", head_dim=16),
     "jais2": _case("jais2", head_dim=16),
@@ -87,6 +94,8 @@ CASES: dict[str, Case] = {
 }
 RANKS = {"q_lora_rank": 24, "kv_lora_rank": 32}
 LATENT = {**RANKS, "num_key_value_heads": 4, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 20}
+LONGCAT: dict[str, Any] = {"ffn_hidden_size": 96, "expert_ffn_hidden_size": 40, "head_dim": 8}
+LONGCAT |= dict.fromkeys(("num_hidden_layers", "intermediate_size"), "absent")
 V2 = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "first_k_dense_replace": 1}
 V3 = {**V2, "moe_intermediate_size": 24}
 DEEPSEEK_YARN = {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0}
@@ -113,6 +122,16 @@ CASES |= {
     ),
     "solar_open": _case("solar_open", **NEXT, n_routed_experts=4, routed_scaling_factor=1.5, attention_bias=True),
     "sarvam_moe": _case("sarvam_moe", **NEXT, n_routed_experts=4),
+    "beam": _case(
+        "beam",
+        **NEXT,
+        num_experts=8,
+        n_group=4,
+        topk_group=2,
+        attention_bias=True,
+        **SLIDING,
+        mlp_layer_types=["dense", "sparse", "sparse"],
+    ),
     "exaone_moe": _case("exaone_moe", **NEXT, num_experts=4, **SLIDING),
     "hy_v3": _case("hy_v3", **NEXT, num_experts=4, attention_bias=True),
     "minimax_m2": _case("minimax_m2", head_dim=16, num_local_experts=4, num_experts_per_tok=2),
@@ -132,6 +151,19 @@ CASES |= {
     "youtu": _case("youtu", **LATENT, tie_word_embeddings=True, pad_token_id=None),
     "minicpm3": _case("minicpm3", **LATENT, scale_emb=3, dim_model_base=16, rms_norm_eps=1e-5, attention_bias=True),
     "glm4_moe_lite": _case("glm4_moe_lite", **LATENT, **V3),
+    "axk1": _case("axk1", **LATENT, **V3, n_group=4, topk_group=2, rope_parameters=DEEPSEEK_YARN),
+    "longcat_flash": _case(
+        "longcat_flash",
+        **LATENT,
+        **LONGCAT,
+        num_layers=2,
+        moe_topk=4,
+        n_routed_experts=4,
+        zero_expert_num=4,
+        attention_bias=True,
+        routed_scaling_factor=1.5,
+        rope_parameters=DEEPSEEK_YARN,
+    ),
     "deepseek_v32": _case("deepseek_v32", **LATENT, **V3, **INDEXER, n_group=4, topk_group=2),
     "glm_moe_dsa": _case("glm_moe_dsa", **LATENT, **V3, **INDEXER, index_topk_freq=2, attention_bias=True),
     "sarvam_mla": _case("sarvam_mla", **LATENT, **V3, rope_parameters=DEEPSEEK_YARN),

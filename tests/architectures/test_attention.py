@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mlcbuild.models.few_layers import one_layer
 from mlcbuild.models.parameters import parameters
 from mlcbuild.models.structure import from_library_json
 from mlcbuild.runtime.session import Session
@@ -67,5 +68,5 @@ def test_windows_that_change_nothing_are_none(tmp_path: Path) -> None:
     assert gemma.layer_types == ("sliding", "full", "sliding")
     again = from_library_json(gemma.library_json())
     assert again.digest == gemma.digest and again.layer_types == gemma.layer_types
-    assert gemma.layer_kinds == (0, 1, 0) and gemma.one_layer.layer_types == ("sliding", "full")
+    assert gemma.layer_kinds == (0, 1, 0) and one_layer(gemma).layer_types == ("sliding", "full")
     assert {p.layer for p in parameters(gemma)} == {None, 0, 1, 2}

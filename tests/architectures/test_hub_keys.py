@@ -14,6 +14,13 @@ from tests.architectures.test_agreement import CASES
 
 MOE = {"ep_size": 1, "moe_layer_freq": 1, "aux_loss_alpha": 0.001, "seq_aux": True}
 HUB: dict[str, dict[str, Any]] = {
+    "axk1": {
+        **MOE,
+        "scoring_func": "sigmoid",
+        "topk_method": "none",
+        "first_k_dense_replace": 1,
+        "mlp_layer_types": None,
+    },
     "cohere2": {
         **{"layer_switch": 4, "order_of_interleaved_layers": "local_attn_first", "use_qk_norm": False},
         **{"position_embedding_type": "rope_gptj", "rotary_pct": 1.0, "use_embedding_sharing": True},
@@ -51,6 +58,10 @@ HUB: dict[str, dict[str, Any]] = {
         **{"route_norm": True, "moe_router_use_sigmoid": True, "moe_router_enable_expert_bias": True},
         **{"enable_lm_head_fp32": True, "use_grouped_mm": False},
     },
+    "longcat_flash": {
+        **{"attention_method": "MLA", "zero_expert_type": "identity", "norm_topk_prob": False, "router_bias": False},
+        **{"mla_scale_q_lora": True, "mla_scale_kv_lora": True},
+    },
     "minimax_m2": {
         **{"attn_type_list": [1, 1, 1], "scoring_func": "sigmoid", "use_qk_norm": True, "qk_norm_type": "per_layer"},
         **{"use_routing_bias": True, "shared_intermediate_size": 0, "shared_moe_mode": "sigmoid", "rotary_dim": 8},
@@ -86,6 +97,10 @@ def test_keys_of_the_hub_are_known(name: str) -> None:
         ("deepseek_v2", "norm_topk_prob", True),
         ("deepseek_v2", "topk_method", "noaux_tc"),
         ("deepseek_v3", "moe_layer_freq", 2),
+        ("diffllama", "num_key_value_heads", 1),
+        ("longcat_flash", "mla_scale_q_lora", False),
+        ("zamba2", "use_long_context", True),
+        ("zamba2", "tie_word_embeddings", False),
         ("hy_v3", "route_norm", False),
         ("minimax_m2", "layernorm_mlp_beta", 0.5),
         ("sarvam_moe", "score_function", "softmax"),

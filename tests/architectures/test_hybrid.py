@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from math import prod
 
 import numpy as np
 import pytest
 
 from mlcbuild.errors import MlcBuildError
-from tests.architectures.agreement import CHUNK, IDS, Agreement, error
+from mlcbuild.models.architecture import resolve
+from mlcbuild.models.parameters import count, parameters
+from mlcbuild.models.structure import from_json
+from tests.architectures.agreement import CHUNK, IDS, Agreement, config_of, error, known_architectures
 from tests.architectures.hybrid_cases import CASES
 
 OTHER = IDS[5:20]
@@ -43,6 +47,16 @@ def test_sequences_do_not_mix_and_are_forked_and_taken_back(built: Agreement, mo
     assert error(session.decode(a, IDS[at]), one[at]) < 2e-5
     assert session.truncate(a, at) == 0  # its beginning does not come back: the caller reads it again
     assert error(session.prefill(a, OTHER), other[-1]) < 2e-5
+
+
+def test_layers_share_matrices() -> None:
+    """Three layers with attention, two blocks: the first and the third have one, with differences of their own."""
+    structure = resolve(known_architectures()["zamba2"], config_of(CASES["zamba2"]), {})
+    wanted = parameters(structure)
+    users = {each.name: (each.layer, *each.users) for each in wanted if each.role in ("q_proj", "q_adapter_a_proj")}
+    assert [*users.values()] == [(1, 3), (1,), (2,), (2,), (3,)] and len({each.name for each in wanted}) == len(wanted)
+    assert count(structure) == sum(prod(each.shape) for each in wanted)
+    assert count(from_json(json.loads(json.dumps(structure.to_json())))) == count(structure)
 
 
 def test_the_contract_is_mlcs(built: Agreement) -> None:

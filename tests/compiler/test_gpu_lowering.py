@@ -71,13 +71,27 @@ def test_formats_that_a_device_cannot_read(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["glm4_moe", "deepseek_v2", "xglm", "apertus", "ministral3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "glm4_moe",
+        "deepseek_v2",
+        "xglm",
+        "apertus",
+        "ministral3",
+        "diffllama",
+        "beam",
+        "longcat_flash",
+        "jetmoe",
+        "doge",
+    ],
+)
 def test_what_one_architecture_has_lowers_for_cuda(name: str) -> None:
     """What no other test lowers: every kernel is shared out among threads."""
     from tvm import tirx
 
     case = family_cases.CASES[name]
-    sizes = {"attention_heads": 2} if name == "xglm" else {"head_dim": 32}
+    sizes = {"xglm": {"attention_heads": 2}, "jetmoe": {"kv_channels": 32}}.get(name, {"head_dim": 32})
     structure = resolve(llama.architecture(name), {**config_of(case), **sizes}, {})
     module = lower.lower(structure, llama.QUANTIZATIONS["q4f16_1"], "q4f16_1", CUDA)
     functions = [str(f) for f in module.functions.values() if isinstance(f, tirx.PrimFunc)]

@@ -23,6 +23,9 @@ def main() -> None:
     base = importlib.import_module("conversion.base")
     find = importlib.import_module("conversion").get_model_class
 
+    for missing in ("DSPARK_CONF_PROJ", "DSPARK_MARKOV_W1", "DSPARK_MARKOV_W2"):  # asked for by name in 0.1.1
+        if not hasattr(gguf.MODEL_TENSOR, missing):
+            setattr(gguf.MODEL_TENSOR, missing, None)
     logging.disable(logging.WARNING)
     for folder in map(Path, folders):
         try:

@@ -153,7 +153,7 @@ def test_a_context_in_which_an_indexer_would_choose() -> None:
     with pytest.raises(MlcBuildError) as error:
         resolve("deepseek_v32", config, context_window_size=65)
     assert str(error.value) == (
-        "overrides: context_window_size is 65, but the model's indexer chooses 64 keys for each token (index_topk): up "
+        "overrides: context_window_size is 65, but the model chooses 64 keys for each token (index_topk): up "
         "to there it chooses all, and attention is computed without it; which it chooses of more is not computed. "
         "Build with a context_window_size of 64 at most"
     )

@@ -180,7 +180,7 @@ def test_a_model_with_an_indexer_is_built_without_it_and_that_is_said(workspace:
     workspace.write("recipes/models/other.yaml", "source: {path: other}\ntemplate: chatml\n")
     workspace.write("recipes/other.yaml", "model: other\nquantization: q4f16_1\ntarget: cpu\n")
     (note,) = planned(workspace, "other").steps["verify:other"].fields["notes"]
-    assert note.startswith("the model has an indexer that chooses keys for each token. Within 64 tokens it chooses all")
+    assert note.startswith("the model chooses keys for each token. Within 64 tokens it chooses all")
 
 
 def test_an_architecture_that_was_chosen_by_hand_is_said(workspace: Workspace) -> None:

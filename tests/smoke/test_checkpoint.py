@@ -18,13 +18,13 @@ from mlcbuild.models.architecture import choose, resolve
 from mlcbuild.models.parameters import ignored, parameters
 from mlcbuild.smoke import checkpoint
 from mlcbuild.steps import convert
-from tests.architectures import hybrid_cases, sink_cases
+from tests.architectures import family_cases, hybrid_cases, sink_cases
 from tests.architectures.agreement import config_of, known_architectures
 from tests.architectures.cases import CASES
 from tests.architectures.deepseek import CONFIG as CONFIG_OF_EXPERTS
 from tests.support import llama
 
-DEPENDENT = {**hybrid_cases.CASES, **sink_cases.CASES}
+DEPENDENT = {**family_cases.CASES, **hybrid_cases.CASES, **sink_cases.CASES}
 CONFIG = {
     "model_type": "llama",
     "hidden_size": 48,
@@ -75,7 +75,9 @@ def test_bitnet_keeps_its_three_values(tmp_path: Path) -> None:
     assert notes == ["14 matrices are rounded to the three values that BitNet computes with"]
 
 
-@pytest.mark.parametrize("name", ["nemotron_h", "gemma4_text-shared", "falcon_h1", "qwen2_5_vl"])
+@pytest.mark.parametrize(
+    "name", ["nemotron_h", "gemma4_text-shared", "falcon_h1", "qwen2_5_vl", "diffllama", "longcat_flash", "zamba2"]
+)
 def test_models_whose_layers_depend_on_one_another_convert_one(name: str, tmp_path: Path) -> None:
     config = wrappers.alone(config_of(DEPENDENT[name]))
     chosen = choose(known_architectures(), config)

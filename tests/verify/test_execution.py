@@ -12,6 +12,7 @@ import pytest
 
 from mlcbuild.engine.job import local_job
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.models.few_layers import two_layers
 from mlcbuild.recipes.types import format_json
 from mlcbuild.runtime.library import Library
 from mlcbuild.steps import execute
@@ -19,14 +20,14 @@ from mlcbuild.verify import engine_calls, execution, random_weights
 from tests.support import llama
 
 DEEP = replace(llama.structure_of(llama.transformers_llama()), num_hidden_layers=5)
-MODEL = DEEP.two_layers
+MODEL = two_layers(DEEP)
 WIDE = replace(MODEL, hidden_size=128, intermediate_size=256, head_dim=32)  # whole groups of 128
 
 
 def test_two_layers_have_the_widths_of_all() -> None:
     assert MODEL.num_hidden_layers == 2
     assert (MODEL.hidden_size, MODEL.head_dim) == (DEEP.hidden_size, DEEP.head_dim)
-    assert MODEL.two_layers == replace(DEEP, num_hidden_layers=2).two_layers
+    assert two_layers(MODEL) == two_layers(replace(DEEP, num_hidden_layers=2))
 
 
 @pytest.mark.parametrize("name", ["q4f16_1", "q0f32", "q4f16_autoawq"])

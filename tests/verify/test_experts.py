@@ -8,6 +8,7 @@ import pytest
 from mlcbuild.checkpoints.index import index
 from mlcbuild.checkpoints.table import read_table
 from mlcbuild.models.architecture import resolve
+from mlcbuild.models.few_layers import one_layer
 from mlcbuild.models.parameters import parameters
 from mlcbuild.verify import layers
 from mlcbuild.verify.importance import importance
@@ -33,8 +34,8 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 def test_a_library_has_a_layer_of_each_kind(case: Case) -> None:
     assert case.structure.layer_kinds == (0, 1, 1)
-    one = case.structure.one_layer
-    assert one.layer_kinds == (0, 1) and one.one_layer == one
+    one = one_layer(case.structure)
+    assert one.layer_kinds == (0, 1) and one_layer(one) == one
     assert {p.role for p in parameters(one) if p.layer == 1} == {
         p.role for p in parameters(case.structure) if p.layer == 2
     }

@@ -13,6 +13,7 @@ from mlcbuild.compiler.cpu import attention, encoder, formats, recurrent, source
 from mlcbuild.compiler.cpu.operations import factories
 from mlcbuild.compiler.cpu.sources import Source
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.models.few_layers import one_layer
 from mlcbuild.models.kinds import HYBRID, RECURRENT, STATE_SPACES
 from mlcbuild.models.structure import Structure
 from mlcbuild.models.weights import Declared
@@ -39,7 +40,7 @@ def lower(
     but that of its pieces, one layer of each kind. Raises MlcBuildError for a structure that the kernels cannot run.
     """
     _check(structure)
-    structure = structure.one_layer if blocks else structure
+    structure = one_layer(structure) if blocks else structure
     declared, dtype = declare(structure, quantization), quantization.model_dtype
     module = assemble(structure, declared, name, dtype, device, _BACKEND, debug_dump, blocks)
     return sources.attach(module, _kernels(declared, dtype, _files(structure), activation_bits))

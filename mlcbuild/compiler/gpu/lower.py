@@ -15,6 +15,7 @@ from mlcbuild.compiler.gpu.device import Device, device_of
 from mlcbuild.compiler.gpu.operations import factories
 from mlcbuild.compiler.pipeline import Passes
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.models.few_layers import one_layer
 from mlcbuild.models.kinds import DECODER, HYBRID, RECURRENT
 from mlcbuild.models.structure import Structure
 from mlcbuild.recipes.types import Quantization
@@ -45,7 +46,7 @@ def lower(
             f"quantization {name}: its model dtype is bfloat16, which {gpu.kind} does not have; "
             "use a float16 or float32 format for this target"
         )
-    structure = structure.one_layer if blocks else structure
+    structure = one_layer(structure) if blocks else structure
     declared = declare(structure, quantization)
     narrow = next((p for p in declared if p.dtype in _NARROW), None)
     if gpu.kind == "webgpu" and narrow is not None:

@@ -3,7 +3,8 @@
 Private functions work on [n, H], `n` tokens of `b` sequences of equal length. They are given the KV cache, in which
 layers with attention are counted from 0, and the state, in which those with a mixer are; the state is handed on as an
 object. A layer is x + mixed(norm(x)), then x + mlp(norm(x)), with the norms, before and after, that it has weights for;
-with `residual_normed`, norm(x) is added to.
+with `residual_normed`, norm(x) is added to. With `attention_into_mixer` layers with attention are given the embeddings
+besides, and all is x + mixed(norm(x + what attention and MLP make)).
 """
 
 from __future__ import annotations
@@ -58,17 +59,33 @@ def _emit_layer(d: Decoder, recurrence: Recurrence, number: int) -> relax.Global
     batch = tirx.Var("batch_size", "int64")
     x, cache, state = _hidden(d), kv_cache(), kv_cache("rnn_state")
     places = [relax.Var(name, ir.PrimType("int64")) for name in ("layer_id", "state_id")]
-    given = d.layer_parameters(number)
-    inputs = [x, relax.Var("batch", relax.ShapeType([batch])), cache, state, *places, *given]
+    given, more = d.layer_parameters(number), [_hidden(d, x, "embeddings")] if _wide(d.structure, number) else []
+    inputs = [x, relax.Var("batch", relax.ShapeType([batch])), cache, state, *places, *more, *given]
 
     def body() -> Expr:
         weight = d.given(number, given)
         held = State(d.builder, state, places[1], batch, slots(d.structure))
         at = Layer(d, recurrence, held, weight, lambda: query_positions(d, cache, x.ty.shape[0]))
-        hidden = _layer(at, x, cache, places[0], number)
+        into = d.structure.attention_into_mixer
+        hidden = (_into_mixer if into else _layer)(at, x, cache, places[0], number, *more)
         return relax.Tuple([hidden, held.expression])
 
     return d.function(numbered("hybrid_layer", number), inputs, body, private=True)
+
+
+def _wide(s: Structure, number: int) -> bool:
+    """Whether a layer is given embeddings beside hidden states."""
+    return s.attention_into_mixer and s.layer_type(number) in ATTENDING
+
+
+def _into_mixer(at: Layer, x: Expr, cache: Expr, layer_id: Expr, number: int, *embeddings: Expr) -> Expr:
+    d, weight, given = at.decoder, at.weight, x
+    if embeddings:
+        both = d.norm(d.builder.emit(relax.op.concat([x, *embeddings], axis=1)), weight, "attention_norm")
+        attended = attention(d, both, cache, layer_id, weight, x.ty.shape[0], number)
+        made = mlp(d, d.norm(attended, weight, "mlp_norm"), attended, weight)
+        given = at.add(x, d.project(made, weight, "into_mixer"))
+    return at.add(x, _MIXED[d.structure.mixer](at, d.norm(given, weight, "mixer_norm")))
 
 
 def _layer(at: Layer, x: Expr, cache: Expr, layer_id: Expr, number: int) -> Expr:
@@ -109,10 +126,12 @@ def _emit_model(d: Decoder, functions: Sequence[relax.GlobalVar]) -> relax.Globa
 
     def body() -> Expr:
         weights = d.weights(params)
-        hidden, after = d.beginning(x, lambda: query_positions(d, cache, x.ty.shape[0]), weights), state
+        first = d.beginning(x, lambda: query_positions(d, cache, x.ty.shape[0]), weights)
+        hidden, after = first, state
         for number, function in enumerate(functions):
             where = [relax.prim_value(place.get(number, 0)) for place in places]
-            inputs = [hidden, shape, cache, after, *where, *weights.layer(number)]
+            more = [first] if _wide(s, number) else []
+            inputs = [hidden, shape, cache, after, *where, *more, *weights.layer(number)]
             both = d.builder.emit(relax.Call(function, inputs))
             hidden, after = (d.builder.emit(relax.TupleGetItem(both, i)) for i in (0, 1))
         return relax.Tuple([d.finished(hidden, weights), after])
@@ -120,5 +139,7 @@ def _emit_model(d: Decoder, functions: Sequence[relax.GlobalVar]) -> relax.Globa
     return d.function("hybrid_model", [x, shape, cache, state, params], body, private=True)
 
 
-def _hidden(d: Decoder) -> relax.Var:
-    return d.tensor("x", [tirx.Var("seq_len", "int64"), d.structure.hidden_size], "float32")
+def _hidden(d: Decoder, like: Expr | None = None, name: str = "x") -> relax.Var:
+    """float32 [n, H], with the n of another."""
+    n = tirx.Var("seq_len", "int64") if like is None else like.ty.shape[0]
+    return d.tensor(name, [n, d.structure.hidden_size], "float32")

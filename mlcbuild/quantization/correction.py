@@ -9,8 +9,6 @@ with it, at most all, are used with the whole text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from mlcbuild.quantization.feedback import PANEL, Gram, Kernels, damped, mirrored
@@ -20,7 +18,7 @@ _DAMPINGS = (0.003, 0.03, 0.3)
 _TRIED = 256  # rows of a matrix by which they are chosen
 
 
-def moved(kernels: Kernels, rows: Float32, halves: Sequence[Gram]) -> Float32:
+def moved(kernels: Kernels, rows: Float32, halves: tuple[Gram, Gram]) -> Float32:
     """`rows` [N, K] float32 with the correction; the same where a half of the text is empty."""
     tried = rows[:: -(-len(rows) // _TRIED)]
     wanted = [_wanted(kernels, tried, half) for half in halves]
@@ -38,7 +36,7 @@ def moved(kernels: Kernels, rows: Float32, halves: Sequence[Gram]) -> Float32:
     _, damping, part = best
     if not part or not all(half.tokens for half in halves):
         return rows
-    both = sum(_wanted(kernels, rows, half) for half in halves)
+    both = _wanted(kernels, rows, halves[0]) + _wanted(kernels, rows, halves[1])
     found = _solved(kernels, halves[0].sums + halves[1].sums, both, damping)
     return rows + np.float32(round(part, 2)) * found[: rows.shape[1], : len(rows)].T
 

@@ -134,40 +134,38 @@ class Rounding:
         mine, kind = self.model.layer(number), self.model.kinds[number]
         formats = {each.name: packed(each, self.quantization) for each in mine}
         values = {each.name: self._values(each) for each in mine}
-        theirs = [self._tensor(values[each.name]) for each in mine]
+        given = [self._tensor(values[each.name]) for each in mine]
+        theirs = [self._run(window, given, kind, mine) for window in exact]
         values |= {each.name: self._cast(each, values[each.name]) for each in mine if formats[each.name] is None}
         halves: dict[str, tuple[Gram, Gram]] = {}  # also of matrices that will be given the same
         for each in mine:
-            weights = formats[each.name]
+            name, weights = each.name, formats[each.name]
             if not each.is_matrix or weights is None or not has_feedback(weights):
                 continue
-            given = [self._tensor(values[other.name]) for other in mine]
-
-            def reaching(xs: list[Float32], by: list[Any], name: str = each.name) -> Sequence[Inputs]:
-                return self._first_counted([self._inputs(x, by, kind, mine)[name] for x in xs])
-
+            if name not in halves:
+                given = [self._tensor(values[other.name]) for other in mine]
+                inputs = self._first_counted([self._run(window, given, kind, mine)[1][name] for window in hidden])
             if len(each.shape) == 3:
-                done, values[each.name] = self._experts(each, values[each.name], weights, reaching(hidden, given))
+                done, values[name] = self._experts(each, values[name], weights, inputs)
             else:
-                if each.name not in halves:
-                    found = self._halves(each, weights, reaching(hidden, given), reaching(exact, theirs))
-                    some = self._inputs(hidden[0], given, kind, mine)
-                    alike = (name for name, (x, *_) in some.items() if np.array_equal(x, some[each.name][0]))
-                    halves = {name: found for name in alike if formats[name] == weights}
-                done, values[each.name] = self._matrix(values[each.name], weights, halves[each.name])
-            save(each.name, done)
+                if name not in halves:
+                    found = self._halves(each, weights, inputs, self._first_counted([of[name] for _, of in theirs]))
+                    _, some = self._run(hidden[0], given, kind, mine)
+                    alike = (other for other, (x, *_) in some.items() if np.array_equal(x, some[name][0]))
+                    halves = {other: found for other in alike if formats[other] == weights}
+                done, values[name] = self._matrix(values[name], weights, halves[name])
+            save(name, done)
         given = [self._tensor(values[each.name]) for each in mine]
-        after, ours = ([self.library.layer(x, by, kind) for x in xs] for xs, by in ((exact, theirs), (hidden, given)))
-        return after, ours
+        return [out for out, _ in theirs], [self.library.layer(window, given, kind) for window in hidden]
 
-    def _inputs(self, window: Float32, given: list[Any], kind: int, mine: Sequence[Parameter]) -> dict[str, Inputs]:
-        """What each matrix of a layer is multiplied with, by name."""
-        pieces = [iter(piece[1:]) for piece in self.library.layer_with_inputs(window, given, kind)]
-        return {
-            each.name: [np.concatenate([next(piece) for piece in pieces]) for _ in each.shape[1:]]
-            for each in mine
-            if each.is_matrix
-        }
+    def _run(
+        self, window: Float32, given: list[Any], kind: int, mine: Sequence[Parameter]
+    ) -> tuple[Float32, dict[str, Inputs]]:
+        """What comes out of a layer, and what each of its matrices is multiplied with, by name."""
+        pieces = [iter(piece) for piece in self.library.layer_with_inputs(window, given, kind)]
+        out, *inputs = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+        following = iter(inputs)
+        return out, {each.name: [next(following) for _ in each.shape[1:]] for each in mine if each.is_matrix}
 
     def _first_counted(self, inputs: Sequence[Inputs]) -> Sequence[Inputs]:
         """The same, with the first token of each window grown, so that all squares of first ones count `_FIRST`."""

@@ -43,7 +43,7 @@ _SOURCE = Path(__file__).parent / "kernels" / "feedback.c"
 _FLAGS = ("-shared", "-nostdlib", "-fPIC", "-O3", "-mcpu=native", "-ffp-contract=off", "-fno-math-errno")
 _MODEL = {"float16": 1, "bfloat16": 2, "float32": 3}
 _ROWS = 16  # of a matrix that a kernel works on at once
-_PANEL = 64  # rows of a triangle that are factored together
+PANEL = 64  # rows of a triangle that are factored together
 
 
 class Kernels:
@@ -95,15 +95,18 @@ class Kernels:
         self._split(part, 0, out.shape[1])
 
     def triangle(self, gram: Float32, floor: float) -> Float32:
-        """R [K, K] with R^T R = `gram`, of which the upper half is read; no pivot's square is below `floor`."""
+        """R [K, K] with R^T R = `gram`, of which the upper half is read; no pivot's square is below `floor`.
+
+        What stands to the right of a gram, [K, more], becomes R^-T times that.
+        """
         r = np.array(gram, np.float32, order="C")
-        for a in range(0, len(r), _PANEL):
-            b = min(a + _PANEL, len(r))
+        for a in range(0, len(r), PANEL):
+            b = min(a + PANEL, len(r))
             if a:
                 self.add_products(r[a:b, a:], r[:a, a:b], r[:a, a:], -1.0)
             panel = partial(self._factor, r, a, b, floor)
             panel(a, b)
-            self._split(panel, b, len(r))
+            self._split(panel, b, r.shape[1])
         return np.triu(r)
 
     def _factor(self, r: Float32, a: int, b: int, floor: float, first: int, last: int) -> None:
@@ -127,7 +130,8 @@ _long = ctypes.c_int64
 class Gram:
     """The sum z^T z of the tokens' rows z that reach a matrix; of `sums` [K, K], the upper half counts.
 
-    It is filled up with zeros to whole groups of `weights` and a multiple of 16.
+    Where the unquantized model's rows x are known, also `shift`, (x - z)^T z. Both are filled up with zeros to whole
+    groups of `weights` and a multiple of 16.
     """
 
     def __init__(self, kernels: Kernels, columns: int, weights: Weights) -> None:
@@ -135,14 +139,21 @@ class Gram:
         size = -(-columns // unit) * unit
         self._kernels = kernels
         self.sums: Float32 = np.zeros((size, size), np.float32)
+        self.shift: Float32 = np.zeros((size, size), np.float32)
         self.tokens = 0
 
-    def add(self, z: Float32) -> None:
+    def add(self, z: Float32, x: Float32 | None = None) -> None:
         """Rows [tokens, K]."""
-        filled = np.zeros((len(z), len(self.sums)), np.float32)
-        filled[:, : z.shape[1]] = z
+        filled = self._filled(z)
         self._kernels.add_products(self.sums, filled, filled, upper=True)
+        if x is not None:
+            self._kernels.add_products(self.shift, self._filled(x - z), filled)
         self.tokens += len(z)
+
+    def _filled(self, rows: Float32) -> Float32:
+        filled = np.zeros((len(rows), len(self.sums)), np.float32)
+        filled[:, : rows.shape[1]] = rows
+        return filled
 
 
 @dataclass(frozen=True)
@@ -155,16 +166,26 @@ class Metric:
 
 
 def metric(kernels: Kernels, gram: Float32, weights: Weights, damping: float) -> Metric:
-    """Of sums as a `Gram` has them. `damping` is the part of their diagonal's mean that is added to it."""
-    h = np.triu(gram)
-    h += np.triu(gram, 1).T
+    """Of sums as a `Gram` has them."""
+    h, added = damped(gram, damping)
+    size = weights.group_size
+    own = [kernels.triangle(h[a : a + size, a : a + size], added) for a in range(0, len(h), size)]
+    return Metric(h, kernels.triangle(h, added), np.stack(own))
+
+
+def mirrored(gram: Float32) -> Float32:
+    """All of a Gram matrix, of which the upper half counts."""
+    return np.triu(gram) + np.triu(gram, 1).T
+
+
+def damped(gram: Float32, damping: float) -> tuple[Float32, float]:
+    """All of a Gram matrix, and what was added to its diagonal: a part of the mean; 1 where that is nothing."""
+    h = mirrored(gram)
     diagonal = np.diag(gram)
     mean = float(diagonal.sum(dtype=np.float64)) / max(int(np.count_nonzero(diagonal)), 1)
     added = np.float32(damping * mean) or np.float32(1)
     h[np.diag_indices_from(h)] += added
-    size = weights.group_size
-    own = [kernels.triangle(h[a : a + size, a : a + size], float(added)) for a in range(0, len(h), size)]
-    return Metric(h, kernels.triangle(h, float(added)), np.stack(own))
+    return h, float(added)
 
 
 def rounded(

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.parameters import Parameter
 from mlcbuild.models.structure import Structure
 from mlcbuild.quantization import asymmetric, feedback, floats, group, search
+from mlcbuild.quantization.correction import moved
 from mlcbuild.quantization.feedback import Gram, Kernels
 from mlcbuild.quantization.packing import Packed
 from mlcbuild.quantization.schemes import has_feedback, packed
@@ -78,16 +78,18 @@ class Rounding:
             save(table.name, done)
         elif weights is None:
             values = self._cast(table, values)
-        hidden = self._looked_up(values, windows)
+        exact, hidden = hidden, self._looked_up(values, windows)
         del values
         for number in range(model.layers):
-            hidden = self._layer(number, hidden, save)
+            exact, hidden = self._layer(number, exact, hidden, save)
             progress(total - model.layers + number + 1, total)
         weights = packed(head, self.quantization)
         if head is not table and weights is not None and has_feedback(weights):
             norm = [self._tensor(self._cast(each, self._values(each))) for each in model.norm]
-            normed = [(self.library.normed(each, norm),) for each in hidden]
-            done, _ = self._matrix(head, self._values(head), weights, normed)
+            theirs = widened(model.norm, self.checkpoint)
+            wanted, normed = ([self.library.normed(x, by) for x in xs] for xs, by in ((exact, theirs), (hidden, norm)))
+            halves = self._halves(head, weights, [(x,) for x in normed], [(x,) for x in wanted])
+            done, _ = self._matrix(self._values(head), weights, halves)
             save(head.name, done)
 
     def _reaching_the_head(self, hidden: list[Float32], weights: Weights, progress: Callable[[int], None]) -> Gram:
@@ -102,7 +104,7 @@ class Rounding:
         gram = Gram(self.kernels, self.structure.hidden_size, weights)
         for each in hidden:
             gram.add(self.library.normed(each, norm))
-        self._check(gram, "the head")
+        self._check(gram.sums, "the head")
         return gram
 
     def _table(self, values: Float32, weights: Weights, gram: Gram | None) -> tuple[Packed, Float32]:
@@ -125,33 +127,45 @@ class Rounding:
         given = [self._tensor(table)]
         return [self.library.begin(self.library.embed(ids, given), beginning) for ids in windows]
 
-    def _layer(self, number: int, hidden: list[Float32], save: Save) -> list[Float32]:
-        """What comes out of a layer once its matrices are rounded."""
+    def _layer(
+        self, number: int, exact: list[Float32], hidden: list[Float32], save: Save
+    ) -> tuple[list[Float32], list[Float32]]:
+        """What comes out of a layer of the unquantized model, and of this one once its matrices are rounded."""
         mine, kind = self.model.layer(number), self.model.kinds[number]
         formats = {each.name: packed(each, self.quantization) for each in mine}
         values = {each.name: self._values(each) for each in mine}
+        given = [self._tensor(values[each.name]) for each in mine]
+        theirs = [self._run(window, given, kind, mine) for window in exact]
         values |= {each.name: self._cast(each, values[each.name]) for each in mine if formats[each.name] is None}
+        halves: dict[str, tuple[Gram, Gram]] = {}  # also of matrices that will be given the same
         for each in mine:
-            weights = formats[each.name]
+            name, weights = each.name, formats[each.name]
             if not each.is_matrix or weights is None or not has_feedback(weights):
                 continue
-            given = [self._tensor(values[other.name]) for other in mine]
-            inputs = self._first_counted([self._inputs(window, given, kind, each, mine) for window in hidden])
-            solve = self._experts if len(each.shape) == 3 else self._matrix
-            done, values[each.name] = solve(each, values[each.name], weights, inputs)
-            save(each.name, done)
+            if name not in halves:
+                given = [self._tensor(values[other.name]) for other in mine]
+                inputs = self._first_counted([self._run(window, given, kind, mine)[1][name] for window in hidden])
+            if len(each.shape) == 3:
+                done, values[name] = self._experts(each, values[name], weights, inputs)
+            else:
+                if name not in halves:
+                    found = self._halves(each, weights, inputs, self._first_counted([of[name] for _, of in theirs]))
+                    _, some = self._run(hidden[0], given, kind, mine)
+                    alike = (other for other, (x, *_) in some.items() if np.array_equal(x, some[name][0]))
+                    halves = {other: found for other in alike if formats[other] == weights}
+                done, values[name] = self._matrix(values[name], weights, halves[name])
+            save(name, done)
         given = [self._tensor(values[each.name]) for each in mine]
-        return [self.library.layer(window, given, kind) for window in hidden]
+        return [out for out, _ in theirs], [self.library.layer(window, given, kind) for window in hidden]
 
-    def _inputs(
-        self, window: Float32, given: list[Any], kind: int, wanted: Parameter, mine: Sequence[Parameter]
-    ) -> Inputs:
-        """What one matrix of a layer is multiplied with."""
-        before = list(takewhile(lambda each: each is not wanted, (each for each in mine if each.is_matrix)))
-        first = 1 + sum(len(each.shape) - 1 for each in before)
-        last = first + len(wanted.shape) - 1
-        pieces = [piece[first:last] for piece in self.library.layer_with_inputs(window, given, kind)]
-        return [np.concatenate(each) for each in zip(*pieces, strict=True)]
+    def _run(
+        self, window: Float32, given: list[Any], kind: int, mine: Sequence[Parameter]
+    ) -> tuple[Float32, dict[str, Inputs]]:
+        """What comes out of a layer, and what each of its matrices is multiplied with, by name."""
+        pieces = [iter(piece) for piece in self.library.layer_with_inputs(window, given, kind)]
+        out, *inputs = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+        following = iter(inputs)
+        return out, {each.name: [next(following) for _ in each.shape[1:]] for each in mine if each.is_matrix}
 
     def _first_counted(self, inputs: Sequence[Inputs]) -> Sequence[Inputs]:
         """The same, with the first token of each window grown, so that all squares of first ones count `_FIRST`."""
@@ -161,15 +175,20 @@ class Rounding:
             rows[: len(rows) // count] *= factor
         return inputs
 
-    def _matrix(
-        self, parameter: Parameter, values: Float32, weights: Weights, inputs: Sequence[Inputs]
-    ) -> tuple[Packed, Float32]:
-        gram = Gram(self.kernels, values.shape[1], weights)
-        for (rows,) in inputs:
-            gram.add(rows)
-        self._check(gram, parameter.name)
-        by = feedback.metric(self.kernels, gram.sums, weights, _DAMPING)
-        return feedback.rounded(self.kernels, values, by, weights, self.quantization.model_dtype)
+    def _halves(
+        self, parameter: Parameter, weights: Weights, inputs: Sequence[Inputs], wanted: Sequence[Inputs]
+    ) -> tuple[Gram, Gram]:
+        """Of every other window each."""
+        even, odd = (Gram(self.kernels, parameter.shape[1], weights) for _ in range(2))
+        for number, ((z, *_), (x, *_)) in enumerate(zip(inputs, wanted, strict=True)):
+            (odd if number % 2 else even).add(z, x)
+        self._check(even.sums + odd.sums, parameter.name)
+        return even, odd
+
+    def _matrix(self, values: Float32, weights: Weights, halves: tuple[Gram, Gram]) -> tuple[Packed, Float32]:
+        by = feedback.metric(self.kernels, halves[0].sums + halves[1].sums, weights, _DAMPING)
+        wanted = moved(self.kernels, values, halves)
+        return feedback.rounded(self.kernels, wanted, by, weights, self.quantization.model_dtype)
 
     def _experts(
         self, parameter: Parameter, values: Float32, weights: Weights, inputs: Sequence[Inputs]
@@ -178,7 +197,7 @@ class Rounding:
         per_row = chosen.size // len(rows)
         every = Gram(self.kernels, values.shape[-1], weights)
         every.add(rows)
-        self._check(every, parameter.name)
+        self._check(every.sums, parameter.name)
         shared = every.sums * np.float32(_BORROWED / every.tokens)
         done = []
         for expert, matrix in enumerate(values):
@@ -202,6 +221,6 @@ class Rounding:
         aligned[:] = values
         return tvm_runtime.tensor(aligned)
 
-    def _check(self, gram: Gram, where: str) -> None:
-        if not np.isfinite(gram.sums).all():
+    def _check(self, sums: Float32, where: str) -> None:
+        if not np.isfinite(sums).all():
             raise MlcBuildError(f"{where}: what runs through the model is NaN or Inf; the checkpoint is damaged")

@@ -159,8 +159,11 @@ def _logits(asked: Mapping[str, Any], folder: Path) -> tuple[dict[str, float], f
 def _wide(config: Mapping[str, Any]) -> dict[str, Any]:
     """The same with heads of at least 32, the least that GPU attention takes; many of the CPU's cases have less."""
     keys = ("hidden_size", "n_embd", "d_model", "kv_channels", "head_dim", "global_head_dim")
+    latent = "qk_rope_head_dim" in config  # where `head_dim`, if it is there, is that part of a head
     doubled: dict[str, Any] = {
-        key: 2 * config[key] for key in keys if key in config and (key != "head_dim" or config[key] < 32)
+        key: 2 * config[key]
+        for key in keys
+        if key in config and (key != "head_dim" or (config[key] < 32 and not latent))
     }
     for key in ("rope_parameters", "rope_scaling"):  # factors, one for each pair of a head's numbers
         if "short_factor" in config.get(key, {}):

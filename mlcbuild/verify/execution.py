@@ -27,8 +27,9 @@ BOUNDS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}
 # Times that, by the kind of layer: a scan multiplies what four products gave, and their errors add up; of a delta net,
 # what a head gives is normed, and it is small where a query and what was written point elsewhere; so is the difference
 # of two attentions: with half of the second taken off, errors are (1 + 1/2) / (1 - 1/2) times as large beside it.
+# Latents that are made longer make scores as much larger, and what rounding does to them.
 _NOISE = {"mamba": 2, "mamba2": 2, "lightning": 2, "delta": 5, "kda": 5}
-_NOISE_OF_DIFFERENCES = 3
+_NOISE_OF_DIFFERENCES, _NOISE_OF_LONG_LATENTS = 3, 2
 _MANY_PRODUCTS = 20_000_000  # for a row of activations: above, one takes an emulated device seconds
 _FEW_PRODUCTS = 3_000_000  # up to here, hundreds of rows take it seconds
 _LONG = 272  # tokens: of one text, 17 pages
@@ -106,7 +107,11 @@ def bound(structure: Structure, model_dtype: str) -> float:
 
 def noise(structure: Structure) -> int:
     """Times the bounds of other models."""
-    return _NOISE_OF_DIFFERENCES if structure.differential else _NOISE.get(structure.mixer or structure.kind, 1)
+    if structure.differential:
+        return _NOISE_OF_DIFFERENCES
+    if max(structure.latent_scales) > 1:
+        return _NOISE_OF_LONG_LATENTS
+    return _NOISE.get(structure.mixer or structure.kind, 1)
 
 
 def problems(errors: Mapping[str, float], structure: Structure, model_dtype: str) -> list[str]:

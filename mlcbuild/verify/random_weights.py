@@ -25,8 +25,8 @@ def make(structure: Structure, vocabulary: int, quantization: Quantization, fold
     """A weights folder, `folder`, of `vocabulary` tokens. The same arguments make the same bytes.
 
     Matrices `[N, K]` have a deviation of K^-1/2, which keeps the length of what they are multiplied with; norms lie
-    around 1, biases around 0, the rates of state spaces around -1: of a positive rate a state grows without end.
-    (Lightning attention has them without the sign.)
+    around 1, biases and the rates of keys around 0 (as Doge has them at first), the rates of state spaces around -1: of
+    a positive rate a state grows without end. (Lightning attention has them without the sign.)
     """
     rate = 1.0 if structure.mixer == "lightning" else -1.0
     wanted = parameters(replace(structure, vocab_size=vocabulary))
@@ -56,7 +56,7 @@ def _entry(parameter: Parameter, tensors: list[QuantizedParameter], blocks: _Blo
     if parameter.role == "state_rate":
         return {**entry, "parts": [blocks.part((rate, 0.1), shape)]}
     if not parameter.is_matrix:
-        centre = 0.0 if parameter.role.endswith("_bias") else 1.0
+        centre = 0.0 if parameter.role.endswith(("_bias", "key_rate")) else 1.0
         return {**entry, "parts": [blocks.part((centre, 0.1), shape)]}
     *experts, rows, columns = shape
     most = max(1, _PIECE // columns)

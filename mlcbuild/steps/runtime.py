@@ -15,5 +15,5 @@ def run(job: Job) -> None:
     """Raises MlcBuildError with emcc's own message when it fails."""
     from mlcbuild.compiler.web import emscripten
 
-    job.note("compiling TVM's runtime for browsers, once: about a minute")
+    job.note("compiling TVM's runtime for browsers, once: one to five minutes")
     emscripten.compile_runtime(job.output, job.scratch)

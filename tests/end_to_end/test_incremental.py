@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import mlcbuild
+from mlcbuild import zig
 from tests.end_to_end.workspace import Workspace, edit_json, make_workspace
 
 pytestmark = pytest.mark.slow
@@ -93,8 +94,11 @@ def test_two_models_of_one_structure_share_the_library(
     assert not {"lower", "library"} & set(kinds(workspace.built("build")))
 
 
-def test_a_comment_in_a_step_rebuilds_nothing_and_code_does(tmp_path: Path, tiny_checkpoint: Path) -> None:
+def test_a_comment_in_a_step_rebuilds_nothing_and_code_does(
+    tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a copy of the program: comments and docstrings change, then one line of a kernel's Python."""
+    monkeypatch.delenv(zig.SHARED)  # which the tests' run has: builds keep zig's cache in their own
     program = Path(mlcbuild.__file__).parents[1]
     copy = tmp_path / "program"
     for name in ("mlcbuild", "recipes", "schema"):
@@ -105,6 +109,7 @@ def test_a_comment_in_a_step_rebuilds_nothing_and_code_does(tmp_path: Path, tiny
         return workspace.doit("build", environment={"PYTHONPATH": str(copy)}).stdout
 
     assert "11 done" in built()
+    assert list((tmp_path / "cache" / "compiled").rglob("*.o"))
     quantize = copy / "mlcbuild" / "quantization" / "group.py"
     assert "11 up to date" in built()
     quantize.write_text("# A remark.\n" + quantize.read_text().replace('"""', '"""Changed. ', 1))

@@ -24,7 +24,10 @@ pytestmark = pytest.mark.slow
 WITHOUT: dict[str, tuple[str, dict[str, Any]]] = {
     "a parallel residual": ("gpt_neox", {"residual": "sequential"}),
     "layer norms": ("orion", {"norm": "rms"}),
-    "norms after the blocks, too": ("gemma2", {"norm_position": "pre"}),
+    "norms after the blocks, too": (
+        "gemma2",
+        {"norm_position": "pre", "roles": ("attention_post_norm", "mlp_post_norm")},
+    ),
     "an offset of norms": ("nemotron", {"norm_offset": 0.0}),
     "the scale of embeddings": ("gemma", {"embedding_scale": 1.0}),
     "the scale of residuals": ("minicpm", {"residual_scale": 1.0}),

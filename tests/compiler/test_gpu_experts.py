@@ -9,6 +9,7 @@ import pytest
 from tvm import te, tirx
 
 from mlcbuild.compiler.gpu import experts, rows
+from mlcbuild.compiler.gpu.device import device_of
 from mlcbuild.models import routers
 from mlcbuild.quantization.schemes import parts_of
 from tests.compiler.packing import pack, rounded
@@ -60,7 +61,8 @@ def test_each_row_is_multiplied_with_the_experts_that_it_chose(gpu: Gpu, name: s
     arrays = {part: array for (part, *_), array in zip(described, packed.parts, strict=True)}
     chosen = np.random.default_rng(1).permuted(np.tile(np.arange(EXPERTS), (TOKENS, 1)), axis=1)[:, :COUNT]
     x = rounded(floats(TOKENS * COUNT if each else TOKENS, COLUMNS, seed=2), dtype)
-    function = gpu.scheduled(experts.linear(described, weights, ROWS, COLUMNS, COUNT, each, dtype, dtype))
+    device = device_of(gpu.TARGET)
+    function = gpu.scheduled(experts.linear(described, weights, ROWS, COLUMNS, COUNT, each, dtype, dtype, device))
     given = {"x": x.astype(dtype), "chosen": np.ascontiguousarray(chosen, np.int32), **arrays}
     got = gpu.launch(function, 0, {**given, "result": np.zeros((TOKENS * COUNT, ROWS), dtype)}, {"n": TOKENS})["result"]
     values = packed.values.astype(np.float64)

@@ -12,12 +12,12 @@ from tvm import tirx
 
 from mlcbuild.compiler.gpu.cuda_rows import MULTIPROCESSORS, Matrix, Operands, launched, matrix, operands
 
-_THREADS, _WARPS = 128, 4  # of a block
+THREADS, _WARPS = 128, 4  # of a block
 _LANES = 4  # along a row
 _UNITS = {4: 1, 3: 2, 8: 2, 16: 4}  # bits: words of a lane in a step (Codes<BITS>::UNIT)
 _SHARED = 48 * 1024  # bytes of a block
 _MOST_STAGES = 4
-_HANDED = 64  # rows of x whose sums are in shared memory at once
+HANDED = 64  # rows of x whose sums are in shared memory at once
 _NARROW, _MOST_NARROW = 64, 256  # rows of x of a small block; rows up to which they are better shared out so
 
 
@@ -39,8 +39,8 @@ class Instance:
     def handed(self) -> list[str]:
         """Functions that give the sums of a part of the rows of x each, one part after the other."""
         warps, tiles = self.height // 32, self.width // 8
-        parts = range(self.width // _HANDED)
-        return [f"mlcbuild::hand_over<{warps}, {tiles}, {_HANDED}, {part}>" for part in parts]
+        parts = range(self.width // HANDED)
+        return [f"mlcbuild::hand_over<{warps}, {tiles}, {HANDED}, {part}>" for part in parts]
 
 
 def limit(rows: int | None) -> int:
@@ -59,7 +59,7 @@ def instance(form: str, rows: int | None, columns: int, narrow: bool) -> Instanc
     height, width, along = 32 * warps, 8 * tiles, _WARPS // warps
     stage = _stage(of, height, width, along)
     stages = min(_MOST_STAGES, _SHARED // stage)
-    shared = max(stages * stage, along * _HANDED * (height + 4) * 4)
+    shared = max(stages * stage, along * HANDED * (height + 4) * 4)
     arguments = f"{of.type}, {columns}, {warps}, {tiles}, {stages}, {shared}"
     return Instance(arguments, height, width, along, shared // 4)
 
@@ -71,7 +71,7 @@ def _stage(of: Matrix, height: int, width: int, along: int) -> int:
     columns = words * of.per_word
     of_w = along * words * (height + (8 if unit == 1 else 4) if of.across else height) * 4
     scales = next((count for count in (1, 2, 4) if of.group % (columns // count) == 0), words) if of.group else 0
-    return along * width * columns * 2 + of_w + scales * _THREADS * 2
+    return along * width * columns * 2 + of_w + scales * THREADS * 2
 
 
 def many_rows(function: tirx.PrimFunc, product: Any) -> list[tuple[int | None, tirx.PrimFunc]]:
@@ -92,7 +92,7 @@ def _body(chosen: Instance, product: Operands) -> Any:
     """Blocks of threads of which each takes `chosen.height` rows of the matrix, and `chosen.width` of x."""
     of_x, block, thread = (tirx.Var(name, "int32") for name in ("bx", "by", "tx"))
     sums = tirx.decl_buffer(
-        (chosen.height * chosen.width * chosen.along // _THREADS,), "float32", "sums", scope="local"
+        (chosen.height * chosen.width * chosen.along // THREADS,), "float32", "sums", scope="local"
     )
     shared = tirx.decl_buffer((chosen.shared,), "float32", "stages", scope="shared")
     n, rows = product.n, product.rows
@@ -101,17 +101,17 @@ def _body(chosen: Instance, product: Operands) -> Any:
     stride = chosen.height + 4
     for part, name in enumerate(chosen.handed):
         number = tirx.Var("i", "int32")
-        at = number * _THREADS + thread
+        at = number * THREADS + thread
         low, inner = at // chosen.height, at % chosen.height
-        row, column = of_x * chosen.width + part * _HANDED + low, block * chosen.height + inner
+        row, column = of_x * chosen.width + part * HANDED + low, block * chosen.height + inner
         total: Any = sum(
-            tirx.BufferLoad(shared, [(along * _HANDED + low) * stride + inner]) for along in range(chosen.along)
+            tirx.BufferLoad(shared, [(along * HANDED + low) * stride + inner]) for along in range(chosen.along)
         )
         store = tirx.IfThenElse(tirx.all(row < n, column < rows), product.epilogue.at(row, column, total), None)
         steps.append(tirx.Evaluate(tirx.call_extern("void", name, shared.data, sums.data)))
-        steps.append(tirx.For(number, 0, _HANDED * chosen.height // _THREADS, tirx.ForKind.SERIAL, store))
+        steps.append(tirx.For(number, 0, HANDED * chosen.height // THREADS, tirx.ForKind.SERIAL, store))
     blocks = {
         "blockIdx.x": (of_x, (n + chosen.width - 1) // chosen.width),
         "blockIdx.y": (block, (rows + chosen.height - 1) // chosen.height),
     }
-    return launched(tirx.SeqStmt(steps), [sums, shared], (thread, _THREADS), blocks)
+    return launched(tirx.SeqStmt(steps), [sums, shared], (thread, THREADS), blocks)

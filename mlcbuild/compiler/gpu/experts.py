@@ -1,7 +1,8 @@
 """Mixtures of experts on GPUs. Arithmetic is float32.
 
-A product reads, for each token and each of its choices, the chosen expert's matrix: right for decoding, which is bound
-by reading those; a prefill reads an expert's matrix once for every row that chose it, out of the caches.
+Of a few rows, a product reads the chosen expert's matrix for each token and each of its choices: right for decoding, which
+is bound by reading those. Of more, rows are ordered by their experts (expert_plan.py) and multiplied in tiles, which read
+the expert's matrix once for all of their rows (cuda_experts.py, expert_tiles.py).
 """
 
 from __future__ import annotations
@@ -9,19 +10,21 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from tvm import s_tir, te, tirx
+from tvm import IRModule, s_tir, te, tirx
 from tvm.script import tirx as T
 
-from mlcbuild.compiler.gpu import formats
+from mlcbuild.compiler.gpu import cuda_experts, expert_tiles, formats
 from mlcbuild.compiler.gpu.device import Device
-from mlcbuild.compiler.gpu.products import STEP, Part
+from mlcbuild.compiler.gpu.expert_plan import FIELDS, MOST_FEW, tile_count
+from mlcbuild.compiler.gpu.expert_tiles import Of
+from mlcbuild.compiler.gpu.products import Part
 from mlcbuild.compiler.gpu.rows import int64, private, widened
 from mlcbuild.recipes.types import Weights
 
-PRODUCT = "product_of_experts"  # the block that schedules.py looks for
+PRODUCT = "product_of_experts"
 _THREADS = 64  # of a block, each of which chooses for one token
 _UNROLL = 64
-_OPAQUE = 8  # relax's OpPatternKind: nothing is fused with it, so that `schedule` finds what it knows
+_OPAQUE = 8  # relax's OpPatternKind: nothing is fused with it
 
 
 @functools.cache
@@ -86,41 +89,62 @@ def linear(
     each: bool,
     dtype: str,
     compute: str,
+    device: Device,
 ) -> Any:
-    """x, chosen [n, count], the parts of w [experts, rows, in_features] -> [n * count, rows].
+    """x, chosen [n, count], its plan (expert_plan.py), the parts of w [experts, rows, in_features] -> [n * count, rows].
 
-    w is of the model `dtype`, x and the result of `compute`. x: [n, in_features]; with `each`, a row of its own for
-    every choice: [n * count, in_features].
+    x and w are of the model `dtype`, the result of `compute`. x: [n, in_features]; with `each`, a row of its own for
+    every choice: [n * count, in_features]. Scheduled: how many rows there are decides which kernel runs.
     """
-    n = tirx.Var("n", "int64")
+    n, experts = tirx.Var("n", "int64"), int(parts[0][1][0])
     pairs = n * int64(count)
-    x = te.placeholder((pairs if each else n, int64(in_features)), compute, "x")
+    x = te.placeholder((pairs if each else n, int64(in_features)), dtype, "x")
     chosen = te.placeholder((n, int64(count)), "int32", "chosen")
+    order = te.placeholder((pairs,), "int32", "order")
+    tiles = te.placeholder((tile_count(pairs, experts), int64(FIELDS)), "int32", "tiles")
     given = {name: te.placeholder([int64(int(size)) for size in shape], of, name) for name, shape, of in parts}
     k = te.reduce_axis((int64(0), int64(in_features)), "k")
 
     def product(p: Any, j: Any) -> Any:
         expert = chosen[p // count, p % count]
-        read = formats.element({name: _Of(part, expert) for name, part in given.items()}, weights, dtype)
+        read = formats.element({name: Of(part, expert) for name, part in given.items()}, weights, dtype)
         return te.sum(widened(x[p if each else p // count, k]) * widened(read(j, k)), axis=k)
 
     total = te.compute((pairs, int64(rows)), product, name=PRODUCT)
     result = te.compute((pairs, int64(rows)), lambda p, j: total[p, j].astype(compute), name="result")
-    function = private([x, chosen, *given.values(), result])
-    return function.with_attr("op_pattern", _OPAQUE).with_attr(STEP, formats.words(weights))
+    function = private([x, chosen, order, tiles, *given.values(), result])
+    function = tirx.transform.ForceNarrowIndexToInt32()(IRModule({"main": function}))["main"]
+    function = _one_by_one(function, device, formats.words(weights))
+    x, _, order, tiles, *held, result = function.params
+    held = dict(zip(given, held, strict=True))
+    sizes = (experts, rows, in_features, count, 1 if each else count)
+    tiled = expert_tiles.Product(x, order, tiles, held, result, weights, dtype, *sizes)
+    return function.with_body(_by_rows(function.body, tiled, device)).with_attr("op_pattern", _OPAQUE)
 
 
-def schedule(function: tirx.PrimFunc, device: Device) -> tirx.PrimFunc:
-    """`linear` with a block of threads for a few rows of an expert's matrix and one row of x.
+def _by_rows(few: Any, product: expert_tiles.Product, device: Device) -> Any:
+    """`few`, or what is better from a number of choices on."""
+    own = cuda_experts.bodies(product) if device.kind == "cuda" else []
+    least = MOST_FEW * product.count
+    if not own:
+        own, least = [(None, expert_tiles.body(product))], max(least, expert_tiles.least(product.experts))
+    (_, body), *rest = reversed(own)
+    for most, kernel in [*rest, (least, few)]:
+        body = tirx.IfThenElse(tirx.op.tvm_thread_invariant(product.choices <= most), kernel, body)
+    return s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", body))
 
-    `lanes` threads go along a row of the matrix together, a storage word each, and add up what they have. Blocks that
-    follow each other have other rows of x and the same ones of the matrices, which then come out of the caches.
+
+def _one_by_one(function: tirx.PrimFunc, device: Device, step: int) -> tirx.PrimFunc:
+    """A kernel with a block of threads for a few rows of an expert's matrix and one row of x.
+
+    `lanes` threads go along a row of the matrix together, a storage word of `step` numbers each, and add up what they have.
+    Blocks that follow each other have other rows of x and the same ones of the matrices, which then come out of the caches.
     """
     sch = s_tir.Schedule(function)
     product, result = sch.get_sblock(PRODUCT), sch.get_sblock("result")
     p, j, k = sch.get_loops(product)
     jo, jy = sch.split(j, [None, device.row_groups * device.rows])
-    ko, kx, ki = sch.split(k, [None, device.lanes, int(function.attrs[STEP])])
+    ko, kx, ki = sch.split(k, [None, device.lanes, step])
     sch.reorder(p, jo, jy, kx, ko, ki)
     sch.set_scope(product, 0, "shared")
     sch.reverse_compute_at(result, jy, preserve_unit_loops=True)
@@ -131,18 +155,8 @@ def schedule(function: tirx.PrimFunc, device: Device) -> tirx.PrimFunc:
     sch.bind(lane, "threadIdx.x")
     sch.annotate(ko, "pragma_auto_unroll_max_step", _UNROLL)
     sch.annotate(ko, "pragma_unroll_explicit", 1)
-    return sch.mod["main"].with_attr("tirx.is_scheduled", True)
-
-
-class _Of:
-    """One expert's part of a tensor: `part[n, k]` where formats.py has a matrix's own."""
-
-    def __init__(self, tensor: te.Tensor, expert: Any) -> None:
-        self._tensor, self._expert = tensor, expert
-
-    def __getitem__(self, index: Any) -> Any:
-        rest = index if isinstance(index, tuple) else (index,)
-        return self._tensor[(self._expert, *rest)]
+    scheduled = sch.mod["main"].with_attr("tirx.is_scheduled", True)
+    return scheduled.with_attr("tirx.HoistIfThenElseExprWithBlock", 1)
 
 
 @functools.cache

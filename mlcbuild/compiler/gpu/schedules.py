@@ -12,7 +12,7 @@ from typing import Any
 from tvm import IRModule, s_tir, tirx
 from tvm.s_tir import dlight
 
-from mlcbuild.compiler.gpu import cuda_many, cuda_rows, experts, metal, recurrent
+from mlcbuild.compiler.gpu import cuda_many, cuda_rows, metal, recurrent
 from mlcbuild.compiler.gpu.device import Device
 from mlcbuild.compiler.gpu.few_rows import few_rows
 from mlcbuild.compiler.gpu.products import PRODUCT, STEP
@@ -31,8 +31,6 @@ def schedule(module: IRModule, device: Device) -> IRModule:
             continue
         if _product(function) is not None:
             module[gv] = _linear(function, device)
-        elif _product(function, experts.PRODUCT) is not None:
-            module[gv] = experts.schedule(function, device)
         elif any(name.startswith(_EACH) for name in _blocks(function)):
             module[gv] = dlight.ApplyDefaultSchedule(dlight.gpu.Fallback())(IRModule({"main": function}))["main"]
     rules = dlight.gpu.Reduction(), dlight.gpu.GeneralReduction(), dlight.gpu.Fallback()
@@ -52,9 +50,9 @@ def _scheduled(function: tirx.PrimFunc) -> bool:
     return function.attrs is not None and bool(function.attrs.get("tirx.is_scheduled", False))
 
 
-def _product(function: tirx.PrimFunc, name: str = PRODUCT) -> Any:
-    """The block of that name, which is a matrix product's, or None."""
-    return _blocks(function).get(name)
+def _product(function: tirx.PrimFunc) -> Any:
+    """The block that is a matrix product's, or None."""
+    return _blocks(function).get(PRODUCT)
 
 
 def _blocks(function: tirx.PrimFunc) -> dict[str, Any]:

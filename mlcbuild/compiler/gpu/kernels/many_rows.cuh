@@ -7,13 +7,16 @@
 // conflicts. A warp has 32 rows of w, which nobody else of its block unpacks, and WIDTH rows of x.
 //
 // Where there are few rows of w for a device's multiprocessors, a block has fewer of them, and its warps share out the columns.
+//
+// With experts, a block's rows of x are those that chose one of them: wherever a list says that they lie.
 #pragma once
 #include "weights.cuh"
 
 namespace mlcbuild {
 
-// WARPS_OF_W: of the block's four warps, which have rows of w of their own. TILES_OF_X: of 8 rows each.
-template <class FORMAT, int K, int WARPS_OF_W, int TILES_OF_X, int STAGES>
+// WARPS_OF_W: of the block's four warps, which have rows of w of their own. TILES_OF_X: of 8 rows each. CHOICES: 0 where
+// rows of x follow each other; else a list has choices, of which a row of x has so many.
+template <class FORMAT, int K, int WARPS_OF_W, int TILES_OF_X, int STAGES, int CHOICES = 0>
 struct ManyRows {
   typedef typename FORMAT::Float T;
   typedef typename FORMAT::Code Code;
@@ -48,14 +51,22 @@ struct ManyRows {
   const uint32_t* words;
   const T* scales;  // of this thread's row
   T waiting[SCALES];
+  int listed[CHOICES ? COPIES : 1];  // the rows of x that this thread copies from
 
-  __device__ __forceinline__ ManyRows(char* shared, const T* x, const void* w, const T* s, int n, int rows, int block_of_x,
-                                      int block)
-      : shared(shared), n(n), rows(rows), first_of_x(block_of_x * WIDTH), first(block * HEIGHT), thread(threadIdx.x),
+  __device__ __forceinline__ ManyRows(char* shared, const T* x, const void* w, const T* s, int n, int rows, int first_of_x,
+                                      int block, const int* list = nullptr)
+      : shared(shared), n(n), rows(rows), first_of_x(first_of_x), first(block * HEIGHT), thread(threadIdx.x),
         lane(thread % 32), warp(thread / 32), x(x), words(static_cast<const uint32_t*>(w)) {
     const long long row = min(first + thread % HEIGHT, rows - 1);
     scales = s + (FORMAT::TRANSPOSED ? row : row * GROUPS);
+    if constexpr (CHOICES) {
+#pragma unroll
+      for (int i = 0; i < COPIES; i++) listed[i] = __ldg(list + place(i * THREADS + thread)) / CHOICES;
+    }
   }
+
+  // Which row of x a copy is of, or of the list's choices.
+  __device__ __forceinline__ int place(int at) const { return min(first_of_x + at / OF_ROW % WIDTH, n - 1); }
 
   // Unit of the row that `along` has in a step; behind the last one everything is zeros.
   __device__ __forceinline__ int unit(int step, int along) const { return step * ALONG + along; }
@@ -67,7 +78,7 @@ struct ManyRows {
       const int at = i * THREADS + thread, along = at / (WIDTH * OF_ROW);
       const int column = unit(step, along) * COLUMNS + at % OF_ROW * (COPY / 2);
       const bool there = EVEN || column < K;
-      const long long row = min(first_of_x + at / OF_ROW % WIDTH, n - 1);
+      const long long row = CHOICES ? listed[CHOICES ? i : 0] : place(at);
       copy_later<COPY>(stage + at * COPY, x + row * K + (there ? column : 0), there);
     }
     char* to = stage + BYTES_OF_X;
@@ -172,6 +183,10 @@ struct ManyRows {
 
   __device__ __forceinline__ void run(Sums& sums) {
 #pragma unroll
+    for (auto& of_x : sums)
+#pragma unroll
+      for (auto& tile : of_x) tile[0] = tile[1] = tile[2] = tile[3] = 0;
+#pragma unroll
     for (int step = 0; step < STAGES - 1; step++) {
       if (step < STEPS) load_scales(step), keep_scales(step), copy(step);
       else end_of_copies();
@@ -200,13 +215,22 @@ __device__ __forceinline__ void many_rows(float* sums, void* shared, const typen
                                           int block) {
   typedef ManyRows<FORMAT, K, WARPS_OF_W, TILES_OF_X, STAGES> Product;
   static_assert(STAGES * Product::STAGE <= BYTES, "a stage is larger than its caller knows");
-  Product product(static_cast<char*>(shared), x, words, scales, n, rows, block_of_x, block);
-  auto& own = *reinterpret_cast<typename Product::Sums*>(sums);
-#pragma unroll
-  for (auto& of_x : own)
-#pragma unroll
-    for (auto& tile : of_x) tile[0] = tile[1] = tile[2] = tile[3] = 0;
-  product.run(own);
+  Product product(static_cast<char*>(shared), x, words, scales, n, rows, block_of_x * Product::WIDTH, block);
+  product.run(*reinterpret_cast<typename Product::Sums*>(sums));
+}
+
+// The same of one expert's matrix, one of several that lie one after the other, with the rows of x whose choices are the
+// `list`'s from `first` to `end`.
+template <class FORMAT, int K, int WARPS_OF_W, int TILES_OF_X, int STAGES, int BYTES, int CHOICES>
+__device__ __forceinline__ void rows_of_expert(float* sums, void* shared, const typename FORMAT::Float* x,
+                                               const void* words, const typename FORMAT::Float* scales, const int* list,
+                                               int first, int end, long long expert, int rows, int block) {
+  typedef ManyRows<FORMAT, K, WARPS_OF_W, TILES_OF_X, STAGES, CHOICES> Product;
+  static_assert(STAGES * Product::STAGE <= BYTES, "a stage is larger than its caller knows");
+  const uint32_t* of_expert = static_cast<const uint32_t*>(words) + expert * rows * Product::WORDS_OF_ROW;
+  const typename FORMAT::Float* own = Product::SCALED ? scales + expert * rows * Product::GROUPS : scales;
+  Product product(static_cast<char*>(shared), x, of_expert, own, end, rows, first, block, list);
+  product.run(*reinterpret_cast<typename Product::Sums*>(sums));
 }
 
 // The sums of rows of x from PART * PARTS on, PARTS of them, as [ALONG, PARTS, HEIGHT + 4] in shared memory: a sum over the

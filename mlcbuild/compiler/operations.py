@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from tvm import relax, sym, tirx
+from tvm import relax, sym, te, tirx
 
 from mlcbuild.models.operations import Expr, Operations
 from mlcbuild.models.rope import Frequencies, Rotary
@@ -22,12 +23,13 @@ class Factories:
     """What makes the kernels of a device, for one model dtype: PrimFuncs for given sizes.
 
     compute: the dtype of what most of them give; embedding, norm_heads and rope give the model dtype
-    operand: the dtype that `linear` takes x in; None: in any
+    operand: the dtype that `linear` and `expert_linear` take x in; None: in any
     linear(weight, columns, dtype of x, dtype of the result), embedding(weight, columns)
     rms_norm(width, eps), layer_norm(width, eps, with a weight, with a bias), gated and activation(name, width)
     norm_heads((heads, kv_heads), dim, shapes of the weights, spans, centred, eps)
     rope((heads, kv_heads), dim, rotary)
     choose_experts(experts, choices, normalised, scale), weighted_sum(choices, width)
+    plan_experts(builder, chosen, number of experts): emits what `expert_linear` is given of chosen experts beside them
     expert_linear(weight, columns, choices, whether x has a row of its own for each choice)
     softmax(builder, logits, temperature): emits what gives the probabilities
     """
@@ -43,6 +45,7 @@ class Factories:
     norm_heads: Callable[..., Any]
     rope: Callable[[tuple[int, int], int, Rotary], Any]
     choose_experts: Callable[[int, int, bool, float], Any]
+    plan_experts: Callable[[relax.BlockBuilder, Expr, int], list[Expr]]
     expert_linear: Callable[[Weight, int, int, bool], Any]
     weighted_sum: Callable[[int, int], Any]
     softmax: Callable[[relax.BlockBuilder, Expr, Expr], Expr]
@@ -51,11 +54,19 @@ class Factories:
 def operations(builder: relax.BlockBuilder, dtype: str, make: Factories) -> Operations:
     """Operations that emit into `builder`; `dtype` is the model dtype."""
     compute, emit = make.compute, partial(call, builder)
+    plans: dict[tuple[Expr, int], list[Expr]] = {}  # of chosen experts: made once for all products with them
+
+    def operand(x: Expr, alone: bool = False) -> Expr:
+        shape, given, wanted = list(x.ty.shape), str(x.ty.dtype), make.operand
+        if wanted in (None, given):
+            return x
+        if alone:
+            return emit(_cast(int(shape[1]), given, wanted), "cast", [x], shape, wanted)
+        return builder.emit(relax.op.astype(x, wanted))
 
     def linear(x: Expr, weight: Weight, out_dtype: str) -> Expr:
+        x = operand(x)
         n, columns = x.ty.shape
-        if make.operand not in (None, str(x.ty.dtype)):
-            x = builder.emit(relax.op.astype(x, make.operand))
         kernel = make.linear(weight, int(columns), str(x.ty.dtype), out_dtype)
         return emit(kernel, "linear", [x, *weight.parts.values()], [n, weight.rows], out_dtype)
 
@@ -99,7 +110,11 @@ def operations(builder: relax.BlockBuilder, dtype: str, make: Factories) -> Oper
         (n, count), (rows_of_x, columns) = chosen.ty.shape, x.ty.shape
         each = not sym.Analyzer().can_prove_equal(rows_of_x, n)
         kernel = make.expert_linear(weight, int(columns), int(count), each)
-        return emit(kernel, "experts", [x, chosen, *weight.parts.values()], [n * count, weight.rows], compute)
+        parts = list(weight.parts.values())
+        key = chosen, int(parts[0].ty.shape[0])
+        if key not in plans:
+            plans[key] = make.plan_experts(builder, *key)
+        return emit(kernel, "experts", [operand(x, alone=each), chosen, *plans[key], *parts], [n * count, weight.rows], compute)
 
     def weighted_sum(x: Expr, share: Expr) -> Expr:
         (n, count), width = share.ty.shape, x.ty.shape[1]
@@ -120,6 +135,14 @@ def operations(builder: relax.BlockBuilder, dtype: str, make: Factories) -> Oper
         expert_linear=expert_linear,
         weighted_sum=weighted_sum,
     )
+
+
+@functools.cache
+def _cast(width: int, given: str, dtype: str) -> Any:
+    """x [n, width] -> x in another dtype, fused with nothing: FuseTIR fails where n is several rows for each token."""
+    x = te.placeholder((tirx.Var("n", "int64"), tirx.IntImm("int64", width)), given, "x")
+    result = te.compute(x.shape, lambda i, j: x[i, j].astype(dtype), name="cast")
+    return te.create_prim_func([x, result]).without_attr("global_symbol").with_attr("op_pattern", 8)
 
 
 def _present(*given: Expr | None) -> list[Expr]:

@@ -38,6 +38,7 @@ def factories(dtype: str) -> Factories:
         norm_heads=lambda heads, dim, *rest: rows.norm_heads(fused(heads, dim), *rest),
         rope=lambda heads, dim, rotary: rows.rope(fused(heads, dim), rotary),
         choose_experts=experts.choose,
+        plan_experts=lambda *_: [],
         expert_linear=expert_linear,
         weighted_sum=experts.weighted_sum,
         softmax=_softmax,

@@ -44,7 +44,8 @@ def _body(chosen: cuda_many.Instance, p: Product) -> Any:
     words, scales = (*p.parts.values(), p.x)[:2]
     pointers = [buffer.data for buffer in (sums, shared, p.x, words, scales, p.order)]
     name = f"mlcbuild::rows_of_expert<{chosen.arguments}, {p.of_x}>"
-    steps = [tirx.Evaluate(tirx.call_extern("void", name, *pointers, first, end, expert, p.rows, block))]
+    call = tirx.Evaluate(tirx.call_extern("void", name, *pointers, first, end, expert, p.rows, block))
+    steps = []
     for part, hand_over in enumerate(chosen.handed):
         number = tirx.Var("i", "int32")
         at = number * _THREADS + thread
@@ -56,4 +57,4 @@ def _body(chosen: cuda_many.Instance, p: Product) -> Any:
         steps.append(tirx.Evaluate(tirx.call_extern("void", hand_over, shared.data, sums.data)))
         steps.append(tirx.For(number, 0, _HANDED * chosen.height // _THREADS, tirx.ForKind.SERIAL, inside))
     some = tirx.IfThenElse(first < end, tirx.SeqStmt(steps), None)  # all threads of a block, or none
-    return cuda_rows.launched(some, [sums, shared], (thread, _THREADS), blocks)
+    return cuda_rows.launched(tirx.SeqStmt([call, some]), [sums, shared], (thread, _THREADS), blocks)

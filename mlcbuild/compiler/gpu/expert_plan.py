@@ -15,7 +15,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from tvm import relax
 from tvm.script import tirx as T
+
+from mlcbuild.compiler.operations import call_all
+from mlcbuild.models.operations import Expr
 
 TILE = 128  # choices, the largest block of cuda_many.py
 FIELDS = 3  # of a tile: its expert, the place of its first choice, and that behind the expert's last
@@ -31,6 +35,15 @@ def tile_count(choices: Any, experts: int) -> Any:
 
 def parts(choices: Any) -> Any:
     return (choices + _PART - 1) // _PART
+
+
+def emit(builder: relax.BlockBuilder, chosen: Expr, experts: int) -> list[Expr]:
+    """The order and the tiles of chosen experts [n, count], of so many in all."""
+    n, count = chosen.ty.shape
+    choices = n * count
+    shapes = [choices], [tile_count(choices, experts), FIELDS], [parts(choices), experts]
+    results = [(shape, "int32") for shape in shapes]
+    return call_all(builder, plan(experts, int(count)), "plan_experts", [chosen], results)[:2]
 
 
 @functools.cache

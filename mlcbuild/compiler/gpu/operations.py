@@ -10,7 +10,7 @@ from typing import Any
 
 from tvm import relax
 
-from mlcbuild.compiler.gpu import experts, products, rows, softmax
+from mlcbuild.compiler.gpu import expert_plan, experts, products, rows, softmax
 from mlcbuild.compiler.gpu.device import Device
 from mlcbuild.compiler.gpu.rope import rope
 from mlcbuild.compiler.operations import Factories, call, call_all, parts_of, rows_of
@@ -27,7 +27,7 @@ def factories(dtype: str, device: Device, wide: bool = False) -> Factories:
         return products.linear(*_stored(weight), rows_of(weight), columns, x_dtype, out_dtype, tiles)
 
     def expert_linear(weight: Weight, columns: int, count: int, each: bool) -> Any:
-        return experts.linear(*_stored(weight), int(weight.rows), columns, count, each, dtype, compute)
+        return experts.linear(*_stored(weight), int(weight.rows), columns, count, each, dtype, compute, device)
 
     return Factories(
         compute=compute,
@@ -41,6 +41,7 @@ def factories(dtype: str, device: Device, wide: bool = False) -> Factories:
         norm_heads=partial(rows.norm_heads, dtype=dtype),
         rope=lambda heads, dim, rotary: rope(*heads, dim, rotary, dtype),
         choose_experts=experts.choose,
+        plan_experts=expert_plan.emit,
         expert_linear=expert_linear,
         weighted_sum=partial(experts.weighted_sum, dtype=compute),
         softmax=partial(_softmax, threads=device.threads),

@@ -51,7 +51,7 @@ struct ManyRows {
   const uint32_t* words;
   const T* scales;  // of this thread's row
   T waiting[SCALES];
-  int listed[CHOICES ? COPIES : 1];  // the rows of x that this thread copies from
+  const T* listed[CHOICES ? COPIES : 1];  // where this thread's copies of x begin
 
   __device__ __forceinline__ ManyRows(char* shared, const T* x, const void* w, const T* s, int n, int rows, int first_of_x,
                                       int block, const int* list = nullptr)
@@ -61,7 +61,11 @@ struct ManyRows {
     scales = s + (FORMAT::TRANSPOSED ? row : row * GROUPS);
     if constexpr (CHOICES) {
 #pragma unroll
-      for (int i = 0; i < COPIES; i++) listed[i] = __ldg(list + place(i * THREADS + thread)) / CHOICES;
+      for (int i = 0; i < COPIES; i++) {
+        const int at = i * THREADS + thread;
+        const long long of_x = __ldg(list + place(at)) / CHOICES;
+        listed[i] = one_address(x + of_x * K + unit(0, at / (WIDTH * OF_ROW)) * COLUMNS + at % OF_ROW * (COPY / 2));
+      }
     }
   }
 
@@ -78,8 +82,12 @@ struct ManyRows {
       const int at = i * THREADS + thread, along = at / (WIDTH * OF_ROW);
       const int column = unit(step, along) * COLUMNS + at % OF_ROW * (COPY / 2);
       const bool there = EVEN || column < K;
-      const long long row = CHOICES ? listed[CHOICES ? i : 0] : place(at);
-      copy_later<COPY>(stage + at * COPY, x + row * K + (there ? column : 0), there);
+      if constexpr (CHOICES) {
+        copy_later<COPY>(stage + at * COPY, listed[i] + (there ? step * ALONG * COLUMNS : 0), there);
+      } else {
+        const long long row = place(at);
+        copy_later<COPY>(stage + at * COPY, x + row * K + (there ? column : 0), there);
+      }
     }
     char* to = stage + BYTES_OF_X;
 #pragma unroll
@@ -182,22 +190,24 @@ struct ManyRows {
   }
 
   __device__ __forceinline__ void run(Sums& sums) {
+    // A caller that asks whether there is anything to do has sums in local memory, not in registers: the compiler's choice.
+    const int steps = CHOICES && first_of_x >= n ? 0 : STEPS;
 #pragma unroll
     for (auto& of_x : sums)
 #pragma unroll
       for (auto& tile : of_x) tile[0] = tile[1] = tile[2] = tile[3] = 0;
 #pragma unroll
     for (int step = 0; step < STAGES - 1; step++) {
-      if (step < STEPS) load_scales(step), keep_scales(step), copy(step);
+      if (step < steps) load_scales(step), keep_scales(step), copy(step);
       else end_of_copies();
     }
-    if (STAGES - 1 < STEPS) load_scales(STAGES - 1);
+    if (STAGES - 1 < steps) load_scales(STAGES - 1);
 #pragma unroll 1
-    for (int step = 0; step < STEPS; step++) {
+    for (int step = 0; step < steps; step++) {
       wait_for_copies<STAGES - 2>();
       __syncthreads();  // the step is there, and the one before is used up
       const int next = step + STAGES - 1;
-      if (next < STEPS) {
+      if (next < steps) {
         keep_scales(next), copy(next);
         load_scales(min(next + 1, STEPS - 1));
       } else {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tvm import te, tirx
 
-from mlcbuild.compiler.gpu import experts, rows
+from mlcbuild.compiler.gpu import expert_plan, experts, rows
 from mlcbuild.compiler.gpu.device import device_of
 from mlcbuild.models import routers
 from mlcbuild.quantization.schemes import parts_of
@@ -18,11 +18,32 @@ from tests.support.llama import QUANTIZATIONS, Array
 
 pytestmark = pytest.mark.slow
 
-EXPERTS, COUNT, ROWS, COLUMNS, TOKENS = 5, 2, 40, 128, 7
+EXPERTS, COUNT, ROWS, COLUMNS = 5, 2, 136, 128  # rows of a matrix: more than any block has
+FEW, MANY = 7, 150  # tokens
 
 
 def floats(*shape: int, seed: int = 0) -> Array:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def choices(experts: int, count: int, tokens: int) -> Array:
+    """Uneven ones [tokens, count], other experts for each choice of a token: all tokens choose expert 0, nobody the last
+    but one."""
+    random, liked = np.random.default_rng(tokens), np.array([e for e in range(1, experts) if e != experts - 2] or [0])
+    rest = [random.permutation(liked)[: count - 1] for _ in range(tokens)]
+    return np.array([random.permutation([0, *more]) for more in rest], np.int32).reshape(tokens, count)
+
+
+def planned(chosen: Array, experts: int) -> tuple[Array, Array]:
+    """order and tiles of expert_plan.py."""
+    flat, slots = chosen.reshape(-1), expert_plan.tile_count(chosen.size, experts)
+    tiles, begin = np.zeros((slots, expert_plan.FIELDS), np.int32), 0
+    for e in range(experts):
+        end = begin + int((flat == e).sum())
+        for at, first in enumerate(range(begin, end, expert_plan.TILE)):
+            tiles[begin // expert_plan.TILE + e + at] = e, first, end
+        begin = end
+    return np.argsort(flat, kind="stable").astype(np.int32), tiles
 
 
 @pytest.mark.parametrize("normalised", [False, True])
@@ -41,6 +62,22 @@ def test_the_likeliest_experts_are_chosen(gpu: Gpu, normalised: bool) -> None:
     assert np.abs(got["share"] - shares).max() < 1e-5
 
 
+@pytest.mark.parametrize(("experts", "count", "tokens"), [(5, 2, 150), (300, 3, 700), (1, 1, 129), (4, 1, 33)])
+def test_tokens_are_ordered_by_their_experts(gpu: Gpu, experts: int, count: int, tokens: int) -> None:
+    """Of each, as they come; no tile has two experts, and none is padded to the largest."""
+    chosen = choices(experts, count, tokens)
+    order, tiles = planned(chosen, experts)
+    scratch = np.full((expert_plan.parts(chosen.size), experts), -1, np.int32)
+    given = {"chosen": chosen, "order": order * 0, "tiles": np.full(tiles.shape, -1, np.int32), "counts": scratch}
+    function = expert_plan.plan(experts, count)
+    for which in (0, 1):
+        given |= gpu.launch(function, which, given, {"n": tokens})
+    np.testing.assert_array_equal(given["order"], order)
+    there = given["tiles"][:, 1] < given["tiles"][:, 2]
+    np.testing.assert_array_equal(given["tiles"][there], tiles[tiles[:, 1] < tiles[:, 2]])
+    assert there.sum() == sum(-(-int((chosen == e).sum()) // expert_plan.TILE) for e in range(experts))
+
+
 @pytest.mark.parametrize(
     ("name", "each"),
     [
@@ -49,6 +86,7 @@ def test_the_likeliest_experts_are_chosen(gpu: Gpu, normalised: bool) -> None:
     ],
 )
 def test_each_row_is_multiplied_with_the_experts_that_it_chose(gpu: Gpu, name: str, each: bool) -> None:
+    """A few rows one by one; many in tiles, some of them partial."""
     quantization = QUANTIZATIONS[name]
     weights, dtype = quantization.weights, quantization.model_dtype
     if weights is not None and weights.scheme == "group":
@@ -59,16 +97,21 @@ def test_each_row_is_multiplied_with_the_experts_that_it_chose(gpu: Gpu, name: s
         (part.form, part.shape, part.dtype) for part in parts_of(shape, weights, dtype)
     )  # fmt: skip
     arrays = {part: array for (part, *_), array in zip(described, packed.parts, strict=True)}
-    chosen = np.random.default_rng(1).permuted(np.tile(np.arange(EXPERTS), (TOKENS, 1)), axis=1)[:, :COUNT]
-    x = rounded(floats(TOKENS * COUNT if each else TOKENS, COLUMNS, seed=2), dtype)
     device = device_of(gpu.TARGET)
     function = gpu.scheduled(experts.linear(described, weights, ROWS, COLUMNS, COUNT, each, dtype, dtype, device))
-    given = {"x": x.astype(dtype), "chosen": np.ascontiguousarray(chosen, np.int32), **arrays}
-    got = gpu.launch(function, 0, {**given, "result": np.zeros((TOKENS * COUNT, ROWS), dtype)}, {"n": TOKENS})["result"]
+    tiled = len(gpu.kernels(function)) - 1
+    assert tiled == (2 if gpu.kind == "cuda" and name in ("q0f16", "q4f16_1") else 1)  # q3f16_1 has one size of blocks
     values = packed.values.astype(np.float64)
-    rows = x if each else x.repeat(COUNT, axis=0)
-    expected = np.einsum("pk,pnk->pn", rows.astype(np.float64), values[chosen.reshape(-1)])
-    assert np.abs(got - expected).max() < (2e-3 if dtype == "float16" else 1e-5) * np.abs(expected).max()
+    for which, tokens in enumerate((FEW, *[MANY] * tiled)):
+        chosen = choices(EXPERTS, COUNT, tokens)
+        x = rounded(floats(tokens * COUNT if each else tokens, COLUMNS, seed=2), dtype)
+        order, tiles = planned(chosen, EXPERTS)
+        given = {"x": x.astype(dtype), "chosen": chosen, "order": order, "tiles": tiles, **arrays}
+        given["result"] = np.full((tokens * COUNT, ROWS), np.nan, dtype)
+        got = gpu.launch(function, which, given, {"n": tokens})["result"]
+        rows = x if each else x.repeat(COUNT, axis=0)
+        expected = np.einsum("pk,pnk->pn", rows.astype(np.float64), values[chosen.reshape(-1)])
+        assert np.abs(got - expected).max() < (2e-3 if dtype == "float16" else 1e-5) * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -35,6 +35,9 @@ CASES = [
     {"quantization": "q0bf16", "rows": 20, "columns": 1032},
 ]
 
+# By the kernels: those of the plan, of a few tokens, of small blocks and of large ones.
+EXPERTS = [("q4f16_1", 200, 96, 5), ("q8f16_1", 50, 1000, 5), ("q3f16_1", 50, 80, 4), ("q4f32_1", 70, 96, 4)]
+
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
@@ -52,3 +55,13 @@ def test_products(case: dict[str, Any], worker: Worker) -> None:
     assert {n: error for n, error in answer["errors"].items() if not error < bound} == {}
     # 3 bits have one kernel for more than 32 rows of x; of a large matrix, the small blocks end at 64.
     assert answer["kernels"] == (2 if "f32" in name else 4 if "q3" in name else 5)
+
+
+@pytest.mark.parametrize(("name", "rows", "columns", "kernels"), EXPERTS)
+def test_products_with_experts(name: str, rows: int, columns: int, kernels: int, worker: Worker) -> None:
+    """How many tokens there are decides at run time which kernel runs."""
+    answer = worker.ask({"experts": {"quantization": name, "rows": rows, "columns": columns}})
+    assert answer["notes"] == {}
+    bound = 2 * BOUNDS["float32" if "f32" in name else "float16"]  # results are rounded, too
+    assert {n: error for n, error in answer["errors"].items() if not error < bound} == {}
+    assert answer["kernels"] == kernels

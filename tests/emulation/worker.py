@@ -55,13 +55,15 @@ class Worker:
 
 def main() -> None:
     from mlcbuild.emulation import cuda
-    from tests.emulation import products
+    from tests.emulation import experts, products
 
+    kinds = {"product": products.judged, "experts": experts.judged}
     with tempfile.TemporaryDirectory() as folder:
         cuda.load(Path(folder))
         for number, line in enumerate(sys.stdin):
             case, place = json.loads(line), Path(folder) / str(number)
-            answer = products.judged(case["product"], place) if "product" in case else judged(case, place)
+            kind = next((kind for kind in kinds if kind in case), None)
+            answer = kinds[kind](case[kind], place) if kind else judged(case, place)
             print(json.dumps(answer), flush=True)
 
 

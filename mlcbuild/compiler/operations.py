@@ -114,7 +114,9 @@ def operations(builder: relax.BlockBuilder, dtype: str, make: Factories) -> Oper
         key = chosen, int(parts[0].ty.shape[0])
         if key not in plans:
             plans[key] = make.plan_experts(builder, *key)
-        return emit(kernel, "experts", [operand(x, alone=each), chosen, *plans[key], *parts], [n * count, weight.rows], compute)
+        return emit(
+            kernel, "experts", [operand(x, alone=each), chosen, *plans[key], *parts], [n * count, weight.rows], compute
+        )
 
     def weighted_sum(x: Expr, share: Expr) -> Expr:
         (n, count), width = share.ty.shape, x.ty.shape[1]

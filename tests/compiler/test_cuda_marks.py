@@ -10,7 +10,7 @@ import pytest
 from mlcbuild.compiler.gpu import cuda_many, cuda_rows
 from mlcbuild.recipes.load import load
 from tests.support import sass
-from tests.support.cuda_products import source, source_of_many
+from tests.support.cuda_products import source, source_of_experts, source_of_many
 
 ROOT = Path(__file__).parents[2]
 FORM = "4, 32, false of float16"  # q4f16_1
@@ -124,3 +124,24 @@ def test_products_of_many_rows_spill_nothing_in_any_format(tmp_path: Path) -> No
             instances[f"k{number}_{narrow}"] = one
     found = sass.kernels(source_of_many(instances), "sm_80", tmp_path)
     assert {name for name, kernel in found.items() if kernel.spilled or kernel.counted()["I2F"]} == set()
+
+
+@pytest.mark.slow
+def test_products_with_experts_are_those_of_many_rows(tmp_path: Path) -> None:
+    """Rows of activations that lie where a list says cost the loop nothing: sums stay in registers."""
+    shapes = {
+        "gate_up": ("q4f16_1", 1536, 2048, False),
+        "down": ("q4f16_1", 2048, 768, True),
+        "odd": ("q4f16_1", 72, 1000, False),
+        **{name: (name, 1536, 2048, False) for name in ("q3f16_1", "q8f16_1", "q0f16")},
+    }
+    found = sass.kernels(source_of_experts(shapes), "sm_80", tmp_path)
+    assert len(found) == 2 * len(shapes) - 1  # 3 bits have one size of blocks
+    for name, kernel in found.items():
+        begin, end = kernel.loop
+        loop = kernel.instructions[begin:end]
+        products = sum(each.startswith("HMMA.16816.F32") for each in loop)
+        assert products >= 32 and any(each.startswith("LDGSTS") for each in loop), name
+        assert kernel.spilled == 0 and not kernel.counted().keys() & {"I2F", "LDL", "STL"}, name
+        assert len(loop) <= (0.5 if products == 64 else 0.8) * products * CYCLES["sm_80"], (name, len(loop))
+        assert 2 * math.ceil(kernel.registers / 8) * 8 * 128 <= REGISTERS, name

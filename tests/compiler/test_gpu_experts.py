@@ -27,11 +27,12 @@ def floats(*shape: int, seed: int = 0) -> Array:
 
 
 def choices(experts: int, count: int, tokens: int) -> Array:
-    """Uneven ones [tokens, count], other experts for each choice of a token: all tokens choose expert 0, nobody the last
-    but one."""
-    random, liked = np.random.default_rng(tokens), np.array([e for e in range(1, experts) if e != experts - 2] or [0])
+    """Uneven ones [tokens, count], other experts for each choice of a token: all tokens choose expert 1, nobody the first
+    and the last but one."""
+    random, liked = np.random.default_rng(tokens), [e for e in range(2, experts) if e != experts - 2]
     rest = [random.permutation(liked)[: count - 1] for _ in range(tokens)]
-    return np.array([random.permutation([0, *more]) for more in rest], np.int32).reshape(tokens, count)
+    chosen = [random.permutation([min(1, experts - 1), *more]) for more in rest]
+    return np.array(chosen, np.int32).reshape(tokens, count)
 
 
 def planned(chosen: Array, experts: int) -> tuple[Array, Array]:

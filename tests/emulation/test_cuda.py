@@ -42,7 +42,7 @@ RECURRENT = {
 }
 # Attention in some layers, and one of each mixer in others; Falcon-H1 has both side by side.
 HYBRIDS = {
-    **{"lfm2": "q4f16_1", "jamba": "q4f32_1", "falcon_h1": "q4f32_1", "qwen3_5_text": "q4f32_1"},
+    **{"lfm2": "q4f16_1", "jamba": "q4f16_1", "falcon_h1": "q4f32_1", "qwen3_5_text": "q4f32_1"},
     **{"kimi_linear": "q4f32_1", "recurrent_gemma": "q4f16_1", "minimax": "q4f32_1"},
 }
 ENCODERS = {

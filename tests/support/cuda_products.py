@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
 from mlcbuild.compiler.gpu import cuda_many, cuda_rows, sources
 
 
@@ -46,4 +50,30 @@ def source_of_many(instances: dict[str, cuda_many.Instance]) -> str:
                 f"    if (row < n && column < rows) y[row * rows + column] = (half)({total});\n  }}\n"
             )
         pieces.append("}\n")
+    return sources.complete("".join(pieces))
+
+
+def source_of_experts(shapes: Mapping[str, tuple[str, int, int, bool]]) -> str:
+    """Products of many rows with the experts that they chose, as TVM writes them: `name_1`, `name_2` for each name.
+
+    shapes: format, rows and columns of the matrices, and whether each choice has its own row.
+    """
+    from mlcbuild.compiler.gpu import experts
+    from mlcbuild.compiler.gpu.device import device_of
+    from mlcbuild.quantization.schemes import parts_of
+    from tests.support import device_code
+    from tests.support.gpus import DEVICES
+    from tests.support.llama import QUANTIZATIONS
+
+    cuda, pieces = DEVICES[0], list[str]()
+    for name, (form, rows, columns, each) in shapes.items():
+        dtype, weights, shape = QUANTIZATIONS[form].model_dtype, QUANTIZATIONS[form].weights, (8, rows, columns)
+        weights = weights and replace(weights, layout="NK")
+        found = parts_of(shape, weights, dtype) if weights else ()
+        parts = tuple((part.form, part.shape, part.dtype) for part in found) or (("weight", shape, dtype),)
+        sizes = (rows, columns, 2, each, dtype, dtype, device_of(cuda.TARGET))
+        code, _ = device_code.source(cuda.scheduled(experts.linear(parts, weights, *sizes)), cuda.TARGET)
+        pieces = pieces or [code[: code.index('extern "C"')]]
+        kernels = re.findall(r'^extern "C" [^{;]*\{\n.*?^\}\n', code, re.MULTILINE | re.DOTALL)
+        pieces += [kernel.replace("main_kernel", name, 1) for kernel in kernels if "rows_of_expert" in kernel]
     return sources.complete("".join(pieces))

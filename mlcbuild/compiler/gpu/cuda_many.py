@@ -91,9 +91,7 @@ def many_rows(function: tirx.PrimFunc, product: Any) -> list[tuple[int | None, t
 def _body(chosen: Instance, product: Operands) -> Any:
     """Blocks of threads of which each takes `chosen.height` rows of the matrix, and `chosen.width` of x."""
     of_x, block, thread = (tirx.Var(name, "int32") for name in ("bx", "by", "tx"))
-    sums = tirx.decl_buffer(
-        (chosen.height * chosen.width * chosen.along // THREADS,), "float32", "sums", scope="local"
-    )
+    sums = tirx.decl_buffer((chosen.height * chosen.width * chosen.along // THREADS,), "float32", "sums", scope="local")
     shared = tirx.decl_buffer((chosen.shared,), "float32", "stages", scope="shared")
     n, rows = product.n, product.rows
     pointers = [sums.data, shared.data, *product.pointers]

@@ -18,12 +18,13 @@ from typing import Any
 from tvm import relax
 from tvm.script import tirx as T
 
+from mlcbuild.compiler.gpu.cuda_rows import COUNTS
 from mlcbuild.compiler.operations import call_all
 from mlcbuild.models.operations import Expr
 
 TILE = 128  # choices, the largest block of cuda_many.py
 FIELDS = 3  # of a tile: its expert, the place of its first choice, and that behind the expert's last
-MOST_FEW = 32  # rows of x up to which products do not use a plan, and none is made: FEW of schedules.py
+MOST_FEW = COUNTS[-1]  # rows of x up to which products use no plan, and none is made
 _PART = 1024  # choices that a block counts
 _THREADS = 128
 

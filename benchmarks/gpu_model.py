@@ -44,6 +44,7 @@ FORM, BITS, GROUP = "4, 32, false of float16", 4, 32  # q4f16_1
 ROWS, CONTEXTS, PROMPTS = (1, 8, 64), (512, 4096, 32768), (512, 4096, 32768)
 CHUNK = 2048  # tokens of a prompt that are prefilled in one call
 PRODUCTS_OF_AN_INSTRUCTION = 16 * 8 * 16
+OF_EXPERTS = ("gate_up", "down")
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,12 @@ class Shape:
     head_dim: int
     vocabulary: int
     norms_of_heads: bool = False
+    experts: int = 0  # whose gate_up and down are `intermediate` wide
+    choices: int = 1  # of a token
 
     @property
     def products(self) -> dict[str, tuple[int, int]]:
-        """[rows, columns] of a layer's matrices."""
+        """[rows, columns] of a layer's matrices, or of one expert's."""
         attention = self.heads * self.head_dim
         return {
             "qkv": (attention + 2 * self.kv_heads * self.head_dim, self.hidden),
@@ -70,11 +73,22 @@ class Shape:
             "down": (self.hidden, self.intermediate),
         }
 
+    def numbers(self, of_experts: float) -> float:
+        """Of a layer's matrices, the experts' `of_experts` times."""
+        sizes = {name: rows * columns for name, (rows, columns) in self.products.items()}
+        return sum(size * (of_experts if name in OF_EXPERTS else 1) for name, size in sizes.items())
+
+    def chosen(self, n: int) -> float:
+        """How many experts `n` tokens choose, of each as often; 1 where there are none."""
+        return self.experts * (1 - (1 - 1 / self.experts) ** (n * self.choices)) if self.experts else 1
+
 
 SHAPES = {
     "vicuna-7b": Shape(4096, 11008, 32, 32, 32, 128, 32000),
     "llama-3.1-8b": Shape(4096, 14336, 32, 32, 8, 128, 128256),
     "qwen3-0.6b": Shape(1024, 3072, 28, 16, 8, 128, 151936, norms_of_heads=True),
+    "qwen3-30b-a3b": Shape(2048, 768, 48, 32, 4, 128, 151936, norms_of_heads=True, experts=128, choices=8),
+    "mixtral-8x7b": Shape(4096, 14336, 32, 32, 8, 128, 32000, experts=8, choices=2),
 }
 
 
@@ -152,7 +166,8 @@ class Machine:
 
         self.few: dict[tuple[int, int, int], tuple[Any, Code]] = {}
         self.many: dict[tuple[int, int, bool], tuple[Any, Code]] = {}
-        matrices = [*shape.products.values(), (shape.vocabulary, shape.hidden)]
+        tiled = {name: at for name, at in shape.products.items() if shape.experts and name in OF_EXPERTS}
+        matrices = {*shape.products.values(), (shape.vocabulary, shape.hidden)} - {*tiled.values()}
         few = {(*at, most): cuda_rows.instance(FORM, *at, most) for at in matrices for most in cuda_rows.COUNTS}
         many = {(*at, narrow): cuda_many.instance(FORM, *at, narrow) for at in matrices for narrow in (True, False)}
         pairs: tuple[tuple[Any, Any, Any], ...] = (
@@ -166,6 +181,13 @@ class Machine:
             found = sass.kernels(text({name: one for one, name in names.items()}), architecture, folder)
             for key, one in instances.items():
                 kept[key] = one, _code(found[names[one]], one, key[1])
+        if tiled:
+            named = {name: ("q4f16_1", *at, name == "down") for name, at in tiled.items()}
+            found = sass.kernels(cuda_products.source_of_experts(named), architecture, folder)
+        for name, (rows, columns) in tiled.items():
+            for narrow in (True, False):
+                one = cuda_many.instance(FORM, None, columns, narrow)
+                self.many[rows, columns, narrow] = one, _code(found[f"{name}_{2 - narrow}"], one, columns)
         self.attend, self.prompt = _attention(shape, architecture, folder)
 
     def product(self, name: str, at: tuple[int, int], n: int, count: int, extra: float) -> Launch:
@@ -182,6 +204,33 @@ class Machine:
         one, code = self.many[(*at, n <= cuda_many.limit(rows))]
         blocks = math.ceil(rows / one.height) * math.ceil(n / one.width)
         return Launch(name, count, matrix + extra + n * columns * 2, blocks, code)
+
+    def chosen(self, name: str, shape: Shape, n: int, count: int) -> Launch:
+        """With experts: a few choices read a matrix each; of more, half a tile of each expert is not there."""
+        from mlcbuild.compiler.gpu import expert_plan
+
+        (rows, columns), choices = shape.products[name], n * shape.choices
+        matrix, moved = rows * columns * (BITS / 8 + 2 / GROUP), choices * (rows + columns) * 2
+        if choices <= expert_plan.few(shape.experts, shape.choices):
+            return Launch(name, count, choices * matrix + moved)
+        one, code = self.many[rows, columns, choices <= expert_plan.TILE * shape.experts]
+        tiles = max(shape.chosen(n), choices / one.width + shape.experts / 2)
+        return Launch(name, count, shape.chosen(n) * matrix + moved, tiles * math.ceil(rows / one.height), code)
+
+    def mlp(self, shape: Shape, n: int, count: int) -> Iterator[Launch]:
+        """Gate and up, what is made of both, down. Experts are chosen, ordered, and their results added."""
+        width, (wide, _) = 2 * n * shape.hidden, shape.products["gate_up"]
+        if shape.experts:
+            yield Launch("choice of experts", 4 * count, n * (shape.experts + shape.choices) * 4)
+            yield self.chosen("gate_up", shape, n, count)
+        else:
+            yield self.product("gate_up", shape.products["gate_up"], n, count, n * wide * 2)
+        yield Launch("gate", count, n * shape.choices * 3 * shape.intermediate * 2)
+        if shape.experts:
+            yield self.chosen("down", shape, n, count)
+            yield Launch("sum of experts", count, (shape.choices + 1) * width)
+        else:
+            yield self.product("down", shape.products["down"], n, count, 2 * width)
 
 
 def _code(kernel: Any, one: Any, columns: int) -> Code:
@@ -243,9 +292,7 @@ def of_a_token(machine: Machine, shape: Shape, n: int, context: int) -> Iterator
         parts = n * splits * shape.heads * (shape.head_dim + 2) * 4
         yield Launch("joined parts", layers, 2.0 * parts, in_graph=False)
     yield machine.product("o", at["o"], n, layers, 2 * width)
-    yield machine.product("gate_up", at["gate_up"], n, layers, n * at["gate_up"][0] * 2)
-    yield Launch("gate", layers, n * 3 * shape.intermediate * 2)
-    yield machine.product("down", at["down"], n, layers, 2 * width)
+    yield from machine.mlp(shape, n, layers)
     yield machine.product("head", (shape.vocabulary, shape.hidden), n, 1, n * shape.vocabulary * 4)
 
 
@@ -261,22 +308,22 @@ def of_a_prompt(machine: Machine, shape: Shape, length: int) -> Iterator[Launch]
     width, heads = shape.hidden * 2 * n, (shape.heads + 2 * shape.kv_heads) * shape.head_dim * 2 * n
     at = shape.products
     yield Launch("norms", 2 * times + 1, 2 * width, in_graph=False)
-    for name, extra in (("qkv", heads), ("o", 2 * width), ("gate_up", n * at["gate_up"][0] * 2), ("down", 2 * width)):
-        yield dataclasses.replace(machine.product(name, at[name], n, times, extra), in_graph=False)
+    products = [machine.product(name, at[name], n, times, extra) for name, extra in (("qkv", heads), ("o", 2 * width))]
+    for launch in [*products, *machine.mlp(shape, n, times)]:
+        yield dataclasses.replace(launch, in_graph=False)
     yield Launch("rotary and append", 2 * times, 2 * heads, in_graph=False)
     rows = kernels.SHARING * 2 * kernels.WARPS  # of a block: two tiles for each warp
     blocks = math.ceil(n * shape.heads / shape.kv_heads / rows) * shape.kv_heads
     keys = (length + n) / 2 if calls > 1 else n / 2  # that a row sees, on the average
     code = dataclasses.replace(machine.prompt, steps=max(1, round(keys / 16)))
     yield Launch("attention", times, 2 * heads, blocks, code, in_graph=False)
-    yield Launch("gate", times, n * 3 * shape.intermediate * 2, in_graph=False)
     head = machine.product("head", (shape.vocabulary, shape.hidden), 1, 1, 0)
     yield dataclasses.replace(head, in_graph=False)
 
 
 def floor(shape: Shape, n: int, context: int, device: Mapping[str, Any]) -> float:
     """Seconds of a token that the bytes of weights and of the cache take at the data sheet's rate."""
-    matrices = sum(rows * columns for rows, columns in shape.products.values()) * shape.layers
+    matrices = shape.numbers(shape.chosen(n)) * shape.layers
     weights = (matrices + shape.vocabulary * shape.hidden) * (BITS / 8 + 2 / GROUP)
     cached = n * context * 2 * shape.kv_heads * shape.head_dim * 2 * shape.layers
     return float((weights + cached) / (device["bandwidth"] * 1e9))
@@ -284,7 +331,7 @@ def floor(shape: Shape, n: int, context: int, device: Mapping[str, Any]) -> floa
 
 def tensor_floor(shape: Shape, length: int, device: Mapping[str, Any]) -> float:
     """Seconds of a prompt's products and attention at the tensor cores' dense rate."""
-    matrices = sum(rows * columns for rows, columns in shape.products.values())
+    matrices = shape.numbers(shape.choices)
     attention = length / 2 * shape.heads * shape.head_dim * 2
     rate = device["multiprocessors"] * device["products"] * device["clock"] * 1e9
     return float(length * shape.layers * (matrices + attention) / rate)

@@ -27,8 +27,8 @@ def floats(*shape: int, seed: int = 0) -> Array:
 
 
 def choices(experts: int, count: int, tokens: int) -> Array:
-    """Uneven ones [tokens, count], other experts for each choice of a token: all tokens choose expert 1, nobody the first
-    and the last but one."""
+    """Uneven ones [tokens, count], other experts for each choice of a token: all choose expert 1, nobody the first and
+    the last but one."""
     random, liked = np.random.default_rng(tokens), [e for e in range(2, experts) if e != experts - 2]
     rest = [random.permutation(liked)[: count - 1] for _ in range(tokens)]
     chosen = [random.permutation([min(1, experts - 1), *more]) for more in rest]

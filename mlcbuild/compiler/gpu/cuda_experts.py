@@ -19,8 +19,8 @@ _THREADS, _HANDED = cuda_many.THREADS, cuda_many.HANDED
 def bodies(p: Product) -> list[tuple[int | None, Any]]:
     """Kernels for up to so many choices, and for any number; none where no function of ours reads the matrices.
 
-    Of an expert with `c` rows, half a block is not there, on the average: (c + 32) * 1.2 rows of small blocks cost as much
-    as the c + 64 of large ones where c is TILE. (Small ones take a fifth more instructions for each product.)
+    Of an expert with c rows, half a block is not there, on the average: (c + 32) * 1.2 rows of small blocks cost as
+    much as the c + 64 of large ones where c is TILE, if small ones take a fifth longer for a row.
     """
     form = cuda_rows.format_of(p.weights, p.dtype).get(cuda_rows.FORMAT)
     if form is None or str(p.x.dtype) != p.dtype:
@@ -34,7 +34,7 @@ def bodies(p: Product) -> list[tuple[int | None, Any]]:
 
 
 def _body(chosen: cuda_many.Instance, p: Product) -> Any:
-    """Blocks of threads of which each takes `chosen.height` rows of an expert's matrix, and `chosen.width` of a tile."""
+    """Blocks of threads of which each takes `chosen.height` rows of an expert's matrix and `chosen.width` of a tile."""
     (block, tile), blocks = p.blocks(chosen.width, chosen.height)
     thread = tirx.Var("tx", "int32")
     sums = tirx.decl_buffer((chosen.height * chosen.width // _THREADS,), "float32", "sums", scope="local")

@@ -1,7 +1,7 @@
 """Products of many rows with chosen experts, tile by tile (expert_plan.py), on any device and in any format.
 
-A block of threads has rows of x that chose the same expert, and some rows of its matrix. Both come through shared memory, in
-float32: a number of the matrix is read and unpacked once for all of the block's rows of x.
+A block of threads has rows of x that chose the same expert, and some rows of its matrix. Both come through shared
+memory, in float32: a number of the matrix is read and unpacked once for all of the block's rows of x.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from mlcbuild.recipes.types import Weights
 
 _WIDTH, _HEIGHT, _DEPTH = 32, 64, 32  # of a block: rows of x, of the matrix, and columns at once, at least
 _THREADS, _ACROSS = 128, 16  # of a block; those along the rows of the matrix
-# Choices for each expert, on the average, from which a tile costs less than its rows one by one: a number is unpacked once,
-# and multiplied with all rows of a tile, whether they are there or not.
+# Choices for each expert, on the average, from which a tile costs less than its rows one by one: a number is unpacked
+# once, and multiplied with all rows of a tile, whether they are there or not.
 _WORTH = 8
 
 
@@ -54,8 +54,8 @@ class Product:
         return expert, first, end
 
     def blocks(self, width: int, height: int) -> tuple[tuple[Any, ...], dict[str, tuple[Any, Any]]]:
-        """Variables of blocks of so many rows of x and of the matrix, and how many there are. Those of a tile follow each
-        other: what they read of x and of the expert's matrix is in the caches then."""
+        """Variables of blocks of so many rows of x and of the matrix, and how many there are. Those of a tile follow
+        each other: what they read of x and of the expert's matrix is in the caches then."""
         block, tile = tirx.Var("bx", "int32"), tirx.Var("by", "int32")
         count = tile_count(self.choices, self.experts) * (TILE // width)
         return (block, tile), {"blockIdx.x": (block, -(-self.rows // height)), "blockIdx.y": (tile, count)}
@@ -72,13 +72,13 @@ class Of:
         return self._tensor[(self._expert, *rest)]
 
 
-def least(experts: int) -> int:
-    """Up to how many choices rows are better multiplied one by one."""
+def few(experts: int) -> int:
+    """Up to how many choices rows are better multiplied one by one than by `body`."""
     return _WORTH * experts
 
 
 def body(p: Product) -> Any:
-    """The kernel of all tiles. A block behind the last choice of its expert goes through no columns, and stores nothing."""
+    """The kernel of all tiles. A block behind its expert's last choice goes through no columns, and stores nothing."""
     step = formats.words(p.weights)
     depth = step * max(4, _DEPTH // step)
     (block, tile), blocks = p.blocks(_WIDTH, _HEIGHT)

@@ -1,8 +1,8 @@
 """Mixtures of experts on GPUs. Arithmetic is float32.
 
-Of a few rows, a product reads the chosen expert's matrix for each token and each of its choices: right for decoding, which
-is bound by reading those. Of more, rows are ordered by their experts (expert_plan.py) and multiplied in tiles, which read
-the expert's matrix once for all of their rows (cuda_experts.py, expert_tiles.py).
+Of a few rows, a product reads the chosen expert's matrix for each token and each of its choices: right for decoding,
+which is bound by reading those. Of more, rows are ordered by their experts (expert_plan.py) and multiplied in tiles,
+which read the expert's matrix once for all of their rows (cuda_experts.py, expert_tiles.py).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 from tvm import IRModule, s_tir, te, tirx
 from tvm.script import tirx as T
 
-from mlcbuild.compiler.gpu import cuda_experts, expert_tiles, formats
+from mlcbuild.compiler.gpu import cuda_experts, expert_plan, expert_tiles, formats
 from mlcbuild.compiler.gpu.device import Device
-from mlcbuild.compiler.gpu.expert_plan import FIELDS, MOST_FEW, tile_count
+from mlcbuild.compiler.gpu.expert_plan import FIELDS, tile_count
 from mlcbuild.compiler.gpu.expert_tiles import Of
 from mlcbuild.compiler.gpu.products import Part
 from mlcbuild.compiler.gpu.rows import int64, private, widened
@@ -91,10 +91,11 @@ def linear(
     compute: str,
     device: Device,
 ) -> Any:
-    """x, chosen [n, count], its plan (expert_plan.py), the parts of w [experts, rows, in_features] -> [n * count, rows].
+    """x, chosen [n, count], order, tiles, the parts of w [experts, rows, in_features] -> [n * count, rows].
 
-    x and w are of the model `dtype`, the result of `compute`. x: [n, in_features]; with `each`, a row of its own for
-    every choice: [n * count, in_features]. Scheduled: how many rows there are decides which kernel runs.
+    order, tiles: expert_plan.plan. x and w are of the model `dtype`, the result of `compute`. x: [n, in_features]; with
+    `each`, a row of its own for every choice: [n * count, in_features]. Scheduled: how many rows there are decides
+    which kernel runs.
     """
     n, experts = tirx.Var("n", "int64"), int(parts[0][1][0])
     pairs = n * int64(count)
@@ -122,14 +123,14 @@ def linear(
     return function.with_body(_by_rows(function.body, tiled, device)).with_attr("op_pattern", _OPAQUE)
 
 
-def _by_rows(few: Any, product: expert_tiles.Product, device: Device) -> Any:
-    """`few`, or what is better from a number of choices on."""
+def _by_rows(one_by_one: Any, product: expert_tiles.Product, device: Device) -> Any:
+    """`one_by_one`, or what is better from a number of choices on."""
     own = cuda_experts.bodies(product) if device.kind == "cuda" else []
-    least = MOST_FEW * product.count
+    most_few = expert_plan.few(product.experts, product.count)
     if not own:
-        own, least = [(None, expert_tiles.body(product))], max(least, expert_tiles.least(product.experts))
+        own, most_few = [(None, expert_tiles.body(product))], max(most_few, expert_tiles.few(product.experts))
     (_, body), *rest = reversed(own)
-    for most, kernel in [*rest, (least, few)]:
+    for most, kernel in [*rest, (most_few, one_by_one)]:
         body = tirx.IfThenElse(tirx.op.tvm_thread_invariant(product.choices <= most), kernel, body)
     return s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", body))
 
@@ -137,8 +138,9 @@ def _by_rows(few: Any, product: expert_tiles.Product, device: Device) -> Any:
 def _one_by_one(function: tirx.PrimFunc, device: Device, step: int) -> tirx.PrimFunc:
     """A kernel with a block of threads for a few rows of an expert's matrix and one row of x.
 
-    `lanes` threads go along a row of the matrix together, a storage word of `step` numbers each, and add up what they have.
-    Blocks that follow each other have other rows of x and the same ones of the matrices, which then come out of the caches.
+    `lanes` threads go along a row of the matrix together, a storage word of `step` numbers each, and add up what they
+    have. Blocks that follow each other have other rows of x and the same ones of the matrices, which then come out of
+    the caches.
     """
     sch = s_tir.Schedule(function)
     product, result = sch.get_sblock(PRODUCT), sch.get_sblock("result")

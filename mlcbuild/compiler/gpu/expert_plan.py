@@ -18,25 +18,22 @@ from typing import Any
 from tvm import relax
 from tvm.script import tirx as T
 
-from mlcbuild.compiler.gpu.cuda_rows import COUNTS
 from mlcbuild.compiler.operations import call_all
 from mlcbuild.models.operations import Expr
 
 TILE = 128  # choices, the largest block of cuda_many.py
 FIELDS = 3  # of a tile: its expert, the place of its first choice, and that behind the expert's last
-_EACH = 2  # choices of an expert, on the average, that are few
 _PART = 1024  # choices that a block counts
 _THREADS = 128
 
 
-def few(experts: int, count: int) -> int:
+def few(experts: int) -> int:
     """Up to how many choices products use no plan, and none is made.
 
-    At two for each expert, 86 % of the experts are chosen, and rows one by one read and unpack more than twice what
-    tiles do. A tile of a row or two costs more than reading its matrix, though. Beyond what are few rows for other
-    products, too, tiles read less: three quarters with 512 experts of which ten are chosen.
+    At one for each expert, 63 % of the experts are chosen, and rows one by one read and unpack half more than tiles do.
+    A tile of a row or two costs about that much more than reading its matrix: it reads activations for all of its rows.
     """
-    return min(COUNTS[-1] * count, _EACH * experts)
+    return experts
 
 
 def tile_count(choices: Any, experts: int) -> Any:
@@ -73,7 +70,7 @@ def plan(experts: int, count: int) -> Any:
         order = T.match_buffer(var_order, (n * count,), "int32")
         tiles = T.match_buffer(var_tiles, (tile_count(n * count, experts), FIELDS), "int32")
         counts = T.match_buffer(var_counts, (parts(n * count), experts), "int32")
-        if n * count > few(experts, count):
+        if n * count > few(experts):
             for bx in T.thread_binding(parts(n * count), thread="blockIdx.x"):
                 for tx in T.thread_binding(_THREADS, thread="threadIdx.x"):
                     with T.sblock("count"):

@@ -29,7 +29,7 @@ _WORTH = 8
 
 @dataclass(frozen=True)
 class Product:
-    """The buffers and sizes of a product: experts.linear. count: choices of a token; of_x: those of a row of x."""
+    """The buffers and sizes of a product: experts.linear. of_x: choices that share a row of x."""
 
     x: Any
     order: Any
@@ -41,7 +41,6 @@ class Product:
     experts: int
     rows: int
     columns: int
-    count: int
     of_x: int
 
     @property

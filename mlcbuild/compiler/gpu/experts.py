@@ -118,7 +118,7 @@ def linear(
     function = _one_by_one(function, device, formats.words(weights))
     x, _, order, tiles, *held, result = function.params
     held = dict(zip(given, held, strict=True))
-    sizes = (experts, rows, in_features, count, 1 if each else count)
+    sizes = (experts, rows, in_features, 1 if each else count)
     tiled = expert_tiles.Product(x, order, tiles, held, result, weights, dtype, *sizes)
     return function.with_body(_by_rows(function.body, tiled, device)).with_attr("op_pattern", _OPAQUE)
 
@@ -126,7 +126,7 @@ def linear(
 def _by_rows(one_by_one: Any, product: expert_tiles.Product, device: Device) -> Any:
     """`one_by_one`, or what is better from a number of choices on."""
     own = cuda_experts.bodies(product) if device.kind == "cuda" else []
-    most_few = expert_plan.few(product.experts, product.count)
+    most_few = expert_plan.few(product.experts)
     if not own:
         own, most_few = [(None, expert_tiles.body(product))], max(most_few, expert_tiles.few(product.experts))
     (_, body), *rest = reversed(own)

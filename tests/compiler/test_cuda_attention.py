@@ -23,8 +23,10 @@ LENGTHS = (900, 3, 129, 16)  # of sequences, their first cached tokens at these 
 OFFSETS = (30, 0, 7, 0)
 SHAPES: dict[str, dict[str, Any]] = {
     "32": {"head_dim": 32, "num_attention_heads": 6, "num_key_value_heads": 2},
-    "40": {"head_dim": 40, "num_attention_heads": 3, "num_key_value_heads": 3},
-    "64-window": {"head_dim": 64, "num_attention_heads": 10, "num_key_value_heads": 1, "sliding_window_size": 37},
+    "40-sinks": {"head_dim": 40, "num_attention_heads": 3, "num_key_value_heads": 3},
+    "64-window-sinks": {
+        **{"head_dim": 64, "num_attention_heads": 10, "num_key_value_heads": 1, "sliding_window_size": 37}
+    },
     "80-biases": {"head_dim": 80, "num_attention_heads": 12, "num_key_value_heads": 12, "alibi_bias_max": 8.0},
     "96-chunks": {"head_dim": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window_size": 64},
     "128": {"head_dim": 128, "num_attention_heads": 28, "num_key_value_heads": 4},
@@ -35,11 +37,15 @@ SHAPES: dict[str, dict[str, Any]] = {
 def structure(name: str) -> Structure:
     given = dict(SHAPES[name])
     model = llama.structure_of(llama.transformers_llama(head_dim=given["head_dim"]))
-    return dataclasses.replace(model, **given, chunked=name.endswith("chunks"))
+    sinks = [dataclasses.replace(model.rules[0], role="sinks")] if name.endswith("sinks") else []
+    return dataclasses.replace(model, **given, chunked=name.endswith("chunks"), rules=(*model.rules, *sinks))
 
 
 def expected(s: Structure, q: Array, k: Array, v: Array, head: int, scale: float, back: Array, position: int) -> Any:
-    """The mean of values, which are `back` positions before their query, and the logarithm of base 2 of the sum."""
+    """The mean of values, which are `back` positions before their query, and the logarithm of base 2 of the sum.
+
+    A sink, the query's last number, counts unless the query is behind all of the keys.
+    """
     scores = k.astype(np.float64) @ q.astype(np.float64) * abs(scale)
     if s.attn_logit_softcapping:
         scores = s.attn_logit_softcapping * np.tanh(scores / s.attn_logit_softcapping)
@@ -53,7 +59,8 @@ def expected(s: Structure, q: Array, k: Array, v: Array, head: int, scale: float
         return np.zeros(v.shape[-1]), -5e4
     most = scores.max()
     shares = np.exp(scores - most)
-    return shares @ v.astype(np.float64) / shares.sum(), float((most + np.log(shares.sum())) / np.log(2))
+    total = shares.sum() + (np.exp(float(q[-1]) - most) if "sinks" in s.roles() and back.min() <= 0 else 0)
+    return shares @ v.astype(np.float64) / total, float((most + np.log(total)) / np.log(2))
 
 
 class Cached:

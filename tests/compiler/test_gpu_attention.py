@@ -1,4 +1,4 @@
-"""GPU attention by head_dim, with windows, caps and linear biases, on every device that there is, against NumPy."""
+"""GPU attention by head_dim, with windows, caps, linear biases and sinks, on every device that there is, against NumPy."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ class Shape:
     window: int | None = None
     cap: float | None = None
     bias: float | None = None  # ALiBi's largest
+    sinks: bool = False
 
     def __str__(self) -> str:
         return str(self.dim)
@@ -62,15 +63,19 @@ class Shape:
     def numbers(self, seed: int, *shape: int) -> Array:
         return np.random.default_rng(seed).standard_normal(shape).astype(self.dtype)
 
-    def row(self, q: Array, k: Array, v: Array, scale: float, head: int) -> Array:
-        """q [dim] over k and v [n, dim], the last at its own position, in float64."""
+    def row(self, q: Array, k: Array, v: Array, scale: float, head: int, own: bool = True) -> tuple[Array, float]:
+        """q [dim] over k and v [n, dim], neighbours in a text, in float64; and the logarithm of base 2 of the sum.
+
+        `own`: the row's key is among these, and a sink's share with it, whose logit is the query's last number.
+        """
         scores = k.astype(np.float64) @ q.astype(np.float64) * scale
         if self.bias is not None:
             scores = scores - self.slope(head) * np.arange(len(k))[::-1]
         scores = scores if self.cap is None else self.cap * np.tanh(scores / self.cap)
-        weights = np.exp(scores - scores.max())
-        out: Array = weights @ v.astype(np.float64) / weights.sum()
-        return out
+        most = scores.max()
+        weights = np.exp(scores - most)
+        total = weights.sum() + (np.exp(float(q[-1]) - most) if self.sinks and own else 0)
+        return weights @ v.astype(np.float64) / total, float((most + np.log(total)) / np.log(2))
 
     def slope(self, head: int) -> float:
         """Press et al., arXiv 2108.12409: of twelve heads, eight as of eight, and every second one of sixteen."""
@@ -80,11 +85,11 @@ class Shape:
 
 
 SHAPES = (
-    Shape(32, 4, 2, "float32", 12, 0.5),
+    Shape(32, 4, 2, "float32", 12, 0.5, sinks=True),
     Shape(64, 6, 2),
-    Shape(80, 4, 4, "float32"),
+    Shape(80, 4, 4, "float32", sinks=True),
     Shape(96, 3, 1, window=12),
-    Shape(128, 4, 1, cap=0.5),
+    Shape(128, 4, 1, cap=0.5, sinks=True),
     Shape(256, 2, 1),
     Shape(40, 12, 4, "float32", bias=8.0),
 )
@@ -95,8 +100,11 @@ class Attention:
 
     def __init__(self, gpu: Gpu, shape: Shape) -> None:
         self.gpu, self.shape = gpu, shape
+        structure = llama.structure_of(llama.transformers_llama(head_dim=shape.dim))
+        sinks = [dataclasses.replace(structure.rules[0], role="sinks")] if shape.sinks else []
         structure = dataclasses.replace(
-            llama.structure_of(llama.transformers_llama(head_dim=shape.dim)),
+            structure,
+            rules=(*structure.rules, *sinks),
             num_attention_heads=shape.heads,
             num_key_value_heads=shape.kv_heads,
             sliding_window_size=shape.window,
@@ -133,14 +141,15 @@ def test_new_tokens(attended: Attention) -> None:
     }
     for scale in shape.scales:
         sizes = {"batch_size": 2, "qo_len": n, "kv_len": n, "causal": 1, "sm_scale": scale}
-        got, _ = attended.run(attended.ragged, arrays, sizes)
+        got, lse = attended.run(attended.ragged, arrays, sizes)
         for i in range(n):
             start = 0 if i < 9 else 9
             seen = slice(max(start, i + 1 - (shape.window or n)) if scale < 0 else start, i + 1)
             for head in range(shape.heads):
                 kv = head * shape.kv_heads // shape.heads
-                expected = shape.row(q[i, head], k[seen, kv], v[seen, kv], abs(scale), head)
+                expected, total = shape.row(q[i, head], k[seen, kv], v[seen, kv], abs(scale), head)
                 assert np.abs(got[i, head] - expected).max() < shape.bound
+                assert shape.bias is not None or abs(lse[i, head] - total) < 1e-3
 
 
 def cache(shape: Shape) -> dict[str, Array]:
@@ -177,13 +186,15 @@ def check_cached(shape: Shape, arrays: dict[str, Array], rows: list[tuple[int, i
                 assert lse[i, head] < -4e4  # counts for nothing where both attentions are merged
                 continue
             kv = head * shape.kv_heads // shape.heads
-            expected = shape.row(q[i, head], seen[0][:, kv], seen[1][:, kv], abs(scale), head)
+            own = position - int(arrays["k_rope_pos_offset"][b]) < (45, 3)[b]
+            expected, total = shape.row(q[i, head], seen[0][:, kv], seen[1][:, kv], abs(scale), head, own)
             assert np.abs(output[i, head] - expected).max() < shape.bound
+            assert shape.bias is not None or abs(lse[i, head] - total) < 1e-3
 
 
 def test_new_tokens_over_cached_pages(attended: Attention) -> None:
     shape, n = attended.shape, 20
-    positions = [*range(75, 90), *range(3, 8)]
+    positions = [*range(71, 86), *range(2, 7)]  # of the first five, the own key is in the cache: others share a prefix
     arrays = cache(shape) | {
         "q": shape.numbers(4, n, shape.heads, shape.dim),
         "q_indptr": np.array([0, 15, n], np.int32),

@@ -1,4 +1,4 @@
-"""GPU attention by head_dim, with windows, caps, linear biases and sinks, on every device that there is, against NumPy."""
+"""GPU attention by head_dim, with windows, caps, linear biases and sinks, on every device there is, against NumPy."""
 
 from __future__ import annotations
 

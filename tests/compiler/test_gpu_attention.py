@@ -90,8 +90,9 @@ SHAPES = (
     Shape(80, 4, 4, "float32", sinks=True),
     Shape(96, 3, 1, window=12),
     Shape(128, 4, 1, cap=0.5, sinks=True),
-    Shape(256, 2, 1),
+    Shape(256, 2, 1, "float32"),
     Shape(40, 12, 4, "float32", bias=8.0),
+    Shape(512, 3, 1, window=12),
 )
 
 
@@ -222,7 +223,7 @@ def test_one_token_over_cached_pages(attended: Attention) -> None:
     ("dim", "heads", "dtype"),
     [
         *((32, 8, "float32"), (64, 25, "float16"), (80, 7, "float32")),
-        *((96, 3, "float16"), (128, 28, "float16"), (256, 10, "float32")),
+        *((96, 3, "float16"), (128, 28, "float16"), (512, 10, "float32")),
     ],
 )
 def test_a1_two_attentions_become_one_whatever_order_threads_run_in(gpu: Gpu, dim: int, heads: int, dtype: str) -> None:
@@ -257,7 +258,7 @@ def test_decoders_with_these_choices_become_gpu_libraries(name: str) -> None:
     assert {"create_tir_paged_kv_cache", "attention_prefill", "attention_decode"} <= names
 
 
-@pytest.mark.parametrize(("dim", "kv_heads", "dtype"), [(32, 3, "float32"), (80, 2, "float16"), (256, 1, "float16")])
+@pytest.mark.parametrize(("dim", "kv_heads", "dtype"), [(32, 3, "float32"), (80, 2, "float16"), (512, 1, "float16")])
 def test_what_the_cache_writes_and_copies(gpu: Gpu, dim: int, kv_heads: int, dtype: str) -> None:
     """TVM's kernels: new keys and values go to their places, the first tokens of a page into another, tokens closer."""
     device, size = target.Target(dict(gpu.TARGET)), tirx.Var("page_size", "int64")

@@ -255,7 +255,7 @@ def test_logits_are_changed_in_place(gpu: Gpu, rng: np.random.Generator) -> None
 
 
 @pytest.mark.parametrize(
-    ("dim", "rotary"), [(32, Rotary(32)), (80, Rotary(16, neighbours=True, factor=1.2)), (256, Rotary(0))]
+    ("dim", "rotary"), [(512, Rotary(512)), (80, Rotary(16, neighbours=True, factor=1.2)), (32, Rotary(0))]
 )
 def test_rotary_embedding(gpu: Gpu, rng: np.random.Generator, dim: int, rotary: Rotary) -> None:
     """At positions up to 100,000, whose angles no GPU takes the cosine of as they are.

@@ -36,7 +36,7 @@ def stories() -> Structure:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"head_dim": 16}, "head_dim is 16: GPU attention takes multiples of 4 from 32 to 256"),
+        ({"head_dim": 16}, "head_dim is 16: GPU attention takes multiples of 4 from 32 to 512"),
         ({"state_size": 257}, "a channel's state has 257 values: the GPU kernels keep up to 256"),
         ({"num_key_value_heads": 4}, "num_key_value_heads 4: GPU attention needs a whole number of query heads"),
     ],

@@ -16,6 +16,7 @@ from typing import Any
 import tvm
 import tvm_ffi
 from tvm import ir, target, tirx
+from tvm.relax.frontend.nn.llm import _kernel_common
 from tvm.relax.frontend.nn.llm import kv_cache as tvm_kv_cache
 from tvm.script import tirx as T
 
@@ -53,10 +54,36 @@ def kernels(structure: Structure, dtype: str, device: target.Target) -> tuple[An
     heads, kv_heads, dim = s.num_attention_heads, s.num_key_value_heads, s.head_dim
     if device.kind.name == "cuda" and cuda_attention.takes(s, dtype):
         return cuda_attention.ragged(s, dtype), cuda_attention.prefill(s, dtype), cuda_attention.decode(s, dtype)
-    ragged = tvm_kv_cache._attention_prefill_ragged(kv_heads, heads, dim, dim, dtype, _NO_SCALING, device)
-    prefill = tvm_kv_cache._attention_prefill(kv_heads, heads, dim, dtype, False, _NO_SCALING, device)
+    tiles = _tiles(s, dtype, device)
+    ragged = tvm_kv_cache._attention_prefill_ragged(kv_heads, heads, dim, dim, dtype, _NO_SCALING, tiles)
+    prefill = tvm_kv_cache._attention_prefill(kv_heads, heads, dim, dtype, False, _NO_SCALING, tiles)
     decode = tvm_kv_cache._attention_decode(kv_heads, heads, dim, dtype, False, _NO_SCALING, device)
     return _changed(ragged, s), _changed(prefill, s), _changed(decode, s)
+
+
+def _tiles(structure: Structure, dtype: str, device: target.Target) -> target.Target:
+    """The target for which TVM's prefill kernels have tiles that `device` has shared memory for.
+
+    TVM fits tiles to the memory for Metal alone; elsewhere they may be larger, or divide by no number of threads. Raises
+    MlcBuildError where no tile fits.
+    """
+    s, most = structure, int(device.attrs.get("max_shared_memory_per_block", 32768))
+    threads = _kernel_common.get_max_num_threads_per_block(device)
+    fitted = target.Target({"kind": "metal", "max_threads_per_block": threads, "max_shared_memory_per_block": most})
+    for tiles in (device, fitted):
+        try:
+            made = _kernel_common._get_prefill_kernel_config(
+                s.num_key_value_heads, s.num_attention_heads, s.head_dim, dtype, tiles
+            )
+        except ValueError:
+            continue
+        rows, keys = made[5], made[7]
+        if _kernel_common._get_prefill_shared_memory_usage(rows, keys, s.head_dim, dtype) <= most:
+            return tiles
+    raise MlcBuildError(
+        f"head_dim is {s.head_dim}: in {dtype}, no tile of attention fits into the {most} bytes of shared memory that "
+        f"a block of {device.kind.name} has; use a float16 format for this target"
+    )
 
 
 @functools.cache

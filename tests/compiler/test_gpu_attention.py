@@ -50,7 +50,7 @@ class Shape:
     sinks: bool = False
 
     def __str__(self) -> str:
-        return str(self.dim)
+        return f"{self.dim}-{self.dtype}"
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -93,6 +93,7 @@ SHAPES = (
     Shape(256, 2, 1, "float32"),
     Shape(40, 12, 4, "float32", bias=8.0),
     Shape(512, 3, 1, window=12),
+    Shape(512, 2, 2, "float32", bias=8.0),
 )
 
 

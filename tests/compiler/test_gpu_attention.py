@@ -92,7 +92,7 @@ SHAPES = (
     Shape(128, 4, 1, cap=0.5, sinks=True),
     Shape(256, 2, 1, "float32"),
     Shape(40, 12, 4, "float32", bias=8.0),
-    Shape(512, 3, 1, window=12),
+    Shape(512, 3, 1),
     Shape(512, 2, 2, "float32", bias=8.0),
 )
 
@@ -129,7 +129,10 @@ class Attention:
 
 @pytest.fixture(scope="module", params=SHAPES, ids=str)
 def attended(gpu: Gpu, request: pytest.FixtureRequest) -> Attention:
-    return Attention(gpu, request.param)
+    shape: Shape = request.param
+    if shape.dim == 512 and gpu.name == {"float16": "wgsl", "float32": "spirv"}[shape.dtype]:
+        pytest.skip("the kernels of the other one, for the same device, which takes half a minute to compile them")
+    return Attention(gpu, shape)
 
 
 def test_new_tokens(attended: Attention) -> None:

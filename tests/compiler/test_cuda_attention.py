@@ -213,6 +213,11 @@ def test_what_is_on_its_way_from_the_cache(architecture: str, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_decoding_over_heads_of_512_spills_no_register(tmp_path: Path) -> None:
+    assert [kernel.spilled for kernel in machine_code(cuda_attention.decode, 512, "sm_80", tmp_path)] == [0, 0]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [128, 256, 512])
 def test_prompts_leave_half_of_the_issue_slots_to_tensor_cores(dim: int, tmp_path: Path) -> None:
     """A multiprocessor of sm_80 issues one instruction of each of four warps while a product of a tile takes eight."""

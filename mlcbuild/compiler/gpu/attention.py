@@ -19,7 +19,7 @@ from tvm.script import tirx as T
 
 from mlcbuild.compiler.abi.kv_cache import Kernels
 from mlcbuild.compiler.gpu import cuda_attention, tiles
-from mlcbuild.compiler.gpu.parts import arguments, expect, index_of, is_length, mapped, nodes, variable
+from mlcbuild.compiler.gpu.rewriting import arguments, expect, index_of, is_length, mapped, nodes, variable
 from mlcbuild.compiler.gpu.rope import split_rotary
 from mlcbuild.models.rope import Rotary
 from mlcbuild.models.structure import Structure

@@ -9,7 +9,7 @@ import tvm
 from tvm import ir, target, tirx
 from tvm.relax.frontend.nn.llm import _kernel_common as tvm_kernels
 
-from mlcbuild.compiler.gpu.parts import arguments, expect, is_length, mapped, nodes, variable
+from mlcbuild.compiler.gpu.rewriting import arguments, expect, is_length, mapped, nodes, variable
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.structure import Structure
 

@@ -6,9 +6,8 @@
 // of a value, and nothing goes through shared memory. Sums, scores and the softmax are float32 (Dao, FlashAttention-2,
 // arXiv 2307.08691).
 //
-// Of heads wider than 256, a warp holds 256 numbers of a key at once, and sums of 256 columns of values: PARTS warps share
-// the rows of a tile, each with columns of its own. All of them make the scores: whoever is second finds keys in the L1, as
-// does whoever reads a query again, for which there are no registers.
+// Of heads wider than 256, PARTS warps share the rows of a tile, each with the sums of 256 columns of values. All of them
+// make the scores, from 128 numbers of a key at once. Queries have no registers then, and are read again in each step.
 #pragma once
 #include "device.cuh"
 
@@ -115,8 +114,8 @@ struct Rows {
     }
   }
 
-  // Of a step that has `left` tokens; what is behind them is zeros: what lies in a page there may be no number. Keys are
-  // those numbers that part `of` begins with.
+  // Of a step that has `left` tokens; what is behind them is zeros: what lies in a page there may be no number. Of
+  // keys, those NUMBERS that begin at of * NUMBERS.
   __device__ __forceinline__ void load_keys(const T* from, int stride, int left, int of = 0) {
     if (left >= KEYS) load_keys<true>(from, stride, left, of);
     else load_keys<false>(from, stride, left, of);
@@ -149,7 +148,7 @@ struct Rows {
       }
   }
 
-  // Products of the keys that are there, those numbers that part `of` begins with, and the queries.
+  // Adds the products of queries and of the keys' numbers that were loaded last, from of * NUMBERS on.
   __device__ __forceinline__ void multiply(float (&products)[TILES][2][4], int of) const {
 #pragma unroll
     for (int t = 0; t < TILES; t++) {

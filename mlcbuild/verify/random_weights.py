@@ -26,22 +26,27 @@ def make(structure: Structure, vocabulary: int, quantization: Quantization, fold
 
     Matrices `[N, K]` have a deviation of K^-1/2, which keeps the length of what they are multiplied with; norms lie
     around 1, biases and the rates of keys around 0 (as Doge has them at first), the rates of state spaces around -1: of
-    a positive rate a state grows without end. (Lightning attention has them without the sign.)
+    a positive rate a state grows without end. (Lightning attention has them without the sign.) Of heads whose scores
+    have a scale of their own (1, in Gemma 4), norms lie around what makes the scores' deviation 1: they would else grow
+    with the head, and one key of all have the whole softmax.
     """
     rate = 1.0 if structure.mixer == "lightning" else -1.0
+    scale = structure.attention_scale if structure.qk_norm == "head" else None
     wanted = parameters(replace(structure, vocab_size=vocabulary))
     blocks = _Blocks(scratch / "numbers.bin")
     made: dict[str, list[QuantizedParameter]] = {}
     for tensor in quantized_parameters(wanted, quantization):
         made.setdefault(tensor.source, []).append(tensor)
-    entries = [_entry(parameter, made[parameter.name], blocks, rate) for parameter in wanted]
+    entries = [_entry(parameter, made[parameter.name], blocks, rate, scale) for parameter in wanted]
     folder.mkdir()
     quantize({"parameters": entries}, {_Blocks.name: blocks.write()}, wanted, quantization, folder, scratch=scratch)
     return folder
 
 
-def _entry(parameter: Parameter, tensors: list[QuantizedParameter], blocks: _Blocks, rate: float) -> dict[str, Any]:
-    """The parameter as parameters.json has one."""
+def _entry(
+    parameter: Parameter, tensors: list[QuantizedParameter], blocks: _Blocks, rate: float, scale: float | None
+) -> dict[str, Any]:
+    """The parameter as parameters.json has one. `scale`: of scores of normed heads."""
     shape = list(parameter.shape)
     packed = tensors[0].weights
     entry: dict[str, Any] = {"name": parameter.name, "shape": shape, "dtype": "bfloat16"}
@@ -57,7 +62,9 @@ def _entry(parameter: Parameter, tensors: list[QuantizedParameter], blocks: _Blo
         return {**entry, "parts": [blocks.part((rate, 0.1), shape)]}
     if not parameter.is_matrix:
         centre = 0.0 if parameter.role.endswith(("_bias", "key_rate")) else 1.0
-        return {**entry, "parts": [blocks.part((centre, 0.1), shape)]}
+        if scale is not None and parameter.role in ("q_norm", "k_norm"):
+            centre = (scale * shape[-1] ** 0.5) ** -0.5
+        return {**entry, "parts": [blocks.part((centre, 0.1 * (centre or 1)), shape)]}
     *experts, rows, columns = shape
     most = max(1, _PIECE // columns)
     pieces = [min(most, rows - start) for _ in range(prod(experts)) for start in range(0, rows, most)]

@@ -57,6 +57,7 @@ class Case:
     reference: Callable[[Config, Mapping[str, Any], list[int]], Any] | None = None
     overrides: Mapping[str, int] = field(default_factory=dict)
     quantizations: tuple[str, ...] = ("q0f32", "q4f32_1")
+    centres: Mapping[str, float] = field(default_factory=dict)  # of norms, by the ends of their names
     noise: float = 1  # how many times as much as others its float32 sums differ between two right ways to add them
 
 
@@ -110,6 +111,7 @@ def save(case: Case, folder: Path) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             start = float(parameter.flatten()[0]) if parameter.dim() < 2 or "norm" in name else 0.0
+            start = next((centre for end, centre in case.centres.items() if name.endswith(end)), start)
             parameter.copy_(torch.tensor(_random(random, name, tuple(parameter.shape), start)))
         for name, buffer in model.named_buffers():
             if "correction" in name or "scalar" in name:

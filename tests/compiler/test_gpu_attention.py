@@ -1,4 +1,4 @@
-"""GPU attention by head_dim, with windows, caps and linear biases, on every device that there is, against NumPy."""
+"""GPU attention by head_dim, with windows, caps, linear biases and sinks, on every device there is, against NumPy."""
 
 from __future__ import annotations
 
@@ -47,9 +47,10 @@ class Shape:
     window: int | None = None
     cap: float | None = None
     bias: float | None = None  # ALiBi's largest
+    sinks: bool = False
 
     def __str__(self) -> str:
-        return str(self.dim)
+        return f"{self.dim}-{self.dtype}"
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -62,15 +63,19 @@ class Shape:
     def numbers(self, seed: int, *shape: int) -> Array:
         return np.random.default_rng(seed).standard_normal(shape).astype(self.dtype)
 
-    def row(self, q: Array, k: Array, v: Array, scale: float, head: int) -> Array:
-        """q [dim] over k and v [n, dim], the last at its own position, in float64."""
+    def row(self, q: Array, k: Array, v: Array, scale: float, head: int, own: bool = True) -> tuple[Array, float]:
+        """q [dim] over k and v [n, dim], neighbours in a text, in float64; and the logarithm of base 2 of the sum.
+
+        `own`: the row's key is among these, and a sink's share with it, whose logit is the query's last number.
+        """
         scores = k.astype(np.float64) @ q.astype(np.float64) * scale
         if self.bias is not None:
             scores = scores - self.slope(head) * np.arange(len(k))[::-1]
         scores = scores if self.cap is None else self.cap * np.tanh(scores / self.cap)
-        weights = np.exp(scores - scores.max())
-        out: Array = weights @ v.astype(np.float64) / weights.sum()
-        return out
+        most = scores.max()
+        weights = np.exp(scores - most)
+        total = weights.sum() + (np.exp(float(q[-1]) - most) if self.sinks and own else 0)
+        return weights @ v.astype(np.float64) / total, float((most + np.log(total)) / np.log(2))
 
     def slope(self, head: int) -> float:
         """Press et al., arXiv 2108.12409: of twelve heads, eight as of eight, and every second one of sixteen."""
@@ -80,13 +85,15 @@ class Shape:
 
 
 SHAPES = (
-    Shape(32, 4, 2, "float32", 12, 0.5),
+    Shape(32, 4, 2, "float32", 12, 0.5, sinks=True),
     Shape(64, 6, 2),
-    Shape(80, 4, 4, "float32"),
+    Shape(80, 4, 4, "float32", sinks=True),
     Shape(96, 3, 1, window=12),
-    Shape(128, 4, 1, cap=0.5),
-    Shape(256, 2, 1),
+    Shape(128, 4, 1, cap=0.5, sinks=True),
+    Shape(256, 2, 1, "float32"),
     Shape(40, 12, 4, "float32", bias=8.0),
+    Shape(512, 3, 1),
+    Shape(512, 2, 2, "float32", bias=8.0),
 )
 
 
@@ -95,8 +102,11 @@ class Attention:
 
     def __init__(self, gpu: Gpu, shape: Shape) -> None:
         self.gpu, self.shape = gpu, shape
+        structure = llama.structure_of(llama.transformers_llama(head_dim=shape.dim))
+        sinks = [dataclasses.replace(structure.rules[0], role="sinks")] if shape.sinks else []
         structure = dataclasses.replace(
-            llama.structure_of(llama.transformers_llama(head_dim=shape.dim)),
+            structure,
+            rules=(*structure.rules, *sinks),
             num_attention_heads=shape.heads,
             num_key_value_heads=shape.kv_heads,
             sliding_window_size=shape.window,
@@ -119,7 +129,10 @@ class Attention:
 
 @pytest.fixture(scope="module", params=SHAPES, ids=str)
 def attended(gpu: Gpu, request: pytest.FixtureRequest) -> Attention:
-    return Attention(gpu, request.param)
+    shape: Shape = request.param
+    if shape.dim == 512 and gpu.name == {"float16": "wgsl", "float32": "spirv"}[shape.dtype]:
+        pytest.skip("the kernels of the other one, for the same device, which takes half a minute to compile them")
+    return Attention(gpu, shape)
 
 
 def test_new_tokens(attended: Attention) -> None:
@@ -133,14 +146,15 @@ def test_new_tokens(attended: Attention) -> None:
     }
     for scale in shape.scales:
         sizes = {"batch_size": 2, "qo_len": n, "kv_len": n, "causal": 1, "sm_scale": scale}
-        got, _ = attended.run(attended.ragged, arrays, sizes)
+        got, lse = attended.run(attended.ragged, arrays, sizes)
         for i in range(n):
             start = 0 if i < 9 else 9
             seen = slice(max(start, i + 1 - (shape.window or n)) if scale < 0 else start, i + 1)
             for head in range(shape.heads):
                 kv = head * shape.kv_heads // shape.heads
-                expected = shape.row(q[i, head], k[seen, kv], v[seen, kv], abs(scale), head)
+                expected, total = shape.row(q[i, head], k[seen, kv], v[seen, kv], abs(scale), head)
                 assert np.abs(got[i, head] - expected).max() < shape.bound
+                assert shape.bias is not None or abs(lse[i, head] - total) < 1e-3
 
 
 def cache(shape: Shape) -> dict[str, Array]:
@@ -177,13 +191,15 @@ def check_cached(shape: Shape, arrays: dict[str, Array], rows: list[tuple[int, i
                 assert lse[i, head] < -4e4  # counts for nothing where both attentions are merged
                 continue
             kv = head * shape.kv_heads // shape.heads
-            expected = shape.row(q[i, head], seen[0][:, kv], seen[1][:, kv], abs(scale), head)
+            own = position - int(arrays["k_rope_pos_offset"][b]) < (45, 3)[b]
+            expected, total = shape.row(q[i, head], seen[0][:, kv], seen[1][:, kv], abs(scale), head, own)
             assert np.abs(output[i, head] - expected).max() < shape.bound
+            assert shape.bias is not None or abs(lse[i, head] - total) < 1e-3
 
 
 def test_new_tokens_over_cached_pages(attended: Attention) -> None:
     shape, n = attended.shape, 20
-    positions = [*range(75, 90), *range(3, 8)]
+    positions = [*range(71, 86), *range(2, 7)]  # of the first five, the own key is in the cache: others share a prefix
     arrays = cache(shape) | {
         "q": shape.numbers(4, n, shape.heads, shape.dim),
         "q_indptr": np.array([0, 15, n], np.int32),
@@ -211,7 +227,7 @@ def test_one_token_over_cached_pages(attended: Attention) -> None:
     ("dim", "heads", "dtype"),
     [
         *((32, 8, "float32"), (64, 25, "float16"), (80, 7, "float32")),
-        *((96, 3, "float16"), (128, 28, "float16"), (256, 10, "float32")),
+        *((96, 3, "float16"), (128, 28, "float16"), (512, 10, "float32")),
     ],
 )
 def test_a1_two_attentions_become_one_whatever_order_threads_run_in(gpu: Gpu, dim: int, heads: int, dtype: str) -> None:
@@ -246,7 +262,7 @@ def test_decoders_with_these_choices_become_gpu_libraries(name: str) -> None:
     assert {"create_tir_paged_kv_cache", "attention_prefill", "attention_decode"} <= names
 
 
-@pytest.mark.parametrize(("dim", "kv_heads", "dtype"), [(32, 3, "float32"), (80, 2, "float16"), (256, 1, "float16")])
+@pytest.mark.parametrize(("dim", "kv_heads", "dtype"), [(32, 3, "float32"), (80, 2, "float16"), (512, 1, "float16")])
 def test_what_the_cache_writes_and_copies(gpu: Gpu, dim: int, kv_heads: int, dtype: str) -> None:
     """TVM's kernels: new keys and values go to their places, the first tokens of a page into another, tokens closer."""
     device, size = target.Target(dict(gpu.TARGET)), tirx.Var("page_size", "int64")

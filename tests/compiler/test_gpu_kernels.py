@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tvm import relax
 
 from mlcbuild.compiler.abi import auxiliary, logits
-from mlcbuild.compiler.gpu import choosing, products, rope, rows, softmax, sorting
+from mlcbuild.compiler.gpu import choosing, products, rope, rows, sampling, softmax, sorting
 from mlcbuild.models.rope import Rotary
 from mlcbuild.quantization.schemes import parts
 from tests.compiler.packing import pack, rounded
@@ -163,6 +164,28 @@ def test_sampling_from_all(gpu: Gpu, rng: np.random.Generator) -> None:
         assert place >= 1000 and sums[row, place - 1] <= wanted + 2e-5 and wanted - 2e-5 <= sums[row, place]
 
 
+def test_what_is_looked_up_after_sampling(gpu: Gpu, rng: np.random.Generator) -> None:
+    """The chosen tokens and their probabilities; tokens and probabilities at places in the sorted rows, end to end."""
+    builder, width = relax.BlockBuilder(), gpu.vocabulary
+    sampling.emit(builder, 256, drafts_too=False)
+    functions = {variable.name_hint: function for variable, function in builder.get().functions_items()}
+    probs = rng.random((3, width), np.float32)
+    tokens = np.argsort(-probs, axis=1).astype(np.int32)
+    of, chosen = np.array([2, 0, 0, 1], np.int32), np.array([0, width - 1, 7, 5], np.int32)
+    places = np.array([0, width - 1, width, 2 * width + 3, 3 * width - 1], np.int32)
+    top = tokens.ravel()[places]
+    sizes = {"batch_size": 3, "vocab_size": width, "num_samples": 4, "num_positions": 5}
+    for name, inputs, expected in (
+        ("tokens_at", (tokens, of, chosen), tokens[of, chosen]),
+        ("probs_of_chosen", (probs, of, chosen), probs[of, chosen]),
+        ("top_tokens", (tokens, places), top),
+        ("top_probs", (probs, top, places), probs[places // width, top]),
+    ):
+        names = [str(param.name) for param in functions[name].params]
+        given = dict(zip(names, (*inputs, np.zeros_like(expected)), strict=True))
+        assert (gpu.launch(gpu.scheduled(functions[name]), 0, given, sizes)[names[-1]] == expected).all(), name
+
+
 def test_renormalizing(gpu: Gpu, rng: np.random.Generator) -> None:
     probs, top_p = probabilities(rng, 3, gpu.vocabulary), np.array([0.2, 0.8, 2.0], np.float32)
     (kernel,) = gpu.kernels(choosing.renormalize(256))
@@ -232,7 +255,7 @@ def test_logits_are_changed_in_place(gpu: Gpu, rng: np.random.Generator) -> None
 
 
 @pytest.mark.parametrize(
-    ("dim", "rotary"), [(32, Rotary(32)), (80, Rotary(16, neighbours=True, factor=1.2)), (256, Rotary(0))]
+    ("dim", "rotary"), [(512, Rotary(512)), (80, Rotary(16, neighbours=True, factor=1.2)), (32, Rotary(0))]
 )
 def test_rotary_embedding(gpu: Gpu, rng: np.random.Generator, dim: int, rotary: Rotary) -> None:
     """At positions up to 100,000, whose angles no GPU takes the cosine of as they are.

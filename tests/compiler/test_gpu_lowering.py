@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tvm import relax, tirx
+from tvm import relax, target, tirx
 
 from mlcbuild.compiler import assemble
-from mlcbuild.compiler.gpu import lower
+from mlcbuild.compiler.gpu import lower, tiles
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.architecture import resolve
 from mlcbuild.models.structure import Structure
@@ -36,7 +36,7 @@ def stories() -> Structure:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"head_dim": 16}, "head_dim is 16: GPU attention takes multiples of 4 from 32 to 256"),
+        ({"head_dim": 16}, "head_dim is 16: GPU attention takes multiples of 4 from 32 to 512"),
         ({"state_size": 257}, "a channel's state has 257 values: the GPU kernels keep up to 256"),
         ({"num_key_value_heads": 4}, "num_key_value_heads 4: GPU attention needs a whole number of query heads"),
     ],
@@ -44,6 +44,20 @@ def stories() -> Structure:
 def test_what_the_kernels_lack_is_named(stories: Structure, changes: dict[str, Any], problem: str) -> None:
     with pytest.raises(MlcBuildError, match=problem):
         lower.lower(replace(stories, **changes), llama.QUANTIZATIONS["q4f16_1"], "q4f16_1", METAL)
+
+
+def test_tiles_of_attention_fit_into_shared_memory(stories: Structure) -> None:
+    """Of OpenCL, for which TVM by itself chooses larger ones, or none, in each of these."""
+    opencl, small = (
+        target.Target({**METAL, "kind": "opencl", "max_shared_memory_per_block": n}) for n in (32768, 2048)
+    )
+    for head_dim, dtype in ((36, "float32"), (192, "float16"), (256, "float32"), (336, "float32"), (512, "float16")):
+        assert tiles.fitting(replace(stories, head_dim=head_dim), dtype, opencl)[1], head_dim
+    wide = replace(stories, head_dim=512)
+    assert not tiles.fitting(wide, "float32", opencl)[1]  # without a tile of values
+    with pytest.raises(MlcBuildError) as error:
+        tiles.fitting(wide, "float16", small)
+    assert str(error.value) == "head_dim is 512: no tile of attention fits into 2048 bytes of shared memory"
 
 
 @pytest.mark.parametrize(("mixer", "threads"), [("rglru", 256), ("delta", 160), ("kda", 160)])

@@ -50,7 +50,7 @@ ENCODERS = {
     **{"bert": "q4f16_1", "mpnet": "q4f32_1", "electra": "q4f32_1", "eurobert": "q4f32_1"},
     "qwen3-embedding": "q4f32_1",
 }
-HEADS = [(32, 2), (64, 4), (80, 2), (96, 4), (128, 1), (256, 2)]  # head_dim, num_key_value_heads of 4 heads
+HEADS = [(32, 2), (64, 4), (80, 2), (128, 1), (256, 2), (512, 1)]  # head_dim, num_key_value_heads of 4 heads
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +120,13 @@ def test_linear_biases_of_heads_that_are_no_power_of_two(worker: Worker) -> None
 def test_head_dims(head_dim: int, num_key_value_heads: int, worker: Worker) -> None:
     changes = {"head_dim": head_dim, "num_key_value_heads": num_key_value_heads}
     check(worker.ask({"architecture": "llama", "changes": changes, "quantization": "q4f16_1"}), "float16")
+
+
+def test_heads_of_32_and_of_512_numbers_in_one_model(worker: Worker) -> None:
+    """Gemma 4's. Its scores have no scale but these norms: around 1, one key would have the whole softmax."""
+    changes, centres = {"global_head_dim": 256}, {"q_norm.weight": 0.0, "k_norm.weight": 0.0}  # one of them is doubled
+    asked = {"architecture": "gemma4_text", "changes": changes, "centres": centres, "quantization": "q4f16_1"}
+    check(worker.ask(asked), "float16")
 
 
 @pytest.mark.parametrize("quantization", ["q0f16", "q3f16_1", "q4f16_0", "q4f16_2", "q8f16_1", "q0f32", "q4bf16_1"])

@@ -132,6 +132,7 @@ def _logits(asked: Mapping[str, Any], folder: Path) -> tuple[dict[str, float], f
     case: Case = CASES[asked["architecture"]]
     config = _wide({**case.config, **asked.get("changes", {})})
     case = dataclasses.replace(case, config=config, overrides={**case.overrides, "max_batch_size": 3})
+    case = dataclasses.replace(case, centres=asked.get("centres", case.centres))
     agreement = Agreement(case, asked["quantization"], folder, build=build_library)
     if asked.get("functions", False):
         engine_calls.run(agreement.network.library, QUANTIZATIONS[asked["quantization"]].model_dtype)

@@ -48,7 +48,7 @@ def source(function: Any, device: Mapping[str, Any]) -> tuple[str, dict[str, Blo
 
     def take(module: Any, target: Any) -> Any:
         for each in module.functions.values():
-            blocks[str(each.attrs["global_symbol"])] = _block(each)
+            blocks[str(each.attrs["global_symbol"])] = _block(each, int(device["max_shared_memory_per_block"]))
         return generate(module, target)
 
     with _generator(kind, take):
@@ -96,13 +96,14 @@ def _generator(kind: str, function: Any) -> Iterator[None]:
             tvm_ffi.register_global_func(name, before, override=True)
 
 
-def _block(function: Any) -> Block:
+def _block(function: Any, most: int) -> Block:
+    """`most`: bytes of shared memory that a block has, whatever its launch asks for."""
     import tvm
     import tvm_ffi
     from tvm import tirx
 
     threads: dict[str, int] = {}
-    shared: list[int] = []
+    shared: dict[str, list[int]] = {}
 
     def axis(node: Any) -> Any:
         if node.attr_key == "thread_extent" and str(node.node.thread_tag).startswith("threadIdx"):
@@ -110,12 +111,13 @@ def _block(function: Any) -> Block:
         return node
 
     def memory(node: Any) -> Any:
-        if str(node.buffer.scope()) == "shared.dyn":
-            shared.append(math.prod(map(int, node.buffer.shape)) * tvm.DataType(node.buffer.dtype).itemsize)
+        count = math.prod(map(int, node.buffer.shape))
+        shared.setdefault(str(node.buffer.scope()), []).append(count * tvm.DataType(node.buffer.dtype).itemsize)
         return node
 
     tvm_ffi.structural_map(function.body, [(tirx.AttrStmt, axis), (tirx.AllocBuffer, memory)])
-    return Block(tuple(threads.get(f"threadIdx.{axis}", 1) for axis in "xyz"), sum(shared))
+    assert sum(shared.get("shared", [])) <= most, f"{function.attrs['global_symbol']} does not fit into {most} bytes"
+    return Block(tuple(threads.get(f"threadIdx.{axis}", 1) for axis in "xyz"), sum(shared.get("shared.dyn", [])))
 
 
 def _number(name: str) -> int:

@@ -12,11 +12,16 @@ import pytest
 
 from mlcbuild.engine.job import local_job
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.models.architecture import resolve
 from mlcbuild.models.few_layers import two_layers
+from mlcbuild.models.parameters import parameters
+from mlcbuild.quantization.dequantize import dequantized
 from mlcbuild.recipes.types import format_json
 from mlcbuild.runtime.library import Library
 from mlcbuild.steps import execute
 from mlcbuild.verify import engine_calls, execution, random_weights
+from tests.architectures import sink_cases
+from tests.architectures.agreement import config_of
 from tests.support import llama
 
 DEEP = replace(llama.structure_of(llama.transformers_llama()), num_hidden_layers=5)
@@ -39,6 +44,19 @@ def test_random_weights_are_the_same_each_time(name: str, tmp_path: Path) -> Non
         return {path.name: path.read_bytes() for path in (folder / "weights").iterdir()}
 
     assert made(tmp_path / "one") == made(tmp_path / "two")
+
+
+def test_random_norms_of_heads_make_scores_of_one_size(tmp_path: Path) -> None:
+    """Gemma 4 has no scale of scores: of 512 products, one key would have all of the softmax."""
+    given = {**config_of(sink_cases.CASES["gemma4_text"]), "per_layer_config": {}, "global_head_dim": 512}
+    model = two_layers(resolve(llama.architecture("gemma4_text"), given, {}))
+    form = llama.QUANTIZATIONS["q0f32"]
+    random_weights.make(model, execution.VOCABULARY, form, tmp_path / "weights", tmp_path)
+    wanted = parameters(replace(model, vocab_size=execution.VOCABULARY))
+    made = {name: value for name, value in dequantized(tmp_path / "weights", wanted, form) if "k_norm" in name}
+    centres = {value.size: float(value.mean()) for value in made.values()}
+    assert set(centres) == {16, 512}
+    assert all(abs(centre * size**0.25 - 1) < 0.1 for size, centre in centres.items())
 
 
 def test_experts_that_are_alike_may_be_taken_for_one_another() -> None:

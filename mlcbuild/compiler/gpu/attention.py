@@ -10,23 +10,20 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import tvm
-import tvm_ffi
 from tvm import ir, target, tirx
 from tvm.relax.frontend.nn.llm import kv_cache as tvm_kv_cache
 from tvm.script import tirx as T
 
 from mlcbuild.compiler.abi.kv_cache import Kernels
-from mlcbuild.compiler.gpu import cuda_attention
+from mlcbuild.compiler.gpu import cuda_attention, tiles
+from mlcbuild.compiler.gpu.rewriting import arguments, expect, index_of, is_length, mapped, nodes, variable
 from mlcbuild.compiler.gpu.rope import split_rotary
-from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.rope import Rotary
 from mlcbuild.models.structure import Structure
 
-_KNOWN = "0.27"  # the version of apache-tvm whose kernels are changed here, by the names of their buffers
 _VECTOR = 4  # neighbouring values that one thread merges
 _NO_SCALING: Mapping[str, Any] = {}  # the kernels' own rotary embedding is not used
 
@@ -53,8 +50,11 @@ def kernels(structure: Structure, dtype: str, device: target.Target) -> tuple[An
     heads, kv_heads, dim = s.num_attention_heads, s.num_key_value_heads, s.head_dim
     if device.kind.name == "cuda" and cuda_attention.takes(s, dtype):
         return cuda_attention.ragged(s, dtype), cuda_attention.prefill(s, dtype), cuda_attention.decode(s, dtype)
-    ragged = tvm_kv_cache._attention_prefill_ragged(kv_heads, heads, dim, dim, dtype, _NO_SCALING, device)
-    prefill = tvm_kv_cache._attention_prefill(kv_heads, heads, dim, dtype, False, _NO_SCALING, device)
+    fitting, whole = tiles.fitting(s, dtype, device)
+    ragged = tvm_kv_cache._attention_prefill_ragged(kv_heads, heads, dim, dim, dtype, _NO_SCALING, fitting)
+    prefill = tvm_kv_cache._attention_prefill(kv_heads, heads, dim, dtype, False, _NO_SCALING, fitting)
+    if not whole:
+        ragged, prefill = map(tiles.without_values, (ragged, prefill))
     decode = tvm_kv_cache._attention_decode(kv_heads, heads, dim, dtype, False, _NO_SCALING, device)
     return _changed(ragged, s), _changed(prefill, s), _changed(decode, s)
 
@@ -128,16 +128,16 @@ def _with_sinks(function: Any, dim: int) -> Any:
     Where results are stored, they are lowered by its share, and the logarithm of the sum is raised by it: once, for the
     set of keys that the row's own is among.
     """
-    given = _given(function)
+    given = arguments(function)
     query, changes = given["q" if "causal" in given else "Q"], []
-    largest = next(load for load in _nodes(function.body, ir.TensorLoad) if load.source.name in ("m_smem", "st_m"))
-    total = next(load for load in _nodes(function.body, ir.TensorLoad) if load.source.name in ("d_smem", "st_d"))
+    largest = next(load for load in nodes(function.body, ir.TensorLoad) if load.source.name in ("m_smem", "st_m"))
+    total = next(load for load in nodes(function.body, ir.TensorLoad) if load.source.name in ("d_smem", "st_d"))
 
     def own_is_there(row: Any) -> Any:
         if "pages" not in given:
             return tirx.const(True, "bool")
-        sequence = _index(function.body, "page_indptr" if "causal" in given else "page_table_indptr")
-        length = next(filter(_is_length, _nodes(function.body, ir.TensorLoad)))
+        sequence = index_of(function.body, "page_indptr" if "causal" in given else "page_table_indptr")
+        length = next(filter(is_length, nodes(function.body, ir.TensorLoad)))
         return given["q_rope_position"][row] - given["k_rope_pos_offset"][sequence] < length
 
     def store(node: Any) -> Any:
@@ -145,7 +145,7 @@ def _with_sinks(function: Any, dim: int) -> Any:
             return node
         changes.append(node)
         row, head = node.indices[0], node.indices[1]
-        at = _nodes(node.value, ir.TensorLoad)[-1].indices[0] if "causal" in given else 0
+        at = nodes(node.value, ir.TensorLoad)[-1].indices[0] if "causal" in given else 0
         lse = largest.source[at] + tirx.log2(total.source[at])
         sink = query[row, head, dim - 1].astype("float32") * _float(math.log2(math.e))
         most = tirx.max(lse, sink)
@@ -154,8 +154,8 @@ def _with_sinks(function: Any, dim: int) -> Any:
         value = both if node.buffer.name == "lse" else node.value.astype("float32") * tirx.exp2(lse - both)
         return tirx.BufferStore(node.buffer, value.astype(node.buffer.dtype), node.indices)
 
-    body = _mapped(function.body, tirx.BufferStore, store)
-    _expect(changes, 2, "a result is stored in output or lse")
+    body = mapped(function.body, tirx.BufferStore, store)
+    expect(changes, 2, "a result is stored in output or lse")
     return function.with_body(body)
 
 
@@ -173,8 +173,8 @@ def _capped(function: Any, cap: float) -> Any:
         return tirx.BufferStore(node.buffer, capped, node.indices)
 
     changes: list[Any] = []
-    body = _mapped(function.body, tirx.BufferStore, store)
-    _expect(changes, 1, "a score is stored in S_smem or S_local")
+    body = mapped(function.body, tirx.BufferStore, store)
+    expect(changes, 1, "a score is stored in S_smem or S_local")
     return function.with_body(body)
 
 
@@ -183,7 +183,7 @@ def _sliding(function: Any, window: int, chunked: bool) -> Any:
 
     `chunked`: those of their own chunk of so many positions.
     """
-    given = _given(function)
+    given = arguments(function)
     scale, pages = given["sm_scale"], "pages" in given
     changes: list[Any] = []
     paged_distance = functools.partial(_paged_distance, given)
@@ -197,13 +197,13 @@ def _sliding(function: Any, window: int, chunked: bool) -> Any:
         if "causal" not in given:  # decode: one row for each sequence
             if not _is_score(node.then_case):
                 return None
-            sequence = _index(function.body, "page_table_indptr")
+            sequence = index_of(function.body, "page_table_indptr")
             return paged_distance(sequence, sequence, node.condition.a), sequence
         found = _causal_limit(node.condition)
         if found is None:
             return None
         column, limit = found
-        sequence = _index(limit, "q_indptr")
+        sequence = index_of(limit, "q_indptr")
         row = _paged_row(given, sequence, _row(limit))
         if not pages:  # keys and rows are tokens of the same call: the last key that a row sees is its own
             return limit - 1 - column, row
@@ -221,25 +221,25 @@ def _sliding(function: Any, window: int, chunked: bool) -> Any:
     def loop(node: Any) -> Any:
         """Decode's loop over tiles of keys, from the first tile that the row sees: it is bound by what it reads."""
         tiles = node.extent
-        if not isinstance(tiles, tirx.FloorDiv) or not any(map(_is_length, _nodes(tiles, ir.TensorLoad))):
+        if not isinstance(tiles, tirx.FloorDiv) or not any(map(is_length, nodes(tiles, ir.TensorLoad))):
             return node
         loops.append(node)
-        sequence = _index(function.body, "page_table_indptr")
+        sequence = index_of(function.body, "page_table_indptr")
         first = tirx.max(paged_distance(sequence, sequence, 0) - reach(sequence) + 1, 0) // tiles.b
         first = tirx.if_then_else(scale < _float(0), first, 0)
-        body = _mapped(node.body, ir.Var, lambda var: var + first if var.same_as(node.loop_var) else var)
+        body = mapped(node.body, ir.Var, lambda var: var + first if var.same_as(node.loop_var) else var)
         return tirx.For(node.loop_var, node.min, tirx.max(tiles - first, 0), node.kind, body)
 
     def magnitude(node: Any) -> Any:
-        value = _mapped(node.value, ir.Var, lambda var: tirx.abs(var) if var.same_as(scale) else var)
+        value = mapped(node.value, ir.Var, lambda var: tirx.abs(var) if var.same_as(scale) else var)
         return tirx.BufferStore(node.buffer, value, node.indices)
 
-    body = _mapped(function.body, tirx.BufferStore, magnitude)
-    body = _mapped(body, tirx.IfThenElse, condition)
+    body = mapped(function.body, tirx.BufferStore, magnitude)
+    body = mapped(body, tirx.IfThenElse, condition)
     loops: list[Any] = []
-    body = body if "causal" in given else _mapped(body, tirx.For, loop)
-    _expect(changes, 2 if "causal" in given else 1, "an `if` says which keys a row sees")
-    _expect(loops, 0 if "causal" in given else 1, "a loop goes over tiles of kv_chunk_len keys")
+    body = body if "causal" in given else mapped(body, tirx.For, loop)
+    expect(changes, 2 if "causal" in given else 1, "an `if` says which keys a row sees")
+    expect(loops, 0 if "causal" in given else 1, "a loop goes over tiles of kv_chunk_len keys")
     return function.with_body(body)
 
 
@@ -247,7 +247,7 @@ def _biased(function: Any, structure: Structure, largest: float) -> Any:
     """Linear biases (ALiBi; Press et al., arXiv 2108.12409): scores, which are stored in powers of two, are lowered by
     the distance of row and key times the head's slope."""
     heads, group = structure.num_attention_heads, structure.num_attention_heads // structure.num_key_value_heads
-    given, changes = _given(function), list[Any]()
+    given, changes = arguments(function), list[Any]()
 
     def lowered(node: Any, head: Any, distance: Any) -> Any:
         changes.append(node)
@@ -259,7 +259,7 @@ def _biased(function: Any, structure: Structure, largest: float) -> Any:
         if not _is_score(node.then_case):
             return node
         limit = node.condition.a if isinstance(node.condition, tirx.And) else node.condition
-        sequence, head = next(s.indices for s in _nodes(function.body, tirx.BufferStore) if s.buffer.name == "lse")
+        sequence, head = next(s.indices for s in nodes(function.body, tirx.BufferStore) if s.buffer.name == "lse")
         distance = _paged_distance(given, sequence, sequence, limit.a)
         return tirx.IfThenElse(node.condition, lowered(node.then_case, head, distance), node.else_case)
 
@@ -267,19 +267,19 @@ def _biased(function: Any, structure: Structure, largest: float) -> Any:
         """`S_smem[i, j] = S_local[i, j]`: rows of a tile are a key head's queries, token by token."""
         if node.buffer.name != "S_smem" or _loads(node.value) != ["S_local"]:
             return node
-        start, first, kv_head = (_variable(function.body, name) for name in ("LH_start", "L_kv_start", "by"))
-        (i, j), limits = node.indices, [_causal_limit(n.condition) for n in _nodes(function.body, tirx.IfThenElse)]
+        start, first, kv_head = (variable(function.body, name) for name in ("LH_start", "L_kv_start", "by"))
+        (i, j), limits = node.indices, [_causal_limit(n.condition) for n in nodes(function.body, tirx.IfThenElse)]
         row, column = (start + i) // group, first + j
         if "pages" not in given:  # keys and rows are tokens of the same call
             distance = row - column
         else:
-            sequence = _index(next(limit for limit in limits if limit)[1], "q_indptr")
+            sequence = index_of(next(limit for limit in limits if limit)[1], "q_indptr")
             distance = _paged_distance(given, sequence, _paged_row(given, sequence, row), column)
         return lowered(node, kv_head * group + (start + i) % group, distance)
 
     decoding = "causal" not in given
-    body = _mapped(function.body, *((tirx.IfThenElse, decode) if decoding else (tirx.BufferStore, prefill)))
-    _expect(changes, 1, "a score is stored in S_smem or S_local")
+    body = mapped(function.body, *((tirx.IfThenElse, decode) if decoding else (tirx.BufferStore, prefill)))
+    expect(changes, 1, "a score is stored in S_smem or S_local")
     return function.with_body(body)
 
 
@@ -289,11 +289,6 @@ def _slope(head: Any, heads: int, largest: float) -> Any:
     power = 1 << (heads.bit_length() - 1)
     rest = (2 * (head - power) + 1).astype("float32") * _float(-largest / (2 * power))
     return tirx.exp2(tirx.if_then_else(head < power, (head + 1).astype("float32") * _float(-largest / power), rest))
-
-
-def _given(function: Any) -> dict[str, Any]:
-    """The kernel's arguments by name."""
-    return {str(param.name): param for param in function.params}
 
 
 def _paged_distance(given: Mapping[str, Any], sequence: Any, row: Any, column: Any) -> Any:
@@ -307,46 +302,18 @@ def _paged_row(given: Mapping[str, Any], sequence: Any, row: Any) -> Any:
     return tirx.min(starts[sequence] + row, starts[sequence + 1] - 1)
 
 
-def _variable(body: Any, name: str) -> Any:
-    found = {var: None for var in _nodes(body, ir.Var) if str(var.name) == name}
-    _expect([*found], 1, f"there is a variable `{name}`")
-    return next(iter(found))
-
-
-def _expect(places: Sequence[Any], count: int, what: str) -> None:
-    """Raise MlcBuildError unless there are `count` of the places that a kernel of TVM's is changed at."""
-    if len(places) != count:
-        raise MlcBuildError(
-            f"the attention kernels of TVM {tvm.__version__} are not those of {_KNOWN}, which mlcbuild changes: "
-            f"{what} in {len(places)} places and not in {count}; install apache-tvm {_KNOWN}"
-        )
-
-
 def _causal_limit(condition: Any) -> tuple[Any, Any] | None:
     """(column, limit) of `column < limit` for causal rows, in a mask that asks whether they are; None elsewhere."""
-    calls = _nodes(condition, ir.Call)
+    calls = nodes(condition, ir.Call)
     limits = [call.args[1] for call in calls if len(call.args) == 3 and isinstance(call.args[1], tirx.LT)]
     return (limits[0].a, limits[0].b) if limits else None
 
 
 def _row(limit: Any) -> Any:
     """The row's number in its sequence, which a causal limit depends on."""
-    rows = {str(var.name): var for var in _nodes(limit, ir.Var) if str(var.name).startswith("row")}
-    _expect([*rows], 1, "the last key that a row sees depends on `row`")
+    rows = {str(var.name): var for var in nodes(limit, ir.Var) if str(var.name).startswith("row")}
+    expect([*rows], 1, "the last key that a row sees depends on `row`")
     return next(iter(rows.values()))
-
-
-def _index(node: Any, buffer: str) -> Any:
-    """The variable that alone indexes the buffer of this name."""
-    loads = [load.indices[0] for load in _nodes(node, ir.TensorLoad) if load.source.name == buffer]
-    found = [index for index in loads if isinstance(index, ir.Var)][:1]
-    _expect(found, 1, f"{buffer} is read at the number of a sequence")
-    return found[0]
-
-
-def _is_length(load: Any) -> bool:
-    """How many keys a sequence has in the cache."""
-    return bool(load.source.name == "kv_chunk_len")
 
 
 def _is_score(statement: Any) -> bool:
@@ -357,27 +324,11 @@ def _is_score(statement: Any) -> bool:
 
 
 def _loads(value: Any) -> list[str]:
-    return [load.source.name for load in _nodes(value, ir.TensorLoad)]
+    return [load.source.name for load in nodes(value, ir.TensorLoad)]
 
 
 def _loaded(value: Any) -> str | None:
     return str(value.source.name) if isinstance(value, ir.TensorLoad) else None
-
-
-def _nodes(root: Any, of: Any) -> list[Any]:
-    found: list[Any] = []
-
-    def note(node: Any) -> Any:
-        found.append(node)
-        return node
-
-    _mapped(root, of, note)
-    return found
-
-
-def _mapped(root: Any, of: Any, change: Callable[[Any], Any]) -> Any:
-    """`root` with each node of this class changed, its parts first."""
-    return tvm_ffi.structural_map(root, [(of, change)])
 
 
 def _float(value: float) -> Any:

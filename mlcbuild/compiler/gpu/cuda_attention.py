@@ -20,7 +20,8 @@ _THREADS = 32 * WARPS
 SHARING = 8  # rows of a tile
 BLOCKS = 4 * 132  # that the largest device (H100) shall have
 PAGES = 2 * WARPS  # of a part, on the average of all sequences: for loads to be on their way before they are used
-_WIDEST = 256  # head_dim that registers and the shared memory of a block hold
+_WIDEST = 512  # head_dim that the registers of two warps and the shared memory of a block hold
+_COLUMNS = 256  # of values that a warp sums: of wider heads, two warps share rows
 _NARROW = 128  # head_dim up to which a thread's registers hold two tiles
 
 
@@ -36,7 +37,7 @@ def decode(structure: Structure, dtype: str) -> Any:
     attend = f"mlcbuild::decode_attention<{kind}, {dim}, {heads}, {kv_heads}, {WARPS}, {seen}>"
     join = f"mlcbuild::join_parts<{kind}, {dim}, {heads}, {sinks}>"
     tiles = kv_heads * -(-(heads // kv_heads) // SHARING)
-    shared_floats, joining = WARPS * SHARING * (dim + 2), -(-heads * dim // _THREADS)
+    shared_floats, joining = WARPS // _sharing(dim) * SHARING * (dim + 2), -(-heads * dim // _THREADS)
 
     @T.prim_func(s_tir=True, private=True)
     def attention_decode(
@@ -290,7 +291,12 @@ def _many(function: str, structure: Structure, dtype: str) -> tuple[int, int, in
     tiles = 2 if dim <= _NARROW else 1
     seen, cap, bias = _seen(structure)
     name = f"mlcbuild::{function}<{TYPES[dtype]}, {dim}, {heads}, {kv_heads}, {WARPS}, {tiles}, {seen}>"
-    return heads, kv_heads, dim, WARPS * tiles * SHARING, name, cap, bias
+    return heads, kv_heads, dim, WARPS // _sharing(dim) * tiles * SHARING, name, cap, bias
+
+
+def _sharing(dim: int) -> int:
+    """Warps that share rows."""
+    return -(-dim // _COLUMNS)
 
 
 def _heads(structure: Structure) -> tuple[int, int, int, str]:

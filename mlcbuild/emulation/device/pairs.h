@@ -106,6 +106,8 @@ static inline void multiply_tiles(float (*sums)[A][4], const uint32_t (&a)[A][2]
 
 template <class T>
 static inline const T* one_address(const T* place) { return place; }
+template <class T>
+static inline const T* address_anew(const T* place) { return place; }
 
 // movmatrix.m8n8.trans: two neighbours in row lane / 4 become those of the transpose.
 static inline uint32_t transposed(uint32_t pair) {

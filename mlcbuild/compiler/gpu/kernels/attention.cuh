@@ -5,6 +5,9 @@
 // a number is, is free, as long as both operands agree: so lane % 4 has eight neighbouring numbers of a key, and lane / 4
 // of a value, and nothing goes through shared memory. Sums, scores and the softmax are float32 (Dao, FlashAttention-2,
 // arXiv 2307.08691).
+//
+// Of heads wider than 256, PARTS warps share the rows of a tile, each with the sums of 256 columns of values. All of them
+// make the scores, from 128 numbers of a key at once. Queries have no registers then, and are read again in each step.
 #pragma once
 #include "device.cuh"
 
@@ -56,16 +59,26 @@ struct Results {
   }
 };
 
+constexpr int MOST_COLUMNS = 256;
+template <int DIM>
+constexpr int PARTS = (DIM + MOST_COLUMNS - 1) / MOST_COLUMNS;
+
 // A warp's rows, TILES of eight. Of each tile a lane has the scores of rows 2 * (lane % 4) and the next.
 template <class T, int DIM, int TILES>
 struct Rows {
-  static constexpr int KEY_LOADS = (DIM + 31) / 32;    // four lanes go along a key
-  static constexpr int VALUE_LOADS = (DIM + 63) / 64;  // eight lanes go along a value
-  static constexpr bool EARLY = DIM <= 128;            // registers are enough for the next keys
+  static constexpr int COLUMNS = DIM < MOST_COLUMNS ? DIM : MOST_COLUMNS;  // of values
+  static constexpr bool FULL = DIM % COLUMNS + COLUMNS % 64 == 0;          // each lane has numbers in each load of values
+  static constexpr int QUERY_LOADS = (DIM + 31) / 32;                      // four lanes go along a key
+  static constexpr int NUMBERS = PARTS<DIM> == 1 ? DIM : 128;              // of a key, at once
+  static constexpr int KEY_LOADS = (NUMBERS + 31) / 32;
+  static constexpr int VALUE_LOADS = (COLUMNS + 63) / 64;                  // eight lanes go along a value
+  static constexpr bool EARLY = DIM <= 128;                                // registers are enough for the next keys,
+  static constexpr bool KEPT = PARTS<DIM> == 1;                            // for queries
   static_assert(DIM % 8 == 0 && sizeof(T) == 2, "loads of 16 bytes");
 
-  int lane;
-  uint4 query[TILES][KEY_LOADS];
+  int lane, part;  // of PARTS
+  uint4 query[TILES][KEPT ? QUERY_LOADS : 1];
+  const T* queries[TILES];       // where row lane / 4 is, null where there is none
   uint4 keys[2][KEY_LOADS];      // of tokens lane / 4 and that + 8
   uint4 values[4][VALUE_LOADS];  // of tokens 2 * (lane % 4), the next, and those + 8
   float sums[TILES][VALUE_LOADS][4][4];
@@ -74,9 +87,15 @@ struct Rows {
   int position[TILES][2];                 // its own, as a key's number
   float slopes[TILES][2];
 
+  __device__ __forceinline__ int column() const { return PARTS<DIM> > 1 ? part * COLUMNS : 0; }
   __device__ __forceinline__ int row(int tile, int i) const { return tile * SHARING + lane % 4 * 2 + i; }
   static __device__ __forceinline__ uint4 load(const T* from, bool there) {
     return there ? __ldg(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
+  }
+
+  __device__ __forceinline__ uint4 load_query(const T* from, int i) const {
+    const int dim = i * 32 + lane % 4 * 8;
+    return load(from + dim, from != nullptr && (DIM % 32 == 0 || dim < DIM));
   }
 
   // `place(r)`: where row r is, null where there is none.
@@ -84,12 +103,9 @@ struct Rows {
   __device__ __forceinline__ void begin(Place place) {
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
-      const T* from = place(t * SHARING + lane / 4);
+      queries[t] = place(t * SHARING + lane / 4);
 #pragma unroll
-      for (int i = 0; i < KEY_LOADS; i++) {
-        const int dim = i * 32 + lane % 4 * 8;
-        query[t][i] = load(from + dim, from != nullptr && (DIM % 32 == 0 || dim < DIM));
-      }
+      for (int i = 0; KEPT && i < QUERY_LOADS; i++) query[t][i] = load_query(queries[t], i);
       most[t][0] = most[t][1] = NO_SCORE, total[t][0] = total[t][1] = 0;
 #pragma unroll
       for (auto& load : sums[t])
@@ -98,60 +114,70 @@ struct Rows {
     }
   }
 
-  // Of a step that has `left` tokens; what is behind them is zeros: what lies in a page there may be no number.
-  __device__ __forceinline__ void load_keys(const T* from, int stride, int left) {
-    if (left >= KEYS) load_keys<true>(from, stride, left);
-    else load_keys<false>(from, stride, left);
+  // Of a step that has `left` tokens; what is behind them is zeros: what lies in a page there may be no number. Of
+  // keys, those NUMBERS that begin at of * NUMBERS.
+  __device__ __forceinline__ void load_keys(const T* from, int stride, int left, int of = 0) {
+    if (left >= KEYS) load_keys<true>(from, stride, left, of);
+    else load_keys<false>(from, stride, left, of);
   }
   __device__ __forceinline__ void load_values(const T* from, int stride, int left) {
     if (left >= KEYS) load_values<true>(from, stride, left);
     else load_values<false>(from, stride, left);
   }
   template <bool ALL>
-  __device__ __forceinline__ void load_keys(const T* from, int stride, int left) {
-    from = one_address(from + lane / 4 * stride + lane % 4 * 8);
+  __device__ __forceinline__ void load_keys(const T* from, int stride, int left, int of) {
+    from = one_address(from + lane / 4 * stride + lane % 4 * 8 + of * NUMBERS);
 #pragma unroll
     for (int i = 0; i < KEY_LOADS; i++)
 #pragma unroll
       for (int j = 0; j < 2; j++) {
-        const bool there = DIM % 32 == 0 || i * 32 + lane % 4 * 8 < DIM;
+        const bool there = DIM % NUMBERS + NUMBERS % 32 == 0 || of * NUMBERS + i * 32 + lane % 4 * 8 < DIM;
         keys[j][i] = load(from + 8 * j * stride + i * 32, there && (ALL || lane / 4 + 8 * j < left));
       }
   }
   template <bool ALL>
   __device__ __forceinline__ void load_values(const T* from, int stride, int left) {
-    from = one_address(from + lane % 4 * 2 * stride + lane / 4 * 8);
+    from = one_address(from + lane % 4 * 2 * stride + lane / 4 * 8 + column());
 #pragma unroll
     for (int i = 0; i < VALUE_LOADS; i++)
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         const int token = j % 2 + j / 2 * 8;
-        const bool there = DIM % 64 == 0 || i * 64 + lane / 4 * 8 < DIM;
+        const bool there = FULL || column() + i * 64 + lane / 4 * 8 < DIM;
         values[j][i] = load(from + token * stride + i * 64, there && (ALL || lane % 4 * 2 + token < left));
       }
   }
 
-  // Scores of tokens start + lane / 4 and that + 8, in powers of two. `all`: every row sees every key of the step.
-  __device__ __forceinline__ void score(float (&scores)[TILES][4], const Scoring& by, int start, bool all) const {
-    const float scale = fabsf(by.scale) * LOG2_E;
+  // Adds the products of queries and of the keys' numbers that were loaded last, from of * NUMBERS on.
+  __device__ __forceinline__ void multiply(float (&products)[TILES][2][4], int of) const {
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
-      float products[2][4] = {};  // two chains of sums, for tensor cores not to wait
+      const T* from = KEPT ? queries[t] : address_anew(queries[t]);
 #pragma unroll
       for (int i = 0; i < KEY_LOADS; i++) {
-        const uint4 &a = keys[0][i], &b = keys[1][i], &q = query[t][i];
-        multiply_tile<T>(products[0], {a.x, b.x, a.y, b.y}, {q.x, q.y});
-        multiply_tile<T>(products[1], {a.z, b.z, a.w, b.w}, {q.z, q.w});
+        const int at = of * KEY_LOADS + i;
+        if (at >= QUERY_LOADS) continue;
+        const uint4 &a = keys[0][i], &b = keys[1][i], q = KEPT ? query[t][KEPT ? at : 0] : load_query(from, at);
+        multiply_tile<T>(products[t][0], {a.x, b.x, a.y, b.y}, {q.x, q.y});
+        multiply_tile<T>(products[t][1], {a.z, b.z, a.w, b.w}, {q.z, q.w});
       }
+    }
+  }
+
+  // Scores of tokens start + lane / 4 and that + 8, in powers of two. `all`: every row sees every key of the step.
+  __device__ __forceinline__ void score(float (&scores)[TILES][4], const float (&products)[TILES][2][4], const Scoring& by,
+                                        int start, bool all) const {
+    const float scale = fabsf(by.scale) * LOG2_E;
+#pragma unroll
+    for (int t = 0; t < TILES; t++)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const int token = start + lane / 4 + i / 2 * 8;
-        float value = (products[0][i] + products[1][i]) * scale;
+        float value = (products[t][0][i] + products[t][1][i]) * scale;
         if (by.cap != 0) value = by.cap * LOG2_E * (1.f - 2.f / (exp2f(min(value * (2.f / by.cap), 100.f)) + 1.f));
         if (by.bias != 0) value -= slopes[t][i % 2] * LOG2_E * (position[t][i % 2] - token);
         scores[t][i] = all || (first[t][i % 2] <= token && token < end[t][i % 2]) ? value : NO_SCORE;
       }
-    }
   }
 
   // The softmax so far goes on by a step, and what values are multiplied by becomes pairs of tokens of row lane / 4.
@@ -211,10 +237,17 @@ struct Rows {
       const bool more = at + by < to;
       if (more) next = source.place(at + by);
       if (EARLY) load_values(source.values + now, Source::STRIDE, source.left(at));
+      float products[TILES][2][4] = {};  // two chains of sums, for tensor cores not to wait
       float scores[TILES][4];
       uint32_t shares[TILES][2];
       const int start = at * KEYS;
-      score(scores, scoring, start, inner <= start && start + KEYS <= outer);
+      multiply(products, 0);
+#pragma unroll
+      for (int of = 1; of * NUMBERS < DIM; of++) {
+        load_keys(source.keys + now, Source::STRIDE, source.left(at), of);
+        multiply(products, of);
+      }
+      score(scores, products, scoring, start, inner <= start && start + KEYS <= outer);
       if (EARLY && more) load_keys(source.keys + next, Source::STRIDE, source.left(at + by));
       if (!EARLY) load_values(source.values + now, Source::STRIDE, source.left(at));
       go_on(shares, scores);
@@ -229,7 +262,7 @@ struct Rows {
         for (int mask = 4; mask < 32; mask *= 2) sum += __shfl_xor_sync(~0u, sum, mask, 32);
   }
 
-  // Of row `row(tile, i)`: numbers lane / 4 * 8 + k of each 64, whose first is `load * 64`.
+  // Of row `row(tile, i)`: numbers lane / 4 * 8 + k of each 64, whose first is `column() + load * 64`.
   __device__ __forceinline__ float sum(int tile, int i, int load, int k) const {
     return sums[tile][load][k / 2][k % 2 * 2 + i];
   }

@@ -9,7 +9,7 @@
 namespace mlcbuild {
 
 // Part `part` of the keys of sequence `sequence` with the query heads `tile` (of KV_HEADS * tiles of eight).
-// `shared`: WARPS * SHARING * (DIM + 2) floats: a warp's sums of values, largest score and sum of exponentials.
+// `shared`: TURNS * SHARING * (DIM + 2) floats: a warp's sums of values, largest score and sum of exponentials.
 // parts [n, splits, HEADS, DIM], sums [n, splits, HEADS, 2]: the same of a part, written where there are several.
 template <class T, int DIM, int HEADS, int KV_HEADS, int WARPS, int WINDOW, bool CHUNKED, bool SINKS>
 __device__ __forceinline__ void decode_attention(float* shared, T* output, float* lse, float* parts, float* sums,
@@ -17,13 +17,14 @@ __device__ __forceinline__ void decode_attention(float* shared, T* output, float
                                                  const int* lengths, const int* offsets, const int* positions, float scale,
                                                  float cap, float bias, int splits, int sequence, int tile, int part) {
   constexpr int GROUP = HEADS / KV_HEADS, TILES = (GROUP + SHARING - 1) / SHARING, WARP_FLOATS = SHARING * (DIM + 2);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, kv_head = tile / TILES;
+  constexpr int TURNS = WARPS / PARTS<DIM>;
+  const int lane = threadIdx.x % 32, turn = threadIdx.x / 32 / PARTS<DIM>, kv_head = tile / TILES;
   const int head = kv_head * GROUP + tile % TILES * SHARING, heads = min(SHARING, (kv_head + 1) * GROUP - head);
   const int length = cached_tokens(starts, lengths, sequence), position = positions[sequence] - offsets[sequence];
   const int first = first_key<WINDOW, CHUNKED>(scale, position, positions[sequence]);
   const long long row = static_cast<long long>(sequence) * HEADS + head;
   Rows<T, DIM, 1> rows;
-  rows.lane = lane;
+  rows.lane = lane, rows.part = threadIdx.x / 32 % PARTS<DIM>;
   rows.begin([&](int r) { return r < heads ? query + (row + r) * DIM : nullptr; });
 #pragma unroll
   for (int i = 0; i < 2; i++) {
@@ -32,17 +33,17 @@ __device__ __forceinline__ void decode_attention(float* shared, T* output, float
   }
   const int from = first / KEYS, all = max((length + KEYS - 1) / KEYS - from, 0), each = (all + splits - 1) / splits;
   const Pages<T, DIM, KV_HEADS> source(pages, numbers + starts[sequence], kv_head, length);
-  rows.run(source, {scale, cap, bias}, from + part * each + warp, from + min(all, (part + 1) * each), WARPS, first, length);
+  rows.run(source, {scale, cap, bias}, from + part * each + turn, from + min(all, (part + 1) * each), TURNS, first, length);
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    float* to = shared + warp * WARP_FLOATS + rows.row(0, i) * (DIM + 2);
-    if (lane < 4) to[DIM] = rows.most[0][i], to[DIM + 1] = rows.total[0][i];
+    float* to = shared + turn * WARP_FLOATS + rows.row(0, i) * (DIM + 2);
+    if (lane < 4 && rows.part == 0) to[DIM] = rows.most[0][i], to[DIM + 1] = rows.total[0][i];
 #pragma unroll
     for (int j = 0; j < rows.VALUE_LOADS; j++)
 #pragma unroll
       for (int k = 0; k < 8; k++) {
-        const int dim = j * 64 + lane / 4 * 8 + k;
-        if (DIM % 64 == 0 || dim < DIM) to[dim] = rows.sum(0, i, j, k);
+        const int dim = rows.column() + j * 64 + lane / 4 * 8 + k;
+        if (rows.FULL || dim < DIM) to[dim] = rows.sum(0, i, j, k);
       }
   }
   __syncthreads();
@@ -52,9 +53,9 @@ __device__ __forceinline__ void decode_attention(float* shared, T* output, float
     const float* one = shared + own * (DIM + 2);
     float most = NO_SCORE, value = 0, sum = 0;
 #pragma unroll
-    for (int w = 0; w < WARPS; w++) most = max(most, one[w * WARP_FLOATS + DIM]);
+    for (int w = 0; w < TURNS; w++) most = max(most, one[w * WARP_FLOATS + DIM]);
 #pragma unroll
-    for (int w = 0; w < WARPS; w++) {
+    for (int w = 0; w < TURNS; w++) {
       const float by = exp2f(one[w * WARP_FLOATS + DIM] - most);
       value += by * one[w * WARP_FLOATS + dim], sum += by * one[w * WARP_FLOATS + DIM + 1];
     }

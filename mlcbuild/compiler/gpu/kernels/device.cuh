@@ -93,6 +93,13 @@ __device__ __forceinline__ const T* one_address(const T* place) {
   return place;
 }
 
+// An address that the compiler does not know: what lies there is loaded each time, and not kept.
+template <class T>
+__device__ __forceinline__ const T* address_anew(const T* place) {
+  asm volatile("" : "+l"(place));
+  return place;
+}
+
 // (word & mask) | ones, one instruction.
 __device__ __forceinline__ uint32_t masked(uint32_t word, uint32_t mask, uint32_t ones) {
   uint32_t result;

@@ -31,7 +31,8 @@ __device__ __forceinline__ void attend(T* output, float* lse, const T* query, co
                                        const Scoring& scoring, bool causal, int offset, int start, int tokens, int length,
                                        int kv_head, int first) {
   constexpr int GROUP = HEADS / KV_HEADS, COUNT = SHARING * TILES;
-  const int lane = threadIdx.x % 32, begin = first + threadIdx.x / 32 * COUNT, left = min(COUNT, tokens * GROUP - begin);
+  const int lane = threadIdx.x % 32, part = threadIdx.x / 32 % PARTS<DIM>;
+  const int begin = first + threadIdx.x / 32 / PARTS<DIM> * COUNT, left = min(COUNT, tokens * GROUP - begin);
   if (left <= 0) return;
   const auto place = [&](int r) {
     return static_cast<long long>(start + (begin + r) / GROUP) * HEADS + kv_head * GROUP + (begin + r) % GROUP;
@@ -47,7 +48,7 @@ __device__ __forceinline__ void attend(T* output, float* lse, const T* query, co
     return causal ? min(length, length - tokens + (begin + r) / GROUP + 1) : length;
   };
   Rows<T, DIM, TILES> rows;
-  rows.lane = lane;
+  rows.lane = lane, rows.part = part;
   rows.begin([&](int r) { return r < left ? query + place(r) * DIM : nullptr; });
 #pragma unroll
   for (int t = 0; t < TILES; t++)
@@ -78,15 +79,15 @@ __device__ __forceinline__ void attend(T* output, float* lse, const T* query, co
       const int r = rows.row(t, i);
       if (r >= left) continue;
       const bool there = !PAGED || rows.position[t][i] < length;
-      const float by = results.finish(place(r), rows.most[t][i], rows.total[t][i], there, lane < 4);
+      const float by = results.finish(place(r), rows.most[t][i], rows.total[t][i], there, lane < 4 && part == 0);
 #pragma unroll
       for (int j = 0; j < rows.VALUE_LOADS; j++) {
-        const int dim = j * 64 + lane / 4 * 8;
+        const int dim = rows.column() + j * 64 + lane / 4 * 8;
         uint32_t words[4];
 #pragma unroll
         for (int k = 0; k < 4; k++)
           words[k] = Pairs<T>::of(rows.sum(t, i, j, 2 * k) * by, rows.sum(t, i, j, 2 * k + 1) * by);
-        if (DIM % 64 == 0 || dim < DIM)
+        if (rows.FULL || dim < DIM)
           *reinterpret_cast<uint4*>(output + place(r) * DIM + dim) = make_uint4(words[0], words[1], words[2], words[3]);
       }
     }
@@ -97,7 +98,7 @@ __device__ __forceinline__ void prefill_attention(T* output, float* lse, const T
                                                   const int* page_starts, const int* numbers, const int* lengths,
                                                   const int* offsets, const int* positions, int causal, float scale,
                                                   float cap, float bias, int n, int tile, int kv_head) {
-  const RowsOfSequence rows = rows_of<WARPS * TILES * SHARING, HEADS / KV_HEADS>(starts, n, tile);
+  const RowsOfSequence rows = rows_of<WARPS / PARTS<DIM> * TILES * SHARING, HEADS / KV_HEADS>(starts, n, tile);
   if (rows.sequence >= n) return;
   const int start = starts[rows.sequence], length = cached_tokens(page_starts, lengths, rows.sequence);
   const Pages<T, DIM, KV_HEADS> source(pages, numbers + page_starts[rows.sequence], kv_head, length);
@@ -111,7 +112,7 @@ __device__ __forceinline__ void new_tokens_attention(T* output, float* lse, cons
                                                      const T* keys, const T* values, const int* key_starts,
                                                      const int* positions, int causal, float scale, float cap, float bias,
                                                      int n, int tile, int kv_head) {
-  const RowsOfSequence rows = rows_of<WARPS * TILES * SHARING, HEADS / KV_HEADS>(starts, n, tile);
+  const RowsOfSequence rows = rows_of<WARPS / PARTS<DIM> * TILES * SHARING, HEADS / KV_HEADS>(starts, n, tile);
   if (rows.sequence >= n) return;
   const int start = starts[rows.sequence], key_start = key_starts[rows.sequence];
   const int length = key_starts[rows.sequence + 1] - key_start;

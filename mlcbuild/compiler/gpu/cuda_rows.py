@@ -22,6 +22,7 @@ TYPES = {"float16": "half", "bfloat16": "nv_bfloat16", "float32": "float"}
 _CODES = {(8, 4): 7, (10, 3): 3, (4, 8): 127}  # (codes of a word, bits): the code of 0
 _WORDS, _LANES = 4, 4  # words of a load; lanes along a row
 MULTIPROCESSORS, _WARPS = 132, 12  # of the largest device (H100), and what each shall have of a product at least
+_SHARED = 48 * 1024  # bytes of a block
 _MOST_WARPS, _MOST_LARGE = 16, 8  # of a block; of one whose threads need more than 128 registers, or 32 KB are shared
 
 
@@ -34,10 +35,11 @@ class Instance:
     threads: int
     results: int  # of a thread
     shared: int  # floats
+    function: str = "few_rows"
 
     @property
     def name(self) -> str:
-        return f"mlcbuild::few_rows<{self.arguments}>"
+        return f"mlcbuild::{self.function}<{self.arguments}>"
 
 
 def format_of(weights: Weights | None, dtype: str) -> dict[str, Any]:
@@ -109,6 +111,21 @@ def instance(form: str, rows: int | None, columns: int, most: int) -> Instance |
     arguments = f"{of.type}, {columns}, {most}, {tiles}, {warps}, {_ahead(each, tiles)}"
     height, threads = 16 * tiles, 32 * warps
     return Instance(arguments, height, threads, -(-height * most // threads), warps * height * most)
+
+
+def fused(form: str, rows: int, columns: int, most: int, paired: bool) -> Instance | None:
+    """The function that norms x first, and with `paired` also pairs a gate's rows with those of its other half."""
+    plain, of = instance(form, rows, columns, most), matrix(form, rows, columns)
+    if plain is None or of is None or of.wide or (paired and (of.across or rows % 2)):
+        return None
+    warps, height = plain.threads // 32, plain.rows
+    beside = -(-most // 4) * 4 + -(-warps * most // 4) * 4 + (of.padded // 2 if most == 1 else 0)
+    shared = plain.shared + beside
+    if shared * 4 > _SHARED:
+        return None
+    results = 2 * -(-height // 2 * most // plain.threads) if paired else plain.results
+    arguments = f"{plain.arguments}, {str(paired).lower()}"
+    return Instance(arguments, height, plain.threads, results, shared, "fused_rows")
 
 
 def _blocks(rows: int | None, tiles: int) -> int:

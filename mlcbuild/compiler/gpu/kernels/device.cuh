@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <stdint.h>
+#endif
 
 namespace mlcbuild {
 
@@ -14,6 +15,11 @@ template <>
 struct Bytes<8> { typedef uint2 Type; };
 template <>
 struct Bytes<16> { typedef uint4 Type; };
+
+}  // namespace mlcbuild
+
+#ifndef EMULATED_DEVICE
+namespace mlcbuild {
 
 // sums += a * b: 16 rows, 16 columns of a, 8 columns of b. Of a lane: rows lane / 4 and that + 8, k in four places.
 template <class T>

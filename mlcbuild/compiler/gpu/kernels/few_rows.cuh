@@ -11,8 +11,9 @@
 
 namespace mlcbuild {
 
-// FORMAT: Weights<...>. MOST: rows of x at most, 1 or a multiple of 8.
-template <class FORMAT, int K, int MOST, int TILES, int WARPS, int AHEAD>
+// FORMAT: Weights<...>. MOST: rows of x at most, 1 or a multiple of 8. NORMED: x is normed first, up to eight rows. PAIRED:
+// w is a gate's rows, and as many behind them.
+template <class FORMAT, int K, int MOST, int TILES, int WARPS, int AHEAD, bool NORMED = false, bool PAIRED = false>
 struct FewRows {
   typedef typename FORMAT::Float T;
   typedef typename FORMAT::Code Code;
@@ -30,16 +31,24 @@ struct FewRows {
   static constexpr int TILES_OF_X = (MOST + 7) / 8;
   static constexpr int CHAINS = TILES_OF_X > 1 ? 1 : 2;  // of sums: for tensor cores not to wait
   static constexpr int ALIGNED = PER_WORD % 4 ? 8 : 16;  // bytes of activations read at once
+  static constexpr int PAIRS = PER_WORD;                 // of two words
+  static constexpr bool STAGED = NORMED && MOST == 1;    // x is normed once, and lies in shared memory as it is multiplied
+  static constexpr int UNITS = CHUNKS * WORDS / 2, THREADS = 32 * WARPS;  // of x, two words' columns each
   static_assert(GROUPS * GROUP % CHUNK == 0 && GROUP % PER_WORD == 0, "whole loads, and words of one scale");
   static_assert(K * sizeof(T) % ALIGNED == 0, "rows of x begin where a load may");
+  static_assert(!NORMED || (!WIDE && MOST <= 8), "one tile of x");
+  static_assert(!PAIRED || !FORMAT::TRANSPOSED, "rows that lie apart");
 
   int n, rows, first, lane, warp;
   const T* x;  // where this lane's first load is in each
+  const T* weight = nullptr;  // of the norm, the same place
+  uint32_t* staged = nullptr;
+  uint32_t power = 0;  // twice what this lane's row of x is multiplied by
   const uint4* words[OWN];
   const T* scales[OWN];
 
   __device__ __forceinline__ FewRows(const T* x, const void* w, const T* s, int n, int rows, int block)
-      : n(n), rows(rows), first(block * ROWS), lane(threadIdx.x % 32), warp(threadIdx.x / 32), x(x + chunk() * CHUNK) {
+      : n(n), rows(rows), first(block * (PAIRED ? ROWS / 2 : ROWS)), lane(threadIdx.x % 32), warp(threadIdx.x / 32), x(x + chunk() * CHUNK) {
     const uint4* loads = static_cast<const uint4*>(w);
 #pragma unroll
     for (int own = 0; own < OWN; own++) {
@@ -60,9 +69,12 @@ struct FewRows {
     T scales[OWN][SCALES ? SCALES : 1];
   };
 
-  // Rows are neighbours where words of neighbouring rows are.
+  // Rows are neighbours where words of neighbouring rows are. The place is that of the block's.
+  __device__ __forceinline__ int place(int own) const {
+    return FORMAT::TRANSPOSED ? lane / LANES * OWN + own : own * 8 + lane / LANES;
+  }
   __device__ __forceinline__ int row(int own) const {
-    return FORMAT::TRANSPOSED ? first + lane / LANES * OWN + own : first + own * 8 + lane / LANES;
+    return first + (PAIRED ? own / 2 * 8 + lane / LANES + own % 2 * (rows / 2) : place(own));
   }
   __device__ __forceinline__ int chunk() const { return warp * EACH * LANES + lane % LANES; }  // the first
   __device__ __forceinline__ bool there(int step) const {
@@ -100,9 +112,23 @@ struct FewRows {
   // step that is not there is multiplied by 0: the first step's.
   template <int COUNT>
   __device__ __forceinline__ void load_x(uint32_t (&to)[COUNT], int m, int step, int at) const {
+    load_pairs(to, x + (MOST == 1 ? 0 : static_cast<long long>(min(m, n - 1)) * K), step, at);
+    if constexpr (NORMED) {
+      uint32_t by[COUNT];
+      load_pairs(by, weight, step, at);
+#pragma unroll
+      for (int i = 0; i < COUNT; i++) to[i] = Pairs<T>::multiply(Pairs<T>::multiply(to[i], power), by[i]);
+    }
+  }
+  template <int COUNT>
+  __device__ __forceinline__ void load_pairs(uint32_t (&to)[COUNT], const T* from, int step, int at) const {
     const int past = there(step) ? step * LANES * CHUNK : -chunk() * CHUNK;
-    const T* from = x + past + at + (MOST == 1 ? 0 : static_cast<long long>(min(m, n - 1)) * K);
     const int left = WHOLE ? 0 : (K - chunk() * CHUNK - past - at) * static_cast<int>(sizeof(T)) / 4;
+    load_there(to, from + past + at, left);
+  }
+  // The first `left` of them are there, or all.
+  template <int COUNT>
+  static __device__ __forceinline__ void load_there(uint32_t (&to)[COUNT], const T* from, int left) {
     if (WHOLE || left >= COUNT) {
       if constexpr (ALIGNED == 16) {
 #pragma unroll
@@ -130,7 +156,6 @@ struct FewRows {
   // Two words of each row with as many columns of x: pairs of columns, of which tensor cores take two at once.
   typedef float Sums[TILES_OF_X][TILES][CHAINS][4];
   __device__ __forceinline__ void multiply(Sums& sums, const Loaded& from, int step) const {
-    constexpr int PAIRS = PER_WORD;  // of two words
 #pragma unroll
     for (int i = 0; i < WORDS; i += 2) {
       uint32_t a[OWN][PAIRS];
@@ -151,8 +176,12 @@ struct FewRows {
       for (int tile = 0; tile < TILES_OF_X; tile++) {
         if (tile > 0 && tile * 8 >= n) break;
         uint32_t given[PAIRS], b[PAIRS];
-        load_x(given, tile * 8 + lane / LANES, step, i * PER_WORD);
-        Code::sort(given, b), Code::sort(given + PAIRS / 2, b + PAIRS / 2);
+        if constexpr (STAGED) {
+          read_staged(b, ((there(step) ? chunk() + step * LANES : 0) * WORDS + i) / 2);
+        } else {
+          load_x(given, tile * 8 + lane / LANES, step, i * PER_WORD);
+          Code::sort(given, b), Code::sort(given + PAIRS / 2, b + PAIRS / 2);
+        }
 #pragma unroll
         for (int p = 0; p < PAIRS; p += 2)
 #pragma unroll
@@ -208,8 +237,96 @@ struct FewRows {
     else multiply(sums, from, step);
   }
 
-  template <class Any>
-  __device__ __forceinline__ void run(Any& sums) const {
+  typedef typename Bytes<ALIGNED>::Type Part;  // of a unit
+  __device__ __forceinline__ void read_staged(uint32_t (&to)[PAIRS], int unit) const {
+    const Part* from = reinterpret_cast<const Part*>(staged + unit * PAIRS);
+#pragma unroll
+    for (int i = 0; i < PAIRS * 4 / ALIGNED; i++) {
+      const Part part = from[i];
+      const uint32_t* own = reinterpret_cast<const uint32_t*>(&part);
+#pragma unroll
+      for (int j = 0; j < ALIGNED / 4; j++) to[i * (ALIGNED / 4) + j] = own[j];
+    }
+  }
+
+  // Sums of products of a lane's numbers with those of the lanes that have its columns.
+  static __device__ __forceinline__ void add_squares(float (&squares)[4], const uint32_t (&pairs)[PAIRS]) {
+#pragma unroll
+    for (int p = 0; p < PAIRS; p += 2)
+      multiply_tile<T>(squares, {pairs[p], 0, pairs[p + 1], 0}, {pairs[p], pairs[p + 1]});
+  }
+  // Those of its own row, in the lane that has them; 0 elsewhere.
+  __device__ __forceinline__ float own_squares(const float (&squares)[4]) const {
+    return lane % 4 == lane / 8 ? squares[lane / 4 % 2] : 0.f;
+  }
+
+  // What x is multiplied by is a power of two, which is exact, and the weight; the rest of the norm, which is returned, is left
+  // to the sums. `parts`: WARPS * MOST floats.
+  __device__ __forceinline__ float norm(float* parts, const T* given, float eps) {
+    float squares[4] = {}, sum = 0;
+    __syncthreads();  // w's loads have begun: the compiler is not to put x's before them
+    constexpr int OF_A_THREAD = STAGED ? (UNITS + THREADS - 1) / THREADS : 1;
+    uint32_t own[OF_A_THREAD][PAIRS];
+    if constexpr (STAGED) {
+      const T* row = x - chunk() * CHUNK;
+#pragma unroll
+      for (int i = 0; i < OF_A_THREAD; i++) {
+        const int unit = i * THREADS + threadIdx.x, column = min(unit, UNITS - 1) * 2 * PER_WORD;
+        load_there(own[i], row + column, (K - column) / 2);
+        if (unit >= UNITS)
+#pragma unroll
+          for (uint32_t& pair : own[i]) pair = 0;
+        add_squares(squares, own[i]);
+      }
+      sum = own_squares(squares);
+#pragma unroll
+      for (int mask = 1; mask < 32; mask *= 2) sum += __shfl_xor_sync(~0u, sum, mask, 32);
+      if (lane == 0) parts[warp] = sum;
+    } else {
+      const int steps = min(EACH, STEPS - warp * EACH);
+#pragma unroll 2
+      for (int step = 0; step < steps; step++)
+#pragma unroll
+        for (int i = 0; i < WORDS; i += 2) {
+          uint32_t pairs[PAIRS];
+          load_pairs(pairs, x + static_cast<long long>(min(lane / LANES, n - 1)) * K, step, i * PER_WORD);
+          if (!there(step))
+#pragma unroll
+            for (uint32_t& pair : pairs) pair = 0;
+          add_squares(squares, pairs);
+        }
+      if (lane % 4 == lane / 8) parts[lane / 4 * WARPS + warp] = own_squares(squares);
+    }
+    __syncthreads();
+    sum = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) sum += parts[(STAGED ? 0 : lane / 4 * WARPS) + w];
+    const float all = rsqrtf(sum / K + eps), whole = as<float>(as<uint32_t>(all) & 0x7f800000);
+    power = Pairs<T>::of(whole);
+    if constexpr (STAGED) {
+#pragma unroll
+      for (int i = 0; i < OF_A_THREAD; i++) {
+        const int unit = i * THREADS + threadIdx.x, column = unit * 2 * PER_WORD;
+        if (unit >= UNITS) break;
+        alignas(16) uint32_t by[PAIRS], to[PAIRS];
+        load_there(by, given + column, (K - column) / 2);
+#pragma unroll
+        for (int p = 0; p < PAIRS; p++) by[p] = Pairs<T>::multiply(Pairs<T>::multiply(own[i][p], power), by[p]);
+        Code::sort(by, to), Code::sort(by + PAIRS / 2, to + PAIRS / 2);
+        Part* staged_at = reinterpret_cast<Part*>(staged + unit * PAIRS);
+#pragma unroll
+        for (int p = 0; p < PAIRS * 4 / ALIGNED; p++) staged_at[p] = *reinterpret_cast<const Part*>(to + p * (ALIGNED / 4));
+      }
+      __syncthreads();
+    } else {
+      weight = given + chunk() * CHUNK;
+    }
+    return all / whole;
+  }
+
+  // `before`: what is done while the first loads are on their way.
+  template <class Any, class Before>
+  __device__ __forceinline__ void run(Any& sums, Before before) const {
     // EACH at most, which the compiler is not to know: it would put off each load to where it is used.
     const int some = min(EACH, rows * EACH);
     const int steps = EACH * WARPS == STEPS ? some : min(some, STEPS - warp * EACH);
@@ -217,6 +334,7 @@ struct FewRows {
 #pragma unroll
     for (int a = 0; a < AHEAD; a++)
       if (EACH * WARPS == STEPS || a < steps) load(loaded[a], a);
+    before();
 #pragma unroll 1
     for (int step = 0; step < steps; step += AHEAD) {
 #pragma unroll
@@ -228,32 +346,27 @@ struct FewRows {
   }
 };
 
-// results[i]: row `first + at % ROWS` of w with row `at / ROWS` of x, where at = i * threads + thread.
-// `shared`: WARPS * ROWS * MOST floats.
-template <class FORMAT, int K, int MOST, int TILES, int WARPS, int AHEAD>
-__device__ __forceinline__ void few_rows(float* results, float* shared, const typename FORMAT::Float* x,
-                                         const void* words, const typename FORMAT::Float* scales, int n, int rows,
-                                         int block) {
-  typedef FewRows<FORMAT, K, MOST, TILES, WARPS, AHEAD> Product;
-  constexpr int ROWS = Product::ROWS, OWN = Product::OWN, THREADS = 32 * WARPS;
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const Product product(x, words, scales, n, rows, block);
-  float* own = shared + warp * ROWS * MOST;
+// The sums of a block's rows for each row of x, in shared memory, by its warps: WARPS * MOST * ROWS floats.
+template <class Product, int MOST, int TILES, class Before>
+__device__ __forceinline__ void sum_up(const Product& product, float* shared, int n, Before before) {
+  constexpr int ROWS = Product::ROWS;
+  const int lane = product.lane;
+  float* own = shared + product.warp * ROWS * MOST;
   if constexpr (Product::WIDE) {
-    float sums[MOST][OWN] = {};
-    product.run(sums);
+    float sums[MOST][Product::OWN] = {};
+    product.run(sums, before);
 #pragma unroll
     for (int m = 0; m < MOST; m++)
 #pragma unroll
-      for (int i = 0; i < OWN; i++) {
+      for (int i = 0; i < Product::OWN; i++) {
         float sum = sums[m][i];
         sum += __shfl_xor_sync(~0u, sum, 1, 32);
         sum += __shfl_xor_sync(~0u, sum, 2, 32);
-        if (lane % 4 == 0) own[m * ROWS + product.row(i) - product.first] = sum;
+        if (lane % 4 == 0) own[m * ROWS + product.place(i)] = sum;
       }
   } else {
     typename Product::Sums sums = {};
-    product.run(sums);
+    product.run(sums, before);
 #pragma unroll
     for (int tile = 0; tile < Product::TILES_OF_X; tile++)
 #pragma unroll
@@ -263,18 +376,33 @@ __device__ __forceinline__ void few_rows(float* results, float* shared, const ty
           const int column = tile * 8 + lane % 4 * 2 + i % 2;
           float sum = sums[tile][t][0][i];
           if constexpr (Product::CHAINS > 1) sum += sums[tile][t][1][i];
-          if (column < min(n, MOST)) own[column * ROWS + product.row(2 * t + i / 2) - product.first] = sum;
+          if (column < min(n, MOST)) own[column * ROWS + product.place(2 * t + i / 2)] = sum;
         }
   }
   __syncthreads();
+}
+
+template <int WARPS, int FLOATS>
+__device__ __forceinline__ float of_all_warps(const float* shared, int at) {
+  float sum = 0;
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) sum += shared[w * FLOATS + at];
+  return sum;
+}
+
+// results[i]: row `first + at % ROWS` of w with row `at / ROWS` of x, where at = i * threads + thread.
+// `shared`: WARPS * ROWS * MOST floats.
+template <class FORMAT, int K, int MOST, int TILES, int WARPS, int AHEAD>
+__device__ __forceinline__ void few_rows(float* results, float* shared, const typename FORMAT::Float* x,
+                                         const void* words, const typename FORMAT::Float* scales, int n, int rows,
+                                         int block) {
+  typedef FewRows<FORMAT, K, MOST, TILES, WARPS, AHEAD> Product;
+  constexpr int ROWS = Product::ROWS, THREADS = 32 * WARPS;
+  sum_up<Product, MOST, TILES>(Product(x, words, scales, n, rows, block), shared, n, [] {});
 #pragma unroll
   for (int i = 0; i < (ROWS * MOST + THREADS - 1) / THREADS; i++) {
-    const int at = i * THREADS + thread;
-    float sum = 0;
-    if (at < ROWS * n)
-#pragma unroll
-      for (int w = 0; w < WARPS; w++) sum += shared[w * ROWS * MOST + at];
-    results[i] = sum;
+    const int at = i * THREADS + threadIdx.x;
+    results[i] = at < ROWS * n ? of_all_warps<WARPS, ROWS * MOST>(shared, at) : 0.f;
   }
 }
 

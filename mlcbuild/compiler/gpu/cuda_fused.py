@@ -1,7 +1,7 @@
 """Fewer launches at decode on CUDA devices: a norm, the product behind it and the gate behind that as one function.
 
-Up to eight rows that is one kernel, of kernels/fused_rows.cuh. More rows launch them one by one; what lies between them is
-a result of the function that nobody reads, so that the graph plans its memory.
+One row is one kernel, of kernels/fused_rows.cuh; up to 32 rows, the gate is part of the product's. More rows launch the
+three one by one. What lies between them is a result of the function that nobody reads, so that the graph plans its memory.
 """
 
 from __future__ import annotations
@@ -13,21 +13,25 @@ from typing import Any
 import tvm_ffi
 from tvm import IRModule, ir, relax, s_tir, tirx
 
-from mlcbuild.compiler.gpu.cuda_rows import fused, launched, operands
+from mlcbuild.compiler.gpu.cuda_rows import COUNTS, fused, launched, operands
 from mlcbuild.compiler.gpu.inlining import blocks_of
 from mlcbuild.compiler.gpu.products import PRODUCT
 from mlcbuild.compiler.gpu.rows import GATE, NORM
 
-COUNTS = (1, 8)  # rows of x that there are such kernels for: up to so many
 Schedule = Callable[[tirx.PrimFunc, int], tirx.PrimFunc]
 
 
 @dataclass(frozen=True)
 class _Chain:
-    """Bindings that follow each other: of a norm, of a product, and of a gate or not."""
+    """Functions that follow each other: of a product, and of a norm before it, of a gate behind it, or both."""
 
-    bindings: tuple[Any, ...]
-    functions: tuple[tirx.PrimFunc, ...]
+    product: tirx.PrimFunc
+    norm: tirx.PrimFunc | None
+    gate: tirx.PrimFunc | None
+
+    @property
+    def all(self) -> list[tirx.PrimFunc]:
+        return [each for each in (self.norm, self.product, self.gate) if each is not None]
 
 
 def fuse(module: IRModule, schedule: Schedule) -> IRModule:
@@ -47,23 +51,22 @@ def _with_chains(block: Any, functions: Any, module: IRModule, made: dict[Any, A
     if not isinstance(block, relax.DataflowBlock):
         return block
     instead: dict[Any, list[Any]] = {}
-    for chain in _chains(block, functions):
-        called = tuple(binding.value.args[0] for binding in chain.bindings)
+    for bindings, chain in _chains(block, functions):
+        called = tuple(binding.value.args[0] for binding in bindings)
         if called not in made:
-            function = _function(chain.functions, schedule)
+            function = _function(chain, schedule)
             made[called] = None if function is None else _add(module, called, function)
         if made[called] is None:
             continue
-        *first, last = chain.bindings
-        instead |= dict.fromkeys((binding.var for binding in first), [])
-        results = [binding.var.ty for binding in chain.bindings]
-        given = [list(binding.value.args[1].fields) for binding in chain.bindings]
-        call = relax.call_tir(made[called], [*given[0], *given[1][1:]], results)
-        all_results = relax.DataflowVar("fused", relax.TupleType(results))
-        taken = relax.TupleGetItem(all_results, len(results) - 1)
-        instead[last.var] = [relax.VarBinding(all_results, call), relax.VarBinding(last.var, taken)]
-    bindings = [new for binding in block.bindings for new in instead.get(binding.var, [binding])]
-    return relax.DataflowBlock(bindings)
+        *first, last = bindings
+        instead |= {binding.var: [] for binding in first}
+        results = [binding.var.ty for binding in bindings]
+        given = [argument for i, binding in enumerate(bindings) for argument in _given(binding)[i > 0 :]]
+        call = relax.call_tir(made[called], given, results)
+        everything = relax.DataflowVar("fused", relax.TupleType(results))
+        taken = relax.TupleGetItem(everything, len(results) - 1)
+        instead[last.var] = [relax.VarBinding(everything, call), relax.VarBinding(last.var, taken)]
+    return relax.DataflowBlock([new for binding in block.bindings for new in instead.get(binding.var, [binding])])
 
 
 def _add(module: IRModule, called: Sequence[ir.GlobalVar], function: tirx.PrimFunc) -> ir.GlobalVar:
@@ -73,7 +76,8 @@ def _add(module: IRModule, called: Sequence[ir.GlobalVar], function: tirx.PrimFu
     return gv
 
 
-def _chains(block: Any, functions: Any) -> list[_Chain]:
+def _chains(block: Any, functions: Any) -> list[tuple[list[Any], _Chain]]:
+    """Each chain with its bindings."""
     uses = relax.analysis.udchain(block)
     found = {binding.var: binding for binding in block.bindings}
 
@@ -81,23 +85,21 @@ def _chains(block: Any, functions: Any) -> list[_Chain]:
         """The one binding whose call has the result as its first argument, and uses it nowhere else."""
         if not isinstance(binding.var, relax.DataflowVar) or len(uses[binding.var]) != 1:
             return None
-        (user,) = uses[binding.var]
-        given = _given(found.get(user))
-        return found[user] if [each.same_as(binding.var) for each in given] == [True] + [False] * len(given[1:]) else None
+        then = found.get(uses[binding.var][0])
+        places = [i for i, each in enumerate(_given(then)) if each.same_as(binding.var)]
+        return then if places == [0] else None
 
+    norms = {next_of(b): b for b in block.bindings if _attribute(_called(b, functions), NORM) is not None}
     chains = []
     for binding in block.bindings:
-        norm = _called(binding, functions)
-        product = next_of(binding) if norm is not None and _attribute(norm, NORM) is not None else None
-        multiply = _called(product, functions)
-        if multiply is None or norm is None:
+        product = _called(binding, functions)
+        if product is None or PRODUCT not in blocks_of(product):
             continue
-        gate = next_of(product)
-        gated = _called(gate, functions)
-        if gated is not None and _attribute(gated, GATE) is not None:
-            chains.append(_Chain((binding, product, gate), (norm, multiply, gated)))
-        else:
-            chains.append(_Chain((binding, product), (norm, multiply)))
+        norm, gate = norms.get(binding), next_of(binding)
+        gate = gate if _attribute(_called(gate, functions), GATE) is not None else None
+        if norm is not None or gate is not None:
+            chain = _Chain(product, _called(norm, functions), _called(gate, functions))
+            chains.append(([each for each in (norm, binding, gate) if each is not None], chain))
     return chains
 
 
@@ -112,31 +114,44 @@ def _called(binding: Any, functions: Any) -> tirx.PrimFunc | None:
     return functions[binding.value.args[0]] if _given(binding) else None
 
 
-def _attribute(function: tirx.PrimFunc, name: str) -> Any:
-    return function.attrs.get(name) if function.attrs is not None else None
+def _attribute(function: tirx.PrimFunc | None, name: str) -> Any:
+    return function.attrs.get(name) if function is not None and function.attrs is not None else None
 
 
-def _function(functions: tuple[tirx.PrimFunc, ...], schedule: Schedule) -> tirx.PrimFunc | None:
+def _function(chain: _Chain, schedule: Schedule) -> tirx.PrimFunc | None:
     """All of them as one function, with a result for each; None where there are no kernels."""
-    norm = functions[0]
-    n, joined = norm.params[0].shape[0], [norm]
-    for each in functions[1:]:
+    first, *others = chain.all
+    n, joined = first.params[0].shape[0], [first]
+    for each in others:
         renamed = _replaced(each, {each.params[0].shape[0]: n})
         joined.append(_onto(renamed, [joined[-1].params[-1], *renamed.params[1:]]))
-    kernels = [(most, _kernel(most, *joined)) for most in reversed(COUNTS)]
-    if any(kernel is None for _, kernel in kernels):
+    renamed = joined[0 if chain.norm is None else 1]
+    same = _Chain(renamed, chain.norm, None if chain.gate is None else joined[-1])
+    alone, *few = [_kernel(most, same) for most in (COUNTS if same.gate is not None else COUNTS[:1])]
+    if alone is None or None in few:
         return None
+    above = COUNTS[len(few)]
     many = []
-    for each, of in zip(functions, joined, strict=True):
-        scheduled = schedule(each, COUNTS[-1])
+    for each, of in zip(chain.all, joined, strict=True):
+        scheduled = schedule(each, above)
         many.append(_onto(_replaced(scheduled, {scheduled.params[0].shape[0]: n}), of.params).body)
-    body: Any = tirx.SeqStmt(many)
-    for most, kernel in kernels:
-        body = tirx.IfThenElse(tirx.op.tvm_thread_invariant(n <= most), kernel, body)
+    before = [many.pop(0)] if chain.norm is not None else []
+    body = _in_turn(many)
+    for most, kernel in reversed([*zip(COUNTS[1:], few)]):
+        body = _up_to(n, most, kernel, body)
+    body = _up_to(n, COUNTS[0], alone, _in_turn([*before, body]))
     body = s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", body))
-    params = [*norm.params[:-1], *joined[1].params[1:-1], *(each.params[-1] for each in joined)]
+    given = [param for i, each in enumerate(joined) for param in each.params[i > 0 : -1]]
     attributes = {"tirx.is_scheduled": True, "tirx.HoistIfThenElseExprWithBlock": 1, "tirx.noalias": True}
-    return tirx.PrimFunc(params, body).with_attrs(attributes)
+    return tirx.PrimFunc([*given, *(each.params[-1] for each in joined)], body).with_attrs(attributes)
+
+
+def _in_turn(bodies: list[Any]) -> Any:
+    return tirx.SeqStmt(bodies) if len(bodies) > 1 else bodies[0]
+
+
+def _up_to(n: Any, most: int, few: Any, many: Any) -> Any:
+    return tirx.IfThenElse(tirx.op.tvm_thread_invariant(n <= most), few, many)
 
 
 def _onto(function: tirx.PrimFunc, params: Sequence[Any]) -> tirx.PrimFunc:
@@ -149,24 +164,25 @@ def _replaced(node: Any, by: Mapping[Any, Any]) -> Any:
     return tvm_ffi.structural_map(node, [(ir.Var, lambda var: by.get(var, var))])
 
 
-def _kernel(
-    most: int, norm: tirx.PrimFunc, product: tirx.PrimFunc, gate: tirx.PrimFunc | None = None
-) -> tirx.Stmt | None:
+def _kernel(most: int, chain: _Chain) -> tirx.Stmt | None:
     """What up to `most` rows of x launch; None where no function of ours reads the product's matrix."""
-    found = operands(product, blocks_of(product)[PRODUCT])
+    found = operands(chain.product, blocks_of(chain.product)[PRODUCT])
     if found is None or found.fixed_rows is None:
         return None
-    x, weight = norm.params[:2]
-    dtype = found.buffers[0].dtype
-    chosen = fused(found.form, found.fixed_rows, found.columns, most, gate is not None)
-    if chosen is None or {x.dtype, weight.dtype} != {dtype}:
+    norm, gate = chain.norm if most == 1 else None, chain.gate
+    x, words, scales = found.buffers
+    weight, eps = x, 0.0
+    if norm is not None:
+        (x, weight), eps = norm.params[:2], float(norm.attrs[NORM])
+    chosen = fused(found.form, found.fixed_rows, found.columns, most, norm is not None, gate is not None)
+    if chosen is None or {x.dtype, weight.dtype} != {found.buffers[0].dtype}:
         return None
     block, thread, number = (tirx.Var(name, "int32") for name in ("bx", "tx", "i"))
     results = tirx.decl_buffer((chosen.results,), "float32", "results", scope="local")
     shared = tirx.decl_buffer((chosen.shared,), "float32", "partial", scope="shared")
-    eps = tirx.const(float(norm.attrs[NORM]), "float32")
-    pointers = [results.data, shared.data, x.data, weight.data, *found.pointers[1:]]
-    call = tirx.Evaluate(tirx.call_extern("void", chosen.name, *pointers, eps, found.n, found.rows, block))
+    pointers = [each.data for each in (results, shared, x, weight, words, scales)]
+    sizes = [tirx.const(eps, "float32"), found.n, found.rows]
+    call = tirx.Evaluate(tirx.call_extern("void", chosen.name, *pointers, *sizes, block))
     each = 1 if gate is None else 2  # rows of the matrix to a result
     height = chosen.rows // each
     at = number * chosen.threads + thread

@@ -99,6 +99,16 @@ __device__ __forceinline__ const T* one_address(const T* place) {
   return place;
 }
 
+// 16 bytes, read where the program does so: not before the last barrier.
+__device__ __forceinline__ uint4 load_late(const uint4* place) {
+  uint4 four;
+  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(four.x), "=r"(four.y), "=r"(four.z), "=r"(four.w)
+               : "l"(place)
+               : "memory");
+  return four;
+}
+
 // (word & mask) | ones, one instruction.
 __device__ __forceinline__ uint32_t masked(uint32_t word, uint32_t mask, uint32_t ones) {
   uint32_t result;

@@ -11,9 +11,9 @@
 
 namespace mlcbuild {
 
-// FORMAT: Weights<...>. MOST: rows of x at most, 1 or a multiple of 8. NORMED: x is normed first, up to eight rows. PAIRED:
-// w is a gate's rows, and as many behind them.
-template <class FORMAT, int K, int MOST, int TILES, int WARPS, int AHEAD, bool NORMED = false, bool PAIRED = false>
+// FORMAT: Weights<...>. MOST: rows of x at most, 1 or a multiple of 8. STAGED: the one row of x lies in shared memory, in the
+// order of multiplying. PAIRED: w is the rows of a gate, and as many that are multiplied with it.
+template <class FORMAT, int K, int MOST, int TILES, int WARPS, int AHEAD, bool STAGED = false, bool PAIRED = false>
 struct FewRows {
   typedef typename FORMAT::Float T;
   typedef typename FORMAT::Code Code;
@@ -32,18 +32,15 @@ struct FewRows {
   static constexpr int CHAINS = TILES_OF_X > 1 ? 1 : 2;  // of sums: for tensor cores not to wait
   static constexpr int ALIGNED = PER_WORD % 4 ? 8 : 16;  // bytes of activations read at once
   static constexpr int PAIRS = PER_WORD;                 // of two words
-  static constexpr bool STAGED = NORMED && MOST == 1;    // x is normed once, and lies in shared memory as it is multiplied
-  static constexpr int UNITS = CHUNKS * WORDS / 2, THREADS = 32 * WARPS;  // of x, two words' columns each
+  static constexpr int UNITS = CHUNKS * WORDS / 2;       // of x, two words' columns each
   static_assert(GROUPS * GROUP % CHUNK == 0 && GROUP % PER_WORD == 0, "whole loads, and words of one scale");
   static_assert(K * sizeof(T) % ALIGNED == 0, "rows of x begin where a load may");
-  static_assert(!NORMED || (!WIDE && MOST <= 8), "one tile of x");
+  static_assert(!STAGED || (!WIDE && MOST == 1), "16 bits, one row");
   static_assert(!PAIRED || !FORMAT::TRANSPOSED, "rows that lie apart");
 
   int n, rows, first, lane, warp;
   const T* x;  // where this lane's first load is in each
-  const T* weight = nullptr;  // of the norm, the same place
-  uint32_t* staged = nullptr;
-  uint32_t power = 0;  // twice what this lane's row of x is multiplied by
+  uint32_t* staged = nullptr;  // UNITS * PAIRS
   const uint4* words[OWN];
   const T* scales[OWN];
 
@@ -112,28 +109,19 @@ struct FewRows {
   // step that is not there is multiplied by 0: the first step's.
   template <int COUNT>
   __device__ __forceinline__ void load_x(uint32_t (&to)[COUNT], int m, int step, int at) const {
-    load_pairs(to, x + (MOST == 1 ? 0 : static_cast<long long>(min(m, n - 1)) * K), step, at);
-    if constexpr (NORMED) {
-      uint32_t by[COUNT];
-      load_pairs(by, weight, step, at);
-#pragma unroll
-      for (int i = 0; i < COUNT; i++) to[i] = Pairs<T>::multiply(Pairs<T>::multiply(to[i], power), by[i]);
-    }
-  }
-  template <int COUNT>
-  __device__ __forceinline__ void load_pairs(uint32_t (&to)[COUNT], const T* from, int step, int at) const {
     const int past = there(step) ? step * LANES * CHUNK : -chunk() * CHUNK;
-    const int left = WHOLE ? 0 : (K - chunk() * CHUNK - past - at) * static_cast<int>(sizeof(T)) / 4;
-    load_there(to, from + past + at, left);
+    const T* from = x + past + at + (MOST == 1 ? 0 : static_cast<long long>(min(m, n - 1)) * K);
+    load_there(to, from, WHOLE ? 0 : (K - chunk() * CHUNK - past - at) * static_cast<int>(sizeof(T)) / 4);
   }
-  // The first `left` of them are there, or all.
-  template <int COUNT>
+  // The first `left` of them are there, or all. LATE: not before the last barrier.
+  template <int COUNT, bool LATE = false>
   static __device__ __forceinline__ void load_there(uint32_t (&to)[COUNT], const T* from, int left) {
     if (WHOLE || left >= COUNT) {
       if constexpr (ALIGNED == 16) {
 #pragma unroll
         for (int i = 0; i < COUNT; i += 4) {
-          const uint4 four = __ldg(reinterpret_cast<const uint4*>(from) + i / 4);
+          const uint4* place = reinterpret_cast<const uint4*>(from) + i / 4;
+          const uint4 four = LATE ? load_late(place) : __ldg(place);
           to[i] = four.x, to[i + 1] = four.y, to[i + 2] = four.z, to[i + 3] = four.w;
         }
       } else {
@@ -247,81 +235,6 @@ struct FewRows {
 #pragma unroll
       for (int j = 0; j < ALIGNED / 4; j++) to[i * (ALIGNED / 4) + j] = own[j];
     }
-  }
-
-  // Sums of products of a lane's numbers with those of the lanes that have its columns.
-  static __device__ __forceinline__ void add_squares(float (&squares)[4], const uint32_t (&pairs)[PAIRS]) {
-#pragma unroll
-    for (int p = 0; p < PAIRS; p += 2)
-      multiply_tile<T>(squares, {pairs[p], 0, pairs[p + 1], 0}, {pairs[p], pairs[p + 1]});
-  }
-  // Those of its own row, in the lane that has them; 0 elsewhere.
-  __device__ __forceinline__ float own_squares(const float (&squares)[4]) const {
-    return lane % 4 == lane / 8 ? squares[lane / 4 % 2] : 0.f;
-  }
-
-  // What x is multiplied by is a power of two, which is exact, and the weight; the rest of the norm, which is returned, is left
-  // to the sums. `parts`: WARPS * MOST floats.
-  __device__ __forceinline__ float norm(float* parts, const T* given, float eps) {
-    float squares[4] = {}, sum = 0;
-    __syncthreads();  // w's loads have begun: the compiler is not to put x's before them
-    constexpr int OF_A_THREAD = STAGED ? (UNITS + THREADS - 1) / THREADS : 1;
-    uint32_t own[OF_A_THREAD][PAIRS];
-    if constexpr (STAGED) {
-      const T* row = x - chunk() * CHUNK;
-#pragma unroll
-      for (int i = 0; i < OF_A_THREAD; i++) {
-        const int unit = i * THREADS + threadIdx.x, column = min(unit, UNITS - 1) * 2 * PER_WORD;
-        load_there(own[i], row + column, (K - column) / 2);
-        if (unit >= UNITS)
-#pragma unroll
-          for (uint32_t& pair : own[i]) pair = 0;
-        add_squares(squares, own[i]);
-      }
-      sum = own_squares(squares);
-#pragma unroll
-      for (int mask = 1; mask < 32; mask *= 2) sum += __shfl_xor_sync(~0u, sum, mask, 32);
-      if (lane == 0) parts[warp] = sum;
-    } else {
-      const int steps = min(EACH, STEPS - warp * EACH);
-#pragma unroll 2
-      for (int step = 0; step < steps; step++)
-#pragma unroll
-        for (int i = 0; i < WORDS; i += 2) {
-          uint32_t pairs[PAIRS];
-          load_pairs(pairs, x + static_cast<long long>(min(lane / LANES, n - 1)) * K, step, i * PER_WORD);
-          if (!there(step))
-#pragma unroll
-            for (uint32_t& pair : pairs) pair = 0;
-          add_squares(squares, pairs);
-        }
-      if (lane % 4 == lane / 8) parts[lane / 4 * WARPS + warp] = own_squares(squares);
-    }
-    __syncthreads();
-    sum = 0;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) sum += parts[(STAGED ? 0 : lane / 4 * WARPS) + w];
-    const float all = rsqrtf(sum / K + eps), whole = as<float>(as<uint32_t>(all) & 0x7f800000);
-    power = Pairs<T>::of(whole);
-    if constexpr (STAGED) {
-#pragma unroll
-      for (int i = 0; i < OF_A_THREAD; i++) {
-        const int unit = i * THREADS + threadIdx.x, column = unit * 2 * PER_WORD;
-        if (unit >= UNITS) break;
-        alignas(16) uint32_t by[PAIRS], to[PAIRS];
-        load_there(by, given + column, (K - column) / 2);
-#pragma unroll
-        for (int p = 0; p < PAIRS; p++) by[p] = Pairs<T>::multiply(Pairs<T>::multiply(own[i][p], power), by[p]);
-        Code::sort(by, to), Code::sort(by + PAIRS / 2, to + PAIRS / 2);
-        Part* staged_at = reinterpret_cast<Part*>(staged + unit * PAIRS);
-#pragma unroll
-        for (int p = 0; p < PAIRS * 4 / ALIGNED; p++) staged_at[p] = *reinterpret_cast<const Part*>(to + p * (ALIGNED / 4));
-      }
-      __syncthreads();
-    } else {
-      weight = given + chunk() * CHUNK;
-    }
-    return all / whole;
   }
 
   // `before`: what is done while the first loads are on their way.

@@ -13,7 +13,6 @@ _FILES = {  # the file that has a function
     "many_rows": "many_rows.cuh",
     "hand_over": "many_rows.cuh",
     "decode_attention": "decode_attention.cuh",
-    "join_parts": "decode_attention.cuh",
     "prefill_attention": "prefill_attention.cuh",
     "new_tokens_attention": "prefill_attention.cuh",
 }

@@ -34,12 +34,13 @@ sys.path.insert(0, str(ROOT))
 ASSUMED = {
     "of the bandwidth that reading reaches": 0.92,
     "seconds that a load takes on a busy device": 800e-9,
+    "seconds that one takes of a block that is left alone": 400e-9,
     "seconds between kernels of a graph": 1.2e-6,
     "seconds of a kernel launched alone": 2.5e-6,
     "registers of a multiprocessor": 65536,
     "warps that issue at once": 4,
 }
-REACHED, LATENCY, IN_GRAPH, ALONE, REGISTERS, ISSUING = ASSUMED.values()
+REACHED, LATENCY, LEFT, IN_GRAPH, ALONE, REGISTERS, ISSUING = ASSUMED.values()
 FORM, BITS, GROUP = "4, 32, false of float16", 4, 32  # q4f16_1
 ROWS, CONTEXTS, PROMPTS = (1, 8, 64), (512, 4096, 32768), (512, 4096, 32768)
 CHUNK = 2048  # tokens of a prompt that are prefilled in one call
@@ -105,6 +106,7 @@ class Launch:
     blocks: float = 0
     code: Code | None = None
     in_graph: bool = True
+    tail: float = 0  # seconds of what a block does when all others have ended
 
 
 def fit(code: Code, device: Mapping[str, Any]) -> int:
@@ -140,7 +142,7 @@ def seconds(launch: Launch, device: Mapping[str, Any]) -> tuple[float, str]:
     bound = max(times, key=lambda name: times[name])
     if times[bound] < cost:
         bound = "launch"
-    return cost + max(times.values()), bound
+    return cost + max(times.values()) + launch.tail, bound
 
 
 class Machine:
@@ -150,10 +152,16 @@ class Machine:
         from mlcbuild.compiler.gpu import cuda_many, cuda_rows
         from tests.support import cuda_products, sass
 
-        self.few: dict[tuple[int, int, int], tuple[Any, Code]] = {}
+        self.few: dict[tuple[int, int, int, bool, bool], tuple[Any, Code]] = {}
         self.many: dict[tuple[int, int, bool], tuple[Any, Code]] = {}
         matrices = [*shape.products.values(), (shape.vocabulary, shape.hidden)]
-        few = {(*at, most): cuda_rows.instance(FORM, *at, most) for at in matrices for most in cuda_rows.COUNTS}
+        few: dict[Any, Any] = {
+            (*at, most, False, False): cuda_rows.instance(FORM, *at, most) for at in matrices for most in cuda_rows.COUNTS
+        }
+        for name, paired in (("qkv", False), ("gate_up", True)):
+            for most in cuda_rows.COUNTS if paired else (1,):
+                key = (*shape.products[name], most, most == 1, paired)
+                few[key] = cuda_rows.fused(FORM, *key)
         many = {(*at, narrow): cuda_many.instance(FORM, *at, narrow) for at in matrices for narrow in (True, False)}
         pairs: tuple[tuple[Any, Any, Any], ...] = (
             (few, cuda_products.source, self.few),
@@ -168,15 +176,17 @@ class Machine:
                 kept[key] = one, _code(found[names[one]], one, key[1])
         self.attend, self.prompt = _attention(shape, architecture, folder)
 
-    def product(self, name: str, at: tuple[int, int], n: int, count: int, extra: float) -> Launch:
-        """`extra` bytes beside the matrix and x."""
+    def product(
+        self, name: str, at: tuple[int, int], n: int, count: int, extra: float, normed: bool = False, paired: bool = False
+    ) -> Launch:
+        """`extra` bytes beside the matrix and x; with a norm before or a gate behind it, where there is such a kernel."""
         from mlcbuild.compiler.gpu import cuda_many, cuda_rows
 
         rows, columns = at
         matrix = rows * columns * BITS / 8 + rows * columns / GROUP * 2
         most = next((most for most in cuda_rows.COUNTS if n <= most), None)
         if most is not None:
-            small, code = self.few[(*at, most)]
+            small, code = self.few[(*at, most, normed and most == 1, paired)]
             blocks = math.ceil(rows / small.rows)
             return Launch(name, count, matrix + extra + n * columns * 2, blocks, code)
         one, code = self.many[(*at, n <= cuda_many.limit(rows))]
@@ -189,7 +199,8 @@ def _code(kernel: Any, one: Any, columns: int) -> Code:
 
     if isinstance(one, cuda_many.Instance):
         return Code(kernel, 128, one.shared * 4, math.ceil(columns / 32 / one.along))
-    warps, ahead = (int(text) for text in one.arguments.split(", ")[-2:])
+    given = one.arguments.split(", ")
+    warps, ahead = (int(text) for text in (given[-4:-2] if one.function == "fused_rows" else given[-2:]))
     return Code(kernel, one.threads, one.shared * 4, max(1, math.ceil(columns / 128 / warps / ahead)))
 
 
@@ -222,13 +233,16 @@ def of_a_token(machine: Machine, shape: Shape, n: int, context: int) -> Iterator
     import dataclasses
 
     from mlcbuild.compiler.gpu import cuda_attention as kernels
+    from mlcbuild.compiler.gpu import cuda_rows
 
     width, layers = shape.hidden * 2 * n, shape.layers
     heads = (shape.heads + 2 * shape.kv_heads) * shape.head_dim * 2 * n
     at = shape.products
     yield Launch("embedding", 1, 1.5 * width)
-    yield Launch("norms", 2 * layers + 1, 2 * width)
-    yield machine.product("qkv", at["qkv"], n, layers, heads)
+    fused = n == 1  # a norm with the product that follows; a gate ends a product of few rows
+    gated = n <= cuda_rows.COUNTS[-1]
+    yield Launch("norms", 1 if fused else 2 * layers + 1, 2 * width)
+    yield machine.product("qkv", at["qkv"], n, layers, heads, normed=fused)
     if shape.norms_of_heads:
         yield Launch("norms of heads", layers, 2 * heads)
     yield Launch("rotary", layers, 2 * heads, in_graph=False)
@@ -238,13 +252,15 @@ def of_a_token(machine: Machine, shape: Shape, n: int, context: int) -> Iterator
     steps = math.ceil(context / kernels.PAGE / splits / kernels.WARPS)
     code = dataclasses.replace(machine.attend, steps=max(1, steps))
     cached = n * context * 2 * shape.kv_heads * shape.head_dim * 2
-    yield Launch("attention", layers, cached + heads, n * tiles * splits, code, in_graph=False)
-    if splits > 1:
-        parts = n * splits * shape.heads * (shape.head_dim + 2) * 4
-        yield Launch("joined parts", layers, 2.0 * parts, in_graph=False)
+    joined = n * splits * shape.heads * (shape.head_dim + 2) * 8.0 if splits > 1 else 0.0  # written, and read again
+    tail = (2 + math.ceil(splits / 16)) * LEFT if splits > 1 else 0.0  # what it wrote, the count, the others'
+    blocks = n * tiles * splits
+    yield Launch("attention", layers, cached + heads + joined, blocks, code, in_graph=False, tail=tail)
     yield machine.product("o", at["o"], n, layers, 2 * width)
-    yield machine.product("gate_up", at["gate_up"], n, layers, n * at["gate_up"][0] * 2)
-    yield Launch("gate", layers, n * 3 * shape.intermediate * 2)
+    written = n * shape.intermediate * 2
+    yield machine.product("gate_up", at["gate_up"], n, layers, written * (1 if gated else 2), normed=fused, paired=gated)
+    if not gated:
+        yield Launch("gate", layers, 3 * written)
     yield machine.product("down", at["down"], n, layers, 2 * width)
     yield machine.product("head", (shape.vocabulary, shape.hidden), n, 1, n * shape.vocabulary * 4)
 

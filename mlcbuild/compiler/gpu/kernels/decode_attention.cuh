@@ -17,7 +17,7 @@ static __device__ unsigned parts_ended[COUNTED];
 template <class T, int DIM, int HEADS, int WARPS, bool SINKS>
 __device__ __forceinline__ void join_parts(const Results<T, DIM, SINKS>& results, const float* parts, const float* sums,
                                            int splits, int sequence, int head, int heads, bool own) {
-  constexpr int LOADED = 8;  // parts whose loads are on their way
+  constexpr int LOADED = DIM < 128 ? 8 : 16;  // parts whose loads are on their way, in registers that attention had
   for (int at = threadIdx.x; at < heads * (DIM / 4); at += 32 * WARPS) {
     const int dim = at % (DIM / 4) * 4, first = head + at / (DIM / 4);
     const long long row = static_cast<long long>(sequence) * HEADS + first, place = row + sequence * (splits - 1LL) * HEADS;

@@ -14,7 +14,7 @@ import tvm_ffi
 from tvm import IRModule, ir, relax, s_tir, tirx
 
 from mlcbuild.compiler.gpu.cuda_rows import COUNTS, fused, launched, operands
-from mlcbuild.compiler.gpu.inlining import blocks_of
+from mlcbuild.compiler.gpu.inlining import added, blocks_of, called, given_to
 from mlcbuild.compiler.gpu.products import PRODUCT
 from mlcbuild.compiler.gpu.rows import GATE, NORM
 
@@ -52,28 +52,21 @@ def _with_chains(block: Any, functions: Any, module: IRModule, made: dict[Any, A
         return block
     instead: dict[Any, list[Any]] = {}
     for bindings, chain in _chains(block, functions):
-        called = tuple(binding.value.args[0] for binding in bindings)
-        if called not in made:
+        names = tuple(binding.value.args[0] for binding in bindings)
+        if names not in made:
             function = _function(chain, schedule)
-            made[called] = None if function is None else _add(module, called, function)
-        if made[called] is None:
+            made[names] = None if function is None else added(module, "_".join(gv.name_hint for gv in names), function)
+        if made[names] is None:
             continue
         *first, last = bindings
         instead |= {binding.var: [] for binding in first}
-        results = [binding.var.ty for binding in bindings]
-        given = [argument for i, binding in enumerate(bindings) for argument in _given(binding)[i > 0 :]]
-        call = relax.call_tir(made[called], given, results)
-        everything = relax.DataflowVar("fused", relax.TupleType(results))
-        taken = relax.TupleGetItem(everything, len(results) - 1)
+        results = relax.TupleType([binding.var.ty for binding in bindings])
+        given = [argument for i, binding in enumerate(bindings) for argument in given_to(binding)[i > 0 :]]
+        everything = relax.DataflowVar("fused", results)
+        call = called(made[names], given, results)
+        taken = relax.TupleGetItem(everything, len(bindings) - 1)
         instead[last.var] = [relax.VarBinding(everything, call), relax.VarBinding(last.var, taken)]
     return relax.DataflowBlock([new for binding in block.bindings for new in instead.get(binding.var, [binding])])
-
-
-def _add(module: IRModule, called: Sequence[ir.GlobalVar], function: tirx.PrimFunc) -> ir.GlobalVar:
-    gv = ir.GlobalVar("_".join(each.name_hint for each in called))
-    relax.expr._update_type(gv, relax.FuncType.opaque_func(ret=relax.AnyType()))
-    module[gv] = function
-    return gv
 
 
 def _chains(block: Any, functions: Any) -> list[tuple[list[Any], _Chain]]:
@@ -86,7 +79,7 @@ def _chains(block: Any, functions: Any) -> list[tuple[list[Any], _Chain]]:
         if not isinstance(binding.var, relax.DataflowVar) or len(uses[binding.var]) != 1:
             return None
         then = found.get(uses[binding.var][0])
-        places = [i for i, each in enumerate(_given(then)) if each.same_as(binding.var)]
+        places = [i for i, each in enumerate(given_to(then)) if each.same_as(binding.var)]
         return then if places == [0] else None
 
     norms = {next_of(b): b for b in block.bindings if _attribute(_called(b, functions), NORM) is not None}
@@ -103,15 +96,8 @@ def _chains(block: Any, functions: Any) -> list[tuple[list[Any], _Chain]]:
     return chains
 
 
-def _given(binding: Any) -> list[Any]:
-    """What a function of ours is called with; nothing where something else is bound."""
-    value = getattr(binding, "value", None)
-    call = isinstance(value, relax.Call) and value.op == ir.Op.get("relax.call_tir") and len(value.args) == 2
-    return list(value.args[1].fields) if call and isinstance(value.args[1], relax.Tuple) else []
-
-
 def _called(binding: Any, functions: Any) -> tirx.PrimFunc | None:
-    return functions[binding.value.args[0]] if _given(binding) else None
+    return functions[binding.value.args[0]] if given_to(binding) else None
 
 
 def _attribute(function: tirx.PrimFunc | None, name: str) -> Any:

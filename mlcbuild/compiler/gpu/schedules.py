@@ -12,7 +12,7 @@ from typing import Any
 from tvm import IRModule, s_tir, tirx
 from tvm.s_tir import dlight
 
-from mlcbuild.compiler.gpu import cuda_fused, cuda_many, cuda_rows, experts, metal, recurrent
+from mlcbuild.compiler.gpu import cuda_fused, cuda_many, cuda_prefetch, cuda_rows, experts, metal, recurrent
 from mlcbuild.compiler.gpu.device import Device
 from mlcbuild.compiler.gpu.few_rows import few_rows
 from mlcbuild.compiler.gpu.inlining import blocks_of
@@ -44,7 +44,8 @@ def schedule(module: IRModule, device: Device, above: int = 0) -> IRModule:
         elif any(name.startswith(_EACH) for name in blocks_of(function)):
             module[gv] = dlight.ApplyDefaultSchedule(dlight.gpu.Fallback())(IRModule({"main": function}))["main"]
     rules = dlight.gpu.Reduction(), dlight.gpu.GeneralReduction(), dlight.gpu.Fallback()
-    return dlight.ApplyDefaultSchedule(*rules)(module)
+    module = dlight.ApplyDefaultSchedule(*rules)(module)
+    return cuda_prefetch.prefetch(module) if device.kind == "cuda" else module
 
 
 def _narrow(module: IRModule) -> IRModule:

@@ -10,6 +10,7 @@ _NAMESPACE = "mlcbuild::"  # what calls them is told by it
 _FILES = {  # the file that has a function
     "few_rows": "few_rows.cuh",
     "fused_rows": "fused_rows.cuh",
+    "prefetch_next": "prefetch.cuh",
     "many_rows": "many_rows.cuh",
     "hand_over": "many_rows.cuh",
     "decode_attention": "decode_attention.cuh",

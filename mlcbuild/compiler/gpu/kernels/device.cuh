@@ -109,6 +109,9 @@ __device__ __forceinline__ uint4 load_late(const uint4* place) {
   return four;
 }
 
+// A line of memory is fetched into the cache of the device, and nobody waits for it.
+__device__ __forceinline__ void fetch_line(const void* place) { asm volatile("prefetch.global.L2 [%0];" ::"l"(place)); }
+
 // (word & mask) | ones, one instruction.
 __device__ __forceinline__ uint32_t masked(uint32_t word, uint32_t mask, uint32_t ones) {
   uint32_t result;

@@ -7,7 +7,8 @@ No GPU is needed: nvcc and nvdisasm are (`pip install -e '.[test,cuda]' nvidia-c
 of attention are compiled for the device one by one, as the library has them, and their instructions are counted. A
 kernel takes as long as the slowest of these, after a launch:
 
-    memory   its bytes, at REACHED of the data sheet's rate, or as many as are on their way at once in LATENCY
+    memory   its bytes, at REACHED of the data sheet's rate, or as many as are on their way at once in LATENCY; less
+             what the kernel before has asked for, which comes during the launch
     issue    its instructions, four a cycle and multiprocessor, by waves of blocks
     tensor   its matrix instructions, at the tensor cores' rate with float32 sums
 
@@ -107,6 +108,7 @@ class Launch:
     code: Code | None = None
     in_graph: bool = True
     tail: float = 0  # seconds of what a block does when all others have ended
+    early: float = 0  # bytes that the kernel before has asked for
 
 
 def fit(code: Code, device: Mapping[str, Any]) -> int:
@@ -121,7 +123,8 @@ def seconds(launch: Launch, device: Mapping[str, Any]) -> tuple[float, str]:
     """Of one launch, and what binds it."""
     cost = IN_GRAPH if launch.in_graph else ALONE
     rate = device["bandwidth"] * 1e9 * REACHED
-    times = {"memory": launch.bytes / rate}
+    early = min(launch.early, rate * min(cost, LATENCY))  # no more are on their way when that kernel ends
+    times = {"memory": (launch.bytes - early) / rate}
     code = launch.code
     if code is not None:
         hold, units = fit(code, device), device["multiprocessors"]
@@ -155,13 +158,12 @@ class Machine:
         self.few: dict[tuple[int, int, int, bool, bool], tuple[Any, Code]] = {}
         self.many: dict[tuple[int, int, bool], tuple[Any, Code]] = {}
         matrices = [*shape.products.values(), (shape.vocabulary, shape.hidden)]
-        few: dict[Any, Any] = {
-            (*at, most, False, False): cuda_rows.instance(FORM, *at, most) for at in matrices for most in cuda_rows.COUNTS
-        }
-        for name, paired in (("qkv", False), ("gate_up", True)):
-            for most in cuda_rows.COUNTS if paired else (1,):
-                key = (*shape.products[name], most, most == 1, paired)
-                few[key] = cuda_rows.fused(FORM, *key)
+        few: dict[Any, Any] = {}
+        for most in cuda_rows.COUNTS:
+            few |= {(*at, most, False, False): cuda_rows.instance(FORM, *at, most) for at in matrices}
+            keys = [(*shape.products["gate_up"], most, most == 1, True)]
+            keys += [(*shape.products["qkv"], 1, True, False)] if most == 1 else []
+            few |= {key: cuda_rows.fused(FORM, *key) for key in keys}
         many = {(*at, narrow): cuda_many.instance(FORM, *at, narrow) for at in matrices for narrow in (True, False)}
         pairs: tuple[tuple[Any, Any, Any], ...] = (
             (few, cuda_products.source, self.few),
@@ -177,18 +179,25 @@ class Machine:
         self.attend, self.prompt = _attention(shape, architecture, folder)
 
     def product(
-        self, name: str, at: tuple[int, int], n: int, count: int, extra: float, normed: bool = False, paired: bool = False
+        self,
+        name: str,
+        at: tuple[int, int],
+        n: int,
+        count: int,
+        extra: float,
+        normed: bool = False,
+        gated: bool = False,
     ) -> Launch:
-        """`extra` bytes beside the matrix and x; with a norm before or a gate behind it, where there is such a kernel."""
-        from mlcbuild.compiler.gpu import cuda_many, cuda_rows
+        """`extra` bytes beside the matrix and x; with a norm before or a gate behind it."""
+        from mlcbuild.compiler.gpu import cuda_many, cuda_prefetch, cuda_rows
 
         rows, columns = at
         matrix = rows * columns * BITS / 8 + rows * columns / GROUP * 2
         most = next((most for most in cuda_rows.COUNTS if n <= most), None)
         if most is not None:
-            small, code = self.few[(*at, most, normed and most == 1, paired)]
-            blocks = math.ceil(rows / small.rows)
-            return Launch(name, count, matrix + extra + n * columns * 2, blocks, code)
+            small, code = self.few[(*at, most, normed, gated)]
+            blocks, early = math.ceil(rows / small.rows), cuda_prefetch.KILOBYTES * 1024.0
+            return Launch(name, count, matrix + extra + n * columns * 2, blocks, code, early=early)
         one, code = self.many[(*at, n <= cuda_many.limit(rows))]
         blocks = math.ceil(rows / one.height) * math.ceil(n / one.width)
         return Launch(name, count, matrix + extra + n * columns * 2, blocks, code)
@@ -199,9 +208,7 @@ def _code(kernel: Any, one: Any, columns: int) -> Code:
 
     if isinstance(one, cuda_many.Instance):
         return Code(kernel, 128, one.shared * 4, math.ceil(columns / 32 / one.along))
-    given = one.arguments.split(", ")
-    warps, ahead = (int(text) for text in (given[-4:-2] if one.function == "fused_rows" else given[-2:]))
-    return Code(kernel, one.threads, one.shared * 4, max(1, math.ceil(columns / 128 / warps / ahead)))
+    return Code(kernel, one.threads, one.shared * 4, max(1, math.ceil(columns / 4 / one.threads / one.ahead)))
 
 
 def _attention(shape: Shape, architecture: str, folder: Path) -> tuple[Code, Code]:
@@ -242,7 +249,7 @@ def of_a_token(machine: Machine, shape: Shape, n: int, context: int) -> Iterator
     fused = n == 1  # a norm with the product that follows; a gate ends a product of few rows
     gated = n <= cuda_rows.COUNTS[-1]
     yield Launch("norms", 1 if fused else 2 * layers + 1, 2 * width)
-    yield machine.product("qkv", at["qkv"], n, layers, heads, normed=fused)
+    yield machine.product("qkv", at["qkv"], n, layers, heads, fused)
     if shape.norms_of_heads:
         yield Launch("norms of heads", layers, 2 * heads)
     yield Launch("rotary", layers, 2 * heads, in_graph=False)
@@ -258,7 +265,7 @@ def of_a_token(machine: Machine, shape: Shape, n: int, context: int) -> Iterator
     yield Launch("attention", layers, cached + heads + joined, blocks, code, in_graph=False, tail=tail)
     yield machine.product("o", at["o"], n, layers, 2 * width)
     written = n * shape.intermediate * 2
-    yield machine.product("gate_up", at["gate_up"], n, layers, written * (1 if gated else 2), normed=fused, paired=gated)
+    yield machine.product("gate_up", at["gate_up"], n, layers, written * (1 if gated else 2), fused, gated)
     if not gated:
         yield Launch("gate", layers, 3 * written)
     yield machine.product("down", at["down"], n, layers, 2 * width)
@@ -287,7 +294,7 @@ def of_a_prompt(machine: Machine, shape: Shape, length: int) -> Iterator[Launch]
     yield Launch("attention", times, 2 * heads, blocks, code, in_graph=False)
     yield Launch("gate", times, n * 3 * shape.intermediate * 2, in_graph=False)
     head = machine.product("head", (shape.vocabulary, shape.hidden), 1, 1, 0)
-    yield dataclasses.replace(head, in_graph=False)
+    yield dataclasses.replace(head, in_graph=False, early=0)
 
 
 def floor(shape: Shape, n: int, context: int, device: Mapping[str, Any]) -> float:

@@ -1,7 +1,7 @@
 """Fewer launches at decode on CUDA devices: a norm, the product behind it and the gate behind that as one function.
 
-One row is one kernel, of kernels/fused_rows.cuh; up to 32 rows, the gate is part of the product's. More rows launch the
-three one by one. What lies between them is a result of the function that nobody reads, so that the graph plans its memory.
+One row is one kernel, of kernels/fused_rows.cuh; up to 32 rows, the gate is part of the product's. More rows launch
+the three one by one. What lies between them is a result of the function that nobody reads: the graph plans its memory.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 import tvm_ffi
 from tvm import IRModule, ir, relax, s_tir, tirx
 
+from mlcbuild.compiler.gpu.calls import added, called, given_to, rebound
 from mlcbuild.compiler.gpu.cuda_rows import COUNTS, fused, launched, operands
-from mlcbuild.compiler.gpu.inlining import added, blocks_of, called, given_to
+from mlcbuild.compiler.gpu.inlining import blocks_of
 from mlcbuild.compiler.gpu.products import PRODUCT
 from mlcbuild.compiler.gpu.rows import GATE, NORM
 
@@ -36,37 +37,35 @@ class _Chain:
 
 def fuse(module: IRModule, schedule: Schedule) -> IRModule:
     """Call one function, scheduled, for each such chain; `schedule` is for a function and more rows than a number."""
-    made: dict[tuple[Any, ...], Any] = {}
     functions = dict(module.functions_items())
+    made: dict[tuple[Any, ...], Any] = {}
     for gv, function in functions.items():
-        if isinstance(function, relax.Function):
-            blocks = [_with_chains(block, functions, module, made, schedule) for block in function.body.blocks]
-            body = relax.SeqExpr(blocks, function.body.body)
-            params, ret = function.params, function.ret_ty
-            module[gv] = relax.Function(params, body, ret, function.is_pure, function.attrs)
+        if not isinstance(function, relax.Function):
+            continue
+        instead: dict[Any, list[Any]] = {}
+        for block in function.body.blocks:
+            for bindings, chain in _chains(block, functions) if isinstance(block, relax.DataflowBlock) else []:
+                names = tuple(binding.value.args[0] for binding in bindings)
+                if names not in made:
+                    one = _function(chain, schedule)
+                    made[names] = one and added(module, "_".join(each.name_hint for each in names), one)
+                if made[names] is not None:
+                    instead |= _in_one(bindings, made[names])
+        module[gv] = rebound(function, instead)
     return module
 
 
-def _with_chains(block: Any, functions: Any, module: IRModule, made: dict[Any, Any], schedule: Schedule) -> Any:
-    if not isinstance(block, relax.DataflowBlock):
-        return block
-    instead: dict[Any, list[Any]] = {}
-    for bindings, chain in _chains(block, functions):
-        names = tuple(binding.value.args[0] for binding in bindings)
-        if names not in made:
-            function = _function(chain, schedule)
-            made[names] = None if function is None else added(module, "_".join(gv.name_hint for gv in names), function)
-        if made[names] is None:
-            continue
-        *first, last = bindings
-        instead |= {binding.var: [] for binding in first}
-        results = relax.TupleType([binding.var.ty for binding in bindings])
-        given = [argument for i, binding in enumerate(bindings) for argument in given_to(binding)[i > 0 :]]
-        everything = relax.DataflowVar("fused", results)
-        call = called(made[names], given, results)
-        taken = relax.TupleGetItem(everything, len(bindings) - 1)
-        instead[last.var] = [relax.VarBinding(everything, call), relax.VarBinding(last.var, taken)]
-    return relax.DataflowBlock([new for binding in block.bindings for new in instead.get(binding.var, [binding])])
+def _in_one(bindings: list[Any], function: ir.GlobalVar) -> dict[Any, list[Any]]:
+    """What is bound instead, by what each binds: nothing by all but the last."""
+    results = relax.TupleType([binding.var.ty for binding in bindings])
+    given = [argument for i, binding in enumerate(bindings) for argument in given_to(binding)[i > 0 :]]
+    everything = relax.DataflowVar("fused", results)
+    last = bindings[-1].var
+    new = [
+        relax.VarBinding(everything, called(function, given, results)),
+        relax.VarBinding(last, relax.TupleGetItem(everything, len(bindings) - 1)),
+    ]
+    return {binding.var: [] for binding in bindings[:-1]} | {last: new}
 
 
 def _chains(block: Any, functions: Any) -> list[tuple[list[Any], _Chain]]:
@@ -123,7 +122,7 @@ def _function(chain: _Chain, schedule: Schedule) -> tirx.PrimFunc | None:
         many.append(_onto(_replaced(scheduled, {scheduled.params[0].shape[0]: n}), of.params).body)
     before = [many.pop(0)] if chain.norm is not None else []
     body = _in_turn(many)
-    for most, kernel in reversed([*zip(COUNTS[1:], few)]):
+    for most, kernel in reversed([*zip(COUNTS[1:], few, strict=False)]):
         body = _up_to(n, most, kernel, body)
     body = _up_to(n, COUNTS[0], alone, _in_turn([*before, body]))
     body = s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", body))

@@ -113,7 +113,7 @@ def _function(chain: _Chain, schedule: Schedule) -> tirx.PrimFunc | None:
     renamed = joined[0 if chain.norm is None else 1]
     same = _Chain(renamed, chain.norm, None if chain.gate is None else joined[-1])
     alone, *few = [_kernel(most, same) for most in (COUNTS if same.gate is not None else COUNTS[:1])]
-    if alone is None or None in few:
+    if alone is None or any(kernel is None for kernel in few):
         return None
     above = COUNTS[len(few)]
     many = []
@@ -152,7 +152,7 @@ def _replaced(node: Any, by: Mapping[Any, Any]) -> Any:
 def _kernel(most: int, chain: _Chain) -> tirx.Stmt | None:
     """What up to `most` rows of x launch; None where no function of ours reads the product's matrix."""
     found = operands(chain.product, blocks_of(chain.product)[PRODUCT])
-    if found is None or found.fixed_rows is None:
+    if found is None or found.fixed_rows is None or not found.buffers[0].same_as(chain.product.params[0]):
         return None
     norm, gate = chain.norm if most == 1 else None, chain.gate
     x, words, scales = found.buffers

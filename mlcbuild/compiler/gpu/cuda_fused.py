@@ -75,7 +75,7 @@ def _chains(block: Any, functions: Any) -> list[tuple[list[Any], _Chain]]:
 
     def next_of(binding: Any) -> Any:
         """The one binding whose call has the result as its first argument, and uses it nowhere else."""
-        if not isinstance(binding.var, relax.DataflowVar) or len(uses[binding.var]) != 1:
+        if not isinstance(binding.var, relax.DataflowVar) or len(uses.get(binding.var, [])) != 1:
             return None
         then = found.get(uses[binding.var][0])
         places = [i for i, each in enumerate(given_to(then)) if each.same_as(binding.var)]
@@ -85,11 +85,9 @@ def _chains(block: Any, functions: Any) -> list[tuple[list[Any], _Chain]]:
     chains = []
     for binding in block.bindings:
         product = _called(binding, functions)
-        if product is None or PRODUCT not in blocks_of(product):
-            continue
         norm, gate = norms.get(binding), next_of(binding)
         gate = gate if _attribute(_called(gate, functions), GATE) is not None else None
-        if norm is not None or gate is not None:
+        if product is not None and (norm or gate) is not None and PRODUCT in blocks_of(product):
             chain = _Chain(product, _called(norm, functions), _called(gate, functions))
             chains.append(([each for each in (norm, binding, gate) if each is not None], chain))
     return chains

@@ -8,8 +8,8 @@
 
 namespace mlcbuild {
 
-// How many parts have ended, of each sequence's tiles where there are several: 0 before and after every launch. Launches of one
-// library follow each other on a device.
+// How many parts have ended, of each sequence's tiles where there are several: 0 before and after every launch. Kernels of
+// one library follow each other on a device, in one stream.
 constexpr int COUNTED = 528;
 static __device__ unsigned parts_ended[COUNTED];
 
@@ -54,8 +54,8 @@ __device__ __forceinline__ void join_parts(const Results<T, DIM, SINKS>& results
 
 // Part `part` of the keys of sequence `sequence` with the query heads `tile` (of KV_HEADS * tiles of eight).
 // `shared`: WARPS * SHARING * (DIM + 2) floats: a warp's sums of values, largest score and sum of exponentials.
-// parts [n, splits, HEADS, DIM], sums [n, splits, HEADS, 2]: the same of a part, written where there are several, which is where
-// n * KV_HEADS * tiles is less than BLOCKS.
+// parts [n, splits, HEADS, DIM], sums [n, splits, HEADS, 2]: the same of a part, written where there are several. That is
+// so only where n * KV_HEADS * tiles is less than BLOCKS.
 template <class T, int DIM, int HEADS, int KV_HEADS, int WARPS, int BLOCKS, int WINDOW, bool CHUNKED, bool SINKS>
 __device__ __forceinline__ void decode_attention(float* shared, T* output, float* lse, float* parts, float* sums,
                                                  const T* query, const T* pages, const int* starts, const int* numbers,

@@ -99,7 +99,7 @@ __device__ __forceinline__ const T* one_address(const T* place) {
   return place;
 }
 
-// 16 bytes, read where the program does so: not before the last barrier.
+// 16 or 8 bytes, read where the program does so: not before the last barrier.
 __device__ __forceinline__ uint4 load_late(const uint4* place) {
   uint4 four;
   asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -107,6 +107,12 @@ __device__ __forceinline__ uint4 load_late(const uint4* place) {
                : "l"(place)
                : "memory");
   return four;
+}
+
+__device__ __forceinline__ uint2 load_late(const uint2* place) {
+  uint2 two;
+  asm volatile("ld.global.v2.u32 {%0,%1}, [%2];" : "=r"(two.x), "=r"(two.y) : "l"(place) : "memory");
+  return two;
 }
 
 // A line of memory is fetched into the cache of the device, and nobody waits for it.

@@ -45,7 +45,8 @@ struct FewRows {
   const T* scales[OWN];
 
   __device__ __forceinline__ FewRows(const T* x, const void* w, const T* s, int n, int rows, int block)
-      : n(n), rows(rows), first(block * (PAIRED ? ROWS / 2 : ROWS)), lane(threadIdx.x % 32), warp(threadIdx.x / 32), x(x + chunk() * CHUNK) {
+      : n(n), rows(rows), first(block * (PAIRED ? ROWS / 2 : ROWS)), lane(threadIdx.x % 32), warp(threadIdx.x / 32),
+        x(x + chunk() * CHUNK) {
     const uint4* loads = static_cast<const uint4*>(w);
 #pragma unroll
     for (int own = 0; own < OWN; own++) {
@@ -127,7 +128,8 @@ struct FewRows {
       } else {
 #pragma unroll
         for (int i = 0; i < COUNT; i += 2) {
-          const uint2 two = __ldg(reinterpret_cast<const uint2*>(from) + i / 2);
+          const uint2* place = reinterpret_cast<const uint2*>(from) + i / 2;
+          const uint2 two = LATE ? load_late(place) : __ldg(place);
           to[i] = two.x, to[i + 1] = two.y;
         }
       }

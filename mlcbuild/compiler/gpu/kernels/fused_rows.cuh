@@ -7,9 +7,9 @@
 
 namespace mlcbuild {
 
-// x / sqrt(mean(x²) + eps) * weight (RMSNorm; Zhang and Sennrich, arXiv 1910.07467) goes to product.staged. What x is multiplied
-// by in 16 bits is a power of two, which is exact, and the weight; the rest is returned, for the sums to be multiplied by.
-// `parts`: WARPS floats.
+// x / sqrt(mean(x²) + eps) * weight (RMSNorm; Zhang and Sennrich, arXiv 1910.07467) goes to product.staged. What x is
+// multiplied by in 16 bits is a power of two, which is exact, and the weight; the rest is returned, for the sums to be
+// multiplied by. `parts`: WARPS floats.
 template <class Product, class T, int K, int WARPS>
 __device__ __forceinline__ float stage_normed(const Product& product, float* parts, const T* x, const T* weight,
                                               float eps) {
@@ -61,8 +61,8 @@ __device__ __forceinline__ float stage_normed(const Product& product, float* par
   return all / power;
 }
 
-// The same as few_rows, where NORMED with x normed first. PAIRED: results[2 * i] is of a row of the gate, results[2 * i + 1] of
-// the row rows / 2 behind it, and a block has half as many. `shared`: beside few_rows' floats, a norm's.
+// The same as few_rows; where NORMED, x is normed first. PAIRED: results[2 * i] is of a row of the gate, results[2 * i + 1]
+// of the row that is rows / 2 behind it, and a block has half as many. `shared`: few_rows' floats, then a norm's.
 template <class FORMAT, int K, int MOST, int TILES, int WARPS, int AHEAD, bool NORMED, bool PAIRED>
 __device__ __forceinline__ void fused_rows(float* results, float* shared, const typename FORMAT::Float* x,
                                            const typename FORMAT::Float* weight, const void* words,
@@ -82,7 +82,8 @@ __device__ __forceinline__ void fused_rows(float* results, float* shared, const 
   }
 #pragma unroll
   for (int i = 0; i < (OF_X * MOST + THREADS - 1) / THREADS; i++) {
-    const int at = i * THREADS + threadIdx.x, c = at % OF_X, place = PAIRED ? at / OF_X * ROWS + c / 8 * 16 + c % 8 : at;
+    const int at = i * THREADS + threadIdx.x, c = at % OF_X;
+    const int place = PAIRED ? at / OF_X * ROWS + c / 8 * 16 + c % 8 : at;
     constexpr int EACH = PAIRED ? 2 : 1;
 #pragma unroll
     for (int j = 0; j < EACH; j++)

@@ -46,6 +46,8 @@ def fuse(module: IRModule, schedule: Schedule) -> IRModule:
         for block in function.body.blocks:
             for bindings, chain in _chains(block, functions) if isinstance(block, relax.DataflowBlock) else []:
                 names = tuple(binding.value.args[0] for binding in bindings)
+                if bindings[0].var in instead:
+                    continue
                 if names not in made:
                     one = _function(chain, schedule)
                     made[names] = one and added(module, "_".join(each.name_hint for each in names), one)
@@ -69,7 +71,7 @@ def _in_one(bindings: list[Any], function: ir.GlobalVar) -> dict[Any, list[Any]]
 
 
 def _chains(block: Any, functions: Any) -> list[tuple[list[Any], _Chain]]:
-    """Each chain with its bindings."""
+    """Each chain with its bindings; after one of all three, that without the gate, which may have no kernel."""
     uses = relax.analysis.udchain(block)
     found = {binding.var: binding for binding in block.bindings}
 
@@ -90,6 +92,8 @@ def _chains(block: Any, functions: Any) -> list[tuple[list[Any], _Chain]]:
         if product is not None and (norm or gate) is not None and PRODUCT in blocks_of(product):
             chain = _Chain(product, _called(norm, functions), _called(gate, functions))
             chains.append(([each for each in (norm, binding, gate) if each is not None], chain))
+            if norm is not None and gate is not None:
+                chains.append(([norm, binding], _Chain(product, chain.norm, None)))
     return chains
 
 

@@ -7,7 +7,8 @@ No GPU is needed: nvcc and nvdisasm are (`pip install -e '.[test,cuda]' nvidia-c
 of attention are compiled for the device one by one, as the library has them, and their instructions are counted. A
 kernel takes as long as the slowest of these, after a launch:
 
-    memory   its bytes, at REACHED of the data sheet's rate, or as many as are on their way at once in LATENCY
+    memory   its bytes, at REACHED of the data sheet's rate, or as many as are on their way at once in LATENCY; less
+             what the kernel before has asked for, which comes during the launch
     issue    its instructions, four a cycle and multiprocessor, by waves of blocks
     tensor   its matrix instructions, at the tensor cores' rate with float32 sums
 
@@ -36,12 +37,13 @@ from benchmarks.gpu_shapes import OF_EXPERTS, SHAPES, Shape  # noqa: E402
 ASSUMED = {
     "of the bandwidth that reading reaches": 0.92,
     "seconds that a load takes on a busy device": 800e-9,
+    "seconds that one takes of a block that is left alone": 400e-9,
     "seconds between kernels of a graph": 1.2e-6,
     "seconds of a kernel launched alone": 2.5e-6,
     "registers of a multiprocessor": 65536,
     "warps that issue at once": 4,
 }
-REACHED, LATENCY, IN_GRAPH, ALONE, REGISTERS, ISSUING = ASSUMED.values()
+REACHED, LATENCY, LEFT, IN_GRAPH, ALONE, REGISTERS, ISSUING = ASSUMED.values()
 FORM, BITS, GROUP = "4, 32, false of float16", 4, 32  # q4f16_1
 ROWS, CONTEXTS, PROMPTS = (1, 8, 64), (512, 4096, 32768), (512, 4096, 32768)
 CHUNK = 2048  # tokens of a prompt that are prefilled in one call
@@ -75,6 +77,8 @@ class Launch:
     blocks: float = 0
     code: Code | None = None
     in_graph: bool = True
+    tail: float = 0  # seconds of what a block does when all others have ended
+    early: float = 0  # bytes that the kernel before has asked for
 
 
 def fit(code: Code, device: Mapping[str, Any]) -> int:
@@ -89,7 +93,8 @@ def seconds(launch: Launch, device: Mapping[str, Any]) -> tuple[float, str]:
     """Of one launch, and what binds it."""
     cost = IN_GRAPH if launch.in_graph else ALONE
     rate = device["bandwidth"] * 1e9 * REACHED
-    times = {"memory": launch.bytes / rate}
+    early = min(launch.early, rate * min(cost, LATENCY))  # no more are on their way when that kernel ends
+    times = {"memory": (launch.bytes - early) / rate}
     code = launch.code
     if code is not None:
         hold, units = fit(code, device), device["multiprocessors"]
@@ -110,7 +115,7 @@ def seconds(launch: Launch, device: Mapping[str, Any]) -> tuple[float, str]:
     bound = max(times, key=lambda name: times[name])
     if times[bound] < cost:
         bound = "launch"
-    return cost + max(times.values()), bound
+    return cost + max(times.values()) + launch.tail, bound
 
 
 class Machine:
@@ -120,11 +125,16 @@ class Machine:
         from mlcbuild.compiler.gpu import cuda_many, cuda_rows
         from tests.support import cuda_products, sass
 
-        self.few: dict[tuple[int, int, int], tuple[Any, Code]] = {}
+        self.few: dict[tuple[int, int, int, bool, bool], tuple[Any, Code]] = {}
         self.many: dict[tuple[int, int, bool], tuple[Any, Code]] = {}
         tiled = {name: at for name, at in shape.products.items() if shape.experts and name in OF_EXPERTS}
         matrices = {*shape.products.values(), (shape.vocabulary, shape.hidden)} - {*tiled.values()}
-        few = {(*at, most): cuda_rows.instance(FORM, *at, most) for at in matrices for most in cuda_rows.COUNTS}
+        few: dict[Any, Any] = {}
+        for most in cuda_rows.COUNTS:
+            few |= {(*at, most, False, False): cuda_rows.instance(FORM, *at, most) for at in matrices}
+            keys = [] if tiled else [(*shape.products["gate_up"], most, most == 1, True)]
+            keys += [(*shape.products["qkv"], 1, True, False)] if most == 1 else []
+            few |= {key: cuda_rows.fused(FORM, *key) for key in keys}
         many = {(*at, narrow): cuda_many.instance(FORM, *at, narrow) for at in matrices for narrow in (True, False)}
         pairs: tuple[tuple[Any, Any, Any], ...] = (
             (few, cuda_products.source, self.few),
@@ -146,17 +156,26 @@ class Machine:
                 self.many[rows, columns, narrow] = one, _code(found[f"{name}_{2 - narrow}"], one, columns)
         self.attend, self.prompt = _attention(shape, architecture, folder)
 
-    def product(self, name: str, at: tuple[int, int], n: int, count: int, extra: float) -> Launch:
-        """`extra` bytes beside the matrix and x."""
-        from mlcbuild.compiler.gpu import cuda_many, cuda_rows
+    def product(
+        self,
+        name: str,
+        at: tuple[int, int],
+        n: int,
+        count: int,
+        extra: float,
+        normed: bool = False,
+        gated: bool = False,
+    ) -> Launch:
+        """`extra` bytes beside the matrix and x; with a norm before or a gate behind it."""
+        from mlcbuild.compiler.gpu import cuda_many, cuda_prefetch, cuda_rows
 
         rows, columns = at
         matrix = rows * columns * BITS / 8 + rows * columns / GROUP * 2
         most = next((most for most in cuda_rows.COUNTS if n <= most), None)
         if most is not None:
-            small, code = self.few[(*at, most)]
-            blocks = math.ceil(rows / small.rows)
-            return Launch(name, count, matrix + extra + n * columns * 2, blocks, code)
+            small, code = self.few[(*at, most, normed, gated)]
+            blocks, early = math.ceil(rows / small.rows), cuda_prefetch.KILOBYTES * 1024.0
+            return Launch(name, count, matrix + extra + n * columns * 2, blocks, code, early=early)
         one, code = self.many[(*at, n <= cuda_many.limit(rows))]
         blocks = math.ceil(rows / one.height) * math.ceil(n / one.width)
         return Launch(name, count, matrix + extra + n * columns * 2, blocks, code)
@@ -173,15 +192,24 @@ class Machine:
         tiles = max(shape.chosen(n), choices / one.width + shape.experts / 2)
         return Launch(name, count, shape.chosen(n) * matrix + moved, tiles * math.ceil(rows / one.height), code)
 
-    def mlp(self, shape: Shape, n: int, count: int) -> Iterator[Launch]:
-        """Gate and up, what is made of both, down. Experts are chosen, ordered, and their results added."""
+    def mlp(self, shape: Shape, n: int, count: int, decoding: bool) -> Iterator[Launch]:
+        """Gate and up, what is made of both, down. Experts are chosen, ordered, and their results added.
+
+        `decoding`: a gate ends a product of few rows, which one row's norm is part of, too.
+        """
+        from mlcbuild.compiler.gpu import cuda_rows
+
+        gated = decoding and not shape.experts and n <= cuda_rows.COUNTS[-1]
+        normed = gated and n == 1
         width, (wide, _) = 2 * n * shape.hidden, shape.products["gate_up"]
         if shape.experts:
             yield Launch("choice of experts", 4 * count, n * (shape.experts + shape.choices) * 4)
             yield self.chosen("gate_up", shape, n, count)
         else:
-            yield self.product("gate_up", shape.products["gate_up"], n, count, n * wide * 2)
-        yield Launch("gate", count, n * shape.choices * 3 * shape.intermediate * 2)
+            written = n * shape.intermediate * 2 if gated else n * wide * 2
+            yield self.product("gate_up", shape.products["gate_up"], n, count, written, normed, gated)
+        if not gated:
+            yield Launch("gate", count, n * shape.choices * 3 * shape.intermediate * 2)
         if shape.experts:
             yield self.chosen("down", shape, n, count)
             yield Launch("sum of experts", count, (shape.choices + 1) * width)
@@ -194,8 +222,7 @@ def _code(kernel: Any, one: Any, columns: int) -> Code:
 
     if isinstance(one, cuda_many.Instance):
         return Code(kernel, 128, one.shared * 4, math.ceil(columns / 32 / one.along))
-    warps, ahead = (int(text) for text in one.arguments.split(", ")[-2:])
-    return Code(kernel, one.threads, one.shared * 4, max(1, math.ceil(columns / 128 / warps / ahead)))
+    return Code(kernel, one.threads, one.shared * 4, max(1, math.ceil(columns / 4 / one.threads / one.ahead)))
 
 
 def _attention(shape: Shape, architecture: str, folder: Path) -> tuple[Code, Code]:
@@ -232,8 +259,12 @@ def of_a_token(machine: Machine, shape: Shape, n: int, context: int) -> Iterator
     heads = (shape.heads + 2 * shape.kv_heads) * shape.head_dim * 2 * n
     at = shape.products
     yield Launch("embedding", 1, 1.5 * width)
-    yield Launch("norms", 2 * layers + 1, 2 * width)
-    yield machine.product("qkv", at["qkv"], n, layers, heads)
+    fused = n == 1  # a norm with the product that follows, but for experts
+    norms = (layers if shape.experts else 0) if fused else 2 * layers
+    yield Launch("norms", norms + 1, 2 * width)
+    # What experts are multiplied by asks for no other matrix.
+    alone: dict[str, float] = {"early": 0.0} if shape.experts else {}
+    yield dataclasses.replace(machine.product("qkv", at["qkv"], n, layers, heads, fused), **alone)
     if shape.norms_of_heads:
         yield Launch("norms of heads", layers, 2 * heads)
     yield Launch("rotary", layers, 2 * heads, in_graph=False)
@@ -243,13 +274,14 @@ def of_a_token(machine: Machine, shape: Shape, n: int, context: int) -> Iterator
     steps = math.ceil(context / kernels.PAGE / splits / kernels.WARPS)
     code = dataclasses.replace(machine.attend, steps=max(1, steps))
     cached = n * context * 2 * shape.kv_heads * shape.head_dim * 2
-    yield Launch("attention", layers, cached + heads, n * tiles * splits, code, in_graph=False)
-    if splits > 1:
-        parts = n * splits * shape.heads * (shape.head_dim + 2) * 4
-        yield Launch("joined parts", layers, 2.0 * parts, in_graph=False)
+    joined = n * splits * shape.heads * (shape.head_dim + 2) * 8.0 if splits > 1 else 0.0  # written, and read again
+    tail = (2 + math.ceil(splits / 16)) * LEFT if splits > 1 else 0.0  # what it wrote, the count, the others'
+    blocks = n * tiles * splits
+    yield Launch("attention", layers, cached + heads + joined, blocks, code, in_graph=False, tail=tail)
     yield machine.product("o", at["o"], n, layers, 2 * width)
-    yield from machine.mlp(shape, n, layers)
-    yield machine.product("head", (shape.vocabulary, shape.hidden), n, 1, n * shape.vocabulary * 4)
+    yield from machine.mlp(shape, n, layers, decoding=True)
+    head = machine.product("head", (shape.vocabulary, shape.hidden), n, 1, n * shape.vocabulary * 4)
+    yield dataclasses.replace(head, **alone)
 
 
 def of_a_prompt(machine: Machine, shape: Shape, length: int) -> Iterator[Launch]:
@@ -265,7 +297,7 @@ def of_a_prompt(machine: Machine, shape: Shape, length: int) -> Iterator[Launch]
     at = shape.products
     yield Launch("norms", 2 * times + 1, 2 * width, in_graph=False)
     products = [machine.product(name, at[name], n, times, extra) for name, extra in (("qkv", heads), ("o", 2 * width))]
-    for launch in [*products, *machine.mlp(shape, n, times)]:
+    for launch in [*products, *machine.mlp(shape, n, times, decoding=False)]:
         yield dataclasses.replace(launch, in_graph=False)
     yield Launch("rotary and append", 2 * times, 2 * heads, in_graph=False)
     rows = kernels.SHARING * 2 * kernels.WARPS  # of a block: two tiles for each warp
@@ -274,7 +306,7 @@ def of_a_prompt(machine: Machine, shape: Shape, length: int) -> Iterator[Launch]
     code = dataclasses.replace(machine.prompt, steps=max(1, round(keys / 16)))
     yield Launch("attention", times, 2 * heads, blocks, code, in_graph=False)
     head = machine.product("head", (shape.vocabulary, shape.hidden), 1, 1, 0)
-    yield dataclasses.replace(head, in_graph=False)
+    yield dataclasses.replace(head, in_graph=False, early=0)
 
 
 def floor(shape: Shape, n: int, context: int, device: Mapping[str, Any]) -> float:

@@ -52,6 +52,10 @@ def test_no_format_spills_registers_or_converts_from_integer(tmp_path: Path) -> 
                     assert most > 8 and "f32" in name, (name, columns)
                     continue
                 instances[f"{name}_{most}_{columns}"] = one
+                around = most == 1, "true" not in form  # a norm, and a gate, whose rows lie apart in KN
+                fused = cuda_rows.fused(form, 1024, columns, most, *around) if columns == 4096 and any(around) else None
+                instances |= {f"{name}_{most}_fused": fused} if fused is not None else {}
+    assert sum("fused" in name for name in instances) == 17
     found = sass.kernels(source(instances), "sm_80", tmp_path)
     assert {name for name, kernel in found.items() if kernel.spilled or kernel.counted()["I2F"]} == set()
 
@@ -59,15 +63,20 @@ def test_no_format_spills_registers_or_converts_from_integer(tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_90"])
 def test_products_of_few_rows(architecture: str, tmp_path: Path) -> None:
+    """And those with a gate behind them and, of one row, a norm before, which hidden sizes have."""
     shapes = sorted({shape for group in SHAPES.values() for shape in group})
-    chosen = {(*shape, most): cuda_rows.instance(FORM, *shape, most) for shape in shapes for most in (1, 8)}
-    names = {one.arguments: f"k{number}" for number, one in enumerate(dict.fromkeys(filter(None, chosen.values())))}
-    found = sass.kernels(source({names[one.arguments]: one for one in chosen.values() if one}), architecture, tmp_path)
-    for (rows, columns, most), one in chosen.items():
+    chosen = {(*shape, most, "plain"): cuda_rows.instance(FORM, *shape, most) for shape in shapes for most in (1, 8)}
+    for shape in shapes:
+        chosen[*shape, 8, "gate"] = cuda_rows.fused(FORM, *shape, 8, False, True)
+        if shape[1] <= 8192:
+            chosen |= {(*shape, 1, f"norm, {of}"): cuda_rows.fused(FORM, *shape, 1, True, of) for of in (False, True)}
+    names = {one: f"k{number}" for number, one in enumerate(dict.fromkeys(filter(None, chosen.values())))}
+    found = sass.kernels(source({name: one for one, name in names.items()}), architecture, tmp_path)
+    for where, one in chosen.items():
         assert one is not None
-        kernel, where = found[names[one.arguments]], (rows, columns, most)
-        tiles, warps, ahead = (int(text) for text in one.arguments.split(", ")[-3:])
-        steps, loads = math.ceil(columns / WEIGHTS_OF_A_LOAD / 4 / warps), 2 * tiles  # of a warp; a lane's in each
+        kernel, (rows, columns) = found[names[one]], where[:2]
+        warps, ahead, loads = one.threads // 32, one.ahead, one.rows // 8  # a lane's loads in each step
+        steps = math.ceil(columns / WEIGHTS_OF_A_LOAD / 4 / warps)  # of a warp
         assert kernel.spilled == 0 and kernel.counted()["I2F"] == 0, where
         if columns in MARKED:
             weights = steps * loads * WEIGHTS_OF_A_LOAD

@@ -1,7 +1,8 @@
 """One matrix product on the emulated device, for the worker: random codes and scales, NumPy's sums in float64.
 
-{"product": {"quantization": "q4f16_1", "rows": 50, "columns": 96, "changes": {"group_size": 64}}}
--> {"errors": {"1": 3e-4, "8": ...}, "notes": {}, "kernels": 2}: by the rows of x, over the sums' deviation
+{"product": {"quantization": "q4f16_1", "rows": 50, "columns": 96, "changes": {"group_size": 64}, "around": ["norm"]}}
+-> {"errors": {"1": 3e-4, "8": ...}, "notes": {}, "kernels": 2}: by the rows of x, over the sums' deviation; with a norm
+or a gate around it, over the largest result
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROWS_OF_X = (1, 2, 8, 9, 32, 33, 260)
+EPS = 1e-5
 
 
 def judged(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -21,7 +23,8 @@ def judged(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     import tvm_ffi
     from tvm import IRModule, target
 
-    from mlcbuild.compiler.gpu import cuda_rows, products, schedules, sources
+    from mlcbuild.compiler.gpu import cuda_fused, cuda_rows, products, schedules, sources
+    from mlcbuild.compiler.gpu import rows as functions
     from mlcbuild.compiler.gpu.device import device_of
     from mlcbuild.emulation import cuda
     from mlcbuild.quantization.schemes import elements_per_word, max_code
@@ -54,29 +57,56 @@ def judged(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     height = "rows" if asked.get("symbolic") else rows
     named = {rows: height}
     parts = tuple((name, tuple(named.get(n, n) for n in part.shape), str(part.dtype)) for name, part in given.items())
-    function = products.linear(parts, weights, height, columns, dtype, asked.get("out", "float32"), False)
+    around = asked.get("around", [])
+    function = products.linear(parts, weights, height, columns, dtype, dtype if around else "float32", False)
     device = catalog.targets["cuda"].device
     folder.mkdir(parents=True)
 
     def compiled(code: str, *_: Any) -> bytes:
-        for name in ("few_rows", "many_rows") if dtype != "float32" else ("few_rows",):
+        few = ["fused_rows"] if "gate" in around else ["fused_rows", "few_rows"] if around else ["few_rows"]
+        for name in [*few, "many_rows"] if dtype != "float32" else ["few_rows"]:
             assert f"mlcbuild::{name}<mlcbuild::Weights<{cuda_rows.TYPES[dtype]}" in code, "another kernel"
         return cuda.compile_source(sources.complete(code), folder)
 
     tvm_ffi.register_global_func("tvm_callback_cuda_compile", compiled, override=True)
     with target.Target({**device, "host": {"kind": "llvm"}}) as both:
-        module = schedules.schedule(IRModule({"main": function.with_attr("global_symbol", "main")}), device_of(device))
-        run = tvm.compile(module, target=both)
+        of = device_of(device)
+
+        def schedule(one: Any, above: int = 0) -> Any:
+            return schedules.schedule(IRModule({"main": one}), of, above)["main"]
+
+        if around:
+            norm = functions.rms_norm(columns, EPS, dtype) if "norm" in around else None
+            gate = functions.gated("silu", rows // 2, dtype) if "gate" in around else None
+            chain = [each and schedules._narrow(IRModule({"main": each}))["main"] for each in (function, norm, gate)]
+            function = cuda_fused._function(cuda_fused._Chain(*chain), schedule)
+        else:
+            function = schedule(function)
+        run = tvm.compile(IRModule({"main": function.with_attr("global_symbol", "main")}), target=both)
     on_device = [tvm.runtime.tensor(part, tvm.cuda()) for part in given.values()]
     before = cuda.report().launches
     cuda.forget()
     errors = {}
     for n in ROWS_OF_X if dtype != "float32" else ROWS_OF_X[:3]:  # what there are functions for
         x = random.standard_normal((n, columns)).astype(number)
-        out = tvm.runtime.tensor(np.full((n, rows), np.nan, asked.get("out", "float32")), tvm.cuda())
-        run["main"](tvm.runtime.tensor(x, tvm.cuda()), *on_device, out)
-        expected = x.astype("float64") @ exact.T
-        errors[str(n)] = float(np.abs(out.numpy().astype("float64") - expected).max() / expected.std())
+        weight = random.uniform(-2, 2, columns).astype(number)
+        normed, factor = x.astype("float64"), weight.astype("float64")
+        if "norm" in around:  # of what 16 bits hold, the square of none fits into them
+            x = (x * 900).astype(number)
+            normed = x.astype("float64")
+            normed = normed / np.sqrt((normed**2).mean(axis=1, keepdims=True) + EPS) * factor
+        expected = normed @ exact.T
+        results = [np.full((n, columns), np.nan, number)] if "norm" in around else []
+        results.append(np.full((n, rows), np.nan, number if around else "float32"))
+        if "gate" in around:
+            left, right = expected[:, : rows // 2], expected[:, rows // 2 :]
+            expected = left / (1 + np.exp(-left)) * right
+            results.append(np.full((n, rows // 2), np.nan, number))
+        inputs = [x, weight] if "norm" in around else [x]
+        outputs = [tvm.runtime.tensor(each, tvm.cuda()) for each in results]
+        run["main"](*(tvm.runtime.tensor(each, tvm.cuda()) for each in inputs), *on_device, *outputs)
+        scale = np.abs(expected).max() if around else expected.std()
+        errors[str(n)] = float(np.abs(outputs[-1].numpy().astype("float64") - expected).max() / scale)
     report = cuda.report()
     ran = [name for name, count in report.launches.items() if count > before.get(name, 0)]
     return {"errors": errors, "notes": report.notes, "kernels": len(ran)}

@@ -34,6 +34,16 @@ CASES = [
     {"quantization": "q0f16", "rows": 20, "columns": 1032},
     {"quantization": "q0bf16", "rows": 20, "columns": 1032},
 ]
+FUSED = [
+    {"quantization": "q4f16_1", "rows": 50, "columns": 4096, "around": ["norm", "gate"]},
+    {"quantization": "q4f16_1", "rows": 36, "columns": 1000, "around": ["norm", "gate"]},  # a partial last group
+    {"quantization": "q4f16_1", "rows": 24, "columns": 96, "around": ["gate"]},
+    {"quantization": "q4bf16_1", "rows": 34, "columns": 2080, "around": ["norm", "gate"]},
+    {"quantization": "q4f16_0", "rows": 76, "columns": 1056, "around": ["norm"]},
+    {"quantization": "q3f16_1", "rows": 20, "columns": 1024, "around": ["norm", "gate"]},
+    {"quantization": "q8f16_1", "rows": 9000, "columns": 64, "around": ["norm", "gate"]},  # two tiles of eight rows
+    {"quantization": "q0f16", "rows": 20, "columns": 1032, "around": ["norm", "gate"]},
+]
 
 # By the kernels: those of the plan, of a few tokens, of small blocks and of large ones.
 EXPERTS = [("q4f16_1", 200, 96, 5), ("q8f16_1", 50, 1000, 5), ("q3f16_1", 50, 80, 4), ("q4f32_1", 70, 96, 4)]
@@ -65,3 +75,13 @@ def test_products_with_experts(name: str, rows: int, columns: int, kernels: int,
     bound = 2 * BOUNDS["float32" if "f32" in name else "float16"]  # results are rounded, too
     assert {n: error for n, error in answer["errors"].items() if not error < bound} == {}
     assert answer["kernels"] == kernels
+
+
+@pytest.mark.parametrize("case", FUSED, ids=lambda case: "-".join(map(str, case.values())))
+def test_products_with_norms_and_gates(case: dict[str, Any], worker: Worker) -> None:
+    answer = worker.ask({"product": case})
+    bound = BOUNDS["bfloat16" if "bf16" in case["quantization"] else "float16"]
+    assert answer["notes"] == {}
+    assert {n: error for n, error in answer["errors"].items() if not error < bound} == {}
+    # A norm has a kernel of its own for more than one row, a gate for more than 32.
+    assert answer["kernels"] == 5 - ("q3" in case["quantization"]) + len(case["around"])

@@ -10,19 +10,25 @@ from mlcbuild.compiler.gpu import cuda_many, cuda_rows, sources
 
 
 def source(instances: dict[str, cuda_rows.Instance]) -> str:
-    """Kernels as TVM writes them around the function."""
+    """Kernels as TVM writes them around the function; a gate is SiLU."""
     pieces = ["#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n"]
     for name, one in instances.items():
         number = next(of for of in ("nv_bfloat16", "float", "half") if f"<{of}," in one.name)
+        fused = one.function == "fused_rows"
+        given = "x, g, w, s, 1e-5f" if fused else "x, w, s"
+        each = 2 if fused and one.arguments.endswith("true") else 1  # rows of the matrix to a result
+        gate = "results[2 * i] / (1.f + __expf(-results[2 * i])) * results[2 * i + 1]"
         pieces.append(
             f'extern "C" __global__ void __launch_bounds__({one.threads}) {name}({number}* __restrict__ y, '
-            f"{number}* __restrict__ s, unsigned int* __restrict__ w, {number}* __restrict__ x, int n, int rows) {{\n"
-            f"  float results[{one.results}];\n  __shared__ float partial[{one.shared}];\n"
-            f"  {one.name}(results, partial, x, w, s, n, rows, ((int)blockIdx.x));\n"
-            f"  for (int i = 0; i < {one.results}; ++i) {{\n"
-            f"    int at = i * {one.threads} + threadIdx.x, column = blockIdx.x * {one.rows} + at % {one.rows};\n"
-            f"    if (at / {one.rows} < n && column < rows)\n"
-            f"      y[at / {one.rows} * rows + column] = ({number})results[i];\n"
+            f"{number}* __restrict__ s, unsigned int* __restrict__ w, {number}* __restrict__ x, "
+            f"{number}* __restrict__ g, int n, int rows) {{\n"
+            f"  float results[{one.results}];\n  __shared__ alignas(64) float partial[{one.shared}];\n"
+            f"  {one.name}(results, partial, {given}, n, rows, ((int)blockIdx.x));\n"
+            f"  for (int i = 0; i < {one.results // each}; ++i) {{\n"
+            f"    int at = i * {one.threads} + threadIdx.x, m = at / {one.rows // each};\n"
+            f"    int column = blockIdx.x * {one.rows // each} + at % {one.rows // each};\n"
+            f"    if (m < n && column < rows / {each})\n"
+            f"      y[m * (rows / {each}) + column] = ({number})({gate if each == 2 else 'results[i]'});\n"
             "  }\n}\n"
         )
     return sources.complete("".join(pieces))

@@ -25,7 +25,10 @@ _USED = re.compile(
 
 @dataclass(frozen=True)
 class Kernel:
-    """`instructions` from the first to the last EXIT; `loop` is the part of them that a backward branch repeats."""
+    """`instructions` from the first to the last EXIT; `loop` is the part of them that a backward branch repeats.
+
+    Of several, the one with the most matrix instructions; of such, the longest.
+    """
 
     instructions: tuple[str, ...]
     loop: tuple[int, int]
@@ -86,7 +89,11 @@ def _kernel(code: str, spilled: int, registers: int) -> Kernel:
         # The branch to itself at the end only fills up.
         if name.startswith("BRA") and target and labels.get(target.group(), len(names)) < len(names) - 1:
             begin = labels[target.group()]
-            loop = max(loop, (begin, len(names)), key=lambda span: span[1] - span[0])
+            loop = max(loop, (begin, len(names)), key=lambda span: (_products(names[slice(*span)]), span[1] - span[0]))
         if name.startswith("EXIT"):
             end = len(names)
     return Kernel(tuple(names[:end]), loop, registers, spilled)
+
+
+def _products(names: list[str]) -> int:
+    return sum(name.startswith("HMMA") for name in names)

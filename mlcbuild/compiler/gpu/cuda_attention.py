@@ -1,8 +1,8 @@
 """Attention on CUDA devices: TIR around the functions of kernels/decode_attention.cuh and prefill_attention.cuh.
 
 The arguments are those that TVM's KV cache gives its kernels. At decode the keys of a sequence are split into parts
-where there are too few sequences and heads to keep a device busy; a second kernel joins them. How many is a matter
-of the call: of its sequences, and of the pages that they have in all.
+where there are too few sequences and heads to keep a device busy, and the block that ends last joins them. How many is
+a matter of the call: of its sequences, and of the pages that they have in all.
 """
 
 from __future__ import annotations
@@ -32,12 +32,11 @@ def takes(structure: Structure, dtype: str) -> bool:
 
 def decode(structure: Structure, dtype: str) -> Any:
     """`attention_decode`: one new token of each sequence over its cached pages."""
-    heads, kv_heads, dim, sinks = _heads(structure)
+    heads, kv_heads, dim, _ = _heads(structure)
     kind, seen, cap, bias = TYPES[dtype], *_seen(structure)
-    attend = f"mlcbuild::decode_attention<{kind}, {dim}, {heads}, {kv_heads}, {WARPS}, {seen}>"
-    join = f"mlcbuild::join_parts<{kind}, {dim}, {heads}, {sinks}>"
+    attend = f"mlcbuild::decode_attention<{kind}, {dim}, {heads}, {kv_heads}, {WARPS}, {BLOCKS}, {seen}>"
     tiles = kv_heads * -(-(heads // kv_heads) // SHARING)
-    shared_floats, joining = WARPS // _sharing(dim) * SHARING * (dim + 2), -(-heads * dim // _THREADS)
+    shared_floats = WARPS // _sharing(dim) * SHARING * (dim + 2)
 
     @T.prim_func(s_tir=True, private=True)
     def attention_decode(
@@ -77,6 +76,8 @@ def decode(structure: Structure, dtype: str) -> Any:
         splits = T.meta_var(T.max(1, T.min((BLOCKS + B * tiles - 1) // (B * tiles), nnz_pages // (PAGES * B))))
         parts = T.sblock_alloc_buffer((B * splits * heads * dim,), "float32")
         sums = T.sblock_alloc_buffer((B * splits * heads * 2,), "float32")
+        T.evaluate(parts.data)  # named on the host, which is to allocate them
+        T.evaluate(sums.data)
         for bx in T.thread_binding(B, thread="blockIdx.x"):
             for by in T.thread_binding(tiles, thread="blockIdx.y"):
                 for bz in T.thread_binding(splits, thread="blockIdx.z"):
@@ -108,31 +109,6 @@ def decode(structure: Structure, dtype: str) -> Any:
                                     bx,
                                     by,
                                     bz,
-                                )
-                            )
-        if splits > 1:
-            for bx in T.thread_binding(B, thread="blockIdx.x"):
-                for by in T.thread_binding(joining, thread="blockIdx.y"):
-                    for tx in T.thread_binding(_THREADS, thread="threadIdx.x"):
-                        with T.sblock("join"):
-                            T.reads()
-                            T.writes()
-                            T.evaluate(
-                                T.call_extern(
-                                    "void",
-                                    join,
-                                    output.data,
-                                    lse.data,
-                                    parts.data,
-                                    sums.data,
-                                    Q.data,
-                                    T.address_of(page_table_indptr[0]),
-                                    T.address_of(length_info[0]),
-                                    T.address_of(k_rope_pos_offset[0]),
-                                    T.address_of(q_rope_position[0]),
-                                    splits,
-                                    bx,
-                                    by * _THREADS + tx,
                                 )
                             )
 

@@ -22,6 +22,9 @@ TYPES = {"float16": "half", "bfloat16": "nv_bfloat16", "float32": "float"}
 _CODES = {(8, 4): 7, (10, 3): 3, (4, 8): 127}  # (codes of a word, bits): the code of 0
 _WORDS, _LANES = 4, 4  # words of a load; lanes along a row
 MULTIPROCESSORS, _WARPS = 132, 12  # of the largest device (H100), and what each shall have of a product at least
+_NORMED_WARPS = 8  # the same of one that norms x first, of which every block does all
+_MOST_UNITS = 16  # units of two words' columns that a thread norms: registers
+_SHARED = 48 * 1024  # bytes of a block
 _MOST_WARPS, _MOST_LARGE = 16, 8  # of a block; of one whose threads need more than 128 registers, or 32 KB are shared
 
 
@@ -34,10 +37,12 @@ class Instance:
     threads: int
     results: int  # of a thread
     shared: int  # floats
+    ahead: int  # steps of a warp whose loads are on their way
+    function: str = "few_rows"
 
     @property
     def name(self) -> str:
-        return f"mlcbuild::few_rows<{self.arguments}>"
+        return f"mlcbuild::{self.function}<{self.arguments}>"
 
 
 def format_of(weights: Weights | None, dtype: str) -> dict[str, Any]:
@@ -94,37 +99,59 @@ def matrix(form: str, rows: int | None, columns: int) -> Matrix | None:
     return Matrix(given, dtype, int(bits), per_word, int(group), across, padded)
 
 
-def instance(form: str, rows: int | None, columns: int, most: int) -> Instance | None:
+def instance(form: str, rows: int | None, columns: int, most: int, normed: bool = False) -> Instance | None:
     """The function for a matrix of `matrix`, or None where there is none.
 
-    `most` are the rows of x: 1, or a multiple of 8.
+    `most` are the rows of x: 1, or a multiple of 8. `normed`: x is normed while the first loads are on their way.
     """
     of = matrix(form, rows, columns)
     if of is None or (of.wide and most > 8):
         return None
     tiles = 2 if of.across or (most > 1 and not of.wide and _blocks(rows, 2) >= 2 * MULTIPROCESSORS) else 1
     steps = -(-(of.padded // (_WORDS * of.per_word)) // _LANES)
-    warps = _warps(_blocks(rows, tiles), steps, _MOST_LARGE if of.wide or most > 8 else _MOST_WARPS)
+    warps = _warps(_blocks(rows, tiles), steps, _MOST_LARGE if of.wide or most > 8 else _MOST_WARPS, normed)
     each = -(-steps // warps)
-    arguments = f"{of.type}, {columns}, {most}, {tiles}, {warps}, {_ahead(each, tiles)}"
+    ahead = _ahead(each, tiles, normed)
+    arguments = f"{of.type}, {columns}, {most}, {tiles}, {warps}, {ahead}"
     height, threads = 16 * tiles, 32 * warps
-    return Instance(arguments, height, threads, -(-height * most // threads), warps * height * most)
+    return Instance(arguments, height, threads, -(-height * most // threads), warps * height * most, ahead)
+
+
+def fused(form: str, rows: int, columns: int, most: int, normed: bool, paired: bool) -> Instance | None:
+    """The function that norms one row of x first, or pairs the rows of a gate with those of its other half, or both."""
+    plain = instance(form, rows, columns, most, normed)
+    of = matrix(form, rows, columns)
+    if normed and of is not None and of.padded > _MOST_UNITS * 2 * of.per_word * (plain.threads if plain else 0):
+        return None
+    if plain is None or of is None or of.wide or (normed and most > 1) or (paired and (of.across or rows % 2)):
+        return None
+    shared = plain.shared + (plain.threads // 32 + of.padded // 2 if normed else 0)
+    if shared * 4 > _SHARED:
+        return None
+    results = 2 * -(-plain.rows // 2 * most // plain.threads) if paired else plain.results
+    arguments = f"{plain.arguments}, {str(normed).lower()}, {str(paired).lower()}"
+    return Instance(arguments, plain.rows, plain.threads, results, shared, plain.ahead, "fused_rows")
 
 
 def _blocks(rows: int | None, tiles: int) -> int:
     return 1 << 16 if rows is None else -(-rows // (16 * tiles))
 
 
-def _warps(blocks: int, steps: int, most: int) -> int:
+def _warps(blocks: int, steps: int, most: int, normed: bool) -> int:
     """Of a block: enough for the device's memory to be busy, and no more than there are steps."""
-    warps = 4
-    while warps < most and blocks * warps < MULTIPROCESSORS * _WARPS and 2 * warps <= steps:
+    warps, busy = 4, _NORMED_WARPS if normed else _WARPS
+    while warps < most and blocks * warps < MULTIPROCESSORS * busy and 2 * warps <= steps:
         warps *= 2
     return warps
 
 
-def _ahead(each: int, tiles: int) -> int:
-    """Steps whose loads are on their way, of `each` steps of a warp: not all, or the compiler puts the loads off."""
+def _ahead(each: int, tiles: int, normed: bool) -> int:
+    """Steps whose loads are on their way, of `each` steps of a warp.
+
+    Not all, or the compiler puts the loads off, where no norm's barrier is behind them.
+    """
+    if normed:
+        return min(4 // tiles, each)
     return 2 if each == 4 else max(1, min(4 // tiles, each - 1))
 
 

@@ -1,8 +1,10 @@
-"""Inlining around the block that a schedule is about."""
+"""The blocks of a function, and inlining around the one that a schedule is about."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from tvm import s_tir, tirx
 
 
 def inline_producers(sch: Any, block: Any) -> None:
@@ -31,3 +33,15 @@ def inline_consumers(sch: Any, block: Any) -> Any:
             inline_producers(sch, producer)
             sch.compute_inline(producer)
     return last
+
+
+def blocks_of(function: tirx.PrimFunc) -> dict[str, Any]:
+    """The function's blocks by name."""
+    sch = s_tir.Schedule(function)
+    blocks = [sch.get(block) for block in sch.get_child_blocks(sch.get_sblock("root"))]
+    return {block.name_hint: block for block in blocks}
+
+
+def scheduled(function: tirx.PrimFunc) -> bool:
+    """Whether nothing is left to do: such a function may have several root blocks."""
+    return function.attrs is not None and bool(function.attrs.get("tirx.is_scheduled", False))

@@ -11,6 +11,8 @@ from tvm import te, tirx
 
 from mlcbuild.errors import MlcBuildError
 
+NORM, GATE = "mlcbuild.norm", "mlcbuild.gate"  # attributes of functions: of rms_norm its eps, of gated its width
+
 
 @functools.cache
 def rms_norm(width: int, eps: float, dtype: str, stored: str | None = None) -> Any:
@@ -24,7 +26,7 @@ def rms_norm(width: int, eps: float, dtype: str, stored: str | None = None) -> A
         mean = squares[i] * tirx.const(1.0 / width, "float32")
         return (widened(x[i, j]) * tirx.rsqrt(mean + tirx.const(eps, "float32")) * widened(w[j])).astype(dtype)
 
-    return private([x, w, te.compute(x.shape, normed, name="normed")])
+    return private([x, w, te.compute(x.shape, normed, name="normed")]).with_attr(NORM, eps)
 
 
 @functools.cache
@@ -127,7 +129,7 @@ def gated(activation: str, width: int, dtype: str) -> Any:
         lambda i, j: (function(widened(x[i, j])) * widened(x[i, j + width])).astype(dtype),
         name="gate",
     )
-    return private([x, result])
+    return private([x, result]).with_attr(GATE, width)
 
 
 @functools.cache

@@ -12,9 +12,10 @@ from typing import Any
 from tvm import IRModule, s_tir, tirx
 from tvm.s_tir import dlight
 
-from mlcbuild.compiler.gpu import cuda_many, cuda_rows, metal, recurrent
+from mlcbuild.compiler.gpu import cuda_fused, cuda_many, cuda_prefetch, cuda_rows, metal, recurrent
 from mlcbuild.compiler.gpu.device import Device
 from mlcbuild.compiler.gpu.few_rows import few_rows
+from mlcbuild.compiler.gpu.inlining import blocks_of, scheduled
 from mlcbuild.compiler.gpu.products import PRODUCT, STEP
 from mlcbuild.models import routers
 
@@ -23,53 +24,50 @@ _EACH = (routers.BLOCK, recurrent.NARROW)  # blocks that dlight's reductions do 
 FEW = tuple(zip(cuda_rows.COUNTS, (1, 4, None), strict=True))
 
 
-def schedule(module: IRModule, device: Device) -> IRModule:
-    """The module with every TIR function scheduled for the current target, which is `device`."""
+def schedule(module: IRModule, device: Device, above: int = 0) -> IRModule:
+    """The module with every TIR function scheduled for the current target, which is `device`.
+
+    Products have no kernels for `above` rows of x and fewer.
+    """
     module = _narrow(module)
+    if device.kind == "cuda":
+        module = cuda_fused.fuse(
+            module, lambda function, least: schedule(IRModule({"main": function}), device, least)["main"]
+        )
     for gv, function in module.functions_items():
-        if not isinstance(function, tirx.PrimFunc) or _scheduled(function):
+        if not isinstance(function, tirx.PrimFunc) or scheduled(function):
             continue
         if _product(function) is not None:
-            module[gv] = _linear(function, device)
-        elif any(name.startswith(_EACH) for name in _blocks(function)):
+            module[gv] = _linear(function, device, above)
+        elif any(name.startswith(_EACH) for name in blocks_of(function)):
             module[gv] = dlight.ApplyDefaultSchedule(dlight.gpu.Fallback())(IRModule({"main": function}))["main"]
     rules = dlight.gpu.Reduction(), dlight.gpu.GeneralReduction(), dlight.gpu.Fallback()
-    return dlight.ApplyDefaultSchedule(*rules)(module)
+    module = dlight.ApplyDefaultSchedule(*rules)(module)
+    return cuda_prefetch.prefetch(module) if device.kind == "cuda" else module
 
 
 def _narrow(module: IRModule) -> IRModule:
     """Indices as int32: twice as fast to compute, and what simdgroup intrinsics have (an int64 beside them fails)."""
-    waiting = {gv: f for gv, f in module.functions_items() if isinstance(f, tirx.PrimFunc) and not _scheduled(f)}
+    waiting = {gv: f for gv, f in module.functions_items() if isinstance(f, tirx.PrimFunc) and not scheduled(f)}
     narrow = tirx.transform.ForceNarrowIndexToInt32()(IRModule({gv.name_hint: f for gv, f in waiting.items()}))
     for gv in waiting:
         module[gv] = narrow[gv.name_hint]
     return module
 
 
-def _scheduled(function: tirx.PrimFunc) -> bool:
-    return function.attrs is not None and bool(function.attrs.get("tirx.is_scheduled", False))
-
-
 def _product(function: tirx.PrimFunc) -> Any:
     """The block that is a matrix product's, or None."""
-    return _blocks(function).get(PRODUCT)
+    return blocks_of(function).get(PRODUCT)
 
 
-def _blocks(function: tirx.PrimFunc) -> dict[str, Any]:
-    """The function's blocks by name."""
-    sch = s_tir.Schedule(function)
-    blocks = [sch.get(block) for block in sch.get_child_blocks(sch.get_sblock("root"))]
-    return {block.name_hint: block for block in blocks}
-
-
-def _linear(function: tirx.PrimFunc, device: Device) -> tirx.PrimFunc:
+def _linear(function: tirx.PrimFunc, device: Device, above: int) -> tirx.PrimFunc:
     product = _product(function)
     rows_of_x = product.iter_vars[0].dom.extent
     step = int(function.attrs.get(STEP, 8))
     own = cuda_many.many_rows(function, product) if device.kind == "cuda" else []
     many = own[-1][1] if own else _many_rows(function, device)
     kernels = [(most, kernel) for most, kernel in own if most is not None]
-    for limit, count in reversed(FEW):
+    for limit, count in reversed([few for few in FEW if few[0] > above]):
         small = cuda_rows.few_rows(function, product, limit) if device.kind == "cuda" else None
         if small is None and count is not None:
             small = few_rows(function, device, count, step)

@@ -110,6 +110,8 @@ static inline auto min(Number auto a, Number auto b) { return a < b ? a : b; }
 template <class T>
 static inline T __ldg(const T* place) { return *emulation_aligned<const T>(place); }
 template <class T>
+static inline T __ldcg(const T* place) { return *emulation_aligned<const T>(place); }
+template <class T>
 static inline T __ldcs(const T* place) { return *emulation_aligned<const T>(place); }
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 static inline float __int_as_float(int raw) { float x; memcpy(&x, &raw, 4); return x; }
@@ -122,6 +124,12 @@ static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 static inline void __syncthreads() { emulation::wait_for_block(); }
 static inline void __syncwarp(unsigned = ~0u) { emulation::wait_for_warp(); }
+static inline void __threadfence() {}
+static inline unsigned atomicInc(unsigned* place, unsigned last) {  // blocks follow each other, and one thread runs at a time
+  const unsigned before = *place;
+  *place = before >= last ? 0 : before + 1;
+  return before;
+}
 static inline unsigned __activemask() { return ~0u; }
 
 // A lane that would reach beyond its group of `width` gets its own value back.

@@ -104,6 +104,10 @@ static inline void multiply_tiles(float (*sums)[A][4], const uint32_t (&a)[A][2]
   emulation::wait_for_warp();
 }
 
+static inline void fetch_line(const void* place) { static_cast<void>(*static_cast<const volatile char*>(place)); }
+template <class T>
+static inline T load_late(const T* place) { return *emulation_aligned<const T>(place); }
+
 template <class T>
 static inline const T* one_address(const T* place) { return place; }
 template <class T>

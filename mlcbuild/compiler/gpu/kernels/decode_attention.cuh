@@ -2,20 +2,66 @@
 //
 // Keys are split into parts, so that few sequences keep a whole device busy (Dao et al., "Flash-Decoding for long-context
 // inference"): a block takes a part of the pages of one key head, for up to eight of its query heads, and its warps take
-// pages by turns. Where there is more than one part, join_parts makes one of them.
+// pages by turns. Where there is more than one part, the block that ends last joins them.
 #pragma once
 #include "attention.cuh"
 
 namespace mlcbuild {
 
+// How many parts have ended, of each sequence's tiles where there are several: 0 before and after every launch. Kernels of
+// one library follow each other on a device, in one stream.
+constexpr int COUNTED = 528;
+static __device__ unsigned parts_ended[COUNTED];
+
+// All parts of `heads` query heads into one, from head `head` of a sequence on, by a block.
+template <class T, int DIM, int HEADS, int WARPS, bool SINKS>
+__device__ __forceinline__ void join_parts(const Results<T, DIM, SINKS>& results, const float* parts, const float* sums,
+                                           int splits, int sequence, int head, int heads, bool own) {
+  constexpr int LOADED = DIM < 128 ? 8 : 16;  // parts whose loads are on their way, in registers that attention had
+  for (int at = threadIdx.x; at < heads * (DIM / 4); at += 32 * WARPS) {
+    const int dim = at % (DIM / 4) * 4, first = head + at / (DIM / 4);
+    const long long row = static_cast<long long>(sequence) * HEADS + first, place = row + sequence * (splits - 1LL) * HEADS;
+    float most = NO_SCORE, sum = 0, value[4] = {};
+    for (int part = 0; part < splits; part += LOADED) {
+      float2 figures[LOADED];
+      float4 values[LOADED];
+#pragma unroll
+      for (int i = 0; i < LOADED; i++) {
+        const long long from = place + min(part + i, splits - 1) * HEADS;
+        figures[i] = __ldcg(reinterpret_cast<const float2*>(sums) + from);
+        values[i] = __ldcg(reinterpret_cast<const float4*>(parts + from * DIM + dim));
+      }
+      float largest = most;
+#pragma unroll
+      for (int i = 0; i < LOADED; i++) largest = max(largest, figures[i].x);
+      const float before = exp2f(most - largest);
+      most = largest, sum *= before;
+#pragma unroll
+      for (float& one : value) one *= before;
+#pragma unroll
+      for (int i = 0; i < LOADED; i++) {
+        const float by = part + i < splits ? exp2f(figures[i].x - most) : 0.f;
+        sum += by * figures[i].y;
+        value[0] += by * values[i].x, value[1] += by * values[i].y;
+        value[2] += by * values[i].z, value[3] += by * values[i].w;
+      }
+    }
+    const float by = results.finish(row, most, sum, own, dim == 0);
+#pragma unroll
+    for (int i = 0; i < 4; i++) results.output[row * DIM + dim + i] = T(value[i] * by);
+  }
+}
+
 // Part `part` of the keys of sequence `sequence` with the query heads `tile` (of KV_HEADS * tiles of eight).
 // `shared`: TURNS * SHARING * (DIM + 2) floats: a warp's sums of values, largest score and sum of exponentials.
-// parts [n, splits, HEADS, DIM], sums [n, splits, HEADS, 2]: the same of a part, written where there are several.
-template <class T, int DIM, int HEADS, int KV_HEADS, int WARPS, int WINDOW, bool CHUNKED, bool SINKS>
+// parts [n, splits, HEADS, DIM], sums [n, splits, HEADS, 2]: the same of a part, written where there are several. That is
+// so only where n * KV_HEADS * tiles is less than BLOCKS.
+template <class T, int DIM, int HEADS, int KV_HEADS, int WARPS, int BLOCKS, int WINDOW, bool CHUNKED, bool SINKS>
 __device__ __forceinline__ void decode_attention(float* shared, T* output, float* lse, float* parts, float* sums,
                                                  const T* query, const T* pages, const int* starts, const int* numbers,
                                                  const int* lengths, const int* offsets, const int* positions, float scale,
                                                  float cap, float bias, int splits, int sequence, int tile, int part) {
+  static_assert(BLOCKS <= COUNTED, "a count for each tile");
   constexpr int GROUP = HEADS / KV_HEADS, TILES = (GROUP + SHARING - 1) / SHARING, WARP_FLOATS = SHARING * (DIM + 2);
   constexpr int TURNS = WARPS / PARTS<DIM>;
   const int lane = threadIdx.x % 32, turn = threadIdx.x / 32 / PARTS<DIM>, kv_head = tile / TILES;
@@ -67,28 +113,15 @@ __device__ __forceinline__ void decode_attention(float* shared, T* output, float
       if (dim == 0) sums[2 * place] = most, sums[2 * place + 1] = sum;
     }
   }
-}
-
-// All parts into one, of number `at` (of HEADS * DIM) of a sequence.
-template <class T, int DIM, int HEADS, bool SINKS>
-__device__ __forceinline__ void join_parts(T* output, float* lse, const float* parts, const float* sums, const T* query,
-                                           const int* starts, const int* lengths, const int* offsets,
-                                           const int* positions, int splits, int sequence, int at) {
-  if (at >= HEADS * DIM) return;
-  const int head = at / DIM, dim = at % DIM;
-  const long long first = static_cast<long long>(sequence) * splits * HEADS + head;
-  float most = NO_SCORE, value = 0, sum = 0;
-  for (int part = 0; part < splits; part++) most = max(most, sums[2 * (first + part * HEADS)]);
-#pragma unroll 4
-  for (int part = 0; part < splits; part++) {
-    const long long place = first + part * HEADS;
-    const float by = exp2f(sums[2 * place] - most);
-    value += by * parts[place * DIM + dim], sum += by * sums[2 * place + 1];
-  }
-  const bool own = positions[sequence] - offsets[sequence] < cached_tokens(starts, lengths, sequence);
-  const Results<T, DIM, SINKS> results = {output, lse, query};
-  const long long row = static_cast<long long>(sequence) * HEADS + head;
-  output[row * DIM + dim] = T(value * results.finish(row, most, sum, own, dim == 0));
+  if (splits == 1) return;
+  __threadfence();  // what this block has written is there before it is counted
+  __syncthreads();
+  unsigned* count = parts_ended + sequence * (KV_HEADS * TILES) + tile;
+  if (threadIdx.x == 0) shared[0] = atomicInc(count, splits - 1) == splits - 1;
+  __syncthreads();
+  if (shared[0] == 0) return;
+  __threadfence();
+  join_parts<T, DIM, HEADS, WARPS>(results, parts, sums, splits, sequence, head, heads, position < length);
 }
 
 }  // namespace mlcbuild

@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <stdint.h>
+#endif
 
 namespace mlcbuild {
 
@@ -14,6 +15,11 @@ template <>
 struct Bytes<8> { typedef uint2 Type; };
 template <>
 struct Bytes<16> { typedef uint4 Type; };
+
+}  // namespace mlcbuild
+
+#ifndef EMULATED_DEVICE
+namespace mlcbuild {
 
 // sums += a * b: 16 rows, 16 columns of a, 8 columns of b. Of a lane: rows lane / 4 and that + 8, k in four places.
 template <class T>
@@ -99,6 +105,25 @@ __device__ __forceinline__ const T* address_anew(const T* place) {
   asm volatile("" : "+l"(place));
   return place;
 }
+
+// 16 or 8 bytes, read where the program does so: not before the last barrier.
+__device__ __forceinline__ uint4 load_late(const uint4* place) {
+  uint4 four;
+  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(four.x), "=r"(four.y), "=r"(four.z), "=r"(four.w)
+               : "l"(place)
+               : "memory");
+  return four;
+}
+
+__device__ __forceinline__ uint2 load_late(const uint2* place) {
+  uint2 two;
+  asm volatile("ld.global.v2.u32 {%0,%1}, [%2];" : "=r"(two.x), "=r"(two.y) : "l"(place) : "memory");
+  return two;
+}
+
+// A line of memory is fetched into the cache of the device, and nobody waits for it.
+__device__ __forceinline__ void fetch_line(const void* place) { asm volatile("prefetch.global.L2 [%0];" ::"l"(place)); }
 
 // (word & mask) | ones, one instruction.
 __device__ __forceinline__ uint32_t masked(uint32_t word, uint32_t mask, uint32_t ones) {

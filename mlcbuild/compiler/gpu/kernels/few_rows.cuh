@@ -11,8 +11,9 @@
 
 namespace mlcbuild {
 
-// FORMAT: Weights<...>. MOST: rows of x at most, 1 or a multiple of 8.
-template <class FORMAT, int K, int MOST, int TILES, int WARPS, int AHEAD>
+// FORMAT: Weights<...>. MOST: rows of x at most, 1 or a multiple of 8. STAGED: the one row of x lies in shared memory, in the
+// order of multiplying. PAIRED: w is the rows of a gate, and as many that are multiplied with it.
+template <class FORMAT, int K, int MOST, int TILES, int WARPS, int AHEAD, bool STAGED = false, bool PAIRED = false>
 struct FewRows {
   typedef typename FORMAT::Float T;
   typedef typename FORMAT::Code Code;
@@ -30,16 +31,22 @@ struct FewRows {
   static constexpr int TILES_OF_X = (MOST + 7) / 8;
   static constexpr int CHAINS = TILES_OF_X > 1 ? 1 : 2;  // of sums: for tensor cores not to wait
   static constexpr int ALIGNED = PER_WORD % 4 ? 8 : 16;  // bytes of activations read at once
+  static constexpr int PAIRS = PER_WORD;                 // of two words
+  static constexpr int UNITS = CHUNKS * WORDS / 2;       // of x, two words' columns each
   static_assert(GROUPS * GROUP % CHUNK == 0 && GROUP % PER_WORD == 0, "whole loads, and words of one scale");
   static_assert(K * sizeof(T) % ALIGNED == 0, "rows of x begin where a load may");
+  static_assert(!STAGED || (!WIDE && MOST == 1), "16 bits, one row");
+  static_assert(!PAIRED || !FORMAT::TRANSPOSED, "rows that lie apart");
 
   int n, rows, first, lane, warp;
   const T* x;  // where this lane's first load is in each
+  uint32_t* staged = nullptr;  // UNITS * PAIRS
   const uint4* words[OWN];
   const T* scales[OWN];
 
   __device__ __forceinline__ FewRows(const T* x, const void* w, const T* s, int n, int rows, int block)
-      : n(n), rows(rows), first(block * ROWS), lane(threadIdx.x % 32), warp(threadIdx.x / 32), x(x + chunk() * CHUNK) {
+      : n(n), rows(rows), first(block * (PAIRED ? ROWS / 2 : ROWS)), lane(threadIdx.x % 32), warp(threadIdx.x / 32),
+        x(x + chunk() * CHUNK) {
     const uint4* loads = static_cast<const uint4*>(w);
 #pragma unroll
     for (int own = 0; own < OWN; own++) {
@@ -60,9 +67,12 @@ struct FewRows {
     T scales[OWN][SCALES ? SCALES : 1];
   };
 
-  // Rows are neighbours where words of neighbouring rows are.
+  // Rows are neighbours where words of neighbouring rows are. The place is that of the block's.
+  __device__ __forceinline__ int place(int own) const {
+    return FORMAT::TRANSPOSED ? lane / LANES * OWN + own : own * 8 + lane / LANES;
+  }
   __device__ __forceinline__ int row(int own) const {
-    return FORMAT::TRANSPOSED ? first + lane / LANES * OWN + own : first + own * 8 + lane / LANES;
+    return first + (PAIRED ? own / 2 * 8 + lane / LANES + own % 2 * (rows / 2) : place(own));
   }
   __device__ __forceinline__ int chunk() const { return warp * EACH * LANES + lane % LANES; }  // the first
   __device__ __forceinline__ bool there(int step) const {
@@ -102,18 +112,24 @@ struct FewRows {
   __device__ __forceinline__ void load_x(uint32_t (&to)[COUNT], int m, int step, int at) const {
     const int past = there(step) ? step * LANES * CHUNK : -chunk() * CHUNK;
     const T* from = x + past + at + (MOST == 1 ? 0 : static_cast<long long>(min(m, n - 1)) * K);
-    const int left = WHOLE ? 0 : (K - chunk() * CHUNK - past - at) * static_cast<int>(sizeof(T)) / 4;
+    load_there(to, from, WHOLE ? 0 : (K - chunk() * CHUNK - past - at) * static_cast<int>(sizeof(T)) / 4);
+  }
+  // The first `left` of them are there, or all. LATE: not before the last barrier.
+  template <int COUNT, bool LATE = false>
+  static __device__ __forceinline__ void load_there(uint32_t (&to)[COUNT], const T* from, int left) {
     if (WHOLE || left >= COUNT) {
       if constexpr (ALIGNED == 16) {
 #pragma unroll
         for (int i = 0; i < COUNT; i += 4) {
-          const uint4 four = __ldg(reinterpret_cast<const uint4*>(from) + i / 4);
+          const uint4* place = reinterpret_cast<const uint4*>(from) + i / 4;
+          const uint4 four = LATE ? load_late(place) : __ldg(place);
           to[i] = four.x, to[i + 1] = four.y, to[i + 2] = four.z, to[i + 3] = four.w;
         }
       } else {
 #pragma unroll
         for (int i = 0; i < COUNT; i += 2) {
-          const uint2 two = __ldg(reinterpret_cast<const uint2*>(from) + i / 2);
+          const uint2* place = reinterpret_cast<const uint2*>(from) + i / 2;
+          const uint2 two = LATE ? load_late(place) : __ldg(place);
           to[i] = two.x, to[i + 1] = two.y;
         }
       }
@@ -130,7 +146,6 @@ struct FewRows {
   // Two words of each row with as many columns of x: pairs of columns, of which tensor cores take two at once.
   typedef float Sums[TILES_OF_X][TILES][CHAINS][4];
   __device__ __forceinline__ void multiply(Sums& sums, const Loaded& from, int step) const {
-    constexpr int PAIRS = PER_WORD;  // of two words
 #pragma unroll
     for (int i = 0; i < WORDS; i += 2) {
       uint32_t a[OWN][PAIRS];
@@ -151,8 +166,12 @@ struct FewRows {
       for (int tile = 0; tile < TILES_OF_X; tile++) {
         if (tile > 0 && tile * 8 >= n) break;
         uint32_t given[PAIRS], b[PAIRS];
-        load_x(given, tile * 8 + lane / LANES, step, i * PER_WORD);
-        Code::sort(given, b), Code::sort(given + PAIRS / 2, b + PAIRS / 2);
+        if constexpr (STAGED) {
+          read_staged(b, ((there(step) ? chunk() + step * LANES : 0) * WORDS + i) / 2);
+        } else {
+          load_x(given, tile * 8 + lane / LANES, step, i * PER_WORD);
+          Code::sort(given, b), Code::sort(given + PAIRS / 2, b + PAIRS / 2);
+        }
 #pragma unroll
         for (int p = 0; p < PAIRS; p += 2)
 #pragma unroll
@@ -208,8 +227,21 @@ struct FewRows {
     else multiply(sums, from, step);
   }
 
-  template <class Any>
-  __device__ __forceinline__ void run(Any& sums) const {
+  typedef typename Bytes<ALIGNED>::Type Part;  // of a unit
+  __device__ __forceinline__ void read_staged(uint32_t (&to)[PAIRS], int unit) const {
+    const Part* from = reinterpret_cast<const Part*>(staged + unit * PAIRS);
+#pragma unroll
+    for (int i = 0; i < PAIRS * 4 / ALIGNED; i++) {
+      const Part part = from[i];
+      const uint32_t* own = reinterpret_cast<const uint32_t*>(&part);
+#pragma unroll
+      for (int j = 0; j < ALIGNED / 4; j++) to[i * (ALIGNED / 4) + j] = own[j];
+    }
+  }
+
+  // `before`: what is done while the first loads are on their way.
+  template <class Any, class Before>
+  __device__ __forceinline__ void run(Any& sums, Before before) const {
     // EACH at most, which the compiler is not to know: it would put off each load to where it is used.
     const int some = min(EACH, rows * EACH);
     const int steps = EACH * WARPS == STEPS ? some : min(some, STEPS - warp * EACH);
@@ -217,6 +249,7 @@ struct FewRows {
 #pragma unroll
     for (int a = 0; a < AHEAD; a++)
       if (EACH * WARPS == STEPS || a < steps) load(loaded[a], a);
+    before();
 #pragma unroll 1
     for (int step = 0; step < steps; step += AHEAD) {
 #pragma unroll
@@ -228,32 +261,27 @@ struct FewRows {
   }
 };
 
-// results[i]: row `first + at % ROWS` of w with row `at / ROWS` of x, where at = i * threads + thread.
-// `shared`: WARPS * ROWS * MOST floats.
-template <class FORMAT, int K, int MOST, int TILES, int WARPS, int AHEAD>
-__device__ __forceinline__ void few_rows(float* results, float* shared, const typename FORMAT::Float* x,
-                                         const void* words, const typename FORMAT::Float* scales, int n, int rows,
-                                         int block) {
-  typedef FewRows<FORMAT, K, MOST, TILES, WARPS, AHEAD> Product;
-  constexpr int ROWS = Product::ROWS, OWN = Product::OWN, THREADS = 32 * WARPS;
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const Product product(x, words, scales, n, rows, block);
-  float* own = shared + warp * ROWS * MOST;
+// The sums of a block's rows for each row of x, in shared memory, by its warps: WARPS * MOST * ROWS floats.
+template <class Product, int MOST, int TILES, class Before>
+__device__ __forceinline__ void sum_up(const Product& product, float* shared, int n, Before before) {
+  constexpr int ROWS = Product::ROWS;
+  const int lane = product.lane;
+  float* own = shared + product.warp * ROWS * MOST;
   if constexpr (Product::WIDE) {
-    float sums[MOST][OWN] = {};
-    product.run(sums);
+    float sums[MOST][Product::OWN] = {};
+    product.run(sums, before);
 #pragma unroll
     for (int m = 0; m < MOST; m++)
 #pragma unroll
-      for (int i = 0; i < OWN; i++) {
+      for (int i = 0; i < Product::OWN; i++) {
         float sum = sums[m][i];
         sum += __shfl_xor_sync(~0u, sum, 1, 32);
         sum += __shfl_xor_sync(~0u, sum, 2, 32);
-        if (lane % 4 == 0) own[m * ROWS + product.row(i) - product.first] = sum;
+        if (lane % 4 == 0) own[m * ROWS + product.place(i)] = sum;
       }
   } else {
     typename Product::Sums sums = {};
-    product.run(sums);
+    product.run(sums, before);
 #pragma unroll
     for (int tile = 0; tile < Product::TILES_OF_X; tile++)
 #pragma unroll
@@ -263,18 +291,33 @@ __device__ __forceinline__ void few_rows(float* results, float* shared, const ty
           const int column = tile * 8 + lane % 4 * 2 + i % 2;
           float sum = sums[tile][t][0][i];
           if constexpr (Product::CHAINS > 1) sum += sums[tile][t][1][i];
-          if (column < min(n, MOST)) own[column * ROWS + product.row(2 * t + i / 2) - product.first] = sum;
+          if (column < min(n, MOST)) own[column * ROWS + product.place(2 * t + i / 2)] = sum;
         }
   }
   __syncthreads();
+}
+
+template <int WARPS, int FLOATS>
+__device__ __forceinline__ float of_all_warps(const float* shared, int at) {
+  float sum = 0;
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) sum += shared[w * FLOATS + at];
+  return sum;
+}
+
+// results[i]: row `first + at % ROWS` of w with row `at / ROWS` of x, where at = i * threads + thread.
+// `shared`: WARPS * ROWS * MOST floats.
+template <class FORMAT, int K, int MOST, int TILES, int WARPS, int AHEAD>
+__device__ __forceinline__ void few_rows(float* results, float* shared, const typename FORMAT::Float* x,
+                                         const void* words, const typename FORMAT::Float* scales, int n, int rows,
+                                         int block) {
+  typedef FewRows<FORMAT, K, MOST, TILES, WARPS, AHEAD> Product;
+  constexpr int ROWS = Product::ROWS, THREADS = 32 * WARPS;
+  sum_up<Product, MOST, TILES>(Product(x, words, scales, n, rows, block), shared, n, [] {});
 #pragma unroll
   for (int i = 0; i < (ROWS * MOST + THREADS - 1) / THREADS; i++) {
-    const int at = i * THREADS + thread;
-    float sum = 0;
-    if (at < ROWS * n)
-#pragma unroll
-      for (int w = 0; w < WARPS; w++) sum += shared[w * ROWS * MOST + at];
-    results[i] = sum;
+    const int at = i * THREADS + threadIdx.x;
+    results[i] = at < ROWS * n ? of_all_warps<WARPS, ROWS * MOST>(shared, at) : 0.f;
   }
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlcbuild.compiler.gpu import delta, lru, sources
+from mlcbuild.compiler.gpu import delta, lru, mlstm, sources
 from mlcbuild.models.recurrent.operations import Scanned
 from tests.compiler import recurrences
 from tests.compiler.test_gpu_lowering import CUDA
@@ -45,6 +45,19 @@ def test_delta(gpu: Gpu, heads: int, groups: int, keys: int, dim: int, each: boo
     expected, held = recurrences.delta(x, decay, beta, state, groups)
     np.testing.assert_allclose(got["out"], expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(got["after"], held, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(("heads", "keys", "dim", "tokens"), recurrences.MLSTM)
+def test_mlstm(gpu: Gpu, heads: int, keys: int, dim: int, tokens: int) -> None:
+    """Rows and columns that fill no block, the last column alone in one; more tokens than are read at a time."""
+    sequences = 2
+    x, gates, memory, top = recurrences.mlstm_inputs(sequences, tokens, heads, keys, dim)
+    out = np.full((sequences * tokens, heads, dim + 1), np.nan, np.float32)
+    given = {"x": x, "gates": gates, "before": memory, "top": top, "out": out}
+    given |= {"after": np.full_like(memory, np.nan), "top_after": np.full_like(top, np.nan)}
+    function = mlstm.mlstm(Scanned(heads, dim, heads, keys, (0.0, 0.0), False))
+    got = gpu.launch(function, 0, given, {"n": sequences * tokens, "batch": sequences})
+    recurrences.check_mlstm((x, gates, memory, top), got["out"], got["after"], got["top_after"])
 
 
 @pytest.mark.parametrize("each", [False, True])

@@ -65,6 +65,17 @@ def test_delta(kernels: Kernels, heads: int, groups: int, keys: int, dim: int, e
     np.testing.assert_allclose(after, held, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("heads", "keys", "dim", "tokens"), recurrences.MLSTM)
+def test_mlstm(kernels: Kernels, heads: int, keys: int, dim: int, tokens: int) -> None:
+    """Columns that fill no vector, more than one task, the last alone in one; gates far apart."""
+    x, gates, memory, top = recurrences.mlstm_inputs(SEQUENCES, tokens, heads, keys, dim)
+    out = np.full((SEQUENCES * tokens, heads, dim + 1), np.nan, np.float32)
+    after, top_after = np.full_like(memory, np.nan), np.full_like(top, np.nan)
+    for task in range(SEQUENCES * heads * -(-(dim + 1) // 64)):
+        kernels("mlcbuild_mlstm", x, gates, memory, top, out, after, top_after, tokens, heads, dim, keys, task, 1e-6)
+    recurrences.check_mlstm((x, gates, memory, top), out, after, top_after)
+
+
 @pytest.mark.parametrize("dim", [64, 20])
 @pytest.mark.parametrize("varies", [False, True])
 def test_wkv(kernels: Kernels, dim: int, varies: bool) -> None:

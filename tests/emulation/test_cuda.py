@@ -36,7 +36,7 @@ ATTENTION = ("gemma2", "qwen2-window", "gpt_oss", "mimo_v2_flash", "llama4_text"
 # The kinds that are no decoders, each with a format.
 RECURRENT = {
     **{"rwkv": "q4f16_1", "rwkv5": "q4f32_1", "rwkv6": "q4f16_1"},
-    **{"mamba": "q4f32_1", "falcon_mamba": "q4f32_1", "mamba2": "q4f32_1"},
+    **{"mamba": "q4f32_1", "falcon_mamba": "q4f32_1", "mamba2": "q4f32_1", "xlstm": "q4f16_1"},
 }
 # Attention in some layers, and one of each mixer in others; Falcon-H1 has both side by side.
 HYBRIDS = {

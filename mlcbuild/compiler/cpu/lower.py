@@ -14,7 +14,7 @@ from mlcbuild.compiler.cpu.operations import factories
 from mlcbuild.compiler.cpu.sources import Source
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.few_layers import one_layer
-from mlcbuild.models.kinds import HYBRID, RECURRENT, STATE_SPACES
+from mlcbuild.models.kinds import HYBRID, MLSTM, RECURRENT, STATE_SPACES
 from mlcbuild.models.structure import Structure
 from mlcbuild.models.weights import Declared
 from mlcbuild.recipes.types import Quantization
@@ -50,7 +50,7 @@ def _files(structure: Structure) -> tuple[str, ...]:
     """The C sources of a kind of model, without .c, beside those of its formats."""
     if structure.kind == HYBRID:
         return "attention", "rows", "state_space", *_OF_MIXERS.get(structure.mixer, ())
-    own = "state_space" if structure.kind in STATE_SPACES else "recurrent"
+    own = {MLSTM: MLSTM, **dict.fromkeys(STATE_SPACES, "state_space")}.get(structure.kind, "recurrent")
     return (own, "rows") if structure.kind in RECURRENT else ("attention", "rows")
 
 

@@ -79,14 +79,15 @@ def _conv(m: Mixer) -> Shapes:
 
 
 def _state_space(m: Mixer) -> Shapes:
-    # Mamba finds steps, B and C in the channels after their convolution, Mamba-2 beside them.
+    # Mamba finds steps, B and C in the channels after their convolution, of each group alone; Mamba-2 beside them.
     one = m.name == "mamba"
     into = 2 * m.width if one else m.width + m.convolved + m.heads
+    steps, apart = m.rank + 2 * m.size, m.width // m.groups
     return {
         "in_proj": (into, m.hidden),
         "in_bias": (into,),
-        "step_in_proj": (m.rank + 2 * m.inner, m.width),
-        "step_proj": (m.heads, m.rank),
+        "step_in_proj": (steps, m.width) if m.groups == 1 else (m.groups, steps, apart),
+        "step_proj": (m.heads, m.rank) if m.groups == 1 else (m.groups, apart, m.rank),
         "step_bias": (m.heads,),
         "state_rate": (m.size, m.heads) if one else (m.heads,),
         "state_skip": (m.heads,),

@@ -126,8 +126,8 @@ def test_convolve(kernels: Kernels, tokens: int, taps: int, biased: bool, activa
 
 @pytest.mark.parametrize("each", [True, False])
 def test_scan(kernels: Kernels, each: bool) -> None:
-    """Mamba's channels have rates for each value of their states, Mamba-2's heads one; steps are kept in limits."""
-    heads, dim, groups, size = (69, 1, 1, 17) if each else (6, 23, 3, 16)
+    """Mamba's channels have rates for each value of their states, Mamba-2's heads one; groups share what goes in."""
+    heads, dim, groups, size = (69, 1, 3, 17) if each else (6, 23, 3, 16)
     rows, width, limits = SEQUENCES * TOKENS, heads * dim, (0.001, 3.0)
     x, step, bias, skip = normal(0, rows, width), 9 * normal(1, rows, heads), normal(2, heads), normal(3, heads)
     rate = -np.exp(normal(4, *([size] if each else []), heads))

@@ -56,11 +56,11 @@ def test_each_bound_fails_with_a_sentence(repository: Path) -> None:
     for number in range(114):
         write(repository, f"mlcbuild/steps/step{number}.py", 400)
     write(repository, "mlcbuild/planning/planner.py", 401)
-    write(repository, "recipes/architectures/llama.yaml", 4556)
+    write(repository, "recipes/architectures/llama.yaml", 4601)
     done = size(repository)
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        "mlcbuild/ has 46,132 lines, 372 over its budget of 45,760",
-        "recipes/architectures/ has 4,556 lines, 1 over its budget of 4,555",
+        "mlcbuild/ has 46,132 lines, 342 over its budget of 45,790",
+        "recipes/architectures/ has 4,601 lines, 1 over its budget of 4,600",
         "mlcbuild/planning/planner.py has 401 lines, over 400: split it by its ideas",
     ]

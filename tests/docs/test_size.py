@@ -60,7 +60,7 @@ def test_each_bound_fails_with_a_sentence(repository: Path) -> None:
     done = size(repository)
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        "mlcbuild/ has 46,132 lines, 342 over its budget of 45,790",
+        "mlcbuild/ has 46,132 lines, 317 over its budget of 45,815",
         "recipes/architectures/ has 4,601 lines, 1 over its budget of 4,600",
         "mlcbuild/planning/planner.py has 401 lines, over 400: split it by its ideas",
     ]

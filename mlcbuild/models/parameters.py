@@ -24,7 +24,7 @@ class Parameter:
     ungroup_qkv  its rows are, for each of `groups` key-value heads: that group's queries, its key, its value
     by_expert    it has [experts * N, K], and where there are several, each expert's rows are joined
     deinterleave every expert's rows are: gate, up, gate, up ...
-    evens_first  its rows are: the first, one of the second half, the next of the first ...
+    evens_first  its rows are one of the parameter's first half and one of its second, in turn
     join_heads   its first two axes are one of the parameter's, where it has one axis more
     ungroup_qvk  its rows are, for each of four groups: queries, values, keys
     first_rows   it has more rows, which are left out

@@ -14,7 +14,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from mlcbuild.compiler.gpu.delta import threads as threads  # of a block
+from mlcbuild.compiler.gpu.delta import threads
 from mlcbuild.models.recurrent.operations import MLSTM_EPS, Scanned
 
 _COLUMNS = 32  # of a block

@@ -11,7 +11,7 @@
 // x: [sequences * tokens, heads * keys (queries) + heads * keys (keys) + heads * dim (values)]; gates, logarithms:
 // [sequences * tokens, heads (of writing) + heads (of keeping)]; y: [sequences * tokens, heads, dim + 1], what is read
 // and, last, what it is to be divided by; memories: [sequences, heads, keys, dim + 1]; tops: [sequences, heads].
-//   top <- max(keep + top, write), with the memory M and top' before: M <- exp(keep + top' - top) M + exp(write - top) k v^T
+//   top <- max(keep + top', write) with top' the one before; M <- exp(keep + top' - top) M + exp(write - top) k v^T;
 //   y = M^T q keys^-1/2; of the last column, whose value is 1: max(|y|, exp(-top)) + eps
 EXPORT void mlcbuild_mlstm(const f32 *x, const f32 *gates, const f32 *memory_in, const f32 *top_in, f32 *y,
                            f32 *memory_out, f32 *top_out, i64 tokens, i64 heads, i64 dim, i64 keys, i64 task, f32 eps) {

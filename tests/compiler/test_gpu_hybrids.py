@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,9 +61,17 @@ def test_mlstm(gpu: Gpu, heads: int, keys: int, dim: int, tokens: int) -> None:
     recurrences.check_mlstm((x, gates, memory, top), got["out"], got["after"], got["top_after"])
 
 
-@pytest.mark.parametrize("each", [False, True])
-def test_states_of_delta_nets_stay_in_registers(each: bool, tmp_path: Path) -> None:
-    code, blocks = device_code.source(delta.delta(Scanned(32, 128, 16, 128, (0.0, 0.0), each)), CUDA)
+@pytest.mark.parametrize(
+    ("kernel_of", "scanned"),
+    [
+        (delta.delta, Scanned(32, 128, 16, 128, (0.0, 0.0), False)),
+        (delta.delta, Scanned(32, 128, 16, 128, (0.0, 0.0), True)),
+        (mlstm.mlstm, Scanned(8, 512, 8, 256, (0.0, 0.0), False)),  # xLSTM 7B's
+    ],
+    ids=["delta", "kda", "mlstm"],
+)
+def test_states_of_matrices_stay_in_registers(kernel_of: Any, scanned: Scanned, tmp_path: Path) -> None:
+    code, blocks = device_code.source(kernel_of(scanned), CUDA)
     (kernel,) = (sass.kernels(sources.complete(code), "sm_90", tmp_path)[name] for name in blocks)
     assert kernel.registers <= 80
     assert {name for name in kernel.counted() if name in ("LDL", "STL")} == set()

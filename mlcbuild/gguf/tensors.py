@@ -6,10 +6,11 @@ import contextlib
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,10 @@ Array = npt.NDArray[Any]
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _INTERLEAVED = re.compile(r"\.(\d+)\.mlp\.experts\.(gate_up|down)_proj(_bias)?$")
 _LATENT = re.compile(r"\.(\d+)\.self_attn\.kv_b_proj\.weight$")
+_JOINED = re.compile(r"\.(\d+)\.(?:block_sparse_moe|(shared_mlp))\.input_linear\.weight$")
 _ENDINGS = (".weight", ".bias")
+# Ends of names as a checkpoint has them, and as the converter does before it looks into its table.
+_RENAMED = {"_correction_bias": "_correction.bias", ".dt_bias": ".dt_proj.bias", ".expert_bias": ".expert_bias.bias"}
 _UNUSED = ("*.attn_rot_embd", "*.rope_freqs.weight", LLAMA3, SHORT, LONG)
 
 
@@ -117,9 +121,10 @@ def read(
     used = {name for name in stored if any(fnmatchcase(name, pattern) for pattern in _UNUSED)}
     for parameter in parameters:
         for name in parameter.sources:
-            parts = _parts(name, rules(header).get("interleaved", ()))
+            parts = _parts(name, rules(header).get("interleaved", ()), stored)
             if parts and all(part in stored for part in parts):
-                made.append((_key_and_value if "kv_b" in name else _joined)(name, [stored[part] for part in parts]))
+                make = _key_and_value if "kv_b" in name else _stacked if "input_linear" in name else _joined
+                made.append(make(name, [stored[part] for part in parts]))
                 table[name] = made[-1].target
                 used |= {*parts}
         rest = [name for name in parameter.sources if name not in table]
@@ -162,9 +167,10 @@ def told(header: Header) -> str | None:
 def _stored(tensor: Tensor, path: Path, blob: str, nbytes: int, undo: Mapping[str, str]) -> _Stored:
     short = re.sub(r"^blk\.\d+\.", "", tensor.name)
     how = next((how for pattern, how in undo.items() if fnmatchcase(short, pattern)), None)
-    shape = (tensor.shape[0], 1, *tensor.shape[1:]) if how == "apart" else tensor.shape
+    shape = (prod(tensor.shape),) if how in ("flat", "log_flat") else tensor.shape
+    shape = (tensor.shape[0], 1, *tensor.shape[1:]) if how == "apart" else shape
     ref = TensorRef(tensor.name, tensor.file, blob, path, tensor.offset, nbytes, kind(tensor).name, shape)
-    return _Stored(ref, kind(tensor), None if how == "apart" else how)
+    return _Stored(ref, kind(tensor), {"apart": None, "flat": None, "log_flat": "log"}.get(how or "", how))
 
 
 def _names(header: Header, parameters: Sequence[Parameter]) -> dict[str, str]:
@@ -177,11 +183,17 @@ def _names(header: Header, parameters: Sequence[Parameter]) -> dict[str, str]:
     table = get_tensor_name_map(by_name.get(header.architecture, MODEL_ARCH.LLAMA), layers)
     found = {}
     for wanted in (name for parameter in parameters for name in parameter.sources):
-        key = _EXPERT.sub(".experts.", wanted).replace("_correction_bias", "_correction.bias")
-        others = (key, key.removeprefix("transformer."), key.replace(".block_sparse_moe.", ".mlp."))
+        key = _EXPERT.sub(".experts.", wanted)
+        for mine, theirs in _RENAMED.items():
+            key = key.removesuffix(mine) + theirs if key.endswith(mine) else key
+        begins = (key.removeprefix(each) for each in ("", "transformer.", "model."))
+        others = (*begins, *(key.replace(each, ".mlp.") for each in (".block_sparse_moe.", ".feed_forward.")))
+        others = (*others, key.replace("backbone.", "model.").replace(".mixer.", ".mlp."))
         name = next((name for each in others if (name := table.get_name(each, _ENDINGS))), None)
         if name is not None:
-            found[wanted] = name if name in header.tensors else f"{name}.weight"
+            # What a checkpoint calls a shared expert is, without others, a plain MLP.
+            others = (name, f"{name}.weight", name.replace("_shexp", ""))
+            found[wanted] = next((each for each in others if each in header.tensors), name)
     return found
 
 
@@ -199,10 +211,13 @@ def _source(name: str | None, wanted: str, stored: Mapping[str, _Stored]) -> _St
     return replace(found, ref=ref)
 
 
-def _parts(name: str, interleaved: Sequence[str]) -> list[str]:
+def _parts(name: str, interleaved: Sequence[str], stored: Collection[str]) -> list[str]:
     """The file's tensors that one of latent attention, or of all experts of a layer, is made of; none of another."""
     if latent := _LATENT.search(name):
         return [f"blk.{latent[1]}.attn_{part}_b.weight" for part in "kv"]
+    if joined := _JOINED.search(name):
+        both = [f"blk.{joined[1]}.ffn_{part}_{'shexp' if joined[2] else 'exps'}.weight" for part in ("gate", "up")]
+        return both if both[0] in stored else [each.replace("_shexp", "") for each in both]
     match = _INTERLEAVED.search(name) if interleaved else None
     if match is None:
         return []
@@ -215,6 +230,18 @@ def _joined(name: str, parts: Sequence[_Stored]) -> Computed:
     count, rows, *inner = parts[0].ref.shape
     shape = (count, *inner, rows * len(parts))
     return Computed(TensorRef(name, "", "", Path(), 0, 4 * prod(shape), "F32", shape), partial(_turns, parts))
+
+
+def _stacked(name: str, parts: Sequence[_Stored]) -> Computed:
+    """The rows of a part after those of the other, of each expert where there are several."""
+    *experts, rows, columns = parts[0].ref.shape
+    target = TensorRef(name, "", "", Path(), 0, 8 * prod(parts[0].ref.shape), "F32", (*experts, 2 * rows, columns))
+
+    def pieces() -> Iterator[Array]:
+        for values in zip(*map(_apart, parts), strict=True):
+            yield np.concatenate(values).astype(np.float32, copy=False)[None]
+
+    return Computed(target, pieces if experts else lambda: chain.from_iterable(_pieces(each, {}) for each in parts))
 
 
 def _key_and_value(name: str, parts: Sequence[_Stored]) -> Computed:

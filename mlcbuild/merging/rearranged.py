@@ -5,6 +5,8 @@
     ungroup_qvk  the same of four groups with rows `q.. v.. k..`, CodeGen's
     by_expert    all experts' rows in one matrix -> a matrix for each; of two such, each expert's rows joined
     deinterleave of every expert the rows 0, 2, 4 ..., then 1, 3, 5 ...: gpt-oss's gates, then its ups
+    evens_first  rows 0, 2, 4 ..., then 1, 3, 5 ...: Zamba's channels, then their gates
+    join_heads   [heads, ...] -> the same numbers with the first two axes as one, where it has one axis more
     first_rows   the rows that the parameter has, of more
     add_one      w -> 1 + w, for norms that are stored as what they differ from 1 (Gemma)
     unit_rows    w -> w / |w| row by row, as Baichuan 2 does with its head in every call
@@ -102,6 +104,8 @@ def _rows(parameter: Parameter, refs: Sequence[TensorRef]) -> Iterator[Array]:
         joined = np.concatenate([floats.widen(array, FLOATS[refs[0].dtype][0]) for array in arrays])
         yield _ARITHMETIC["differential"](joined, parameter)
         return
+    if "join_heads" in parameter.convert:
+        arrays = [array.reshape(parameter.joined(array.shape)) for array in arrays]
     if "transpose" in parameter.convert:
         arrays = [np.swapaxes(array, -1, -2) for array in arrays]
     starts = np.cumsum([0, *(len(array) for array in arrays)])
@@ -113,6 +117,8 @@ def _rows(parameter: Parameter, refs: Sequence[TensorRef]) -> Iterator[Array]:
         part = parameter.shape[0] // 12
         queries, rest, keys = np.split(ungrouped((4, part, part, part)), 3)
         order = np.concatenate([queries, keys, rest])
+    if "evens_first" in parameter.convert:
+        order = np.concatenate([order[0::2], order[1::2]])
     dtype = FLOATS[refs[0].dtype][0]
     for piece in row_pieces(parameter.shape):
         wanted = order[piece]

@@ -148,6 +148,7 @@ _POSITIVE = (
     "position_scale",
     "swiglu_limit",
     "router_logit_softcapping",
+    "gate_softcapping",
 )
 _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(SIZES, ("a whole number of at least 1", lambda value: type(value) is int and value > 0)),

@@ -1,7 +1,7 @@
 """Kinds of model other than the decoder: what of a structure they fix, the shapes of their parameters.
 
-A structure's `kind` is `decoder`, `hybrid` (mlcbuild.models.hybrid), `rwkv4`, `rwkv5`, `rwkv6`, `mamba`, `mamba2`
-(mlcbuild.models.recurrent) or `encoder` (mlcbuild.models.encoder).
+A structure's `kind` is `decoder`, `hybrid` (mlcbuild.models.hybrid), `rwkv4`, `rwkv5`, `rwkv6`, `mamba`, `mamba2`,
+`mlstm` (mlcbuild.models.recurrent) or `encoder` (mlcbuild.models.encoder).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from mlcbuild.models import mixers
 from mlcbuild.models.structure import Structure
 
 DECODER, HYBRID, ENCODER = "decoder", "hybrid", "encoder"
-STATE_SPACES = ("mamba", "mamba2")
-RECURRENT = ("rwkv4", "rwkv5", "rwkv6", *STATE_SPACES)
+STATE_SPACES, MLSTM = ("mamba", "mamba2"), "mlstm"
+RECURRENT = ("rwkv4", "rwkv5", "rwkv6", *STATE_SPACES, MLSTM)
 KINDS = (DECODER, HYBRID, *RECURRENT, ENCODER)
 
 Shapes = dict[str, tuple[int, ...]]  # by role; matrices are [N out, K in]
@@ -28,8 +28,8 @@ def by_layer(structure: Structure) -> bool:
 
 def recurrent_shapes(s: Structure) -> Shapes:
     """The roles of mlcbuild.models.recurrent.layers. Vectors have the checkpoints' shapes, MLC's too: [1, 1, H]."""
-    if s.kind in STATE_SPACES:
-        return _state_space_shapes(s)
+    if s.kind in (*STATE_SPACES, MLSTM):
+        return _mixer_shapes(s)
     h, width, inner = s.hidden_size, s.num_attention_heads * s.head_dim, s.intermediate_size
     norms = [f"{name}_norm{part}" for name in ("first", "attention", "mlp", "final") for part in ("", "_bias")]
     shapes: Shapes = {
@@ -58,11 +58,12 @@ def recurrent_shapes(s: Structure) -> Shapes:
     return {**shapes, "time_decay": decays[s.kind]}
 
 
-def _state_space_shapes(s: Structure) -> Shapes:
-    """The roles of mlcbuild.models.recurrent.state_space."""
-    h = s.hidden_size
+def _mixer_shapes(s: Structure) -> Shapes:
+    """The roles of mlcbuild.models.recurrent.state_space and mlstm."""
+    h, inner = s.hidden_size, s.intermediate_size
     outside = {"embedding": (s.vocab_size, h), "lm_head": (s.vocab_size, h), "mixer_norm": (h,), "final_norm": (h,)}
-    return {**outside, **mixers.shapes(s)}
+    dense = {"mlp_norm": (h,), "gate_up_proj": (2 * inner, h), "down_proj": (h, inner)}
+    return {**outside, **(dense if s.kind == MLSTM else {}), **mixers.shapes(s)}
 
 
 def filled(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ delta     the gated delta net (Yang et al., arXiv 2412.06464): state_groups head
           state_heads of values of state_head_dim
 kda       the same with a decay for each key dimension (Kimi Team, arXiv 2510.26692)
 rglru     a gated linear recurrence (De et al., arXiv 2402.19427)
+mlstm     a matrix memory with exponential gates (Beck et al., arXiv 2405.04517): keys of `size` numbers
 lightning a linear attention that fades by the same share at every token (Qin et al., arXiv 2401.04658)
 
 What they compute is in mlcbuild.models.hybrid and mlcbuild.models.recurrent.state_space; here are their sizes.
@@ -78,14 +79,15 @@ def _conv(m: Mixer) -> Shapes:
 
 
 def _state_space(m: Mixer) -> Shapes:
-    # Mamba finds steps, B and C in the channels after their convolution, Mamba-2 beside them.
+    # Mamba finds steps, B and C in the channels after their convolution, of each group alone; Mamba-2 beside them.
     one = m.name == "mamba"
     into = 2 * m.width if one else m.width + m.convolved + m.heads
+    steps, apart = m.rank + 2 * m.size, m.width // m.groups
     return {
         "in_proj": (into, m.hidden),
         "in_bias": (into,),
-        "step_in_proj": (m.rank + 2 * m.inner, m.width),
-        "step_proj": (m.heads, m.rank),
+        "step_in_proj": (steps, m.width) if m.groups == 1 else (m.groups, steps, apart),
+        "step_proj": (m.heads, m.rank) if m.groups == 1 else (m.groups, apart, m.rank),
         "step_bias": (m.heads,),
         "state_rate": (m.size, m.heads) if one else (m.heads,),
         "state_skip": (m.heads,),
@@ -154,6 +156,17 @@ def _lightning(m: Mixer) -> Shapes:
     }
 
 
+def _mlstm(m: Mixer) -> Shapes:
+    # Queries, keys, values and what gates the output; gates of writing and keeping.
+    return {
+        "in_proj": (2 * (m.inner + m.width), m.hidden),
+        "memory_gates": (2 * m.heads, m.hidden),
+        "memory_gates_bias": (2 * m.heads,),
+        "state_norm": (m.width,),
+        "out_proj": (m.hidden, m.width),
+    }
+
+
 _SHAPES: dict[str, Callable[[Mixer], Shapes]] = {
     "conv": _conv,
     "mamba": _state_space,
@@ -162,6 +175,7 @@ _SHAPES: dict[str, Callable[[Mixer], Shapes]] = {
     "kda": _kda,
     "rglru": _rglru,
     "lightning": _lightning,
+    "mlstm": _mlstm,
 }
 _NEEDED = {
     "lightning": {"in_proj", "in_gate_proj", "state_rate", "state_norm", "out_proj"},

@@ -24,6 +24,8 @@ class Parameter:
     ungroup_qkv  its rows are, for each of `groups` key-value heads: that group's queries, its key, its value
     by_expert    it has [experts * N, K], and where there are several, each expert's rows are joined
     deinterleave every expert's rows are: gate, up, gate, up ...
+    evens_first  its rows are one of the parameter's first half and one of its second, in turn
+    join_heads   its first two axes are one of the parameter's, where it has one axis more
     ungroup_qvk  its rows are, for each of four groups: queries, values, keys
     first_rows   it has more rows, which are left out
     add_one      the checkpoint has w - 1
@@ -56,6 +58,11 @@ class Parameter:
     def is_matrix(self) -> bool:
         """Whether it is multiplied with or looked up in. Norms of all heads have two axes, too."""
         return len(self.shape) > 1 and not self.role.endswith(("_norm", "_norm_bias", "_up_bias", "_down_bias"))
+
+    def joined(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A checkpoint tensor's shape once `join_heads` is done."""
+        joins = "join_heads" in self.convert and len(shape) == len(self.shape) + 1
+        return (shape[0] * shape[1], *shape[2:]) if joins else shape
 
 
 TABLES = (

@@ -106,6 +106,7 @@ class Structure:
     attention_into_mixer  mamba2: attention of layers of type `both` is given x beside the embeddings, an MLP what it
                       returns, and the mixer is given x + into_mixer(that): nothing of it is added to x (Zamba, arXiv
                       2405.16712, 2411.15242). adapter_rank: of the differences of matrices that layers share
+    gate_softcapping  mlstm, c: gates of writing and keeping become c * tanh(gate / c). state_size is of a key there
     beta_scale        delta: of the gates of writing; state_norm_first: of mamba2, whether the norm precedes the gate
     state_size        mamba, mamba2: values that a channel keeps. conv_kernel: tokens that a convolution sees;
                       time_step_rank: width of a low-rank product; time_step_limits: between which steps are kept;
@@ -260,6 +261,7 @@ class Structure:
     attention_into_mixer: bool = choice(False)
     adapter_rank: int = choice(0)
     decay_limit: float | None = choice(None)
+    gate_softcapping: float | None = choice(None)
     state_norm_first: bool = choice(False)
     state_size: int = choice(0)
     conv_kernel: int = choice(0)

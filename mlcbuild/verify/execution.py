@@ -25,10 +25,11 @@ VOCABULARY = 520  # tokens: the head's kernel takes any number; no multiple of a
 # Of the CPU's logits' deviation, what a model dtype may be off by: its precision times a few operations.
 BOUNDS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}
 # Times that, by the kind of layer: a scan multiplies what four products gave, and their errors add up; of a delta net,
-# what a head gives is normed, and it is small where a query and what was written point elsewhere; so is the difference
-# of two attentions: with half of the second taken off, errors are (1 + 1/2) / (1 - 1/2) times as large beside it.
+# what a head gives is normed, and it is small where a query and what was written point elsewhere; so is what a matrix
+# memory gives, in fewer steps, and the difference of two attentions: with half of the second taken off, errors are
+# (1 + 1/2) / (1 - 1/2) times as large beside it.
 # Latents that are made longer make scores as much larger, and what rounding does to them.
-_NOISE = {"mamba": 2, "mamba2": 2, "lightning": 2, "delta": 5, "kda": 5}
+_NOISE = {"mamba": 2, "mamba2": 2, "lightning": 2, "mlstm": 3, "delta": 5, "kda": 5}
 _NOISE_OF_DIFFERENCES, _NOISE_OF_LONG_LATENTS = 3, 2
 _MANY_PRODUCTS = 20_000_000  # for a row of activations: above, one takes an emulated device seconds
 _FEW_PRODUCTS = 3_000_000  # up to here, hundreds of rows take it seconds

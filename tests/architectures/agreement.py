@@ -233,6 +233,10 @@ def originals(
         values = np.concatenate([values, tensors[names.get(source, source)][len(values) :]])
     if "differential" in parameter.convert:
         return {}  # not quantized
+    if "join_heads" in parameter.convert:
+        return {}  # nor is this
+    if "evens_first" in parameter.convert:
+        values = np.stack(np.split(values, 2), axis=1).reshape(values.shape)
     if "add_one" in parameter.convert:
         values = values - 1
     if "negative_exp" in parameter.convert:

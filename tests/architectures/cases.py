@@ -120,6 +120,10 @@ MAMBA: dict[str, Any] = {  # 69 and 92 channels fill no whole vectors, 69 no who
     "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
 }  # fmt: skip
 MAMBA2 = {"model_type": "mamba2", **MAMBA, "intermediate_size": 92, "num_heads": 4, "head_dim": 23, "n_groups": 2}
+XLSTM: dict[str, Any] = {  # keys of 12 numbers, values of 24, which its cache does not take
+    "model_type": "xlstm", "vocab_size": 96, "hidden_size": 72, "num_hidden_layers": 3, "num_heads": 3,
+    "ffn_round_up_to_multiple_of": 32, "use_cache": False, "gate_soft_cap": 5.0, "output_logit_soft_cap": 3.0,
+}  # fmt: skip
 NO_WINDOW = {"context_window_size": -1}
 CASES: dict[str, Case] = {
     "rwkv": Case("rwkv", {"model_type": "rwkv", "context_length": 64, **RWKV}, overrides=NO_WINDOW),
@@ -153,6 +157,8 @@ CASES: dict[str, Case] = {
         overrides=NO_WINDOW,
         quantizations=("q0f32",),
     ),
+    # Heads are normed, and one is small where its query and what was written point elsewhere.
+    "xlstm": Case("xlstm", XLSTM, overrides=NO_WINDOW, noise=2),
     "llama": like_llama("llama"),
     "qwen2": like_llama("qwen2"),
     "qwen2-tied": like_llama("qwen2", tie_word_embeddings=True),

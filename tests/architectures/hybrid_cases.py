@@ -193,6 +193,18 @@ CASES |= {
         quantizations=("q0f32",),
     ),
 }  # fmt: skip
+ZAMBA = {  # channels of two heads that fill no vector, no task
+    "hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "n_mamba_heads": 2, "mamba_d_state": 5,
+    "mamba_dt_rank": 8, "tie_word_embeddings": True, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+}  # fmt: skip
+CASES |= {
+    "zamba": replace(_case("zamba", **ZAMBA), noise=3),  # transformers is off by as much of itself in float64
+    "zamba-biases": replace(
+        _case("zamba", **ZAMBA | {"hidden_size": 92, "mamba_dt_rank": "auto", "n_mamba_heads": 4, "mamba_expand": 3,
+              "layers_block_type": ["hybrid"] * 4, "mamba_proj_bias": True, "mamba_conv_bias": False}),
+        quantizations=("q0f32",), noise=3,
+    ),
+}  # fmt: skip
 NEMOTRON = {
     "num_hidden_layers": "absent", "head_dim": 16, "mamba_num_heads": 4, "mamba_head_dim": 20, "ssm_state_size": 9,
     "n_groups": 2, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2,

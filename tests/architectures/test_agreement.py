@@ -17,7 +17,7 @@ QUICK = {("llama", "q0f32"), ("gemma", "q4f32_1")}  # the others take minutes to
 # Compiled as the product does, which takes four times as long: what LLVM has to do differs by kind of layer only.
 OPTIMISED = {
     *("llama", "gemma2", "gpt2", "bloom", "mixtral", "deepseek_v3", "gpt_oss", "gemma3n_text", "llama4_text", "lfm2"),
-    *("rwkv", "rwkv6", "mamba", "mamba2", "jamba", "qwen3_next", "kimi_linear", "recurrent_gemma", "minimax"),
+    *("rwkv", "rwkv6", "mamba", "mamba2", "xlstm", "jamba", "qwen3_next", "kimi_linear", "recurrent_gemma", "minimax"),
 }
 
 
@@ -55,6 +55,7 @@ def test_every_architecture_has_a_case() -> None:
         "mamba",
         "falcon_mamba",
         "mamba2",
+        "xlstm",
     }
 
 

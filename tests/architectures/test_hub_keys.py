@@ -82,6 +82,11 @@ HUB: dict[str, dict[str, Any]] = {
         },
         **{"output_dropout": 0.0, "embedding_dropout": 0.0, "max_window_layers": 3},
     },
+    "xlstm": {
+        **{"hidden_size": None, "num_hidden_layers": None, "head_dim": 24, "cell_norm_eps": 1e-6, "add_qk_norm": False},
+        **{"add_post_blocks_norm": True, "add_post_norm": False, "mlstm_round_up_to_multiple_of": 64},
+        **{"add_embedding_dropout": False, "chunkwise_kernel": "chunkwise--triton_xl_chunk", "step_kernel": "triton"},
+    },
 }
 
 
@@ -99,6 +104,9 @@ def test_keys_of_the_hub_are_known(name: str) -> None:
         ("deepseek_v3", "moe_layer_freq", 2),
         ("diffllama", "num_key_value_heads", 1),
         ("longcat_flash", "mla_scale_q_lora", False),
+        ("xlstm", "weight_mode", "fused"),
+        ("xlstm", "add_post_norm", True),
+        ("zamba", "tie_word_embeddings", False),
         ("zamba2", "use_long_context", True),
         ("zamba2", "tie_word_embeddings", False),
         ("hy_v3", "route_norm", False),

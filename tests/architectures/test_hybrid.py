@@ -8,12 +8,14 @@ from math import prod
 import numpy as np
 import pytest
 
+from mlcbuild.compiler.assemble import declare
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.architecture import resolve
 from mlcbuild.models.parameters import count, parameters
 from mlcbuild.models.structure import from_json
 from tests.architectures.agreement import CHUNK, IDS, Agreement, config_of, error, known_architectures
 from tests.architectures.hybrid_cases import CASES
+from tests.support import llama
 
 OTHER = IDS[5:20]
 
@@ -57,6 +59,13 @@ def test_layers_share_matrices() -> None:
     assert [*users.values()] == [(1, 3), (1,), (2,), (2,), (3,)] and len({each.name for each in wanted}) == len(wanted)
     assert count(structure) == sum(prod(each.shape) for each in wanted)
     assert count(from_json(json.loads(json.dumps(structure.to_json())))) == count(structure)
+
+
+@pytest.mark.parametrize("name", ["bamba", "falcon_h1", "granitemoehybrid", "jamba", "nemotron_h", "zamba", "zamba2"])
+def test_what_a_scan_computes_with_is_float32_in_16_bits(name: str) -> None:
+    declared = declare(resolve(known_architectures()[name], config_of(CASES[name]), {}), llama.QUANTIZATIONS["q4f16_1"])
+    of_scans = ("convolution", "convolution_bias", "step_bias", "state_rate", "state_skip")
+    assert {each.dtype for each in declared if each.role in of_scans} == {"float32"}
 
 
 def test_the_contract_is_mlcs(built: Agreement) -> None:

@@ -1,4 +1,4 @@
-"""The recurrences of RWKV, Mamba, delta nets and Griffin in float64, token by token.
+"""The recurrences of RWKV, Mamba, delta nets, xLSTM and Griffin in float64, token by token.
 
 Sequences are of equal length, one after the other.
 """
@@ -67,6 +67,46 @@ def delta(x: Array, decay: Array, beta: Array, before: Array, groups: int) -> tu
             held *= decay[t, h][:, None]
             held += np.outer(key, beta[t, h] * (v[t, h * dim : (h + 1) * dim] - key @ held))
             out[t, h * dim : (h + 1) * dim] = q[t, h * groups // heads] @ held / np.sqrt(keys)
+    return out, state
+
+
+MLSTM = [(3, 20, 15, 7), (1, 256, 64, 11), (2, 33, 100, 1)]  # heads, numbers of a key, of a value, tokens
+
+
+def mlstm_inputs(sequences: int, tokens: int, heads: int, keys: int, dim: int) -> tuple[Array, ...]:
+    """x, gates, memories and tops; the first sequence begins with nothing."""
+    random, n = np.random.default_rng(0), sequences * tokens
+    gates = np.concatenate([9 * random.normal(size=(n, heads)), -np.exp(random.normal(size=(n, heads)))], axis=1)
+    memory, top = random.normal(size=(sequences, heads, keys, dim + 1)), random.normal(size=(sequences, heads))
+    memory[0] = top[0] = 0
+    x = random.normal(size=(n, heads * (2 * keys + dim)))
+    return tuple(each.astype(np.float32) for each in (x, gates, memory, top))
+
+
+def check_mlstm(given: tuple[Array, ...], out: Array, after: Array, top: Array) -> None:
+    """What is read, once divided, and what is kept, times the exponential that is kept apart."""
+    expected, held = mlstm(*given)
+    error = np.abs(out[..., :-1] / out[..., -1:] - expected[..., :-1] / expected[..., -1:])
+    assert (error < 2e-4 * np.maximum(1, np.abs(expected[..., :-1] / expected[..., -1:]))).all()
+    scale = np.exp(top.astype(np.float64))[..., None, None]
+    np.testing.assert_allclose(after * scale / np.maximum(scale, 1), held / np.maximum(scale, 1), rtol=1e-4, atol=1e-4)
+
+
+def mlstm(x: Array, gates: Array, memory: Array, top: Array) -> tuple[Array, Array]:
+    """out [n, heads, dim + 1] and the memories [b, heads, keys, dim + 1] after it as they are, with no exponent apart:
+    the last number of a head is what the others are to be divided by, but for eps, times the exponential of its top.
+    """
+    sequences, heads, keys, columns = memory.shape
+    q, k, v = np.split(x.astype(np.float64), [heads * keys, 2 * heads * keys], axis=1)
+    q, k, v = (each.reshape(len(x), heads, -1) for each in (q, k, v))
+    out, state = np.empty((len(x), heads, columns)), memory * np.exp(top.astype(np.float64))[..., None, None]
+    write, keep = np.exp(gates.astype(np.float64)).reshape(len(x), 2, heads).swapaxes(0, 1)
+    for t in range(len(x)):
+        s = t // (len(x) // sequences)
+        values = np.concatenate([v[t], np.ones((heads, 1))], axis=1)
+        state[s] = keep[t][:, None, None] * state[s] + write[t][:, None, None] * k[t][:, :, None] * values[:, None]
+        out[t] = np.einsum("hk,hkc->hc", q[t], state[s]) / np.sqrt(keys)
+        out[t, :, -1] = np.maximum(np.abs(out[t, :, -1]), 1)
     return out, state
 
 

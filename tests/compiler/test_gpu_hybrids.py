@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from mlcbuild.compiler.gpu import delta, lru, sources
+from mlcbuild.compiler.gpu import delta, lru, mlstm, sources
 from mlcbuild.models.recurrent.operations import Scanned
 from tests.compiler import recurrences
 from tests.compiler.test_gpu_lowering import CUDA
@@ -47,9 +48,30 @@ def test_delta(gpu: Gpu, heads: int, groups: int, keys: int, dim: int, each: boo
     np.testing.assert_allclose(got["after"], held, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("each", [False, True])
-def test_states_of_delta_nets_stay_in_registers(each: bool, tmp_path: Path) -> None:
-    code, blocks = device_code.source(delta.delta(Scanned(32, 128, 16, 128, (0.0, 0.0), each)), CUDA)
+@pytest.mark.parametrize(("heads", "keys", "dim", "tokens"), recurrences.MLSTM)
+def test_mlstm(gpu: Gpu, heads: int, keys: int, dim: int, tokens: int) -> None:
+    """Rows and columns that fill no block, the last column alone in one; more tokens than are read at a time."""
+    sequences = 2
+    x, gates, memory, top = recurrences.mlstm_inputs(sequences, tokens, heads, keys, dim)
+    out = np.full((sequences * tokens, heads, dim + 1), np.nan, np.float32)
+    given = {"x": x, "gates": gates, "before": memory, "top": top, "out": out}
+    given |= {"after": np.full_like(memory, np.nan), "top_after": np.full_like(top, np.nan)}
+    function = mlstm.mlstm(Scanned(heads, dim, heads, keys, (0.0, 0.0), False))
+    got = gpu.launch(function, 0, given, {"n": sequences * tokens, "batch": sequences})
+    recurrences.check_mlstm((x, gates, memory, top), got["out"], got["after"], got["top_after"])
+
+
+@pytest.mark.parametrize(
+    ("kernel_of", "scanned"),
+    [
+        (delta.delta, Scanned(32, 128, 16, 128, (0.0, 0.0), False)),
+        (delta.delta, Scanned(32, 128, 16, 128, (0.0, 0.0), True)),
+        (mlstm.mlstm, Scanned(8, 512, 8, 256, (0.0, 0.0), False)),  # xLSTM 7B's
+    ],
+    ids=["delta", "kda", "mlstm"],
+)
+def test_states_of_matrices_stay_in_registers(kernel_of: Any, scanned: Scanned, tmp_path: Path) -> None:
+    code, blocks = device_code.source(kernel_of(scanned), CUDA)
     (kernel,) = (sass.kernels(sources.complete(code), "sm_90", tmp_path)[name] for name in blocks)
     assert kernel.registers <= 80
     assert {name for name in kernel.counted() if name in ("LDL", "STL")} == set()

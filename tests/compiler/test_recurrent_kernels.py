@@ -65,6 +65,17 @@ def test_delta(kernels: Kernels, heads: int, groups: int, keys: int, dim: int, e
     np.testing.assert_allclose(after, held, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("heads", "keys", "dim", "tokens"), recurrences.MLSTM)
+def test_mlstm(kernels: Kernels, heads: int, keys: int, dim: int, tokens: int) -> None:
+    """Columns that fill no vector, more than one task, the last alone in one; gates far apart."""
+    x, gates, memory, top = recurrences.mlstm_inputs(SEQUENCES, tokens, heads, keys, dim)
+    out = np.full((SEQUENCES * tokens, heads, dim + 1), np.nan, np.float32)
+    after, top_after = np.full_like(memory, np.nan), np.full_like(top, np.nan)
+    for task in range(SEQUENCES * heads * -(-(dim + 1) // 64)):
+        kernels("mlcbuild_mlstm", x, gates, memory, top, out, after, top_after, tokens, heads, dim, keys, task, 1e-6)
+    recurrences.check_mlstm((x, gates, memory, top), out, after, top_after)
+
+
 @pytest.mark.parametrize("dim", [64, 20])
 @pytest.mark.parametrize("varies", [False, True])
 def test_wkv(kernels: Kernels, dim: int, varies: bool) -> None:
@@ -115,8 +126,8 @@ def test_convolve(kernels: Kernels, tokens: int, taps: int, biased: bool, activa
 
 @pytest.mark.parametrize("each", [True, False])
 def test_scan(kernels: Kernels, each: bool) -> None:
-    """Mamba's channels have rates for each value of their states, Mamba-2's heads one; steps are kept in limits."""
-    heads, dim, groups, size = (69, 1, 1, 17) if each else (6, 23, 3, 16)
+    """Mamba's channels have rates for each value of their states, Mamba-2's heads one; groups share what goes in."""
+    heads, dim, groups, size = (69, 1, 3, 17) if each else (6, 23, 3, 16)
     rows, width, limits = SEQUENCES * TOKENS, heads * dim, (0.001, 3.0)
     x, step, bias, skip = normal(0, rows, width), 9 * normal(1, rows, heads), normal(2, heads), normal(3, heads)
     rate = -np.exp(normal(4, *([size] if each else []), heads))

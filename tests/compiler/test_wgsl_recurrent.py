@@ -59,7 +59,7 @@ def test_wkv(gpu: Any, dim: int, varies: bool) -> None:
 
 @pytest.mark.parametrize(
     "scanned",
-    [Scanned(69, 1, 1, 17, (0.001, 3.0), each=True), Scanned(6, 23, 3, 16, (0.0, float("inf")), each=False)],
+    [Scanned(69, 1, 3, 17, (0.001, 3.0), each=True), Scanned(6, 23, 3, 16, (0.0, float("inf")), each=False)],
     ids=["mamba", "mamba2"],
 )
 def test_scan(gpu: Any, scanned: Scanned) -> None:

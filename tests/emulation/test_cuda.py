@@ -24,7 +24,7 @@ ARCHITECTURES = (
 UNLIKE = {
     "baichuan2": ("q0f32", "its head's rows are normed: those that 4 bits stand for are not what the reference norms"),
     **dict.fromkeys(
-        ("zamba2", "zamba2-plain"),
+        ("zamba", "zamba-biases", "zamba2", "zamba2-plain"),
         ("q4f32_1", "transformers in 16 bits is off by 0.2: what attention returns is normed, with nothing beside it"),
     ),
     **dict.fromkeys(
@@ -39,12 +39,12 @@ EXPERTS = {"mixtral": "q4f16_1", "qwen3_moe": "q4f32_1", "gpt_oss": "q4f16_1"}
 # The kinds that are no decoders, each with a format.
 RECURRENT = {
     **{"rwkv": "q4f16_1", "rwkv5": "q4f32_1", "rwkv6": "q4f16_1"},
-    **{"mamba": "q4f32_1", "falcon_mamba": "q4f32_1", "mamba2": "q4f32_1"},
+    **{"mamba": "q4f32_1", "falcon_mamba": "q4f32_1", "mamba2": "q4f32_1", "xlstm": "q4f16_1"},
 }
 # Attention in some layers, and one of each mixer in others; Falcon-H1 has both side by side.
 HYBRIDS = {
     **{"lfm2": "q4f16_1", "jamba": "q4f16_1", "falcon_h1": "q4f32_1", "qwen3_5_text": "q4f32_1"},
-    **{"kimi_linear": "q4f32_1", "recurrent_gemma": "q4f16_1", "minimax": "q4f32_1"},
+    **{"kimi_linear": "q4f32_1", "recurrent_gemma": "q4f16_1", "minimax": "q4f32_1", "zamba": "q4f32_1"},
 }
 ENCODERS = {
     **{"bert": "q4f16_1", "mpnet": "q4f32_1", "electra": "q4f32_1", "eurobert": "q4f32_1"},

@@ -35,6 +35,9 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_fr
           "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
 LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32,
         "long_factor": [1.5 + i / 8 for i in range(8)], "short_factor": [1 + i / 16 for i in range(8)]}  # fmt: skip
+# What Falcon-H1's matrices are multiplied with.
+FACTORS = ("embedding", "lm_head", "key", "attention_in", "attention_out", "ssm_in", "ssm_out")
+BAKED = {f"{name}_multiplier": 1.0 for name in FACTORS} | {"mlp_multipliers": [1.0] * 2, "ssm_multipliers": [1.0] * 5}
 # A case, and what is changed of it: what a GGUF file does not say is as llama.cpp has it.
 AS_THEY_ARE = (
     *(
@@ -88,6 +91,26 @@ WHOLE: dict[str, dict[str, Any]] = {
     "mamba": {"intermediate_size": 92},
     "mamba-biases": {"intermediate_size": 92},
     "falcon_mamba": {"intermediate_size": 92},
+    "mamba2": {},
+    "falcon_h1": {**BAKED, "mamba_proj_bias": False, "head_dim": 16},
+    "falcon_h1-norm": {**BAKED, "mamba_norm_before_gate": False, "mamba_d_ssm": 48, "head_dim": 16},
+    "granitemoe": {},
+    "granitemoehybrid": {"max_position_embeddings": 1 << 20},
+    "granitemoehybrid-dense": {
+        **{"max_position_embeddings": 1 << 20, "position_embedding_type": None, "time_step_limit": None},
+        **{"mamba_conv_bias": True},
+    },
+    "granitemoeshared": {},
+    "jamba": {},
+    "nemotron_h": {
+        **{"layers_block_type": ["mamba", "moe", "attention", "moe", "mamba"], "max_position_embeddings": 1 << 20},
+        **{"n_group": 1, "topk_group": 1, "mamba_head_dim": 16, "intermediate_size": 21504},
+    },
+    "nemotron_h-latent": {
+        **{"max_position_embeddings": 1 << 20, "mamba_head_dim": 16, "intermediate_size": 21504},
+        **{"n_group": 1, "topk_group": 1, "mlp_bias": False, "use_bias": False},
+    },
+    "lfm2_moe": {"tie_word_embeddings": True},
 }  # fmt: skip
 ITS_OWN = {"gpt2": ("n_ctx", "n_positions"), "gpt_neox": ("rotary_pct", None), "cohere2": ("rotary_pct", None)}
 
@@ -120,6 +143,21 @@ def _said(folder: Path) -> None:
         (folder / "config.json").write_text(json.dumps(config))
     if config["model_type"] == "falcon" and not config["new_decoder_architecture"]:
         config["num_kv_heads"] = 1  # which transformers does not read
+        (folder / "config.json").write_text(json.dumps(config))
+    if config["model_type"] == "granitemoehybrid":
+        config["layer_types"] = [kind.replace("full_", "") for kind in config["layer_types"]]
+        (folder / "config.json").write_text(json.dumps(config))
+    if config["model_type"] == "nemotron_h":
+        letters = {
+            "linear_attention": "M",
+            "mamba": "M",
+            "full_attention": "*",
+            "attention": "*",
+            "mlp": "-",
+            "moe": "E",
+        }
+        pattern = "".join(letters[kind] for kind in config.pop("layers_block_type"))
+        config |= {"hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern)}
         (folder / "config.json").write_text(json.dumps(config))
     if config["model_type"] == "gemma3_text":
         counted = {"model": {"vocab": {str(i): i for i in range(config["vocab_size"])}}, "added_tokens": []}

@@ -14,7 +14,7 @@ from mlcbuild.compiler.cpu.operations import factories
 from mlcbuild.compiler.cpu.sources import Source
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.few_layers import one_layer
-from mlcbuild.models.kinds import HYBRID, RECURRENT, STATE_SPACES
+from mlcbuild.models.kinds import HYBRID, MLSTM, RECURRENT, STATE_SPACES
 from mlcbuild.models.structure import Structure
 from mlcbuild.models.weights import Declared
 from mlcbuild.recipes.types import Quantization
@@ -50,7 +50,7 @@ def _files(structure: Structure) -> tuple[str, ...]:
     """The C sources of a kind of model, without .c, beside those of its formats."""
     if structure.kind == HYBRID:
         return "attention", "rows", "state_space", *_OF_MIXERS.get(structure.mixer, ())
-    own = "state_space" if structure.kind in STATE_SPACES else "recurrent"
+    own = {MLSTM: MLSTM, **dict.fromkeys(STATE_SPACES, "state_space")}.get(structure.kind, "recurrent")
     return (own, "rows") if structure.kind in RECURRENT else ("attention", "rows")
 
 
@@ -59,7 +59,8 @@ def _kernels(
 ) -> tuple[Source, ...]:
     """The C sources of a library with these parameters, of model dtype `dtype`: those of their formats, and `files`."""
     needed = {formats.format_of(p.packing) for p in declared if len(p.shape) > 1}
-    experts = ("experts",) if any(p.role == "router" for p in declared) else ()
+    several = any(p.role == "router" or (p.role == "step_proj" and len(p.shape) > 2) for p in declared)
+    experts = ("experts",) if several else ()
     return formats.sources(needed, dtype, sorted((*files, *experts)), activation_bits)
 
 

@@ -1,5 +1,5 @@
-"""Recurrences on the CPU: TIR functions around kernels/recurrent.c, state_space.c, delta.c and lru.c, and the
-table that models with a state take.
+"""Recurrences on the CPU: TIR functions around kernels/recurrent.c, state_space.c, delta.c, mlstm.c and lru.c, and
+the table that models with a state take.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tvm import relax, tirx
 from mlcbuild.compiler import operations
 from mlcbuild.compiler.cpu import calls
 from mlcbuild.models.operations import Expr
-from mlcbuild.models.recurrent.operations import Recurrence, Scanned
+from mlcbuild.models.recurrent.operations import MLSTM_EPS, Recurrence, Scanned
 
 _CHANNELS = 64  # of one task, where a task may have any: a few vectors; CHANNELS in the C sources
 
@@ -55,6 +55,10 @@ def recurrence(builder: relax.BlockBuilder, dtype: str) -> Recurrence:
         shapes = [[x.ty.shape[0], scanned.heads * scanned.dim], list(state.ty.shape)]
         return tuple(call(_delta(scanned), "delta", [x, decay, beta, state], shapes))
 
+    def mlstm(x: Expr, gates: Expr, memory: Expr, top: Expr, scanned: Scanned) -> tuple[Expr, ...]:
+        shapes = [[x.ty.shape[0], scanned.heads * (scanned.dim + 1)], list(memory.ty.shape), list(top.ty.shape)]
+        return tuple(call(_mlstm(scanned), "mlstm", [x, gates, memory, top], shapes))
+
     def lru_gates(x: Expr, w: Expr, bias: Expr) -> Expr:
         heads, width, _ = (int(size) for size in w.ty.shape)
         return call(_lru_gates(heads, width), "lru_gates", [x, w, bias], [list(x.ty.shape)])[0]
@@ -63,7 +67,7 @@ def recurrence(builder: relax.BlockBuilder, dtype: str) -> Recurrence:
         shapes = [list(x.ty.shape), list(state.ty.shape)]
         return tuple(call(_lru(int(x.ty.shape[1])), "lru", [x, decay, state], shapes))
 
-    return Recurrence(wkv4, wkv, project, convolve, scan, delta, lru_gates, lru)
+    return Recurrence(wkv4, wkv, project, convolve, scan, delta, mlstm, lru_gates, lru)
 
 
 def _is_one(size: Any) -> bool:
@@ -176,6 +180,24 @@ def _delta(s: Scanned) -> Any:
     shapes = ("n", 2 * s.groups * s.size + width), ("n", s.heads * each), ("n", s.heads), ("b", s.size * width)
     inputs = [(shape, "float32") for shape in shapes]
     return calls.function("delta", inputs, [(("n", width), "float32"), inputs[-1]], body)
+
+
+@functools.cache
+def _mlstm(s: Scanned) -> Any:
+    columns = s.dim + 1
+    rows = ("n", s.heads * (2 * s.size + s.dim)), ("n", 2 * s.heads), ("b", s.heads * s.size * columns), ("b", s.heads)
+    inputs = [(shape, "float32") for shape in rows]
+
+    def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
+        sizes = (symbols["n"] // symbols["b"], s.heads, s.dim, s.size)
+        calls.for_each(
+            symbols["b"] * s.heads * ((columns + _CHANNELS - 1) // _CHANNELS),
+            lambda task: calls.call(
+                "mlcbuild_mlstm", *inputs, *outputs, *sizes, task, tirx.const(MLSTM_EPS, "float32")
+            ),
+        )
+
+    return calls.function("mlstm", inputs, [(("n", s.heads * columns), "float32"), *inputs[2:]], body)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from mlcbuild.compiler.gpu.operations import factories
 from mlcbuild.compiler.pipeline import Passes
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.few_layers import one_layer
-from mlcbuild.models.kinds import DECODER, HYBRID, RECURRENT
+from mlcbuild.models.kinds import DECODER, HYBRID, MLSTM, RECURRENT
 from mlcbuild.models.structure import Structure
 from mlcbuild.recipes.types import Quantization
 
@@ -72,10 +72,11 @@ def _check(structure: Structure, threads: int) -> None:
     kept = s.head_dim if s.kind in ("rwkv5", "rwkv6") else s.state_size
     if kept > _MAX_STATE:
         raise MlcBuildError(f"a channel's state has {kept} values: the GPU kernels keep up to {_MAX_STATE}")
-    wanted = {"delta": delta.threads(s.state_size), "kda": delta.threads(s.state_size), "rglru": lru.THREADS}
-    if wanted.get(s.mixer or "", 0) > threads:
+    wanted = {**dict.fromkeys(("delta", "kda", MLSTM), delta.threads(s.state_size)), "rglru": lru.THREADS}
+    mixer = s.mixer or s.kind
+    if wanted.get(mixer, 0) > threads:
         raise MlcBuildError(
-            f"mixer is {s.mixer}: its kernel has blocks of {wanted[s.mixer]} threads, and the device takes {threads}"
+            f"mixer is {mixer}: its kernel has blocks of {wanted[mixer]} threads, and the device takes {threads}"
         )
     if s.kind not in (DECODER, HYBRID):
         return

@@ -19,6 +19,7 @@ from mlcbuild.compiler import operations
 from mlcbuild.compiler.gpu.delta import delta as _delta
 from mlcbuild.compiler.gpu.lru import gates as _lru_gates
 from mlcbuild.compiler.gpu.lru import lru as _lru
+from mlcbuild.compiler.gpu.mlstm import mlstm as _mlstm
 from mlcbuild.compiler.gpu.rows import float32, widened
 from mlcbuild.models.operations import Expr
 from mlcbuild.models.recurrent.operations import Recurrence, Scanned
@@ -60,6 +61,10 @@ def recurrence(builder: relax.BlockBuilder, dtype: str) -> Recurrence:
         shapes = [[x.ty.shape[0], scanned.heads * scanned.dim], list(state.ty.shape)]
         return call(_delta(scanned), "delta", [x, decay, beta, state], shapes)
 
+    def mlstm(x: Expr, gates: Expr, memory: Expr, top: Expr, scanned: Scanned) -> tuple[Expr, ...]:
+        shapes = [[x.ty.shape[0], scanned.heads * (scanned.dim + 1)], list(memory.ty.shape), list(top.ty.shape)]
+        return call(_mlstm(scanned), "mlstm", [x, gates, memory, top], shapes)
+
     def lru_gates(x: Expr, w: Expr, bias: Expr) -> Expr:
         heads, width, _ = (int(size) for size in w.ty.shape)
         return call(_lru_gates(heads, width), "lru_gates", [x, w, bias], [list(x.ty.shape)])[0]
@@ -68,7 +73,7 @@ def recurrence(builder: relax.BlockBuilder, dtype: str) -> Recurrence:
         shapes = [list(x.ty.shape), list(state.ty.shape)]
         return call(_lru(int(x.ty.shape[1])), "lru", [x, decay, state], shapes)
 
-    return Recurrence(wkv4, wkv, project, convolve, scan, delta, lru_gates, lru)
+    return Recurrence(wkv4, wkv, project, convolve, scan, delta, mlstm, lru_gates, lru)
 
 
 @functools.cache

@@ -11,17 +11,20 @@ from tvm import ir, relax, tirx
 
 from mlcbuild.models.decoder import Decoder, numbered, one_per_kind
 from mlcbuild.models.entry_points import emit_entry_points
-from mlcbuild.models.kinds import STATE_SPACES
+from mlcbuild.models.kinds import MLSTM, STATE_SPACES
 from mlcbuild.models.operations import Expr
-from mlcbuild.models.recurrent import layers, state_space
+from mlcbuild.models.recurrent import layers, mlstm, state_space
 from mlcbuild.models.recurrent.layers import Layer
 from mlcbuild.models.recurrent.operations import Recurrence, Slot, State
 from mlcbuild.models.structure import Structure
 
+_LAYERS = {MLSTM: mlstm.layer, **dict.fromkeys(STATE_SPACES, state_space.layer)}
+_SLOTS = {MLSTM: mlstm.slots, **dict.fromkeys(STATE_SPACES, state_space.slots)}
+
 
 def slots(s: Structure) -> tuple[Slot, ...]:
     """What each layer keeps per sequence."""
-    return state_space.slots(s) if s.kind in STATE_SPACES else layers.slots(s)
+    return _SLOTS.get(s.kind, layers.slots)(s)
 
 
 def emit_recurrent(decoder: Decoder, recurrence: Recurrence) -> None:
@@ -47,7 +50,7 @@ def _emit_layer(d: Decoder, recurrence: Recurrence, number: int) -> relax.Global
     def body() -> Expr:
         held = State(d.builder, state, layer_id, batch, slots(d.structure))
         at = Layer(d, recurrence, held, d.given(number, given))
-        hidden = state_space.layer(at, x) if d.structure.kind in STATE_SPACES else layers.layer(at, x)
+        hidden = _LAYERS.get(d.structure.kind, layers.layer)(at, x)
         return relax.Tuple([hidden, held.expression])
 
     return d.function(numbered("recurrent_layer", number), inputs, body, private=True)

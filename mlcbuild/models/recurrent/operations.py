@@ -15,6 +15,8 @@ from tvm import relax
 
 from mlcbuild.models.operations import Expr
 
+MLSTM_EPS = 1e-6  # transformers' `eps`, which recipes/architectures/xlstm.yaml asks for
+
 
 @dataclass(frozen=True)
 class Scanned:
@@ -58,6 +60,12 @@ class Recurrence:
         The gated delta rule for each head, with queries, keys and values next to each other in x, and S its
         [size, dim] state: S becomes decay S, then S + k (beta (v - S^T k))^T; then out = S^T q / sqrt(size), where q
         and k are of length 1. `each`: a decay for each of the `size` rows of S, else one for all.
+    mlstm(x [n, 2 * heads * size + heads * dim], gates [n, 2 * heads], memory [b, heads * size * (dim + 1)],
+        top [b, heads], scanned) -> (out [n, heads * (dim + 1)], memory, top)
+        For each head, with queries, keys and values next to each other in x, a last number of v that is 1, logarithms w
+        and f of its gates of writing and keeping, and M its [size, dim + 1] memory, which is kept times exp(-top): top
+        becomes max(f + top, w), M exp(f + top before - top) M + exp(w - top) k v^T; then out = M^T q / sqrt(size), its
+        last number max(|that|, exp(-top)) + MLSTM_EPS, which the others are to be divided by.
     lru_gates(x [n, heads * K], w [heads, K, K], bias [heads * K]) -> [n, heads * K]
         For each head: sigmoid(x w + bias).
     lru(x [n, W], decay [n, W], state [b, W]) -> (out [n, W], state)
@@ -70,6 +78,7 @@ class Recurrence:
     convolve: Callable[[Expr, Expr, Expr | None, Expr, bool], tuple[Expr, Expr]]
     scan: Callable[..., tuple[Expr, Expr]]
     delta: Callable[..., tuple[Expr, Expr]]
+    mlstm: Callable[..., tuple[Expr, Expr, Expr]]
     lru_gates: Callable[[Expr, Expr, Expr], Expr]
     lru: Callable[[Expr, Expr, Expr], tuple[Expr, Expr]]
 

@@ -48,15 +48,29 @@ def mixed(at: Layer, x: Expr) -> Expr:
 
 
 def _mamba(at: Layer, m: Mixer, inner: Expr) -> Expr:
-    s = at.decoder.structure
+    s, emit, n = at.decoder.structure, at.decoder.builder.emit, inner.ty.shape[0]
     x, gate = parts(at, inner, [m.width] * 2)
     x = convolved(at, x)
-    inputs = parts(at, at.linear(x, "step_in_proj"), [m.rank, m.size, m.size])
+    # Groups, which Zamba (arXiv 2405.16712) calls heads, have matrices of their own: each row is multiplied with its.
+    every = relax.const(np.arange(m.groups, dtype=np.int32)[None])
+    group = emit(relax.op.broadcast_to(every, relax.ShapeExpr([n, m.groups])))
+
+    def product(rows: Expr, role: str) -> Expr:
+        if m.groups == 1:
+            return at.linear(rows, role)
+        return at.decoder.operations.expert_linear(rows, group, at.weight(role))
+
+    def reshaped(rows: Expr, shape: list[Expr]) -> Expr:
+        return emit(relax.op.reshape(rows, shape)) if m.groups > 1 else rows
+
+    rows = reshaped(x, [n * m.groups, m.width // m.groups])
+    inputs = parts(at, product(rows, "step_in_proj"), [m.rank, m.size, m.size])
     if s.state_norm_eps is not None:
         inputs = [_normed(at, each, s.state_norm_eps) for each in inputs]
     pairs = zip(inputs, ("step_norm", "state_in_norm", "state_out_norm"), strict=True)
     step, b, c = (at.te(mixing.scaled, each, at.plain(role)) if role in at.weight else each for each, role in pairs)
-    return at.te(mixing.gated, _scanned(at, m, x, at.linear(step, "step_proj"), b, c), gate)
+    b, c = (reshaped(each, [n, m.inner]) for each in (b, c))
+    return at.te(mixing.gated, _scanned(at, m, x, reshaped(product(step, "step_proj"), [n, m.width]), b, c), gate)
 
 
 def _mamba2(at: Layer, m: Mixer, inner: Expr) -> Expr:

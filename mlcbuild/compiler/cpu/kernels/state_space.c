@@ -107,9 +107,12 @@ EXPORT void mlcbuild_scan(const f32 *x, const f32 *step, const f32 *step_bias, c
     const scan p = {x + rows * width, step + rows * heads, step_bias, rate, b + rows * groups * size,
                     c + rows * groups * size, skip, state_in + sequence * size * width, y + rows * width,
                     state_out + sequence * size * width, tokens, heads, width, groups, size, least, most};
-    for (; at < end; at += LANES) {
-        i64 count = min_i64(end - at, LANES);
-        if (each) scan_lanes(&p, at, at, 0, count, 1);
-        else scan_lanes(&p, at, head, head / (heads / groups), count, 0);
+    for (i64 count; at < end; at += count) {
+        count = min_i64(end - at, LANES);
+        if (each) {
+            i64 shared = heads / groups;
+            count = min_i64(count, shared - at % shared);
+            scan_lanes(&p, at, at, at / shared, count, 1);
+        } else scan_lanes(&p, at, head, head / (heads / groups), count, 0);
     }
 }

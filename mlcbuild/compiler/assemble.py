@@ -64,22 +64,31 @@ def assemble(
 ) -> IRModule:
     """The scheduled module of `structure` with the parameters `declared`, called `name` in its metadata.
 
-    `dtype` is the model dtype, `device` a TVM target. `blocks`: the module of a decoder's pieces, with one layer of
-    each kind (mlcbuild.models.layer_pieces).
+    `dtype` is the model dtype, `device` a TVM target. `blocks`: the module of a model's pieces, with one layer of
+    each kind.
     """
     with quick(), target.Target(dict(device)):
         builder = relax.BlockBuilder()
         d = Decoder(builder, structure, declared, operations(builder, dtype, backend.factories(dtype)), dtype)
         if blocks:
-            from mlcbuild.models.layer_pieces import emit_layer_pieces
-
-            emit_layer_pieces(d)
-            kv_cache.emit_create(builder, structure, dtype, backend.cache_kernels)
+            _emit_pieces(d, backend)
         else:
             _emit_model(d, backend)
             _emit_around(d, backend)
         facts = metadata.describe(structure, name, declared)
         return pipeline.optimise(builder.finalize(), structure, facts, debug_dump, backend.passes)
+
+
+def _emit_pieces(d: Decoder, backend: Backend) -> None:
+    if d.structure.kind == ENCODER:
+        from mlcbuild.models.encoder_pieces import emit_encoder_pieces
+
+        emit_encoder_pieces(d, _attend(d, backend))
+    else:
+        from mlcbuild.models.layer_pieces import emit_layer_pieces
+
+        emit_layer_pieces(d)
+        kv_cache.emit_create(d.builder, d.structure, d.dtype, backend.cache_kernels)
 
 
 def _emit_model(d: Decoder, backend: Backend) -> None:

@@ -19,7 +19,7 @@ from mlcbuild.models.decoder import Decoder, numbered, one_per_kind
 from mlcbuild.models.layer import mlp
 from mlcbuild.models.operations import Expr
 from mlcbuild.models.rope import inverse_frequencies, rotary
-from mlcbuild.models.weights import Weights
+from mlcbuild.models.weights import Given, Weights
 
 # attend(qkv [n, 3 * heads * D] of the model dtype, mask int32 [b, s], bias float32 [heads, 2 * C - 1] or None, heads)
 # -> [n, heads * D] of that dtype: softmax(q kᵀ / sqrt(D) + bias) v of each head, among the tokens of its sequence whose
@@ -40,7 +40,7 @@ def emit_encoder(decoder: Decoder, attend: Attend) -> None:
     def body() -> Expr:
         weights = d.weights(params)
         flat = d.builder.emit(relax.op.reshape(ids, [b * s]))
-        hidden = d.builder.emit(relax.Call(run, [_embedded(d, weights, flat, ids), mask, *_bias(d, weights), params]))
+        hidden = d.builder.emit(relax.Call(run, [_embedded(d, weights, flat, ids), mask, *biases(d, weights), params]))
         return relax.op.reshape(d.cast(hidden, d.dtype), [b, s, hidden_size])
 
     d.function("prefill", [ids, mask, params], body)
@@ -48,21 +48,37 @@ def emit_encoder(decoder: Decoder, attend: Attend) -> None:
 
 def _embedded(d: Decoder, weight: Weights, flat: Expr, ids: Expr) -> Expr:
     """Token, position and the first type's embedding, added: [n, E]. `flat` has the ids of all sequences."""
-    operations, width = d.operations, _width(d)
 
-    def looked_up(ids: Expr, role: str) -> Expr:
-        return d.cast(operations.embedding(ids, weight(role), width), operations.compute)
+    def positions() -> Expr:
+        return d.builder.emit_te(_positions, ids, flat.ty.shape[0], primfunc_name_hint="positions")
 
-    total = looked_up(flat, "embedding")
+    return summed(d, looked_up(d, flat, weight), positions, weight)
+
+
+def looked_up(d: Decoder, ids: Expr, weight: Given | Weights, role: str = "embedding") -> Expr:
+    """Rows of a table, in the compute dtype: ids int32 [n] -> [n, E]."""
+    return d.cast(d.operations.embedding(ids, weight(role), _width(d)), d.operations.compute)
+
+
+def summed(d: Decoder, x: Expr, positions: Callable[[], Expr], weight: Given | Weights) -> Expr:
+    """Embeddings of tokens [n, E] and those of their positions, int32 [n], and of the first type, where there are."""
     if "position_embedding" in weight:
-        positions = d.builder.emit_te(_positions, ids, flat.ty.shape[0], primfunc_name_hint="positions")
-        total = relax.op.add(total, looked_up(d.rows(positions), "position_embedding"))
+        x = relax.op.add(x, looked_up(d, d.rows(positions()), weight, "position_embedding"))
     if "token_type_embedding" in weight:
         first = d.builder.emit_te(
             lambda: te.compute((1,), lambda _: tirx.const(0, "int32")), primfunc_name_hint="first"
         )
-        total = relax.op.add(_emitted(d, total), looked_up(first, "token_type_embedding"))
-    return _emitted(d, total)
+        x = relax.op.add(_emitted(d, x), looked_up(d, first, weight, "token_type_embedding"))
+    return _emitted(d, x)
+
+
+def started(d: Decoder, x: Expr, weight: Given | Weights) -> Expr:
+    """What the first layer is given for a sum of embeddings: [n, E] -> [n, H].
+
+    Narrow tables (ELECTRA's, Clark et al., arXiv 2003.10555) are followed by a matrix.
+    """
+    x = d.norm(x, weight, "embedding_norm") if "embedding_norm" in weight else x
+    return d.project(x, weight, "embedding") if "embedding_proj" in weight else x
 
 
 def _emitted(d: Decoder, x: Expr) -> Expr:
@@ -74,17 +90,17 @@ def _width(d: Decoder) -> int:
     return d.structure.embedding_size or d.structure.hidden_size
 
 
-def _bias(d: Decoder, weight: Weights) -> list[Expr]:
+def biases(d: Decoder, weight: Given | Weights) -> list[Expr]:
     """MPNet's biases of scores by distance, the same for all layers, or a window's: float32 [heads, 2 * C - 1]."""
     s, longest = d.structure, d.structure.context_window_size
     if s.sliding_window_size is not None:
         shape, window = (s.num_attention_heads, 2 * longest - 1), s.sliding_window_size
 
-        def bias(_: Expr, j: Expr) -> Expr:
+        def of_distance(_: Expr, j: Expr) -> Expr:
             seen = tirx.abs(j - (longest - 1)) < window
             return tirx.if_then_else(seen, tirx.const(0, "float32"), tirx.const(_UNSEEN, "float32"))
 
-        return [d.builder.emit_te(lambda: te.compute(shape, bias, name="window"), primfunc_name_hint="window")]
+        return [d.builder.emit_te(lambda: te.compute(shape, of_distance, name="window"), primfunc_name_hint="window")]
     if "relative_bias" not in weight:
         return []
     rows = relax.const(buckets(d.structure.context_window_size))
@@ -115,23 +131,26 @@ def _positions(ids: te.Tensor, n: Expr) -> te.Tensor:
 
 def _emit_layer(d: Decoder, attend: Attend, number: int) -> relax.GlobalVar:
     """Add `encoder_layer(x [n, H], mask [b, s], the layer's parameters...) -> [n, H]`."""
-    x, mask, *bias = _inputs(d, d.structure.hidden_size)
-    given = d.layer_parameters(number)
-    s, weight = d.structure, d.given(number, given)
+    inputs, given = layer_inputs(d, d.structure.hidden_size), d.layer_parameters(number)
+    weight = d.given(number, given)
+    name = numbered("encoder_layer", number)
+    return d.function(name, [*inputs, *given], lambda: layer(d, attend, inputs, weight, number), private=True)
+
+
+def layer(d: Decoder, attend: Attend, inputs: Sequence[Expr], weight: Given, number: int) -> Expr:
+    """One layer's computation on what `layer_inputs` describes: [n, H]. `number` is a layer of the same kind."""
+    x, mask, *bias = inputs
+    s = d.structure
     first = s.norm_position == "pre"
     used = bias[0] if bias and (s.sliding_window_size is None or s.layer_type(number) == "sliding") else None
-
-    def body() -> Expr:
-        normed = d.norm(x, weight, "attention_norm") if first and "attention_norm" in weight else x
-        qkv = _every_head(d, _turned(d, d.project(normed, weight, "qkv", d.dtype), mask, number))
-        attended = attend(qkv, mask, used, s.num_attention_heads)
-        x1 = d.builder.emit(relax.op.add(x, d.project(attended, weight, "o")))
-        x1 = x1 if first else d.norm(x1, weight, "attention_norm")
-        normed = d.norm(x1, weight, "mlp_norm") if first else x1
-        x2 = d.builder.emit(relax.op.add(x1, mlp(d, normed, x1, weight)))
-        return x2 if first else d.norm(x2, weight, "mlp_norm")
-
-    return d.function(numbered("encoder_layer", number), [x, mask, *bias, *given], body, private=True)
+    normed = d.norm(x, weight, "attention_norm") if first and "attention_norm" in weight else x
+    qkv = _every_head(d, _turned(d, d.project(normed, weight, "qkv", d.dtype), mask, number))
+    attended = attend(qkv, mask, used, s.num_attention_heads)
+    x1 = d.builder.emit(relax.op.add(x, d.project(attended, weight, "o")))
+    x1 = x1 if first else d.norm(x1, weight, "attention_norm")
+    normed = d.norm(x1, weight, "mlp_norm") if first else x1
+    x2 = d.builder.emit(relax.op.add(x1, mlp(d, normed, x1, weight)))
+    return x2 if first else d.norm(x2, weight, "mlp_norm")
 
 
 def _turned(d: Decoder, qkv: Expr, mask: Expr, number: int) -> Expr:
@@ -165,17 +184,13 @@ def _every_head(d: Decoder, qkv: Expr) -> Expr:
 
 
 def _emit_model(d: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalVar:
-    """Add `encoder(x [n, E], mask [b, s], params) -> [n, H]`: all layers, and the norm before them.
-
-    Narrow tables (ELECTRA's, Clark et al., arXiv 2003.10555) are followed by a matrix.
-    """
-    x, mask, *bias = _inputs(d, _width(d))
+    """Add `encoder(x [n, E], mask [b, s], params) -> [n, H]`: all layers, and the norm before them."""
+    x, mask, *bias = layer_inputs(d, _width(d))
     params = d.params()
 
     def body() -> Expr:
         weights = d.weights(params)
-        hidden = d.norm(x, weights, "embedding_norm") if "embedding_norm" in weights else x
-        hidden = d.project(hidden, weights, "embedding") if "embedding_proj" in weights else hidden
+        hidden = started(d, x, weights)
         for number, function in enumerate(layers):
             hidden = d.builder.emit(relax.Call(function, [hidden, mask, *bias, *weights.layer(number)]))
         return d.norm(hidden, weights, "final_norm") if "final_norm" in weights else hidden
@@ -183,7 +198,7 @@ def _emit_model(d: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalVa
     return d.function("encoder", [x, mask, *bias, params], body, private=True)
 
 
-def _inputs(d: Decoder, width: int) -> list[relax.Var]:
+def layer_inputs(d: Decoder, width: int) -> list[relax.Var]:
     """What a layer is given beside its parameters: x, the mask, and biases where there are."""
     x = d.tensor("x", [tirx.Var("rows", "int64"), width], d.operations.compute)
     sizes: list[Expr] = [tirx.Var(name, "int64") for name in ("batch_size", "seq_len")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from mlcbuild.models.kinds import ENCODER
 from mlcbuild.models.structure import Structure
 
 TEXT_WINDOW, TEXT_CHUNK = 1024, 256  # tokens of a sequence and of one call, where a text is evaluated
@@ -14,9 +15,9 @@ def one_layer(s: Structure) -> Structure:
     """The structure of a library that computes one layer at a time, over texts (mlcbuild.models.layer_pieces).
 
     It has a single layer of each kind and limits that suit whoever goes through a text, so that models which differ
-    in these only share it.
+    in these only share it. An encoder takes a text in one call.
     """
-    return _of(s, _firsts(s), 1)
+    return _of(s, _firsts(s), 1, TEXT_WINDOW if s.kind == ENCODER else TEXT_CHUNK)
 
 
 def two_layers(s: Structure) -> Structure:

@@ -21,7 +21,9 @@ Shapes = dict[str, tuple[int, ...]]  # by role; matrices are [N out, K in]
 
 
 def by_layer(structure: Structure) -> bool:
-    """Whether the model can be run one layer at a time (mlcbuild.models.layer_pieces)."""
+    """Whether the model can be run one layer at a time (mlcbuild.models.layer_pieces, encoder_pieces)."""
+    if structure.kind == ENCODER:
+        return "relative_bias" not in structure.roles()  # which all layers share
     whole = structure.keys_from is not None or structure.per_layer_size or structure.shortcut
     return structure.kind == DECODER and not whole
 

@@ -39,20 +39,23 @@ def emit_layer_pieces(decoder: Decoder) -> None:
         return d.tensor(name, [tirx.Var("seq_len", "int64"), width], compute)
 
     ids = d.tensor("input_ids", [tirx.Var("seq_len", "int64")], "int32")
-    _emit(d, "embed", [ids], EMBED, lambda w: d.cast(d.operations.embedding(ids, w("embedding"), width), compute))
+    emit_piece(d, "embed", [ids], EMBED, lambda w: d.cast(d.operations.embedding(ids, w("embedding"), width), compute))
     if d.has_beginning:
         first = rows("x")
         positions = d.tensor("positions", [first.ty.shape[0]], "int32")
-        _emit(d, "beginning", [first, positions], BEGINNING, lambda w: d.beginning(first, lambda: positions, w))
+        emit_piece(d, "beginning", [first, positions], BEGINNING, lambda w: d.beginning(first, lambda: positions, w))
     last, normed = rows("x"), rows("normed")
-    _emit(d, "final_norm", [last], FINAL_NORM, lambda w: d.finished(last, w))
-    _emit(d, "head", [normed], (head_role(d.structure), "lm_head_bias"), lambda w: d.logits(normed, w))
+    emit_piece(d, "final_norm", [last], FINAL_NORM, lambda w: d.finished(last, w))
+    emit_piece(d, "head", [normed], (head_role(d.structure), "lm_head_bias"), lambda w: d.logits(normed, w))
     for kind in range(d.structure.num_hidden_layers):
         _emit_layer(d, kind, with_inputs=False)
         _emit_layer(d, kind, with_inputs=True)
 
 
-def _emit(d: Decoder, name: str, inputs: list[relax.Var], roles: Sequence[str], body: Callable[[Given], Expr]) -> None:
+def emit_piece(
+    d: Decoder, name: str, inputs: list[relax.Var], roles: Sequence[str], body: Callable[[Given], Expr]
+) -> None:
+    """Add a function of `inputs` and of the parameters that have these roles."""
     declared = [p for p in d.declared if p.role in roles]
     rows = tirx.Var("vocab_size", "int64")
     given = [d.tensor(p.name, p.shape_for(rows), p.dtype) for p in declared]
@@ -61,12 +64,22 @@ def _emit(d: Decoder, name: str, inputs: list[relax.Var], roles: Sequence[str], 
 
 def _emit_layer(d: Decoder, kind: int, with_inputs: bool) -> None:
     inputs = layer_inputs(d, kind)
+    emit_watched(d, "decoder_layer", kind, inputs, lambda watched: layer(watched, *inputs, number=kind), with_inputs)
+
+
+def emit_watched(
+    d: Decoder, name: str, kind: int, inputs: list[relax.Var], body: Callable[[Decoder], Expr], with_inputs: bool
+) -> None:
+    """Add a layer's function; `with_inputs`, called `name`_inputs, it also gives what its matrices are multiplied with.
+
+    `body` emits the layer with the decoder that it is given, which watches that.
+    """
     seen: dict[str, list[Expr]] = {}  # what is multiplied with a matrix, by the name of the matrix's first part
     compute, linear, expert_linear = d.operations.compute, d.operations.linear, d.operations.expert_linear
 
     def first_part(weight: Weight) -> str:
-        name: str = next(iter(weight.parts.values())).name
-        return name
+        part: str = next(iter(weight.parts.values())).name
+        return part
 
     def watched(x: Expr, weight: Weight, out_dtype: str) -> Expr:
         seen[first_part(weight)] = [d.cast(x, compute)]
@@ -79,9 +92,9 @@ def _emit_layer(d: Decoder, kind: int, with_inputs: bool) -> None:
     operations = replace(d.operations, linear=watched, expert_linear=watched_experts)
     watching = Decoder(d.builder, d.structure, d.declared, operations, d.dtype)
 
-    def body() -> Expr:
-        out = d.builder.emit(layer(watching, *inputs, number=kind))
+    def whole() -> Expr:
+        out = d.builder.emit(body(watching))
         xs = [x for p in d.declared for x in seen.get(p.name, ())]
         return relax.Tuple([out, *xs]) if with_inputs else out
 
-    d.function(numbered("decoder_layer_inputs" if with_inputs else "decoder_layer", kind), inputs, body)
+    d.function(numbered(f"{name}_inputs" if with_inputs else name, kind), inputs, whole)

@@ -71,9 +71,12 @@ TABLES = (
     "token_type_embedding",
     "per_layer_embedding",
 )  # roles that are looked up by row
-# Roles outside the layers, by the pieces of a decoder that use them (mlcbuild.models.layer_pieces).
+# Roles outside the layers, by the pieces of a model that use them (mlcbuild.models.layer_pieces, encoder_pieces).
 EMBED = ("embedding",)
-BEGINNING = ("position_embedding", "embedding_norm", "embedding_norm_bias")
+BEGINNING = (
+    *("position_embedding", "token_type_embedding", "embedding_norm", "embedding_norm_bias"),
+    *("embedding_proj", "embedding_bias"),
+)
 FINAL_NORM = ("final_norm", "final_norm_bias", "head_dense", "head_dense_bias", "head_norm", "head_norm_bias")
 
 

@@ -30,7 +30,7 @@ def importance(
     windows: Windows,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Float32]:
-    """By parameter name, `[K in]`: for every matrix of a layer and for the head, which may be the tied embedding.
+    """By parameter name, `[K in]`: for every matrix of a layer and for the head, the tied embedding perhaps.
 
     Of experts, `[experts, K in]`: what runs through each, which is nothing where no token chose it.
     Raises MlcBuildError for a text without windows, and where hidden states are not finite, naming the layer.
@@ -59,10 +59,10 @@ def importance(
         found |= {each.name: _rounded(total.mean()) for each, total in zip(matrices, sums, strict=True)}
         del given  # before the next layer is read
         progress(number + 1, model.layers)
-    norm = widened(model.norm, checkpoint)
-    total = sum(np.square(library.normed(window, norm), dtype=np.float64).sum(axis=0) for window in hidden)
-    head, *_ = model.head
-    found[head.name] = _rounded(total / tokens)
+    for head in model.head[:1]:
+        norm = widened(model.norm, checkpoint)
+        squares = sum(np.square(library.normed(window, norm), dtype=np.float64).sum(axis=0) for window in hidden)
+        found[head.name] = _rounded(squares / tokens)
     return found
 
 

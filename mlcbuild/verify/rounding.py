@@ -67,7 +67,7 @@ class Rounding:
         model = self.model
         hidden = embedded(model, self.library, self.checkpoint, windows)
         (table,) = model.embedding
-        head = model.head[0]
+        head = next(iter(model.head), None)
         values, weights = self._values(table), packed(table, self.quantization)
         total = model.layers * (2 if head is table else 1)
         if weights is not None and has_feedback(weights):
@@ -83,8 +83,8 @@ class Rounding:
         for number in range(model.layers):
             exact, hidden = self._layer(number, exact, hidden, save)
             progress(total - model.layers + number + 1, total)
-        weights = packed(head, self.quantization)
-        if head is not table and weights is not None and has_feedback(weights):
+        weights = packed(head, self.quantization) if head is not None else None
+        if head is not None and head is not table and weights is not None and has_feedback(weights):
             norm = [self._tensor(self._cast(each, self._values(each))) for each in model.norm]
             theirs = widened(model.norm, self.checkpoint)
             wanted, normed = ([self.library.normed(x, by) for x in xs] for xs, by in ((exact, theirs), (hidden, norm)))

@@ -26,10 +26,11 @@ Windows = Sequence[Sequence[int]]  # token ids of each
 
 @dataclass(frozen=True)
 class PieceParameters:
-    """A model's parameters by where they are used, and the kind of each layer."""
+    """A model's parameters by where they are used, and the kind of each layer; `writes`: not one of texts' vectors."""
 
     parameters: Sequence[Parameter]
     kinds: Sequence[int]
+    writes: bool
 
     @property
     def layers(self) -> int:
@@ -52,7 +53,12 @@ class PieceParameters:
 
     @property
     def head(self) -> list[Parameter]:
-        """What makes logits: a matrix, for which a tied model has none of its own, and a bias where there is one."""
+        """What makes logits: a matrix, for which a tied model has none of its own, and a bias where there is one.
+
+        Nothing in a model of texts.
+        """
+        if not self.writes:
+            return []
         return [*(self._of(("lm_head",)) or self.embedding), *self._of(("lm_head_bias",))]
 
     def _of(self, roles: Sequence[str]) -> list[Parameter]:
@@ -108,7 +114,7 @@ class Unquantized:
 
 
 def by_piece(structure: Structure) -> PieceParameters:
-    return PieceParameters(parameters(structure), structure.layer_kinds)
+    return PieceParameters(parameters(structure), structure.layer_kinds, structure.embedding is None)
 
 
 def widened(wanted: Sequence[Parameter], checkpoint: Unquantized) -> list[Any]:

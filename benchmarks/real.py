@@ -24,7 +24,6 @@ QUANTIZATIONS = (
     *("q4f16_1", "q4f16_1-mse", "q4f16_1-calibrated", "q4f16_1-gptq", "q4f16_mixed", "q8f16_1"),
     *("q3f16_1", "q3f16_1-gptq"),
 )
-OF_TEXTS = ("q4f16_1", "q4f16_1-mse", "q8f16_1")  # which are not run layer by layer
 _DODO = '"""The tasks of this workspace."""\n\nfrom mlcbuild.tasks import *  # noqa: F403\n'
 
 
@@ -41,7 +40,7 @@ def main() -> int:
         (root / "recipes" / "models").mkdir(parents=True, exist_ok=True)
         (root / "dodo.py").write_text(_DODO)
         model = {"gemma": gemma, "minilm": minilm}.get(options.model, lambda root: "stories")(root)
-        names = options.quantizations or list(OF_TEXTS if options.model == "minilm" else QUANTIZATIONS)
+        names = options.quantizations or list(QUANTIZATIONS)
         for name in names:
             for text, path in texts.items():
                 verify = {"gate": "report", **({"text": str(path)} if path else {})}

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from math import prod
 
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.models.kinds import DECODER, HYBRID
+from mlcbuild.models.kinds import DECODER, HYBRID, by_layer
 from mlcbuild.models.parameters import count, parameters
 from mlcbuild.models.structure import Structure
+from mlcbuild.planning.budgets import MEASURED
 from mlcbuild.quantization import budget
 from mlcbuild.quantization.schemes import quantized_parameters
 from mlcbuild.recipes.types import Quantization
@@ -44,6 +45,10 @@ def size(structure: Structure, quantization: Quantization) -> Size:
     """Of the weights (without a shard's padding), and of keys and values of the context, or 4096 tokens of it."""
     if quantization.weights is not None and quantization.weights.scheme == "awq":
         return Size(problem="for checkpoints that AutoAWQ quantized")
+    if quantization.formats and structure.embedding is not None:
+        return Size(problem="for models that predict tokens")
+    if (quantization.formats or quantization.rounding in MEASURED) and not by_layer(structure):
+        return Size(problem="for models that run layer by layer")
     try:
         weights = _weights(structure, quantization)
     except MlcBuildError as error:

@@ -10,7 +10,7 @@ from mlcbuild.errors import MlcBuildError
 from mlcbuild.planning.shapes import Shape
 from mlcbuild.recipes.types import CHOICE, Quantization
 
-_MEASURED = ("calibrated", "gptq")  # roundings for which the calibration text goes through the model
+MEASURED = ("calibrated", "gptq")  # roundings for which the calibration text goes through the model
 
 
 def first(quantization: Quantization) -> Quantization:
@@ -23,7 +23,7 @@ def check(quantization: Quantization, shape: Shape) -> None:
     """Raises MlcBuildError where the model cannot be measured as the quantization wants it."""
     if quantization.formats:
         what, instead = "a budget", f"one of its formats, such as {quantization.formats[0][0]}"
-    elif quantization.rounding in _MEASURED:
+    elif quantization.rounding in MEASURED:
         every = (quantization.weights, *(weights for _, weights in quantization.overrides))
         searched = any(weights is not None and weights.symmetric for weights in every)
         what = f"rounding `{quantization.rounding}`"

@@ -85,6 +85,8 @@ def test_a_recurrent_model_keeps_no_keys_and_values(workspace: Workspace, capsys
     found = inspected(capsys, "recurrent")
     assert found["choices"]["kind"] == "rwkv4"
     assert {size["cache"] for size in found["quantizations"].values() if "cache" in size} == {0}
+    for name in ("q4f16_mixed", "q5f16_auto"):
+        assert found["quantizations"][name] == {"problem": "for models that run layer by layer"}
 
 
 BERT = {
@@ -124,6 +126,8 @@ def test_fault_C_a_model_of_texts(
     assert told.get("pooling_strategy", told.get("problem", "")).startswith(embedding)
     assert found["choices"]["rope"] == "none" and "rope_theta" not in found["choices"]
     assert found["template"]["remarks"] == []
+    assert found["quantizations"]["q5f16_auto"] == {"problem": "for models that predict tokens"}
+    assert found["quantizations"]["q4f16_mixed"]["weights"] > found["quantizations"]["q4f16_1"]["weights"]
     main(["inspect", "texts"])
     assert "byte_fallback" not in capsys.readouterr().out, "which is of no use for WordPiece"
 

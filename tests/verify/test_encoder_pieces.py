@@ -32,7 +32,7 @@ from tests.verify.conftest import build_blocks
 
 pytestmark = pytest.mark.slow
 IDS = encoders.IDS
-# Norms behind sums; a narrow table and a matrix behind it; windows, two kinds of layers, norms before, positions turned.
+# Norms behind sums; a narrow table, a matrix behind it; windows, two kinds of layers, norms before, positions turned.
 CONFIGS: dict[str, dict[str, Any]] = {
     "bert": encoders.SIZES,
     "electra": encoders.KIN["electra"],

@@ -101,7 +101,7 @@ WHOLE: dict[str, dict[str, Any]] = {
         **{"mamba_conv_bias": True},
     },
     "granitemoeshared": {},
-    "jamba": {},
+    "jamba": {"expert_layer_offset": 0},
     "nemotron_h": {
         **{"layers_block_type": ["mamba", "moe", "attention", "moe", "mamba"], "max_position_embeddings": 1 << 20},
         **{"n_group": 1, "topk_group": 1, "mamba_head_dim": 16, "intermediate_size": 21504},

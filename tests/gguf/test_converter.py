@@ -105,6 +105,7 @@ WHOLE: dict[str, dict[str, Any]] = {
     "nemotron_h": {
         **{"layers_block_type": ["mamba", "moe", "attention", "moe", "mamba"], "max_position_embeddings": 1 << 20},
         **{"n_group": 1, "topk_group": 1, "mamba_head_dim": 16, "intermediate_size": 21504},
+        "head_dim": 32,  # and not hidden_size / num_attention_heads, which the converter calls what rope turns
     },
     "nemotron_h-latent": {
         **{"max_position_embeddings": 1 << 20, "mamba_head_dim": 16, "intermediate_size": 21504},
@@ -157,7 +158,7 @@ def _said(folder: Path) -> None:
             "moe": "E",
         }
         pattern = "".join(letters[kind] for kind in config.pop("layers_block_type"))
-        config |= {"hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern)}
+        config |= {"hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern), "rope_theta": 10000}
         (folder / "config.json").write_text(json.dumps(config))
     if config["model_type"] == "gemma3_text":
         counted = {"model": {"vocab": {str(i): i for i in range(config["vocab_size"])}}, "added_tokens": []}

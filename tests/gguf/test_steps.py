@@ -20,6 +20,7 @@ from mlcbuild.gguf import checkpoint, repository, tensors, tokenizer
 from mlcbuild.gguf.config import _factors, config
 from mlcbuild.gguf.header import Header, Tensor, parse, read_header
 from mlcbuild.models.architecture import choose, resolve
+from mlcbuild.models.parameters import ignored
 from mlcbuild.steps import convert, unpack
 from tests.gguf import files
 from tests.support.architectures import known
@@ -271,6 +272,12 @@ def test_what_the_facts_of_other_architectures_make() -> None:
     scans = {f"ssm.{key}": 4 for key in ("conv_kernel", "state_size", "group_count", "inner_size", "time_step_rank")}
     granite = {**scans, "attention.head_count_kv": [2] * 3, "expert_shared_feed_forward_length": 512}
     assert made("granite", granite) == made("granite", {})
+    # Nemotron 3 Super, of which the last layer guesses further tokens.
+    more = ("expert_count", "expert_used_count", "expert_feed_forward_length", "expert_shared_feed_forward_length")
+    super_ = {**scans, **dict.fromkeys(more, 4), "attention.head_count_kv": [0, 2, 2], "feed_forward_length": [0, 0, 8]}
+    nemotron = made("nemotron_h_moe", {**super_, "nextn_predict_layers": 1})
+    assert nemotron["layers_block_type"] == ["mamba", "attention"]
+    assert "blk.2.*" in ignored(resolve(choose(known(), nemotron), nemotron, {}))
     with pytest.raises(MlcBuildError, match=r"expert_gating_func is 1, but this architecture computes only '2'"):
         made("lfm2moe", {"shortconv.l_cache": 3, "expert_gating_func": 1})
     with pytest.raises(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from mlcbuild.models.unknown import close_to
 
 # Tensors that belong to the configuration: they are factors of rope's frequencies.
 LLAMA3, SHORT, LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
-_FIRST = "blk.0."
+_FIRST, _ROUTER = "blk.0.", re.compile(r"blk\.(\d{1,6})\.ffn_gate_inp\.weight")
 _PATTERN = "attention.sliding_window_pattern"
 _SCALING = tuple(
     f"rope.{each}"
@@ -70,6 +71,7 @@ def config(header: Header, read: Bytes) -> dict[str, Any]:
         "vocab_size": embedding.shape[0],
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "tensors": tuple(each.removeprefix(_FIRST) for each in header.tensors if each.startswith(_FIRST)),
+        "routed": tuple(sorted(int(found[1]) for each in header.tensors if (found := _ROUTER.fullmatch(each)))),
         "query_rows": embedding.shape[1] if queries is embedding else next(iter(queries.shape), 0),
         "windows": _windows(facts),
     }

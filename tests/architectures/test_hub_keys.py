@@ -86,6 +86,7 @@ HUB: dict[str, dict[str, Any]] = {
         **{"hidden_size": None, "num_hidden_layers": None, "head_dim": 24, "cell_norm_eps": 1e-6, "add_qk_norm": False},
         **{"add_post_blocks_norm": True, "add_post_norm": False, "mlstm_round_up_to_multiple_of": 64},
         **{"add_embedding_dropout": False, "chunkwise_kernel": "chunkwise--triton_xl_chunk", "step_kernel": "triton"},
+        **{"add_forward_backend_padding": False, "force_bos_token_insert": True, "igate_bias_init_range": -10.0},
     },
 }
 

@@ -27,12 +27,17 @@ def main() -> None:
         if not hasattr(gguf.MODEL_TENSOR, missing):
             setattr(gguf.MODEL_TENSOR, missing, None)
     logging.disable(logging.WARNING)
+    load = base.ModelBase.load_hparams
     for folder in map(Path, folders):
+        base.ModelBase.load_hparams = staticmethod(load)
         try:
             with torch.inference_mode():
                 name = base.get_model_architecture(base.ModelBase.load_hparams(folder, False), base.ModelType.TEXT)
+                given = json.loads((folder / "config.json").read_text())
+                if given["model_type"] == "nemotron_h":  # by transformers, one without experts has eight
+                    base.ModelBase.load_hparams = staticmethod(lambda *_, given=given, **__: {**given})
                 model = find(name)(folder, gguf.LlamaFileType[kind], folder / "model.gguf", eager=True)
-                for key, value in json.loads((folder / "config.json").read_text()).items():
+                for key, value in given.items():
                     model.hparams.setdefault(key, value)  # transformers 5 drops older names, which it asks for
                 if not (folder / "tokenizer_config.json").exists():
                     model.set_vocab = lambda model=model, folder=folder: counted(model.gguf_writer, folder)

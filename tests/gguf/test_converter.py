@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,8 @@ from tests.support.tools import missing
 
 CONVERTER = "MLCBUILD_TEST_CONVERTER"
 EVERY = {**sink_cases.CASES, **hybrid_cases.CASES, **family_cases.CASES, **attention_cases.CASES, **cases.CASES}
+_DENSE = {**EVERY["nemotron_h"].config, "layers_block_type": ["mamba", "mlp", "attention", "mlp"]}
+EVERY["nemotron_h-dense"] = dataclasses.replace(EVERY["nemotron_h"], config=_DENSE)
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
 LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32,
@@ -101,11 +104,13 @@ WHOLE: dict[str, dict[str, Any]] = {
         **{"mamba_conv_bias": True},
     },
     "granitemoeshared": {},
-    "jamba": {},
+    "jamba": {"expert_layer_offset": 0},
     "nemotron_h": {
         **{"layers_block_type": ["mamba", "moe", "attention", "moe", "mamba"], "max_position_embeddings": 1 << 20},
         **{"n_group": 1, "topk_group": 1, "mamba_head_dim": 16, "intermediate_size": 21504},
+        "head_dim": 32,  # and not hidden_size / num_attention_heads, which the converter calls what rope turns
     },
+    "nemotron_h-dense": {"head_dim": 32, "mamba_head_dim": 16, "max_position_embeddings": 1 << 20},
     "nemotron_h-latent": {
         **{"max_position_embeddings": 1 << 20, "mamba_head_dim": 16, "intermediate_size": 21504},
         **{"n_group": 1, "topk_group": 1, "mlp_bias": False, "use_bias": False},
@@ -157,7 +162,9 @@ def _said(folder: Path) -> None:
             "moe": "E",
         }
         pattern = "".join(letters[kind] for kind in config.pop("layers_block_type"))
-        config |= {"hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern)}
+        config |= {"hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern), "rope_theta": 10000}
+        if "E" not in pattern:
+            config = {k: v for k, v in config.items() if not re.search("expert|moe|topk|routed|^n_group$", k)}
         (folder / "config.json").write_text(json.dumps(config))
     if config["model_type"] == "gemma3_text":
         counted = {"model": {"vocab": {str(i): i for i in range(config["vocab_size"])}}, "added_tokens": []}

@@ -20,6 +20,7 @@ from mlcbuild.gguf import checkpoint, repository, tensors, tokenizer
 from mlcbuild.gguf.config import _factors, config
 from mlcbuild.gguf.header import Header, Tensor, parse, read_header
 from mlcbuild.models.architecture import choose, resolve
+from mlcbuild.models.parameters import ignored
 from mlcbuild.steps import convert, unpack
 from tests.gguf import files
 from tests.support.architectures import known
@@ -249,7 +250,7 @@ def test_scalings_of_rope() -> None:
 
 
 def test_what_the_facts_of_other_architectures_make() -> None:
-    """Windows by layer, no experts, and tensors that are laid out as no rule has them."""
+    """Windows by layer, no experts, facts of models that the file is not, and tensors as no rule has them."""
 
     def made(name: str, facts: dict[str, Any], **shapes: tuple[int, ...]) -> dict[str, Any]:
         whole = {key.replace("llama.", f"{name}."): value for key, value in files.FACTS.items()}
@@ -267,6 +268,18 @@ def test_what_the_facts_of_other_architectures_make() -> None:
     gemma = made("gemma3", {window: 16, f"{window}_pattern": [True, False, True]})
     assert gemma["layer_types"] == kinds and "sliding_window_pattern" not in gemma
     assert "num_local_experts" not in made("llama", {"expert_count": 0, "expert_used_count": 0})
+    # Granite 4.0 Micro, whose converter writes what Granite 4 with Mamba has.
+    scans = {f"ssm.{key}": 4 for key in ("conv_kernel", "state_size", "group_count", "inner_size", "time_step_rank")}
+    granite = {**scans, "attention.head_count_kv": [2] * 3, "expert_shared_feed_forward_length": 512}
+    assert made("granite", granite) == made("granite", {})
+    # Nemotron 3 Super, of which the last layer guesses further tokens.
+    more = ("expert_count", "expert_used_count", "expert_feed_forward_length", "expert_shared_feed_forward_length")
+    super_ = {**scans, **dict.fromkeys(more, 4), "attention.head_count_kv": [0, 2, 2], "feed_forward_length": [0, 0, 8]}
+    nemotron = made("nemotron_h_moe", {**super_, "nextn_predict_layers": 1})
+    assert nemotron["layers_block_type"] == ["mamba", "attention"]
+    assert "blk.2.*" in ignored(resolve(choose(known(), nemotron), nemotron, {}))
+    with pytest.raises(MlcBuildError, match=r"expert_gating_func is 1, but this architecture computes only '2'"):
+        made("lfm2moe", {"shortconv.l_cache": 3, "expert_gating_func": 1})
     with pytest.raises(
         MlcBuildError, match=r"f: a tensor for each expert \(blk.0.ffn_gate.0.weight\), as llama.cpp wrote"
     ):

@@ -154,10 +154,11 @@ class Decoder:
     def _sinusoids(self, positions: Expr, width: int) -> Expr:
         """float32 [n, width]: sines of position times each frequency, then cosines (tensor2tensor's, as XGLM has them).
 
+        Frequencies go from 1 to 1 / 10000 in equal steps of their logarithm, or to one step before it (CTRL).
         Angles are kept small, for GPUs whose sines are coarse otherwise.
         """
         half, high = width // 2, 6.28125  # high times a whole number is exact
-        step = np.float32(-math.log(10000) / (half - 1))
+        step = np.float32(-math.log(10000) / (half - (not self.structure.sinusoidal_open)))
         frequencies = relax.const(np.exp(np.arange(half, dtype=np.float32) * step))
 
         def value(i: tirx.Var, j: tirx.Var, at: te.Tensor, by: te.Tensor) -> Expr:

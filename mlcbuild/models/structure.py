@@ -92,7 +92,8 @@ class Structure:
     latent_scales     what the latents of queries, and of keys and values, are multiplied with once they are normed
     final_logit_softcapping  c: logits become c * tanh(logits / c)
     max_position_embeddings  rows of a learned `position_embedding`. position_offset: the row of a text's first token
-    sinusoidal        whether positions are sines and cosines, added to embeddings: of position + position_offset
+    sinusoidal        whether positions are sines and cosines, added to embeddings: of position + position_offset.
+                      sinusoidal_open: frequencies end one step above 1 / 10000
     embedding         of a model of texts: MLC's embedding_metadata, as its library tells it
     rescale_every     recurrent: layers after which hidden states are halved; 0: never. group_norm_eps: of the norm over
                       each head's output. time_mix_extra_dim, time_decay_extra_dim: widths of low-rank products
@@ -176,6 +177,7 @@ class Structure:
     max_position_embeddings: int | None = choice(None)
     position_offset: int = choice(0)
     sinusoidal: bool = choice(False)
+    sinusoidal_open: bool = choice(False)
     optional_prefix: str = choice("")
     source_layers: tuple[int, ...] | None = choice(None)
     wrapped: bool = choice(False)

@@ -190,6 +190,7 @@ CASES |= {
     "hunyuan_v1_moe": _case("hunyuan_v1_moe", head_dim=16, num_experts=4, moe_topk=2),
     "nanochat": _case("nanochat"),
     "gpt_neox_japanese": _case("gpt_neox_japanese", num_key_value_heads="absent", intermediate_size="absent"),
+    "ctrl": _gpt("ctrl", n_inner="absent", dff=96, layer_norm_epsilon=1e-3),
     "openai-gpt": _gpt("openai-gpt", n_inner="absent"),
     "apertus": replace(
         _case("apertus", attention_bias=True, rope_parameters=LLAMA3), quantizations=("q0f32", "q4f32_1")

@@ -255,6 +255,9 @@ def _check_shape(values: Mapping[str, Any]) -> list[str]:
         for layer, source in enumerate(values.get("keys_from") or ())
         if source != layer and not (0 <= source < layer and types is not None and types[source] == types[layer])
     ]
+    joins = values.get("joins")
+    if joins is not None and not (len(joins) == layers and all(-1 <= join <= at for at, join in enumerate(joins))):
+        problems.append(f"config.json: its {layers} layers cannot be gone through in such loops: {joins}"[:300])
     experts, groups, chosen = (values.get(k) or 1 for k in ("num_experts", "expert_groups", "expert_groups_per_tok"))
     if groups > 1 and (experts % groups or experts // groups < 2 or chosen > groups):
         problems.append(

@@ -67,6 +67,7 @@ def _outside(s: Structure) -> tuple[set[str], set[str]]:
         needed |= {"streams_proj", *(f"streams_out_{number}_proj" for number in range(1, s.streams))}
     biases = _biases(s, (*last, "embedding_norm", "head_norm"))
     used = {*last, "embedding_norm", "position_embedding", "lm_head", "lm_head_bias", *biases}
+    used |= {"loop_start"} if s.joins is not None else set()
     return needed | norms, used | {"head_dense", "head_dense_bias", "head_norm"}
 
 

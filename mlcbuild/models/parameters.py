@@ -27,7 +27,8 @@ class Parameter:
     evens_first  its rows are one of the parameter's first half and one of its second, in turn
     join_heads   its first two axes are one of the parameter's, where it has one axis more
     ungroup_qvk  its rows are, for each of four groups: queries, values, keys
-    first_rows   it has more rows, which are left out
+    first_rows, last_rows
+                 it has more rows, which are left out
     add_one      the checkpoint has w - 1
     differential it has the vectors q1, k1, q2, k2: exp(q1 · k1) - exp(q2 · k2) + b and 1 - b are wanted, where b is
                  0.8 - 0.6 * exp(-0.3 * layer)
@@ -229,6 +230,7 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "xielu_positive": lambda s: (1,),
     "xielu_negative": lambda s: (1,),
     "mlp_post_norm": _width,
+    "loop_start": _width,
     "final_norm": _width,
     "lm_head": lambda s: (s.vocab_size, s.hidden_size),
     "head_dense": lambda s: (s.hidden_size, s.hidden_size),

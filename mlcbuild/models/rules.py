@@ -32,7 +32,7 @@ class ParameterRule:
     layers: tuple[int, ...] | None = choice(None)
     dtype: str | None = choice(None)
     alternative: tuple[str, ...] = choice(())
-    numbers: tuple[tuple[str, tuple[int, ...]], ...] = choice(())
+    numbers: tuple[tuple[str, tuple[int | str, ...]], ...] = choice(())
 
     @property
     def per_layer(self) -> bool:

@@ -68,6 +68,9 @@ class Structure:
                       there are no layer_types (for each layer, full or sliding)
     keys_from         for each layer, the one whose keys and values it reads; None: its own. per_layer_size: numbers
                       that a table of per_layer_rows gives each layer for a token (mlcbuild.models.per_layer)
+    joins             for each layer that begins a stack, the one whose input is added to its own, -1 for all others.
+                      Such inputs are normed, without a weight, but layer 0's, to which a vector is added where a
+                      parameter is `loop_start` (mlcbuild.models.entry_points)
     streams           hidden states of a token, laurel_rank of a product beside attention (mlcbuild.models.streams).
                       activation_sparsity: the part of an MLP's gates that is cut off
     qk_norm           of queries and keys before they are turned: none; head: each head by the one weight; per_head: by
@@ -209,6 +212,7 @@ class Structure:
     sliding_window_size: int | None = choice(None)
     layer_types: tuple[str, ...] | None = choice(None)
     keys_from: tuple[int, ...] | None = choice(None)
+    joins: tuple[int, ...] | None = choice(None)
     per_layer_size: int = choice(0)
     per_layer_rows: int = choice(0)
     streams: int = choice(1)

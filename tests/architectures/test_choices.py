@@ -37,7 +37,6 @@ WITHOUT: dict[str, tuple[str, dict[str, Any]]] = {
     "the activation": ("gemma", {"activation": "silu"}),
     "the row where positions begin": ("opt", {"position_offset": 0}),
     "sines of positions": ("xglm", {"sinusoidal": False}),
-    "frequencies of sines": ("ctrl", {"sinusoidal_open": False}),
     "norms after queries and keys are turned": ("hunyuan_v1_dense", {"qk_norm_last": False}),
     "the scale of positions": ("ministral3", {"position_scale": None}),
     "norms before the last matrices": ("bitnet", {"roles": ("o_norm",)}),

@@ -76,7 +76,11 @@ def test_bitnet_keeps_its_three_values(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["nemotron_h", "gemma4_text-shared", "falcon_h1", "qwen2_5_vl", "diffllama", "longcat_flash", "zamba2"]
+    "name",
+    [
+        *("nemotron_h", "gemma4_text-shared", "falcon_h1", "qwen2_5_vl", "diffllama", "longcat_flash", "zamba2"),
+        "hrm_text",
+    ],
 )
 def test_models_whose_layers_depend_on_one_another_convert_one(name: str, tmp_path: Path) -> None:
     config = wrappers.alone(config_of(DEPENDENT[name]))

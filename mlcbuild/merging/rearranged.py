@@ -15,6 +15,7 @@
     softplus     w -> ln(1 + exp(w)), for numbers that are above 0 (Apertus)
     negative_exp, exp_negative_exp
                  w -> -exp(w) and exp(-exp(w)): the decay of RWKV-4 and RWKV-5, which is trained as w
+    times        w -> c * w, the line's number (Dory); square, absolute: w -> w * w and |w|
     halve        w -> w / 2 ** halvings, so that hidden states stay small enough for float16 (RWKV)
 
 What is computed is float32, so that it is rounded once, to the format that it is stored in; halved bfloat16 stays so.
@@ -72,6 +73,9 @@ _ARITHMETIC: dict[str, Callable[[Array, Parameter], Array]] = {
     "negative_exp": lambda values, _: -np.exp(values),
     "exp_negative_exp": lambda values, _: np.exp(-np.exp(values)),
     "differential": lambda values, parameter: _differential(values, parameter.layer or 0),
+    "times": lambda values, parameter: values * np.float32(parameter.times),
+    "square": lambda values, _: values * values,
+    "absolute": lambda values, _: np.abs(values),
     "halve": lambda values, parameter: values * np.float32(0.5**parameter.halvings),
 }
 

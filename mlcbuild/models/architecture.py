@@ -161,8 +161,9 @@ def _rules(rule: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[Param
     convert = (convert,) if isinstance(convert, str) else tuple(convert)
     others = _tensors(rule.get("or_from", ()))
     numbers = tuple((letter, tuple(evaluate(of, values))) for letter, of in rule.get("numbers", {}).items())
+    times = float(evaluate(rule.get("times", 1.0), values))
     made = ParameterRule(
-        rule["role"], rule["name"], _sources(rule), convert, layers, rule.get("dtype"), others, numbers
+        rule["role"], rule["name"], _sources(rule), convert, layers, rule.get("dtype"), others, numbers, times
     )
     yield made
     if evaluate(rule.get("bias", False), values):

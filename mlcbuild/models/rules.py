@@ -33,6 +33,7 @@ class ParameterRule:
     dtype: str | None = choice(None)
     alternative: tuple[str, ...] = choice(())
     numbers: tuple[tuple[str, tuple[int | str, ...]], ...] = choice(())
+    times: float = choice(1.0)  # what `convert: times` multiplies with
 
     @property
     def per_layer(self) -> bool:

@@ -46,7 +46,9 @@ class Structure:
                       what they were given, and no norm before the head
     norm_offset       what is added to a norm's weight; norm_weights: whether rms norms have any; norm_first: whether
                       the first layer's attention is given its input normed; norm_embeddings: whether embeddings are
-                      normed without a parameter in the role `embedding_norm`
+                      normed without a parameter in the role `embedding_norm`. norm_length: rms norms without weights
+                      divide by the length of what they are given, not by its root mean square; inner_norms: whether
+                      what the last matrices of attention and MLP are given is normed without a weight
     residual          sequential: attention, then the MLP; parallel: both of x, normed once if there is no `mlp_norm`
     mlp               gated: down(activation(gate(x)) * up(x)); plain: down(activation(up(x)))
     input_bits        that what a layer's matrices are multiplied with is rounded to (arXiv 2402.17764); 0: it is not
@@ -169,6 +171,8 @@ class Structure:
     norm_offset: float = choice(0.0)
     norm_weights: bool = choice(True)
     norm_embeddings: bool = choice(False)
+    norm_length: bool = choice(False)
+    inner_norms: bool = choice(False)
     norm_first: bool = choice(True)
     head_activation: str = choice("gelu")
     residual: str = choice("sequential")

@@ -53,7 +53,7 @@ class PieceParameters:
     @property
     def head(self) -> list[Parameter]:
         """What makes logits: a matrix, for which a tied model has none of its own, and a bias where there is one."""
-        return [*(self._of(("lm_head",)) or self.embedding), *self._of(("lm_head_bias",))]
+        return [*(self._of(("lm_head",)) or self.embedding), *self._of(("lm_head_bias", "lm_head_scale"))]
 
     def _of(self, roles: Sequence[str]) -> list[Parameter]:
         return [p for p in self.parameters if p.role in roles]

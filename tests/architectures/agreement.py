@@ -248,6 +248,10 @@ def originals(
         values = np.log(-values)
     if "exp_negative_exp" in parameter.convert:
         values = np.log(-np.log(values))
+    if "square" in parameter.convert:
+        values = np.sqrt(values)
+    if "times" in parameter.convert:
+        values = values / np.float32(parameter.times)
     if "halve" in parameter.convert:
         values = values * np.float32(2**parameter.halvings)
     if "softplus" in parameter.convert:

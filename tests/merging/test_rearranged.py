@@ -81,9 +81,31 @@ def test_parts_of_one_matrix_and_these_one_by_one_become_the_same(tmp_path: Path
     for name in (name for name in tensors if "gqkv" in name):
         for part, values in zip(["gate", "q", "k", "v"], np.split(tensors[name], 4), strict=True):
             apart[name.replace("attn.gqkv", f"self_attn.{part}")] = np.ascontiguousarray(values)
-    (tmp_path / "apart").mkdir()
-    save_file(apart, tmp_path / "apart" / "model.safetensors")
-    again = converted(model, tmp_path / "apart", tmp_path / "again")
+    same_under_other_names(model, apart, found, tmp_path)
+
+
+def test_attention_and_mlp_as_layers_apart_become_the_same(tmp_path: Path) -> None:
+    """Dory's names on the hub, and those that transformers writes; its vectors are trained as parts of what is used."""
+    model, tensors = checkpoint("dory", tmp_path / "one")
+    found = converted(model, tmp_path / "one", tmp_path / "job")
+    at = "backbone.layers.1"
+    factors = tensors[f"{at}.self_attn.sqk"] * 24**0.5 / 0.5
+    np.testing.assert_allclose(found[f"{at}.self_attn.sqk"], factors**2, rtol=1e-6)
+    np.testing.assert_allclose(found[f"{at}.lambda_2"], np.abs(tensors[f"{at}.lambda_2"]) * 0.05 / 0.5, rtol=1e-6)
+    apart = {}
+    for name, values in tensors.items():
+        start, _, rest = name.partition("layers.")
+        number, _, part = rest.partition(".")
+        second = part.startswith("mlp.") or part == "lambda_2"
+        part = {"lambda_1": "attn_alpha", "lambda_2": "mlp_alpha"}.get(part, f"mixer.{part.partition('.')[2]}")
+        apart[f"{start}layers.{2 * int(number) + second}.{part}" if rest else name] = values
+    same_under_other_names(model, apart, found, tmp_path)
+
+
+def same_under_other_names(model: Structure, apart: dict[str, Array], found: dict[str, Array], folder: Path) -> None:
+    (folder / "apart").mkdir()
+    save_file(apart, folder / "apart" / "model.safetensors")
+    again = converted(model, folder / "apart", folder / "again")
     assert found.keys() == again.keys() and all((found[name] == again[name]).all() for name in found)
 
 

@@ -147,7 +147,7 @@ def _mismatches(parameter: Parameter, refs: Sequence[TensorRef]) -> list[str]:
         refs = [replace(refs[0], shape=joined)] if len({shape[2:] for shape in shapes}) == 1 else refs
     if "differential" in parameter.convert and {len(ref.shape) for ref in refs} == {1}:
         refs = [replace(refs[0], shape=parameter.shape)] if len({ref.shape for ref in refs}) == 1 else refs
-    if "first_rows" in parameter.convert:
+    if {"first_rows", "last_rows"} & {*parameter.convert}:
         refs = [replace(ref, shape=(min(ref.shape[0], parameter.shape[0]), *ref.shape[1:])) for ref in refs]
     refs = [replace(ref, shape=parameter.joined(ref.shape)) for ref in refs]
     if "transpose" in parameter.convert:

@@ -7,13 +7,15 @@
     deinterleave of every expert the rows 0, 2, 4 ..., then 1, 3, 5 ...: gpt-oss's gates, then its ups
     evens_first  rows 0, 2, 4 ..., then 1, 3, 5 ...: Zamba's channels, then their gates
     join_heads   [heads, ...] -> the same numbers with the first two axes as one, where it has one axis more
-    first_rows   the rows that the parameter has, of more
+    first_rows, last_rows
+                 the rows that the parameter has, of more
     add_one      w -> 1 + w, for norms that are stored as what they differ from 1 (Gemma)
     unit_rows    w -> w / |w| row by row, as Baichuan 2 does with its head in every call
     differential vectors q1, k1, q2, k2 -> exp(q1 · k1) - exp(q2 · k2) + b and 1 - b, b by the layer (arXiv 2410.05258)
     softplus     w -> ln(1 + exp(w)), for numbers that are above 0 (Apertus)
     negative_exp, exp_negative_exp
                  w -> -exp(w) and exp(-exp(w)): the decay of RWKV-4 and RWKV-5, which is trained as w
+    times        w -> c * w, the line's number (Dory); square, absolute: w -> w * w and |w|
     halve        w -> w / 2 ** halvings, so that hidden states stay small enough for float16 (RWKV)
 
 What is computed is float32, so that it is rounded once, to the format that it is stored in; halved bfloat16 stays so.
@@ -71,6 +73,9 @@ _ARITHMETIC: dict[str, Callable[[Array, Parameter], Array]] = {
     "negative_exp": lambda values, _: -np.exp(values),
     "exp_negative_exp": lambda values, _: np.exp(-np.exp(values)),
     "differential": lambda values, parameter: _differential(values, parameter.layer or 0),
+    "times": lambda values, parameter: values * np.float32(parameter.times),
+    "square": lambda values, _: values * values,
+    "absolute": lambda values, _: np.abs(values),
     "halve": lambda values, parameter: values * np.float32(0.5**parameter.halvings),
 }
 
@@ -110,6 +115,8 @@ def _rows(parameter: Parameter, refs: Sequence[TensorRef]) -> Iterator[Array]:
         arrays = [np.swapaxes(array, -1, -2) for array in arrays]
     starts = np.cumsum([0, *(len(array) for array in arrays)])
     order = np.arange(parameter.shape[0])
+    if "last_rows" in parameter.convert:
+        order += starts[-1] - len(order)
     if "ungroup_qkv" in parameter.convert:
         assert parameter.groups is not None
         order = ungrouped(parameter.groups)

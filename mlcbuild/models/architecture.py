@@ -161,8 +161,9 @@ def _rules(rule: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[Param
     convert = (convert,) if isinstance(convert, str) else tuple(convert)
     others = _tensors(rule.get("or_from", ()))
     numbers = tuple((letter, tuple(evaluate(of, values))) for letter, of in rule.get("numbers", {}).items())
+    times = float(evaluate(rule.get("times", 1.0), values))
     made = ParameterRule(
-        rule["role"], rule["name"], _sources(rule), convert, layers, rule.get("dtype"), others, numbers
+        rule["role"], rule["name"], _sources(rule), convert, layers, rule.get("dtype"), others, numbers, times
     )
     yield made
     if evaluate(rule.get("bias", False), values):
@@ -255,6 +256,9 @@ def _check_shape(values: Mapping[str, Any]) -> list[str]:
         for layer, source in enumerate(values.get("keys_from") or ())
         if source != layer and not (0 <= source < layer and types is not None and types[source] == types[layer])
     ]
+    joins = values.get("joins")
+    if joins is not None and not (len(joins) == layers and all(-1 <= join <= at for at, join in enumerate(joins))):
+        problems.append(f"config.json: its {layers} layers cannot be gone through in such loops: {joins}"[:300])
     experts, groups, chosen = (values.get(k) or 1 for k in ("num_experts", "expert_groups", "expert_groups_per_tok"))
     if groups > 1 and (experts % groups or experts // groups < 2 or chosen > groups):
         problems.append(

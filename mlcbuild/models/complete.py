@@ -66,7 +66,8 @@ def _outside(s: Structure) -> tuple[set[str], set[str]]:
     if s.streams > 1:
         needed |= {"streams_proj", *(f"streams_out_{number}_proj" for number in range(1, s.streams))}
     biases = _biases(s, (*last, "embedding_norm", "head_norm"))
-    used = {*last, "embedding_norm", "position_embedding", "lm_head", "lm_head_bias", *biases}
+    used = {*last, "embedding_norm", "position_embedding", "lm_head", "lm_head_bias", "lm_head_scale", *biases}
+    used |= {"loop_start"} if s.joins is not None else set()
     return needed | norms, used | {"head_dense", "head_dense_bias", "head_norm"}
 
 
@@ -74,7 +75,8 @@ def _layer(s: Structure, roles: set[str], layer: int) -> tuple[set[str], set[str
     """The same for a layer, as far as its other parameters decide."""
     (needed, used), (more, more_used) = _attention(s, roles), _mlp(s, roles)
     needed -= {"k_proj", "v_proj", "k_norm"} if s.borrows(layer) else set()
-    needed, used = needed | more, used | more_used | {"layer_scale", "attention_residual", "mlp_residual"}
+    needed, used = needed | more, used | more_used | {"layer_scale"}
+    used |= {f"{part}_{way}" for part in ("attention", "mlp") for way in ("residual", "rate")}
     needed |= _STREAMS if s.streams > 1 else set()
     needed |= {f"per_layer_{name}" for name in ("gate_proj", "out_proj", "post_norm")} if s.per_layer_size else set()
     norms = {f"{part}_norm" for part in ("attention", "mlp") if s.norm_position != "post"}
@@ -110,7 +112,15 @@ def _attention(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
     used = {f"{name}_bias" for name in ("qkv", "q", "k", "v", "q_a", "kv_a", "o")}
     used |= {f"{name}_adapter_{end}_proj" for name in "qkv" for end in "ab"} if s.adapter_rank else set()
     used |= {"key_step_proj", "key_step_bias", "key_rate"}
-    used |= {"attention_gate", "attention_gate_bias", "attention_head_gate", "sinks", "o_norm"}
+    used |= {
+        "query_scale",
+        "attention_gate_scale",
+        "attention_gate",
+        "attention_gate_bias",
+        "attention_head_gate",
+        "sinks",
+        "o_norm",
+    }
     if s.qk_norm not in ("none", "unit") and s.norm_weights:
         needed |= {"q_norm", "k_norm"}
         used |= {"q_norm_bias", "k_norm_bias"}
@@ -118,7 +128,7 @@ def _attention(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
 
 
 def _mlp(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
-    used = {f"{name}_bias" for name in ("gate_up", "gate", "up", "down")}
+    used = {f"{name}_{of}" for name in ("gate_up", "gate", "up", "down") for of in ("bias", "scale")}
     if "router" in roles:
         up = "up" if s.mlp == "plain" else "gate_up"
         shared = {f"shared_{up}_proj", "shared_down_proj"}

@@ -71,12 +71,22 @@ class Decoder:
 
     def _plain_norm(self, x: Expr, weight: Expr | None, bias: Expr | None, eps: float) -> Expr:
         if self.structure.norm == "rms":
-            return self.operations.rms_norm(x, self.ones(x.ty.shape[1]) if weight is None else weight, eps)
+            return self.operations.rms_norm(
+                x, *(self.unweighted(x.ty.shape[1], eps) if weight is None else (weight, eps))
+            )
         return self.operations.layer_norm(x, weight, bias, eps)
 
     def ones(self, width: Any) -> Expr:
         """The weight of a norm that has none: [width] in the model dtype."""
         return self.builder.emit(relax.op.ones([width], self.dtype))
+
+    def unweighted(self, width: Any, eps: float) -> tuple[Expr, float]:
+        """Weight and epsilon of an rms norm without a weight, or of a division by the length: its root of a mean square
+        is the length over the root of the width."""
+        if not self.structure.norm_length:
+            return self.ones(width), eps
+        size = int(width)
+        return self.builder.emit(relax.op.full([size], relax.const(size**-0.5, self.dtype))), eps / size
 
     def project(self, x: Expr, weights: Given | Weights, name: str, dtype: str | None = None) -> Expr:
         """x [n, K] times the matrix of role `name`_proj, plus its `name`_bias where there is one, and a low-rank
@@ -93,12 +103,16 @@ class Decoder:
         return self.cast(self.builder.emit(relax.op.add(whole, more)), dtype or compute)
 
     def biased(self, x: Expr, weights: Given | Weights, matrix: str, bias: str, dtype: str) -> Expr:
-        """As `project`, by the roles of matrix and bias."""
-        if bias not in weights:
+        """As `project`, by the roles of matrix and bias; times a number for each row, where one plays the role of both
+        with `_scale` in the bias's place."""
+        scale = f"{bias.removesuffix('_bias')}_scale"
+        if bias not in weights and scale not in weights:
             return self.operations.linear(x, weights(matrix), dtype)
-        compute = self.operations.compute
-        product = self.operations.linear(x, weights(matrix), compute)
-        total = self.builder.emit(relax.op.add(product, self.cast(weights(bias).plain, compute)))
+        compute = dtype if scale in weights else self.operations.compute
+        total = self.operations.linear(x, weights(matrix), compute)
+        for role, combined in ((bias, relax.op.add), (scale, relax.op.multiply)):
+            if role in weights:
+                total = self.builder.emit(combined(total, self.cast(weights(role).plain, compute)))
         return self.cast(total, dtype)
 
     def rounded(self, x: Expr) -> Expr:
@@ -154,10 +168,11 @@ class Decoder:
     def _sinusoids(self, positions: Expr, width: int) -> Expr:
         """float32 [n, width]: sines of position times each frequency, then cosines (tensor2tensor's, as XGLM has them).
 
+        Frequencies go from 1 to 1 / 10000 in equal steps of their logarithm, or to one step before it (CTRL).
         Angles are kept small, for GPUs whose sines are coarse otherwise.
         """
         half, high = width // 2, 6.28125  # high times a whole number is exact
-        step = np.float32(-math.log(10000) / (half - 1))
+        step = np.float32(-math.log(10000) / (half - (not self.structure.sinusoidal_open)))
         frequencies = relax.const(np.exp(np.arange(half, dtype=np.float32) * step))
 
         def value(i: tirx.Var, j: tirx.Var, at: te.Tensor, by: te.Tensor) -> Expr:

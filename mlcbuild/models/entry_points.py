@@ -15,6 +15,7 @@ from mlcbuild.models import per_layer, streams
 from mlcbuild.models.decoder import Decoder, kv_cache, numbered, one_per_kind
 from mlcbuild.models.layer import layer, layer_inputs, query_positions
 from mlcbuild.models.operations import Expr
+from mlcbuild.models.weights import Weights
 
 # (name, batch, tokens per sequence, which rows get logits)
 _FORWARD = (
@@ -60,7 +61,9 @@ def _emit_layers(d: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalV
             [[each] for each in per_layer.inputs(d, given, rows, weights)] if rows is not None else [[]] * len(layers)
         )
         made = dict[int, tuple[Expr, Expr]]()  # of a layer that others borrow from: keys and values, their norm
+        begun = dict[int, Expr]()
         for i, function in enumerate(layers):
+            hidden = hidden if s.joins is None else _joined(d, i, s.joins, hidden, begun, weights)
             source, own = i if s.keys_from is None else s.keys_from[i], weights.layer(i)
             more = [*inputs[i], *(made[source] if s.borrows(i) else ())]
             hidden = d.builder.emit(
@@ -72,6 +75,20 @@ def _emit_layers(d: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalV
         return d.finished(streams.ended(d, hidden, weights), weights)
 
     return d.function("decoder", [x, cache, params], body, private=True)
+
+
+def _joined(d: Decoder, i: int, joins: Sequence[int], x: Expr, begun: dict[int, Expr], weights: Weights) -> Expr:
+    """What layer i is given for x [n, H], where layers are gone through in loops; `begun` is what stacks began with.
+
+    Source: transformers modeling_hrm_text.py (Wang et al., arXiv 2506.21734).
+    """
+    emit = d.builder.emit
+    if joins[i] >= 0 or i in joins:
+        begun[i] = x = d.norm(x, weights, "loop_norm") if i else x
+    x = emit(relax.op.add(x, begun[joins[i]])) if joins[i] >= 0 else x
+    if i or "loop_start" not in weights:
+        return x
+    return emit(relax.op.add(x, d.cast(weights("loop_start").plain, d.operations.compute)))
 
 
 def emit_entry_points(decoder: Decoder, run: Run, states: Sequence[str] = ("paged_kv_cache",)) -> None:

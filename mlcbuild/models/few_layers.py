@@ -50,6 +50,7 @@ def _of(s: Structure, layers: Sequence[int], texts: int, chunk: int = TEXT_CHUNK
         else tuple(
             own[kind] if s.borrows(layer) else at for at, (layer, kind) in enumerate(zip(layers, types, strict=True))
         ),
+        joins=None if s.joins is None else (0,) * len(layers),
         rules=tuple(rule.of_layers(layers) for rule in s.rules),
         layer_types=None if s.layer_types is None else tuple(s.layer_types[layer] for layer in layers),
         rope_layers=None if s.rope_layers is None else tuple(s.rope_layers[layer] for layer in layers),

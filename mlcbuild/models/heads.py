@@ -139,6 +139,8 @@ def gated(d: Decoder, out: Expr, x: Expr, own: Structure, weight: Given) -> Expr
         return out
     compute, emit = d.operations.compute, d.builder.emit
     gate = d.operations.linear(x, weight(role), compute)
+    if "attention_gate_scale" in weight:
+        gate = emit(relax.op.multiply(gate, d.cast(weight("attention_gate_scale").plain, compute)))
     if "attention_gate_bias" in weight:
         gate = d.builder.emit_te(_with_head_bias, gate, weight("attention_gate_bias").plain, primfunc_name_hint="gates")
     gate = (

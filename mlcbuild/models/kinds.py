@@ -22,10 +22,11 @@ Shapes = dict[str, tuple[int, ...]]  # by role; matrices are [N out, K in]
 
 def by_layer(structure: Structure) -> bool:
     """Whether the model can be run one layer at a time (mlcbuild.models.layer_pieces, encoder_pieces)."""
-    if structure.kind == ENCODER:
-        return "relative_bias" not in structure.roles()  # which all layers share
-    whole = structure.keys_from is not None or structure.per_layer_size or structure.shortcut
-    return structure.kind == DECODER and not whole
+    s = structure
+    if s.kind == ENCODER:
+        return "relative_bias" not in s.roles()  # which all layers share
+    whole = s.keys_from is not None or s.joins is not None or s.per_layer_size or s.shortcut
+    return s.kind == DECODER and not whole
 
 
 def recurrent_shapes(s: Structure) -> Shapes:

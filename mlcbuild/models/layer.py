@@ -52,6 +52,15 @@ def layer(decoder: Decoder, x: Expr, cache: Expr, layer_id: Expr, *given: Expr, 
             return x
         return d.builder.emit(relax.op.multiply(x, d.cast(weight(role).plain, d.operations.compute)))
 
+    def summed(x: Expr, normed: Expr, y: Expr, part: str) -> Expr:
+        """x and what attention or the MLP makes of it; or x normed, moved to that by a rate for each column (nGPT,
+        Loshchilov et al., arXiv 2410.01131)."""
+        y = returned(y, f"{part}_post_norm")
+        if f"{part}_rate" not in weight:
+            return relax.op.add(kept(x, f"{part}_residual"), y)
+        rate, way = d.cast(weight(f"{part}_rate").plain, d.operations.compute), relax.op.subtract(y, normed)
+        return relax.op.add(normed, d.builder.emit(relax.op.multiply(rate, d.builder.emit(way))))
+
     def attend(normed: Expr) -> Expr:
         nonlocal parts, weight
         if s.keys_from is not None:
@@ -72,7 +81,7 @@ def layer(decoder: Decoder, x: Expr, cache: Expr, layer_id: Expr, *given: Expr, 
         return with_keys(streams.layer(d, x, weight, more[0], attend, lambda y: _dense(d, y, weight, sparsity)))
     normed = d.norm(x, weight, "attention_norm") if pre and (number or s.norm_first) else x
     attended = attend(normed)
-    x1 = d.builder.emit(relax.op.add(kept(x, "attention_residual"), returned(attended, "attention_post_norm")))
+    x1 = d.builder.emit(summed(x, normed, attended, "attention"))
     x1 = d.norm(x1, weight, "attention_norm") if sums else x1
     parallel = s.residual == "parallel"
     if not parallel:
@@ -84,7 +93,7 @@ def layer(decoder: Decoder, x: Expr, cache: Expr, layer_id: Expr, *given: Expr, 
         if late is not None:
             return relax.op.add(x2, late)
         return relax.op.concat([x2, experts(d, normed, normed, weight)], axis=1)
-    x2 = relax.op.add(kept(x1, "mlp_residual"), returned(mlp(d, normed, x1, weight), "mlp_post_norm"))
+    x2 = summed(x1, normed, mlp(d, normed, x1, weight), "mlp")
     if s.per_layer_size:
         x2 = per_layer.added(d, d.builder.emit(x2), more[0], weight)
     if "layer_scale" in weight:
@@ -149,6 +158,8 @@ def attention(
         qkv = d.operations.rope(qkv, positions, table, both, rotary(own, kind))
     if s.qk_norm_last:
         qkv = _normed_heads(d, qkv, own, weight, s.turns(number))
+    if "query_scale" in weight:
+        qkv = d.builder.emit_te(_times_queries, qkv, weight("query_scale").plain, primfunc_name_hint="scaled")
     scale = key**-0.5 * latent_factor(s) if s.attention_scale is None else s.attention_scale
     slides = kind == "sliding" and s.sliding_window_size is not None
     out = d.builder.emit(
@@ -163,7 +174,7 @@ def attention(
     if s.query_gate:
         gate = d.builder.emit(relax.op.sigmoid(gate))
         out = d.builder.emit(relax.op.multiply(gate, d.cast(out, d.operations.compute)))
-    out = d.norm(d.cast(out, d.operations.compute), weight, "o_norm") if "o_norm" in weight else out
+    out = d.norm(d.cast(out, d.operations.compute), weight, "o_norm") if "o_norm" in weight or s.inner_norms else out
     return d.project(out, weight, "o") if choice is None else attention_experts.returned(d, out, choice, weight)
 
 
@@ -193,6 +204,18 @@ def _scaled_queries(s: Structure, qkv: te.Tensor, positions: te.Tensor) -> te.Te
     return te.compute(qkv.shape, value, name="scaled")
 
 
+def _times_queries(qkv: te.Tensor, factors: te.Tensor) -> te.Tensor:
+    """Fused heads with each number of a query times its own: float32 [heads * D]."""
+    width = qkv.shape[2]
+
+    def value(i: tirx.Var, h: tirx.Var, j: tirx.Var) -> Expr:
+        times = factors[tirx.min(h * width + j, factors.shape[0] - 1)]
+        x = qkv[i, h, j]
+        return tirx.if_then_else(h * width < factors.shape[0], (x.astype("float32") * times).astype(x.dtype), x)
+
+    return te.compute(qkv.shape, value, name="scaled")
+
+
 def _normed_heads(d: Decoder, qkv: Expr, own: Structure, weight: Given, turned: bool) -> Expr:
     """Fused heads with queries and keys normed, where the model does that."""
     s = d.structure
@@ -200,11 +223,13 @@ def _normed_heads(d: Decoder, qkv: Expr, own: Structure, weight: Given, turned: 
         return qkv
     roles = ("q_norm", "k_norm", "q_norm_bias", "k_norm_bias")
     weights = [weight(role).plain if role in weight else None for role in roles]
+    eps = s.norm_eps
     if not s.norm_weights or s.qk_norm == "unit":
-        weights[:2] = [d.ones(heads.widths(own)[0])] * 2
+        ones, eps = d.unweighted(heads.widths(own)[0], eps)
+        weights[:2] = [ones] * 2
     both = own.num_attention_heads, own.num_key_value_heads
     spans = "head" if s.qk_norm == "unit" else s.qk_norm
-    return d.operations.norm_heads(qkv, tuple(weights), both, spans, s.norm, s.norm_eps)
+    return d.operations.norm_heads(qkv, tuple(weights), both, spans, s.norm, eps)
 
 
 def mlp(d: Decoder, x: Expr, before: Expr, weight: Given) -> Expr:
@@ -234,7 +259,7 @@ def _dense(d: Decoder, x: Expr, weight: Given, sparsity: float = 0.0) -> Expr:
     else:
         inner = d.project(x, weight, "up")
         inner = _xielu(d, inner, weight) if activation == "xielu" else operations.activation(inner, activation)
-    inner = d.norm(inner, weight, "down_norm") if "down_norm" in weight else inner
+    inner = d.norm(inner, weight, "down_norm") if "down_norm" in weight or d.structure.inner_norms else inner
     return d.project(inner, weight, "down")
 
 

@@ -11,7 +11,7 @@ compute dtype. The parameters of a piece are those of its roles, in the order of
         of experts x [n, K] or [n * choices, K], and then which experts the tokens chose: int32 [n, choices])
     decoder_layer_1, decoder_layer_inputs_1, ...: the same for layers of other kinds (Structure.layer_kinds)
     final_norm(x [n, H], final_norm...) -> [n, H]
-    head(normed [n, H], lm_head..., or the tied embedding..., lm_head_bias) -> float32 [n, V]
+    head(normed [n, H], lm_head..., or the tied embedding..., lm_head_bias, lm_head_scale) -> float32 [n, V]
 
 `head` takes any number of rows of its matrix and bias, so that a large vocabulary can come in slices.
 """
@@ -46,7 +46,8 @@ def emit_layer_pieces(decoder: Decoder) -> None:
         emit_piece(d, "beginning", [first, positions], BEGINNING, lambda w: d.beginning(first, lambda: positions, w))
     last, normed = rows("x"), rows("normed")
     emit_piece(d, "final_norm", [last], FINAL_NORM, lambda w: d.finished(last, w))
-    emit_piece(d, "head", [normed], (head_role(d.structure), "lm_head_bias"), lambda w: d.logits(normed, w))
+    of_head = head_role(d.structure), "lm_head_bias", "lm_head_scale"
+    emit_piece(d, "head", [normed], of_head, lambda w: d.logits(normed, w))
     for kind in range(d.structure.num_hidden_layers):
         _emit_layer(d, kind, with_inputs=False)
         _emit_layer(d, kind, with_inputs=True)

@@ -27,7 +27,8 @@ class Parameter:
     evens_first  its rows are one of the parameter's first half and one of its second, in turn
     join_heads   its first two axes are one of the parameter's, where it has one axis more
     ungroup_qvk  its rows are, for each of four groups: queries, values, keys
-    first_rows   it has more rows, which are left out
+    first_rows, last_rows
+                 it has more rows, which are left out
     add_one      the checkpoint has w - 1
     differential it has the vectors q1, k1, q2, k2: exp(q1 · k1) - exp(q2 · k2) + b and 1 - b are wanted, where b is
                  0.8 - 0.6 * exp(-0.3 * layer)
@@ -36,6 +37,9 @@ class Parameter:
     negative_exp, exp_negative_exp
                  the checkpoint has w where -exp(w) or exp(-exp(w)) is wanted
     halve        the checkpoint has 2 ** halvings times the parameter
+    times        the checkpoint has it divided by `times`
+    square, absolute
+                 the checkpoint has w where w * w or |w| is wanted
 
     `users` are later layers that have it, too. `dtype` is what it is stored in, None for the quantization's model
     dtype. `groups` holds, for qkv parameters, the number of key-value heads and the rows of queries, of the key and of
@@ -53,6 +57,7 @@ class Parameter:
     groups: tuple[int, int, int, int] | None = None
     alternative: tuple[str, ...] = ()
     halvings: int = 0
+    times: float = 1.0
 
     @property
     def is_matrix(self) -> bool:
@@ -80,21 +85,24 @@ BEGINNING = (
 FINAL_NORM = ("final_norm", "final_norm_bias", "head_dense", "head_dense_bias", "head_norm", "head_norm_bias")
 
 
+_MATRICES = ("lm_head", "head_dense", "router", "attention_gate")
+
+
 def shape_of(role: str, structure: Structure) -> tuple[int, ...]:
     """The shape of the parameter that plays `role` in one layer, or outside the layers.
 
-    A bias `x_bias` has the rows of `x_proj`, that of a norm the norm's shape. Raises KeyError for a role that there is
-    not.
+    A bias `x_bias` and factors `x_scale` have the rows of `x_proj`, the bias of a norm has the norm's shape. Raises
+    KeyError for a role that there is not.
     """
     if structure.kind in RECURRENT:
         return recurrent_shapes(structure)[role]
     if structure.kind == HYBRID and role in (mine := mixers.shapes(structure)):
         return mine[role]
-    if role.endswith("_bias") and role not in _SHAPES:
-        of = role.removesuffix("_bias")
+    if role.endswith(("_bias", "_scale")) and role not in _SHAPES:
+        of = role.rpartition("_")[0]
         if of.endswith("_norm"):
             return shape_of(of, structure)
-        return shape_of(of if of in ("lm_head", "head_dense", "router") else f"{of}_proj", structure)[:1]
+        return shape_of(of if of in _MATRICES else f"{of}_proj", structure)[:1]
     return _SHAPES[role](structure)
 
 
@@ -165,8 +173,8 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "experts_sum_bias": _width,
     "key_step_proj": lambda s: (s.num_key_value_heads, _value(s)),
     "key_rate": lambda s: (s.num_key_value_heads,),
-    "attention_residual": _width,
-    "mlp_residual": _width,
+    **dict.fromkeys(("attention_residual", "mlp_residual", "attention_rate", "mlp_rate"), _width),
+    "query_scale": lambda s: (_query(s),),
     "sinks": lambda s: (s.num_attention_heads,),
     "o_proj": lambda s: (s.hidden_size, s.num_attention_heads * _value_width(s)),
     "difference": lambda s: (2,),
@@ -232,6 +240,7 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "xielu_positive": lambda s: (1,),
     "xielu_negative": lambda s: (1,),
     "mlp_post_norm": _width,
+    "loop_start": _width,
     "final_norm": _width,
     "lm_head": lambda s: (s.vocab_size, s.hidden_size),
     "head_dense": lambda s: (s.hidden_size, s.hidden_size),
@@ -252,6 +261,7 @@ def parameters(structure: Structure) -> tuple[Parameter, ...]:
             layer=layer,
             convert=_convert(rule, halvings := _halvings(structure, layer)),
             dtype=rule.dtype,
+            times=rule.times,
             users=users.get(_name(rule, layer), ()),
             groups=_groups(own) if rule.role.startswith("qkv_") else None,
             halvings=halvings,

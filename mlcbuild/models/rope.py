@@ -65,7 +65,8 @@ def in_cache(structure: Structure) -> bool:
     """Whether the KV cache turns queries and keys: it has one table for all layers, and turns them last."""
     differ = any(name in ("rope_theta", "rotary_dim") for name, _ in structure.by_layer)
     one_table = structure.rope_local_theta is None and structure.rope_layers is None and not differ
-    return structure.rope != "none" and one_table and not structure.qk_norm_last
+    last = not structure.qk_norm_last and "query_scale" not in structure.roles()
+    return structure.rope != "none" and one_table and last
 
 
 def inverse_frequencies(structure: Structure, layer_type: str = "full") -> Frequencies:

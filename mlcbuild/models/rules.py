@@ -32,7 +32,8 @@ class ParameterRule:
     layers: tuple[int, ...] | None = choice(None)
     dtype: str | None = choice(None)
     alternative: tuple[str, ...] = choice(())
-    numbers: tuple[tuple[str, tuple[int, ...]], ...] = choice(())
+    numbers: tuple[tuple[str, tuple[int | str, ...]], ...] = choice(())
+    times: float = choice(1.0)  # what `convert: times` multiplies with
 
     @property
     def per_layer(self) -> bool:

@@ -46,7 +46,9 @@ class Structure:
                       what they were given, and no norm before the head
     norm_offset       what is added to a norm's weight; norm_weights: whether rms norms have any; norm_first: whether
                       the first layer's attention is given its input normed; norm_embeddings: whether embeddings are
-                      normed without a parameter in the role `embedding_norm`
+                      normed without a parameter in the role `embedding_norm`. norm_length: rms norms without weights
+                      divide by the length of what they are given, not by its root mean square; inner_norms: whether
+                      what the last matrices of attention and MLP are given is normed without a weight
     residual          sequential: attention, then the MLP; parallel: both of x, normed once if there is no `mlp_norm`
     mlp               gated: down(activation(gate(x)) * up(x)); plain: down(activation(up(x)))
     input_bits        that what a layer's matrices are multiplied with is rounded to (arXiv 2402.17764); 0: it is not
@@ -68,6 +70,9 @@ class Structure:
                       there are no layer_types (for each layer, full or sliding)
     keys_from         for each layer, the one whose keys and values it reads; None: its own. per_layer_size: numbers
                       that a table of per_layer_rows gives each layer for a token (mlcbuild.models.per_layer)
+    joins             for each layer that begins a stack, the one whose input is added to its own, -1 for all others.
+                      Such inputs are normed, without a weight, but layer 0's, to which a vector is added where a
+                      parameter is `loop_start` (mlcbuild.models.entry_points)
     streams           hidden states of a token, laurel_rank of a product beside attention (mlcbuild.models.streams).
                       activation_sparsity: the part of an MLP's gates that is cut off
     qk_norm           of queries and keys before they are turned: none; head: each head by the one weight; per_head: by
@@ -92,7 +97,8 @@ class Structure:
     latent_scales     what the latents of queries, and of keys and values, are multiplied with once they are normed
     final_logit_softcapping  c: logits become c * tanh(logits / c)
     max_position_embeddings  rows of a learned `position_embedding`. position_offset: the row of a text's first token
-    sinusoidal        whether positions are sines and cosines, added to embeddings: of position + position_offset
+    sinusoidal        whether positions are sines and cosines, added to embeddings: of position + position_offset.
+                      sinusoidal_open: frequencies end one step above 1 / 10000
     embedding         of a model of texts: MLC's embedding_metadata, as its library tells it
     rescale_every     recurrent: layers after which hidden states are halved; 0: never. group_norm_eps: of the norm over
                       each head's output. time_mix_extra_dim, time_decay_extra_dim: widths of low-rank products
@@ -165,6 +171,8 @@ class Structure:
     norm_offset: float = choice(0.0)
     norm_weights: bool = choice(True)
     norm_embeddings: bool = choice(False)
+    norm_length: bool = choice(False)
+    inner_norms: bool = choice(False)
     norm_first: bool = choice(True)
     head_activation: str = choice("gelu")
     residual: str = choice("sequential")
@@ -176,6 +184,7 @@ class Structure:
     max_position_embeddings: int | None = choice(None)
     position_offset: int = choice(0)
     sinusoidal: bool = choice(False)
+    sinusoidal_open: bool = choice(False)
     optional_prefix: str = choice("")
     source_layers: tuple[int, ...] | None = choice(None)
     wrapped: bool = choice(False)
@@ -207,6 +216,7 @@ class Structure:
     sliding_window_size: int | None = choice(None)
     layer_types: tuple[str, ...] | None = choice(None)
     keys_from: tuple[int, ...] | None = choice(None)
+    joins: tuple[int, ...] | None = choice(None)
     per_layer_size: int = choice(0)
     per_layer_rows: int = choice(0)
     streams: int = choice(1)

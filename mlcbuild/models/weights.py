@@ -41,7 +41,7 @@ class Declared:
     def shape_for(self, vocab_size: Any) -> list[Any]:
         """The shape with `vocab_size` where the vocabulary is, which stays symbolic."""
         shape: list[Any] = list(self.shape)
-        if self.role in ("embedding", "lm_head", "lm_head_bias") and self.rows_axis is not None:
+        if self.role in ("embedding", "lm_head", "lm_head_bias", "lm_head_scale") and self.rows_axis is not None:
             shape[self.rows_axis] = vocab_size
         return shape
 

@@ -30,7 +30,6 @@ VOCABULARY = 512
 _PATTERN, _BORROWING = "hybrid_override_pattern", "num_kv_shared_layers"
 _SEPARATOR = "<|endoftext|>"
 _PERIOD = 1_000_003  # random numbers; a prime, so that no two rows of a matrix are alike
-_ONE = b"\x80\x3f"  # bfloat16
 _BYTES = {"BF16": 2, "F16": 2, "I32": 4}
 # Of BitNet's matrices: the structure follows from it, and random ones are rounded to three values at convert.
 _BITNET = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
@@ -113,7 +112,7 @@ def make(folder: Path, config: Mapping[str, Any], architecture: Architecture, sp
     (making / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (making / "tokenizer.json").write_text(_tokenizer(special))
     with (making / "model.safetensors").open("wb") as file:
-        _write(file, tensors)
+        _write(file, tensors, {source: 1 / each.times for each in parameters(model) for source in each.sources})
     try:
         making.rename(place)
     except OSError:  # another process was faster
@@ -156,8 +155,11 @@ def _rows(parameter: Parameter) -> list[int]:
     return [rows // count] * (count - 1) + [rows - rows // count * (count - 1)]
 
 
-def _write(file: BinaryIO, tensors: Sequence[Tensor]) -> None:
-    """A safetensors file: the header's length, the header, numbers. Matrices `[N, K]` have a deviation of K^-1/2."""
+def _write(file: BinaryIO, tensors: Sequence[Tensor], vectors: Mapping[str, float]) -> None:
+    """A safetensors file: the header's length, the header, numbers. Matrices `[N, K]` have a deviation of K^-1/2.
+
+    `vectors`: the number that each is full of, so that what convert makes of it is 1; 1 of those that are not there.
+    """
     import numpy as np
 
     header: dict[str, Any] = {}
@@ -181,7 +183,7 @@ def _write(file: BinaryIO, tensors: Sequence[Tensor]) -> None:
         elif dtype == "F16":
             file.write(np.full(prod(shape), columns**-0.5 / _AWQ_DEVIATION, np.float16).tobytes())
         elif len(shape) == 1:
-            file.write(_ONE * shape[0])
+            file.write(np.float32(vectors.get(name, 1.0)).tobytes()[2:] * shape[0])  # the upper half
         else:
             width = shape[-1]
             if width not in made:

@@ -28,25 +28,32 @@ def make(structure: Structure, vocabulary: int, quantization: Quantization, fold
     around 1, biases and the rates of keys around 0 (as Doge has them at first), the rates of state spaces around -1: of
     a positive rate a state grows without end. (Lightning attention has them without the sign.) Of heads whose scores
     have a scale of their own (1, in Gemma 4), norms lie around what makes the scores' deviation 1: they would else grow
-    with the head, and one key of all have the whole softmax.
+    with the head, and one key of all have the whole softmax. Where hidden states have the length 1, factors of what
+    matrices make of them lie around what makes that as long again, as for any other model.
     """
     rate = 1.0 if structure.mixer == "lightning" else -1.0
     scale = structure.attention_scale if structure.qk_norm == "head" else None
+    factor = structure.hidden_size**0.5 if structure.norm_length else 1.0
     wanted = parameters(replace(structure, vocab_size=vocabulary))
     blocks = _Blocks(scratch / "numbers.bin")
     made: dict[str, list[QuantizedParameter]] = {}
     for tensor in quantized_parameters(wanted, quantization):
         made.setdefault(tensor.source, []).append(tensor)
-    entries = [_entry(parameter, made[parameter.name], blocks, rate, scale) for parameter in wanted]
+    entries = [_entry(parameter, made[parameter.name], blocks, rate, scale, factor) for parameter in wanted]
     folder.mkdir()
     quantize({"parameters": entries}, {_Blocks.name: blocks.write()}, wanted, quantization, folder, scratch=scratch)
     return folder
 
 
 def _entry(
-    parameter: Parameter, tensors: list[QuantizedParameter], blocks: _Blocks, rate: float, scale: float | None
+    parameter: Parameter,
+    tensors: list[QuantizedParameter],
+    blocks: _Blocks,
+    rate: float,
+    scale: float | None,
+    factor: float,
 ) -> dict[str, Any]:
-    """The parameter as parameters.json has one. `scale`: of scores of normed heads."""
+    """The parameter as parameters.json has one. `scale`: of scores of normed heads; factors lie around `factor`."""
     shape = list(parameter.shape)
     packed = tensors[0].weights
     entry: dict[str, Any] = {"name": parameter.name, "shape": shape, "dtype": "bfloat16"}
@@ -62,6 +69,7 @@ def _entry(
         return {**entry, "parts": [blocks.part((rate, 0.1), shape)]}
     if not parameter.is_matrix:
         centre = 0.0 if parameter.role.endswith(("_bias", "key_rate")) else 1.0
+        centre = factor if parameter.role.endswith("_scale") else centre
         if scale is not None and parameter.role in ("q_norm", "k_norm"):
             centre = (scale * shape[-1] ** 0.5) ** -0.5
         return {**entry, "parts": [blocks.part((centre, 0.1 * (centre or 1)), shape)]}

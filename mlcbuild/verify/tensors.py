@@ -59,7 +59,7 @@ class PieceParameters:
         """
         if not self.writes:
             return []
-        return [*(self._of(("lm_head",)) or self.embedding), *self._of(("lm_head_bias",))]
+        return [*(self._of(("lm_head",)) or self.embedding), *self._of(("lm_head_bias", "lm_head_scale"))]
 
     def _of(self, roles: Sequence[str]) -> list[Parameter]:
         return [p for p in self.parameters if p.role in roles]

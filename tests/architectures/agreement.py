@@ -228,9 +228,14 @@ def originals(
     parameter: Parameter, values: Array, tensors: Mapping[str, Array], names: Mapping[str, str]
 ) -> dict[str, Array]:
     """The checkpoint tensors that a parameter is made of: the inverse of what convert does, written anew."""
+    sources = parameter.sources
+    if parameter.alternative and not any(source in tensors for source in sources):
+        sources = parameter.alternative
+    source = sources[0]
     if "first_rows" in parameter.convert:
-        (source,) = parameter.sources
         values = np.concatenate([values, tensors[names.get(source, source)][len(values) :]])
+    if "last_rows" in parameter.convert and len(sources) == 1:
+        values = np.concatenate([tensors[source][: -len(values)], values])
     if "differential" in parameter.convert:
         return {}  # not quantized
     if "join_heads" in parameter.convert:
@@ -243,6 +248,10 @@ def originals(
         values = np.log(-values)
     if "exp_negative_exp" in parameter.convert:
         values = np.log(-np.log(values))
+    if "square" in parameter.convert:
+        values = np.sqrt(values)
+    if "times" in parameter.convert:
+        values = values / np.float32(parameter.times)
     if "halve" in parameter.convert:
         values = values * np.float32(2**parameter.halvings)
     if "softplus" in parameter.convert:
@@ -265,9 +274,6 @@ def originals(
         values = np.concatenate(parts, axis=1).reshape(values.shape)
     found, start = {}, 0
     rows_of_all = values.reshape(-1, values.shape[-1]) if values.ndim == 3 else values
-    sources = parameter.sources
-    if parameter.alternative and not any(source in tensors for source in sources):
-        sources = parameter.alternative
     for source in sources:
         name = source if source in tensors else names.get(source, names.get(source.partition(".")[2], source))
         shape = tensors[name].shape if name in tensors else values.shape

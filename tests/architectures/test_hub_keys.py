@@ -33,6 +33,7 @@ HUB: dict[str, dict[str, Any]] = {
         **{"moe_capacity": [64, 64, 64], "moe_gate": "topk", "moe_use_aux_free": True, "moe_gate_act": None},
         **{"num_nextn_predict_layers": 1, "use_rmsnorm": True},
     },
+    "ctrl": {"n_ctx": 512, "from_tf": False, "output_past": True, "num_labels": 1, "pruned_heads": {}},
     "exaone": {"embed_dropout": 0.0},
     "falcon_h1": {
         "mamba_use_mlp": True,

@@ -98,6 +98,8 @@ def test_formats_that_a_device_cannot_read(
         "longcat_flash",
         "jetmoe",
         "doge",
+        "hrm_text",
+        "dory",
     ],
 )
 def test_what_one_architecture_has_lowers_for_cuda(name: str) -> None:

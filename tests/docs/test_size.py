@@ -56,11 +56,11 @@ def test_each_bound_fails_with_a_sentence(repository: Path) -> None:
     for number in range(117):
         write(repository, f"mlcbuild/steps/step{number}.py", 400)
     write(repository, "mlcbuild/planning/planner.py", 401)
-    write(repository, "recipes/architectures/llama.yaml", 4601)
+    write(repository, "recipes/architectures/llama.yaml", 4734)
     done = size(repository)
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
         "mlcbuild/ has 47,332 lines, 332 over its budget of 47,000",
-        "recipes/architectures/ has 4,601 lines, 1 over its budget of 4,600",
+        "recipes/architectures/ has 4,734 lines, 1 over its budget of 4,733",
         "mlcbuild/planning/planner.py has 401 lines, over 400: split it by its ideas",
     ]

@@ -19,11 +19,13 @@ from mlcbuild.models.architecture import resolve
 from mlcbuild.models.parameters import parameters
 from mlcbuild.models.structure import Structure
 from mlcbuild.steps import convert
+from tests.architectures import family_cases
 from tests.architectures.agreement import config_of, save
-from tests.architectures.cases import CASES
+from tests.architectures.cases import CASES as OWN
 from tests.support import llama
 
 Array = npt.NDArray[Any]
+CASES = {**OWN, **family_cases.CASES}
 
 
 def checkpoint(name: str, folder: Path) -> tuple[Structure, dict[str, Array]]:
@@ -65,6 +67,46 @@ def test_matrices_are_transposed_and_biases_are_not(tmp_path: Path) -> None:
 def test_a_large_matrix_is_transposed_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(computed, "PIECE", 100)
     test_matrices_are_transposed_and_biases_are_not(tmp_path)
+
+
+def test_parts_of_one_matrix_and_these_one_by_one_become_the_same(tmp_path: Path) -> None:
+    """HRM-Text's checkpoints have a layer's gate, queries, keys and values joined, or apart."""
+    model, tensors = checkpoint("hrm_text-tied", tmp_path / "joined")
+    found = converted(model, tmp_path / "joined", tmp_path / "job")
+    whole = tensors["model.H_module.layers.0.attn.gqkv_proj.weight"]
+    at = "model.H_module.layers.0.self_attn"
+    np.testing.assert_array_equal(found[f"{at}.gate_proj.weight"], whole[:64])
+    np.testing.assert_array_equal(found[f"{at}.qkv_proj.weight"], whole[64:])
+    apart = {name: values for name, values in tensors.items() if "gqkv" not in name}
+    for name in (name for name in tensors if "gqkv" in name):
+        for part, values in zip(["gate", "q", "k", "v"], np.split(tensors[name], 4), strict=True):
+            apart[name.replace("attn.gqkv", f"self_attn.{part}")] = np.ascontiguousarray(values)
+    same_under_other_names(model, apart, found, tmp_path)
+
+
+def test_attention_and_mlp_as_layers_apart_become_the_same(tmp_path: Path) -> None:
+    """Dory's names on the hub, and those that transformers writes; its vectors are trained as parts of what is used."""
+    model, tensors = checkpoint("dory", tmp_path / "one")
+    found = converted(model, tmp_path / "one", tmp_path / "job")
+    at = "backbone.layers.1"
+    factors = tensors[f"{at}.self_attn.sqk"] * 24**0.5 / 0.5
+    np.testing.assert_allclose(found[f"{at}.self_attn.sqk"], factors**2, rtol=1e-6)
+    np.testing.assert_allclose(found[f"{at}.lambda_2"], np.abs(tensors[f"{at}.lambda_2"]) * 0.05 / 0.5, rtol=1e-6)
+    apart = {}
+    for name, values in tensors.items():
+        start, _, rest = name.partition("layers.")
+        number, _, part = rest.partition(".")
+        second = part.startswith("mlp.") or part == "lambda_2"
+        part = {"lambda_1": "attn_alpha", "lambda_2": "mlp_alpha"}.get(part, f"mixer.{part.partition('.')[2]}")
+        apart[f"{start}layers.{2 * int(number) + second}.{part}" if rest else name] = values
+    same_under_other_names(model, apart, found, tmp_path)
+
+
+def same_under_other_names(model: Structure, apart: dict[str, Array], found: dict[str, Array], folder: Path) -> None:
+    (folder / "apart").mkdir()
+    save_file(apart, folder / "apart" / "model.safetensors")
+    again = converted(model, folder / "apart", folder / "again")
+    assert found.keys() == again.keys() and all((found[name] == again[name]).all() for name in found)
 
 
 def test_rows_of_head_groups_are_put_in_order(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from mlcbuild.compiler.gpu import expert_plan, experts, rows
 from mlcbuild.compiler.gpu.device import device_of
 from mlcbuild.models import routers
 from mlcbuild.quantization.schemes import parts_of
+from mlcbuild.recipes.types import Weights
 from tests.compiler.packing import pack, rounded
 from tests.support.gpus import Gpu
 from tests.support.llama import QUANTIZATIONS, Array
@@ -20,6 +21,8 @@ pytestmark = pytest.mark.slow
 
 EXPERTS, COUNT, ROWS, COLUMNS = 5, 2, 136, 128  # rows of a matrix: more than any block has
 FEW, MANY = 7, 150  # tokens
+FIVE_BITS = Weights(5, 48, "uint32", "NK", symmetric=True)
+FORMATS = {**QUANTIZATIONS, "5 bits": replace(QUANTIZATIONS["q4f16_1"], weights=FIVE_BITS)}
 
 
 def floats(*shape: int, seed: int = 0) -> Array:
@@ -83,13 +86,16 @@ def test_tokens_are_ordered_by_their_experts(gpu: Gpu, experts: int, count: int,
     ("name", "each"),
     [
         *((name, False) for name in ("q0f32", "q0f16", "q4f16_1", "q3f16_1", "q4f32_0", "q4f16_autoawq")),
+        *((name, False) for name in ("q3f16_0_2023", "5 bits")),  # five and six numbers to a word
         ("q4f16_1", True),
     ],
 )
 def test_each_row_is_multiplied_with_the_experts_that_it_chose(gpu: Gpu, name: str, each: bool) -> None:
     """A few rows one by one; many in tiles, some of them partial."""
-    quantization = QUANTIZATIONS[name]
+    quantization = FORMATS[name]
     weights, dtype = quantization.weights, quantization.model_dtype
+    if gpu.name == "wgsl" and weights is not None and weights.storage_dtype != "uint32":
+        pytest.skip("WGSL has no integers of 16 bits")
     if weights is not None and weights.scheme == "group":
         weights = replace(weights, layout="NK")
     packed = pack(floats(EXPERTS, ROWS, COLUMNS), weights, dtype)

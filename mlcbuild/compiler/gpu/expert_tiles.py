@@ -79,7 +79,8 @@ def few(experts: int) -> int:
 def body(p: Product) -> Any:
     """The kernel of all tiles. A block behind its expert's last choice goes through no columns, and stores nothing."""
     step = formats.words(p.weights)
-    depth = step * max(4, _DEPTH // step)
+    depth = step * (-(-max(4, _DEPTH // step) // 4) * 4)  # a multiple of four words: each thread has as many numbers
+    assert _WIDTH * depth % _THREADS == _HEIGHT * (depth // step) % _THREADS == 0, f"{step} numbers to a word"
     (block, tile), blocks = p.blocks(_WIDTH, _HEIGHT)
     thread = tirx.Var("tx", "int32")
     # A column after the other, a number more to each, so that threads store to different banks.

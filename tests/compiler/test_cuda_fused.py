@@ -80,8 +80,9 @@ def read_twice(g: Graph, x: Any) -> list[Any]:
         (lambda g, x: [g.gate(g.product(g.norm(x)))], ["norm_product_gate"]),
         (two_products, ["norm", "product", "product"]),
         (read_twice, ["product", "gate"]),
+        (lambda g, x: [g.product(g.norm(x, 2.0))], ["norm", "product"]),
     ],
-    ids=["a chain", "a norm of two products", "a product that is read twice"],
+    ids=["a chain", "a norm of two products", "a product that is read twice", "a norm and a scale"],
 )
 def test_what_becomes_one(build: Callable[[Graph, Any], list[Any]], called: list[str]) -> None:
     module = Graph(build).module

@@ -10,6 +10,7 @@ from tvm import te, tirx
 
 from mlcbuild.compiler.gpu import expert_plan, experts, rows
 from mlcbuild.compiler.gpu.device import device_of
+from mlcbuild.compiler.operations import FEW as NO_PLAN
 from mlcbuild.models import routers
 from mlcbuild.quantization.schemes import parts_of
 from mlcbuild.recipes.types import Weights
@@ -73,7 +74,7 @@ def test_tokens_are_ordered_by_their_experts(gpu: Gpu, experts: int, count: int,
     order, tiles = planned(chosen, experts)
     scratch = np.full((expert_plan.parts(chosen.size), experts), -1, np.int32)
     given = {"chosen": chosen, "order": order * 0, "tiles": np.full(tiles.shape, -1, np.int32), "counts": scratch}
-    function = expert_plan.plan(experts, count)
+    function = expert_plan.plan(experts, count, 0)
     for which in (0, 1):
         given |= gpu.launch(function, which, given, {"n": tokens})
     np.testing.assert_array_equal(given["order"], order)
@@ -107,7 +108,9 @@ def test_each_row_is_multiplied_with_the_experts_that_it_chose(gpu: Gpu, name: s
     device = device_of(gpu.TARGET)
     function = gpu.scheduled(experts.linear(described, weights, ROWS, COLUMNS, COUNT, each, dtype, dtype, device))
     tiled = len(gpu.kernels(function)) - 1
-    assert tiled == (2 if gpu.kind == "cuda" and name in ("q0f16", "q4f16_1") else 1)  # q3f16_1 has one size of blocks
+    own = gpu.kind == "cuda" and name in ("q0f16", "q4f16_1", "q3f16_1")
+    assert tiled == (2 if own and name != "q3f16_1" else 1)  # 3 bits have one size of blocks
+    assert function.attrs[NO_PLAN] == (1 if own else 8) * EXPERTS
     values = packed.values.astype(np.float64)
     for which, tokens in enumerate((FEW, *[MANY] * tiled)):
         chosen = choices(EXPERTS, COUNT, tokens)

@@ -16,7 +16,7 @@ from tvm.script.ir_builder import tirx as T
 
 from mlcbuild.compiler.gpu import formats
 from mlcbuild.compiler.gpu.cuda_rows import launched
-from mlcbuild.compiler.gpu.expert_plan import TILE, tile_count
+from mlcbuild.compiler.gpu.expert_plan import FIELDS, TILE, tile_count
 from mlcbuild.compiler.gpu.rows import float32, widened
 from mlcbuild.recipes.types import Weights
 
@@ -49,7 +49,7 @@ class Product:
 
     def tile(self, place: Any) -> tuple[Any, Any, Any]:
         """The fields of a tile."""
-        expert, first, end = (self.tiles[place, field] for field in range(3))
+        expert, first, end = (self.tiles[place, field] for field in range(FIELDS))
         return expert, first, end
 
     def blocks(self, width: int, height: int) -> tuple[tuple[Any, ...], dict[str, tuple[Any, Any]]]:

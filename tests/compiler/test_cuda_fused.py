@@ -26,7 +26,7 @@ class Graph:
     """A function of x [n, WIDTH] and of what its calls read beside; everything is float16."""
 
     def __init__(self, build: Callable[[Graph, Any], list[Any]]) -> None:
-        self.builder, n = relax.BlockBuilder(), tirx.Var("n", "int64")
+        self.builder, n, self.matrices = relax.BlockBuilder(), tirx.Var("n", "int64"), list[Any]()
         self.given = [relax.Var("x", relax.TensorType([n, WIDTH], "float16"))]
         with self.builder.function("main"):
             with self.builder.dataflow():
@@ -57,6 +57,7 @@ class Graph:
         parts = tuple((part.form, tuple(part.shape), part.dtype) for part in packed) or PLAIN
         function = products.linear(parts, weights, *shape, "float16", "float16", False)
         given = [self.reads(of, dtype) for _, of, dtype in parts]
+        self.matrices.append(given[0])
         return call(self.builder, function, "product", [x, *given], [x.ty.shape[0], 2 * WIDTH], "float16")
 
     def gate(self, x: Any) -> Any:
@@ -96,14 +97,13 @@ def test_what_is_asked_for_ahead() -> None:
     """The matrix of the next product, in whatever words; nothing by the last one."""
 
     def build(g: Graph, x: Any) -> list[Any]:
-        return [g.product(x, PACKED), g.product(x), g.product(x, PACKED), g.product(x, PACKED)]
+        return [g.product(x, PACKED), g.product(x), g.product(g.norm(x), PACKED), g.product(x, PACKED)]
 
-    module = Graph(build).module
+    graph = Graph(build)
     with quick(), target.Target(dict(CUDA)):
-        module = schedules.schedule(module, device_of(CUDA))
+        module = schedules.schedule(graph.module, device_of(CUDA))
     order = [binding for binding in bindings_of(module["main"]) if given_to(binding)]
-    matrices = [given_to(binding)[1] for binding in order]
-    for binding, wanted in zip(order[:-1], matrices[1:], strict=True):
+    for binding, wanted in zip(order[:-1], graph.matrices[1:], strict=True):
         function, given = module[binding.value.args[0]], given_to(binding)
         assert given[-1].same_as(wanted) and function.params[len(given) - 1].dtype == wanted.ty.dtype
         assert function.script().count("prefetch_next") == len(schedules.FEW)

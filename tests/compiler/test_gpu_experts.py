@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
-from tvm import te, tirx
+from tvm import relax, te, tirx
 
+from mlcbuild.compiler import operations
 from mlcbuild.compiler.gpu import expert_plan, experts, rows
+from mlcbuild.compiler.gpu import operations as gpu_operations
 from mlcbuild.compiler.gpu.device import device_of
-from mlcbuild.compiler.operations import FEW as NO_PLAN
 from mlcbuild.models import routers
+from mlcbuild.models.weights import Weight
 from mlcbuild.quantization.schemes import parts_of
 from mlcbuild.recipes.types import Weights
 from tests.compiler.packing import pack, rounded
-from tests.support.gpus import Gpu
+from tests.support.gpus import DEVICES, Gpu
 from tests.support.llama import QUANTIZATIONS, Array
 
 pytestmark = pytest.mark.slow
@@ -110,7 +114,7 @@ def test_each_row_is_multiplied_with_the_experts_that_it_chose(gpu: Gpu, name: s
     tiled = len(gpu.kernels(function)) - 1
     own = gpu.kind == "cuda" and name in ("q0f16", "q4f16_1", "q3f16_1")
     assert tiled == (2 if own and name != "q3f16_1" else 1)  # 3 bits have one size of blocks
-    assert function.attrs[NO_PLAN] == (1 if own else 8) * EXPERTS
+    assert function.attrs[operations.FEW] == (1 if own else 8) * EXPERTS
     values = packed.values.astype(np.float64)
     for which, tokens in enumerate((FEW, *[MANY] * tiled)):
         chosen = choices(EXPERTS, COUNT, tokens)
@@ -122,6 +126,36 @@ def test_each_row_is_multiplied_with_the_experts_that_it_chose(gpu: Gpu, name: s
         rows = x if each else x.repeat(COUNT, axis=0)
         expected = np.einsum("pk,pnk->pn", rows.astype(np.float64), values[chosen.reshape(-1)])
         assert np.abs(got - expected).max() < (2e-3 if dtype == "float16" else 1e-5) * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("target", "names", "most"),
+    [
+        ("cuda", ("q4f16_1", "q4f16_1"), [EXPERTS]),
+        ("cuda", ("q4f16_1", "5 bits"), [EXPERTS, 8 * EXPERTS]),  # what our own functions read, and what they do not
+        ("metal", ("q4f16_1", "5 bits"), [8 * EXPERTS]),
+    ],
+)
+def test_a_plan_is_made_where_its_products_read_it(target: str, names: tuple[str, ...], most: list[int]) -> None:
+    device = device_of(next(each.TARGET for each in DEVICES if each.name == target))
+    builder, n = relax.BlockBuilder(), tirx.Var("n", "int64")
+    make = operations.operations(builder, "float16", gpu_operations.factories("float16", device))
+    x, chosen = (
+        relax.Var("x", relax.TensorType([n, 128], "float16")),
+        relax.Var("chosen", relax.TensorType([n, COUNT], "int32")),
+    )
+    with builder.function("main", [x, chosen]):
+        for name in names:
+            packing = FORMATS[name].weights
+            assert packing is not None
+            parts = parts_of((EXPERTS, ROWS, 128), packing, "float16")
+            held: dict[str, Any] = {
+                part.form: relax.Var(part.form, relax.TensorType(list(part.shape), part.dtype)) for part in parts
+            }
+            made = make.expert_linear(x, chosen, Weight(held, packing, ROWS))
+        builder.emit_func_output(made)
+    plans = [f for gv, f in builder.get().functions_items() if gv.name_hint.startswith("plan_experts")]
+    assert sorted(int(re.findall(r"if n \* 2 > (\d+)", plan.script())[0]) for plan in plans) == most
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

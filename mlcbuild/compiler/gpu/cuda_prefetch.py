@@ -77,9 +77,8 @@ def _matrix(function: tirx.PrimFunc) -> int:
     tvm_ffi.structural_map(function.body, [(ir.Call, take)])
     if not found:
         return 0
-    # Of x and results, n is a size that is not known; of the matrix, behind x, its columns are.
-    place = next(i for i, p in enumerate(function.params) if tvm_ffi.structural_equal(p.data, found[0]))
-    assert place, "the argument that is the matrix is another one"
+    place = next((i for i, p in enumerate(function.params) if tvm_ffi.structural_equal(p.data, found[0])), 0)
+    assert place, "x, or what is the kernel's own, is where _MATRIX says that the matrix is"
     return place
 
 

@@ -5,7 +5,7 @@
 
 namespace mlcbuild {
 
-constexpr int LINE = 128;        // bytes that are fetched at once
+constexpr int LINE = 128;         // bytes that are fetched at once
 constexpr int LAST_BLOCKS = 256;  // of a kernel, which end when it does
 
 // The last blocks share out the first `bytes` of `next`, but for a part of a line.

@@ -18,6 +18,9 @@ from mlcbuild.models.weights import Weight
 Part = tuple[str, tuple[int | str, ...], str]
 
 
+FEW = "mlcbuild.few"  # attribute of a product with experts: up to how many choices it reads no plan
+
+
 @dataclass(frozen=True)
 class Factories:
     """What makes the kernels of a device, for one model dtype: PrimFuncs for given sizes.
@@ -29,8 +32,8 @@ class Factories:
     norm_heads((heads, kv_heads), dim, shapes of the weights, spans, centred, eps)
     rope((heads, kv_heads), dim, rotary)
     choose_experts(experts, choices, normalised, scale), weighted_sum(choices, width)
-    plan_experts(builder, chosen, number of experts): emits what `expert_linear` is given of chosen experts beside them
-    expert_linear(weight, columns, choices, whether x has a row of its own for each choice)
+    plan_experts(builder, chosen, number of experts, FEW): emits what `expert_linear` is given beside chosen experts
+    expert_linear(weight, columns, choices, whether x has a row of its own for each choice), with an attribute FEW
     softmax(builder, logits, temperature): emits what gives the probabilities
     """
 
@@ -45,7 +48,7 @@ class Factories:
     norm_heads: Callable[..., Any]
     rope: Callable[[tuple[int, int], int, Rotary], Any]
     choose_experts: Callable[[int, int, bool, float], Any]
-    plan_experts: Callable[[relax.BlockBuilder, Expr, int], list[Expr]]
+    plan_experts: Callable[[relax.BlockBuilder, Expr, int, int], list[Expr]]
     expert_linear: Callable[[Weight, int, int, bool], Any]
     weighted_sum: Callable[[int, int], Any]
     softmax: Callable[[relax.BlockBuilder, Expr, Expr], Expr]
@@ -54,7 +57,7 @@ class Factories:
 def operations(builder: relax.BlockBuilder, dtype: str, make: Factories) -> Operations:
     """Operations that emit into `builder`; `dtype` is the model dtype."""
     compute, emit = make.compute, partial(call, builder)
-    plans: dict[tuple[Expr, int], list[Expr]] = {}  # of chosen experts: made once for all products with them
+    plans: dict[tuple[Expr, int, int], list[Expr]] = {}  # of chosen experts: made once for all products with them
 
     def operand(x: Expr, alone: bool = False) -> Expr:
         shape, given, wanted = list(x.ty.shape), str(x.ty.dtype), make.operand
@@ -111,7 +114,8 @@ def operations(builder: relax.BlockBuilder, dtype: str, make: Factories) -> Oper
         each = not sym.Analyzer().can_prove_equal(rows_of_x, n)
         kernel = make.expert_linear(weight, int(columns), int(count), each)
         parts = list(weight.parts.values())
-        key = chosen, int(parts[0].ty.shape[0])
+        few = int(kernel.attrs[FEW]) if kernel.attrs is not None and FEW in kernel.attrs else 0
+        key = chosen, int(parts[0].ty.shape[0]), few
         if key not in plans:
             plans[key] = make.plan_experts(builder, *key)
         return emit(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +229,10 @@ def test_what_is_on_its_way_from_the_cache(architecture: str, tmp_path: Path) ->
     assert len(loads) == 2 * (keys + values) + 1 and sum(".128" in name for name in loads) == len(loads) - 1
     blocks_that_fit = 65536 // (32 * cuda_attention.WARPS * -(-attend.registers // 8) * 8)
     assert blocks_that_fit * cuda_attention.WARPS * 32 * 16 * (keys + values) >= 64 * 1024
+    # What a block has written is there before it is counted, and those of others are read behind that.
+    joining = [name for name in attend.instructions if re.match(r"STG|BAR|MEMBAR|ATOMG|LDG.*STRONG", name)]
+    order = [name for name, _ in groupby(each.split(".")[0] for each in joining)]
+    assert order[-8:] == ["STG", "BAR", "MEMBAR", "ATOMG", "MEMBAR", "BAR", "LDG", "STG"]
 
 
 @pytest.mark.slow

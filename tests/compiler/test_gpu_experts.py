@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
-from tvm import te, tirx
+from tvm import relax, te, tirx
 
+from mlcbuild.compiler import operations
 from mlcbuild.compiler.gpu import expert_plan, experts, rows
+from mlcbuild.compiler.gpu import operations as gpu_operations
 from mlcbuild.compiler.gpu.device import device_of
 from mlcbuild.models import routers
+from mlcbuild.models.weights import Weight
 from mlcbuild.quantization.schemes import parts_of
+from mlcbuild.recipes.types import Weights
 from tests.compiler.packing import pack, rounded
-from tests.support.gpus import Gpu
+from tests.support.gpus import DEVICES, Gpu
 from tests.support.llama import QUANTIZATIONS, Array
 
 pytestmark = pytest.mark.slow
 
 EXPERTS, COUNT, ROWS, COLUMNS = 5, 2, 136, 128  # rows of a matrix: more than any block has
 FEW, MANY = 7, 150  # tokens
+FIVE_BITS = Weights(5, 48, "uint32", "NK", symmetric=True)
+FORMATS = {**QUANTIZATIONS, "5 bits": replace(QUANTIZATIONS["q4f16_1"], weights=FIVE_BITS)}
 
 
 def floats(*shape: int, seed: int = 0) -> Array:
@@ -70,7 +78,7 @@ def test_tokens_are_ordered_by_their_experts(gpu: Gpu, experts: int, count: int,
     order, tiles = planned(chosen, experts)
     scratch = np.full((expert_plan.parts(chosen.size), experts), -1, np.int32)
     given = {"chosen": chosen, "order": order * 0, "tiles": np.full(tiles.shape, -1, np.int32), "counts": scratch}
-    function = expert_plan.plan(experts, count)
+    function = expert_plan.plan(experts, count, 0)
     for which in (0, 1):
         given |= gpu.launch(function, which, given, {"n": tokens})
     np.testing.assert_array_equal(given["order"], order)
@@ -83,13 +91,16 @@ def test_tokens_are_ordered_by_their_experts(gpu: Gpu, experts: int, count: int,
     ("name", "each"),
     [
         *((name, False) for name in ("q0f32", "q0f16", "q4f16_1", "q3f16_1", "q4f32_0", "q4f16_autoawq")),
+        *((name, False) for name in ("q3f16_0_2023", "5 bits")),  # five and six numbers to a word
         ("q4f16_1", True),
     ],
 )
 def test_each_row_is_multiplied_with_the_experts_that_it_chose(gpu: Gpu, name: str, each: bool) -> None:
     """A few rows one by one; many in tiles, some of them partial."""
-    quantization = QUANTIZATIONS[name]
+    quantization = FORMATS[name]
     weights, dtype = quantization.weights, quantization.model_dtype
+    if gpu.name == "wgsl" and weights is not None and weights.storage_dtype != "uint32":
+        pytest.skip("WGSL has no integers of 16 bits")
     if weights is not None and weights.scheme == "group":
         weights = replace(weights, layout="NK")
     packed = pack(floats(EXPERTS, ROWS, COLUMNS), weights, dtype)
@@ -101,7 +112,9 @@ def test_each_row_is_multiplied_with_the_experts_that_it_chose(gpu: Gpu, name: s
     device = device_of(gpu.TARGET)
     function = gpu.scheduled(experts.linear(described, weights, ROWS, COLUMNS, COUNT, each, dtype, dtype, device))
     tiled = len(gpu.kernels(function)) - 1
-    assert tiled == (2 if gpu.kind == "cuda" and name in ("q0f16", "q4f16_1") else 1)  # q3f16_1 has one size of blocks
+    own = gpu.kind == "cuda" and name in ("q0f16", "q4f16_1", "q3f16_1")
+    assert tiled == (2 if own and name != "q3f16_1" else 1)  # 3 bits have one size of blocks
+    assert function.attrs[operations.FEW] == (1 if own else 8) * EXPERTS
     values = packed.values.astype(np.float64)
     for which, tokens in enumerate((FEW, *[MANY] * tiled)):
         chosen = choices(EXPERTS, COUNT, tokens)
@@ -113,6 +126,36 @@ def test_each_row_is_multiplied_with_the_experts_that_it_chose(gpu: Gpu, name: s
         rows = x if each else x.repeat(COUNT, axis=0)
         expected = np.einsum("pk,pnk->pn", rows.astype(np.float64), values[chosen.reshape(-1)])
         assert np.abs(got - expected).max() < (2e-3 if dtype == "float16" else 1e-5) * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("target", "names", "most"),
+    [
+        ("cuda", ("q4f16_1", "q4f16_1"), [EXPERTS]),
+        ("cuda", ("q4f16_1", "5 bits"), [EXPERTS, 8 * EXPERTS]),  # what our own functions read, and what they do not
+        ("metal", ("q4f16_1", "5 bits"), [8 * EXPERTS]),
+    ],
+)
+def test_a_plan_is_made_where_its_products_read_it(target: str, names: tuple[str, ...], most: list[int]) -> None:
+    device = device_of(next(each.TARGET for each in DEVICES if each.name == target))
+    builder, n = relax.BlockBuilder(), tirx.Var("n", "int64")
+    make = operations.operations(builder, "float16", gpu_operations.factories("float16", device))
+    x, chosen = (
+        relax.Var("x", relax.TensorType([n, 128], "float16")),
+        relax.Var("chosen", relax.TensorType([n, COUNT], "int32")),
+    )
+    with builder.function("main", [x, chosen]):
+        for name in names:
+            packing = FORMATS[name].weights
+            assert packing is not None
+            parts = parts_of((EXPERTS, ROWS, 128), packing, "float16")
+            held: dict[str, Any] = {
+                part.form: relax.Var(part.form, relax.TensorType(list(part.shape), part.dtype)) for part in parts
+            }
+            made = make.expert_linear(x, chosen, Weight(held, packing, ROWS))
+        builder.emit_func_output(made)
+    plans = [f for gv, f in builder.get().functions_items() if gv.name_hint.startswith("plan_experts")]
+    assert sorted(int(re.findall(r"if n \* 2 > (\d+)", plan.script())[0]) for plan in plans) == most
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

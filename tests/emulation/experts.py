@@ -23,6 +23,7 @@ def judged(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
     from mlcbuild.compiler.gpu import expert_plan, experts, schedules, sources
     from mlcbuild.compiler.gpu.device import device_of
+    from mlcbuild.compiler.operations import FEW
     from mlcbuild.emulation import cuda
     from mlcbuild.quantization.schemes import parts_of
     from mlcbuild.recipes.load import load
@@ -46,7 +47,7 @@ def judged(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     tvm_ffi.register_global_func("tvm_callback_cuda_compile", compiled, override=True)
     with target.Target({**device, "host": {"kind": "llvm"}}) as both:
         product = experts.linear(described, weights, *shape[1:], COUNT, False, dtype, dtype, device_of(device))
-        named = {"plan": expert_plan.plan(EXPERTS, COUNT), "product": product}
+        named = {"plan": expert_plan.plan(EXPERTS, COUNT, int(product.attrs[FEW])), "product": product}
         module = IRModule({name: function.with_attr("global_symbol", name) for name, function in named.items()})
         run = tvm.compile(schedules.schedule(module, device_of(device)), target=both)
 

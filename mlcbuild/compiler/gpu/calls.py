@@ -8,6 +8,10 @@ from typing import Any
 from tvm import IRModule, ir, relax, tirx
 
 
+def bindings_of(function: relax.Function) -> list[Any]:
+    return [binding for block in function.body.blocks for binding in block.bindings]
+
+
 def given_to(binding: Any) -> list[Any]:
     """What a binding calls a TIR function with; nothing where something else is bound."""
     value = getattr(binding, "value", None)

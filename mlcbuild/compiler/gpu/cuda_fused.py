@@ -1,7 +1,8 @@
 """Fewer launches at decode on CUDA devices: a norm, the product behind it and the gate behind that as one function.
 
-One row is one kernel, of kernels/fused_rows.cuh; up to 32 rows, the gate is part of the product's. More rows launch
-the three one by one. What lies between them is a result of the function that nobody reads: the graph plans its memory.
+One row is one kernel, of kernels/fused_rows.cuh. 2 to 32 rows launch the norm, then the product with the gate in it;
+more launch the three one by one. What lies between them is a result of the function that nobody reads: the graph plans
+its memory.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from mlcbuild.compiler.gpu.calls import added, called, given_to, rebound
 from mlcbuild.compiler.gpu.cuda_rows import COUNTS, fused, launched, operands
 from mlcbuild.compiler.gpu.inlining import blocks_of, scheduled
 from mlcbuild.compiler.gpu.products import PRODUCT
-from mlcbuild.compiler.gpu.rows import GATE, NORM
+from mlcbuild.compiler.gpu.rows import BLOCKS, GATE, NORM
 
 Schedule = Callable[[tirx.PrimFunc, int], tirx.PrimFunc]
 
@@ -83,12 +84,12 @@ def _chains(block: Any, functions: Any) -> list[tuple[list[Any], _Chain]]:
         places = [i for i, each in enumerate(given_to(then)) if each.same_as(binding.var)]
         return then if places == [0] else None
 
-    norms = {next_of(b): b for b in block.bindings if _attribute(_called(b, functions), NORM) is not None}
+    norms = {next_of(b): b for b in block.bindings if _is(_called(b, functions), NORM)}
     chains = []
     for binding in block.bindings:
         product = _called(binding, functions)
         norm, gate = norms.get(binding), next_of(binding)
-        gate = gate if _attribute(_called(gate, functions), GATE) is not None else None
+        gate = gate if _is(_called(gate, functions), GATE) else None
         if product is None or scheduled(product) or (norm or gate) is None:
             continue
         if PRODUCT in blocks_of(product):
@@ -103,8 +104,10 @@ def _called(binding: Any, functions: Any) -> tirx.PrimFunc | None:
     return functions[binding.value.args[0]] if given_to(binding) else None
 
 
-def _attribute(function: tirx.PrimFunc | None, name: str) -> Any:
-    return function.attrs.get(name) if function is not None and function.attrs is not None else None
+def _is(function: tirx.PrimFunc | None, attribute: str) -> bool:
+    """Whether a function has the attribute, and does nothing else."""
+    has = function is not None and function.attrs is not None and attribute in function.attrs
+    return has and not scheduled(function) and blocks_of(function).keys() == BLOCKS[attribute]
 
 
 def _function(chain: _Chain, schedule: Schedule) -> tirx.PrimFunc | None:
@@ -122,8 +125,8 @@ def _function(chain: _Chain, schedule: Schedule) -> tirx.PrimFunc | None:
     above = COUNTS[len(few)]
     many = []
     for each, of in zip(chain.all, joined, strict=True):
-        scheduled = schedule(each, above)
-        many.append(_onto(_replaced(scheduled, {scheduled.params[0].shape[0]: n}), of.params).body)
+        alike = schedule(each, above)
+        many.append(_onto(_replaced(alike, {alike.params[0].shape[0]: n}), of.params).body)
     before = [many.pop(0)] if chain.norm is not None else []
     body = _in_turn(many)
     for most, kernel in reversed([*zip(COUNTS[1:], few, strict=False)]):
@@ -172,20 +175,17 @@ def _kernel(most: int, chain: _Chain) -> tirx.Stmt | None:
     pointers = [each.data for each in (results, shared, x, weight, words, scales)]
     sizes = [tirx.const(eps, "float32"), found.n, found.rows]
     call = tirx.Evaluate(tirx.call_extern("void", chosen.name, *pointers, *sizes, block))
-    each = 1 if gate is None else 2  # rows of the matrix to a result
-    height = chosen.rows // each
+    parts = 1 if gate is None else 2  # rows of the matrix to a result
+    height = chosen.rows // parts
     at = number * chosen.threads + thread
     row, column = at // height, block * height + at % height
-    sums = [tirx.BufferLoad(results, [number * each + i]) for i in range(each)]
-    if gate is None:
-        store = found.epilogue.at(row, column, sums[0])
-    else:
-        parts = (found.epilogue.at(row, column + i * (found.rows // 2), sums[i]).value for i in range(each))
-        store = _gated(gate, row, column, *parts)
-    inside = tirx.all(row < found.n, column < found.rows // each)
-    stores = tirx.For(number, 0, chosen.results // each, tirx.ForKind.UNROLLED, tirx.IfThenElse(inside, store, None))
+    sums = [tirx.BufferLoad(results, [number * parts + i]) for i in range(parts)]
+    stores = [found.epilogue.at(row, column + i * (found.rows // 2), total) for i, total in enumerate(sums)]
+    store = stores[0] if gate is None else _gated(gate, row, column, *(each.value for each in stores))
+    inside = tirx.IfThenElse(tirx.all(row < found.n, column < found.rows // parts), store, None)
+    every = tirx.For(number, 0, chosen.results // parts, tirx.ForKind.UNROLLED, inside)
     blocks = {"blockIdx.x": (block, -(-found.fixed_rows // chosen.rows))}
-    return launched(tirx.SeqStmt([call, stores]), [results, shared], (thread, chosen.threads), blocks)
+    return launched(tirx.SeqStmt([call, every]), [results, shared], (thread, chosen.threads), blocks)
 
 
 def _gated(function: tirx.PrimFunc, row: Any, column: Any, gate: Any, up: Any) -> Any:

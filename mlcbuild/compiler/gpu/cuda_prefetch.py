@@ -1,46 +1,65 @@
 """What the next product reads first is on its way while a kernel ends and another begins, on CUDA devices.
 
 A product of few rows is given the matrix of the product that the same function calls next, as one more argument, and
-asks for its first bytes (kernels/prefetch.cuh). Where there is none, or of another dtype, it is given its own.
+asks for its first bytes (kernels/prefetch.cuh). Where none follows, it stays as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tvm_ffi
 from tvm import DataType, IRModule, ir, relax, tirx
 
-from mlcbuild.compiler.gpu.calls import added, called, given_to, rebound
+from mlcbuild.compiler.gpu.calls import added, bindings_of, called, given_to, rebound
+from mlcbuild.compiler.gpu.rows import int64
 
 KILOBYTES = 2048  # about what the memory of an A100 or H100 has on its way at once
 _MATRIX = {"mlcbuild::few_rows": 4, "mlcbuild::fused_rows": 5}  # the argument of a call, after the function's name
-_LINE = 128  # bytes
 
 
 def prefetch(module: IRModule) -> IRModule:
     """The module, whose products are scheduled, with fetching ones in place of those that others follow."""
     functions = dict(module.functions_items())
     places = {gv: place for gv, f in functions.items() if isinstance(f, tirx.PrimFunc) and (place := _matrix(f))}
-    graphs = {gv: f for gv, f in functions.items() if isinstance(f, relax.Function)}
-    orders = {gv: [each for each in _bindings(f) if _called(each) in places] for gv, f in graphs.items()}
-    made = {}
-    for order in orders.values():
-        for binding in order[:-1]:
-            gv, count = _called(binding), len(given_to(binding))
-            if gv not in made:
-                made[gv] = added(module, f"{gv.name_hint}_ahead", _fetching(functions[gv], places[gv], count))
-    for gv, order in orders.items():
-        matrices = [given_to(binding)[places[_called(binding)]] for binding in order]
-        pairs = zip(matrices, [*matrices[1:], *matrices[-1:]], strict=True)
-        following = dict(zip([binding.var for binding in order], pairs, strict=True))
-        module[gv] = _with_next(graphs[gv], following, made)
+    made: dict[Any, Any] = {}  # by the function, and the dtype and dimensions of the next matrix
+    for gv, function in functions.items():
+        if not isinstance(function, relax.Function):
+            continue
+        instead = {}
+        for binding, before, wanted in _followed(function, places):
+            own, given = _called(binding), given_to(binding)
+            key = own, str(wanted.ty.dtype), int(wanted.ty.ndim)
+            if key not in made:
+                fetching = _fetching(functions[own], len(given), *key[1:])
+                made[key] = added(module, f"{own.name_hint}_ahead_{len(made)}", fetching)
+            call = called(made[key], [*given, wanted], binding.var.ty)
+            instead[binding.var] = [*before, relax.VarBinding(binding.var, call)]
+        module[gv] = rebound(function, instead)
     return module
 
 
-def _bindings(function: relax.Function) -> list[Any]:
-    return [binding for block in function.body.blocks for binding in block.bindings]
+def _followed(function: relax.Function, places: Mapping[Any, int]) -> list[tuple[Any, list[Any], Any]]:
+    """Calls of products that others follow, what to bind before, and the next one's matrix; none that is not known."""
+    bindings = bindings_of(function)
+    values = {each.var: each.value for each in bindings if isinstance(each, relax.VarBinding)}
+    order = [each for each in bindings if _called(each) in places]
+    matrices = [given_to(each)[places[_called(each)]] for each in order[1:]]
+    following = dict(zip([each.var for each in order], matrices, strict=False))
+    known, found = set(function.params), []
+    for binding in bindings:
+        known.add(binding.var)
+        wanted: Any = following.get(binding.var)
+        taken, before = values.get(wanted), list[Any]()
+        if wanted not in known and isinstance(taken, relax.TupleGetItem) and taken.tuple_value in known:
+            wanted = relax.DataflowVar("next", wanted.ty)
+            known.add(wanted)
+            before = [relax.VarBinding(wanted, taken)]
+        if wanted in known:
+            found.append((binding, before, wanted))
+    return found
 
 
 def _called(binding: Any) -> Any:
@@ -56,8 +75,11 @@ def _matrix(function: tirx.PrimFunc) -> int:
         return call
 
     tvm_ffi.structural_map(function.body, [(ir.Call, take)])
-    same = [i for i, p in enumerate(function.params) if found and tvm_ffi.structural_equal(p.data, found[0])]
-    return same[0] if same else 0
+    if not found:
+        return 0
+    place = next((i for i, p in enumerate(function.params) if tvm_ffi.structural_equal(p.data, found[0])), 0)
+    assert place, "x, or what is the kernel's own, is where _MATRIX says that the matrix is"
+    return place
 
 
 def _name(call: Any) -> str:
@@ -65,34 +87,12 @@ def _name(call: Any) -> str:
     return str(call.args[0].value).split("<")[0] if call.op == ir.Op.get("tirx.call_extern") else ""
 
 
-def _with_next(function: relax.Function, following: Mapping[Any, Any], made: Mapping[Any, Any]) -> relax.Function:
-    """`following`: of products' results, their own matrix and the next one's."""
-    values = {each.var: each.value for each in _bindings(function) if isinstance(each, relax.VarBinding)}
-    known, instead = set(function.params), dict[Any, list[Any]]()
-    for binding in _bindings(function):
-        known.add(binding.var)
-        if _called(binding) not in made:
-            continue
-        (own, wanted), before = following[binding.var], list[Any]()
-        taken = values.get(wanted)
-        if wanted not in known and isinstance(taken, relax.TupleGetItem) and taken.tuple_value in known:
-            wanted = relax.DataflowVar("next", wanted.ty)
-            known.add(wanted)
-            before = [relax.VarBinding(wanted, taken)]
-        if wanted not in known or (wanted.ty.dtype, wanted.ty.ndim) != (own.ty.dtype, own.ty.ndim):
-            wanted = own
-        call = called(made[_called(binding)], [*given_to(binding), wanted], binding.var.ty)
-        instead[binding.var] = [*before, relax.VarBinding(binding.var, call)]
-    return rebound(function, instead)
-
-
-def _fetching(function: tirx.PrimFunc, place: int, count: int) -> tirx.PrimFunc:
+def _fetching(function: tirx.PrimFunc, count: int, dtype: str, dimensions: int) -> tirx.PrimFunc:
     """`function` with another matrix after its `count` inputs, which kernels of few rows ask for."""
-    dtype = function.params[place].dtype
-    sizes = [tirx.Var(name, "int32") for name in ("next_rows", "next_columns")]
+    sizes = [tirx.Var(f"next_{i}", "int32") for i in range(dimensions)]
     matrix = tirx.decl_buffer(sizes, dtype, "next")
-    lines = sizes[0] * sizes[1] // (_LINE // DataType(dtype).itemsize)
-    fetch = tirx.Evaluate(tirx.call_extern("void", f"mlcbuild::prefetch_next<{KILOBYTES}>", matrix.data, lines))
+    arguments = matrix.data, bytes_of(sizes, dtype)
+    fetch = tirx.Evaluate(tirx.call_extern("void", "mlcbuild::prefetch_next", *arguments))
 
     def with_fetch(node: Any) -> Any:
         first, *others = node.seq
@@ -102,3 +102,9 @@ def _fetching(function: tirx.PrimFunc, place: int, count: int) -> tirx.PrimFunc:
     body = tvm_ffi.structural_map(function.body, [(tirx.SeqStmt, with_fetch)])
     params = [*function.params[:count], matrix, *function.params[count:]]
     return tirx.PrimFunc(params, body, function.ret_type, function.attrs)
+
+
+def bytes_of(sizes: Sequence[Any], dtype: str) -> Any:
+    """Those of a matrix that are asked for, int32. All of one may be more than int32 has: 256,000 rows of 12,288."""
+    every = math.prod((size.astype("int64") for size in sizes), start=int64(DataType(dtype).itemsize))
+    return tirx.min(every, int64(KILOBYTES * 1024)).astype("int32")

@@ -28,7 +28,7 @@ _THREADS = 128
 
 
 def few(experts: int) -> int:
-    """Up to how many choices products use no plan, and none is made.
+    """Up to how many choices CUDA's products use no plan.
 
     At one for each expert, 63 % of the experts are chosen, and rows one by one read and unpack half more than tiles do.
     A tile of a row or two costs about that much more than reading its matrix: it reads activations for all of its rows.
@@ -45,20 +45,21 @@ def parts(choices: Any) -> Any:
     return (choices + _PART - 1) // _PART
 
 
-def emit(builder: relax.BlockBuilder, chosen: Expr, experts: int) -> list[Expr]:
-    """The order and the tiles of chosen experts [n, count], of so many in all."""
+def emit(builder: relax.BlockBuilder, chosen: Expr, experts: int, most_few: int) -> list[Expr]:
+    """The order and the tiles of chosen experts [n, count], of so many in all; none are made of `most_few` choices."""
     n, count = chosen.ty.shape
     choices = n * count
     shapes = [choices], [tile_count(choices, experts), FIELDS], [parts(choices), experts]
     results = [(shape, "int32") for shape in shapes]
-    return call_all(builder, plan(experts, int(count)), "plan_experts", [chosen], results)[:2]
+    return call_all(builder, plan(experts, int(count), most_few), "plan_experts", [chosen], results)[:2]
 
 
 @functools.cache
-def plan(experts: int, count: int) -> Any:
+def plan(experts: int, count: int, most_few: int) -> Any:
     """chosen [n, count] int32 -> order [n * count] int32, tiles [tiles, FIELDS] int32, counts [parts, experts] int32.
 
-    order: choices, expert after expert; those of one as the tokens come. counts are work space.
+    order: choices, expert after expert; those of one as the tokens come. counts are work space. Of up to
+    `most_few` choices, nothing is written.
     """
     each = -(-experts // _THREADS)
 
@@ -70,7 +71,7 @@ def plan(experts: int, count: int) -> Any:
         order = T.match_buffer(var_order, (n * count,), "int32")
         tiles = T.match_buffer(var_tiles, (tile_count(n * count, experts), FIELDS), "int32")
         counts = T.match_buffer(var_counts, (parts(n * count), experts), "int32")
-        if n * count > few(experts):
+        if n * count > most_few:
             for bx in T.thread_binding(parts(n * count), thread="blockIdx.x"):
                 for tx in T.thread_binding(_THREADS, thread="threadIdx.x"):
                     with T.sblock("count"):

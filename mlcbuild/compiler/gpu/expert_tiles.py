@@ -16,7 +16,7 @@ from tvm.script.ir_builder import tirx as T
 
 from mlcbuild.compiler.gpu import formats
 from mlcbuild.compiler.gpu.cuda_rows import launched
-from mlcbuild.compiler.gpu.expert_plan import TILE, tile_count
+from mlcbuild.compiler.gpu.expert_plan import FIELDS, TILE, tile_count
 from mlcbuild.compiler.gpu.rows import float32, widened
 from mlcbuild.recipes.types import Weights
 
@@ -49,7 +49,7 @@ class Product:
 
     def tile(self, place: Any) -> tuple[Any, Any, Any]:
         """The fields of a tile."""
-        expert, first, end = (self.tiles[place, field] for field in range(3))
+        expert, first, end = (self.tiles[place, field] for field in range(FIELDS))
         return expert, first, end
 
     def blocks(self, width: int, height: int) -> tuple[tuple[Any, ...], dict[str, tuple[Any, Any]]]:
@@ -79,7 +79,8 @@ def few(experts: int) -> int:
 def body(p: Product) -> Any:
     """The kernel of all tiles. A block behind its expert's last choice goes through no columns, and stores nothing."""
     step = formats.words(p.weights)
-    depth = step * max(4, _DEPTH // step)
+    depth = step * (-(-max(4, _DEPTH // step) // 4) * 4)  # a multiple of four words: each thread has as many numbers
+    assert _WIDTH * depth % _THREADS == _HEIGHT * (depth // step) % _THREADS == 0, f"{step} numbers to a word"
     (block, tile), blocks = p.blocks(_WIDTH, _HEIGHT)
     thread = tirx.Var("tx", "int32")
     # A column after the other, a number more to each, so that threads store to different banks.

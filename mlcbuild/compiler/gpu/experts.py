@@ -19,6 +19,7 @@ from mlcbuild.compiler.gpu.expert_plan import FIELDS, tile_count
 from mlcbuild.compiler.gpu.expert_tiles import Of
 from mlcbuild.compiler.gpu.products import Part
 from mlcbuild.compiler.gpu.rows import int64, private, widened
+from mlcbuild.compiler.operations import FEW
 from mlcbuild.recipes.types import Weights
 
 PRODUCT = "product_of_experts"
@@ -120,11 +121,12 @@ def linear(
     held = dict(zip(given, held, strict=True))
     sizes = (experts, rows, in_features, 1 if each else count)
     tiled = expert_tiles.Product(x, order, tiles, held, result, weights, dtype, *sizes)
-    return function.with_body(_by_rows(function.body, tiled, device)).with_attr("op_pattern", _OPAQUE)
+    body, most_few = _by_rows(function.body, tiled, device)
+    return function.with_body(body).with_attr("op_pattern", _OPAQUE).with_attr(FEW, most_few)
 
 
-def _by_rows(one_by_one: Any, product: expert_tiles.Product, device: Device) -> Any:
-    """`one_by_one`, or what is better from a number of choices on."""
+def _by_rows(one_by_one: Any, product: expert_tiles.Product, device: Device) -> tuple[Any, int]:
+    """`one_by_one`, or what is better from a number of choices on; and up to which that is `one_by_one`."""
     own = cuda_experts.bodies(product) if device.kind == "cuda" else []
     most_few = expert_plan.few(product.experts)
     if not own:
@@ -132,7 +134,7 @@ def _by_rows(one_by_one: Any, product: expert_tiles.Product, device: Device) -> 
     (_, body), *rest = reversed(own)
     for most, kernel in [*rest, (most_few, one_by_one)]:
         body = tirx.IfThenElse(tirx.op.tvm_thread_invariant(product.choices <= most), kernel, body)
-    return s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", body))
+    return s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", body)), most_few
 
 
 def _one_by_one(function: tirx.PrimFunc, device: Device, step: int) -> tirx.PrimFunc:

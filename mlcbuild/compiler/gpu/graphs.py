@@ -14,6 +14,8 @@ from typing import Any
 import tvm_ffi
 from tvm import IRModule, ir, relax, transform
 
+from mlcbuild.compiler.gpu.calls import bindings_of
+
 _CAPTURED, _ONE = "batch_decode", "decode"
 _SYMBOLS = "relax.rewrite_cuda_graph.capture_symbolic_vars"
 _PARAMS = "packed_params"
@@ -59,17 +61,13 @@ def _types(functions: Sequence[relax.Function]) -> dict[int, Any]:
     found = {}
     for function in functions:
         taken: dict[relax.Var, int] = {}
-        for binding in _bindings(function):
+        for binding in bindings_of(function):
             index = _taken(binding)
             if index is not None:
                 taken[binding.var] = index
             elif isinstance(binding, relax.MatchCast) and binding.value in taken:
                 found[taken[binding.value]] = binding.ty
     return found
-
-
-def _bindings(function: relax.Function) -> list[Any]:
-    return [binding for block in function.body.blocks for binding in block.bindings]
 
 
 def _taken(binding: Any) -> int | None:
@@ -91,7 +89,7 @@ class _WriteOut:
         """The function's result for `arguments`."""
         known = dict(zip(function.params, arguments, strict=True))
         taken: dict[relax.Var, int] = {}
-        for binding in _bindings(function):
+        for binding in bindings_of(function):
             index = _taken(binding)
             if index is not None:
                 taken[binding.var] = index

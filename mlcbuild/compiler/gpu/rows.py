@@ -12,6 +12,7 @@ from tvm import te, tirx
 from mlcbuild.errors import MlcBuildError
 
 NORM, GATE = "mlcbuild.norm", "mlcbuild.gate"  # attributes of functions: of rms_norm its eps, of gated its width
+BLOCKS = {NORM: {"squares", "normed"}, GATE: {"gate"}}  # of such a function; with others it does more
 
 
 @functools.cache

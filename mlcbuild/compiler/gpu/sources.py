@@ -21,7 +21,7 @@ _FILES = {  # the file that has a function
 _FIRST = 'extern "C" __global__'  # what a kernel begins with; what stands before is the same for all models
 _BEGIN = "// Functions of mlcbuild\n"
 _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"\n', re.MULTILINE)
-_CALL = re.compile(rf"\b{_NAMESPACE}(\w+)<")
+_CALL = re.compile(rf"\b{_NAMESPACE}(\w+)[<(]")
 
 
 def complete(code: str) -> str:

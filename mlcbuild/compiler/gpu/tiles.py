@@ -35,7 +35,8 @@ def fitting(structure: Structure, dtype: str, device: target.Target) -> tuple[ta
         used = tvm_kernels._get_prefill_shared_memory_usage(rows, keys, s.head_dim, dtype)
         if used - bool(more) * keys * s.head_dim * tvm.DataType(dtype).itemsize <= most:
             return each, used <= most
-    raise MlcBuildError(f"head_dim is {s.head_dim}: no tile of attention fits into {most} bytes of shared memory")
+    problem = f"head_dim is {s.head_dim}: no tile of attention in {dtype} fits into {most} bytes of shared memory"
+    raise MlcBuildError(problem + ("; use a float16 format" if dtype == "float32" else ""))
 
 
 def without_values(function: Any) -> Any:

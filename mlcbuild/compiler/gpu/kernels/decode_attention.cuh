@@ -114,13 +114,16 @@ __device__ __forceinline__ void decode_attention(float* shared, T* output, float
     }
   }
   if (splits == 1) return;
-  __threadfence();  // what this block has written is there before it is counted
+  // What all of this block have written is there before it is counted, and what all of the others have, once that is known:
+  // a fence between barriers is of what the whole block does before and behind them (PTX ISA, causality order).
   __syncthreads();
-  unsigned* count = parts_ended + sequence * (KV_HEADS * TILES) + tile;
-  if (threadIdx.x == 0) shared[0] = atomicInc(count, splits - 1) == splits - 1;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    shared[0] = atomicInc(parts_ended + sequence * (KV_HEADS * TILES) + tile, splits - 1) == splits - 1;
+    __threadfence();
+  }
   __syncthreads();
   if (shared[0] == 0) return;
-  __threadfence();
   join_parts<T, DIM, HEADS, WARPS>(results, parts, sums, splits, sequence, head, heads, position < length);
 }
 

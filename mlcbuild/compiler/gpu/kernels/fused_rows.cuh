@@ -8,8 +8,9 @@
 namespace mlcbuild {
 
 // x / sqrt(mean(x²) + eps) * weight (RMSNorm; Zhang and Sennrich, arXiv 1910.07467) goes to product.staged. What x is
-// multiplied by in 16 bits is a power of two, which is exact, and the weight; the rest is returned, for the sums to be
-// multiplied by. `parts`: WARPS floats.
+// multiplied by in 16 bits is a power of two, which is exact but where a number becomes subnormal, and the weight; the rest is
+// returned, for the sums to be multiplied by. The power is one that half has: 2^15 where x is next to nothing, as is eps.
+// `parts`: WARPS floats.
 template <class Product, class T, int K, int WARPS>
 __device__ __forceinline__ float stage_normed(const Product& product, float* parts, const T* x, const T* weight,
                                               float eps) {
@@ -43,7 +44,7 @@ __device__ __forceinline__ float stage_normed(const Product& product, float* par
   sum = 0;
 #pragma unroll
   for (int w = 0; w < WARPS; w++) sum += parts[w];
-  const float all = rsqrtf(sum / K + eps), power = as<float>(as<uint32_t>(all) & 0x7f800000);
+  const float all = rsqrtf(sum / K + eps), power = min(as<float>(as<uint32_t>(all) & 0x7f800000), 32768.f);
 #pragma unroll
   for (int i = 0; i < EACH; i++) {
     const int unit = i * THREADS + threadIdx.x;

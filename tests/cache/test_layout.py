@@ -16,7 +16,7 @@ FOLDERS = "|".join(re.escape(getattr(layout, name)) for name in sorted(NAMES) if
 SPELLED = re.compile(rf"(?:{FOLDERS})|(?:.*/)?(?:{FOLDERS})/.*|\.at|.*\.at\b|run-.*")
 # What is called the same and is something else: a command, its arguments, a word of a table.
 OTHERS = {"cli/models.py": {"test-run"}, "cli/workspace.py": {"logs"}, "workspace/maintenance.py": {"pins"}}
-OTHERS["compiler/gpu/cuda_rows.py"] = {"partial"}  # sums
+OTHERS |= dict.fromkeys(("compiler/gpu/cuda_rows.py", "compiler/gpu/cuda_fused.py"), {"partial"})  # sums
 
 
 def texts(path: Path) -> Iterator[str]:

@@ -101,5 +101,5 @@ def test_weights_of_another_model(case: Case, tmp_path: Path) -> None:
 
 def test_a_library_of_a_whole_model_is_refused(case: Case, tmp_path: Path) -> None:
     path = llama.build_library(case.structure, "q0f32", tmp_path)
-    with pytest.raises(MlcBuildError, match="a library of a whole model, expected one of a decoder's pieces"):
+    with pytest.raises(MlcBuildError, match="a library of a whole model, expected one of a model's pieces"):
         Pieces(path)

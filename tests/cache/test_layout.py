@@ -16,7 +16,7 @@ FOLDERS = "|".join(re.escape(getattr(layout, name)) for name in sorted(NAMES) if
 SPELLED = re.compile(rf"(?:{FOLDERS})|(?:.*/)?(?:{FOLDERS})/.*|\.at|.*\.at\b|run-.*")
 # What is called the same and is something else: a command, its arguments, a word of a table.
 OTHERS = {"cli/models.py": {"test-run"}, "cli/workspace.py": {"logs"}, "workspace/maintenance.py": {"pins"}}
-OTHERS |= dict.fromkeys(("compiler/gpu/cuda_rows.py", "compiler/gpu/cuda_fused.py"), {"partial"})  # sums
+OTHERS |= {f"compiler/gpu/{name}.py": {"partial"} for name in ("cuda_rows", "cuda_fused")}  # sums
 
 
 def texts(path: Path) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """The gated delta rule on GPUs (mlcbuild.models.recurrent.operations: `delta`).
 
-A block has some columns of a head's state, whose columns do not depend on each other. A column's rows are shared out
-among the parts of a block, and stay in a thread's registers from the first token to the last. With s the state after
-it has faded, and q and k of length 1, one pass over s gives all that its parts have to tell each other:
+The columns of a head's state do not depend on each other (mlcbuild.compiler.gpu.memories has how they are shared out).
+With s the state after it has faded, and q and k of length 1, one pass over s gives all that the parts of a block have
+to tell each other:
 
     change = beta (v - s^T k)      out = s^T q + (k . q) change      s becomes s + k change^T
 
@@ -17,17 +17,10 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from mlcbuild.compiler.gpu.memories import COLUMNS, load_pairs, load_state, sharing, store_state
 from mlcbuild.models.recurrent.operations import Scanned
 
-_COLUMNS = 32  # of a block
-_ROWS = 32  # of a thread, at most
-_AHEAD, _KEPT = 8, 2048  # tokens whose keys and queries a block has at a time: so many, or fewer with so many numbers
 _TINY = 1e-6  # added to squared lengths, as transformers does
-
-
-def threads(size: int) -> int:
-    """Of a block, for keys of `size` numbers."""
-    return _COLUMNS * -(-size // _ROWS)
 
 
 @functools.cache
@@ -36,10 +29,10 @@ def delta(s: Scanned) -> Any:
     [batch, heads * size * dim] -> out [n, heads * dim], the states after; all float32.
     """
     size, dim, heads, groups, each = s.size, s.dim, s.heads, s.groups, s.each
-    parts = -(-size // _ROWS)
-    rows = -(-size // parts)
-    padded, threads, blocks = parts * rows, _COLUMNS * parts, -(-dim // _COLUMNS)
-    ahead = max(1, min(_AHEAD, _KEPT // (2 * padded)))
+    shares = sharing(size)
+    parts, rows, padded = shares.parts, shares.rows, shares.padded
+    ahead, threads = shares.ahead, shares.threads
+    blocks = -(-dim // COLUMNS)
     width, shared, scale = 2 * groups * size + heads * dim, heads // groups, 1 / math.sqrt(size)
     fading = padded if each else 1  # decays that a token has in a head
 
@@ -68,29 +61,20 @@ def delta(s: Scanned) -> Any:
                         fade = T.sblock_alloc_buffer((ahead, fading), "float32", scope="shared")
                         # Of each part: q . q, k . k and q . k of a token; s^T k and s^T q of a column, twice.
                         lengths = T.sblock_alloc_buffer((ahead, 3, parts), "float32", scope="shared")
-                        sums = T.sblock_alloc_buffer((2, parts, 2, _COLUMNS), "float32", scope="shared")
+                        sums = T.sblock_alloc_buffer((2, parts, 2, COLUMNS), "float32", scope="shared")
                         state = T.sblock_alloc_buffer((rows,), "float32", scope="local")
                         own = T.sblock_alloc_buffer((6,), "float32", scope="local")  # sums, as they come
-                        column: T.let[T.int32] = bx * _COLUMNS + tx % _COLUMNS
-                        part: T.let[T.int32] = tx // _COLUMNS
+                        column: T.let[T.int32] = bx * COLUMNS + tx % COLUMNS
+                        part: T.let[T.int32] = tx // COLUMNS
                         head: T.let[T.int32] = by % heads
+                        keys: T.let[T.int32] = head // shared  # the group whose queries and keys it has
                         first: T.let[T.int32] = by // heads * (n // batch)  # token of the sequence
-                        for i in range(rows):
-                            state[i] = T.float32(0)
-                            if part * rows + i < size and column < dim:
-                                state[i] = before[by // heads, (head * size + part * rows + i) * dim + column]
+                        load_state(state, before, by // heads, head, part, column, dim, size, rows)
                         for chunk in range((n // batch + ahead - 1) // ahead):
                             T.tvm_storage_sync("shared")
-                            for turn in range((ahead * 2 * padded + threads - 1) // threads):
-                                at: T.let[T.int32] = turn * threads + tx
-                                token: T.let[T.int32] = chunk * ahead + at // (2 * padded)
-                                row: T.let[T.int32] = at % padded
-                                if at < ahead * 2 * padded:
-                                    pair[at // (2 * padded), at // padded % 2, row] = T.float32(0)
-                                    if token < n // batch and row < size:
-                                        pair[at // (2 * padded), at // padded % 2, row] = x[
-                                            first + token, (at // padded % 2 * groups + head // shared) * size + row
-                                        ]
+                            load_pairs(
+                                pair, x, first, chunk, n // batch, keys, groups, tx, size, padded, ahead, threads
+                            )
                             for turn in range((ahead * fading + threads - 1) // threads):
                                 at: T.let[T.int32] = turn * threads + tx
                                 if at < ahead * fading:
@@ -121,8 +105,8 @@ def delta(s: Scanned) -> Any:
                                     state[i] = state[i] * fade[t, part * rows + i if each else 0]
                                     own[0] = own[0] + state[i] * pair[t, 1, part * rows + i]
                                     own[1] = own[1] + state[i] * pair[t, 0, part * rows + i]
-                                sums[t % 2, part, 0, tx % _COLUMNS] = own[0]
-                                sums[t % 2, part, 1, tx % _COLUMNS] = own[1]
+                                sums[t % 2, part, 0, tx % COLUMNS] = own[0]
+                                sums[t % 2, part, 1, tx % COLUMNS] = own[1]
                                 for i in range(5):
                                     own[i] = T.float32(0)
                                 for i in range(parts):
@@ -133,8 +117,8 @@ def delta(s: Scanned) -> Any:
                                 own[1] = T.float32(1) / T.sqrt(own[1] + T.float32(_TINY))
                                 T.tvm_storage_sync("shared")
                                 for i in range(parts):
-                                    own[3] = own[3] + sums[t % 2, i, 0, tx % _COLUMNS]
-                                    own[4] = own[4] + sums[t % 2, i, 1, tx % _COLUMNS]
+                                    own[3] = own[3] + sums[t % 2, i, 0, tx % COLUMNS]
+                                    own[4] = own[4] + sums[t % 2, i, 1, tx % COLUMNS]
                                 own[5] = T.float32(0)
                                 if column < dim:
                                     own[5] = beta[first + chunk * ahead + t, head] * (
@@ -148,8 +132,6 @@ def delta(s: Scanned) -> Any:
                                 own[5] = own[5] * own[1]
                                 for i in range(rows):
                                     state[i] = state[i] + pair[t, 1, part * rows + i] * own[5]
-                        for i in range(rows):
-                            if part * rows + i < size and column < dim:
-                                after[by // heads, (head * size + part * rows + i) * dim + column] = state[i]
+                        store_state(state, after, by // heads, head, part, column, dim, size, rows)
 
     return delta

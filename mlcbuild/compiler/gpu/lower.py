@@ -10,8 +10,9 @@ from typing import Any
 from tvm import IRModule
 
 from mlcbuild.compiler.assemble import Backend, assemble, declare
-from mlcbuild.compiler.gpu import attention, delta, encoder, graphs, lru, recurrent, sampling, schedules
+from mlcbuild.compiler.gpu import attention, encoder, graphs, lru, recurrent, sampling, schedules
 from mlcbuild.compiler.gpu.device import Device, device_of
+from mlcbuild.compiler.gpu.memories import sharing
 from mlcbuild.compiler.gpu.operations import factories
 from mlcbuild.compiler.pipeline import Passes
 from mlcbuild.errors import MlcBuildError
@@ -72,11 +73,14 @@ def _check(structure: Structure, threads: int) -> None:
     kept = s.head_dim if s.kind in ("rwkv5", "rwkv6") else s.state_size
     if kept > _MAX_STATE:
         raise MlcBuildError(f"a channel's state has {kept} values: the GPU kernels keep up to {_MAX_STATE}")
-    wanted = {**dict.fromkeys(("delta", "kda", MLSTM), delta.threads(s.state_size)), "rglru": lru.THREADS}
-    mixer = s.mixer or s.kind
-    if wanted.get(mixer, 0) > threads:
+    mixer, wanted = s.mixer or s.kind, 0
+    if mixer in ("delta", "kda", MLSTM):
+        wanted = sharing(s.state_size).threads
+    elif mixer == "rglru":
+        wanted = lru.THREADS
+    if wanted > threads:
         raise MlcBuildError(
-            f"mixer is {mixer}: its kernel has blocks of {wanted[mixer]} threads, and the device takes {threads}"
+            f"mixer is {mixer}: its kernel has blocks of {wanted} threads, and the device takes {threads}"
         )
     if s.kind not in (DECODER, HYBRID):
         return

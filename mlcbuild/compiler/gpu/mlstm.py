@@ -1,9 +1,7 @@
 """The matrix memory of xLSTM on GPUs (mlcbuild.models.recurrent.operations: `mlstm`).
 
-As of delta nets (mlcbuild.compiler.gpu.delta), a block has some columns of a head's memory; a column's rows are shared
-out among the parts of a block, and stay in a thread's registers from the first token to the last. Each thread finds the
-largest exponent and both gates anew. There is one barrier for each token: parts write their sums into the half of a
-table that is not being read.
+Columns are shared out as mlcbuild.compiler.gpu.memories has it. Each thread finds the largest exponent and both gates
+anew. There is one barrier for each token: parts write their sums into the half of a table that is not being read.
 """
 
 from __future__ import annotations
@@ -14,11 +12,8 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from mlcbuild.compiler.gpu.delta import threads
+from mlcbuild.compiler.gpu.memories import COLUMNS, load_pairs, load_state, sharing, store_state
 from mlcbuild.models.recurrent.operations import MLSTM_EPS, Scanned
-
-_COLUMNS = 32  # of a block
-_AHEAD, _KEPT = 8, 2048  # tokens whose keys and queries a block has at a time: so many, or fewer with so many numbers
 
 
 @functools.cache
@@ -27,11 +22,10 @@ def mlstm(s: Scanned) -> Any:
     exponents [batch, heads] before -> out [n, heads * (dim + 1)], both after; all float32.
     """
     size, dim, heads, columns = s.size, s.dim, s.heads, s.dim + 1
-    many = threads(size)
-    parts = many // _COLUMNS
-    rows = -(-size // parts)
-    padded, blocks = parts * rows, -(-columns // _COLUMNS)
-    ahead = max(1, min(_AHEAD, _KEPT // (2 * padded)))
+    shares = sharing(size)
+    parts, rows, padded = shares.parts, shares.rows, shares.padded
+    ahead, threads = shares.ahead, shares.threads
+    blocks = -(-columns // COLUMNS)
     width, scale = heads * (2 * size + dim), 1 / math.sqrt(size)
 
     @T.prim_func(s_tir=True, private=True)
@@ -51,35 +45,23 @@ def mlstm(s: Scanned) -> Any:
         top_after = T.match_buffer(var_top_after, (batch, heads), "float32")
         for by in T.thread_binding(batch * heads, thread="blockIdx.y"):
             for bx in T.thread_binding(blocks, thread="blockIdx.x"):
-                for tx in T.thread_binding(many, thread="threadIdx.x"):
+                for tx in T.thread_binding(threads, thread="threadIdx.x"):
                     with T.sblock("mlstm"):
                         T.reads()
                         T.writes()
                         pair = T.sblock_alloc_buffer((ahead, 2, padded), "float32", scope="shared")  # query and key
-                        sums = T.sblock_alloc_buffer((2, parts, _COLUMNS), "float32", scope="shared")
+                        sums = T.sblock_alloc_buffer((2, parts, COLUMNS), "float32", scope="shared")
                         state = T.sblock_alloc_buffer((rows,), "float32", scope="local")
                         own = T.sblock_alloc_buffer((5,), "float32", scope="local")  # top, kept, added, sum, exponent
-                        column: T.let[T.int32] = bx * _COLUMNS + tx % _COLUMNS
-                        part: T.let[T.int32] = tx // _COLUMNS
+                        column: T.let[T.int32] = bx * COLUMNS + tx % COLUMNS
+                        part: T.let[T.int32] = tx // COLUMNS
                         head: T.let[T.int32] = by % heads
                         first: T.let[T.int32] = by // heads * (n // batch)  # token of the sequence
                         own[0] = top[by // heads, head]
-                        for i in range(rows):
-                            state[i] = T.float32(0)
-                            if part * rows + i < size and column < columns:
-                                state[i] = before[by // heads, (head * size + part * rows + i) * columns + column]
+                        load_state(state, before, by // heads, head, part, column, columns, size, rows)
                         for chunk in range((n // batch + ahead - 1) // ahead):
                             T.tvm_storage_sync("shared")
-                            for turn in range((ahead * 2 * padded + many - 1) // many):
-                                at: T.let[T.int32] = turn * many + tx
-                                token: T.let[T.int32] = chunk * ahead + at // (2 * padded)
-                                row: T.let[T.int32] = at % padded
-                                if at < ahead * 2 * padded:
-                                    pair[at // (2 * padded), at // padded % 2, row] = T.float32(0)
-                                    if token < n // batch and row < size:
-                                        pair[at // (2 * padded), at // padded % 2, row] = x[
-                                            first + token, (at // padded % 2 * heads + head) * size + row
-                                        ]
+                            load_pairs(pair, x, first, chunk, n // batch, head, heads, tx, size, padded, ahead, threads)
                             T.tvm_storage_sync("shared")
                             for t in range(T.min(ahead, n // batch - chunk * ahead)):
                                 own[4] = own[0] + gates[first + chunk * ahead + t, heads + head]
@@ -95,19 +77,17 @@ def mlstm(s: Scanned) -> Any:
                                 for i in range(rows):
                                     state[i] = own[1] * state[i] + pair[t, 1, part * rows + i] * own[2]
                                     own[3] = own[3] + state[i] * pair[t, 0, part * rows + i]
-                                sums[t % 2, part, tx % _COLUMNS] = own[3]
+                                sums[t % 2, part, tx % COLUMNS] = own[3]
                                 T.tvm_storage_sync("shared")
                                 if part == 0 and column < columns:
                                     own[3] = T.float32(0)
                                     for i in range(parts):
-                                        own[3] = own[3] + sums[t % 2, i, tx % _COLUMNS]
+                                        own[3] = own[3] + sums[t % 2, i, tx % COLUMNS]
                                     own[3] = own[3] * T.float32(scale)
                                     if column == dim:
                                         own[3] = T.max(T.abs(own[3]), T.exp(-own[0])) + T.float32(MLSTM_EPS)
                                     out[first + chunk * ahead + t, head * columns + column] = own[3]
-                        for i in range(rows):
-                            if part * rows + i < size and column < columns:
-                                after[by // heads, (head * size + part * rows + i) * columns + column] = state[i]
+                        store_state(state, after, by // heads, head, part, column, columns, size, rows)
                         if bx == 0 and tx == 0:
                             top_after[by // heads, head] = own[0]
 

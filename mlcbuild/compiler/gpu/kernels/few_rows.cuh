@@ -297,12 +297,23 @@ __device__ __forceinline__ void sum_up(const Product& product, float* shared, in
   __syncthreads();
 }
 
-template <int WARPS, int FLOATS>
-__device__ __forceinline__ float of_all_warps(const float* shared, int at) {
-  float sum = 0;
+// A thread's results, times `by`: of what all warps have, number `at` = i * threads + thread. PAIRED: results[2 * i] is of a row
+// of the gate, results[2 * i + 1] of the one that belongs to it, and there are half as many numbers.
+template <int ROWS, int MOST, int WARPS, bool PAIRED>
+__device__ __forceinline__ void give_results(float* results, const float* shared, int n, float by) {
+  constexpr int THREADS = 32 * WARPS, EACH = PAIRED ? 2 : 1, OF_X = ROWS / EACH;
 #pragma unroll
-  for (int w = 0; w < WARPS; w++) sum += shared[w * FLOATS + at];
-  return sum;
+  for (int i = 0; i < (OF_X * MOST + THREADS - 1) / THREADS; i++) {
+    const int at = i * THREADS + threadIdx.x, c = at % OF_X, place = PAIRED ? at / OF_X * ROWS + c / 8 * 16 + c % 8 : at;
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+      float sum = 0;
+      if (at < OF_X * n)
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) sum += shared[w * ROWS * MOST + place + 8 * j];
+      results[EACH * i + j] = by * sum;
+    }
+  }
 }
 
 // results[i]: row `first + at % ROWS` of w with row `at / ROWS` of x, where at = i * threads + thread.
@@ -312,13 +323,8 @@ __device__ __forceinline__ void few_rows(float* results, float* shared, const ty
                                          const void* words, const typename FORMAT::Float* scales, int n, int rows,
                                          int block) {
   typedef FewRows<FORMAT, K, MOST, TILES, WARPS, AHEAD> Product;
-  constexpr int ROWS = Product::ROWS, THREADS = 32 * WARPS;
   sum_up<Product, MOST, TILES>(Product(x, words, scales, n, rows, block), shared, n, [] {});
-#pragma unroll
-  for (int i = 0; i < (ROWS * MOST + THREADS - 1) / THREADS; i++) {
-    const int at = i * THREADS + threadIdx.x;
-    results[i] = at < ROWS * n ? of_all_warps<WARPS, ROWS * MOST>(shared, at) : 0.f;
-  }
+  give_results<Product::ROWS, MOST, WARPS, false>(results, shared, n, 1.f);
 }
 
 }  // namespace mlcbuild

@@ -62,34 +62,25 @@ __device__ __forceinline__ float stage_normed(const Product& product, float* par
   return all / power;
 }
 
-// The same as few_rows; where NORMED, x is normed first. PAIRED: results[2 * i] is of a row of the gate, results[2 * i + 1]
-// of the row that is rows / 2 behind it, and a block has half as many. `shared`: few_rows' floats, then a norm's.
+// The same as few_rows; where NORMED, x is normed first. PAIRED: a row of the gate belongs to the one that is rows / 2 behind
+// it, and a block has half as many. `shared`: few_rows' floats, then a norm's.
 template <class FORMAT, int K, int MOST, int TILES, int WARPS, int AHEAD, bool NORMED, bool PAIRED>
 __device__ __forceinline__ void fused_rows(float* results, float* shared, const typename FORMAT::Float* x,
                                            const typename FORMAT::Float* weight, const void* words,
                                            const typename FORMAT::Float* scales, float eps, int n, int rows, int block) {
   typedef typename FORMAT::Float T;
   typedef FewRows<FORMAT, K, MOST, TILES, WARPS, AHEAD, NORMED, PAIRED> Product;
-  constexpr int ROWS = Product::ROWS, THREADS = 32 * WARPS, FLOATS = ROWS * MOST, OF_X = PAIRED ? ROWS / 2 : ROWS;
   Product product(x, words, scales, n, rows, block);
   float rest = 1;
   if constexpr (NORMED) {
-    float* parts = shared + WARPS * FLOATS;
+    float* parts = shared + WARPS * Product::ROWS * MOST;
     product.staged = reinterpret_cast<uint32_t*>(parts + WARPS);
     auto stage = [&] { rest = stage_normed<Product, T, K, WARPS>(product, parts, x, weight, eps); };
     sum_up<Product, MOST, TILES>(product, shared, n, stage);
   } else {
     sum_up<Product, MOST, TILES>(product, shared, n, [] {});
   }
-#pragma unroll
-  for (int i = 0; i < (OF_X * MOST + THREADS - 1) / THREADS; i++) {
-    const int at = i * THREADS + threadIdx.x, c = at % OF_X;
-    const int place = PAIRED ? at / OF_X * ROWS + c / 8 * 16 + c % 8 : at;
-    constexpr int EACH = PAIRED ? 2 : 1;
-#pragma unroll
-    for (int j = 0; j < EACH; j++)
-      results[EACH * i + j] = at < OF_X * n ? rest * of_all_warps<WARPS, FLOATS>(shared, place + 8 * j) : 0.f;
-  }
+  give_results<Product::ROWS, MOST, WARPS, PAIRED>(results, shared, n, rest);
 }
 
 }  // namespace mlcbuild

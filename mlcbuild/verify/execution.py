@@ -169,6 +169,7 @@ def _results(network: Network, texts: Texts) -> Iterator[tuple[str, Logits]]:
     two = [session.add() for _ in range(min(2, session.max_sequences))]
     yield "batch prefill", session.batch_prefill(two, [tokens(count) for count in texts.two[: len(two)]])
     yield "batch decode", session.batch_decode(two, tokens(len(two)))
+    yield "prefill of one token", session.prefill(two[0], tokens(1))  # whose last products are not those of decoding
 
 
 def _heads(network: Network, hidden: Mapping[int, Logits], model_dtype: str) -> Iterator[tuple[str, Logits]]:

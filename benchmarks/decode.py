@@ -5,11 +5,17 @@
     python benchmarks/decode.py --torch                                # transformers on torch in bfloat16 beside them
     python benchmarks/decode.py --quantizations q3f16_1,q8f16_1 --threads 1
     python benchmarks/decode.py --target cpu-exact                     # activations not rounded to 8 bits
+    python benchmarks/decode.py --model dist/gemma --gguf gemma.gguf --llama-python /path/to/python
 
-A 1.1B shape with random weights. Every contestant is a process that stays, its threads on as many cores; rounds are
-interleaved, each with a measurement of the read bandwidth on the same cores, and medians are printed: absolute figures
-of a shared machine wander, ratios less. Decoding starts after 16 tokens, prefill is 512 tokens at once. Bytes of a
-token are all weights but the embedding, of which one row is read.
+Without `--model`, a 1.1B shape with random weights. With it, packages that were built, beside `--gguf`: a GGUF file of
+the same model, which llama.cpp itself makes Q4_0 of; `pure`: its embedding too, which else has 6 or 8 bits. A fork's
+`llama-bench` runs the same files (`--llama-bench`, so ik_llama.cpp), and OpenVINO GenAI what `optimum-cli export
+openvino` wrote (`--openvino`, `--openvino-python`).
+
+Every contestant is a process that stays, its threads on as many cores; rounds are interleaved, each with a measurement
+of the read bandwidth on the same cores, and medians are printed: absolute figures of a shared machine wander, ratios
+less. Decoding starts after 16 tokens, prefill is 512 tokens at once. Bytes of a token are all weights but an embedding
+that is no head, of which one row is read.
 """
 
 from __future__ import annotations
@@ -24,16 +30,26 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PROMPT, STEPS, LONG = 16, 16, 512
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.contestants import Contestant, Worker, cores  # noqa: E402
+
 LLAMA = ("Q4_0", "Q8_0", "F16")
 _LIKE = {"q0": "F16", "q8": "Q8_0"}  # which of them has as many bits; Q4_0 is what the others are held against
 TORCH = "torch bf16"
-Measure = dict[str, Callable[[], float]]
+# Q4_0 is ggml's type 2, and the file type of that number; a tied embedding is left in more bits unless all is `pure`.
+_REQUANTIZE = """
+import ctypes, sys
+from llama_cpp import llama_cpp as api
+silent = api.llama_log_callback(lambda level, text, data: None)
+api.llama_log_set(silent, ctypes.c_void_p())
+options = api.llama_model_quantize_default_params()
+options.ftype, options.allow_requantize, options.pure = 2, True, sys.argv[3] == "pure"
+sys.exit(api.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(options)))
+"""
 
 READ = """
 typedef long long i64; typedef float v __attribute__((vector_size(64)));
@@ -51,21 +67,18 @@ float read_all(const char *p, i64 n) {
 
 def main() -> None:
     options = _options()
-    if options.worker:
-        return serve(*options.worker)
     with tempfile.TemporaryDirectory() as made:
         folder = options.folder or Path(made)
-        contestants = _prepare(options, folder)
+        contestants = _packages(options, folder) if options.model else _shapes(options, folder)
         for threads in options.threads:
             compare(contestants, threads, options.rounds, folder)
 
 
-def compare(contestants: list[tuple[str, str, Path, int]], threads: int, rounds: int, folder: Path) -> None:
-    """`contestants`: name, interpreter, folder or file, bytes of a token."""
+def compare(contestants: list[Contestant], threads: int, rounds: int, folder: Path) -> None:
     workers, loads = {}, {}
-    for name, python, path, _ in contestants:
-        workers[name] = Worker(python, name, path, threads)
-        loads[name] = workers[name].ask("load")  # one after the other
+    for each in contestants:
+        workers[each.name] = Worker(each, threads)
+        loads[each.name] = workers[each.name].ask("load")  # one after the other
     bandwidth = Bandwidth(folder, threads)
     figures: dict[tuple[str, str], list[float]] = {}
     for what in ("decode", "prefill"):
@@ -73,49 +86,30 @@ def compare(contestants: list[tuple[str, str, Path, int]], threads: int, rounds:
             for name, worker in workers.items():
                 figures.setdefault((name, "bandwidth"), []).append(bandwidth.measure())
                 figures.setdefault((name, what), []).append(worker.ask(what))
+    width = max(11, *(len(name) for name in workers))
     print(f"\n{threads} thread{'s' * (threads > 1)}, medians of {rounds} rounds")
-    print(f"{'':11} {'decode':>8} {'GB/s':>6} {'of read':>8} {'prefill':>8} {'load':>6} {'resident':>9}")
-    for name, _, _, nbytes in contestants:
+    print(f"{'':{width}} {'decode':>8} {'GB/s':>6} {'of read':>8} {'prefill':>8} {'load':>6} {'resident':>9}")
+    for each in contestants:
+        name = each.name
         decode, prefill = (statistics.median(figures[name, what]) for what in ("decode", "prefill"))
-        rate = decode * nbytes / 1e9
-        load, resident = loads[name], workers[name].ask("resident")
-        share = statistics.median(d * nbytes / 1e9 / b for d, b in zip(
+        rate = decode * each.nbytes / 1e9
+        load, resident = f"{loads[name]:5.1f}s", f"{workers[name].ask('resident') / 1e9:7.2f}GB"
+        share = statistics.median(d * each.nbytes / 1e9 / b for d, b in zip(
             figures[name, "decode"], figures[name, "bandwidth"], strict=False))  # fmt: skip
-        print(f"{name:11} {decode:8.1f} {rate:6.1f} {share:8.0%} {prefill:8.1f} {load:5.1f}s {resident / 1e9:7.2f}GB")
+        print(f"{name:{width}} {decode:8.1f} {rate:6.1f} {share:8.0%} {prefill:8.1f} {load} {resident}")
     reads = [value for (_, what), values in figures.items() if what == "bandwidth" for value in values]
     print(f"read bandwidth {statistics.median(reads):.1f} GB/s ({min(reads):.1f} to {max(reads):.1f})")
-    for ours in (n for n in workers if n not in (*LLAMA, TORCH)):
-        for name in (_LIKE.get(ours[:2], "Q4_0"), TORCH):
-            if name in workers:
-                ratios = [_median_ratio(figures, ours, name, what) for what in ("decode", "prefill")]
-                title = name if name == TORCH else f"llama.cpp {name}"
-                print(f"{ours} / {title}: decode {ratios[0]:.2f}, prefill {ratios[1]:.2f}")
+    for each in contestants:
+        for rival in each.rivals:
+            if rival in workers:
+                ratios = [_median_ratio(figures, each.name, rival, what) for what in ("decode", "prefill")]
+                print(f"{each.name} / {rival}: decode {ratios[0]:.2f}, prefill {ratios[1]:.2f}")
     for worker in workers.values():
         worker.close()
 
 
 def _median_ratio(figures: dict[tuple[str, str], list[float]], a: str, b: str, what: str) -> float:
     return statistics.median(x / y for x, y in zip(figures[a, what], figures[b, what], strict=True))
-
-
-class Worker:
-    """A contestant in its own process, asked one measurement at a time."""
-
-    def __init__(self, python: str, name: str, path: Path, threads: int) -> None:
-        command = [python, str(Path(__file__)), "--worker", name, str(path), str(threads)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-
-    def ask(self, what: str) -> float:
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(what + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit("a contestant ended; its message is above")
-        return float(line)
-
-    def close(self) -> None:
-        self._process.communicate()
 
 
 class Bandwidth:
@@ -134,7 +128,7 @@ class Bandwidth:
 
     def measure(self) -> float:
         cpus = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, _cores(self._threads))
+        os.sched_setaffinity(0, cores(self._threads))
         part = self._memory.nbytes // self._threads // 64 * 64
         start = self._memory.ctypes.data // 64 * 64 + 64
         readers = [
@@ -151,126 +145,8 @@ class Bandwidth:
         return self._memory.nbytes / seconds / 1e9
 
 
-def serve(name: str, path: str, count: str) -> None:
-    """The contestant `name`: answer `decode`, `prefill` in tokens a second, `load` in seconds, `resident` in bytes."""
-    os.sched_setaffinity(0, _cores(int(count)))
-    begin = time.perf_counter()
-    start = _llama if name in LLAMA else _torch if name == TORCH else _ours
-    measures = start(Path(path), int(count))
-    loaded = time.perf_counter() - begin
-    measures |= {"load": lambda: loaded, "resident": _resident}
-    for line in sys.stdin:
-        print(measures[line.strip()](), flush=True)
-
-
-def _ours(folder: Path, threads: int) -> Measure:
-    sys.path.insert(0, str(ROOT))
-    from mlcbuild.runtime.library import Library, Network
-    from mlcbuild.runtime.session import Session
-    from mlcbuild.runtime.weights import load, read_index
-
-    library = Library(folder / "model.so")
-    records = {record.name: record for record in read_index(folder / "weights")}
-    tensors = list(load([records[p.name] for p in library.metadata.parameters]))
-    session = Session(Network(library, tensors, 32000, threads), 1, 1024)
-
-    def decode() -> float:
-        sequence = session.add()
-        session.prefill(sequence, range(PROMPT))
-        session.decode(sequence, 0)
-        begin = time.perf_counter()
-        for token in range(STEPS):
-            session.decode(sequence, token)
-        seconds = time.perf_counter() - begin
-        session.remove(sequence)
-        return STEPS / seconds
-
-    def prefill() -> float:
-        sequence = session.add()
-        begin = time.perf_counter()
-        session.prefill(sequence, range(LONG))
-        seconds = time.perf_counter() - begin
-        session.remove(sequence)
-        return LONG / seconds
-
-    return {"decode": decode, "prefill": prefill}
-
-
-def _llama(path: Path, threads: int) -> Measure:
-    from llama_cpp import llama_cpp as api
-
-    api.llama_backend_init()
-    silent = api.llama_log_callback(lambda level, text, data: None)
-    api.llama_log_set(silent, ctypes.c_void_p())
-    model = api.llama_model_load_from_file(str(path).encode(), api.llama_model_default_params())
-    parameters = api.llama_context_default_params()
-    parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = 1024, LONG, LONG
-    parameters.n_threads = parameters.n_threads_batch = threads
-    context = api.llama_init_from_model(model, parameters)
-
-    def feed(*tokens: int) -> None:
-        array = (api.llama_token * len(tokens))(*tokens)
-        if api.llama_decode(context, api.llama_batch_get_one(array, len(tokens))):
-            raise SystemExit("llama_decode failed")
-
-    def decode(_keep: Any = silent) -> float:
-        api.llama_memory_clear(api.llama_get_memory(context), True)
-        feed(*range(PROMPT))
-        feed(0)
-        begin = time.perf_counter()
-        for token in range(STEPS):
-            feed(token)
-            api.llama_get_logits(context)
-        return STEPS / (time.perf_counter() - begin)
-
-    def prefill() -> float:
-        api.llama_memory_clear(api.llama_get_memory(context), True)
-        begin = time.perf_counter()
-        feed(*range(LONG))
-        api.llama_get_logits(context)
-        return LONG / (time.perf_counter() - begin)
-
-    return {"decode": decode, "prefill": prefill}
-
-
-def _torch(_: Path, threads: int) -> Measure:
-    sys.path.insert(0, str(ROOT))
-    import torch
-    import transformers
-
-    from benchmarks import shape_1b
-
-    torch.set_num_threads(threads)
-    config = {key: value for key, value in shape_1b.CONFIG.items() if key != "model_type"}
-    with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).to(torch.bfloat16)
-    model = model.to_empty(device="cpu").eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    # Made from the config, not a weight, so `to_empty` leaves it undefined.
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
-
-    def feed(tokens: range | list[int], past: Any = None) -> Any:
-        with torch.inference_mode():
-            return model(torch.tensor([list(tokens)]), past_key_values=past, use_cache=True, logits_to_keep=1)
-
-    def decode() -> float:
-        past = feed([0], feed(range(PROMPT)).past_key_values).past_key_values
-        begin = time.perf_counter()
-        for token in range(STEPS):
-            past = feed([token], past).past_key_values
-        return STEPS / (time.perf_counter() - begin)
-
-    def prefill() -> float:
-        begin = time.perf_counter()
-        feed(range(LONG))
-        return LONG / (time.perf_counter() - begin)
-
-    return {"decode": decode, "prefill": prefill}
-
-
-def _prepare(options: argparse.Namespace, folder: Path) -> list[tuple[str, str, Path, int]]:
-    sys.path.insert(0, str(ROOT))
+def _shapes(options: argparse.Namespace, folder: Path) -> list[Contestant]:
+    """The 1.1B shape in each quantization, and what runs beside it."""
     from benchmarks import llama_cpp_file, shape_1b
 
     shape, target = shape_1b.structure(), shape_1b.TARGETS[options.target]
@@ -280,34 +156,65 @@ def _prepare(options: argparse.Namespace, folder: Path) -> list[tuple[str, str, 
         if not (ours / "weights" / "tensor-cache.json").exists():
             shape_1b.write_weights(name, ours / "weights", shape)
         shape_1b.build(name, ours / "model.so", ours / "scratch", shape, target)
-        index = json.loads((ours / "weights" / "tensor-cache.json").read_text())
-        read = [r for s in index["records"] for r in s["records"] if "embed_tokens" not in r["name"]]
-        contestants.append((name, sys.executable, ours, sum(r["nbytes"] for r in read)))
+        rivals = (f"llama.cpp {_LIKE.get(name[:2], 'Q4_0')}", TORCH)
+        contestants.append(
+            Contestant(name, "mlcbuild", sys.executable, ours, _bytes_of_a_token(ours / "weights"), rivals)
+        )
     if options.torch:
         nbytes = llama_cpp_file.bytes_of_a_token("F16", shape_1b.CONFIG)  # as many bytes as float16
-        contestants.append((TORCH, sys.executable, folder, nbytes))
-    python = options.llama_python
-    if python is None or subprocess.run([python, "-c", "import llama_cpp"], capture_output=True).returncode:
-        print("llama.cpp is left out: name a Python with the package llama-cpp-python by --llama-python")
+        contestants.append(Contestant(TORCH, "torch", sys.executable, folder, nbytes))
+    if not _has_llama(options.llama_python):
         return contestants
     for name in LLAMA:
         path = folder / f"{name}.gguf"
         if not path.exists():
             llama_cpp_file.write(path, name, shape_1b.CONFIG)
-        contestants.append((name, python, path, llama_cpp_file.bytes_of_a_token(name, shape_1b.CONFIG)))
+        nbytes = llama_cpp_file.bytes_of_a_token(name, shape_1b.CONFIG)
+        contestants.append(Contestant(f"llama.cpp {name}", "llama.cpp", options.llama_python, path, nbytes))
     return contestants
 
 
-def _cores(count: int) -> set[int]:
-    """The last ones: the first take most interrupts."""
-    return set(sorted(os.sched_getaffinity(0))[-count:])
+def _packages(options: argparse.Namespace, folder: Path) -> list[Contestant]:
+    """Packages of one model, and the same model in other programs."""
+    from mlcbuild.runtime import package
+
+    theirs = []
+    if options.gguf and _has_llama(options.llama_python):
+        for kind in ("Q4_0", "Q4_0 pure"):
+            path = folder / f"{options.gguf.stem}-{kind.replace(' ', '-')}.gguf"
+            if not path.exists():
+                command = [options.llama_python, "-c", _REQUANTIZE, str(options.gguf), str(path), kind[5:]]
+                subprocess.run(command, check=True)
+            size = path.stat().st_size  # and some megabytes of vocabulary
+            theirs.append(Contestant(f"llama.cpp {kind}", "llama.cpp", options.llama_python, path, size))
+            if options.llama_bench:
+                link = folder / f"{path.stem}.json"
+                link.write_text(json.dumps([str(options.llama_bench), str(path)]))
+                theirs.append(Contestant(f"llama-bench {kind}", "llama-bench", sys.executable, link, size))
+    if options.openvino:
+        size = sum(path.stat().st_size for path in options.openvino.glob("openvino_model.bin"))
+        theirs.append(Contestant("OpenVINO", "openvino", options.openvino_python, options.openvino, size))
+    rivals = tuple(each.name for each in theirs)
+    found = {path.name: path.absolute() for path in options.model}
+    ours = [
+        Contestant(n, "mlcbuild", sys.executable, p, _bytes_of_a_token(package.find(p).weights), rivals)
+        for n, p in found.items()
+    ]
+    return [*ours, *theirs]
 
 
-def _resident() -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS"):
-            return float(line.split()[1]) * 1024
-    return float("nan")
+def _bytes_of_a_token(weights: Path) -> int:
+    index = json.loads((weights / "tensor-cache.json").read_text())
+    records = [record for shard in index["records"] for record in shard["records"]]
+    tied = not any("lm_head" in record["name"] for record in records)
+    return sum(record["nbytes"] for record in records if tied or "embed_tokens" not in record["name"])
+
+
+def _has_llama(python: str | None) -> bool:
+    found = python and not subprocess.run([python, "-c", "import llama_cpp"], capture_output=True).returncode
+    if not found:
+        print("llama.cpp is left out: name a Python with the package llama-cpp-python by --llama-python")
+    return bool(found)
 
 
 def _options() -> argparse.Namespace:
@@ -318,8 +225,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--llama-python", help="an interpreter that has llama-cpp-python")
     parser.add_argument("--torch", action="store_true", help="transformers on torch in bfloat16, too")
+    parser.add_argument("--model", type=Path, nargs="+", help="packages of one model, in place of the 1.1B shape")
+    parser.add_argument("--gguf", type=Path, help="the same model, for llama.cpp")
+    parser.add_argument("--llama-bench", type=Path, help="a llama-bench that runs the GGUF files, too")
+    parser.add_argument("--openvino", type=Path, help="the same model as OpenVINO's folder")
+    parser.add_argument("--openvino-python", default=sys.executable, help="an interpreter that has openvino-genai")
     parser.add_argument("--folder", type=Path, help="where to keep weights and libraries between runs")
-    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.folder:
         options.folder.mkdir(parents=True, exist_ok=True)

@@ -2,12 +2,13 @@
 //
 // WORDS_AT_ONCE neighbouring words are a unit, whose activations share a scale and whose weights do. LANES units are a
 // stretch: as many registers, turned so that lane l of each holds a word of one unit. Then a unit's products are summed as
-// whole numbers, and turning costs the same for many tokens as for one.
+// whole numbers, and turning costs the same for many tokens as for one. What no stretch is left for, at a row's end, is
+// taken register by register as it lies: a lane holds one word.
 //
 // A stretch's activations are, per lane, -ZERO * sum(x) [LANES] int32 and the scale [LANES] float32; then for each register
-// [DIGITS][QUADS][4 * LANES] bytes, the highest digit first, where a word's codes are QUADS times four bytes. That is no
-// more than activations take in float32, whose place it is. The tokens' parts of a stretch lie one after the other: rows of
-// some KB each would meet in the same few lines of the first-level cache.
+// [DIGITS][QUADS][4 * LANES] bytes, the highest digit first, where a word's codes are QUADS times four bytes. A register's
+// are the same, of one. That is no more than activations take in float32, whose place it is. The tokens' parts of a stretch
+// lie one after the other: rows of some KB each would meet in the same few lines of the first-level cache.
 
 #if BITS == 4
 #define QUADS 2  // even codes, odd codes
@@ -45,13 +46,21 @@ INLINE i32v add_products(i32v acc, const bytes_v *code, const i8v *x) {
 #define BLOCK_BYTES (4 * QUADS * DIGITS * LANES)
 #define STRETCH_WORDS (WORDS_AT_ONCE * LANES)
 #define STRETCH_BYTES (HEAD_BYTES + WORDS_AT_ONCE * BLOCK_BYTES)
-_Static_assert(STRETCH_BYTES <= 4 * PER_WORD * STRETCH_WORDS, "a stretch takes the place of its activations in float32");
+#define REGISTER_BYTES (HEAD_BYTES + BLOCK_BYTES)
+_Static_assert(REGISTER_BYTES <= 4 * PER_WORD * LANES, "a register takes the place of its activations in float32");
 _Static_assert(GROUP_WORDS % WORDS_AT_ONCE == 0, "the weights of a unit have one scale");
 
 // The unit that lane `lane` has after `turn`.
 INLINE int unit_in(int lane) {
     int word = lane % 4 * WORDS_AT_ONCE;  // in the four lanes of each register that are turned together
     return (word / 4 * LANES + lane / 4 * 4 + word % 4) / WORDS_AT_ONCE;
+}
+
+// The first words of these units, in the lanes.
+INLINE u32v unit_words(void) {
+    u32v words;
+    UNROLL for (int lane = 0; lane < LANES; lane++) words[lane] = (u32)(unit_in(lane) * WORDS_AT_ONCE);
+    return words;
 }
 
 #if LANES == 16
@@ -77,33 +86,54 @@ INLINE void turn(u32v v[WORDS_AT_ONCE]) {
     }
 }
 
-// A unit's activations, in lane `lane` of a stretch.
-INLINE void put_unit(fixed group, i8 *stretch, i64 lane) {
-    i8 *block = stretch + HEAD_BYTES + 4 * lane;
-    for (i64 word = 0; word < WORDS_AT_ONCE; word++, block += BLOCK_BYTES)
-        UNROLL for (int d = 0; d < DIGITS; d++) {
-            i8 *to = block + 4 * QUADS * d * LANES;
+// The activations of word `word` of a unit, in a register's lane.
+INLINE void put_word(const fixed *unit, int word, i8 *lane) {
+    UNROLL for (int d = 0; d < DIGITS; d++) {
+        i8 *to = lane + 4 * QUADS * d * LANES;
 #if BITS == 4
-            i8x16 evens = EVEN(group.digit[d]), odds = ODD(group.digit[d]);
-            *(i32 *)to = (*(i32x4 *)&evens)[word];
-            *(i32 *)(to + 4 * LANES) = (*(i32x4 *)&odds)[word];
+        i8x16 evens = EVEN(unit->digit[d]), odds = ODD(unit->digit[d]);
+        *(i32 *)to = (*(i32x4 *)&evens)[word];
+        *(i32 *)(to + 4 * LANES) = (*(i32x4 *)&odds)[word];
 #else
-            for (i64 j = 0; j < 4 * QUADS; j++)
-                to[j / 4 * 4 * LANES + j % 4] = j < PER_WORD ? group.digit[d][word * PER_WORD + j] : 0;
+        for (i64 j = 0; j < 4 * QUADS; j++)
+            to[j / 4 * 4 * LANES + j % 4] = j < PER_WORD ? unit->digit[d][word * PER_WORD + j] : 0;
 #endif
-        }
-    ((i32 *)stretch)[lane] = __builtin_reduce_add(group.value) * -ZERO;
-    ((f32 *)stretch)[LANES + lane] = group.scale;
+    }
+}
+
+// What codes of ZERO add, and the scale.
+INLINE void put_head(i32 total, f32 scale, i8 *head, i64 lane) {
+    ((i32 *)head)[lane] = total * -ZERO;
+    ((f32 *)head)[LANES + lane] = scale;
+}
+
+// The unit of activations from column `at` on; behind k they are zeros.
+INLINE fixed load_unit(const void *x, i64 from, i64 at, i32 wide, i64 k) {
+    return to_fixed(load_32(x, from, at, wide, min_i64(k, at + WORDS_AT_ONCE * PER_WORD)));
 }
 
 // Token `t` of `tokens`, whose activations are those of x from element `from` on.
 INLINE void pack_dot(const void *x, i64 from, i32 wide, f32 *packed, i64 t, i64 tokens, i64 k, i64 stride) {
     (void)stride;
-    i8 *stretch = (i8 *)packed + t * STRETCH_BYTES;
-    for (i64 first = 0; first < k; first += STRETCH_WORDS * PER_WORD, stretch += tokens * STRETCH_BYTES)
+    i64 word = 0, words = words_held(k);
+    i8 *to = (i8 *)packed;
+    for (; word + STRETCH_WORDS <= words; word += STRETCH_WORDS, to += tokens * STRETCH_BYTES)
         for (int lane = 0; lane < LANES; lane++) {
-            i64 at = first + unit_in(lane) * WORDS_AT_ONCE * PER_WORD, end = min_i64(k, at + WORDS_AT_ONCE * PER_WORD);
-            put_unit(to_fixed(load_32(x, from, at, wide, end)), stretch, lane);
+            fixed unit = load_unit(x, from, (word + unit_in(lane) * WORDS_AT_ONCE) * PER_WORD, wide, k);
+            i8 *head = to + t * STRETCH_BYTES;
+            for (int j = 0; j < WORDS_AT_ONCE; j++) put_word(&unit, j, head + HEAD_BYTES + j * BLOCK_BYTES + 4 * lane);
+            put_head(__builtin_reduce_add(unit.value), unit.scale, head, lane);
+        }
+    for (; word < words; word += LANES, to += tokens * REGISTER_BYTES)
+        for (int lane = 0; lane < LANES; lane += WORDS_AT_ONCE) {
+            fixed unit = load_unit(x, from, (word + lane) * PER_WORD, wide, k);
+            i8 *head = to + t * REGISTER_BYTES;
+            for (int j = 0; j < WORDS_AT_ONCE; j++) {
+                i32 total = 0;
+                for (int i = 0; i < PER_WORD; i++) total += unit.value[j * PER_WORD + i];
+                put_word(&unit, j, head + HEAD_BYTES + 4 * (lane + j));
+                put_head(total, unit.scale, head, lane + j);
+            }
         }
 }
 
@@ -111,20 +141,20 @@ INLINE void fetch_bytes(const char *p, const int bytes) {
     UNROLL for (int i = 0; i < bytes; i += 64) fetch(p + i, 0);
 }
 
-// Adds the products of a stretch of each row, whose units have these scales, with that of each token.
+// Adds the products of a stretch of each row, or of one register of it, whose lanes have these scales, with each token.
 INLINE void dot_stretch(const i8 *x, u32v (*word)[WORDS_AT_ONCE], const f32v *scale, f32v (*acc)[TOKENS_AT_ONCE],
-                        const int rows, const int tokens) {
+                        const int rows, const int tokens, const int registers) {
     bytes_v code[ROWS_AT_ONCE][WORDS_AT_ONCE][QUADS];
     UNROLL for (int r = 0; r < rows; r++) {
-        turn(word[r]);
-        UNROLL for (int j = 0; j < WORDS_AT_ONCE; j++) split(word[r][j], code[r][j]);
+        if (registers > 1) turn(word[r]);
+        UNROLL for (int j = 0; j < registers; j++) split(word[r][j], code[r][j]);
     }
-    UNROLL for (int t = 0; t < tokens; t++, x += STRETCH_BYTES) {
+    UNROLL for (int t = 0; t < tokens; t++, x += HEAD_BYTES + registers * BLOCK_BYTES) {
         u32v total[ROWS_AT_ONCE] = {};
         UNROLL for (int d = 0; d < DIGITS; d++) {
             i32v sum[ROWS_AT_ONCE];
             UNROLL for (int r = 0; r < rows; r++) sum[r] = d == DIGITS - 1 ? *(const i32v *)x : (i32v){};
-            UNROLL for (int j = 0; j < WORDS_AT_ONCE; j++)
+            UNROLL for (int j = 0; j < registers; j++)
                 UNROLL for (int r = 0; r < rows; r++)
                     sum[r] = add_products(sum[r], code[r][j], (const i8v *)(x + HEAD_BYTES + j * BLOCK_BYTES) + QUADS * d);
             UNROLL for (int r = 0; r < rows; r++) total[r] = (total[r] << 8) + (u32v)sum[r];
@@ -134,53 +164,58 @@ INLINE void dot_stretch(const i8 *x, u32v (*word)[WORDS_AT_ONCE], const f32v *sc
     }
 }
 
-// out[t * TASK_ROWS + r] = the products of `words` words of `rows` rows, which have `groups` groups, with `tokens` of all
-// the tokens that are packed. `next` and `next_scales` are what is to be fetched meanwhile: a share of as many bytes as
-// the rows have, one of `shares`, from the first to the last.
-INLINE void dot_tile(const i8 *x, i64 all, const u32 *codes, const scale_type *scales, i64 groups, i64 words, f32 *out,
-                     const char *next, const char *next_scales, const int rows, const int tokens, const int shares) {
-    f32v acc[ROWS_AT_ONCE][TOKENS_AT_ONCE] = {}, scale[ROWS_AT_ONCE];
+// out[t * TASK_ROWS + r] = the products of `words` words of `rows` rows, which have `groups` groups, with tokens from the
+// `from`-th on of all that are packed. `next` and `next_scales` are what is to be fetched meanwhile: a share of as many
+// bytes as the rows have, one of `shares`, from the first to the last.
+INLINE void dot_tile(const i8 *x, i64 from, i64 all, const u32 *codes, const scale_type *scales, i64 groups, i64 words,
+                     f32 *out, const char *next, const char *next_scales, const int rows, const int tokens, const int shares) {
+    f32v acc[ROWS_AT_ONCE][TOKENS_AT_ONCE] = {}, group[ROWS_AT_ONCE], scale[ROWS_AT_ONCE];
     u32v word[ROWS_AT_ONCE][WORDS_AT_ONCE];
     i64 at = 0, row_words = groups * GROUP_WORDS;
+#define TAKE_STRETCH(INDEX) \
+    fetch_bytes(next, rows * 4 * STRETCH_WORDS / shares); \
+    next += rows * 4 * STRETCH_WORDS / shares; \
+    UNROLL for (int r = 0; r < rows; r++) { \
+        UNROLL for (int j = 0; j < WORDS_AT_ONCE; j++) word[r][j] = *(const u32v *)(codes + r * row_words + at + j * LANES); \
+        scale[r] = permute(group[r], INDEX); \
+    } \
+    dot_stretch(x + from * STRETCH_BYTES, word, scale, acc, rows, tokens, WORDS_AT_ONCE); \
+    at += STRETCH_WORDS; \
+    x += all * STRETCH_BYTES
     while (at + GROUP_WORDS * LANES <= words) {
-        f32v group[ROWS_AT_ONCE];
         UNROLL for (int r = 0; r < rows; r++) group[r] = affine_v(scales + r * groups + at / GROUP_WORDS).scale;
         fetch_bytes(next_scales, rows * LANES * (int)sizeof(scale_type) / shares);
         next_scales += rows * LANES * (int)sizeof(scale_type) / shares;
-        UNROLL for (int s = 0; s < GROUP_WORDS / WORDS_AT_ONCE; s++, at += STRETCH_WORDS, x += all * STRETCH_BYTES) {
-            i32v index;
-            for (int lane = 0; lane < LANES; lane++) index[lane] = (s * LANES + unit_in(lane)) * WORDS_AT_ONCE / GROUP_WORDS;
-            fetch_bytes(next, rows * 4 * STRETCH_WORDS / shares);
-            next += rows * 4 * STRETCH_WORDS / shares;
+        UNROLL for (int s = 0; s < GROUP_WORDS / WORDS_AT_ONCE; s++) {
+            TAKE_STRETCH((i32v)((unit_words() + (u32)(s * STRETCH_WORDS)) / GROUP_WORDS));
+        }
+    }
+    if (at < words) {  // less than LANES groups
+        UNROLL for (int r = 0; r < rows; r++) group[r] = last_affine(scales + r * groups, groups).scale;
+        if (STRETCH_WORDS < GROUP_WORDS * LANES)
+            while (at + STRETCH_WORDS <= words) {
+                TAKE_STRETCH(in_last(unit_words() + (u32)at, groups));
+            }
+        for (; at < words; at += LANES, x += all * REGISTER_BYTES) {
+            i32v index = in_last(lane_numbers() + (u32)at, groups);
             UNROLL for (int r = 0; r < rows; r++) {
-                UNROLL for (int j = 0; j < WORDS_AT_ONCE; j++)
-                    word[r][j] = *(const u32v *)(codes + r * row_words + at + j * LANES);
+                fetch(next + r * 4 * LANES, 0);
+                word[r][0] = load_first(codes + r * row_words + at, words - at);
                 scale[r] = permute(group[r], index);
             }
-            dot_stretch(x, word, scale, acc, rows, tokens);
+            next += rows * 4 * LANES / shares;
+            dot_stretch(x + from * REGISTER_BYTES, word, scale, acc, rows, tokens, 1);
         }
     }
-    for (; at < words; at += STRETCH_WORDS, x += all * STRETCH_BYTES) {
-        UNROLL for (int r = 0; r < rows; r++) {
-            scale_type some[LANES] = {0};
-            for (int lane = 0; lane < LANES; lane++) {
-                i64 first = at + unit_in(lane) * WORDS_AT_ONCE;
-                if (first < words) some[lane] = scales[r * groups + first / GROUP_WORDS];
-            }
-            scale[r] = affine_v(some).scale;
-            for (int j = 0; j < WORDS_AT_ONCE; j++)
-                word[r][j] = load_words(codes + r * row_words + at + j * LANES, words - at - j * LANES);
-        }
-        dot_stretch(x, word, scale, acc, rows, tokens);
-    }
+#undef TAKE_STRETCH
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int t = 0; t < tokens; t++) out[t * TASK_ROWS + r] = sum(acc[r][t]);
 }
 
 #define DEFINE_DOT(R, T, SHARES) \
-    NOINLINE void dot_##R##_##T##_##SHARES(const i8 *x, i64 all, const u32 *codes, const scale_type *scales, i64 groups, \
-                                           i64 words, f32 *out, const char *next, const char *next_scales) { \
-        dot_tile(x, all, codes, scales, groups, words, out, next, next_scales, R, T, SHARES); \
+    NOINLINE void dot_##R##_##T##_##SHARES(const i8 *x, i64 from, i64 all, const u32 *codes, const scale_type *scales, \
+                                           i64 groups, i64 words, f32 *out, const char *next, const char *next_scales) { \
+        dot_tile(x, from, all, codes, scales, groups, words, out, next, next_scales, R, T, SHARES); \
     }
 DEFINE_DOT(1, 1, 1)
 DEFINE_DOT(2, 2, 1)
@@ -192,14 +227,14 @@ DEFINE_DOT(2, 3, 2)
 DEFINE_DOT(2, 4, 2)
 
 INLINE void dot(const f32 *packed, i64 stride, const weights *w, i64 first, i64 rows, i64 tokens, f32 *out) {
-    i64 groups = (w->k + GROUP_SIZE - 1) / GROUP_SIZE, row_words = groups * GROUP_WORDS, words = words_held(w), r = 0;
+    i64 groups = (w->k + GROUP_SIZE - 1) / GROUP_SIZE, row_words = groups * GROUP_WORDS, words = words_held(w->k), r = 0;
     i64 turn = 8 * row_words, ahead = (AHEAD + turn - 1) / turn * turn;  // of two rows, whole turns
     const i8 *x = (const i8 *)packed;
     const u32 *codes = (const u32 *)w->part[0] + first * row_words;
     const scale_type *scales = (const scale_type *)w->part[1] + first * groups;
     (void)stride;
 #define DOT(R, T, SHARES, FROM, BEFORE) \
-    dot_##R##_##T##_##SHARES(x + (FROM) * STRETCH_BYTES, tokens, codes + r * row_words, scales + r * groups, groups, words, \
+    dot_##R##_##T##_##SHARES(x, FROM, tokens, codes + r * row_words, scales + r * groups, groups, words, \
         out + (FROM) * TASK_ROWS + r, (const char *)(codes + r * row_words) + (BEFORE), \
         (const char *)(scales + r * groups) + (BEFORE) / (4 * GROUP_WORDS) * (i64)sizeof(scale_type))
     // Of one token, one row after the other: memory is read fastest in one line. With more, rows share what they load, and

@@ -1,18 +1,13 @@
 // Dot products with words taken lane by lane: lane l of a register holds word l of LANES neighbours, step j takes code j
 // of every word. The activations of such a block lie as [j][lane], so one register of scales serves the whole block.
 
-// What LANES words of a row are scaled by, from word `at` on, which starts a group; the row has `words`.
-INLINE affine spread_affine(const scale_type *row, i64 at, i64 words) {
-    scale_type some[LANES] = {0};
-    for (i64 i = 0; i < LANES && at + i < words; i++) some[i] = row[(at + i) / GROUP_WORDS];
-    return affine_v(some);
+INLINE affine permute_affine(affine a, i32v index) {
+    return (affine){permute(a.scale, index), ASYMMETRIC ? permute(a.minimum, index) : a.minimum};
 }
 
-// The same for block `b` of GROUP_WORDS whole blocks, whose LANES scales are given.
+// What LANES words are scaled by: block `b` of GROUP_WORDS whole blocks, whose LANES scales are given.
 INLINE affine choose_affine(affine all, int b) {
-    i32v index;
-    for (int lane = 0; lane < LANES; lane++) index[lane] = (b * LANES + lane) / GROUP_WORDS;
-    return (affine){permute(all.scale, index), ASYMMETRIC ? permute(all.minimum, index) : all.minimum};
+    return permute_affine(all, (i32v)((lane_numbers() + (u32)(b * LANES)) / GROUP_WORDS));
 }
 
 #define ROWS_AT_ONCE 4
@@ -74,10 +69,13 @@ INLINE void dot_tile(const f32 *x, i64 stride, const WORD *codes, const scale_ty
             dot_block(x + (at + b * LANES) * PER_WORD, stride, word, a, acc, rows, tokens);
         }
     }
+    if (at < words)  // what is left is less than LANES groups
+        UNROLL for (int r = 0; r < rows; r++) all[r] = last_affine(scales + r * groups, groups);
     for (; at < words; at += LANES) {
+        i32v index = in_last(lane_numbers() + (u32)at, groups);
         UNROLL for (int r = 0; r < rows; r++) {
             word[r] = load_words(codes + r * row_words + at, words - at);
-            a[r] = spread_affine(scales + r * groups, at, words);
+            a[r] = permute_affine(all[r], index);
         }
         dot_block(x + at * PER_WORD, stride, word, a, acc, rows, tokens);
     }
@@ -89,7 +87,7 @@ INLINE void dot(const f32 *x, i64 stride, const weights *w, i64 first, i64 rows,
     i64 groups = (w->k + GROUP_SIZE - 1) / GROUP_SIZE, words = groups * GROUP_WORDS;
     const WORD *codes = (const WORD *)w->part[0] + first * words;
     const scale_type *scales = (const scale_type *)w->part[1] + first * groups;
-    i64 held = words_held(w), r = 0;
+    i64 held = words_held(w->k), r = 0;
 #define TILE(R, T) \
     dot_tile(x + t * stride, stride, codes + r * words, scales + r * groups, groups, held, out + t * TASK_ROWS + r, R, T)
     // Of one token, one row after the other: memory is read fastest in one line, a quarter slower where rows alternate.

@@ -5,10 +5,8 @@
 
 // The first `count` values, LANES at most.
 INLINE f32v take(const f32 *p, i64 count) {
-    if (count >= LANES) return load_float32(p);
-    f32v v = splat(0.0f);
-    for (i64 lane = 0; lane < count; lane++) v[lane] = p[lane];
-    return v;
+    u32v v = load_first((const u32 *)p, count);
+    return *(f32v *)&v;
 }
 
 INLINE void give(f32 *p, f32v v, i64 count) {

@@ -56,11 +56,15 @@ INLINE f32v dequantized(u32v word, int j, affine a) {
 
 // LANES words from p on, of which `held` are there.
 INLINE u32v load_words(const WORD *p, i64 held) {
+#if WORD_BITS == 32
+    return load_first(p, held);
+#else
     typedef WORD words_v __attribute__((vector_size(sizeof(WORD) * LANES), aligned(sizeof(WORD))));
     if (__builtin_expect(held >= LANES, 1)) return __builtin_convertvector(*(const words_v *)p, u32v);
     u32v v = {};
     for (i64 i = 0; i < held; i++) v[i] = p[i];
     return v;
+#endif
 }
 
 INLINE affine load_affine(const scale_type *p, i64 stride, i64 held) {
@@ -116,10 +120,30 @@ INLINE f32 value(const weights *w, i64 row, i64 at) {
 
 #define AHEAD 4096  // bytes in advance of which words of a row are fetched
 
-// Words of a row that have activations: what lies behind k, to the end of a group, has none.
-INLINE i64 words_held(const weights *w) {
-    i64 words = (w->k + GROUP_SIZE - 1) / GROUP_SIZE * GROUP_WORDS;
-    return min_i64(words, (w->k + PER_WORD * LANES - 1) / (PER_WORD * LANES) * LANES);
+// Words of a row of k columns that have activations: what lies behind k, to the end of a group, has none.
+INLINE i64 words_held(i64 k) {
+    i64 words = (k + GROUP_SIZE - 1) / GROUP_SIZE * GROUP_WORDS;
+    return min_i64(words, (k + PER_WORD * LANES - 1) / (PER_WORD * LANES) * LANES);
+}
+
+// The last LANES of a row's `groups` groups, which start at last_group: all of its end, where no more are left. A row of
+// fewer has zeros behind them.
+INLINE i64 last_group(i64 groups) { return groups > LANES ? groups - LANES : 0; }
+INLINE affine last_affine(const scale_type *row, i64 groups) {
+    return load_affine(row + last_group(groups), 1, groups);
+}
+
+// Of those, the ones of words `at` of the row; behind its end, where activations are zeros, the last.
+INLINE i32v in_last(u32v at, i64 groups) {
+    u32v last = (u32v){} + (u32)(groups - 1);
+    return (i32v)(__builtin_elementwise_min(at / GROUP_WORDS, last) - (u32)last_group(groups));
+}
+
+// 0, 1, 2 ... in the lanes.
+INLINE u32v lane_numbers(void) {
+    u32v lanes;
+    UNROLL for (int lane = 0; lane < LANES; lane++) lanes[lane] = (u32)lane;
+    return lanes;
 }
 
 // Codes of 8 and of 3 bits fill bytes only where an instruction takes them unsigned and whole, and spreads them out.

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from tests.architectures.agreement import Case
-from tests.architectures.family_cases import INDEXER, LATENT, V3, YARN
+from tests.architectures.family_cases import INDEXER, LATENT, ONE_THETA, V3, YARN, _wrapped
 from tests.architectures.sink_cases import _case
 
 BLOCKS = {"index_n_heads": 2, "index_head_dim": 24, "index_block_size": 16, "index_topk_blocks": 6}  # 96 tokens
@@ -32,4 +32,11 @@ CASES: dict[str, Case] = {
     ),
     "hy_v4": _case("hy_v4", **LATENT, **HY, **INDEXER, attention_bias=True, swiglu_limit=0.5),
     "minimax_m3_vl_text": _case("minimax_m3_vl_text", **M3, **BLOCKS, partial_rotary_factor=0.5, swiglu_limit=0.5),
+}
+HY_TEXT = {**CASES["hy_v4"].config, "model_type": "hy_v4_vl_text"}
+HY_TEXT["rope_parameters"] = {**ONE_THETA, "mrope_section": [2, 1, 1]}
+CASES |= {
+    "hy_v4_vl": _wrapped(
+        "hy_v4_vl", "hy_v4_vl_vision", Case("hy_v4_vl", HY_TEXT), {"out_hidden_size": 64}, tie_word_embeddings=False
+    )
 }

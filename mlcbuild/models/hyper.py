@@ -26,7 +26,7 @@ def started(d: Decoder, x: Expr) -> Expr:
     return d.builder.emit(relax.op.concat([x] * d.structure.streams, axis=1))
 
 
-def ended(d: Decoder, x: Expr, weights: Weights) -> Expr:
+def ended(d: Decoder, x: Expr, weights: Given | Weights) -> Expr:
     """All states -> one [n, H]."""
     return _one(d, x, _weights(d, x, weights, "head"))
 

@@ -82,7 +82,10 @@ BEGINNING = (
     *("position_embedding", "token_type_embedding", "embedding_norm", "embedding_norm_bias"),
     *("embedding_proj", "embedding_bias"),
 )
-FINAL_NORM = ("final_norm", "final_norm_bias", "head_dense", "head_dense_bias", "head_norm", "head_norm_bias")
+FINAL_NORM = (
+    *("head_mix", "head_mix_bias", "head_mix_scale"),
+    *("final_norm", "final_norm_bias", "head_dense", "head_dense_bias", "head_norm", "head_norm_bias"),
+)
 
 
 _MATRICES = ("lm_head", "head_dense", "router", "attention_gate")

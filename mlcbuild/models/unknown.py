@@ -49,7 +49,7 @@ def complaints(architecture: Architecture, config: Mapping[str, Any]) -> list[st
     """A problem for each unknown key."""
     return [
         f"config.json: architecture `{architecture.name}` does not know the key `{_FROM.get(key, key)}` "
-        f"({json.dumps(lookup(config, key))}), "
+        f"({json.dumps(config.get(key, lookup(config, key)))}), "
         "which may change what the model computes; if it does not, list it as `harmless` in "
         f"recipes/architectures/{architecture.name}.yaml"
         for key in unknown_keys(architecture, config)

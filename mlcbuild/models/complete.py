@@ -38,6 +38,11 @@ def problems(structure: Structure) -> list[str]:
     return found
 
 
+def _mixed(*parts: str) -> set[str]:
+    """The roles of hyper-connections."""
+    return {f"{part}_mix{end}" for part in parts for end in ("", "_bias", "_scale")}
+
+
 def _repeated(rules: Iterable[ParameterRule]) -> Iterator[str]:
     for one, other in combinations(rules, 2):
         apart = one.layers is not None and other.layers is not None and not {*one.layers} & {*other.layers}
@@ -63,7 +68,9 @@ def _outside(s: Structure) -> tuple[set[str], set[str]]:
     norms = last if s.norm == "rms" and s.norm_weights else set()
     if s.per_layer_size:
         needed |= {"per_layer_embedding", "per_layer_proj", "per_layer_norm"}
-    if s.streams > 1:
+    if s.hyper:
+        needed |= _mixed("head")
+    elif s.streams > 1:
         needed |= {"streams_proj", *(f"streams_out_{number}_proj" for number in range(1, s.streams))}
     biases = _biases(s, (*last, "embedding_norm", "head_norm"))
     used = {*last, "embedding_norm", "position_embedding", "lm_head", "lm_head_bias", "lm_head_scale", *biases}
@@ -77,7 +84,9 @@ def _layer(s: Structure, roles: set[str], layer: int) -> tuple[set[str], set[str
     needed -= {"k_proj", "v_proj", "k_norm"} if s.borrows(layer) else set()
     needed, used = needed | more, used | more_used | {"layer_scale"}
     used |= {f"{part}_{way}" for part in ("attention", "mlp") for way in ("residual", "rate")}
-    needed |= _STREAMS if s.streams > 1 else set()
+    gated = {part for part in ("attention", "mlp") if f"{part}_norm_in_proj" in roles}
+    needed |= {f"{part}_norm_{end}_proj" for part in gated for end in ("in", "out")}
+    needed |= _mixed("attention", "mlp") if s.hyper else _STREAMS if s.streams > 1 else set()
     needed |= {f"per_layer_{name}" for name in ("gate_proj", "out_proj", "post_norm")} if s.per_layer_size else set()
     norms = {f"{part}_norm" for part in ("attention", "mlp") if s.norm_position != "post"}
     norms |= {f"{part}_post_norm" for part in ("attention", "mlp") if s.norm_position in ("post", "both")}
@@ -105,6 +114,7 @@ def _attention(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
         needed = {"attention_router", "kv_proj", *(f"attention_experts_{of}" for of in ("q_proj", "o_proj", "bias"))}
     elif s.kv_lora_rank:
         needed = {"o_proj", *_LATENT, *(_NARROW_QUERY if s.q_lora_rank else {"q_proj"})}
+        needed |= {"k_turned_norm"} & roles
     else:
         needed = {"o_proj", *(_ONE_BY_ONE if roles & _ONE_BY_ONE else {"qkv_proj"})}
         needed -= {"v_proj"} if s.keys_as_values and "v_proj" not in roles else set()

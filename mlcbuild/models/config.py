@@ -12,7 +12,8 @@ _ROPE_META = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
 _SCORES = "llama_4_scaling_beta"  # of scores, not of rope: `normalise` puts it beside the scaling
 # What older checkpoints of Phi-3 and Sarvam call them, and three positions of a token, which without images are one.
 _KINDS = {"su": "longrope", "deepseek_yarn": "yarn", "mrope": "default"}
-_PER_LAYER = ("head_dim", "num_key_value_heads")
+# Types of layers by which `rope_parameters` may be told: those that see all or choose, and those with a window.
+_FULL, _LOCAL = ("full_attention", "indexed_attention"), "sliding_attention"
 _WITH_LENGTHS = ("dynamic", "yarn", "longrope")  # scalings that depend on how long texts the model was trained for
 
 # Numbers that a kind needs, and those that it may have.
@@ -48,8 +49,9 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
     flat = {key: _finite_or_not(value) for key, value in config.items()}
     silent = flat.get("rope_parameters") is None and not flat.get("rope_scaling")
     parameters = _mapping(flat.pop("rope_parameters", None), "rope_parameters")
-    if "full_attention" in parameters:
-        local = _mapping(parameters.get("sliding_attention"), "rope_parameters.sliding_attention")
+    full = next((name for name in _FULL if name in parameters), None)
+    if full is not None:
+        local = _mapping(parameters.get(_LOCAL), f"rope_parameters.{_LOCAL}")
         flat.setdefault("rope_local_base_freq", local.get("rope_theta"))
         flat.setdefault("rope_local_partial_factor", local.get("partial_rotary_factor"))
         scaling = _scaling(local, flat)
@@ -58,7 +60,7 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
                 f"config.json: rope_parameters.sliding_attention has the rope_type {scaling['rope_type']!r}, but only "
                 "layers of full attention are computed with a rope scaling"
             )
-        parameters = _mapping(parameters["full_attention"], "rope_parameters.full_attention")
+        parameters = _mapping(parameters[full], f"rope_parameters.{full}")
     if parameters:
         if "rope_theta" in parameters:
             flat.setdefault("rope_theta", parameters["rope_theta"])
@@ -83,11 +85,6 @@ def _by_key(layers: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, l
     """What transformers 5 writes where layers differ, {layer: {key: value}}, as {key: its values up to the
     last layer that has one}."""
     keys = {key for each in layers.values() for key in _mapping(each, "per_layer_config")}
-    if not keys <= set(_PER_LAYER):
-        raise MlcBuildError(
-            f"config.json: per_layer_config has {', '.join(sorted(keys))}, but only {' and '.join(_PER_LAYER)} may "
-            "differ"
-        )
     total = config.get("num_hidden_layers")
     if type(total) is not int:
         raise MlcBuildError("config.json: per_layer_config needs num_hidden_layers, a whole number")

@@ -58,7 +58,19 @@ class Decoder:
         return Weights(self.builder, self.declared, params)
 
     def norm(self, x: Expr, weights: Given | Weights, role: str) -> Expr:
-        """x [n, H] normed, with the weight that plays `role` and the bias that plays `role`_bias, where there are."""
+        """x [n, H] normed, with the weight that plays `role` and the bias that plays `role`_bias, where there are.
+
+        With a matrix that plays `role`_in_proj, it has a gate: y * sigmoid(out_proj silu(in_proj y)) of y normed
+        (transformers modeling_axk2.py).
+        """
+        normed = self._ungated_norm(x, weights, role)
+        if f"{role}_in_proj" not in weights:
+            return normed
+        inner = self.operations.activation(self.project(normed, weights, f"{role}_in"), "silu")
+        gate = self.builder.emit(relax.op.sigmoid(self.project(inner, weights, f"{role}_out")))
+        return self.builder.emit(relax.op.multiply(normed, gate))
+
+    def _ungated_norm(self, x: Expr, weights: Given | Weights, role: str) -> Expr:
         s = self.structure
         eps = s.norm_eps if role != "final_norm" or s.final_norm_eps is None else s.final_norm_eps
         weight, bias = (weights(each).plain if each in weights else None for each in (role, f"{role}_bias"))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from tvm import relax, te, tirx
 
-from mlcbuild.models import per_layer, streams
+from mlcbuild.models import hyper, per_layer, streams
 from mlcbuild.models.decoder import Decoder, kv_cache, numbered, one_per_kind
 from mlcbuild.models.layer import layer, layer_inputs, query_positions
 from mlcbuild.models.operations import Expr
@@ -56,7 +56,7 @@ def _emit_layers(d: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalV
         weights = d.weights(params)
         first, rows = per_layer.apart(d, x)
         given: Expr = d.beginning(first, lambda: query_positions(d, cache, x.ty.shape[0]), weights)
-        hidden = streams.started(d, given, weights)
+        hidden = hyper.started(d, given) if s.hyper else streams.started(d, given, weights)
         inputs = (
             [[each] for each in per_layer.inputs(d, given, rows, weights)] if rows is not None else [[]] * len(layers)
         )
@@ -72,7 +72,7 @@ def _emit_layers(d: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalV
             if s.keys_from is not None and not s.borrows(i):
                 hidden, parts = (d.builder.emit(relax.TupleGetItem(hidden, at)) for at in (0, 1))
                 made[i] = parts, per_layer.norm_of(d, i, own)
-        return d.finished(streams.ended(d, hidden, weights), weights)
+        return d.finished((hyper if s.hyper else streams).ended(d, hidden, weights), weights)
 
     return d.function("decoder", [x, cache, params], body, private=True)
 

@@ -54,7 +54,7 @@ def experts(d: Decoder, x: Expr, routed: Expr, weight: Given) -> Expr:
     if "experts_up_proj" in weight:
         inner = o.activation(_product(d, given, chosen, weight, "experts_up"), s.activation)
     else:
-        inner = gated(d, _product(d, given, chosen, weight, "experts_gate_up"))
+        inner = gated(d, _product(d, given, chosen, weight, "experts_gate_up"), d.structure.swiglu_limit)
     out = o.weighted_sum(_product(d, inner, chosen, weight, "experts_down"), share)
     out = d.project(out, weight, "experts_out") if "experts_out_proj" in weight else out
     if "experts_sum_bias" in weight:
@@ -65,7 +65,7 @@ def experts(d: Decoder, x: Expr, routed: Expr, weight: Given) -> Expr:
     if "shared_up_proj" in weight:
         inner = o.activation(d.project(x, weight, "shared_up"), s.activation)
     else:
-        inner = o.gated(d.project(x, weight, "shared_gate_up"), s.activation)
+        inner = gated(d, d.project(x, weight, "shared_gate_up"), s.swiglu_limit if s.swiglu_dense else None)
     shared = d.project(inner, weight, "shared_down")
     if "shared_gate" in weight:
         gate = d.builder.emit(relax.op.sigmoid(o.linear(x, weight("shared_gate"), o.compute)))
@@ -73,9 +73,9 @@ def experts(d: Decoder, x: Expr, routed: Expr, weight: Given) -> Expr:
     return d.scaled(d.builder.emit(relax.op.add(out, shared)), 0.5 if s.experts_averaged else 1.0)
 
 
-def gated(d: Decoder, both: Expr) -> Expr:
-    """Gate and up of experts [n, 2 * I] -> [n, I]."""
-    if d.structure.swiglu_limit is None:
+def gated(d: Decoder, both: Expr, limit: float | None) -> Expr:
+    """Gate and up [n, 2 * I] -> [n, I], clamped where there is a `limit`."""
+    if limit is None:
         return d.operations.gated(both, d.structure.activation)
     return d.builder.emit_te(partial(_clamped, d.structure), both, primfunc_name_hint="clamped")
 
@@ -83,13 +83,13 @@ def gated(d: Decoder, both: Expr) -> Expr:
 def _clamped(s: Structure, both: te.Tensor) -> te.Tensor:
     """gpt-oss's (transformers modeling_gpt_oss.py): Structure.swiglu_limit."""
     width = int(both.shape[1]) // 2
-    limit, one = tirx.const(s.swiglu_limit, "float32"), tirx.const(1, "float32")
+    limit, one, offset = (tirx.const(number, "float32") for number in (s.swiglu_limit, 1, s.swiglu_offset))
 
     def number(i: Any, j: Any) -> Any:
         gate = tirx.min(both[i, j].astype("float32"), limit)
         up = tirx.max(tirx.min(both[i, width + j].astype("float32"), limit), -limit)
         share = one / (one + tirx.exp(gate * tirx.const(-s.swiglu_alpha, "float32")))
-        return ((up + one) * gate * share).astype(both.dtype)
+        return ((up + offset) * gate * share).astype(both.dtype)
 
     return te.compute((both.shape[0], width), number, name="clamped")
 

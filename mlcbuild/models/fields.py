@@ -52,6 +52,13 @@ def _others(count: int, without: Collection[int]) -> tuple[int, ...]:
     return tuple(layer for layer in range(min(count, MOST_LAYERS + 1)) if layer not in without)
 
 
+def _at(value: Any, layer: int, other: Any) -> Any:
+    """What a list has for a layer, `other` where that is nothing; any other value as it is."""
+    if not isinstance(value, list | tuple):
+        return value
+    return other if layer >= len(value) or value[layer] is None else value[layer]
+
+
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "others": _others,
     "int": int,
@@ -59,6 +66,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "max": max,
     "len": len,
     "same": _same,
+    "at": _at,
 }
 
 SIZES = (
@@ -103,6 +111,7 @@ COUNTS = (
     "position_offset",
     "zero_experts",
     "adapter_rank",
+    "norm_gate_rank",
     "position_scale_length",
 )
 # What no model comes near. Layers and experts are gone through one by one, and every one has tensors of its own.
@@ -134,6 +143,9 @@ NUMBERS = (
     "decay_limit",
     "value_scale",
     "swiglu_alpha",
+    "swiglu_offset",
+    "hyper_magnitude",
+    "hyper_eps",
     "activation_sparsity",
     "router_scale",
 )
@@ -157,7 +169,6 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(_POSITIVE, ("a number above 0", partial(is_above, 0))),
     "conv_kernel": ("a whole number of at least 2", lambda value: type(value) is int and value > 1),
     "mixer_scales": ("five numbers", lambda value: _are_numbers(value, 5)),
-    "latent_scales": ("two numbers", lambda value: _are_numbers(value, 2)),
     "time_step_limits": ("two numbers, the least and the largest step", lambda value: _is_range(value)),
     **dict.fromkeys(("rope_theta", "rope_local_theta"), ("a number above 1", partial(is_above, 1))),
 }
@@ -324,8 +335,8 @@ def evaluate(expression: object, names: Mapping[str, Any]) -> Any:
     """The value of an expression over `names`; anything but a string is its own value.
 
     Beside names, numbers, texts, tuples, True, False and None it may have `+ - * / // % **`, comparisons, `in`,
-    `and or not`, `a if b else c`, int min max len, same(list), and `each_layer(x)`: a tuple of x for `layer` from 0 to
-    num_hidden_layers - 1. Raises MlcBuildError for anything else, and for a name that is not known.
+    `and or not`, `a if b else c`, int min max len, same(list), at(list, layer, x), and `each_layer(x)`: a tuple
+    of x for `layer` from 0 to num_hidden_layers - 1. Raises MlcBuildError for anything else, and for unknown names.
     """
     if not isinstance(expression, str):
         return expression

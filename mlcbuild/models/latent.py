@@ -4,9 +4,13 @@
     (latent, turned part of every head's key) = kv_a_proj x:         kv_lora_rank and rotary_dim numbers
     (rest of a head's key, its value) = kv_b_proj norm(latent):      qk_head_dim - rotary_dim and value_head_dim numbers
 
+The turned part of keys may be normed, too (`k_turned_norm`), queries may be made of their latent as it is besides, and
+each head's may have a gate behind it (A.X K2).
+
 The KV cache is given whole keys and values. So every head has its own, and all have the same width, head_dim: shorter
-ones end with zeros. What is turned comes first in queries and keys, where the cache's rotary kernel turns it. Scores
-are the same in any order.
+ones end with zeros, or with a sink. Heads of a layer that has fewer stand apart, with the same keys and values in
+between. What is turned comes first in queries and keys, where the cache's rotary kernel turns it. Scores are the same
+in any order.
 """
 
 from __future__ import annotations
@@ -17,41 +21,75 @@ from typing import Any
 from tvm import relax, te, tirx
 
 from mlcbuild.models.decoder import Decoder
+from mlcbuild.models.heads import NO_SINK
 from mlcbuild.models.operations import Expr
 from mlcbuild.models.structure import Structure
 from mlcbuild.models.weights import Given
 
-_EPS = 1e-6  # of the latents' norms, whatever config.json's rms_norm_eps is (transformers modeling_deepseek_v2.py)
 
-
-def heads_of(d: Decoder, x: Expr, weight: Given) -> Expr:
-    """x [n, H] -> queries, keys and values [n, 3 * heads, head_dim] in the model dtype."""
-    s = d.structure
+def heads_of(d: Decoder, x: Expr, own: Structure, weight: Given) -> tuple[Expr, Expr | None]:
+    """x [n, H] -> queries, keys and values [n, 3 * heads, head_dim] in the model dtype, as the KV cache has them; and
+    where there are gates [n, the layer's heads * value_head_dim] in the compute dtype."""
     if "q_a_proj" in weight:
-        narrow = d.operations.rms_norm(d.project(x, weight, "q_a"), weight("q_a_norm").plain, _EPS)
-        narrow = d.scaled(narrow, s.latent_scales[0])
+        raw = d.project(x, weight, "q_a")
+        narrow = _normed(d, raw, weight, "q_a_norm")
+        narrow = d.builder.emit(relax.op.concat([narrow, raw], axis=1)) if own.raw_query_latent else narrow
         q = d.project(narrow, weight, "q_b", d.dtype)
     else:
         q = d.project(x, weight, "q", d.dtype)
-    parts = d.builder.emit(relax.op.split(d.project(x, weight, "kv_a"), [s.kv_lora_rank], axis=1))
+    parts = d.builder.emit(relax.op.split(d.project(x, weight, "kv_a"), [own.kv_lora_rank], axis=1))
     latent, turned = (d.builder.emit(relax.TupleGetItem(parts, i)) for i in range(2))
-    latent = d.scaled(d.operations.rms_norm(latent, weight("kv_a_norm").plain, _EPS), s.latent_scales[1])
-    kv = d.project(latent, weight, "kv_b", d.dtype)
+    kv = d.project(_normed(d, latent, weight, "kv_a_norm"), weight, "kv_b", d.dtype)
+    if "k_turned_norm" in weight:
+        turned = d.operations.rms_norm(turned, weight("k_turned_norm").plain, own.latent_eps)
     turned = d.cast(turned, d.dtype)
-    return d.builder.emit_te(partial(_whole, s), q, turned, kv, primfunc_name_hint="latent_heads")
+    sinks = [d.cast(weight("sinks").plain, "float32")] if "sinks" in weight else []
+    whole = partial(_whole, d.structure, own)
+    qkv = d.builder.emit_te(whole, q, turned, kv, *sinks, primfunc_name_hint="latent_heads")
+    if not own.query_gate:
+        return qkv, None
+    return qkv, d.cast(
+        d.builder.emit_te(partial(_gates, own), q, primfunc_name_hint="latent_gates"), d.operations.compute
+    )
 
 
-def _whole(s: Structure, q: te.Tensor, turned: te.Tensor, kv: te.Tensor) -> te.Tensor:
-    heads, width, rope, values = s.num_attention_heads, s.qk_head_dim, s.rotary_dim or 0, s.value_head_dim
-    rest = width - rope
+def _normed(d: Decoder, latent: Expr, weight: Given, role: str) -> Expr:
+    normed = d.operations.rms_norm(latent, weight(role).plain, d.structure.latent_eps)
+    long = (d.structure.hidden_size / int(latent.ty.shape[1])) ** 0.5
+    return d.scaled(normed, long if d.structure.long_latents else 1.0)
+
+
+def _whole(
+    s: Structure, own: Structure, q: te.Tensor, turned: te.Tensor, kv: te.Tensor, *sinks: te.Tensor
+) -> te.Tensor:
+    heads, times = s.num_attention_heads, s.num_attention_heads // own.num_attention_heads
+    width, rope, values = own.qk_head_dim, own.rotary_dim or 0, own.value_head_dim
+    rest, both = width - rope, width + (values if own.query_gate else 0)
     zero = tirx.const(0, q.dtype)
+    has_sinks = "sinks" in s.roles()
 
     def number(i: Any, h: Any, d: Any) -> Any:
-        query, pair = (h % heads) * width, (h % heads) * (rest + values)
+        head, mine = h % heads // times, h % times == 0
+        query, pair = head * both, head * (rest + values)
         of_query = tirx.if_then_else(d < rope, q[i, query + rest + d], q[i, query + d - rope])
+        of_query = of_query if times == 1 else tirx.if_then_else(mine, of_query, zero)
         of_key = tirx.if_then_else(d < rope, turned[i, d], kv[i, pair + d - rope])
         of_both = tirx.if_then_else(h < heads, of_query, of_key)
         of_value = tirx.if_then_else(d < values, kv[i, pair + rest + d], zero)
-        return tirx.if_then_else(h < 2 * heads, tirx.if_then_else(d < width, of_both, zero), of_value)
+        behind = zero
+        if has_sinks:
+            sink = tirx.if_then_else(mine, sinks[0][head], NO_SINK) if sinks else tirx.const(NO_SINK, "float32")
+            last = tirx.all(h < heads, d == s.head_dim - 1)
+            behind = tirx.if_then_else(last, sink.astype(q.dtype), zero)
+        return tirx.if_then_else(h < 2 * heads, tirx.if_then_else(d < width, of_both, behind), of_value)
 
     return te.compute((q.shape[0], 3 * heads, s.head_dim), number, name="latent_heads")
+
+
+def _gates(own: Structure, q: te.Tensor) -> te.Tensor:
+    width, values = own.qk_head_dim, own.value_head_dim
+    return te.compute(
+        (q.shape[0], own.num_attention_heads * values),
+        lambda i, j: q[i, j // values * (width + values) + width + j % values],
+        name="latent_gates",
+    )

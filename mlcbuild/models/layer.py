@@ -6,9 +6,9 @@ from functools import partial
 
 from tvm import ir, relax, te, tirx
 
-from mlcbuild.models import attention_experts, heads, latent, per_layer, streams
+from mlcbuild.models import attention_experts, heads, hyper, latent, per_layer, streams
 from mlcbuild.models.decoder import Decoder, kv_cache
-from mlcbuild.models.experts import beside, experts
+from mlcbuild.models.experts import beside, experts, gated
 from mlcbuild.models.operations import Expr
 from mlcbuild.models.rope import in_cache, inverse_frequencies, latent_factor, rotary
 from mlcbuild.models.structure import Structure
@@ -76,6 +76,9 @@ def layer(decoder: Decoder, x: Expr, cache: Expr, layer_id: Expr, *given: Expr, 
             return out
         return relax.Tuple([d.builder.emit(out), d.builder.emit(relax.op.concat(parts[1:], axis=1))])
 
+    if s.hyper:
+        x = hyper.around(d, x, weight, "attention", lambda one: attend(d.norm(one, weight, "attention_norm")))
+        return hyper.around(d, x, weight, "mlp", lambda one: mlp(d, d.norm(one, weight, "mlp_norm"), one, weight))
     if s.streams > 1:
         sparsity = s.at(number).activation_sparsity
         return with_keys(streams.layer(d, x, weight, more[0], attend, lambda y: _dense(d, y, weight, sparsity)))
@@ -126,23 +129,22 @@ def attention(
     """
     s, own = d.structure, d.structure.at(number)
     key, value = heads.widths(own)
-    choice = attention_experts.choose(d, x, weight) if "attention_router" in weight else None
+    choice, gate = attention_experts.choose(d, x, weight) if "attention_router" in weight else None, None
     if choice is not None:
         qkv = attention_experts.heads_of(d, x, choice, weight)
     elif s.kv_lora_rank:
-        qkv = latent.heads_of(d, x, weight)
+        qkv, gate = latent.heads_of(d, x, own, weight)
     elif "qkv_proj" in weight:
         qkv = d.project(x, weight, "qkv", d.dtype)
     else:
         qkv = d.builder.emit(relax.op.concat(parts or heads.parts_of(d, x, weight, own), axis=1))
-    if s.query_gate:
+    if s.query_gate and gate is None:
         qkv, gate = _gated_queries(d, qkv)
     if s.clip_qkv is not None:
         qkv = d.builder.emit(relax.op.clip(qkv, -s.clip_qkv, s.clip_qkv))
-    if key == value or s.kv_lora_rank:
-        width = s.head_dim if s.kv_lora_rank else key
+    if key == value and not s.kv_lora_rank:
         rows = own.num_attention_heads + 2 * own.num_key_value_heads
-        qkv = d.builder.emit(relax.op.reshape(qkv, [n, rows, width]))
+        qkv = d.builder.emit(relax.op.reshape(qkv, [n, rows, key]))
     if not s.qk_norm_last:
         qkv = _normed_heads(d, qkv, own, weight, s.turns(number))
     if s.position_scale is not None and not (s.position_scale_unturned and s.turns(number)):
@@ -171,7 +173,7 @@ def attention(
     )
     out = heads.gated(d, d.scaled(heads.values_of(d, out, own), s.value_scale), x, own, weight)
     out = heads.difference(d, out, own, weight) if own.differential else out
-    if s.query_gate:
+    if gate is not None:
         gate = d.builder.emit(relax.op.sigmoid(gate))
         out = d.builder.emit(relax.op.multiply(gate, d.cast(out, d.operations.compute)))
     out = d.norm(d.cast(out, d.operations.compute), weight, "o_norm") if "o_norm" in weight or s.inner_norms else out
@@ -248,7 +250,7 @@ def _dense(d: Decoder, x: Expr, weight: Given, sparsity: float = 0.0) -> Expr:
         both = d.project(x, weight, "gate_up")
         both = streams.cut(d, both, sparsity) if sparsity else both
         if d.structure.gate == "first":
-            inner = operations.gated(both, activation)
+            inner = gated(d, both, d.structure.swiglu_limit if d.structure.swiglu_dense else None)
         else:
             halves = d.builder.emit(relax.op.split(both, 2, axis=1))
             up, gate = (d.builder.emit(relax.TupleGetItem(halves, i)) for i in range(2))

@@ -2,7 +2,8 @@
 
 For models whose weights do not fit into memory, and for measuring what runs through a layer. The computation is the
 decoder's own (mlcbuild.models.decoder); only who calls whom differs. Hidden states between the pieces are [n, H] in the
-compute dtype. The parameters of a piece are those of its roles, in the order of `Decoder.declared`.
+compute dtype, of hyper-connections all states of a token [n, S * H] from the beginning on. The parameters of a piece
+are those of its roles, in the order of `Decoder.declared`.
 
     embed(input_ids int32 [n], embedding...) -> [n, H]
     beginning(x [n, H], positions int32 [n], position_embedding..., embedding_norm...) -> [n, H], where there is one
@@ -23,6 +24,7 @@ from dataclasses import replace
 
 from tvm import relax, tirx
 
+from mlcbuild.models import hyper
 from mlcbuild.models.decoder import Decoder, numbered
 from mlcbuild.models.layer import layer, layer_inputs
 from mlcbuild.models.operations import Expr
@@ -32,20 +34,26 @@ from mlcbuild.models.weights import Given, Weight, head_role
 
 def emit_layer_pieces(decoder: Decoder) -> None:
     """Add every piece of a decoder that has one layer of each kind to its builder."""
-    d, width = decoder, decoder.structure.hidden_size
+    d, width, several = decoder, decoder.structure.hidden_size, decoder.structure.hyper
     compute = d.operations.compute
 
-    def rows(name: str) -> relax.Var:  # a variable belongs to one function
-        return d.tensor(name, [tirx.Var("seq_len", "int64"), width], compute)
+    def rows(name: str, states: int = 1) -> relax.Var:  # a variable belongs to one function
+        return d.tensor(name, [tirx.Var("seq_len", "int64"), states * width], compute)
+
+    def begun(x: Expr, positions: Expr, weights: Given) -> Expr:
+        x = d.beginning(x, lambda: positions, weights)
+        return hyper.started(d, x) if several else x
 
     ids = d.tensor("input_ids", [tirx.Var("seq_len", "int64")], "int32")
     emit_piece(d, "embed", [ids], EMBED, lambda w: d.cast(d.operations.embedding(ids, w("embedding"), width), compute))
-    if d.has_beginning:
+    if d.has_beginning or several:
         first = rows("x")
         positions = d.tensor("positions", [first.ty.shape[0]], "int32")
-        emit_piece(d, "beginning", [first, positions], BEGINNING, lambda w: d.beginning(first, lambda: positions, w))
-    last, normed = rows("x"), rows("normed")
-    emit_piece(d, "final_norm", [last], FINAL_NORM, lambda w: d.finished(last, w))
+        emit_piece(d, "beginning", [first, positions], BEGINNING, lambda w: begun(first, positions, w))
+    last, normed = rows("x", d.structure.streams if several else 1), rows("normed")
+    emit_piece(
+        d, "final_norm", [last], FINAL_NORM, lambda w: d.finished(hyper.ended(d, last, w) if several else last, w)
+    )
     of_head = head_role(d.structure), "lm_head_bias", "lm_head_scale"
     emit_piece(d, "head", [normed], of_head, lambda w: d.logits(normed, w))
     for kind in range(d.structure.num_hidden_layers):

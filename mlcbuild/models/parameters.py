@@ -82,7 +82,10 @@ BEGINNING = (
     *("position_embedding", "token_type_embedding", "embedding_norm", "embedding_norm_bias"),
     *("embedding_proj", "embedding_bias"),
 )
-FINAL_NORM = ("final_norm", "final_norm_bias", "head_dense", "head_dense_bias", "head_norm", "head_norm_bias")
+FINAL_NORM = (
+    *("head_mix", "head_mix_bias", "head_mix_scale"),
+    *("final_norm", "final_norm_bias", "head_dense", "head_dense_bias", "head_norm", "head_norm_bias"),
+)
 
 
 _MATRICES = ("lm_head", "head_dense", "router", "attention_gate")
@@ -181,9 +184,13 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "o_norm": lambda s: (s.num_attention_heads * (s.value_head_dim or s.head_dim),),
     "q_a_proj": lambda s: (s.q_lora_rank, s.hidden_size),
     "q_a_norm": lambda s: (s.q_lora_rank,),
-    "q_b_proj": lambda s: (_query(s), s.q_lora_rank),
+    "q_b_proj": lambda s: (
+        _query(s) + (s.num_attention_heads * s.value_head_dim if s.query_gate else 0),
+        s.q_lora_rank * (1 + s.raw_query_latent),
+    ),
     "kv_a_proj": lambda s: (s.kv_lora_rank + (s.rotary_dim or 0), s.hidden_size),
     "kv_a_norm": lambda s: (s.kv_lora_rank,),
+    "k_turned_norm": lambda s: (s.rotary_dim or 0,),
     "kv_b_proj": lambda s: (
         s.num_attention_heads * (s.qk_head_dim - (s.rotary_dim or 0) + s.value_head_dim),
         s.kv_lora_rank,
@@ -216,6 +223,12 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "streams_correct": lambda s: (s.streams, s.streams),
     "streams_norm": _width,
     "streams_scale": _width,
+    **{f"{part}_mix": lambda s: (2 * s.streams, s.streams * s.hidden_size) for part in ("attention", "mlp")},
+    **{f"{part}_mix_bias": lambda s: (2 * s.streams,) for part in ("attention", "mlp")},
+    **{f"{part}_mix_scale": lambda s: (2,) for part in ("attention", "mlp")},
+    "head_mix": lambda s: (s.streams, s.streams * s.hidden_size),
+    "head_mix_bias": lambda s: (s.streams,),
+    "head_mix_scale": lambda s: (1,),
     "laurel_in_proj": lambda s: (s.laurel_rank, s.hidden_size),
     "laurel_out_proj": lambda s: (s.hidden_size, s.laurel_rank),
     "laurel_norm": _width,
@@ -235,6 +248,8 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "q_norm": lambda s: _head_norm(s, s.num_attention_heads),
     "k_norm": lambda s: _head_norm(s, s.num_key_value_heads),
     "attention_norm": lambda s: (_attended(s),),
+    **{f"{part}_norm_in_proj": lambda s: (s.norm_gate_rank, s.hidden_size) for part in ("attention", "mlp")},
+    **{f"{part}_norm_out_proj": lambda s: (s.hidden_size, s.norm_gate_rank) for part in ("attention", "mlp")},
     "attention_post_norm": _width,
     "mlp_norm": _width,
     "xielu_positive": lambda s: (1,),

@@ -4,7 +4,8 @@ scores    softmax or sigmoid of the router's logits (`logits`: chosen by these, 
           `router_correction` is added where experts are chosen, and does not count in their shares (Wang et al.,
           arXiv 2408.15664)
 groups    experts of the few groups only whose `expert_group_best` best are best together: two of them (DeepSeek-V3,
-          arXiv 2412.19437, 2.1.2) or one (DeepSeek-V2, arXiv 2405.04434, 2.2.2)
+          arXiv 2412.19437, 2.1.2) or one (DeepSeek-V2, arXiv 2405.04434, 2.2.2). With `expert_groups_zeroed` all others
+          have the score 0: corrections may take one of them above those (A.X K2)
 sparse_mixer  one after the other: a softmax over those that are not far below the best one left (Liu et al.,
           arXiv 2409.12136, as Phi-3.5-MoE computes it)
 
@@ -43,7 +44,10 @@ def choose(d: Decoder, logits: Expr, weight: Given) -> tuple[Expr, Expr]:
             _best, wanted, s.expert_groups, s.expert_group_best, primfunc_name_hint="expert_groups"
         )
         ranks = d.builder.emit_te(_ranks, best, primfunc_name_hint="group_ranks")
-        wanted = d.builder.emit_te(_of_groups, wanted, ranks, s.expert_groups_per_tok, primfunc_name_hint="grouped")
+        none = 0.0 if s.expert_groups_zeroed else _NONE
+        wanted = d.builder.emit_te(
+            _of_groups, wanted, ranks, s.expert_groups_per_tok, none, primfunc_name_hint="grouped"
+        )
     rank = d.builder.emit_te(_ranks, wanted, primfunc_name_hint="expert_ranks")
     chosen, share = _pair(d, _picked, rank, scores)
     if s.norm_topk_prob:
@@ -139,10 +143,10 @@ def _best(x: te.Tensor, groups: int, count: int) -> te.Tensor:
     return te.compute((x.shape[0], groups), best, name=f"{BLOCK}groups")
 
 
-def _of_groups(x: te.Tensor, rank: te.Tensor, count: int) -> te.Tensor:
-    """Scores of those in the `count` best groups, the others below all of them."""
+def _of_groups(x: te.Tensor, rank: te.Tensor, count: int, other: float) -> te.Tensor:
+    """Scores of those in the `count` best groups, `other` for the rest."""
     size = int(x.shape[1]) // int(rank.shape[1])
-    none = tirx.const(_NONE, "float32")
+    none = tirx.const(other, "float32")
     return te.compute(
         (x.shape[0], x.shape[1]), lambda i, e: tirx.Select(rank[i, e // size] < count, x[i, e], none), name="grouped"
     )

@@ -75,7 +75,7 @@ def cut(d: Decoder, both: Expr, sparsity: float) -> Expr:
     gate, up = (emit(relax.TupleGetItem(halves, i)) for i in (0, 1))
     gate = d.cast(gate, "float32")
     mean = emit(relax.op.mean(gate, 1, keepdims=True))
-    spread = emit(relax.op.sqrt(_mean_square(d, emit(relax.op.subtract(gate, mean)))))
+    spread = emit(relax.op.sqrt(mean_square(d, emit(relax.op.subtract(gate, mean)))))
     bound = emit(relax.op.add(mean, d.scaled(spread, deviations)))
     above = emit(relax.op.nn.relu(emit(relax.op.subtract(gate, bound))))
     return _joined(d, [d.cast(above, str(up.ty.dtype)), up])
@@ -93,12 +93,12 @@ def _joined(d: Decoder, parts: list[Expr]) -> Expr:
 
 def _as_long(d: Decoder, x: Expr, first: Expr) -> Expr:
     emit = d.builder.emit
-    mine = emit(relax.op.maximum(_mean_square(d, x), relax.const(_LEAST, "float32")))
-    factor = emit(relax.op.sqrt(emit(relax.op.divide(_mean_square(d, first), mine))))
+    mine = emit(relax.op.maximum(mean_square(d, x), relax.const(_LEAST, "float32")))
+    factor = emit(relax.op.sqrt(emit(relax.op.divide(mean_square(d, first), mine))))
     return d.cast(emit(relax.op.multiply(d.cast(x, "float32"), factor)), str(x.ty.dtype))
 
 
-def _mean_square(d: Decoder, x: Expr) -> Expr:
+def mean_square(d: Decoder, x: Expr) -> Expr:
     """Of each row: float32 [n, 1]. A square of a state is more than float16 holds."""
     wide = d.cast(x, "float32")
     return d.builder.emit(relax.op.mean(d.builder.emit(relax.op.multiply(wide, wide)), 1, keepdims=True))

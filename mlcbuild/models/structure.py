@@ -31,6 +31,8 @@ BY_LAYER = (
     "rope_theta",
     "rotary_dim",
     "activation_sparsity",
+    "kv_lora_rank",
+    "q_lora_rank",
 )
 
 
@@ -48,7 +50,8 @@ class Structure:
                       the first layer's attention is given its input normed; norm_embeddings: whether embeddings are
                       normed without a parameter in the role `embedding_norm`. norm_length: rms norms without weights
                       divide by the length of what they are given, not by its root mean square; inner_norms: whether
-                      what the last matrices of attention and MLP are given is normed without a weight
+                      what the last matrices of attention and MLP are given is normed without a weight.
+                      norm_gate_rank: width of gates of norms, where parameters play these roles (Decoder.norm)
     residual          sequential: attention, then the MLP; parallel: both of x, normed once if there is no `mlp_norm`
     mlp               gated: down(activation(gate(x)) * up(x)); plain: down(activation(up(x)))
     input_bits        that what a layer's matrices are multiplied with is rounded to (arXiv 2402.17764); 0: it is not
@@ -74,7 +77,8 @@ class Structure:
                       Such inputs are normed, without a weight, but layer 0's, to which a vector is added where a
                       parameter is `loop_start` (mlcbuild.models.entry_points)
     streams           hidden states of a token, laurel_rank of a product beside attention (mlcbuild.models.streams).
-                      activation_sparsity: the part of an MLP's gates that is cut off
+                      activation_sparsity: the part of an MLP's gates that is cut off. hyper: these are
+                      hyper-connections (mlcbuild.models.hyper), with hyper_magnitude and hyper_eps
     qk_norm           of queries and keys before they are turned: none; head: each head by the one weight; per_head: by
                       its own; all: all heads as one vector; unit: each head without a weight, in layers with rotary
                       positions only. Its kind is `norm`'s, with a bias where parameters play these roles.
@@ -83,7 +87,8 @@ class Structure:
                       (where heads are no power of two: compiler/cpu/kernels/attention.c)
     differential      whether attention is the difference of two (Ye et al., arXiv 2410.05258): that of the second half
                       of heads, times `difference`, is taken from that of the first (mlcbuild.models.heads)
-    query_gate        whether the matrix of queries gives for each head a gate besides, of what the head returns
+    query_gate        whether the matrix of queries gives for each head a gate besides, of what the head returns: of a
+                      head of latent attention as wide as its value
     clip_qkv          c: queries, keys and values become min(max(x, -c), c)
     qk_head_dim, value_head_dim  numbers of a head's query and key, and of its value, where heads of the KV cache,
                       head_dim wide, have more: the rest is zeros (mlcbuild.models.heads). 0: head_dim
@@ -94,7 +99,9 @@ class Structure:
                       value is the largest
     kv_lora_rank      width of the vector that a token's keys and values are made of (mlcbuild.models.latent, with
                       q_lora_rank); 0: they are made of hidden states
-    latent_scales     what the latents of queries, and of keys and values, are multiplied with once they are normed
+    long_latents      whether latents are multiplied with the root of hidden_size over their width once they are
+                      normed. latent_eps: of their norms. raw_query_latent: queries are made of the normed latent and,
+                      behind it, of the latent as it is
     final_logit_softcapping  c: logits become c * tanh(logits / c)
     max_position_embeddings  rows of a learned `position_embedding`. position_offset: the row of a text's first token
     sinusoidal        whether positions are sines and cosines, added to embeddings: of position + position_offset.
@@ -123,7 +130,8 @@ class Structure:
     num_experts       experts of a layer that has a `router`. Each token goes to num_experts_per_tok of them, which
                       count by their probabilities (with norm_topk_prob divided by their sum), times
                       routed_scaling_factor; and to shared ones, where there are parameters of them. scoring,
-                      expert_groups, expert_groups_per_tok, expert_group_best, router_jitter: mlcbuild.models.routers
+                      expert_groups, expert_groups_per_tok, expert_group_best, expert_groups_zeroed, router_jitter:
+                      mlcbuild.models.routers
     zero_experts      more experts that a router may choose, which return what they are given. shortcut: layers have
                       experts beside their MLP, whose sum is added after the next layer only, which has none
                       (LongCat-Flash, arXiv 2509.01322, 2.1 and 2.2)
@@ -132,8 +140,8 @@ class Structure:
     router_logit_softcapping  c: a router's logits become c * tanh(logits / c)
     attention_gate    what becomes of the gate that attention has where parameters play that role: sigmoid, softplus
     expert_input_scaled  whether shares multiply what experts are given, and not what they return
-    swiglu_limit      c: gated MLPs of experts are (min(max(up, -c), c) + 1) * g * sigmoid(swiglu_alpha * g), where g is
-                      min(gate, c); None: they are as `mlp` says
+    swiglu_limit      c: gated MLPs of experts are (min(max(up, -c), c) + swiglu_offset) * g * sigmoid(swiglu_alpha *
+                      g), where g is min(gate, c); None: they are as `mlp` says. swiglu_dense: all others, too
     """
 
     architecture: str
@@ -202,6 +210,7 @@ class Structure:
     expert_groups: int = choice(1)
     expert_groups_per_tok: int = choice(1)
     expert_group_best: int = choice(2)
+    expert_groups_zeroed: bool = choice(False)
     rope_pairing: str = choice("halves")
     rotary_dim: int | None = choice(None)
     rope_local_theta: float | None = choice(None)
@@ -221,6 +230,9 @@ class Structure:
     per_layer_rows: int = choice(0)
     streams: int = choice(1)
     laurel_rank: int = choice(0)
+    hyper: bool = choice(False)
+    hyper_magnitude: float = choice(2.0)
+    hyper_eps: float = choice(1e-6)
     activation_sparsity: float = choice(0.0)
     qk_norm: str = choice("none")
     qk_norm_last: bool = choice(False)
@@ -231,7 +243,10 @@ class Structure:
     alibi_bias_max: float | None = choice(None)
     kv_lora_rank: int = choice(0)
     q_lora_rank: int = choice(0)
-    latent_scales: tuple[float, float] = choice((1.0, 1.0))
+    long_latents: bool = choice(False)
+    latent_eps: float = choice(1e-6)
+    raw_query_latent: bool = choice(False)
+    norm_gate_rank: int = choice(0)
     value_scale: float = choice(1.0)
     input_bits: int = choice(0)
     value_norm: bool = choice(False)
@@ -243,6 +258,8 @@ class Structure:
     expert_input_scaled: bool = choice(False)
     swiglu_limit: float | None = choice(None)
     swiglu_alpha: float = choice(1.0)
+    swiglu_offset: float = choice(1.0)
+    swiglu_dense: bool = choice(False)
     by_layer: tuple[tuple[str, tuple[Any, ...]], ...] = choice(())
     qk_head_dim: int = choice(0)
     value_head_dim: int = choice(0)

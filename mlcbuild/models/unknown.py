@@ -28,6 +28,7 @@ _READ = (
 )  # by name, in code
 # What `normalise` has under a name of its own, and where it has it from.
 _FROM = {"rope_local_partial_factor": "rope_parameters.sliding_attention.partial_rotary_factor"}
+_OWN = "per_layer_config"  # of whose keys each has to be read
 _SHOWN = 3  # architectures that a message names
 
 
@@ -35,16 +36,20 @@ def unknown_keys(architecture: Architecture, config: Mapping[str, Any]) -> list[
     """Keys with a value that the architecture neither reads nor says to be harmless."""
     data = architecture.data
     rules = [*data["config"].values(), *(rule for rule in data["model_config"].values() if isinstance(rule, Mapping))]
-    known = {key.split(".")[0] for rule in rules for key in keys(rule)}
+    read = {key for rule in rules for key in keys(rule)}
+    known = {key.split(".")[0] for key in read}
     known |= {*_READ, *data.get("require", ()), *data.get("harmless", ()), *_harmless()}
-    return [key for key, value in config.items() if value is not None and key not in known and not key.startswith("_")]
+    found = [key for key, value in config.items() if value is not None and key not in known and not key.startswith("_")]
+    own = f"{_OWN}.{{}}".format
+    read |= {*data.get("harmless", ())}
+    return found + [own(key) for key in config.get(_OWN) or () if _OWN in known and own(key) not in read]
 
 
 def complaints(architecture: Architecture, config: Mapping[str, Any]) -> list[str]:
     """A problem for each unknown key."""
     return [
         f"config.json: architecture `{architecture.name}` does not know the key `{_FROM.get(key, key)}` "
-        f"({json.dumps(config[key])}), "
+        f"({json.dumps(config.get(key, lookup(config, key)))}), "
         "which may change what the model computes; if it does not, list it as `harmless` in "
         f"recipes/architectures/{architecture.name}.yaml"
         for key in unknown_keys(architecture, config)

@@ -59,7 +59,7 @@ def small_config(config: Mapping[str, Any], architecture: Architecture, awq_grou
             small[name] = some if isinstance(value, list) else "".join(some)
     small |= {_BORROWING: 0} if _BORROWING in small else {}  # no layer is left to borrow from
     if isinstance(own := small.get("per_layer_config"), Mapping):
-        small["per_layer_config"] = {key: each for key, each in own.items() if key.isdecimal() and int(key) < len(kept)}
+        small["per_layer_config"] = {str(kept.index(layer)): each for layer, each in _numbered(own) if layer in kept}
     found = config.get("quantization_config")
     if isinstance(found, Mapping) and found.get("quant_method") == _BITNET["quant_method"]:
         small["quantization_config"] = _BITNET
@@ -68,6 +68,11 @@ def small_config(config: Mapping[str, Any], architecture: Architecture, awq_grou
         small["quantization_config"] = awq
     small |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
     return {name: _written(value) for name, value in small.items()}
+
+
+def _numbered(layers: Mapping[str, Any]) -> Iterator[tuple[int, Any]]:
+    """What single layers have, by their numbers."""
+    return ((int(key), each) for key, each in layers.items() if key.isdecimal())
 
 
 def _written(value: Any) -> Any:

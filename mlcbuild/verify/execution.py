@@ -110,7 +110,7 @@ def noise(structure: Structure) -> int:
     """Times the bounds of other models."""
     if structure.differential:
         return _NOISE_OF_DIFFERENCES
-    if max(structure.latent_scales) > 1:
+    if structure.long_latents:
         return _NOISE_OF_LONG_LATENTS
     return _NOISE.get(structure.mixer or structure.kind, 1)
 

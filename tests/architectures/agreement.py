@@ -229,7 +229,7 @@ def originals(
 ) -> dict[str, Array]:
     """The checkpoint tensors that a parameter is made of: the inverse of what convert does, written anew."""
     sources = parameter.sources
-    if parameter.alternative and not any(source in tensors for source in sources):
+    if parameter.alternative and sources[0] not in tensors and all(each in tensors for each in parameter.alternative):
         sources = parameter.alternative
     source = sources[0]
     if "first_rows" in parameter.convert:

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from mlcbuild.models.architecture import choose, model_config, resolve
-from tests.architectures import attention_cases, cases, family_cases, hybrid_cases, sink_cases
+from tests.architectures import attention_cases, cases, family_cases, hybrid_cases, indexer_cases, sink_cases
 from tests.architectures.agreement import ARCHITECTURES, IDS, Agreement, config_of, error, known_architectures
 from tests.support import llama
 
 CASES = {**cases.CASES, **attention_cases.CASES, **family_cases.CASES, **hybrid_cases.CASES, **sink_cases.CASES}
+CASES |= indexer_cases.CASES
 QUICK = {("llama", "q0f32"), ("gemma", "q4f32_1")}  # the others take minutes together
 # Compiled as the product does, which takes four times as long: what LLVM has to do differs by kind of layer only.
 OPTIMISED = {

@@ -14,10 +14,11 @@ from mlcbuild.runtime.session import Session
 from tests.architectures.agreement import IDS, Agreement, error, network, save, structure_of
 from tests.architectures.cases import CASES as OWN
 from tests.architectures.family_cases import CASES as FAMILIES
+from tests.architectures.indexer_cases import CASES as INDEXERS
 from tests.architectures.sink_cases import CASES as SINKS
 from tests.support import llama
 
-CASES = {**OWN, **FAMILIES, **SINKS}
+CASES = {**OWN, **FAMILIES, **INDEXERS, **SINKS}
 pytestmark = pytest.mark.slow
 
 # The case, and the fields of its structure that are changed; roles are parameters that are left out.
@@ -48,6 +49,11 @@ WITHOUT: dict[str, tuple[str, dict[str, Any]]] = {
     "the scale of values": ("mimo_v2_flash", {"value_scale": 1.0}),
     "norms of values": ("gemma4_text", {"value_norm": False}),
     "averages of experts": ("cohere2_moe", {"experts_averaged": False}),
+    "gates of norms": ("axk2", {"roles": ("attention_norm_in_proj", "attention_norm_out_proj")}),
+    "the length of latents": ("dots3_note_text", {"long_latents": False}),
+    "norms of turned keys": ("dots3_note_text", {"roles": ("k_turned_norm",)}),
+    "the largest weight of what is added": ("hy_v4", {"hyper_magnitude": 2.0}),
+    "limits of all MLPs": ("minimax_m3_vl_text", {"swiglu_dense": False}),
     "learned positions": ("gpt2", {"roles": ("position_embedding",)}),
     "biases of attention": ("qwen2", {"roles": ("qkv_bias",)}),
     "the bias of the head": ("phi", {"roles": ("lm_head_bias",)}),

@@ -59,6 +59,31 @@ HUB: dict[str, dict[str, Any]] = {
         **{"route_norm": True, "moe_router_use_sigmoid": True, "moe_router_enable_expert_bias": True},
         **{"enable_lm_head_fp32": True, "use_grouped_mm": False},
     },
+    "hy_v4": {
+        **{
+            "enable_ihc": True,
+            "gated_mla": True,
+            "gating_type": "elementwise",
+            "learnable_sink": True,
+            "use_mla": True,
+        },
+        **{"use_dsa": True, "num_nextn_predict_layers": 1, "mtp_loss_factor": 0.1, "enable_lm_head_fp32": True},
+        "layer_types": ["deepseek_sparse_attention"] * 3,
+    },
+    "dots3_note_text": {
+        **{"per_layer_config": None, "swa_num_attention_heads": 2, "swa_qk_rope_head_dim": 12, "swa_rope_theta": 5e4},
+        **{"attention_gate_type": "headwise", "apply_mla_qkv_lora_rescale": True, "sliding_window_size": 513},
+        "moe_layer_freq": [0, 1, 1],
+    },
+    "minimax_m3_vl_text": {
+        **{"layer_types": None, "mlp_layer_types": None, "moe_layer_freq": [0, 1, 1], "hidden_act": "swigluoai"},
+        **{"use_gemma_norm": True, "use_qk_norm": True, "qk_norm_type": "per_head", "scoring_func": "sigmoid"},
+        **{"n_shared_experts": 1, "num_mtp_modules": 1, "use_routing_bias": True, "num_nextn_predict_layers": 1},
+        "sparse_attention_config": {
+            **{"use_sparse_attention": True, "sparse_attention_freq": [0, 1, 1], "sparse_index_dim": 24},
+            **{"sparse_topk_blocks": 2, "sparse_block_size": 16},
+        },
+    },
     "longcat_flash": {
         **{"attention_method": "MLA", "zero_expert_type": "identity", "norm_topk_prob": False, "router_bias": False},
         **{"mla_scale_q_lora": True, "mla_scale_kv_lora": True},
@@ -114,6 +139,9 @@ def test_keys_of_the_hub_are_known(name: str) -> None:
         ("hy_v3", "route_norm", False),
         ("minimax_m2", "layernorm_mlp_beta", 0.5),
         ("sarvam_moe", "score_function", "softmax"),
+        ("hy_v4", "enable_ihc", False),
+        ("dots3_note_text", "attention_gate_type", "elementwise"),
+        ("minimax_m3_vl_text", "qk_norm_type", "per_layer"),
     ],
 )
 def test_what_would_compute_something_else_is_refused(name: str, key: str, value: Any) -> None:
@@ -131,3 +159,21 @@ def test_plain_layers_of_hy_v3() -> None:
     config = config_of(CASES["hy_v3"]) | {"mlp_layer_types": None, "first_k_dense_replace": 2}
     names = [each.name for each in parameters(resolve(known_architectures()["hy_v3"], config, {}))]
     assert [f"model.layers.{i}.mlp.gate.weight" in names for i in range(3)] == [False, False, True]
+
+
+def test_where_a_model_chooses_blocks_of_keys() -> None:
+    """MiniMax M3 as the hub has it: two blocks of 16 keys; without layers that choose, all that it was trained for."""
+    config = config_of(CASES["minimax_m3_vl_text"]) | HUB["minimax_m3_vl_text"]
+    file = known_architectures()["minimax_m3_vl_text"]
+    assert resolve(file, config, {}).context_window_size == 32
+    config["sparse_attention_config"] = {"sparse_attention_freq": [0, 0, 0]}
+    assert resolve(file, config, {}).context_window_size == config["max_position_embeddings"]
+
+
+def test_released_checkpoints_of_dots3_say_the_same_as_transformers_does() -> None:
+    """`swa_` keys, or what is another one in each layer with a window."""
+    case, file = CASES["dots3_note_text"], known_architectures()["dots3_note_text"]
+    whole = config_of(case)
+    released = {key: value for key, value in whole.items() if key != "per_layer_config"} | dict(case.config)
+    released["layer_types"] = ["full_attention", *released["layer_types"][1:]]
+    assert resolve(file, released, {}) == resolve(file, whole, {})

@@ -21,13 +21,14 @@ from mlcbuild.verify.tensors import Unquantized
 from tests.architectures.agreement import IDS, Agreement, Array
 from tests.architectures.cases import CASES as OWN
 from tests.architectures.family_cases import CASES as FAMILIES
+from tests.architectures.indexer_cases import CASES as INDEXERS
 from tests.support.llama import QUANTIZATIONS
 from tests.verify.conftest import build_blocks
 
-CASES = {**OWN, **FAMILIES}
+CASES = {**OWN, **FAMILIES, **INDEXERS}
 # Learned positions; a head's bias; norms without weights; norms of all heads; scales; windows, caps and norms after;
-# latent attention; a matrix before the head.
-NAMES = ("gpt2", "phi", "olmo", "cohere-norms", "minicpm-tied", "gemma2", "minicpm3", "modernbert-decoder")
+# latent attention; a matrix before the head; hyper-connections.
+NAMES = ("gpt2", "phi", "olmo", "cohere-norms", "minicpm-tied", "gemma2", "minicpm3", "modernbert-decoder", "hy_v4")
 WINDOWS = [IDS, IDS[::-1][:17]]
 
 

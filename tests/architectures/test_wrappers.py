@@ -22,6 +22,7 @@ from mlcbuild.steps import convert
 from tests.architectures.agreement import IDS, Case, error, known_architectures, reference_logits, save
 from tests.architectures.cases import like_llama
 from tests.architectures.test_agreement import CASES
+from tests.merging.test_rearranged import converted
 
 # A small model of each text type, where CASES has none that will do.
 TEXTS = {
@@ -39,6 +40,7 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "embed_dim", "mlp_dim", "encoder_ffn_dim", "d_model"), 32),
     **dict.fromkeys(("num_hidden_layers", "depth", "encoder_layers"), 1),
     **dict.fromkeys(("num_attention_heads", "num_heads", "encoder_attention_heads"), 2),
+    **{"mlp_layer_types": ["dense"], "adapter_in_dim": 32, "adapter_input_size": 32, "adapter_out_dim": 64},
     **{"image_size": 28, "patch_size": 14, "out_hidden_size": 64, "vocab_size": 32, "output_channels": 32},
     **{
         "global_attn_indexes": [0],
@@ -56,10 +58,11 @@ SAID: dict[str, dict[str, Any]] = {
 }
 # Those that transformers makes with packages that are not here, or saves under other names: how the hub's names begin.
 UNMADE = {"gemma3n": "model.language_model.", "kimi_k25": "language_model.model."}
+RENAMED = {"minimax_m3_vl": "language_model.model."}  # saved under names that its text model alone lacks
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted({*wrappers.known()} - {*UNMADE}))
+@pytest.mark.parametrize("name", sorted({*wrappers.known()} - {*UNMADE, *RENAMED}))
 def test_a_wrapper_computes_what_its_text_model_does(name: str, tmp_path: Path) -> None:
     case, text = cases_of(name)
     save(case, tmp_path / "wrapper")
@@ -78,7 +81,30 @@ def test_a_wrapper_computes_what_its_text_model_does(name: str, tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "prefix"), UNMADE.items())
+@pytest.mark.parametrize("name", RENAMED)
+def test_a_wrapper_computes_what_a_text_model_does_that_has_its_weights(name: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+
+    case, text = cases_of(name)
+    save(case, tmp_path / "wrapper")
+    save(text, tmp_path / "text")
+    whole = AutoModelForMultimodalLM.from_pretrained(tmp_path / "wrapper")
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "text")
+    alone.model.load_state_dict(whole.model.language_model.state_dict())
+    alone.lm_head.load_state_dict(whole.lm_head.state_dict())
+    alone.save_pretrained(tmp_path / "alone")
+    expected = reference_logits(case, tmp_path / "wrapper", IDS)
+    assert error(reference_logits(text, tmp_path / "alone", IDS), expected) < 2e-5 * text.noise
+    made = []
+    for folder in ("wrapper", "alone"):
+        config = json.loads((tmp_path / folder / "config.json").read_text())
+        structure = resolve(choose(known_architectures(), config), config, {})
+        made.append(converted(structure, tmp_path / folder, tmp_path / f"{folder}-made"))
+    assert made[0].keys() == made[1].keys() and all((made[0][key] == made[1][key]).all() for key in made[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "prefix"), [*UNMADE.items(), *RENAMED.items()])
 def test_a_wrapper_of_the_hub_has_the_text_models_tensors(name: str, prefix: str, tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 

@@ -28,7 +28,10 @@ UNLIKE = {
         ("q4f32_1", "transformers in 16 bits is off by 0.2: what attention returns is normed, with nothing beside it"),
     ),
     **dict.fromkeys(
-        ("laguna", "gemma4_text-experts", "qwen3_moe", "dots1", "deepseek_v2", "afmoe", "qwen3_5_moe_text"),
+        [
+            *("laguna", "gemma4_text-experts", "qwen3_moe", "dots1", "deepseek_v2", "afmoe", "qwen3_5_moe_text"),
+            *("hy_v4", "hy_v4_vl"),
+        ],
         ("q4f32_1", "in 16 bits, its router takes another expert at one token"),
     ),
 }

@@ -172,7 +172,8 @@ def _wide(config: Mapping[str, Any]) -> dict[str, Any]:
         if "short_factor" in config.get(key, {}):
             factors = {name: 2 * config[key][name] for name in ("short_factor", "long_factor")}
             doubled[key] = {**config[key], **factors}
-        if "mrope_section" in config.get(key, {}):  # as many pairs of them turn by each of three positions
+        # As many pairs of them turn by each of three positions.
+        if "mrope_section" in config.get(key, {}) and not latent:
             doubled[key] = {**config[key], "mrope_section": [2 * size for size in config[key]["mrope_section"]]}
     if "text_config" in config:
         doubled["text_config"] = _wide(config["text_config"])

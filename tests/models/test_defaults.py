@@ -18,13 +18,14 @@ from mlcbuild.models.fields import keys
 from tests.architectures.agreement import Case
 from tests.architectures.cases import CASES
 from tests.architectures.family_cases import CASES as FAMILIES
+from tests.architectures.indexer_cases import CASES as INDEXERS
 from tests.architectures.sink_cases import CASES as SINKS
 from tests.support.architectures import known
 
 ARCHITECTURES = known()
 OF_TRANSFORMERS = {
     case.architecture: case
-    for case in [*reversed([*FAMILIES.values(), *SINKS.values()]), *CASES.values()]
+    for case in [*reversed([*FAMILIES.values(), *SINKS.values(), *INDEXERS.values()]), *CASES.values()]
     if case.shapes is None
 }
 # Such that every class's number of key-value heads divides the heads, and that no text is shorter than a window.

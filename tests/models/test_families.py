@@ -56,7 +56,7 @@ def structure(name: str, **changes: Any) -> Structure:
         ("gemma4_text", {"per_layer_config": {"first": {"head_dim": 32}, "1": {"head_dim": 32}}},
          "per_layer_config is of first, 1, expected numbers of layers, each once and below "),
         ("gemma4_text", {"per_layer_config": {"1": {"hidden_size": 32}}},
-         "per_layer_config has hidden_size, but only head_dim and num_key_value_heads may differ"),
+         "does not know the key `per_layer_config.hidden_size` ([null, 32]), which may change what the model"),
         ("gemma4_text", {"per_layer_config": {"1": {"head_dim": 32}}, "num_hidden_layers": ABSENT},
          "config.json: per_layer_config needs num_hidden_layers, a whole number"),
         ("mimo_v2_flash", {"hybrid_layer_pattern": [0, 1]},

@@ -18,13 +18,13 @@ from mlcbuild.models.architecture import choose, resolve
 from mlcbuild.models.parameters import ignored, parameters
 from mlcbuild.smoke import checkpoint
 from mlcbuild.steps import convert
-from tests.architectures import family_cases, hybrid_cases, sink_cases
+from tests.architectures import family_cases, hybrid_cases, indexer_cases, sink_cases
 from tests.architectures.agreement import config_of, known_architectures
 from tests.architectures.cases import CASES
 from tests.architectures.deepseek import CONFIG as CONFIG_OF_EXPERTS
 from tests.support import llama
 
-DEPENDENT = {**family_cases.CASES, **hybrid_cases.CASES, **sink_cases.CASES}
+DEPENDENT = {**family_cases.CASES, **hybrid_cases.CASES, **sink_cases.CASES, **indexer_cases.CASES}
 CONFIG = {
     "model_type": "llama",
     "hidden_size": 48,
@@ -79,7 +79,7 @@ def test_bitnet_keeps_its_three_values(tmp_path: Path) -> None:
     "name",
     [
         *("nemotron_h", "gemma4_text-shared", "falcon_h1", "qwen2_5_vl", "diffllama", "longcat_flash", "zamba2"),
-        *("hrm_text", "dory"),
+        *("hrm_text", "dory", "dots3_note_text", "hy_v4"),
     ],
 )
 def test_models_whose_layers_depend_on_one_another_convert_one(name: str, tmp_path: Path) -> None:

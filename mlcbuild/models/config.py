@@ -42,14 +42,15 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
     `rope_scaling` comes out as None or as a mapping with the key `rope_type`; the kind "default" is None. Where config
     says nothing of either, there is none. Where
     `rope_parameters` has one set for each type of layer, they are those of full attention, and the other theta is
-    `rope_local_base_freq`, as in transformers 4. Raises MlcBuildError where one of them is no mapping, and for a
-    scaling of layers with a window.
+    `rope_local_base_freq`, as in transformers 4; types that have null there are `rope_unturned`. Raises MlcBuildError
+    where one of them is no mapping, and for a scaling of layers with a window.
     """
     flat = {key: _finite_or_not(value) for key, value in config.items()}
     silent = flat.get("rope_parameters") is None and not flat.get("rope_scaling")
     parameters = _mapping(flat.pop("rope_parameters", None), "rope_parameters")
     if "full_attention" in parameters:
         local = _mapping(parameters.get("sliding_attention"), "rope_parameters.sliding_attention")
+        flat.setdefault("rope_unturned", [kind for kind, own in parameters.items() if own is None] or None)
         flat.setdefault("rope_local_base_freq", local.get("rope_theta"))
         flat.setdefault("rope_local_partial_factor", local.get("partial_rotary_factor"))
         scaling = _scaling(local, flat)

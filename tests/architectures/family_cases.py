@@ -106,6 +106,19 @@ CASES |= {
     "cohere-biases": _case("cohere", tie_word_embeddings=True, attention_bias=True),
     "smollm3": _case("smollm3", no_rope_layers=[1, 0, 1]),
     "cohere2": _case("cohere2", tie_word_embeddings=True, **SLIDING),
+    "cohere_compass_text": _case(
+        "cohere_compass_text",
+        **SLIDING,
+        attention_bias=True,
+        rope_parameters={"full_attention": None, "sliding_attention": {**ONE_THETA, "rope_theta": 3000.0}},
+    ),
+    "cohere_compass_text-turned": _case(
+        "cohere_compass_text",
+        **SLIDING,
+        logit_scale=0.25,
+        tie_word_embeddings=True,
+        rope_parameters={"full_attention": ONE_THETA, "sliding_attention": {**ONE_THETA, "rope_theta": 3000.0}},
+    ),
     "exaone4": _case("exaone4", **SLIDING),
     "exaone4-full": _case("exaone4", sliding_window=None, layer_types=["full_attention"] * 3),
     "glm4_moe": _case(

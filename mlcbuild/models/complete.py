@@ -59,16 +59,22 @@ def _outside(s: Structure) -> tuple[set[str], set[str]]:
     needed = {"embedding"}
     if s.embedding is None and not s.tie_word_embeddings:
         needed.add("lm_head")
-    last = set() if s.norm_position == "sum" else {"final_norm"}
+    last = set() if s.norm_position == "sum" or s.mixture_rank else {"final_norm"}
     norms = last if s.norm == "rms" and s.norm_weights else set()
     if s.per_layer_size:
         needed |= {"per_layer_embedding", "per_layer_proj", "per_layer_norm"}
-    if s.streams > 1:
+    if s.mixture_rank:
+        needed |= _mixture("final")
+    elif s.streams > 1:
         needed |= {"streams_proj", *(f"streams_out_{number}_proj" for number in range(1, s.streams))}
     biases = _biases(s, (*last, "embedding_norm", "head_norm"))
     used = {*last, "embedding_norm", "position_embedding", "lm_head", "lm_head_bias", "lm_head_scale", *biases}
     used |= {"loop_start"} if s.joins is not None else set()
     return needed | norms, used | {"head_dense", "head_dense_bias", "head_norm"}
+
+
+def _mixture(part: str) -> set[str]:
+    return {f"{part}_mixture_{name}" for name in ("norm", "in_proj", "out_proj")}
 
 
 def _layer(s: Structure, roles: set[str], layer: int) -> tuple[set[str], set[str]]:
@@ -95,6 +101,8 @@ def _hybrid(s: Structure, roles: set[str], layer: int) -> tuple[set[str], set[st
     parts += [_mlp(s, roles)] if roles & {"router", "down_proj"} else []
     norms = {f"{part}_{when}norm" for part in ("attention", "mlp") for when in ("", "post_")}
     used = norms | set(_biases(s, norms))
+    for part in ("attention", "mlp") if s.mixture_rank else ():
+        parts.append(({*_mixture(part), f"{part}_injection"}, set()))
     if s.attention_into_mixer:
         parts.append(({"mixer_norm", *({"into_mixer_proj"} if kind == "both" else ())}, set()))
     return set[str]().union(*(needed for needed, _ in parts)), used.union(*(also for _, also in parts))

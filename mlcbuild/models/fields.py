@@ -96,6 +96,7 @@ COUNTS = (
     "per_layer_size",
     "per_layer_rows",
     "laurel_rank",
+    "mixture_rank",
     "input_bits",
     "rescale_every",
     "time_mix_extra_dim",
@@ -163,6 +164,7 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 CHOICES = {
     "mixer": ("conv", "mamba", "mamba2", "delta", "kda", "rglru", "lightning"),
+    "state_gate": ("silu", "sigmoid"),
     "norm": ("rms", "layer"),
     "norm_position": ("pre", "post", "both", "sum"),
     "residual": ("sequential", "parallel"),

@@ -85,6 +85,11 @@ BEGINNING = (
 FINAL_NORM = ("final_norm", "final_norm_bias", "head_dense", "head_dense_bias", "head_norm", "head_norm_bias")
 
 
+PARTS = (
+    "attention",
+    "mlp",
+    "final",
+)  # what is given a mixture of several hidden states (mlcbuild.models.hybrid.residuals)
 _MATRICES = ("lm_head", "head_dense", "router", "attention_gate")
 
 
@@ -216,6 +221,10 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "streams_correct": lambda s: (s.streams, s.streams),
     "streams_norm": _width,
     "streams_scale": _width,
+    **{f"{part}_mixture_norm": lambda s: (s.streams * s.hidden_size,) for part in PARTS},
+    **{f"{part}_mixture_in_proj": lambda s: (s.mixture_rank, s.streams * s.hidden_size) for part in PARTS},
+    **{f"{part}_mixture_out_proj": lambda s: (s.streams * s.hidden_size, s.mixture_rank) for part in PARTS},
+    **{f"{part}_injection": lambda s: (s.streams, s.streams * s.hidden_size) for part in PARTS},
     "laurel_in_proj": lambda s: (s.laurel_rank, s.hidden_size),
     "laurel_out_proj": lambda s: (s.hidden_size, s.laurel_rank),
     "laurel_norm": _width,

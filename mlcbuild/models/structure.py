@@ -74,7 +74,8 @@ class Structure:
                       Such inputs are normed, without a weight, but layer 0's, to which a vector is added where a
                       parameter is `loop_start` (mlcbuild.models.entry_points)
     streams           hidden states of a token, laurel_rank of a product beside attention (mlcbuild.models.streams).
-                      activation_sparsity: the part of an MLP's gates that is cut off
+                      activation_sparsity: the part of an MLP's gates that is cut off. mixture_rank: of hybrids with
+                      streams, width of the product that mixes them (mlcbuild.models.hybrid.residuals)
     qk_norm           of queries and keys before they are turned: none; head: each head by the one weight; per_head: by
                       its own; all: all heads as one vector; unit: each head without a weight, in layers with rotary
                       positions only. Its kind is `norm`'s, with a bias where parameters play these roles.
@@ -113,7 +114,8 @@ class Structure:
                       returns, and the mixer is given x + into_mixer(that): nothing of it is added to x (Zamba, arXiv
                       2405.16712, 2411.15242). adapter_rank: of the differences of matrices that layers share
     gate_softcapping  mlstm, c: gates of writing and keeping become c * tanh(gate / c). state_size is of a key there
-    beta_scale        delta: of the gates of writing; state_norm_first: of mamba2, whether the norm precedes the gate
+    beta_scale        delta: of the gates of writing; state_gate: the activation of the gate of what heads return;
+                      state_norm_first: of mamba2, whether the norm precedes the gate
     state_size        mamba, mamba2: values that a channel keeps. conv_kernel: tokens that a convolution sees;
                       time_step_rank: width of a low-rank product; time_step_limits: between which steps are kept;
                       state_norm_eps: of norms over steps, B and C, None: none. mamba2 has num_key_value_heads groups
@@ -220,6 +222,7 @@ class Structure:
     per_layer_size: int = choice(0)
     per_layer_rows: int = choice(0)
     streams: int = choice(1)
+    mixture_rank: int = choice(0)
     laurel_rank: int = choice(0)
     activation_sparsity: float = choice(0.0)
     qk_norm: str = choice("none")
@@ -268,6 +271,7 @@ class Structure:
     kept_scale: float = choice(1.0)
     mlp_out_scale: float = choice(1.0)
     beta_scale: float = choice(1.0)
+    state_gate: str = choice("silu")
     attention_into_mixer: bool = choice(False)
     adapter_rank: int = choice(0)
     decay_limit: float | None = choice(None)

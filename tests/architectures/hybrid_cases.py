@@ -91,7 +91,26 @@ CASES |= {
     "qwen3_5_text": _case("qwen3_5_text", **DELTA, **LINEAR),
     "qwen3_5_moe_text": replace(_case("qwen3_5_moe_text", **DELTA, **MANY, **LINEAR), quantizations=("q0f32",)),
 }
-CASES |= {name: _wrapped(name) for name in ("qwen3_5", "qwen3_5_moe")}
+INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 32,
+    "indexer_budget": 96,
+    "indexer_compress_ratio": 4,
+}
+CASES |= {
+    "qwen4_exp_text": _case(
+        "qwen4_exp_text",
+        **DELTA,
+        **MANY,
+        **TWO,
+        **INDEXER,
+        hc_count=3,
+        hc_lowrank=32,
+        output_gate_type="sigmoid",
+    ),
+}
+CASES |= {name: _wrapped(name) for name in ("qwen3_5", "qwen3_5_moe", "qwen4_exp")}
 THREE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}  # one position without images
 SEEING = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 64}
 CASES["qwen2_5_vl"] = Case(
@@ -227,6 +246,8 @@ DELTA_NETS = (
     "qwen3_5_text",
     "qwen3_5_moe",
     "qwen3_5_moe_text",
+    "qwen4_exp",
+    "qwen4_exp_text",
     "olmo_hybrid",
     "kimi_linear",
     "lara_mini",

@@ -3,7 +3,8 @@
 Private functions work on [n, H], `n` tokens of `b` sequences of equal length. They are given the KV cache, in which
 layers with attention are counted from 0, and the state, in which those with a mixer are; the state is handed on as an
 object. A layer is x + mixed(norm(x)), then x + mlp(norm(x)), with the norms, before and after, that it has weights for;
-with `residual_normed`, norm(x) is added to. With `attention_into_mixer` layers with attention are given the embeddings
+with `residual_normed`, norm(x) is added to; where there are several hidden states, a mixture of them takes norm(x)'s
+place (mlcbuild.models.hybrid.residuals). With `attention_into_mixer` layers with attention are given the embeddings
 besides, and all is x + mixed(norm(x + what attention and MLP make)).
 """
 
@@ -15,7 +16,7 @@ from tvm import ir, relax, tirx
 
 from mlcbuild.models.decoder import Decoder, kv_cache, numbered, one_per_kind
 from mlcbuild.models.entry_points import emit_entry_points
-from mlcbuild.models.hybrid import convolution, delta, lightning, rglru
+from mlcbuild.models.hybrid import convolution, delta, lightning, residuals, rglru
 from mlcbuild.models.layer import attention, mlp, query_positions
 from mlcbuild.models.mixers import mixer_of
 from mlcbuild.models.operations import Expr
@@ -57,7 +58,7 @@ def emit_hybrid(decoder: Decoder, recurrence: Recurrence) -> None:
 def _emit_layer(d: Decoder, recurrence: Recurrence, number: int) -> relax.GlobalVar:
     """Add `hybrid_layer(x [n, H], batch shape, cache, state, numbers in both, parameters...) -> ([n, H], state)`."""
     batch = tirx.Var("batch_size", "int64")
-    x, cache, state = _hidden(d), kv_cache(), kv_cache("rnn_state")
+    x, cache, state = _hidden(d, width=residuals.width(d.structure)), kv_cache(), kv_cache("rnn_state")
     places = [relax.Var(name, ir.PrimType("int64")) for name in ("layer_id", "state_id")]
     given, more = d.layer_parameters(number), [_hidden(d, x, "embeddings")] if _wide(d.structure, number) else []
     inputs = [x, relax.Var("batch", relax.ShapeType([batch])), cache, state, *places, *more, *given]
@@ -94,26 +95,30 @@ def _layer(at: Layer, x: Expr, cache: Expr, layer_id: Expr, number: int) -> Expr
     def normed(y: Expr, role: str) -> Expr:
         return d.norm(y, weight, role) if role in weight else y
 
-    def added(x: Expr, inner: Expr, *ys: Expr, role: str) -> Expr:
+    def given(x: Expr, part: str) -> tuple[Expr, Expr | None]:
+        return residuals.mixture(d, x, weight, part) if s.mixture_rank else (normed(x, f"{part}_norm"), None)
+
+    def added(x: Expr, inner: Expr, *ys: Expr, role: str, share: Expr | None) -> Expr:
         for y in ys[1:]:
             ys = (at.add(ys[0], y),)
+        if share is not None:
+            return residuals.injected(d, x, ys[0], share)
         kept = d.scaled(inner if s.residual_normed else x, s.kept_scale)
         return at.add(kept, d.scaled(normed(ys[0], role), s.residual_scale))
 
-    kind, inner = s.layer_type(number), normed(x, "attention_norm")
+    kind, (inner, share) = s.layer_type(number), given(x, "attention")
     mixed = []
     if kind in KEEPING:
         mixed.append(d.scaled(_MIXED[s.mixer](at, d.scaled(inner, s.mixer_scale)), s.mixer_out_scale))
     if kind in ATTENDING:
-        given = d.scaled(inner, s.attention_in_scale)
-        attended = attention(d, given, cache, layer_id, weight, x.ty.shape[0], number)
+        attended = attention(d, d.scaled(inner, s.attention_in_scale), cache, layer_id, weight, x.ty.shape[0], number)
         mixed.append(d.scaled(attended, s.attention_out_scale))
     if mixed:
-        x = added(x, inner, *mixed, role="attention_post_norm")
+        x = added(x, inner, *mixed, role="attention_post_norm", share=share)
     if "down_proj" in weight or "router" in weight:
-        inner = normed(x, "mlp_norm")
+        inner, share = given(x, "mlp")
         returned = d.scaled(mlp(d, inner, x, weight), s.mlp_out_scale)
-        x = added(x, inner, returned, role="mlp_post_norm")
+        x = added(x, inner, returned, role="mlp_post_norm", share=share)
     return x
 
 
@@ -127,19 +132,20 @@ def _emit_model(d: Decoder, functions: Sequence[relax.GlobalVar]) -> relax.Globa
     def body() -> Expr:
         weights = d.weights(params)
         first = d.beginning(x, lambda: query_positions(d, cache, x.ty.shape[0]), weights)
-        hidden, after = first, state
+        hidden, after = residuals.started(d, first), state
         for number, function in enumerate(functions):
             where = [relax.prim_value(place.get(number, 0)) for place in places]
             more = [first] if _wide(s, number) else []
             inputs = [hidden, shape, cache, after, *where, *more, *weights.layer(number)]
             both = d.builder.emit(relax.Call(function, inputs))
             hidden, after = (d.builder.emit(relax.TupleGetItem(both, i)) for i in (0, 1))
-        return relax.Tuple([d.finished(hidden, weights), after])
+        last = residuals.mixture(d, hidden, weights, "final")[0] if s.mixture_rank else d.finished(hidden, weights)
+        return relax.Tuple([last, after])
 
     return d.function("hybrid_model", [x, shape, cache, state, params], body, private=True)
 
 
-def _hidden(d: Decoder, like: Expr | None = None, name: str = "x") -> relax.Var:
-    """float32 [n, H], with the n of another."""
+def _hidden(d: Decoder, like: Expr | None = None, name: str = "x", width: int = 0) -> relax.Var:
+    """float32 [n, H], or so wide, with the n of another."""
     n = tirx.Var("seq_len", "int64") if like is None else like.ty.shape[0]
-    return d.tensor(name, [n, d.structure.hidden_size], "float32")
+    return d.tensor(name, [n, width or d.structure.hidden_size], "float32")

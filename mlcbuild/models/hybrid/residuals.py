@@ -1,0 +1,66 @@
+"""Several hidden states for a token, of which a part of a layer is given a mixture: Qwen4-Exp's gated residuals.
+
+`x` is [n, S * H], the states one after the other. Each is normed by itself. A narrow product of all of them says how
+much of each number attention, or an MLP, is given of each state, and a product of S rows how much of what it returns is
+added to each (hyper-connections; Zhu et al., arXiv 2409.19606). At the end a last mixture is what the head is given.
+Source of the arithmetic: transformers modeling_qwen4_exp.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import relax, te, tirx
+
+from mlcbuild.models.decoder import Decoder
+from mlcbuild.models.operations import Expr
+from mlcbuild.models.recurrent import mixing
+from mlcbuild.models.structure import Structure
+from mlcbuild.models.weights import Given, Weights
+
+
+def width(s: Structure) -> int:
+    """Of what goes from layer to layer."""
+    return s.hidden_size * (s.streams if s.mixture_rank else 1)
+
+
+def started(d: Decoder, x: Expr) -> Expr:
+    """The first hidden state [n, H] as every one of them [n, S * H]."""
+    return d.builder.emit(relax.op.concat([x] * d.structure.streams, axis=1)) if d.structure.mixture_rank else x
+
+
+def mixture(d: Decoder, x: Expr, weight: Given | Weights, part: str) -> tuple[Expr, Expr | None]:
+    """What `part` (attention, mlp, final) is given of all states: [n, H]; what each state counts of what it returns."""
+    s, compute = d.structure, d.operations.compute
+    rows = d.builder.emit(relax.op.reshape(x, [x.ty.shape[0] * s.streams, s.hidden_size]))
+    rows = d.operations.rms_norm(rows, d.ones(s.hidden_size), s.norm_eps)
+    rows = d.builder.emit(relax.op.reshape(rows, x.ty.shape))
+    normed = d.builder.emit_te(mixing.scaled, rows, weight(f"{part}_mixture_norm").plain, primfunc_name_hint="scaled")
+    narrow = d.scaled(d.project(normed, weight, f"{part}_mixture_in"), 1 / s.streams)
+    share = d.project(d.operations.activation(narrow, "silu"), weight, f"{part}_mixture_out")
+    mixed = d.builder.emit_te(_mixed, normed, share, s.streams, primfunc_name_hint="mixture")
+    if f"{part}_injection" not in weight:
+        return mixed, None
+    return mixed, d.scaled(d.operations.linear(normed, weight(f"{part}_injection"), compute), 1 / s.streams)
+
+
+def injected(d: Decoder, x: Expr, made: Expr, share: Expr) -> Expr:
+    """All states [n, S * H] and what a part of the layer made [n, H], twice sigmoid(share) [n, S] times."""
+    return d.builder.emit_te(_injected, x, made, share, primfunc_name_hint="injected")
+
+
+def _mixed(x: te.Tensor, share: te.Tensor, streams: int) -> te.Tensor:
+    size = int(x.shape[1]) // streams
+
+    def number(i: Any, j: Any) -> Any:
+        each = [te.sigmoid(share[i, at * size + j]) * x[i, at * size + j] for at in range(streams)]
+        return sum(each[1:], each[0]) / tirx.const(streams, "float32")
+
+    return te.compute((x.shape[0], size), number, name="mixture")
+
+
+def _injected(x: te.Tensor, made: te.Tensor, share: te.Tensor) -> te.Tensor:
+    size = int(made.shape[1])
+    return te.compute(
+        x.shape, lambda i, j: x[i, j] + made[i, j % size] * 2 * te.sigmoid(share[i, j // size]), name="injected"
+    )

@@ -9,6 +9,8 @@ from typing import Any
 from mlcbuild.errors import MlcBuildError
 
 _ROPE_META = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
+# What hybrids call types of layers whose attention has a state, and others do without it.
+_TYPES = {"hybrid": "full_attention", "hybrid_sliding": "sliding_attention"}
 _SCORES = "llama_4_scaling_beta"  # of scores, not of rope: `normalise` puts it beside the scaling
 # What older checkpoints of Phi-3 and Sarvam call them, and three positions of a token, which without images are one.
 _KINDS = {"su": "longrope", "deepseek_yarn": "yarn", "mrope": "default"}
@@ -48,6 +50,7 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
     flat = {key: _finite_or_not(value) for key, value in config.items()}
     silent = flat.get("rope_parameters") is None and not flat.get("rope_scaling")
     parameters = _mapping(flat.pop("rope_parameters", None), "rope_parameters")
+    parameters = {_TYPES.get(name, name): value for name, value in parameters.items()}
     if "full_attention" in parameters:
         local = _mapping(parameters.get("sliding_attention"), "rope_parameters.sliding_attention")
         flat.setdefault("rope_unturned", [kind for kind, own in parameters.items() if own is None] or None)

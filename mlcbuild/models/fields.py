@@ -103,6 +103,7 @@ COUNTS = (
     "time_decay_extra_dim",
     "position_offset",
     "zero_experts",
+    "router_width",
     "adapter_rank",
     "position_scale_length",
 )
@@ -157,6 +158,7 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(NUMBERS, ("a number", is_number)),
     **dict.fromkeys(_POSITIVE, ("a number above 0", partial(is_above, 0))),
     "conv_kernel": ("a whole number of at least 2", lambda value: type(value) is int and value > 1),
+    "convolutions": ("two whole numbers of at least 1", lambda value: _are_counts(value, 2)),
     "mixer_scales": ("five numbers", lambda value: _are_numbers(value, 5)),
     "latent_scales": ("two numbers", lambda value: _are_numbers(value, 2)),
     "time_step_limits": ("two numbers, the least and the largest step", lambda value: _is_range(value)),
@@ -178,6 +180,10 @@ CHOICES = {
     "head_activation": ("silu", "gelu", "gelu_tanh", "relu", "relu2"),
     "activation": ("silu", "gelu", "gelu_tanh", "relu", "relu2", "xielu"),
 }
+
+
+def _are_counts(value: Any, count: int) -> bool:
+    return _are_numbers(value, count) and all(type(each) is int and each > 0 for each in value)
 
 
 def _is_range(value: Any) -> bool:

@@ -80,7 +80,7 @@ TABLES = (
 EMBED = ("embedding",)
 BEGINNING = (
     *("position_embedding", "token_type_embedding", "embedding_norm", "embedding_norm_bias"),
-    *("embedding_proj", "embedding_bias"),
+    *("embedding_proj", "embedding_bias", "embedding_factor", "embedding_factor_shift"),
 )
 FINAL_NORM = ("final_norm", "final_norm_bias", "head_dense", "head_dense_bias", "head_norm", "head_norm_bias")
 
@@ -90,7 +90,17 @@ PARTS = (
     "mlp",
     "final",
 )  # what is given a mixture of several hidden states (mlcbuild.models.hybrid.residuals)
-_MATRICES = ("lm_head", "head_dense", "router", "attention_gate")
+_MATRICES = (
+    "lm_head",
+    "head_dense",
+    "router",
+    "attention_gate",
+    "router_in",
+    "router_1",
+    "router_2",
+    "qk_convolution",
+    "qk_mixing",
+)
 
 
 def shape_of(role: str, structure: Structure) -> tuple[int, ...]:
@@ -101,7 +111,7 @@ def shape_of(role: str, structure: Structure) -> tuple[int, ...]:
     """
     if structure.kind in RECURRENT:
         return recurrent_shapes(structure)[role]
-    if structure.kind == HYBRID and role in (mine := mixers.shapes(structure)):
+    if structure.kind == HYBRID and structure.mixer and role in (mine := mixers.shapes(structure)):
         return mine[role]
     if role.endswith(("_bias", "_scale")) and role not in _SHAPES:
         of = role.rpartition("_")[0]
@@ -161,7 +171,11 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "qkv_proj": lambda s: ((1 + s.query_gate) * _query(s) + _key(s) + _value(s), _attended(s)),
     "q_proj": lambda s: ((1 + s.query_gate) * _query(s), _attended(s)),
     "k_proj": lambda s: (_key(s), _attended(s)),
-    "v_proj": lambda s: (_value(s), _attended(s)),
+    "v_proj": lambda s: (_value(s) // (2 if s.convolutions else 1), _attended(s)),
+    "v_before_proj": lambda s: (_value(s) // 2, s.hidden_size),
+    "qk_convolution": lambda s: (_query(s) + _key(s), 1, s.convolutions[0]),
+    "qk_mixing": lambda s: (_query(s) + _key(s), s.head_dim, s.convolutions[1]),
+    "key_scale": lambda s: (s.num_key_value_heads,),
     **{f"{name}_adapter_a_proj": lambda s: (s.adapter_rank, _attended(s)) for name in ("q", "k", "v")},
     "q_adapter_b_proj": lambda s: (_query(s), s.adapter_rank),
     "k_adapter_b_proj": lambda s: (_key(s), s.adapter_rank),
@@ -178,7 +192,8 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "experts_sum_bias": _width,
     "key_step_proj": lambda s: (s.num_key_value_heads, _value(s)),
     "key_rate": lambda s: (s.num_key_value_heads,),
-    **dict.fromkeys(("attention_residual", "mlp_residual", "attention_rate", "mlp_rate"), _width),
+    **{f"{part}_{of}{end}": _width for part in PARTS for of in ("residual", "returned") for end in ("", "_shift")},
+    **dict.fromkeys(("attention_rate", "mlp_rate", "embedding_factor", "embedding_factor_shift"), _width),
     "query_scale": lambda s: (_query(s),),
     "sinks": lambda s: (s.num_attention_heads,),
     "o_proj": lambda s: (s.hidden_size, s.num_attention_heads * _value_width(s)),
@@ -201,7 +216,10 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "attention_gate": lambda s: (s.num_attention_heads * (s.value_head_dim or s.head_dim), s.hidden_size),
     "attention_gate_bias": lambda s: (s.num_attention_heads,),
     "attention_head_gate": lambda s: (s.num_attention_heads, s.hidden_size),
-    "router": lambda s: (s.num_experts + s.zero_experts, s.hidden_size),
+    "router": lambda s: (s.num_experts + s.zero_experts, s.router_width or s.hidden_size),
+    "router_in": lambda s: (s.router_width, s.hidden_size),
+    **dict.fromkeys(("router_1", "router_2"), lambda s: (s.router_width, s.router_width)),
+    **dict.fromkeys(("router_carry", "router_inner_norm"), lambda s: (s.router_width,)),
     "router_norm": _width,
     "dense_post_norm": _width,
     "experts_norm": _width,

@@ -108,6 +108,8 @@ class Structure:
     mixer_scale       hybrid: what a mixer is given is multiplied with, mixer_scales each part of its inputs (mamba2:
                       gates, channels, B, C, steps), mixer_out_scale what it returns; attention_in_scale,
                       attention_out_scale, gate_scale (gates of an MLP with matrices apart), mlp_out_scale likewise
+    convolutions      hybrid: tokens that each of two convolutions of queries and keys sees, which layers with attention
+                      have a state for, then (mlcbuild.models.hybrid.convolved)
     decay_limit       kda: the least logarithm of a decay; None: there is none
     residual_normed   hybrid: what attention and MLP are given is added to, and not x; kept_scale: of what is added to
     attention_into_mixer  mamba2: attention of layers of type `both` is given x beside the embeddings, an MLP what it
@@ -126,9 +128,11 @@ class Structure:
                       count by their probabilities (with norm_topk_prob divided by their sum), times
                       routed_scaling_factor; and to shared ones, where there are parameters of them. scoring,
                       expert_groups, expert_groups_per_tok, expert_group_best, router_jitter: mlcbuild.models.routers
-    zero_experts      more experts that a router may choose, which return what they are given. shortcut: layers have
+    zero_experts      more experts that a router may choose, which return what they are given, or with
+                      zero_experts_return false nothing. shortcut: layers have
                       experts beside their MLP, whose sum is added after the next layer only, which has none
                       (LongCat-Flash, arXiv 2509.01322, 2.1 and 2.2)
+    router_width      of what a router with an MLP makes of hidden states and the layer before's router; 0: none has
     moe_latent_size   width of what routed experts are given, where it is not hidden_size; 0: it is
     experts_averaged  whether what routed experts return and what shared ones do is averaged, and not added
     router_logit_softcapping  c: a router's logits become c * tanh(logits / c)
@@ -195,6 +199,8 @@ class Structure:
     moe_intermediate_size: int = choice(0)
     shared_expert_intermediate_size: int = choice(0)
     zero_experts: int = choice(0)
+    zero_experts_return: bool = choice(True)
+    router_width: int = choice(0)
     shortcut: bool = choice(False)
     moe_latent_size: int = choice(0)
     norm_topk_prob: bool = choice(False)
@@ -274,6 +280,7 @@ class Structure:
     state_gate: str = choice("silu")
     attention_into_mixer: bool = choice(False)
     adapter_rank: int = choice(0)
+    convolutions: tuple[int, ...] = choice(())
     decay_limit: float | None = choice(None)
     gate_softcapping: float | None = choice(None)
     state_norm_first: bool = choice(False)
@@ -314,6 +321,11 @@ class Structure:
     def borrows(self, number: int) -> bool:
         """Whether a layer reads the keys and values of another."""
         return self.keys_from is not None and self.keys_from[number] != number
+
+    @property
+    def keeping(self) -> tuple[int, ...]:
+        """The layers with a state of one size: of a mixer, or of convolutions in attention."""
+        return self.numbers(*KEEPING, *(ATTENDING if self.convolutions else ()))
 
     @property
     def cached(self) -> tuple[int, ...]:

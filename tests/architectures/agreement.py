@@ -114,9 +114,11 @@ def save(case: Case, folder: Path) -> None:
             start = next((centre for end, centre in case.centres.items() if name.endswith(end)), start)
             parameter.copy_(torch.tensor(_random(random, name, tuple(parameter.shape), start)))
         for name, buffer in model.named_buffers():
-            if "correction" in name or "scalar" in name:
-                start = float("scalar" in name)
+            if "correction" in name or "balancing" in name or "scalar" in name:
+                start = float("scalar" in name) - float("balancing" in name)
                 buffer.copy_(torch.tensor(_random(random, name, tuple(buffer.shape), start)))
+                if "balancing" in name:
+                    buffer[-1] = -1  # what transformers makes of Zaya's, whatever a checkpoint has
     model.save_pretrained(folder)
 
 

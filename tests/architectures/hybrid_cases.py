@@ -198,6 +198,23 @@ CASES |= {
         tie_word_embeddings=True,
     ),
 }  # fmt: skip
+ZAYA = {
+    "head_dim": 24,
+    "num_experts": 4,
+    "moe_intermediate_size": 40,
+    "router_hidden_size": 40,
+    "intermediate_size": "absent",
+}
+CASES |= {
+    "zaya": _case("zaya", **ZAYA, attention_bias=True, lm_head_bias=True),
+    "zaya-sliding": replace(
+        _case(
+            "zaya", **ZAYA, layer_types=["hybrid", "hybrid_sliding"] * 2, sliding_window=10, cca_time0=3, cca_time1=4,
+            tie_word_embeddings=True,
+        ),
+        quantizations=("q0f32",),
+    ),
+}  # fmt: skip
 ZAMBA2 = {
     "num_key_value_heads": 4, "n_mamba_heads": 4, "mamba_d_state": 9, "mamba_ngroups": 2, "adapter_rank": 32,
     "tie_word_embeddings": True,

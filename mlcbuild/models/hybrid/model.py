@@ -16,13 +16,15 @@ from tvm import ir, relax, tirx
 
 from mlcbuild.models.decoder import Decoder, kv_cache, numbered, one_per_kind
 from mlcbuild.models.entry_points import emit_entry_points
-from mlcbuild.models.hybrid import convolution, delta, lightning, residuals, rglru
+from mlcbuild.models.experts import experts
+from mlcbuild.models.hybrid import convolution, convolved, delta, lightning, residuals, rglru
 from mlcbuild.models.layer import attention, mlp, query_positions
 from mlcbuild.models.mixers import mixer_of
 from mlcbuild.models.operations import Expr
 from mlcbuild.models.recurrent import state_space
 from mlcbuild.models.recurrent.layers import Layer
 from mlcbuild.models.recurrent.operations import Recurrence, Slot, State
+from mlcbuild.models.routers import narrow
 from mlcbuild.models.structure import ATTENDING, KEEPING, Structure
 
 _MIXED = {
@@ -36,9 +38,12 @@ _SLOTS = {"conv": convolution.slots, "rglru": rglru.slots, "lightning": lightnin
 
 
 def slots(s: Structure) -> tuple[Slot, ...]:
-    """What each layer with a mixer keeps per sequence."""
-    m = mixer_of(s)
-    return _SLOTS.get(m.name, state_space.kept)(m)
+    """What each layer with a state keeps per sequence: what its mixer does, then its attention."""
+    return (*_mixers(s), *convolved.slots(s))
+
+
+def _mixers(s: Structure) -> tuple[Slot, ...]:
+    return _SLOTS.get(s.mixer, state_space.kept)(mixer_of(s)) if s.mixer else ()
 
 
 def emit_hybrid(decoder: Decoder, recurrence: Recurrence) -> None:
@@ -91,6 +96,7 @@ def _into_mixer(at: Layer, x: Expr, cache: Expr, layer_id: Expr, number: int, *e
 
 def _layer(at: Layer, x: Expr, cache: Expr, layer_id: Expr, number: int) -> Expr:
     d, s, weight = at.decoder, at.decoder.structure, at.weight
+    x, routed = residuals.apart(d, x)
 
     def normed(y: Expr, role: str) -> Expr:
         return d.norm(y, weight, role) if role in weight else y
@@ -98,28 +104,35 @@ def _layer(at: Layer, x: Expr, cache: Expr, layer_id: Expr, number: int) -> Expr
     def given(x: Expr, part: str) -> tuple[Expr, Expr | None]:
         return residuals.mixture(d, x, weight, part) if s.mixture_rank else (normed(x, f"{part}_norm"), None)
 
-    def added(x: Expr, inner: Expr, *ys: Expr, role: str, share: Expr | None) -> Expr:
+    def added(x: Expr, inner: Expr, *ys: Expr, part: str, share: Expr | None) -> Expr:
         for y in ys[1:]:
             ys = (at.add(ys[0], y),)
         if share is not None:
             return residuals.injected(d, x, ys[0], share)
-        kept = d.scaled(inner if s.residual_normed else x, s.kept_scale)
-        return at.add(kept, d.scaled(normed(ys[0], role), s.residual_scale))
+        kept = d.scaled(d.shifted(inner if s.residual_normed else x, weight, f"{part}_residual"), s.kept_scale)
+        returned = d.shifted(normed(ys[0], f"{part}_post_norm"), weight, f"{part}_returned")
+        return at.add(kept, d.scaled(returned, s.residual_scale))
 
     kind, (inner, share) = s.layer_type(number), given(x, "attention")
     mixed = []
     if kind in KEEPING:
         mixed.append(d.scaled(_MIXED[s.mixer](at, d.scaled(inner, s.mixer_scale)), s.mixer_out_scale))
     if kind in ATTENDING:
-        attended = attention(d, d.scaled(inner, s.attention_in_scale), cache, layer_id, weight, x.ty.shape[0], number)
+        seen = d.scaled(inner, s.attention_in_scale)
+        parts = convolved.heads_of(at, seen, len(_mixers(s))) if s.convolutions else None
+        attended = attention(d, seen, cache, layer_id, weight, x.ty.shape[0], number, parts)
         mixed.append(d.scaled(attended, s.attention_out_scale))
     if mixed:
-        x = added(x, inner, *mixed, role="attention_post_norm", share=share)
+        x = added(x, inner, *mixed, part="attention", share=share)
     if "down_proj" in weight or "router" in weight:
         inner, share = given(x, "mlp")
-        returned = d.scaled(mlp(d, inner, x, weight), s.mlp_out_scale)
-        x = added(x, inner, returned, role="mlp_post_norm", share=share)
-    return x
+        if routed is None:
+            returned = mlp(d, inner, x, weight)
+        else:
+            rows, routed = narrow(d, inner, routed, weight)
+            returned = experts(d, inner, rows, weight)
+        x = added(x, inner, d.scaled(returned, s.mlp_out_scale), part="mlp", share=share)
+    return x if routed is None else d.builder.emit(relax.op.concat([x, routed], axis=1))
 
 
 def _emit_model(d: Decoder, functions: Sequence[relax.GlobalVar]) -> relax.GlobalVar:
@@ -127,7 +140,7 @@ def _emit_model(d: Decoder, functions: Sequence[relax.GlobalVar]) -> relax.Globa
     s = d.structure
     x, cache, state, params = _hidden(d), kv_cache(), kv_cache("rnn_state"), d.params()
     shape = relax.Var("batch", relax.ShapeType([tirx.Var("batch_size", "int64")]))
-    places = [{layer: place for place, layer in enumerate(s.numbers(*types))} for types in (ATTENDING, KEEPING)]
+    places = [{layer: place for place, layer in enumerate(layers)} for layers in (s.numbers(*ATTENDING), s.keeping)]
 
     def body() -> Expr:
         weights = d.weights(params)
@@ -139,8 +152,7 @@ def _emit_model(d: Decoder, functions: Sequence[relax.GlobalVar]) -> relax.Globa
             inputs = [hidden, shape, cache, after, *where, *more, *weights.layer(number)]
             both = d.builder.emit(relax.Call(function, inputs))
             hidden, after = (d.builder.emit(relax.TupleGetItem(both, i)) for i in (0, 1))
-        last = residuals.mixture(d, hidden, weights, "final")[0] if s.mixture_rank else d.finished(hidden, weights)
-        return relax.Tuple([last, after])
+        return relax.Tuple([residuals.ended(d, hidden, weights), after])
 
     return d.function("hybrid_model", [x, shape, cache, state, params], body, private=True)
 

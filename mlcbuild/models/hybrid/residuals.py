@@ -1,4 +1,6 @@
-"""Several hidden states for a token, of which a part of a layer is given a mixture: Qwen4-Exp's gated residuals.
+"""What hybrids hand from layer to layer beside a hidden state: more of them, or what a router made.
+
+Qwen4-Exp has several hidden states for a token, of which a part of a layer is given a mixture (its gated residuals).
 
 `x` is [n, S * H], the states one after the other. Each is normed by itself. A narrow product of all of them says how
 much of each number attention, or an MLP, is given of each state, and a product of S rows how much of what it returns is
@@ -21,12 +23,32 @@ from mlcbuild.models.weights import Given, Weights
 
 def width(s: Structure) -> int:
     """Of what goes from layer to layer."""
-    return s.hidden_size * (s.streams if s.mixture_rank else 1)
+    return s.hidden_size * (s.streams if s.mixture_rank else 1) + s.router_width
 
 
 def started(d: Decoder, x: Expr) -> Expr:
-    """The first hidden state [n, H] as every one of them [n, S * H]."""
-    return d.builder.emit(relax.op.concat([x] * d.structure.streams, axis=1)) if d.structure.mixture_rank else x
+    """What the first layer is given [n, width]: the first hidden state [n, H] as every one, and zeros of routers."""
+    s, parts = d.structure, [x]
+    if s.router_width:
+        parts.append(d.builder.emit(relax.op.zeros([x.ty.shape[0], s.router_width], "float32")))
+    parts = [x] * s.streams if s.mixture_rank else parts
+    return d.builder.emit(relax.op.concat(parts, axis=1)) if len(parts) > 1 else x
+
+
+def ended(d: Decoder, x: Expr, weights: Weights) -> Expr:
+    """What the last layer gives [n, width], as the head is given it [n, H]."""
+    if d.structure.mixture_rank:
+        return mixture(d, x, weights, "final")[0]
+    return d.finished(apart(d, x)[0], weights)
+
+
+def apart(d: Decoder, x: Expr) -> tuple[Expr, Expr | None]:
+    """Hidden states of a token, and what the layer before's router made of it [n, R]."""
+    if not d.structure.router_width:
+        return x, None
+    both = d.builder.emit(relax.op.split(x, [width(d.structure) - d.structure.router_width], axis=1))
+    first, second = (d.builder.emit(relax.TupleGetItem(both, i)) for i in (0, 1))
+    return first, second
 
 
 def mixture(d: Decoder, x: Expr, weight: Given | Weights, part: str) -> tuple[Expr, Expr | None]:

@@ -167,6 +167,7 @@ def _mlp(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
         needed = {"up_proj", "down_proj"}
     else:
         needed = {"down_proj", *({"gate_proj", "up_proj"} if "gate_proj" in roles else {"gate_up_proj"})}
+    needed |= {"key_router", "experts_in_rows", "experts_out_rows"} if s.key_experts else set()
     used |= {"down_norm", *({"gate_up_adapter_a_proj", "gate_up_adapter_b_proj"} if s.adapter_rank else ())}
     if s.activation == "xielu":
         needed |= {"xielu_positive", "xielu_negative"}

@@ -104,6 +104,8 @@ COUNTS = (
     "position_offset",
     "zero_experts",
     "router_width",
+    "key_experts",
+    "key_experts_per_tok",
     "adapter_rank",
     "position_scale_length",
 )

@@ -6,7 +6,7 @@ from functools import partial
 
 from tvm import ir, relax, te, tirx
 
-from mlcbuild.models import attention_experts, heads, latent, per_layer, streams
+from mlcbuild.models import attention_experts, heads, latent, per_layer, product_keys, streams
 from mlcbuild.models.decoder import Decoder, kv_cache
 from mlcbuild.models.experts import beside, experts
 from mlcbuild.models.operations import Expr
@@ -233,7 +233,8 @@ def mlp(d: Decoder, x: Expr, before: Expr, weight: Given) -> Expr:
     """
     if "router" in weight:
         return beside(d, _dense(d, x, weight), before, weight) if "down_proj" in weight else experts(d, x, x, weight)
-    return _dense(d, x, weight)
+    made = _dense(d, x, weight)
+    return d.builder.emit(relax.op.add(made, product_keys.made(d, x, weight))) if "key_router" in weight else made
 
 
 def _dense(d: Decoder, x: Expr, weight: Given, sparsity: float = 0.0) -> Expr:

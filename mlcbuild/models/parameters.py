@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -75,6 +76,7 @@ TABLES = (
     "position_embedding",
     "token_type_embedding",
     "per_layer_embedding",
+    *("experts_in_rows", "experts_out_rows"),
 )  # roles that are looked up by row
 # Roles outside the layers, by the pieces of a model that use them (mlcbuild.models.layer_pieces, encoder_pieces).
 EMBED = ("embedding",)
@@ -217,6 +219,8 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "attention_gate_bias": lambda s: (s.num_attention_heads,),
     "attention_head_gate": lambda s: (s.num_attention_heads, s.hidden_size),
     "router": lambda s: (s.num_experts + s.zero_experts, s.router_width or s.hidden_size),
+    "key_router": lambda s: (2 * math.isqrt(s.key_experts), s.hidden_size),
+    **dict.fromkeys(("experts_in_rows", "experts_out_rows"), lambda s: (s.key_experts, s.hidden_size)),
     "router_in": lambda s: (s.router_width, s.hidden_size),
     **dict.fromkeys(("router_1", "router_2"), lambda s: (s.router_width, s.router_width)),
     **dict.fromkeys(("router_carry", "router_inner_norm"), lambda s: (s.router_width,)),

@@ -132,6 +132,7 @@ class Structure:
                       zero_experts_return false nothing. shortcut: layers have
                       experts beside their MLP, whose sum is added after the next layer only, which has none
                       (LongCat-Flash, arXiv 2509.01322, 2.1 and 2.2)
+    key_experts       experts of one row beside an MLP, of which a token has key_experts_per_tok (models.product_keys)
     router_width      of what a router with an MLP makes of hidden states and the layer before's router; 0: none has
     moe_latent_size   width of what routed experts are given, where it is not hidden_size; 0: it is
     experts_averaged  whether what routed experts return and what shared ones do is averaged, and not added
@@ -201,6 +202,8 @@ class Structure:
     zero_experts: int = choice(0)
     zero_experts_return: bool = choice(True)
     router_width: int = choice(0)
+    key_experts: int = choice(0)
+    key_experts_per_tok: int = choice(0)
     shortcut: bool = choice(False)
     moe_latent_size: int = choice(0)
     norm_topk_prob: bool = choice(False)

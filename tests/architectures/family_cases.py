@@ -57,6 +57,9 @@ CASES: dict[str, Case] = {
     "diffllama": replace(_case("diffllama", attention_bias=True), quantizations=("q0f32", "q4f32_1")),
     "diffllama-40-wide": _case("diffllama", num_key_value_heads=4, head_dim=40),
     "doge": _case("doge", attention_bias=True, mlp_bias=True),
+    "doge-moe": replace(
+        _case("doge", is_moe=True, num_experts=40, num_experts_per_tok=7), quantizations=("q0f32", "q4f32_1")
+    ),
     "exaone": _case("exaone", num_hidden_layers="absent", num_layers=3, head_dim=16),
     "falcon": _case("falcon", **FALCON),
     "falcon-40b": _case("falcon", **FALCON, new_decoder_architecture=True, num_kv_heads=2, bias=True),

@@ -134,6 +134,19 @@ for _name in ("aya_vision", "cohere2_vision"):
         },
         quantizations=("q0f32",),
     )
+HEARD = {"input_dim": 8, "num_layers": 1, "hidden_dim": 32, "num_heads": 2, "dim_head": 16, "output_dim": 8}
+for _name in ("granite_speech", "granite_speech_plus"):
+    CASES[_name] = Case(
+        "granite_speech",
+        {
+            "model_type": _name,
+            "text_config": dict(family_cases.CASES["granite"].config),
+            "encoder_config": HEARD,
+            "projector_config": {**VIEW, "num_hidden_layers": 1},
+            "tie_word_embeddings": False,
+        },
+        quantizations=("q0f32",),
+    )
 CASES["mllama"] = Case(
     "mllama",
     {

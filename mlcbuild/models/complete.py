@@ -115,6 +115,9 @@ def _hybrid(s: Structure, roles: set[str], layer: int) -> tuple[set[str], set[st
     used = norms | set(_biases(s, norms))
     ways = ("residual", "returned")
     used |= {f"{part}_{way}{end}" for part in ("attention", "mlp") for way in ways for end in ("", "_shift")}
+    if s.at(layer).ngram_table:
+        names = ("embedding", "key_proj", "value_proj", "convolution", "key_norm", "query_norm", "value_norm")
+        parts.append(({f"ngram_{name}" for name in names}, set()))
     for part in ("attention", "mlp") if s.mixture_rank else ():
         parts.append(({*_mixture(part), f"{part}_injection"}, set()))
     if s.attention_into_mixer:

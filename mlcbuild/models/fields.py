@@ -52,6 +52,16 @@ def _others(count: int, without: Collection[int]) -> tuple[int, ...]:
     return tuple(layer for layer in range(min(count, MOST_LAYERS + 1)) if layer not in without)
 
 
+def _place(item: Any, of: Collection[Any]) -> int:
+    """Where an item is among those of a list, each once and in order, counted from 1; 0 where it is not."""
+    return sorted({*of}).index(item) + 1 if item in of else 0
+
+
+def _first(value: Any) -> Any:
+    """The first of a list; any other value as it is."""
+    return value[0] if isinstance(value, list | tuple) and value else value
+
+
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "others": _others,
     "int": int,
@@ -59,6 +69,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "max": max,
     "len": len,
     "same": _same,
+    "place": _place,
+    "first": _first,
 }
 
 SIZES = (
@@ -97,6 +109,7 @@ COUNTS = (
     "per_layer_rows",
     "laurel_rank",
     "mixture_rank",
+    "ngram_table",
     "input_bits",
     "rescale_every",
     "time_mix_extra_dim",
@@ -160,6 +173,7 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(NUMBERS, ("a number", is_number)),
     **dict.fromkeys(_POSITIVE, ("a number above 0", partial(is_above, 0))),
     "conv_kernel": ("a whole number of at least 2", lambda value: type(value) is int and value > 1),
+    "ngrams": ("ten whole numbers", lambda value: value == () or _are_counts(value, 10)),
     "convolutions": ("two whole numbers of at least 1", lambda value: _are_counts(value, 2)),
     "mixer_scales": ("five numbers", lambda value: _are_numbers(value, 5)),
     "latent_scales": ("two numbers", lambda value: _are_numbers(value, 2)),

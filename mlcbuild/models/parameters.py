@@ -9,6 +9,7 @@ from math import prod
 
 from mlcbuild.models import mixers
 from mlcbuild.models.kinds import HYBRID, RECURRENT, recurrent_shapes
+from mlcbuild.models.ngrams import ngrams_of
 from mlcbuild.models.rules import ParameterRule
 from mlcbuild.models.structure import Structure
 
@@ -76,7 +77,7 @@ TABLES = (
     "position_embedding",
     "token_type_embedding",
     "per_layer_embedding",
-    *("experts_in_rows", "experts_out_rows"),
+    *("experts_in_rows", "experts_out_rows", "ngram_embedding"),
 )  # roles that are looked up by row
 # Roles outside the layers, by the pieces of a model that use them (mlcbuild.models.layer_pieces, encoder_pieces).
 EMBED = ("embedding",)
@@ -247,6 +248,11 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     **{f"{part}_mixture_in_proj": lambda s: (s.mixture_rank, s.streams * s.hidden_size) for part in PARTS},
     **{f"{part}_mixture_out_proj": lambda s: (s.streams * s.hidden_size, s.mixture_rank) for part in PARTS},
     **{f"{part}_injection": lambda s: (s.streams, s.streams * s.hidden_size) for part in PARTS},
+    "ngram_embedding": lambda s: (ngrams_of(s).rows(s.ngram_table), ngrams_of(s).width // ngrams_of(s).parts),
+    "ngram_key_proj": lambda s: (s.streams * s.hidden_size, ngrams_of(s).width),
+    "ngram_value_proj": lambda s: (s.hidden_size, ngrams_of(s).width),
+    "ngram_convolution": lambda s: (s.streams * s.hidden_size, 1, ngrams_of(s).kernel),
+    **{f"ngram_{name}_norm": lambda s: (s.streams * s.hidden_size,) for name in ("key", "query", "value")},
     "laurel_in_proj": lambda s: (s.laurel_rank, s.hidden_size),
     "laurel_out_proj": lambda s: (s.hidden_size, s.laurel_rank),
     "laurel_norm": _width,
@@ -385,14 +391,16 @@ def _ordered(structure: Structure) -> Iterator[tuple[ParameterRule, int | None]]
 
 
 def _named(sources: Sequence[str], layer: int | None, rule: ParameterRule, structure: Structure) -> tuple[str, ...]:
-    """Tensor names for one layer; where they have `{e}`, all of them for the first expert, then for the next.
+    """Tensor names for one layer; where they have `{e}`, all of them for the first expert, then for the next; `{s}` is
+    each shard of a table of n-grams.
 
     `{h}` is each row of a norm per head: each head of queries, or of keys.
     """
     number = layer if layer is None or structure.source_layers is None else structure.source_layers[layer]
     here = tuple(rule.named(source, layer).replace("{i}", str(number)) for source in sources)
-    for letter in ("{e}", "{h}"):
+    for letter in ("{e}", "{h}", "{s}"):
         if any(letter in source for source in here):
-            count = structure.num_experts if letter == "{e}" else shape_of(rule.role, structure)[0]
+            count = structure.ngrams[-1] if letter == "{s}" else structure.num_experts
+            count = shape_of(rule.role, structure)[0] if letter == "{h}" else count
             here = tuple(source.replace(letter, str(number)) for number in range(count) for source in here)
     return here

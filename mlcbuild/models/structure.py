@@ -31,6 +31,7 @@ BY_LAYER = (
     "rope_theta",
     "rotary_dim",
     "activation_sparsity",
+    "ngram_table",
 )
 
 
@@ -75,7 +76,9 @@ class Structure:
                       parameter is `loop_start` (mlcbuild.models.entry_points)
     streams           hidden states of a token, laurel_rank of a product beside attention (mlcbuild.models.streams).
                       activation_sparsity: the part of an MLP's gates that is cut off. mixture_rank: of hybrids with
-                      streams, width of the product that mixes them (mlcbuild.models.hybrid.residuals)
+                      streams, width of the product that mixes them (mlcbuild.models.hybrid.residuals). ngram_table:
+                      which table of hashed n-grams a layer has, counted from 1, 0 for none; ngrams: what all have
+                      in common (mlcbuild.models.ngrams)
     qk_norm           of queries and keys before they are turned: none; head: each head by the one weight; per_head: by
                       its own; all: all heads as one vector; unit: each head without a weight, in layers with rotary
                       positions only. Its kind is `norm`'s, with a bias where parameters play these roles.
@@ -232,6 +235,8 @@ class Structure:
     per_layer_rows: int = choice(0)
     streams: int = choice(1)
     mixture_rank: int = choice(0)
+    ngrams: tuple[int, ...] = choice(())
+    ngram_table: int = choice(0)
     laurel_rank: int = choice(0)
     activation_sparsity: float = choice(0.0)
     qk_norm: str = choice("none")

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from tests.architectures import family_cases
-from tests.architectures.agreement import Case
+from tests.architectures.agreement import IDS, Case
 from tests.architectures.cases import like_llama
 
 
@@ -91,6 +91,8 @@ CASES |= {
     "qwen3_5_text": _case("qwen3_5_text", **DELTA, **LINEAR),
     "qwen3_5_moe_text": replace(_case("qwen3_5_moe_text", **DELTA, **MANY, **LINEAR), quantizations=("q0f32",)),
 }
+HASHED = {"ple_layer_ids": [2, 1], "ple_embed_dim": 128, "heads_per_ngram": 2, "ngram_vocab_size_base": 50}
+HASHED |= {"split_ngram_parts": 3}
 INDEXER = {
     "indexer_n_heads": 2,
     "indexer_kv_heads": 1,
@@ -108,6 +110,15 @@ CASES |= {
         hc_count=3,
         hc_lowrank=32,
         output_gate_type="sigmoid",
+    ),
+    "qwen4_exp_text-ngrams": _case(
+        "qwen4_exp_text",
+        **{**DELTA, **MANY, **INDEXER, **HASHED},
+        layer_types=["linear_attention", "linear_attention", "indexed_attention"],
+        num_hidden_layers=3,
+        hc_count=2,
+        hc_lowrank=32,
+        eos_token_id=IDS[9],
     ),
 }
 CASES |= {name: _wrapped(name) for name in ("qwen3_5", "qwen3_5_moe", "qwen4_exp")}
@@ -278,6 +289,7 @@ DELTA_NETS = (
     "qwen3_5_moe_text",
     "qwen4_exp",
     "qwen4_exp_text",
+    "qwen4_exp_text-ngrams",
     "olmo_hybrid",
     "kimi_linear",
     "lara_mini",

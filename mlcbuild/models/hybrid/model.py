@@ -14,10 +14,11 @@ from collections.abc import Sequence
 
 from tvm import ir, relax, tirx
 
+from mlcbuild.models import per_layer
 from mlcbuild.models.decoder import Decoder, kv_cache, numbered, one_per_kind
 from mlcbuild.models.entry_points import emit_entry_points
 from mlcbuild.models.experts import experts
-from mlcbuild.models.hybrid import convolution, convolved, delta, lightning, residuals, rglru
+from mlcbuild.models.hybrid import convolution, convolved, delta, lightning, ngrams, residuals, rglru
 from mlcbuild.models.layer import attention, mlp, query_positions
 from mlcbuild.models.mixers import mixer_of
 from mlcbuild.models.operations import Expr
@@ -38,8 +39,8 @@ _SLOTS = {"conv": convolution.slots, "rglru": rglru.slots, "lightning": lightnin
 
 
 def slots(s: Structure) -> tuple[Slot, ...]:
-    """What each layer with a state keeps per sequence: what its mixer does, then its attention."""
-    return (*_mixers(s), *convolved.slots(s))
+    """What each layer with a state keeps per sequence: what its mixer does, then its attention, then its n-grams."""
+    return (*_mixers(s), *convolved.slots(s), *ngrams.slots(s))
 
 
 def _mixers(s: Structure) -> tuple[Slot, ...]:
@@ -66,6 +67,7 @@ def _emit_layer(d: Decoder, recurrence: Recurrence, number: int) -> relax.Global
     x, cache, state = _hidden(d, width=residuals.width(d.structure)), kv_cache(), kv_cache("rnn_state")
     places = [relax.Var(name, ir.PrimType("int64")) for name in ("layer_id", "state_id")]
     given, more = d.layer_parameters(number), [_hidden(d, x, "embeddings")] if _wide(d.structure, number) else []
+    more += [_hidden(d, x, "tokens", 1)] if d.structure.at(number).ngram_table else []
     inputs = [x, relax.Var("batch", relax.ShapeType([batch])), cache, state, *places, *more, *given]
 
     def body() -> Expr:
@@ -94,8 +96,10 @@ def _into_mixer(at: Layer, x: Expr, cache: Expr, layer_id: Expr, number: int, *e
     return at.add(x, _MIXED[d.structure.mixer](at, d.norm(given, weight, "mixer_norm")))
 
 
-def _layer(at: Layer, x: Expr, cache: Expr, layer_id: Expr, number: int) -> Expr:
+def _layer(at: Layer, x: Expr, cache: Expr, layer_id: Expr, number: int, *tokens: Expr) -> Expr:
     d, s, weight = at.decoder, at.decoder.structure, at.weight
+    if tokens:
+        x = ngrams.added(at, x, tokens[0], s.at(number).ngram_table, len(slots(s)) - 2)
     x, routed = residuals.apart(d, x)
 
     def normed(y: Expr, role: str) -> Expr:
@@ -138,17 +142,18 @@ def _layer(at: Layer, x: Expr, cache: Expr, layer_id: Expr, number: int) -> Expr
 def _emit_model(d: Decoder, functions: Sequence[relax.GlobalVar]) -> relax.GlobalVar:
     """Add `model(x [n, H], batch shape, cache, state, params) -> ([n, H], state)`: what is around the layers, too."""
     s = d.structure
-    x, cache, state, params = _hidden(d), kv_cache(), kv_cache("rnn_state"), d.params()
+    x, cache, state, params = _hidden(d, width=per_layer.width(s)), kv_cache(), kv_cache("rnn_state"), d.params()
     shape = relax.Var("batch", relax.ShapeType([tirx.Var("batch_size", "int64")]))
     places = [{layer: place for place, layer in enumerate(layers)} for layers in (s.numbers(*ATTENDING), s.keeping)]
 
     def body() -> Expr:
         weights = d.weights(params)
-        first = d.beginning(x, lambda: query_positions(d, cache, x.ty.shape[0]), weights)
+        rows, tokens = per_layer.tokens(d, x)
+        first = d.beginning(rows, lambda: query_positions(d, cache, x.ty.shape[0]), weights)
         hidden, after = residuals.started(d, first), state
         for number, function in enumerate(functions):
             where = [relax.prim_value(place.get(number, 0)) for place in places]
-            more = [first] if _wide(s, number) else []
+            more = [first] if _wide(s, number) else [tokens] if s.at(number).ngram_table else []
             inputs = [hidden, shape, cache, after, *where, *more, *weights.layer(number)]
             both = d.builder.emit(relax.Call(function, inputs))
             hidden, after = (d.builder.emit(relax.TupleGetItem(both, i)) for i in (0, 1))

@@ -54,16 +54,22 @@ def apart(d: Decoder, x: Expr) -> tuple[Expr, Expr | None]:
 def mixture(d: Decoder, x: Expr, weight: Given | Weights, part: str) -> tuple[Expr, Expr | None]:
     """What `part` (attention, mlp, final) is given of all states: [n, H]; what each state counts of what it returns."""
     s, compute = d.structure, d.operations.compute
+    inner = normed(d, x, weight, f"{part}_mixture_norm")
+    narrow = d.scaled(d.project(inner, weight, f"{part}_mixture_in"), 1 / s.streams)
+    share = d.project(d.operations.activation(narrow, "silu"), weight, f"{part}_mixture_out")
+    mixed = d.builder.emit_te(_mixed, inner, share, s.streams, primfunc_name_hint="mixture")
+    if f"{part}_injection" not in weight:
+        return mixed, None
+    return mixed, d.scaled(d.operations.linear(inner, weight(f"{part}_injection"), compute), 1 / s.streams)
+
+
+def normed(d: Decoder, x: Expr, weight: Given | Weights, role: str) -> Expr:
+    """Each hidden state of x [n, S * H] normed by itself, with a weight for all of them."""
+    s = d.structure
     rows = d.builder.emit(relax.op.reshape(x, [x.ty.shape[0] * s.streams, s.hidden_size]))
     rows = d.operations.rms_norm(rows, d.ones(s.hidden_size), s.norm_eps)
     rows = d.builder.emit(relax.op.reshape(rows, x.ty.shape))
-    normed = d.builder.emit_te(mixing.scaled, rows, weight(f"{part}_mixture_norm").plain, primfunc_name_hint="scaled")
-    narrow = d.scaled(d.project(normed, weight, f"{part}_mixture_in"), 1 / s.streams)
-    share = d.project(d.operations.activation(narrow, "silu"), weight, f"{part}_mixture_out")
-    mixed = d.builder.emit_te(_mixed, normed, share, s.streams, primfunc_name_hint="mixture")
-    if f"{part}_injection" not in weight:
-        return mixed, None
-    return mixed, d.scaled(d.operations.linear(normed, weight(f"{part}_injection"), compute), 1 / s.streams)
+    return d.builder.emit_te(mixing.scaled, rows, weight(role).plain, primfunc_name_hint="scaled")
 
 
 def injected(d: Decoder, x: Expr, made: Expr, share: Expr) -> Expr:

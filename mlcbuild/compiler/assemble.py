@@ -19,7 +19,7 @@ from mlcbuild.models.operations import Expr
 from mlcbuild.models.parameters import parameters
 from mlcbuild.models.per_layer import width
 from mlcbuild.models.rope import Rotary
-from mlcbuild.models.structure import KEEPING, Structure
+from mlcbuild.models.structure import Structure
 from mlcbuild.models.weights import Declared
 from mlcbuild.quantization.schemes import quantized_parameters
 from mlcbuild.recipes.types import Quantization
@@ -111,7 +111,7 @@ def _emit_model(d: Decoder, backend: Backend) -> None:
 
         emit_hybrid(d, backend.recurrence(d.builder, d.dtype))
         kv_cache.emit_create(d.builder, d.structure, d.dtype, backend.cache_kernels)
-        rnn_state.emit_create(d.builder, len(d.structure.numbers(*KEEPING)), slots(d.structure))
+        rnn_state.emit_create(d.builder, len(d.structure.keeping), slots(d.structure))
     else:
         from mlcbuild.models.recurrent.model import emit_recurrent, slots
 

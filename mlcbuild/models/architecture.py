@@ -241,7 +241,8 @@ def _check_shape(values: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"config.json: layer_types are {types}, expected {' or '.join(known)} for each of {layers} layers"
         )
-    if values.get("kind") == HYBRID and not ({*(types or ())} & {*KEEPING} and {*(types or ())} & {*ATTENDING}):
+    alike = values.get("kind") == HYBRID and not values.get("convolutions")  # with these, attention has a state
+    if alike and not ({*(types or ())} & {*KEEPING} and {*(types or ())} & {*ATTENDING}):
         problems.append(
             "config.json: of its layers, "
             + ("none has attention" if types and {*types} & {*KEEPING} else "all have attention and none a state")

@@ -20,6 +20,8 @@ _NARROW_QUERY = {"q_a_proj", "q_a_norm", "q_b_proj"}
 _STREAMS = {f"streams_{name}" for name in ("router", "predict", "correct", "norm", "scale")}
 _STREAMS |= {"laurel_in_proj", "laurel_out_proj", "laurel_norm"}
 _BESIDE = {"router_norm", "experts_norm", "experts_post_norm", "dense_post_norm"}
+_CONVOLVED = {"v_before_proj", "key_scale", "qk_convolution", "qk_convolution_bias", "qk_mixing", "qk_mixing_bias"}
+_NARROW_ROUTER = {"router_in", "router_1", "router_2"}
 _NARROW_EXPERTS = {"experts_in_proj", "experts_out_proj"}
 
 
@@ -64,18 +66,34 @@ def _outside(s: Structure) -> tuple[set[str], set[str]]:
     needed = {"embedding"}
     if s.embedding is None and not s.tie_word_embeddings:
         needed.add("lm_head")
-    last = set() if s.norm_position == "sum" else {"final_norm"}
+    last = set() if s.norm_position == "sum" or s.mixture_rank else {"final_norm"}
     norms = last if s.norm == "rms" and s.norm_weights else set()
     if s.per_layer_size:
         needed |= {"per_layer_embedding", "per_layer_proj", "per_layer_norm"}
-    if s.hyper:
+    if s.mixture_rank:
+        needed |= _mixture("final")
+    elif s.hyper:
         needed |= _mixed("head")
     elif s.streams > 1:
         needed |= {"streams_proj", *(f"streams_out_{number}_proj" for number in range(1, s.streams))}
     biases = _biases(s, (*last, "embedding_norm", "head_norm"))
-    used = {*last, "embedding_norm", "position_embedding", "lm_head", "lm_head_bias", "lm_head_scale", *biases}
+    used = {
+        *last,
+        "embedding_norm",
+        "embedding_factor",
+        "embedding_factor_shift",
+        "position_embedding",
+        "lm_head",
+        "lm_head_bias",
+        "lm_head_scale",
+        *biases,
+    }
     used |= {"loop_start"} if s.joins is not None else set()
     return needed | norms, used | {"head_dense", "head_dense_bias", "head_norm"}
+
+
+def _mixture(part: str) -> set[str]:
+    return {f"{part}_mixture_{name}" for name in ("norm", "in_proj", "out_proj")}
 
 
 def _layer(s: Structure, roles: set[str], layer: int) -> tuple[set[str], set[str]]:
@@ -83,7 +101,7 @@ def _layer(s: Structure, roles: set[str], layer: int) -> tuple[set[str], set[str
     (needed, used), (more, more_used) = _attention(s, roles), _mlp(s, roles)
     needed -= {"k_proj", "v_proj", "k_norm"} if s.borrows(layer) else set()
     needed, used = needed | more, used | more_used | {"layer_scale"}
-    used |= {f"{part}_{way}" for part in ("attention", "mlp") for way in ("residual", "rate")}
+    used |= {f"{part}_{way}" for part in ("attention", "mlp") for way in ("residual", "residual_shift", "rate")}
     gated = {part for part in ("attention", "mlp") if f"{part}_norm_in_proj" in roles}
     needed |= {f"{part}_norm_{end}_proj" for part in gated for end in ("in", "out")}
     needed |= _mixed("attention", "mlp") if s.hyper else _STREAMS if s.streams > 1 else set()
@@ -104,6 +122,13 @@ def _hybrid(s: Structure, roles: set[str], layer: int) -> tuple[set[str], set[st
     parts += [_mlp(s, roles)] if roles & {"router", "down_proj"} else []
     norms = {f"{part}_{when}norm" for part in ("attention", "mlp") for when in ("", "post_")}
     used = norms | set(_biases(s, norms))
+    ways = ("residual", "returned")
+    used |= {f"{part}_{way}{end}" for part in ("attention", "mlp") for way in ways for end in ("", "_shift")}
+    if s.at(layer).ngram_table:
+        names = ("embedding", "key_proj", "value_proj", "convolution", "key_norm", "query_norm", "value_norm")
+        parts.append(({f"ngram_{name}" for name in names}, set()))
+    for part in ("attention", "mlp") if s.mixture_rank else ():
+        parts.append(({*_mixture(part), f"{part}_injection"}, set()))
     if s.attention_into_mixer:
         parts.append(({"mixer_norm", *({"into_mixer_proj"} if kind == "both" else ())}, set()))
     return set[str]().union(*(needed for needed, _ in parts)), used.union(*(also for _, also in parts))
@@ -118,8 +143,9 @@ def _attention(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
     else:
         needed = {"o_proj", *(_ONE_BY_ONE if roles & _ONE_BY_ONE else {"qkv_proj"})}
         needed -= {"v_proj"} if s.keys_as_values and "v_proj" not in roles else set()
+    needed |= _CONVOLVED if s.convolutions else set()
     needed |= {"difference"} if s.differential else set()
-    used = {f"{name}_bias" for name in ("qkv", "q", "k", "v", "q_a", "kv_a", "o")}
+    used = {f"{name}_bias" for name in ("qkv", "q", "k", "v", "v_before", "q_a", "kv_a", "o")}
     used |= {f"{name}_adapter_{end}_proj" for name in "qkv" for end in "ab"} if s.adapter_rank else set()
     used |= {"key_step_proj", "key_step_bias", "key_rate"}
     used |= {
@@ -146,12 +172,15 @@ def _mlp(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
         needed |= _NARROW_EXPERTS if s.moe_latent_size else set()
         used |= {"router", "router_bias", "router_correction", "shared_gate", f"shared_{up}_bias", "shared_down_bias"}
         used |= {"experts_down_bias", "expert_scale", "experts_in_bias", "experts_out_bias", "experts_sum_bias"}
+        needed |= {"router_inner_norm", *_NARROW_ROUTER} if s.router_width else set()
+        used |= {"router_carry", *(f"{role}_bias" for role in _NARROW_ROUTER)} if s.router_width else set()
         used |= {"experts_gate_up_bias"} if up == "gate_up" else set()
         needed |= {"down_proj", "gate_up_proj", *(() if s.shortcut else _BESIDE)} if "down_proj" in roles else set()
     elif s.mlp == "plain":
         needed = {"up_proj", "down_proj"}
     else:
         needed = {"down_proj", *({"gate_proj", "up_proj"} if "gate_proj" in roles else {"gate_up_proj"})}
+    needed |= {"key_router", "experts_in_rows", "experts_out_rows"} if s.key_experts else set()
     used |= {"down_norm", *({"gate_up_adapter_a_proj", "gate_up_adapter_b_proj"} if s.adapter_rank else ())}
     if s.activation == "xielu":
         needed |= {"xielu_positive", "xielu_negative"}

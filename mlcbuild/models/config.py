@@ -9,6 +9,8 @@ from typing import Any
 from mlcbuild.errors import MlcBuildError
 
 _ROPE_META = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
+# What hybrids call types of layers whose attention has a state, and others do without it.
+_TYPES = {"hybrid": "full_attention", "hybrid_sliding": "sliding_attention"}
 _SCORES = "llama_4_scaling_beta"  # of scores, not of rope: `normalise` puts it beside the scaling
 # What older checkpoints of Phi-3 and Sarvam call them, and three positions of a token, which without images are one.
 _KINDS = {"su": "longrope", "deepseek_yarn": "yarn", "mrope": "default"}
@@ -43,15 +45,17 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
     `rope_scaling` comes out as None or as a mapping with the key `rope_type`; the kind "default" is None. Where config
     says nothing of either, there is none. Where
     `rope_parameters` has one set for each type of layer, they are those of full attention, and the other theta is
-    `rope_local_base_freq`, as in transformers 4. Raises MlcBuildError where one of them is no mapping, and for a
-    scaling of layers with a window.
+    `rope_local_base_freq`, as in transformers 4; types that have null there are `rope_unturned`. Raises MlcBuildError
+    where one of them is no mapping, and for a scaling of layers with a window.
     """
     flat = {key: _finite_or_not(value) for key, value in config.items()}
     silent = flat.get("rope_parameters") is None and not flat.get("rope_scaling")
     parameters = _mapping(flat.pop("rope_parameters", None), "rope_parameters")
+    parameters = {_TYPES.get(name, name): value for name, value in parameters.items()}
     full = next((name for name in _FULL if name in parameters), None)
     if full is not None:
         local = _mapping(parameters.get(_LOCAL), f"rope_parameters.{_LOCAL}")
+        flat.setdefault("rope_unturned", [kind for kind, own in parameters.items() if own is None] or None)
         flat.setdefault("rope_local_base_freq", local.get("rope_theta"))
         flat.setdefault("rope_local_partial_factor", local.get("partial_rotary_factor"))
         scaling = _scaling(local, flat)

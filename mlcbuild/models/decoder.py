@@ -141,6 +141,13 @@ class Decoder:
 
         return self.cast(self.builder.emit_te(table, wide, largest, primfunc_name_hint="rounded"), str(x.ty.dtype))
 
+    def shifted(self, x: Expr, weights: Given | Weights, role: str) -> Expr:
+        """x [n, H] plus what plays `role`_shift, times what plays `role`, where there are such: numbers of columns."""
+        for name, combined in ((f"{role}_shift", relax.op.add), (role, relax.op.multiply)):
+            if name in weights:
+                x = self.builder.emit(combined(x, self.cast(weights(name).plain, self.operations.compute)))
+        return x
+
     def scaled(self, x: Expr, factor: float) -> Expr:
         return x if factor == 1 else self.builder.emit(relax.op.multiply(x, relax.const(factor, str(x.ty.dtype))))
 
@@ -158,12 +165,12 @@ class Decoder:
         """Whether anything is done to embeddings before the first layer."""
         s = self.structure
         choices = s.embedding_scale != 1 or s.sinusoidal or s.norm_embeddings
-        return choices or bool(s.roles() & {"position_embedding", "embedding_norm"})
+        return choices or bool(s.roles() & {"position_embedding", "embedding_norm", "embedding_factor"})
 
     def beginning(self, x: Expr, positions: Callable[[], Expr], weights: Given | Weights) -> Expr:
         """Embeddings [n, H] -> what the first layer is given; `positions`: the tokens' in their sequence, int32 [n]."""
         s, compute = self.structure, self.operations.compute
-        x = self.scaled(x, s.embedding_scale)
+        x = self.shifted(self.scaled(x, s.embedding_scale), weights, "embedding_factor")
         if "position_embedding" in weights:
             rows = self.operations.embedding(self.rows(positions()), weights("position_embedding"), s.hidden_size)
             x = self.builder.emit(relax.op.add(x, self.cast(rows, compute)))

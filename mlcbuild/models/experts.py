@@ -47,6 +47,7 @@ def experts(d: Decoder, x: Expr, routed: Expr, weight: Given) -> Expr:
     kept = None
     if s.zero_experts:
         chosen, share, kept = zero_experts(d, x, chosen, share)
+        kept = kept if s.zero_experts_return else None
     given = d.project(x, weight, "experts_in") if "experts_in_proj" in weight else x
     if s.expert_input_scaled:
         given = d.builder.emit_te(_times_share, given, share, primfunc_name_hint="expert_inputs")

@@ -59,6 +59,16 @@ def _at(value: Any, layer: int, other: Any) -> Any:
     return other if layer >= len(value) or value[layer] is None else value[layer]
 
 
+def _place(item: Any, of: Collection[Any]) -> int:
+    """Where an item is among those of a list, each once and in order, counted from 1; 0 where it is not."""
+    return sorted({*of}).index(item) + 1 if item in of else 0
+
+
+def _first(value: Any) -> Any:
+    """The first of a list; any other value as it is."""
+    return value[0] if isinstance(value, list | tuple) and value else value
+
+
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "others": _others,
     "int": int,
@@ -67,6 +77,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "len": len,
     "same": _same,
     "at": _at,
+    "place": _place,
+    "first": _first,
 }
 
 SIZES = (
@@ -104,12 +116,17 @@ COUNTS = (
     "per_layer_size",
     "per_layer_rows",
     "laurel_rank",
+    "mixture_rank",
+    "ngram_table",
     "input_bits",
     "rescale_every",
     "time_mix_extra_dim",
     "time_decay_extra_dim",
     "position_offset",
     "zero_experts",
+    "router_width",
+    "key_experts",
+    "key_experts_per_tok",
     "adapter_rank",
     "norm_gate_rank",
     "position_scale_length",
@@ -168,12 +185,15 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(NUMBERS, ("a number", is_number)),
     **dict.fromkeys(_POSITIVE, ("a number above 0", partial(is_above, 0))),
     "conv_kernel": ("a whole number of at least 2", lambda value: type(value) is int and value > 1),
+    "ngrams": ("ten whole numbers", lambda value: value == () or _are_counts(value, 10)),
+    "convolutions": ("two whole numbers of at least 1", lambda value: _are_counts(value, 2)),
     "mixer_scales": ("five numbers", lambda value: _are_numbers(value, 5)),
     "time_step_limits": ("two numbers, the least and the largest step", lambda value: _is_range(value)),
     **dict.fromkeys(("rope_theta", "rope_local_theta"), ("a number above 1", partial(is_above, 1))),
 }
 CHOICES = {
     "mixer": ("conv", "mamba", "mamba2", "delta", "kda", "rglru", "lightning"),
+    "state_gate": ("silu", "sigmoid"),
     "norm": ("rms", "layer"),
     "norm_position": ("pre", "post", "both", "sum"),
     "residual": ("sequential", "parallel"),
@@ -187,6 +207,10 @@ CHOICES = {
     "head_activation": ("silu", "gelu", "gelu_tanh", "relu", "relu2"),
     "activation": ("silu", "gelu", "gelu_tanh", "relu", "relu2", "xielu"),
 }
+
+
+def _are_counts(value: Any, count: int) -> bool:
+    return _are_numbers(value, count) and all(type(each) is int and each > 0 for each in value)
 
 
 def _is_range(value: Any) -> bool:

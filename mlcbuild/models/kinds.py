@@ -25,7 +25,7 @@ def by_layer(structure: Structure) -> bool:
     s = structure
     if s.kind == ENCODER:
         return "relative_bias" not in s.roles()  # which all layers share
-    whole = s.keys_from is not None or s.joins is not None or s.per_layer_size or s.shortcut
+    whole = s.keys_from is not None or s.joins is not None or s.per_layer_size or s.shortcut or s.key_experts
     return s.kind == DECODER and not whole
 
 

@@ -6,7 +6,7 @@ from functools import partial
 
 from tvm import ir, relax, te, tirx
 
-from mlcbuild.models import attention_experts, heads, hyper, latent, per_layer, streams
+from mlcbuild.models import attention_experts, heads, hyper, latent, per_layer, product_keys, streams
 from mlcbuild.models.decoder import Decoder, kv_cache
 from mlcbuild.models.experts import beside, experts, gated
 from mlcbuild.models.operations import Expr
@@ -46,18 +46,12 @@ def layer(decoder: Decoder, x: Expr, cache: Expr, layer_id: Expr, *given: Expr, 
         y = d.norm(y, weight, role) if post or role in weight else y
         return d.scaled(y, s.residual_scale)
 
-    def kept(x: Expr, role: str) -> Expr:
-        """What something is added to."""
-        if role not in weight:
-            return x
-        return d.builder.emit(relax.op.multiply(x, d.cast(weight(role).plain, d.operations.compute)))
-
     def summed(x: Expr, normed: Expr, y: Expr, part: str) -> Expr:
         """x and what attention or the MLP makes of it; or x normed, moved to that by a rate for each column (nGPT,
         Loshchilov et al., arXiv 2410.01131)."""
         y = returned(y, f"{part}_post_norm")
         if f"{part}_rate" not in weight:
-            return relax.op.add(kept(x, f"{part}_residual"), y)
+            return relax.op.add(d.shifted(x, weight, f"{part}_residual"), y)
         rate, way = d.cast(weight(f"{part}_rate").plain, d.operations.compute), relax.op.subtract(y, normed)
         return relax.op.add(normed, d.builder.emit(relax.op.multiply(rate, d.builder.emit(way))))
 
@@ -241,7 +235,8 @@ def mlp(d: Decoder, x: Expr, before: Expr, weight: Given) -> Expr:
     """
     if "router" in weight:
         return beside(d, _dense(d, x, weight), before, weight) if "down_proj" in weight else experts(d, x, x, weight)
-    return _dense(d, x, weight)
+    made = _dense(d, x, weight)
+    return d.builder.emit(relax.op.add(made, product_keys.made(d, x, weight))) if "key_router" in weight else made
 
 
 def _dense(d: Decoder, x: Expr, weight: Given, sparsity: float = 0.0) -> Expr:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
 from mlcbuild.models import mixers
 from mlcbuild.models.kinds import HYBRID, RECURRENT, recurrent_shapes
+from mlcbuild.models.ngrams import ngrams_of
 from mlcbuild.models.rules import ParameterRule
 from mlcbuild.models.structure import Structure
 
@@ -75,12 +77,13 @@ TABLES = (
     "position_embedding",
     "token_type_embedding",
     "per_layer_embedding",
+    *("experts_in_rows", "experts_out_rows", "ngram_embedding"),
 )  # roles that are looked up by row
 # Roles outside the layers, by the pieces of a model that use them (mlcbuild.models.layer_pieces, encoder_pieces).
 EMBED = ("embedding",)
 BEGINNING = (
     *("position_embedding", "token_type_embedding", "embedding_norm", "embedding_norm_bias"),
-    *("embedding_proj", "embedding_bias"),
+    *("embedding_proj", "embedding_bias", "embedding_factor", "embedding_factor_shift"),
 )
 FINAL_NORM = (
     *("head_mix", "head_mix_bias", "head_mix_scale"),
@@ -88,7 +91,22 @@ FINAL_NORM = (
 )
 
 
-_MATRICES = ("lm_head", "head_dense", "router", "attention_gate")
+PARTS = (
+    "attention",
+    "mlp",
+    "final",
+)  # what is given a mixture of several hidden states (mlcbuild.models.hybrid.residuals)
+_MATRICES = (
+    "lm_head",
+    "head_dense",
+    "router",
+    "attention_gate",
+    "router_in",
+    "router_1",
+    "router_2",
+    "qk_convolution",
+    "qk_mixing",
+)
 
 
 def shape_of(role: str, structure: Structure) -> tuple[int, ...]:
@@ -99,7 +117,7 @@ def shape_of(role: str, structure: Structure) -> tuple[int, ...]:
     """
     if structure.kind in RECURRENT:
         return recurrent_shapes(structure)[role]
-    if structure.kind == HYBRID and role in (mine := mixers.shapes(structure)):
+    if structure.kind == HYBRID and structure.mixer and role in (mine := mixers.shapes(structure)):
         return mine[role]
     if role.endswith(("_bias", "_scale")) and role not in _SHAPES:
         of = role.rpartition("_")[0]
@@ -159,7 +177,11 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "qkv_proj": lambda s: ((1 + s.query_gate) * _query(s) + _key(s) + _value(s), _attended(s)),
     "q_proj": lambda s: ((1 + s.query_gate) * _query(s), _attended(s)),
     "k_proj": lambda s: (_key(s), _attended(s)),
-    "v_proj": lambda s: (_value(s), _attended(s)),
+    "v_proj": lambda s: (_value(s) // (2 if s.convolutions else 1), _attended(s)),
+    "v_before_proj": lambda s: (_value(s) // 2, s.hidden_size),
+    "qk_convolution": lambda s: (_query(s) + _key(s), 1, s.convolutions[0]),
+    "qk_mixing": lambda s: (_query(s) + _key(s), s.head_dim, s.convolutions[1]),
+    "key_scale": lambda s: (s.num_key_value_heads,),
     **{f"{name}_adapter_a_proj": lambda s: (s.adapter_rank, _attended(s)) for name in ("q", "k", "v")},
     "q_adapter_b_proj": lambda s: (_query(s), s.adapter_rank),
     "k_adapter_b_proj": lambda s: (_key(s), s.adapter_rank),
@@ -176,7 +198,8 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "experts_sum_bias": _width,
     "key_step_proj": lambda s: (s.num_key_value_heads, _value(s)),
     "key_rate": lambda s: (s.num_key_value_heads,),
-    **dict.fromkeys(("attention_residual", "mlp_residual", "attention_rate", "mlp_rate"), _width),
+    **{f"{part}_{of}{end}": _width for part in PARTS for of in ("residual", "returned") for end in ("", "_shift")},
+    **dict.fromkeys(("attention_rate", "mlp_rate", "embedding_factor", "embedding_factor_shift"), _width),
     "query_scale": lambda s: (_query(s),),
     "sinks": lambda s: (s.num_attention_heads,),
     "o_proj": lambda s: (s.hidden_size, s.num_attention_heads * _value_width(s)),
@@ -203,7 +226,12 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "attention_gate": lambda s: (s.num_attention_heads * (s.value_head_dim or s.head_dim), s.hidden_size),
     "attention_gate_bias": lambda s: (s.num_attention_heads,),
     "attention_head_gate": lambda s: (s.num_attention_heads, s.hidden_size),
-    "router": lambda s: (s.num_experts + s.zero_experts, s.hidden_size),
+    "router": lambda s: (s.num_experts + s.zero_experts, s.router_width or s.hidden_size),
+    "key_router": lambda s: (2 * math.isqrt(s.key_experts), s.hidden_size),
+    **dict.fromkeys(("experts_in_rows", "experts_out_rows"), lambda s: (s.key_experts, s.hidden_size)),
+    "router_in": lambda s: (s.router_width, s.hidden_size),
+    **dict.fromkeys(("router_1", "router_2"), lambda s: (s.router_width, s.router_width)),
+    **dict.fromkeys(("router_carry", "router_inner_norm"), lambda s: (s.router_width,)),
     "router_norm": _width,
     "dense_post_norm": _width,
     "experts_norm": _width,
@@ -229,6 +257,15 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "head_mix": lambda s: (s.streams, s.streams * s.hidden_size),
     "head_mix_bias": lambda s: (s.streams,),
     "head_mix_scale": lambda s: (1,),
+    **{f"{part}_mixture_norm": lambda s: (s.streams * s.hidden_size,) for part in PARTS},
+    **{f"{part}_mixture_in_proj": lambda s: (s.mixture_rank, s.streams * s.hidden_size) for part in PARTS},
+    **{f"{part}_mixture_out_proj": lambda s: (s.streams * s.hidden_size, s.mixture_rank) for part in PARTS},
+    **{f"{part}_injection": lambda s: (s.streams, s.streams * s.hidden_size) for part in PARTS},
+    "ngram_embedding": lambda s: (ngrams_of(s).rows(s.ngram_table), ngrams_of(s).width // ngrams_of(s).parts),
+    "ngram_key_proj": lambda s: (s.streams * s.hidden_size, ngrams_of(s).width),
+    "ngram_value_proj": lambda s: (s.hidden_size, ngrams_of(s).width),
+    "ngram_convolution": lambda s: (s.streams * s.hidden_size, 1, ngrams_of(s).kernel),
+    **{f"ngram_{name}_norm": lambda s: (s.streams * s.hidden_size,) for name in ("key", "query", "value")},
     "laurel_in_proj": lambda s: (s.laurel_rank, s.hidden_size),
     "laurel_out_proj": lambda s: (s.hidden_size, s.laurel_rank),
     "laurel_norm": _width,
@@ -369,14 +406,16 @@ def _ordered(structure: Structure) -> Iterator[tuple[ParameterRule, int | None]]
 
 
 def _named(sources: Sequence[str], layer: int | None, rule: ParameterRule, structure: Structure) -> tuple[str, ...]:
-    """Tensor names for one layer; where they have `{e}`, all of them for the first expert, then for the next.
+    """Tensor names for one layer; where they have `{e}`, all of them for the first expert, then for the next; `{s}` is
+    each shard of a table of n-grams.
 
     `{h}` is each row of a norm per head: each head of queries, or of keys.
     """
     number = layer if layer is None or structure.source_layers is None else structure.source_layers[layer]
     here = tuple(rule.named(source, layer).replace("{i}", str(number)) for source in sources)
-    for letter in ("{e}", "{h}"):
+    for letter in ("{e}", "{h}", "{s}"):
         if any(letter in source for source in here):
-            count = structure.num_experts if letter == "{e}" else shape_of(rule.role, structure)[0]
+            count = structure.ngrams[-1] if letter == "{s}" else structure.num_experts
+            count = shape_of(rule.role, structure)[0] if letter == "{h}" else count
             here = tuple(source.replace(letter, str(number)) for number in range(count) for source in here)
     return here

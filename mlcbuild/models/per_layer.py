@@ -21,21 +21,46 @@ from mlcbuild.models.operations import Expr
 from mlcbuild.models.structure import Structure
 from mlcbuild.models.weights import Declared, Given, Weights
 
+_DIGITS = 3
+
 
 def width(s: Structure) -> int:
-    """What `embed` gives for each token."""
-    return s.hidden_size + s.num_hidden_layers * s.per_layer_size
+    """What `embed` gives for each token: with n-grams, the token itself, too, in numbers below 256."""
+    return s.hidden_size + s.num_hidden_layers * s.per_layer_size + (_DIGITS if s.ngrams else 0)
 
 
 def embedded(d: Decoder, ids: Expr, weights: Weights) -> Expr:
     """ids int32 [n] -> [n, width] in the model dtype."""
     s = d.structure
     rows = d.operations.embedding(ids, weights("embedding"), s.hidden_size)
+    if s.ngrams:
+        digits = d.builder.emit_te(_digits, ids, d.dtype, primfunc_name_hint="digits")
+        return d.builder.emit(relax.op.concat([rows, digits], axis=1))
     if not s.per_layer_size:
         return rows
     known = d.builder.emit_te(_known, ids, s.per_layer_rows, primfunc_name_hint="known_ids")
     more = d.operations.embedding(known, weights("per_layer_embedding"), s.num_hidden_layers * s.per_layer_size)
     return d.builder.emit(relax.op.concat([rows, more], axis=1))
+
+
+def _digits(ids: te.Tensor, dtype: str) -> te.Tensor:
+    """[n, 3], the lowest first: every model dtype has these numbers."""
+    shape = ids.shape[0], _DIGITS
+    return te.compute(shape, lambda i, k: ((ids[i] >> (k.astype("int32") * 8)) & 255).astype(dtype), name="digits")
+
+
+def tokens(d: Decoder, x: Expr) -> tuple[Expr, Expr | None]:
+    """What `embed` gave [n, width] -> embeddings, and the tokens as float32 [n, 1], which has them all."""
+    if not d.structure.ngrams:
+        return x, None
+    both = d.builder.emit(relax.op.split(x, [d.structure.hidden_size], axis=1))
+    first, digits = (d.builder.emit(relax.TupleGetItem(both, i)) for i in (0, 1))
+    return first, d.builder.emit_te(_tokens, digits, primfunc_name_hint="tokens")
+
+
+def _tokens(digits: te.Tensor) -> te.Tensor:
+    shape = digits.shape[0], 1
+    return te.compute(shape, lambda i, k: digits[i, 0] + 256 * digits[i, 1] + 65536 * digits[i, 2], name="tokens")
 
 
 def _known(ids: te.Tensor, rows: int) -> te.Tensor:

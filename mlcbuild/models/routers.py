@@ -56,6 +56,20 @@ def choose(d: Decoder, logits: Expr, weight: Given) -> tuple[Expr, Expr]:
     return chosen, d.scaled(share, s.routed_scaling_factor)
 
 
+def narrow(d: Decoder, x: Expr, before: Expr, weight: Given) -> tuple[Expr, Expr]:
+    """What a router's last matrix is given of x [n, H], where an MLP precedes it: [n, R]; what the next layer's router
+    is given of it, as this one is `before`. Source: transformers modeling_zaya.py."""
+    emit, compute = d.builder.emit, d.operations.compute
+    made = d.biased(x, weight, "router_in", "router_in_bias", compute)
+    if "router_carry" in weight:
+        carried = emit(relax.op.multiply(before, d.cast(weight("router_carry").plain, compute)))
+        made = emit(relax.op.add(made, carried))
+    inner = d.norm(made, weight, "router_inner_norm")
+    for role in ("router_1", "router_2"):
+        inner = d.operations.activation(d.biased(inner, weight, role, f"{role}_bias", compute), "gelu")
+    return inner, made
+
+
 def zero_experts(d: Decoder, x: Expr, chosen: Expr, share: Expr) -> tuple[Expr, Expr, Expr]:
     """chosen and share [n, count] of all experts -> of those that compute; x [n, H] times the shares of the others.
 

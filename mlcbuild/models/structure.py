@@ -33,6 +33,7 @@ BY_LAYER = (
     "activation_sparsity",
     "kv_lora_rank",
     "q_lora_rank",
+    "ngram_table",
 )
 
 
@@ -78,7 +79,10 @@ class Structure:
                       parameter is `loop_start` (mlcbuild.models.entry_points)
     streams           hidden states of a token, laurel_rank of a product beside attention (mlcbuild.models.streams).
                       activation_sparsity: the part of an MLP's gates that is cut off. hyper: these are
-                      hyper-connections (mlcbuild.models.hyper), with hyper_magnitude and hyper_eps
+                      hyper-connections (mlcbuild.models.hyper), with hyper_magnitude and hyper_eps. mixture_rank: of
+                      hybrids with streams, width of the product that mixes them (mlcbuild.models.hybrid.residuals).
+                      ngram_table: which table of hashed n-grams a layer has, counted from 1, 0 for none; ngrams: what
+                      all have in common (mlcbuild.models.ngrams)
     qk_norm           of queries and keys before they are turned: none; head: each head by the one weight; per_head: by
                       its own; all: all heads as one vector; unit: each head without a weight, in layers with rotary
                       positions only. Its kind is `norm`'s, with a bias where parameters play these roles.
@@ -114,13 +118,16 @@ class Structure:
     mixer_scale       hybrid: what a mixer is given is multiplied with, mixer_scales each part of its inputs (mamba2:
                       gates, channels, B, C, steps), mixer_out_scale what it returns; attention_in_scale,
                       attention_out_scale, gate_scale (gates of an MLP with matrices apart), mlp_out_scale likewise
+    convolutions      hybrid: tokens that each of two convolutions of queries and keys sees, which layers with attention
+                      have a state for, then (mlcbuild.models.hybrid.convolved)
     decay_limit       kda: the least logarithm of a decay; None: there is none
     residual_normed   hybrid: what attention and MLP are given is added to, and not x; kept_scale: of what is added to
     attention_into_mixer  mamba2: attention of layers of type `both` is given x beside the embeddings, an MLP what it
                       returns, and the mixer is given x + into_mixer(that): nothing of it is added to x (Zamba, arXiv
                       2405.16712, 2411.15242). adapter_rank: of the differences of matrices that layers share
     gate_softcapping  mlstm, c: gates of writing and keeping become c * tanh(gate / c). state_size is of a key there
-    beta_scale        delta: of the gates of writing; state_norm_first: of mamba2, whether the norm precedes the gate
+    beta_scale        delta: of the gates of writing; state_gate: the activation of the gate of what heads return;
+                      state_norm_first: of mamba2, whether the norm precedes the gate
     state_size        mamba, mamba2: values that a channel keeps. conv_kernel: tokens that a convolution sees;
                       time_step_rank: width of a low-rank product; time_step_limits: between which steps are kept;
                       state_norm_eps: of norms over steps, B and C, None: none. mamba2 has num_key_value_heads groups
@@ -132,9 +139,12 @@ class Structure:
                       routed_scaling_factor; and to shared ones, where there are parameters of them. scoring,
                       expert_groups, expert_groups_per_tok, expert_group_best, expert_groups_zeroed, router_jitter:
                       mlcbuild.models.routers
-    zero_experts      more experts that a router may choose, which return what they are given. shortcut: layers have
+    zero_experts      more experts that a router may choose, which return what they are given, or with
+                      zero_experts_return false nothing. shortcut: layers have
                       experts beside their MLP, whose sum is added after the next layer only, which has none
                       (LongCat-Flash, arXiv 2509.01322, 2.1 and 2.2)
+    key_experts       experts of one row beside an MLP, of which a token has key_experts_per_tok (models.product_keys)
+    router_width      of what a router with an MLP makes of hidden states and the layer before's router; 0: none has
     moe_latent_size   width of what routed experts are given, where it is not hidden_size; 0: it is
     experts_averaged  whether what routed experts return and what shared ones do is averaged, and not added
     router_logit_softcapping  c: a router's logits become c * tanh(logits / c)
@@ -201,6 +211,10 @@ class Structure:
     moe_intermediate_size: int = choice(0)
     shared_expert_intermediate_size: int = choice(0)
     zero_experts: int = choice(0)
+    zero_experts_return: bool = choice(True)
+    router_width: int = choice(0)
+    key_experts: int = choice(0)
+    key_experts_per_tok: int = choice(0)
     shortcut: bool = choice(False)
     moe_latent_size: int = choice(0)
     norm_topk_prob: bool = choice(False)
@@ -229,6 +243,9 @@ class Structure:
     per_layer_size: int = choice(0)
     per_layer_rows: int = choice(0)
     streams: int = choice(1)
+    mixture_rank: int = choice(0)
+    ngrams: tuple[int, ...] = choice(())
+    ngram_table: int = choice(0)
     laurel_rank: int = choice(0)
     hyper: bool = choice(False)
     hyper_magnitude: float = choice(2.0)
@@ -285,8 +302,10 @@ class Structure:
     kept_scale: float = choice(1.0)
     mlp_out_scale: float = choice(1.0)
     beta_scale: float = choice(1.0)
+    state_gate: str = choice("silu")
     attention_into_mixer: bool = choice(False)
     adapter_rank: int = choice(0)
+    convolutions: tuple[int, ...] = choice(())
     decay_limit: float | None = choice(None)
     gate_softcapping: float | None = choice(None)
     state_norm_first: bool = choice(False)
@@ -327,6 +346,11 @@ class Structure:
     def borrows(self, number: int) -> bool:
         """Whether a layer reads the keys and values of another."""
         return self.keys_from is not None and self.keys_from[number] != number
+
+    @property
+    def keeping(self) -> tuple[int, ...]:
+        """The layers with a state of one size: of a mixer, or of convolutions in attention."""
+        return self.numbers(*KEEPING, *(ATTENDING if self.convolutions else ()))
 
     @property
     def cached(self) -> tuple[int, ...]:

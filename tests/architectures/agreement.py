@@ -114,9 +114,11 @@ def save(case: Case, folder: Path) -> None:
             start = next((centre for end, centre in case.centres.items() if name.endswith(end)), start)
             parameter.copy_(torch.tensor(_random(random, name, tuple(parameter.shape), start)))
         for name, buffer in model.named_buffers():
-            if "correction" in name or "scalar" in name:
-                start = float("scalar" in name)
+            if "correction" in name or "balancing" in name or "scalar" in name:
+                start = float("scalar" in name) - float("balancing" in name)
                 buffer.copy_(torch.tensor(_random(random, name, tuple(buffer.shape), start)))
+                if "balancing" in name:
+                    buffer[-1] = -1  # what transformers makes of Zaya's, whatever a checkpoint has
     model.save_pretrained(folder)
 
 
@@ -305,8 +307,13 @@ def reference_logits(case: Case, folder: Path, ids: list[int], dtype: str = "flo
     if case.architecture == "llama4":  # which transformers 5.24 does not compute without an image
         model = model.language_model
     with torch.no_grad(), _token_by_token(model):
-        logits: Array = model(torch.tensor([ids])).logits[0].float().numpy()
-    return logits
+        if not case.config.get("is_moe"):  # whose prompts transformers 5.24 gives each other's experts
+            logits: Array = model(torch.tensor([ids])).logits[0].float().numpy()
+            return logits
+        made = [model(torch.tensor([ids[:1]]), use_cache=True)]
+        for token in ids[1:]:
+            made.append(model(torch.tensor([[token]]), cache=made[-1].cache, use_cache=True))
+    return np.concatenate([each.logits[0].float().numpy() for each in made])
 
 
 @contextmanager

@@ -57,6 +57,9 @@ CASES: dict[str, Case] = {
     "diffllama": replace(_case("diffllama", attention_bias=True), quantizations=("q0f32", "q4f32_1")),
     "diffllama-40-wide": _case("diffllama", num_key_value_heads=4, head_dim=40),
     "doge": _case("doge", attention_bias=True, mlp_bias=True),
+    "doge-moe": replace(
+        _case("doge", is_moe=True, num_experts=40, num_experts_per_tok=7), quantizations=("q0f32", "q4f32_1")
+    ),
     "exaone": _case("exaone", num_hidden_layers="absent", num_layers=3, head_dim=16),
     "falcon": _case("falcon", **FALCON),
     "falcon-40b": _case("falcon", **FALCON, new_decoder_architecture=True, num_kv_heads=2, bias=True),
@@ -106,6 +109,19 @@ CASES |= {
     "cohere-biases": _case("cohere", tie_word_embeddings=True, attention_bias=True),
     "smollm3": _case("smollm3", no_rope_layers=[1, 0, 1]),
     "cohere2": _case("cohere2", tie_word_embeddings=True, **SLIDING),
+    "cohere_compass_text": _case(
+        "cohere_compass_text",
+        **SLIDING,
+        attention_bias=True,
+        rope_parameters={"full_attention": None, "sliding_attention": {**ONE_THETA, "rope_theta": 3000.0}},
+    ),
+    "cohere_compass_text-turned": _case(
+        "cohere_compass_text",
+        **SLIDING,
+        logit_scale=0.25,
+        tie_word_embeddings=True,
+        rope_parameters={"full_attention": ONE_THETA, "sliding_attention": {**ONE_THETA, "rope_theta": 3000.0}},
+    ),
     "exaone4": _case("exaone4", **SLIDING),
     "exaone4-full": _case("exaone4", sliding_window=None, layer_types=["full_attention"] * 3),
     "glm4_moe": _case(

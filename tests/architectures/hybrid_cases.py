@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from tests.architectures import family_cases
-from tests.architectures.agreement import Case
+from tests.architectures.agreement import IDS, Case
 from tests.architectures.cases import like_llama
 
 
@@ -91,7 +91,37 @@ CASES |= {
     "qwen3_5_text": _case("qwen3_5_text", **DELTA, **LINEAR),
     "qwen3_5_moe_text": replace(_case("qwen3_5_moe_text", **DELTA, **MANY, **LINEAR), quantizations=("q0f32",)),
 }
-CASES |= {name: _wrapped(name) for name in ("qwen3_5", "qwen3_5_moe")}
+HASHED = {"ple_layer_ids": [2, 1], "ple_embed_dim": 128, "heads_per_ngram": 2, "ngram_vocab_size_base": 50}
+HASHED |= {"split_ngram_parts": 3}
+INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 32,
+    "indexer_budget": 96,
+    "indexer_compress_ratio": 4,
+}
+CASES |= {
+    "qwen4_exp_text": _case(
+        "qwen4_exp_text",
+        **DELTA,
+        **MANY,
+        **TWO,
+        **INDEXER,
+        hc_count=3,
+        hc_lowrank=32,
+        output_gate_type="sigmoid",
+    ),
+    "qwen4_exp_text-ngrams": _case(
+        "qwen4_exp_text",
+        **{**DELTA, **MANY, **INDEXER, **HASHED},
+        layer_types=["linear_attention", "linear_attention", "indexed_attention"],
+        num_hidden_layers=3,
+        hc_count=2,
+        hc_lowrank=32,
+        eos_token_id=IDS[9],
+    ),
+}
+CASES |= {name: _wrapped(name) for name in ("qwen3_5", "qwen3_5_moe", "qwen4_exp")}
 THREE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}  # one position without images
 SEEING = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 64}
 CASES["qwen2_5_vl"] = Case(
@@ -112,6 +142,19 @@ for _name in ("aya_vision", "cohere2_vision"):
             "model_type": _name,
             "text_config": dict(family_cases.CASES["cohere2"].config),
             "vision_config": {**VIEW, "num_hidden_layers": 1},
+        },
+        quantizations=("q0f32",),
+    )
+HEARD = {"input_dim": 8, "num_layers": 1, "hidden_dim": 32, "num_heads": 2, "dim_head": 16, "output_dim": 8}
+for _name in ("granite_speech", "granite_speech_plus"):
+    CASES[_name] = Case(
+        "granite_speech",
+        {
+            "model_type": _name,
+            "text_config": dict(family_cases.CASES["granite"].config),
+            "encoder_config": HEARD,
+            "projector_config": {**VIEW, "num_hidden_layers": 1},
+            "tie_word_embeddings": False,
         },
         quantizations=("q0f32",),
     )
@@ -179,6 +222,23 @@ CASES |= {
         tie_word_embeddings=True,
     ),
 }  # fmt: skip
+ZAYA = {
+    "head_dim": 24,
+    "num_experts": 4,
+    "moe_intermediate_size": 40,
+    "router_hidden_size": 40,
+    "intermediate_size": "absent",
+}
+CASES |= {
+    "zaya": _case("zaya", **ZAYA, attention_bias=True, lm_head_bias=True),
+    "zaya-sliding": replace(
+        _case(
+            "zaya", **ZAYA, layer_types=["hybrid", "hybrid_sliding"] * 2, sliding_window=10, cca_time0=3, cca_time1=4,
+            tie_word_embeddings=True,
+        ),
+        quantizations=("q0f32",),
+    ),
+}  # fmt: skip
 ZAMBA2 = {
     "num_key_value_heads": 4, "n_mamba_heads": 4, "mamba_d_state": 9, "mamba_ngroups": 2, "adapter_rank": 32,
     "tie_word_embeddings": True,
@@ -227,6 +287,9 @@ DELTA_NETS = (
     "qwen3_5_text",
     "qwen3_5_moe",
     "qwen3_5_moe_text",
+    "qwen4_exp",
+    "qwen4_exp_text",
+    "qwen4_exp_text-ngrams",
     "olmo_hybrid",
     "kimi_linear",
     "lara_mini",

@@ -26,8 +26,18 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Agreement:
     return Agreement(CASES["lfm2"], "q0f32", tmp_path_factory.mktemp("hybrid"))
 
 
-def test_sequences_do_not_mix_and_are_forked_and_taken_back(built: Agreement, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def convolved(tmp_path_factory: pytest.TempPathFactory) -> Agreement:
+    """One whose layers all have both, keys and values in the cache and a state."""
+    return Agreement(CASES["zaya-sliding"], "q0f32", tmp_path_factory.mktemp("convolved"))
+
+
+@pytest.mark.parametrize("library", ["built", "convolved"])
+def test_sequences_do_not_mix_and_are_forked_and_taken_back(
+    library: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a longer history than our sessions ask for, as MLC's engine does."""
+    built: Agreement = request.getfixturevalue(library)
     monkeypatch.setattr("mlcbuild.runtime.session._HISTORY", 4)
     one, other = built.expected(IDS), built.expected(OTHER)
     session = built.session(2)

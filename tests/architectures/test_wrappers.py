@@ -51,6 +51,11 @@ SMALL: dict[str, Any] = {
 }
 
 
+# What a wrapper's config.json says beside: sizes that are the text model's, too; Apple's own vision needs timm.
+BESIDE: dict[str, dict[str, Any]] = {
+    "ovis2": {"hidden_size": 64, "vocab_size": 96},
+    "fast_vlm": {"vision_config": {"model_type": "clip_vision_model", **SMALL}},
+}
 # What a text_config says because it would mean another thing in the wrapper than alone, if it did not.
 SAID: dict[str, dict[str, Any]] = {
     "voxtral": {"head_dim": 16, "rms_norm_eps": 1e-6, "rope_theta": 10000.0},
@@ -174,7 +179,9 @@ def cases_of(name: str) -> tuple[Case, Case]:
     if three:
         parts["text_config"]["rope_parameters"] = {**turned, **three}
     tied = text.config.get("tie_word_embeddings", whole["text_config"].get("tie_word_embeddings", False))
-    return Case(text.architecture, {"model_type": name, **parts, "tie_word_embeddings": tied}), text
+    return Case(
+        text.architecture, {"model_type": name, **parts, "tie_word_embeddings": tied, **BESIDE.get(name, {})}
+    ), text
 
 
 def _small(part: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from mlcbuild.compiler.gpu import lower, tiles
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.architecture import resolve
 from mlcbuild.models.structure import Structure
-from tests.architectures import family_cases, indexer_cases
+from tests.architectures import family_cases, hybrid_cases, indexer_cases
 from tests.architectures.agreement import config_of
 from tests.support import llama, wgsl
 
@@ -109,13 +109,15 @@ def test_formats_that_a_device_cannot_read(
         "axk2",
         "dots3_note_text",
         "hy_v4",
+        "qwen4_exp_text",
+        "zaya",
     ],
 )
 def test_what_one_architecture_has_lowers_for_cuda(name: str) -> None:
     """What no other test lowers: every kernel is shared out among threads."""
     from tvm import tirx
 
-    case = (family_cases.CASES | indexer_cases.CASES)[name]
+    case = (family_cases.CASES | indexer_cases.CASES | hybrid_cases.CASES)[name]
     sizes = {"xglm": {"attention_heads": 2}, "jetmoe": {"kv_channels": 32}}.get(name, {"head_dim": 32})
     structure = resolve(llama.architecture(name), {**config_of(case), **sizes}, {})
     module = lower.lower(structure, llama.QUANTIZATIONS["q4f16_1"], "q4f16_1", CUDA)

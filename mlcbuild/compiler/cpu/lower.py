@@ -59,7 +59,8 @@ def _kernels(
 ) -> tuple[Source, ...]:
     """The C sources of a library with these parameters, of model dtype `dtype`: those of their formats, and `files`."""
     needed = {formats.format_of(p.packing) for p in declared if len(p.shape) > 1}
-    several = any(p.role == "router" or (p.role == "step_proj" and len(p.shape) > 2) for p in declared)
+    choosing = ("router", "key_router")
+    several = any(p.role in choosing or (p.role == "step_proj" and len(p.shape) > 2) for p in declared)
     experts = ("experts",) if several else ()
     return formats.sources(needed, dtype, sorted((*files, *experts)), activation_bits)
 

@@ -39,7 +39,8 @@ def mixed(at: Layer, x: Expr) -> Expr:
     heads = d.builder.emit(relax.op.reshape(out, [n * m.heads, m.dim]))
     heads = d.operations.rms_norm(heads, at.plain("state_norm"), d.structure.state_norm_eps or d.structure.norm_eps)
     out = d.builder.emit(relax.op.reshape(heads, [n, m.width]))
-    out = at.te(mixing.received, gate, out) if each else at.te(mixing.gated, out, gate)
+    sigmoid = each or d.structure.state_gate == "sigmoid"
+    out = at.te(mixing.received, gate, out) if sigmoid else at.te(mixing.gated, out, gate)
     return d.project(out, at.weight, "out")
 
 

@@ -3,7 +3,8 @@
 Private functions work on [n, H], `n` tokens of `b` sequences of equal length. They are given the KV cache, in which
 layers with attention are counted from 0, and the state, in which those with a mixer are; the state is handed on as an
 object. A layer is x + mixed(norm(x)), then x + mlp(norm(x)), with the norms, before and after, that it has weights for;
-with `residual_normed`, norm(x) is added to. With `attention_into_mixer` layers with attention are given the embeddings
+with `residual_normed`, norm(x) is added to; where there are several hidden states, a mixture of them takes norm(x)'s
+place (mlcbuild.models.hybrid.residuals). With `attention_into_mixer` layers with attention are given the embeddings
 besides, and all is x + mixed(norm(x + what attention and MLP make)).
 """
 
@@ -13,15 +14,18 @@ from collections.abc import Sequence
 
 from tvm import ir, relax, tirx
 
+from mlcbuild.models import per_layer
 from mlcbuild.models.decoder import Decoder, kv_cache, numbered, one_per_kind
 from mlcbuild.models.entry_points import emit_entry_points
-from mlcbuild.models.hybrid import convolution, delta, lightning, rglru
+from mlcbuild.models.experts import experts
+from mlcbuild.models.hybrid import convolution, convolved, delta, lightning, ngrams, residuals, rglru
 from mlcbuild.models.layer import attention, mlp, query_positions
 from mlcbuild.models.mixers import mixer_of
 from mlcbuild.models.operations import Expr
 from mlcbuild.models.recurrent import state_space
 from mlcbuild.models.recurrent.layers import Layer
 from mlcbuild.models.recurrent.operations import Recurrence, Slot, State
+from mlcbuild.models.routers import narrow
 from mlcbuild.models.structure import ATTENDING, KEEPING, Structure
 
 _MIXED = {
@@ -35,9 +39,12 @@ _SLOTS = {"conv": convolution.slots, "rglru": rglru.slots, "lightning": lightnin
 
 
 def slots(s: Structure) -> tuple[Slot, ...]:
-    """What each layer with a mixer keeps per sequence."""
-    m = mixer_of(s)
-    return _SLOTS.get(m.name, state_space.kept)(m)
+    """What each layer with a state keeps per sequence: what its mixer does, then its attention, then its n-grams."""
+    return (*_mixers(s), *convolved.slots(s), *ngrams.slots(s))
+
+
+def _mixers(s: Structure) -> tuple[Slot, ...]:
+    return _SLOTS.get(s.mixer, state_space.kept)(mixer_of(s)) if s.mixer else ()
 
 
 def emit_hybrid(decoder: Decoder, recurrence: Recurrence) -> None:
@@ -57,9 +64,10 @@ def emit_hybrid(decoder: Decoder, recurrence: Recurrence) -> None:
 def _emit_layer(d: Decoder, recurrence: Recurrence, number: int) -> relax.GlobalVar:
     """Add `hybrid_layer(x [n, H], batch shape, cache, state, numbers in both, parameters...) -> ([n, H], state)`."""
     batch = tirx.Var("batch_size", "int64")
-    x, cache, state = _hidden(d), kv_cache(), kv_cache("rnn_state")
+    x, cache, state = _hidden(d, width=residuals.width(d.structure)), kv_cache(), kv_cache("rnn_state")
     places = [relax.Var(name, ir.PrimType("int64")) for name in ("layer_id", "state_id")]
     given, more = d.layer_parameters(number), [_hidden(d, x, "embeddings")] if _wide(d.structure, number) else []
+    more += [_hidden(d, x, "tokens", 1)] if d.structure.at(number).ngram_table else []
     inputs = [x, relax.Var("batch", relax.ShapeType([batch])), cache, state, *places, *more, *given]
 
     def body() -> Expr:
@@ -88,58 +96,73 @@ def _into_mixer(at: Layer, x: Expr, cache: Expr, layer_id: Expr, number: int, *e
     return at.add(x, _MIXED[d.structure.mixer](at, d.norm(given, weight, "mixer_norm")))
 
 
-def _layer(at: Layer, x: Expr, cache: Expr, layer_id: Expr, number: int) -> Expr:
+def _layer(at: Layer, x: Expr, cache: Expr, layer_id: Expr, number: int, *tokens: Expr) -> Expr:
     d, s, weight = at.decoder, at.decoder.structure, at.weight
+    if tokens:
+        x = ngrams.added(at, x, tokens[0], s.at(number).ngram_table, len(slots(s)) - 2)
+    x, routed = residuals.apart(d, x)
 
     def normed(y: Expr, role: str) -> Expr:
         return d.norm(y, weight, role) if role in weight else y
 
-    def added(x: Expr, inner: Expr, *ys: Expr, role: str) -> Expr:
+    def given(x: Expr, part: str) -> tuple[Expr, Expr | None]:
+        return residuals.mixture(d, x, weight, part) if s.mixture_rank else (normed(x, f"{part}_norm"), None)
+
+    def added(x: Expr, inner: Expr, *ys: Expr, part: str, share: Expr | None) -> Expr:
         for y in ys[1:]:
             ys = (at.add(ys[0], y),)
-        kept = d.scaled(inner if s.residual_normed else x, s.kept_scale)
-        return at.add(kept, d.scaled(normed(ys[0], role), s.residual_scale))
+        if share is not None:
+            return residuals.injected(d, x, ys[0], share)
+        kept = d.scaled(d.shifted(inner if s.residual_normed else x, weight, f"{part}_residual"), s.kept_scale)
+        returned = d.shifted(normed(ys[0], f"{part}_post_norm"), weight, f"{part}_returned")
+        return at.add(kept, d.scaled(returned, s.residual_scale))
 
-    kind, inner = s.layer_type(number), normed(x, "attention_norm")
+    kind, (inner, share) = s.layer_type(number), given(x, "attention")
     mixed = []
     if kind in KEEPING:
         mixed.append(d.scaled(_MIXED[s.mixer](at, d.scaled(inner, s.mixer_scale)), s.mixer_out_scale))
     if kind in ATTENDING:
-        given = d.scaled(inner, s.attention_in_scale)
-        attended = attention(d, given, cache, layer_id, weight, x.ty.shape[0], number)
+        seen = d.scaled(inner, s.attention_in_scale)
+        parts = convolved.heads_of(at, seen, len(_mixers(s))) if s.convolutions else None
+        attended = attention(d, seen, cache, layer_id, weight, x.ty.shape[0], number, parts)
         mixed.append(d.scaled(attended, s.attention_out_scale))
     if mixed:
-        x = added(x, inner, *mixed, role="attention_post_norm")
+        x = added(x, inner, *mixed, part="attention", share=share)
     if "down_proj" in weight or "router" in weight:
-        inner = normed(x, "mlp_norm")
-        returned = d.scaled(mlp(d, inner, x, weight), s.mlp_out_scale)
-        x = added(x, inner, returned, role="mlp_post_norm")
-    return x
+        inner, share = given(x, "mlp")
+        if routed is None:
+            returned = mlp(d, inner, x, weight)
+        else:
+            rows, routed = narrow(d, inner, routed, weight)
+            returned = experts(d, inner, rows, weight)
+        x = added(x, inner, d.scaled(returned, s.mlp_out_scale), part="mlp", share=share)
+    return x if routed is None else d.builder.emit(relax.op.concat([x, routed], axis=1))
 
 
 def _emit_model(d: Decoder, functions: Sequence[relax.GlobalVar]) -> relax.GlobalVar:
     """Add `model(x [n, H], batch shape, cache, state, params) -> ([n, H], state)`: what is around the layers, too."""
     s = d.structure
-    x, cache, state, params = _hidden(d), kv_cache(), kv_cache("rnn_state"), d.params()
+    x, cache, state, params = _hidden(d, width=per_layer.width(s)), kv_cache(), kv_cache("rnn_state"), d.params()
     shape = relax.Var("batch", relax.ShapeType([tirx.Var("batch_size", "int64")]))
-    places = [{layer: place for place, layer in enumerate(s.numbers(*types))} for types in (ATTENDING, KEEPING)]
+    places = [{layer: place for place, layer in enumerate(layers)} for layers in (s.numbers(*ATTENDING), s.keeping)]
 
     def body() -> Expr:
         weights = d.weights(params)
-        first = d.beginning(x, lambda: query_positions(d, cache, x.ty.shape[0]), weights)
-        hidden, after = first, state
+        rows, tokens = per_layer.tokens(d, x)
+        first = d.beginning(rows, lambda: query_positions(d, cache, x.ty.shape[0]), weights)
+        hidden, after = residuals.started(d, first), state
         for number, function in enumerate(functions):
             where = [relax.prim_value(place.get(number, 0)) for place in places]
-            more = [first] if _wide(s, number) else []
+            more = [first] if _wide(s, number) else [tokens] if s.at(number).ngram_table else []
             inputs = [hidden, shape, cache, after, *where, *more, *weights.layer(number)]
             both = d.builder.emit(relax.Call(function, inputs))
             hidden, after = (d.builder.emit(relax.TupleGetItem(both, i)) for i in (0, 1))
-        return relax.Tuple([d.finished(hidden, weights), after])
+        return relax.Tuple([residuals.ended(d, hidden, weights), after])
 
     return d.function("hybrid_model", [x, shape, cache, state, params], body, private=True)
 
 
-def _hidden(d: Decoder, like: Expr | None = None, name: str = "x") -> relax.Var:
-    """float32 [n, H], with the n of another."""
+def _hidden(d: Decoder, like: Expr | None = None, name: str = "x", width: int = 0) -> relax.Var:
+    """float32 [n, H], or so wide, with the n of another."""
     n = tirx.Var("seq_len", "int64") if like is None else like.ty.shape[0]
-    return d.tensor(name, [n, d.structure.hidden_size], "float32")
+    return d.tensor(name, [n, width or d.structure.hidden_size], "float32")

@@ -44,6 +44,31 @@ def last_rows(x: te.Tensor, last: te.Tensor) -> te.Tensor:
     return te.compute(last.shape, lambda i, j: x[(i + 1) * tokens - 1, j], name="last_rows")
 
 
+def before(x: te.Tensor, last: te.Tensor) -> te.Tensor:
+    """Each token's [n, H] before it, or `last` [b, H] for the first one."""
+    return te.compute(x.shape, lambda i, j: _before(x, last, i, j), name="before")
+
+
+def earlier(x: te.Tensor, kept: te.Tensor, i: tirx.Var, j: tirx.Var, back: tirx.Expr) -> tirx.Expr:
+    """x[i - back, j] of x [n, C]; what comes before its sequence is in `kept` [b, tokens * C], the oldest first."""
+    tokens, memory = x.shape[0] // kept.shape[0], kept.shape[1] // x.shape[1]
+    place = (memory + i % tokens - back) * x.shape[1] + j
+    return tirx.if_then_else(i % tokens >= back, x[i - back, j], kept[i // tokens, place])
+
+
+def last_kept(x: te.Tensor, kept: te.Tensor) -> te.Tensor:
+    """`kept` [b, tokens * C] after the tokens of x [n, C]."""
+    tokens, width = x.shape[0] // kept.shape[0], x.shape[1]
+    memory = kept.shape[1] // width
+
+    def value(i: tirx.Var, j: tirx.Var) -> tirx.Expr:
+        row = tokens + j // width  # of what was kept and then of x, without the oldest
+        new = x[i * tokens + row - memory, j % width]
+        return tirx.if_then_else(row >= memory, new, kept[i, row * width + j % width])
+
+    return te.compute(kept.shape, value, name="last_kept")
+
+
 def decay(base: te.Tensor, change: te.Tensor) -> te.Tensor:
     """exp(-exp(base + change)) [n, A]; base: [1, 1, A], change: [1, n, A]"""
 

@@ -4,13 +4,18 @@
     (latent, turned part of every head's key) = kv_a_proj x:         kv_lora_rank and rotary_dim numbers
     (rest of a head's key, its value) = kv_b_proj norm(latent):      qk_head_dim - rotary_dim and value_head_dim numbers
 
-The KV cache is given whole keys and values. So every head has its own, and all have the same width, head_dim: shorter
-ones end with zeros. What is turned comes first in queries and keys, where the cache's rotary kernel turns it. Scores
-are the same in any order.
+Where the KV cache has latents (mlcbuild.models.absorbed), kv_b_proj is there as two stacks of matrices, one for each
+head: latent_keys_proj, transposed, and latent_values_proj. They are multiplied as those of experts are, of which a
+token's query of head h chooses the h-th. What is turned is turned before it reaches the cache.
+
+Else the KV cache is given whole keys and values. So every head has its own, and all have the same width, head_dim:
+shorter ones end with zeros. What is turned comes first in queries and keys, where the cache's rotary kernel turns it.
+Scores are the same in any order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,14 +23,18 @@ from tvm import relax, te, tirx
 
 from mlcbuild.models.decoder import Decoder
 from mlcbuild.models.operations import Expr
+from mlcbuild.models.rope import inverse_frequencies, rotary
 from mlcbuild.models.structure import Structure
 from mlcbuild.models.weights import Given
 
 _EPS = 1e-6  # of the latents' norms, whatever config.json's rms_norm_eps is (transformers modeling_deepseek_v2.py)
 
 
-def heads_of(d: Decoder, x: Expr, weight: Given) -> Expr:
-    """x [n, H] -> queries, keys and values [n, 3 * heads, head_dim] in the model dtype."""
+def heads_of(d: Decoder, x: Expr, weight: Given, positions: Callable[[], Expr], turns: bool) -> Expr:
+    """x [n, H] -> queries, keys and values as the KV cache has its heads: [n, heads + 2 * key heads, width].
+
+    In the model dtype. `positions`: the tokens' in their sequence, where a layer `turns`; of latents alone.
+    """
     s = d.structure
     if "q_a_proj" in weight:
         narrow = d.operations.rms_norm(d.project(x, weight, "q_a"), weight("q_a_norm").plain, _EPS)
@@ -36,9 +45,80 @@ def heads_of(d: Decoder, x: Expr, weight: Given) -> Expr:
     parts = d.builder.emit(relax.op.split(d.project(x, weight, "kv_a"), [s.kv_lora_rank], axis=1))
     latent, turned = (d.builder.emit(relax.TupleGetItem(parts, i)) for i in range(2))
     latent = d.scaled(d.operations.rms_norm(latent, weight("kv_a_norm").plain, _EPS), s.latent_scales[1])
-    kv = d.project(latent, weight, "kv_b", d.dtype)
     turned = d.cast(turned, d.dtype)
+    if s.absorbed:
+        return _latents(d, q, d.cast(latent, d.dtype), turned, weight, positions if turns else None)
+    kv = d.project(latent, weight, "kv_b", d.dtype)
     return d.builder.emit_te(partial(_whole, s), q, turned, kv, primfunc_name_hint="latent_heads")
+
+
+def values_of(d: Decoder, out: Expr, weight: Given) -> Expr:
+    """Sums of latents that attention returns [n, 2 * heads, width] -> the heads' values [n, heads * value_head_dim]."""
+    s, n, width = d.structure, out.ty.shape[0], out.ty.shape[2]
+    heads = s.num_attention_heads
+
+    def table(out: te.Tensor) -> te.Tensor:
+        def number(p: Any, j: Any) -> Any:
+            return out[p // heads, p % heads * 2 + j // width, j % width].astype(d.operations.compute)
+
+        return te.compute((n * heads, s.kv_lora_rank), number, name="latent_sums")
+
+    made = _by_head(d, _alone(d, table, out), n, weight, "latent_values_proj")
+    return d.builder.emit(relax.op.reshape(made, [n, heads * s.value_head_dim]))
+
+
+def _latents(
+    d: Decoder, q: Expr, latent: Expr, turned: Expr, weight: Given, positions: Callable[[], Expr] | None
+) -> Expr:
+    s, n = d.structure, q.ty.shape[0]
+    heads, rank, rope = s.num_attention_heads, s.kv_lora_rank, s.rotary_dim or 0
+    rest, (_, _, half) = s.qk_head_dim - rope, s.cache_heads
+
+    def unturned(q: te.Tensor) -> te.Tensor:
+        def number(p: Any, j: Any) -> Any:
+            return q[p // heads, p % heads * (rest + rope) + j].astype(d.operations.compute)
+
+        return te.compute((n * heads, rest), number, name="latent_queries")
+
+    def to_turn(q: te.Tensor, turned: te.Tensor) -> te.Tensor:
+        def number(i: Any, h: Any, j: Any) -> Any:
+            query = q[i, tirx.min(h, heads - 1) * (rest + rope) + rest + j]
+            return tirx.if_then_else(h < heads, query, turned[i, j])
+
+        return te.compute((n, heads + 1, rope), number, name="latent_turned")
+
+    def rows(queries: te.Tensor, latent: te.Tensor, *ends: te.Tensor) -> te.Tensor:
+        zero = tirx.const(0, d.dtype)
+
+        def number(i: Any, h: Any, j: Any) -> Any:
+            row, at = h // 2, h % 2 * half + j
+            query = queries[i * heads + tirx.min(row, heads - 1), tirx.min(at, rank - 1)].astype(d.dtype)
+            first = tirx.if_then_else(row < heads, query, latent[i, tirx.min(at, rank - 1)])
+            end = tirx.if_then_else(at < rank + rope, ends[0][i, row, tirx.max(at - rank, 0)], zero) if ends else zero
+            return tirx.if_then_else(at < rank, first, end)
+
+        return te.compute((n, 2 * heads + 2, half), number, name="latent_rows")
+
+    queries = _by_head(d, _alone(d, unturned, q), n, weight, "latent_keys_proj")
+    ends = [d.builder.emit_te(to_turn, q, turned, primfunc_name_hint="latent_turned")] if rope else []
+    if ends and positions is not None:
+        ends = [d.operations.rope(ends[0], positions(), inverse_frequencies(s), (heads + 1, 0), rotary(s))]
+    return _alone(d, rows, queries, latent, *ends)
+
+
+def _by_head(d: Decoder, x: Expr, n: Expr, weight: Given, role: str) -> Expr:
+    """x [n * heads, K] -> [n * heads, N]: each head's rows times its own matrix of the stack [heads, N, K]."""
+    heads = d.structure.num_attention_heads
+    chosen = d.builder.emit_te(
+        lambda: te.compute((n, heads), lambda i, h: h.astype("int32"), name="heads"), primfunc_name_hint="heads"
+    )
+    return d.operations.expert_linear(x, chosen, weight(role))
+
+
+def _alone(d: Decoder, table: Callable[..., te.Tensor], *given: Expr) -> Expr:
+    """As `emit_te`, fused with nothing: FuseTIR fails where n is several rows for each token."""
+    name = table.__name__.strip("_")
+    return d.builder.emit_te(table, *given, primfunc_name_hint=f"latent_{name}", primfunc_attrs={"op_pattern": 8})
 
 
 def _whole(s: Structure, q: te.Tensor, turned: te.Tensor, kv: te.Tensor) -> te.Tensor:

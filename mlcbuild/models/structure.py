@@ -93,7 +93,8 @@ class Structure:
     by_layer          fields that layers differ in (BY_LAYER), each with its value in every layer. The structure's own
                       value is the largest
     kv_lora_rank      width of the vector that a token's keys and values are made of (mlcbuild.models.latent, with
-                      q_lora_rank); 0: they are made of hidden states
+                      q_lora_rank); 0: they are made of hidden states. whole_keys: whether the KV cache has whole keys
+                      and values nevertheless, and not latents (mlcbuild.models.absorbed)
     latent_scales     what the latents of queries, and of keys and values, are multiplied with once they are normed
     final_logit_softcapping  c: logits become c * tanh(logits / c)
     max_position_embeddings  rows of a learned `position_embedding`. position_offset: the row of a text's first token
@@ -231,6 +232,7 @@ class Structure:
     alibi_bias_max: float | None = choice(None)
     kv_lora_rank: int = choice(0)
     q_lora_rank: int = choice(0)
+    whole_keys: bool = choice(False)
     latent_scales: tuple[float, float] = choice((1.0, 1.0))
     value_scale: float = choice(1.0)
     input_bits: int = choice(0)
@@ -315,6 +317,19 @@ class Structure:
     def cached(self) -> tuple[int, ...]:
         """The layers whose keys and values are in the KV cache."""
         return tuple(layer for layer in self.numbers(*ATTENDING) if not self.borrows(layer))
+
+    @property
+    def absorbed(self) -> bool:
+        """Whether the KV cache has latents in place of keys and values."""
+        return self.kv_lora_rank > 0 and not self.whole_keys
+
+    @property
+    def cache_heads(self) -> tuple[int, int, int]:
+        """Heads of queries and of keys in the KV cache, and their width: of latents, halves of rows."""
+        if not self.absorbed:
+            return self.num_attention_heads, self.num_key_value_heads, self.head_dim
+        half = -(-(self.kv_lora_rank + (self.rotary_dim or 0)) // 2)
+        return 2 * self.num_attention_heads, 1, max(-(-half // 16) * 16, 32)
 
     def turns(self, number: int) -> bool:
         """Whether a layer has rotary positions."""

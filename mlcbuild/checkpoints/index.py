@@ -147,6 +147,7 @@ def _mismatches(parameter: Parameter, refs: Sequence[TensorRef]) -> list[str]:
         refs = [replace(refs[0], shape=joined)] if len({shape[2:] for shape in shapes}) == 1 else refs
     if "differential" in parameter.convert and {len(ref.shape) for ref in refs} == {1}:
         refs = [replace(refs[0], shape=parameter.shape)] if len({ref.shape for ref in refs}) == 1 else refs
+    expected = parameter.stored
     if {"first_rows", "last_rows"} & {*parameter.convert}:
         refs = [replace(ref, shape=(min(ref.shape[0], parameter.shape[0]), *ref.shape[1:])) for ref in refs]
     refs = [replace(ref, shape=parameter.joined(ref.shape)) for ref in refs]
@@ -160,13 +161,13 @@ def _mismatches(parameter: Parameter, refs: Sequence[TensorRef]) -> list[str]:
     if not problems and any(ref.dtype != refs[0].dtype for ref in refs):
         found = ", ".join(f"{ref.name} {ref.dtype}" for ref in refs)
         problems.append(f"{refs[0].file}: the parts of {parameter.name} have different dtypes: {found}")
-    if _fits(parameter.shape, [ref.shape for ref in refs]):
+    if _fits(expected, [ref.shape for ref in refs]):
         return problems
     if len(refs) == 1:
         ref = refs[0]
         problems.append(
             f"{ref.file}: tensor {ref.name}: shape {list(ref.shape)}{_turned(parameter)}, but config.json makes it "
-            f"{list(parameter.shape)}"
+            f"{list(expected)}"
         )
     else:
         named = ", ".join(f"{ref.name} {list(ref.shape)}" for ref in refs)

@@ -53,7 +53,8 @@ def size(structure: Structure, quantization: Quantization) -> Size:
         weights = _weights(structure, quantization)
     except MlcBuildError as error:
         return Size(problem=str(error))
-    per_token = 2 * len(structure.cached) * structure.num_key_value_heads * structure.head_dim
+    _, kv_heads, width = structure.cache_heads
+    per_token = 2 * len(structure.cached) * kv_heads * width
     if structure.kind not in (DECODER, HYBRID):  # a recurrent model's state does not grow, and an encoder keeps nothing
         return Size(weights)
     context = structure.context_window_size

@@ -3,6 +3,8 @@
     transpose    [K, N] -> [N, K], as GPT-2's Conv1D keeps its matrices, and Aria each expert's
     ungroup_qkv  rows `q.. k v` of each key-value head -> all queries, all keys, all values
     ungroup_qvk  the same of four groups with rows `q.. v.. k..`, CodeGen's
+    latent_keys, latent_values
+                 rows of a key and of a value for each head -> a head's keys transposed; its values
     by_expert    all experts' rows in one matrix -> a matrix for each; of two such, each expert's rows joined
     deinterleave of every expert the rows 0, 2, 4 ..., then 1, 3, 5 ...: gpt-oss's gates, then its ups
     evens_first  rows 0, 2, 4 ..., then 1, 3, 5 ...: Zamba's channels, then their gates
@@ -104,6 +106,12 @@ def _rows(parameter: Parameter, refs: Sequence[TensorRef]) -> Iterator[Array]:
         for matrices in zip(*arrays, strict=True):
             whole = np.concatenate(matrices)[None]
             yield np.ascontiguousarray(np.swapaxes(whole, -1, -2) if "transpose" in parameter.convert else whole)
+        return
+    if parameter.role.startswith("latent_"):
+        assert parameter.groups is not None
+        heads, _, key, _ = parameter.groups
+        for rows in arrays[0].reshape(heads, -1, arrays[0].shape[1]):
+            yield (np.ascontiguousarray(rows[:key].T) if "latent_keys" in parameter.convert else rows[key:])[None]
         return
     if "differential" in parameter.convert:
         joined = np.concatenate([floats.widen(array, FLOATS[refs[0].dtype][0]) for array in arrays])

@@ -7,7 +7,7 @@ from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.models import complete, unknown, wrappers
+from mlcbuild.models import absorbed, complete, unknown, wrappers
 from mlcbuild.models.config import normalise, scaling_problems
 from mlcbuild.models.fields import by_layer, check, evaluate, keys, lookup, names_in, read, value_of
 from mlcbuild.models.kinds import DECODER, ENCODER, HYBRID, RECURRENT, filled
@@ -97,7 +97,7 @@ def resolve(architecture: Architecture, config: Mapping[str, Any], overrides: Ma
     problems = complete.problems(structure)
     if problems:
         raise MlcBuildError("\n".join(f"recipes/architectures/{architecture.name}.yaml: {line}" for line in problems))
-    return structure
+    return absorbed.applied(structure)
 
 
 def model_config(architecture: Architecture, structure: Structure, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,14 +7,19 @@
 The turned part of keys may be normed, too (`k_turned_norm`), queries may be made of their latent as it is besides, and
 each head's may have a gate behind it (A.X K2).
 
-The KV cache is given whole keys and values. So every head has its own, and all have the same width, head_dim: shorter
-ones end with zeros, or with a sink. Heads of a layer that has fewer stand apart, with the same keys and values in
-between. What is turned comes first in queries and keys, where the cache's rotary kernel turns it. Scores are the same
-in any order.
+Where the KV cache has latents (mlcbuild.models.absorbed), kv_b_proj is there as two stacks of matrices, one for each
+head: latent_keys_proj, transposed, and latent_values_proj. They are multiplied as those of experts are, of which a
+token's query of head h chooses the h-th. What is turned is turned before it reaches the cache.
+
+Else the KV cache is given whole keys and values. So every head has its own, and all have the same width, head_dim:
+shorter ones end with zeros, or with a sink. Heads of a layer that has fewer stand apart, with the same keys and values
+in between. What is turned comes first in queries and keys, where the cache's rotary kernel turns it. Scores are the
+same in any order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,13 +28,20 @@ from tvm import relax, te, tirx
 from mlcbuild.models.decoder import Decoder
 from mlcbuild.models.heads import NO_SINK
 from mlcbuild.models.operations import Expr
+from mlcbuild.models.rope import inverse_frequencies, rotary
 from mlcbuild.models.structure import Structure
 from mlcbuild.models.weights import Given
 
 
-def heads_of(d: Decoder, x: Expr, own: Structure, weight: Given) -> tuple[Expr, Expr | None]:
-    """x [n, H] -> queries, keys and values [n, 3 * heads, head_dim] in the model dtype, as the KV cache has them; and
-    where there are gates [n, the layer's heads * value_head_dim] in the compute dtype."""
+def heads_of(
+    d: Decoder, x: Expr, own: Structure, weight: Given, positions: Callable[[], Expr], turns: bool
+) -> tuple[Expr, Expr | None]:
+    """x [n, H] -> queries, keys and values as the KV cache has its heads [n, heads + 2 * key heads, width], in the
+    model dtype; and where there are gates [n, the layer's heads * value_head_dim] in the compute dtype.
+
+    `positions`: the tokens' in their sequence, where a layer `turns`; of latents alone.
+    """
+    s = d.structure
     if "q_a_proj" in weight:
         raw = d.project(x, weight, "q_a")
         narrow = _normed(d, raw, weight, "q_a_norm")
@@ -39,12 +51,15 @@ def heads_of(d: Decoder, x: Expr, own: Structure, weight: Given) -> tuple[Expr, 
         q = d.project(x, weight, "q", d.dtype)
     parts = d.builder.emit(relax.op.split(d.project(x, weight, "kv_a"), [own.kv_lora_rank], axis=1))
     latent, turned = (d.builder.emit(relax.TupleGetItem(parts, i)) for i in range(2))
-    kv = d.project(_normed(d, latent, weight, "kv_a_norm"), weight, "kv_b", d.dtype)
+    latent = _normed(d, latent, weight, "kv_a_norm")
     if "k_turned_norm" in weight:
         turned = d.operations.rms_norm(turned, weight("k_turned_norm").plain, own.latent_eps)
     turned = d.cast(turned, d.dtype)
+    if s.absorbed:
+        return _latents(d, q, d.cast(latent, d.dtype), turned, weight, positions if turns else None), None
+    kv = d.project(latent, weight, "kv_b", d.dtype)
     sinks = [d.cast(weight("sinks").plain, "float32")] if "sinks" in weight else []
-    whole = partial(_whole, d.structure, own)
+    whole = partial(_whole, s, own)
     qkv = d.builder.emit_te(whole, q, turned, kv, *sinks, primfunc_name_hint="latent_heads")
     if not own.query_gate:
         return qkv, None
@@ -57,6 +72,75 @@ def _normed(d: Decoder, latent: Expr, weight: Given, role: str) -> Expr:
     normed = d.operations.rms_norm(latent, weight(role).plain, d.structure.latent_eps)
     long = (d.structure.hidden_size / int(latent.ty.shape[1])) ** 0.5
     return d.scaled(normed, long if d.structure.long_latents else 1.0)
+
+
+def values_of(d: Decoder, out: Expr, weight: Given) -> Expr:
+    """Sums of latents that attention returns [n, 2 * heads, width] -> the heads' values [n, heads * value_head_dim]."""
+    s, n, width = d.structure, out.ty.shape[0], out.ty.shape[2]
+    heads = s.num_attention_heads
+
+    def table(out: te.Tensor) -> te.Tensor:
+        def number(p: Any, j: Any) -> Any:
+            return out[p // heads, p % heads * 2 + j // width, j % width].astype(d.operations.compute)
+
+        return te.compute((n * heads, s.kv_lora_rank), number, name="latent_sums")
+
+    made = _by_head(d, _alone(d, table, out), n, weight, "latent_values_proj")
+    return d.builder.emit(relax.op.reshape(made, [n, heads * s.value_head_dim]))
+
+
+def _latents(
+    d: Decoder, q: Expr, latent: Expr, turned: Expr, weight: Given, positions: Callable[[], Expr] | None
+) -> Expr:
+    s, n = d.structure, q.ty.shape[0]
+    heads, rank, rope = s.num_attention_heads, s.kv_lora_rank, s.rotary_dim or 0
+    rest, (_, _, half) = s.qk_head_dim - rope, s.cache_heads
+
+    def unturned(q: te.Tensor) -> te.Tensor:
+        def number(p: Any, j: Any) -> Any:
+            return q[p // heads, p % heads * (rest + rope) + j].astype(d.operations.compute)
+
+        return te.compute((n * heads, rest), number, name="latent_queries")
+
+    def to_turn(q: te.Tensor, turned: te.Tensor) -> te.Tensor:
+        def number(i: Any, h: Any, j: Any) -> Any:
+            query = q[i, tirx.min(h, heads - 1) * (rest + rope) + rest + j]
+            return tirx.if_then_else(h < heads, query, turned[i, j])
+
+        return te.compute((n, heads + 1, rope), number, name="latent_turned")
+
+    def rows(queries: te.Tensor, latent: te.Tensor, *ends: te.Tensor) -> te.Tensor:
+        zero = tirx.const(0, d.dtype)
+
+        def number(i: Any, h: Any, j: Any) -> Any:
+            row, at = h // 2, h % 2 * half + j
+            query = queries[i * heads + tirx.min(row, heads - 1), tirx.min(at, rank - 1)].astype(d.dtype)
+            first = tirx.if_then_else(row < heads, query, latent[i, tirx.min(at, rank - 1)])
+            end = tirx.if_then_else(at < rank + rope, ends[0][i, row, tirx.max(at - rank, 0)], zero) if ends else zero
+            return tirx.if_then_else(at < rank, first, end)
+
+        return te.compute((n, 2 * heads + 2, half), number, name="latent_rows")
+
+    queries = _by_head(d, _alone(d, unturned, q), n, weight, "latent_keys_proj")
+    ends = [d.builder.emit_te(to_turn, q, turned, primfunc_name_hint="latent_turned")] if rope else []
+    if ends and positions is not None:
+        ends = [d.operations.rope(ends[0], positions(), inverse_frequencies(s), (heads + 1, 0), rotary(s))]
+    return _alone(d, rows, queries, latent, *ends)
+
+
+def _by_head(d: Decoder, x: Expr, n: Expr, weight: Given, role: str) -> Expr:
+    """x [n * heads, K] -> [n * heads, N]: each head's rows times its own matrix of the stack [heads, N, K]."""
+    heads = d.structure.num_attention_heads
+    chosen = d.builder.emit_te(
+        lambda: te.compute((n, heads), lambda i, h: h.astype("int32"), name="heads"), primfunc_name_hint="heads"
+    )
+    return d.operations.expert_linear(x, chosen, weight(role))
+
+
+def _alone(d: Decoder, table: Callable[..., te.Tensor], *given: Expr) -> Expr:
+    """As `emit_te`, fused with nothing: FuseTIR fails where n is several rows for each token."""
+    name = table.__name__.strip("_")
+    return d.builder.emit_te(table, *given, primfunc_name_hint=f"latent_{name}", primfunc_attrs={"op_pattern": 8})
 
 
 def _whole(

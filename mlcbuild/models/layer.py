@@ -127,7 +127,7 @@ def attention(
     if choice is not None:
         qkv = attention_experts.heads_of(d, x, choice, weight)
     elif s.kv_lora_rank:
-        qkv, gate = latent.heads_of(d, x, own, weight)
+        qkv, gate = latent.heads_of(d, x, own, weight, partial(query_positions, d, cache, n), s.turns(number))
     elif "qkv_proj" in weight:
         qkv = d.project(x, weight, "qkv", d.dtype)
     else:
@@ -148,7 +148,7 @@ def attention(
     kind = s.layer_type(number)
     if not s.kv_lora_rank:
         qkv = heads.in_cache(d, qkv, own, weight)
-    if s.turns(number) and not in_cache(s):
+    if s.turns(number) and not (s.absorbed or in_cache(s)):
         positions, table = query_positions(d, cache, n), inverse_frequencies(own, kind)
         both = s.num_attention_heads, s.num_key_value_heads
         qkv = d.operations.rope(qkv, positions, table, both, rotary(own, kind))
@@ -157,15 +157,17 @@ def attention(
     if "query_scale" in weight:
         qkv = d.builder.emit_te(_times_queries, qkv, weight("query_scale").plain, primfunc_name_hint="scaled")
     scale = key**-0.5 * latent_factor(s) if s.attention_scale is None else s.attention_scale
+    cached, _, width = s.cache_heads
     slides = kind == "sliding" and s.sliding_window_size is not None
     out = d.builder.emit(
         relax.call_dps_packed(
             "vm.builtin.attention_kv_cache_attention_with_fused_qkv",
             [cache, layer_id, relax.prim_value(-scale if slides else scale), qkv],
-            out_ty=relax.TensorType([n, s.num_attention_heads, s.head_dim], d.dtype),
+            out_ty=relax.TensorType([n, cached, width], d.dtype),
         )
     )
-    out = heads.gated(d, d.scaled(heads.values_of(d, out, own), s.value_scale), x, own, weight)
+    values = latent.values_of(d, out, weight) if s.absorbed else heads.values_of(d, out, own)
+    out = heads.gated(d, d.scaled(values, s.value_scale), x, own, weight)
     out = heads.difference(d, out, own, weight) if own.differential else out
     if gate is not None:
         gate = d.builder.emit(relax.op.sigmoid(gate))

@@ -24,6 +24,8 @@ class Parameter:
 
     transpose    the checkpoint has [K, N]
     ungroup_qkv  its rows are, for each of `groups` key-value heads: that group's queries, its key, its value
+    latent_keys, latent_values
+                 its rows are each head's key and its value: keys are wanted, transposed, or values
     by_expert    it has [experts * N, K], and where there are several, each expert's rows are joined
     deinterleave every expert's rows are: gate, up, gate, up ...
     evens_first  its rows are one of the parameter's first half and one of its second, in turn
@@ -44,8 +46,8 @@ class Parameter:
                  the checkpoint has w where w * w or |w| is wanted
 
     `users` are later layers that have it, too. `dtype` is what it is stored in, None for the quantization's model
-    dtype. `groups` holds, for qkv parameters, the number of key-value heads and the rows of queries, of the key and of
-    the value in each group.
+    dtype. `groups` holds, for qkv parameters and those of latents, the number of key-value heads and the rows of
+    queries, of the key and of the value in each group.
     """
 
     name: str
@@ -65,6 +67,15 @@ class Parameter:
     def is_matrix(self) -> bool:
         """Whether it is multiplied with or looked up in. Norms of all heads have two axes, too."""
         return len(self.shape) > 1 and not self.role.endswith(("_norm", "_norm_bias", "_up_bias", "_down_bias"))
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """Its shape in a checkpoint, of one tensor, where nothing but latents' keys and values is converted."""
+        if not self.role.startswith("latent_"):
+            return self.shape
+        assert self.groups is not None
+        heads, _, key, value = self.groups
+        return heads * (key + value), self.shape[1] if self.role == "latent_keys_proj" else self.shape[2]
 
     def joined(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """A checkpoint tensor's shape once `join_heads` is done."""
@@ -218,6 +229,8 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
         s.num_attention_heads * (s.qk_head_dim - (s.rotary_dim or 0) + s.value_head_dim),
         s.kv_lora_rank,
     ),
+    "latent_keys_proj": lambda s: (s.num_attention_heads, s.kv_lora_rank, s.qk_head_dim - (s.rotary_dim or 0)),
+    "latent_values_proj": lambda s: (s.num_attention_heads, s.value_head_dim, s.kv_lora_rank),
     "gate_up_proj": lambda s: (2 * s.intermediate_size, s.hidden_size),
     "gate_proj": lambda s: (s.intermediate_size, s.hidden_size),
     "up_proj": lambda s: (s.intermediate_size, s.hidden_size),
@@ -315,7 +328,7 @@ def parameters(structure: Structure) -> tuple[Parameter, ...]:
             dtype=rule.dtype,
             times=rule.times,
             users=users.get(_name(rule, layer), ()),
-            groups=_groups(own) if rule.role.startswith("qkv_") else None,
+            groups=_groups(own, rule.role),
             halvings=halvings,
         )
         for rule, layer in _ordered(structure)
@@ -362,7 +375,11 @@ def _convert(rule: ParameterRule, halvings: int) -> tuple[str, ...]:
     return rule.convert if halvings else tuple(name for name in rule.convert if name != "halve")
 
 
-def _groups(s: Structure) -> tuple[int, int, int, int]:
+def _groups(s: Structure, role: str) -> tuple[int, int, int, int] | None:
+    if role.startswith("latent_"):
+        return s.num_attention_heads, 0, s.qk_head_dim - (s.rotary_dim or 0), s.value_head_dim
+    if not role.startswith("qkv_"):
+        return None
     return (
         s.num_key_value_heads,
         _query(s) // s.num_key_value_heads,

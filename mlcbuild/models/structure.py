@@ -102,7 +102,8 @@ class Structure:
     by_layer          fields that layers differ in (BY_LAYER), each with its value in every layer. The structure's own
                       value is the largest
     kv_lora_rank      width of the vector that a token's keys and values are made of (mlcbuild.models.latent, with
-                      q_lora_rank); 0: they are made of hidden states
+                      q_lora_rank); 0: they are made of hidden states. whole_keys: whether the KV cache has whole keys
+                      and values nevertheless, and not latents (mlcbuild.models.absorbed)
     long_latents      whether latents are multiplied with the root of hidden_size over their width once they are
                       normed. latent_eps: of their norms. raw_query_latent: queries are made of the normed latent and,
                       behind it, of the latent as it is
@@ -260,6 +261,7 @@ class Structure:
     alibi_bias_max: float | None = choice(None)
     kv_lora_rank: int = choice(0)
     q_lora_rank: int = choice(0)
+    whole_keys: bool = choice(False)
     long_latents: bool = choice(False)
     latent_eps: float = choice(1e-6)
     raw_query_latent: bool = choice(False)
@@ -356,6 +358,19 @@ class Structure:
     def cached(self) -> tuple[int, ...]:
         """The layers whose keys and values are in the KV cache."""
         return tuple(layer for layer in self.numbers(*ATTENDING) if not self.borrows(layer))
+
+    @property
+    def absorbed(self) -> bool:
+        """Whether the KV cache has latents in place of keys and values."""
+        return self.kv_lora_rank > 0 and not self.whole_keys
+
+    @property
+    def cache_heads(self) -> tuple[int, int, int]:
+        """Heads of queries and of keys in the KV cache, and their width: of latents, halves of rows."""
+        if not self.absorbed:
+            return self.num_attention_heads, self.num_key_value_heads, self.head_dim
+        half = -(-(self.kv_lora_rank + (self.rotary_dim or 0)) // 2)
+        return 2 * self.num_attention_heads, 1, max(-(-half // 16) * 16, 32)
 
     def turns(self, number: int) -> bool:
         """Whether a layer has rotary positions."""

@@ -73,6 +73,8 @@ def packed(parameter: Parameter, quantization: Quantization) -> Weights | None:
     for pattern, other in quantization.overrides:
         if matches(pattern, parameter):
             weights = other
+    if weights is not None and weights.scheme == "awq" and role.startswith("latent_"):
+        return None  # AutoAWQ packs both halves in one, and words of a transposed matrix are others
     if weights is not None and (role in TABLES or (len(parameter.shape) == 3 and weights.scheme == "group")):
         return replace(weights, layout="NK")
     return weights

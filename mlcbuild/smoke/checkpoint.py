@@ -131,7 +131,7 @@ def _tensors(model: Structure) -> Iterator[Tensor]:
     for parameter in parameters(model):
         columns = parameter.shape[-1:] if len(parameter.shape) > 1 else ()
         for source, rows in zip(parameter.sources, _rows(parameter), strict=True):
-            shape = parameter.shape if len(parameter.sources) == 1 else (rows, *columns)
+            shape = parameter.stored if len(parameter.sources) == 1 else (rows, *columns)
             if source not in seen:
                 turned = "transpose" in parameter.convert
                 shape = (*shape[:-2], *shape[:-3:-1]) if turned else shape

@@ -234,6 +234,15 @@ def originals(
     if parameter.alternative and sources[0] not in tensors and all(each in tensors for each in parameter.alternative):
         sources = parameter.alternative
     source = sources[0]
+    if parameter.role.startswith("latent_"):
+        assert parameter.groups is not None
+        heads, _, width, _ = parameter.groups
+        whole = tensors[names.get(source, source)].reshape(heads, -1, parameter.stored[1]).copy()
+        if parameter.role == "latent_keys_proj":
+            whole[:, :width] = np.swapaxes(values, 1, 2)
+        else:
+            whole[:, width:] = values
+        return {names.get(source, source): whole.reshape(parameter.stored)}
     if "first_rows" in parameter.convert:
         values = np.concatenate([values, tensors[names.get(source, source)][len(values) :]])
     if "last_rows" in parameter.convert and len(sources) == 1:

@@ -97,6 +97,7 @@ CASES: dict[str, Case] = {
 }
 RANKS = {"q_lora_rank": 24, "kv_lora_rank": 32}
 LATENT = {**RANKS, "num_key_value_heads": 4, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 20}
+ODD = {"num_key_value_heads": 3, "kv_lora_rank": 35, "qk_rope_head_dim": 6, "qk_nope_head_dim": 17, "v_head_dim": 11}
 LONGCAT: dict[str, Any] = {"ffn_hidden_size": 96, "expert_ffn_hidden_size": 40, "head_dim": 8}
 LONGCAT |= dict.fromkeys(("num_hidden_layers", "intermediate_size"), "absent")
 V2 = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "first_k_dense_replace": 1}
@@ -162,6 +163,14 @@ CASES |= {
     "deepseek_v3": replace(
         _case("deepseek_v3", **LATENT, **V3, n_group=4, topk_group=2, rope_parameters=DEEPSEEK_YARN),
         quantizations=("q0f32", "q4f32_1"),
+    ),
+    # Rows of latents of odd widths and heads; too few heads for latents to be fewer numbers than they.
+    "deepseek_v3-odd": replace(
+        _case("deepseek_v3", **{**LATENT, **ODD}, **V3, hidden_size=48, num_attention_heads=3, n_group=1, topk_group=1),
+        quantizations=("q0f32", "q4f32_1"),
+    ),
+    "deepseek_v2-whole": _case(
+        "deepseek_v2", **{**LATENT, "num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 120}, **V2
     ),
     "deepseek_v3-plain": _case("deepseek_v3", **LATENT, **V3, n_group=1, topk_group=1, rope_interleave=False),
     "youtu": _case("youtu", **LATENT, tie_word_embeddings=True, pad_token_id=None),

@@ -12,7 +12,7 @@ from mlcbuild.models.few_layers import one_layer
 from mlcbuild.models.parameters import parameters
 from mlcbuild.models.structure import from_library_json
 from mlcbuild.runtime.session import Session
-from tests.architectures import attention_cases, cases
+from tests.architectures import attention_cases, cases, family_cases
 from tests.architectures.agreement import IDS, Agreement, Array, error, network, save, structure_of
 from tests.architectures.attention_cases import WITHOUT
 from tests.support import llama
@@ -54,6 +54,25 @@ def test_a_batch_of_sequences_with_a_window(tmp_path: Path) -> None:
     for step in range(14):
         got = session.batch_decode([a, b], [IDS[12 + step], other[9 + step]])
         assert error(got, np.stack([long[12 + step], short[9 + step]])) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("quantization", "bound"), [("q0f32", 1e-4), ("q4f16_1", 1e-2)])
+def test_latents_of_texts_with_one_beginning(quantization: str, bound: float, tmp_path: Path) -> None:
+    """A text goes on from the middle of another's, whose latents it reads; tokens are taken back, and both decode."""
+    agreement = Agreement(family_cases.CASES["minicpm3"], quantization, tmp_path)
+    assert agreement.structure.absorbed
+    session, other = agreement.session(2), [*IDS[:19], *IDS[30:]]
+    long, short = agreement.expected(IDS), agreement.expected(other)
+    a = session.add()
+    assert error(session.prefill(a, IDS[:27]), long[26]) < bound
+    b = session.fork(a, 19)
+    assert error(session.prefill(b, other[19:24]), short[23]) < bound
+    session.truncate(a, 21)
+    assert error(session.prefill(a, IDS[21:22]), long[21]) < bound
+    for step in range(4):
+        got = session.batch_decode([a, b], [IDS[22 + step], other[24 + step]])
+        assert error(got, np.stack([long[22 + step], short[24 + step]])) < bound
 
 
 def test_windows_that_change_nothing_are_none(tmp_path: Path) -> None:

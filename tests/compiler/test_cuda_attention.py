@@ -35,14 +35,35 @@ SHAPES: dict[str, dict[str, Any]] = {
     "256-cap": {"head_dim": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "attn_logit_softcapping": 0.7},
     "280-sinks": {"head_dim": 280, "num_attention_heads": 3, "num_key_value_heads": 1},
     "512-window": {"head_dim": 512, "num_attention_heads": 9, "num_key_value_heads": 1, "sliding_window_size": 50},
+    # Rows of latents: DeepSeek's; MiniCPM 3's, whose halves end within a load; 36 numbers in 64, 28 of them the value.
+    "576-latents": {"kv_lora_rank": 512, "rotary_dim": 64, "num_attention_heads": 20, "num_key_value_heads": 20},
+    "288-latents-cap": {
+        **{"kv_lora_rank": 256, "rotary_dim": 32, "num_attention_heads": 5, "num_key_value_heads": 5},
+        **{"attn_logit_softcapping": 0.7},
+    },
+    "36-latents-window": {
+        **{"kv_lora_rank": 28, "rotary_dim": 8, "num_attention_heads": 3, "num_key_value_heads": 3},
+        **{"sliding_window_size": 37},
+    },
 }
 
 
 def structure(name: str) -> Structure:
     given = dict(SHAPES[name])
-    model = llama.structure_of(llama.transformers_llama(head_dim=given["head_dim"]))
+    model = llama.structure_of(llama.transformers_llama(head_dim=given.get("head_dim", 32)))
     sinks = [dataclasses.replace(model.rules[0], role="sinks")] if name.endswith("sinks") else []
     return dataclasses.replace(model, **given, chunked=name.endswith("chunks"), rules=(*model.rules, *sinks))
+
+
+def rows_of(s: Structure, halves: Array) -> Array:
+    """Queries or results [n, heads of the cache, width] by the model's heads."""
+    return halves.reshape(len(halves), s.num_attention_heads, -1)
+
+
+def key_and_value(s: Structure, keys: Array, values: Array) -> tuple[Array, Array]:
+    """Of [n, width], as the cache has them: of latents, the first half of rows and the second one."""
+    row = np.concatenate([keys, values], axis=1)
+    return (row, row[:, : s.kv_lora_rank]) if s.absorbed else (keys, values)
 
 
 def expected(s: Structure, q: Array, k: Array, v: Array, head: int, scale: float, back: Array, position: int) -> Any:
@@ -76,7 +97,7 @@ class Cached:
         self.kind: Any = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16
         self.structure, self.rows, self.bound = structure(name), rows, 2e-3 if dtype == "float16" else 1.6e-2
         s, random = self.structure, np.random.default_rng(1)
-        heads, self.shape = s.num_attention_heads, (s.num_key_value_heads, s.head_dim)
+        heads, *self.shape = s.cache_heads
         counts = [-(-length // PAGE) for length in LENGTHS]
         self.indptr = np.cumsum([0, *counts]).astype(np.int32)
         self.numbers = random.permutation(self.indptr[-1] + 3)[: self.indptr[-1]].astype(np.int32)
@@ -84,7 +105,7 @@ class Cached:
         for b, length in enumerate(LENGTHS):  # what no sequence has written may be anything
             pages[self.numbers[self.indptr[b + 1] - 1], :, :, (length - 1) % PAGE + 1 :] = np.nan
         self.pages = pages
-        self.query = random.standard_normal((sum(rows), heads, s.head_dim)).astype(self.kind)
+        self.query = random.standard_normal((sum(rows), heads, self.shape[1])).astype(self.kind)
         # A row's position: the last of them has the last key for its own, or is so many behind it.
         last = [a + b - 1 + own for a, b in zip(LENGTHS, OFFSETS, strict=True)]
         self.positions = np.concatenate([np.arange(end - n + 1, end + 1) for end, n in zip(last, rows, strict=True)])
@@ -114,7 +135,8 @@ class Cached:
         return arrays
 
     def check(self, made: dict[str, Any], scale: float) -> None:
-        heads, kv_heads = self.structure.num_attention_heads, self.shape[0]
+        s, kv_heads = self.structure, self.shape[0]
+        heads, queries, output = s.num_attention_heads, rows_of(s, self.query), rows_of(s, made["output"])
         row = 0
         for b, count in enumerate(self.rows):
             own = self.numbers[self.indptr[b] : self.indptr[b + 1]]
@@ -122,11 +144,13 @@ class Cached:
                 back = position - OFFSETS[b] - np.arange(LENGTHS[b])
                 for head in range(heads):
                     kv = head * kv_heads // heads
-                    k, v = (np.concatenate([self.pages[n, side, kv] for n in own])[: LENGTHS[b]] for side in (0, 1))
-                    value, lse = expected(self.structure, self.query[row, head], k, v, head, scale, back, position)
+                    sides = (np.concatenate([self.pages[n, side, kv] for n in own])[: LENGTHS[b]] for side in (0, 1))
+                    k, v = key_and_value(s, *sides)
+                    value, lse = expected(s, queries[row, head], k, v, head, scale, back, position)
                     where = (b, position, head, scale)
-                    assert np.abs(made["output"][row, head].astype(np.float64) - value).max() < self.bound, where
-                    assert abs(made["lse"][row, head] - lse) < 1e-3, where
+                    error = np.abs(output[row, head, : v.shape[1]].astype(np.float64) - value).max()
+                    assert error < self.bound, where
+                    assert np.abs(made["lse"][row].reshape(heads, -1)[head] - lse).max() < 1e-3, where
                 row += 1
 
 
@@ -135,7 +159,8 @@ class Cached:
 @pytest.mark.parametrize("name", SHAPES)
 def test_decoding_with_keys_in_parts(name: str, dtype: str) -> None:
     cached, n = Cached(name, dtype, [1] * len(LENGTHS), 0), len(LENGTHS)
-    dim, heads = cached.shape[1], cached.structure.num_attention_heads
+    heads = cached.structure.num_attention_heads
+    dim = -(-cached.structure.kv_lora_rank // 8) * 8 or cached.shape[1]
     with quick():
         function = cuda_attention.decode(cached.structure, dtype)
     pages = int(cached.indptr[-1])
@@ -203,12 +228,14 @@ def test_new_tokens_over_each_other(name: str, dtype: str) -> None:
         for row in range(n):
             start = int(starts[np.searchsorted(starts, row, "right") - 1])
             back, position = row - np.arange(start, row + 1), int(cached.positions[row])
+            queries, output = rows_of(s, cached.query)[row], rows_of(s, made["output"])[row].astype(np.float64)
             for head in range(s.num_attention_heads):
                 kv = head * kv_heads // s.num_attention_heads
-                keys, values = k[start : row + 1, kv], v[start : row + 1, kv]
-                value, lse = expected(s, cached.query[row, head], keys, values, head, scale, back, position)
-                error = np.abs(made["output"][row, head].astype(np.float64) - value).max()
-                assert error < cached.bound and abs(made["lse"][row, head] - lse) < 1e-3, (row, head, scale)
+                keys, values = key_and_value(s, k[start : row + 1, kv], v[start : row + 1, kv])
+                value, lse = expected(s, queries[head], keys, values, head, scale, back, position)
+                assert np.abs(output[head, : values.shape[1]] - value).max() < cached.bound, (row, head, scale)
+                logs = made["lse"][row].reshape(s.num_attention_heads, -1)[head]
+                assert np.abs(logs - lse).max() < 1e-3, (row, head, scale)
 
 
 def test_what_these_kernels_do_not_take_is_left_to_others() -> None:

@@ -194,7 +194,7 @@ def test_attention_among_new_tokens(model: Model, dim: int, heads: int, kv_heads
     scale, (stored_q, stored_k, stored_v) = dim**-0.5, map(model.stored, (q, k, v))
     block = min(block, 48 // min(shared, 48))
     for task in range(-(-40 // block) * kv_heads):
-        shape = (40, heads, kv_heads, dim, block, task, 0, 0, 0.0, 0.0)
+        shape = (40, heads, kv_heads, dim, 0, block, task, 0, 0, 0.0, 0.0)
         at = np.array([*range(5), *range(35)], np.int32)
         given = (stored_q, indptr, stored_k, stored_v, indptr, at)
         model.call("mlcbuild_attention_ragged", *given, out, lse, *shape, scale)
@@ -208,6 +208,27 @@ def test_attention_among_new_tokens(model: Model, dim: int, heads: int, kv_heads
     model.close(out, expected)
 
 
+@pytest.mark.parametrize(("half", "rank", "heads", "tasks"), [(288, 512, 6, 2), (32, 35, 3, 1), (144, 256, 50, 1)])
+def test_new_tokens_over_rows_of_latents(model: Model, half: int, rank: int, heads: int, tasks: int) -> None:
+    """A row's first half is the key, the other one the value; its first `rank` numbers are the value of all heads."""
+    n, block, indptr = 20, max(1, 48 * tasks // heads), np.array([0, 3, 20], np.int32)
+    q, k, v = model.normal(n, 2 * heads, half), model.normal(n, 1, half, seed=1), model.normal(n, 1, half, seed=2)
+    out, lse, at = model.empty(n, 2 * heads, half), np.zeros((n, 2 * heads), np.float32), np.arange(n, dtype=np.int32)
+    given = (model.stored(q), indptr, model.stored(k), model.stored(v), indptr, at)
+    for task in range(-(-n // block) * tasks):
+        shape = (n, heads, tasks, half, rank, block, task, 0, 0, 0.0, 0.0, half**-0.5)
+        model.call("mlcbuild_attention_ragged", *given, out, lse, *shape)
+    rows, got = np.concatenate([k, v], axis=2)[:, 0], model.read(out).reshape(n, heads, 2 * half)
+    for row in range(n):
+        seen = rows[0 if row < 3 else 3 : row + 1]
+        for head in range(heads):
+            query = q[row].reshape(heads, -1)[head]
+            expected, total = attention(query, seen, seen[:, :rank], half**-0.5)
+            close(got[row, head, :rank], expected, 3 * _TOLERANCE[model.dtype])
+            assert np.abs(lse[row, 2 * head : 2 * head + 2] - total).max() < 1e-4
+    assert (got[..., rank:] == 0).all()
+
+
 @pytest.mark.parametrize("cap", [0.0, 1.5])
 @pytest.mark.parametrize("window", [0, 7])
 def test_new_tokens_with_a_window_and_a_soft_cap(model: Model, window: int, cap: float) -> None:
@@ -219,7 +240,7 @@ def test_new_tokens_with_a_window_and_a_soft_cap(model: Model, window: int, cap:
         out, lse = model.empty(30, 1, dim), np.zeros((30, 1), np.float32)
         for task in range(3):
             model.call(
-                "mlcbuild_attention_ragged", *given, out, lse, 30, 1, 1, dim, 12, task, window, 0, cap, 0.0, scale
+                "mlcbuild_attention_ragged", *given, out, lse, 30, 1, 1, dim, 0, 12, task, window, 0, cap, 0.0, scale
             )
         for row in range(30):
             seen = slice(max(0, row + 1 - window) if window and scale < 0 else 0, row + 1)
@@ -243,7 +264,7 @@ def test_attention_over_pages(model: Model, window: int) -> None:
     for task in range(4 * kv_heads):
         model.call(
             "mlcbuild_attention_paged", stored_q, rows, stored_pages, indptr, values, last, starts, positions, out, lse,
-            20, heads, kv_heads, dim, page, block, task, window, 0, 0.0, 0.0, -0.3,
+            20, heads, kv_heads, dim, 0, page, block, task, window, 0, 0.0, 0.0, -0.3,
         )  # fmt: skip
     for row in range(20):
         b = int(row >= 14)
@@ -276,7 +297,7 @@ def test_linear_biases(model: Model, heads: int, kv_heads: int) -> None:
     given = [model.stored(q), indptr, model.stored(k), model.stored(v), indptr, np.arange(30, dtype=np.int32)]
     block = max(1, 48 // shared)
     for task in range(-(-30 // block) * kv_heads):
-        shape = (30, heads, kv_heads, dim, block, task, 0, 0, 0.0, 8.0)
+        shape = (30, heads, kv_heads, dim, 0, block, task, 0, 0, 0.0, 8.0)
         model.call("mlcbuild_attention_ragged", *given, out, lse, *shape, 0.25)
     expected = np.zeros((30, heads, dim))
     for row in range(30):
@@ -299,7 +320,7 @@ def test_one_row_per_sequence_sees_itself(model: Model) -> None:
     out, lse = model.empty(2, 1, dim), np.zeros((2, 1), np.float32)
     given = [model.stored(q), None, model.stored(pages), indptr, values, last, starts, positions]
     for task in range(2):
-        model.call("mlcbuild_attention_paged", *given, out, lse, 2, 1, 1, dim, page, 1, task, 6, 0, 0.0, 0.0, -1.0)
+        model.call("mlcbuild_attention_paged", *given, out, lse, 2, 1, 1, dim, 0, page, 1, task, 6, 0, 0.0, 0.0, -1.0)
     k, v = (np.concatenate([pages[1, side, 0], pages[0, side, 0]])[14:20] for side in (0, 1))
     model.close(out[0, 0], attention(q[0, 0], k, v, 1.0)[0])
     model.close(out[1, 0], attention(q[1, 0], pages[2, 0, 0, 3:9], pages[2, 1, 0, 3:9], 1.0)[0])
@@ -333,6 +354,6 @@ def test_nan_is_never_lost_on_the_way(model: Model) -> None:
     q, k, v = (model.normal(1, 1, 8, seed=seed) for seed in range(3))
     k[0, 0, 5] = np.nan
     out, lse, (q, k, v) = model.empty(1, 1, 8), np.zeros((1, 1), np.float32), map(model.stored, (q, k, v))
-    shape = (1, 1, 1, 8, 48, 0, 0, 0, 0.0, 0.0)
+    shape = (1, 1, 1, 8, 0, 48, 0, 0, 0, 0.0, 0.0)
     model.call("mlcbuild_attention_ragged", q, indptr, k, v, indptr, indptr[:1], out, lse, *shape, 1.0)
     assert np.isnan(model.read(out)).all()

@@ -28,16 +28,17 @@ UNLIKE = {
         ("q4f32_1", "transformers in 16 bits is off by 0.2: what attention returns is normed, with nothing beside it"),
     ),
     **dict.fromkeys(
-        [
+        (
             *("laguna", "gemma4_text-experts", "qwen3_moe", "dots1", "deepseek_v2", "afmoe", "qwen3_5_moe_text"),
+            *("glm4_moe_lite", "longcat_flash", "deepseek_v32", "kimi_linear", "bailing_hybrid"),
             *("hy_v4", "hy_v4_vl"),
-        ],
+        ),
         ("q4f32_1", "in 16 bits, its router takes another expert at one token"),
     ),
 }
 TERNARY, TWELVE = "bitnet-ternary", "bloom-12-heads"  # which have tests of their own
 # Of each choice that attention has, whose kernels are others in 16 bits.
-ATTENTION = ("gemma2", "qwen2-window", "mimo_v2_flash", "llama4_text", "bloom")
+ATTENTION = ("gemma2", "qwen2-window", "mimo_v2_flash", "llama4_text", "bloom", "minicpm3")
 # Experts, whose prompts are multiplied in tiles.
 EXPERTS = {"mixtral": "q4f16_1", "qwen3_moe": "q4f32_1", "gpt_oss": "q4f16_1"}
 # The kinds that are no decoders, each with a format.

@@ -14,22 +14,28 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from safetensors import safe_open
 
 from mlcbuild.checkpoints import computed
 from mlcbuild.engine.job import Job, local_job
 from mlcbuild.errors import CheckpointError, MlcBuildError
 from mlcbuild.merging import prequantized
+from mlcbuild.models.architecture import resolve
 from mlcbuild.models.parameters import parameters
 from mlcbuild.models.structure import Structure
 from mlcbuild.quantization import group
+from mlcbuild.quantization.awq import dequantize_awq
 from mlcbuild.quantization.dequantize import dequantized
 from mlcbuild.quantization.tensor_cache import read_tensors
 from mlcbuild.recipes.load import load
 from mlcbuild.recipes.types import Quantization, quantization_json
+from mlcbuild.smoke.checkpoint import make
 from mlcbuild.steps import convert, quantize
 from tests.checkpoints.files import write
 from tests.checkpoints.test_convert_and_quantize import structure
+from tests.models.test_odd_configs import DEEPSEEK
 from tests.quantization.formulas import pack_awq
+from tests.support import llama
 
 Array = npt.NDArray[Any]
 STOCK = load(Path(__file__).parents[2]).quantizations
@@ -271,6 +277,25 @@ def test_gptq_groups_that_are_not_there(tmp_path: Path) -> None:
     assert problem(tmp_path, tensors, GPTQ) == (
         f"model.safetensors: tensor {name}: names a group outside 0 to 1; the checkpoint is damaged"
     )
+
+
+def test_halves_of_latent_attentions_matrix_are_numbers_again(tmp_path: Path) -> None:
+    """AutoAWQ's words hold rows of both halves, one of which is wanted transposed: they are cast, as MLC has them."""
+    size, rank = dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), 128), 128
+    config = {**DEEPSEEK, **size, **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), rank), "first_k_dense_replace": 9}
+    config |= {"qk_nope_head_dim": 40, "v_head_dim": 32, "quantization_config": AWQ, "num_hidden_layers": 1}
+    known = llama.architecture("deepseek_v3")
+    made = make(tmp_path / "made", config, known, [])
+    made.rename(tmp_path / "model")
+    model = resolve(known, config, {})
+    read = quantized(tmp_path, converted(tmp_path, model), model, STOCK["q4f16_autoawq"])
+    layer, forms = "model.layers.0.self_attn", ("qweight", "qzeros", "scales")
+    with safe_open(tmp_path / "model" / "model.safetensors", "np") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys() if "kv_b_proj" in name}  # noqa: SIM118
+    rows = dequantize_awq(*(tensors[f"{layer}.kv_b_proj.{form}"] for form in forms)).reshape(4, 72, rank)
+    np.testing.assert_allclose(read[f"{layer}.w_uk.weight"], rows[:, :40].swapaxes(1, 2), rtol=1e-3)
+    np.testing.assert_allclose(read[f"{layer}.w_uv.weight"], rows[:, 40:], rtol=1e-3)
+    assert f"{layer}.o_proj.qweight" in read
 
 
 def test_autoawq_takes_nothing_else(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def emit_create(
     `vm.builtin.paged_attention_kv_cache_create`.
     """
     s = structure
-    kv_heads, dim = s.num_key_value_heads, s.head_dim
+    heads, kv_heads, dim = s.cache_heads
     names = ("max_batch_size", "max_total_seq_len", "prefill_chunk_size", "page_size", "support_sliding_window")
     sizes = [tirx.Var(name, "int64") for name in names]
     params = [relax.Var(f"{name}_", relax.ShapeType([size])) for name, size in zip(names, sizes, strict=True)]
@@ -65,7 +65,7 @@ def emit_create(
             "vm.builtin.paged_attention_kv_cache_create",
             relax.ShapeExpr(sizes),
             relax.ShapeExpr([0, layers]),
-            relax.prim_value(s.num_attention_heads),
+            relax.prim_value(heads),
             relax.prim_value(kv_heads),
             relax.prim_value(dim),
             relax.prim_value(dim),

@@ -36,12 +36,8 @@ def describe(structure: Structure, quantization: str, declared: Sequence[Declare
         "model_task": "chat" if s.embedding is None else "embedding",
     }
     if s.kind in (DECODER, HYBRID):
-        facts["kv_cache"] = {
-            "num_hidden_layers": len(s.cached),
-            "num_attention_heads": s.num_attention_heads,
-            "num_key_value_heads": s.num_key_value_heads,
-            "head_dim": s.head_dim,
-        }
+        names = ("num_attention_heads", "num_key_value_heads", "head_dim")
+        facts["kv_cache"] = {"num_hidden_layers": len(s.cached), **dict(zip(names, s.cache_heads, strict=True))}
     if s.embedding is not None:
         facts["embedding_metadata"] = dict(s.embedding)
     facts["params"] = [

@@ -24,6 +24,7 @@ from mlcbuild.models.structure import Structure
 PAGE_SIZE = 16
 QUERIES = 48  # query rows times the heads that share a key, in one task; likewise in attention.c
 _PAGED, _RAGGED, _MERGE = "mlcbuild_attention_paged", "mlcbuild_attention_ragged", "mlcbuild_attention_merge"
+_SHARING = 16  # heads that share a key, at most, in one task where all do
 _SERIAL_MERGES = 64  # of one head each
 _ROPE = {"rotary_mode": "int32", "rope_scale": "float32", "rope_theta": "float32", "sm_scale": "float32"}
 
@@ -33,7 +34,8 @@ class Shape:
     """What the attention of all layers has in common: `window` positions are seen by layers that slide, 0 where none
     does, below 0 where it is of chunks; `cap` is the soft cap of scores, `alibi` the largest exponent of linear
     biases, 0 where there is none. With `sinks`, the last number of a query is its sink. `dtype` is that of queries,
-    keys and values."""
+    keys and values. `joined`: how many numbers of a row are its value, where heads are halves of rows of latents
+    (mlcbuild.models.absorbed), else 0."""
 
     heads: int
     kv_heads: int
@@ -43,6 +45,7 @@ class Shape:
     cap: float = 0.0
     alibi: float = 0.0
     sinks: bool = False
+    joined: int = 0
 
     def array(self, rows: str, heads: int) -> tuple[calls.Shape, str]:
         return (rows, heads, self.dim), self.dtype
@@ -53,12 +56,21 @@ class Shape:
         return [self.array("n", self.heads), (("n", self.heads), "float32")]
 
     @property
-    def sizes(self) -> tuple[int, int, int]:
-        return self.heads, self.kv_heads, self.dim
+    def tasks(self) -> int:
+        """To a block of rows: one for each head of keys, or for some heads of queries where all share a key."""
+        if not self.joined:
+            return self.kv_heads
+        heads = self.heads // 2
+        return next(n for n in range(-(-heads // _SHARING), heads + 1) if heads % n == 0)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        return self.heads // 2 if self.joined else self.heads, self.tasks, self.dim, self.joined
 
     @property
     def rows_of_a_task(self) -> int:
-        return max(1, QUERIES * self.kv_heads // self.heads)
+        heads, tasks, *_ = self.sizes
+        return max(1, QUERIES * tasks // heads)
 
     def limits(self, symbols: dict[str, Any]) -> tuple[Any, ...]:
         sizes = (tirx.const(size, "float32") for size in (self.cap, self.alibi))
@@ -68,10 +80,10 @@ class Shape:
 def cache_kernels(structure: Structure, dtype: str, page_size: tirx.Var, rotary: Rotary) -> Kernels:
     """What the KV cache of a CPU library calls; attention is made for the runtime's page size of 16."""
     s = structure
-    heads, kv_heads, dim = s.num_attention_heads, s.num_key_value_heads, s.head_dim
+    heads, kv_heads, dim = s.cache_heads
     window = (s.sliding_window_size or 0) * (-1 if s.chunked else 1)
     limits = window, s.attn_logit_softcapping or 0.0, s.alibi_bias_max or 0.0, "sinks" in s.roles()
-    shape = Shape(heads, kv_heads, dim, dtype, *limits)
+    shape = Shape(heads, kv_heads, dim, dtype, *limits, joined=s.kv_lora_rank if s.absorbed else 0)
     return Kernels(
         ragged=ragged(shape),
         prefill=prefill(shape),
@@ -94,7 +106,7 @@ def ragged(shape: Shape) -> Any:
     def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
         n, limits = symbols["n"], shape.limits(symbols)
         calls.for_each(
-            (n + block - 1) // block * shape.kv_heads,
+            (n + block - 1) // block * shape.tasks,
             lambda task: calls.call(_RAGGED, *inputs[:6], *outputs, n, *shape.sizes, block, task, *limits),
         )
 
@@ -135,7 +147,7 @@ def _over_pages(shape: Shape, block: int, symbols: dict[str, Any], inputs: Any, 
     n, limits = symbols["n"], shape.limits(symbols)
     sizes = (*shape.sizes, PAGE_SIZE, block)
     calls.for_each(
-        (n + block - 1) // block * shape.kv_heads,
+        (n + block - 1) // block * shape.tasks,
         lambda task: calls.call(_PAGED, *inputs, *outputs, n, *sizes, task, *limits),
     )
 

@@ -59,14 +59,15 @@ def _kernels(
 ) -> tuple[Source, ...]:
     """The C sources of a library with these parameters, of model dtype `dtype`: those of their formats, and `files`."""
     needed = {formats.format_of(p.packing) for p in declared if len(p.shape) > 1}
-    choosing = ("router", "key_router")
-    several = any(p.role in choosing or (p.role == "step_proj" and len(p.shape) > 2) for p in declared)
+    stacks = ("router", "key_router", "latent_keys_proj")
+    several = any(p.role in stacks or (p.role == "step_proj" and len(p.shape) > 2) for p in declared)
     experts = ("experts",) if several else ()
     return formats.sources(needed, dtype, sorted((*files, *experts)), activation_bits)
 
 
 def _check(structure: Structure) -> None:
-    if structure.kind not in RECURRENT and (structure.head_dim > _MAX_HEAD_DIM or structure.head_dim % 2):
+    plain = structure.kind not in RECURRENT and not structure.absorbed
+    if plain and (structure.head_dim > _MAX_HEAD_DIM or structure.head_dim % 2):
         raise MlcBuildError(
             f"head_dim is {structure.head_dim}: the CPU kernels take even numbers up to {_MAX_HEAD_DIM}"
         )

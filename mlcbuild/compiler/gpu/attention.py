@@ -18,7 +18,7 @@ from tvm.relax.frontend.nn.llm import kv_cache as tvm_kv_cache
 from tvm.script import tirx as T
 
 from mlcbuild.compiler.abi.kv_cache import Kernels
-from mlcbuild.compiler.gpu import cuda_attention, tiles
+from mlcbuild.compiler.gpu import cuda_attention, latent_attention, tiles
 from mlcbuild.compiler.gpu.rewriting import arguments, expect, index_of, is_length, mapped, nodes, variable
 from mlcbuild.compiler.gpu.rope import split_rotary
 from mlcbuild.models.rope import Rotary
@@ -31,7 +31,7 @@ _NO_SCALING: Mapping[str, Any] = {}  # the kernels' own rotary embedding is not 
 def cache_kernels(structure: Structure, dtype: str, page_size: tirx.Var, rotary: Rotary, threads: int) -> Kernels:
     """What the KV cache of a GPU library calls, for the current target, with up to `threads` threads to a block."""
     s, device = structure, target.Target.current()
-    heads, kv_heads, dim = s.num_attention_heads, s.num_key_value_heads, s.head_dim
+    heads, kv_heads, dim = s.cache_heads
     ragged, prefill, decode = kernels(s, dtype, device)
     return Kernels(
         ragged=ragged,
@@ -44,12 +44,14 @@ def cache_kernels(structure: Structure, dtype: str, page_size: tirx.Var, rotary:
     )
 
 
-def kernels(structure: Structure, dtype: str, device: target.Target) -> tuple[Any, Any, Any]:
+def kernels(structure: Structure, dtype: str, device: target.Target) -> tuple[Any, ...]:
     """Attention among new tokens, of new tokens over cached pages, and of one new token per sequence over these."""
     s = structure
     heads, kv_heads, dim = s.num_attention_heads, s.num_key_value_heads, s.head_dim
     if device.kind.name == "cuda" and cuda_attention.takes(s, dtype):
         return cuda_attention.ragged(s, dtype), cuda_attention.prefill(s, dtype), cuda_attention.decode(s, dtype)
+    if s.absorbed:
+        return latent_attention.kernels(s, dtype, device, _changed)
     fitting, whole = tiles.fitting(s, dtype, device)
     ragged = tvm_kv_cache._attention_prefill_ragged(kv_heads, heads, dim, dim, dtype, _NO_SCALING, fitting)
     prefill = tvm_kv_cache._attention_prefill(kv_heads, heads, dim, dtype, False, _NO_SCALING, fitting)

@@ -20,23 +20,25 @@ _THREADS = 32 * WARPS
 SHARING = 8  # rows of a tile
 BLOCKS = 4 * 132  # that the largest device (H100) shall have
 PAGES = 2 * WARPS  # of a part, on the average of all sequences: for loads to be on their way before they are used
-_WIDEST = 512  # head_dim that the registers of two warps and the shared memory of a block hold
+_WIDEST = 512  # numbers of a value that the registers of two warps and the shared memory of a block hold
 _COLUMNS = 256  # of values that a warp sums: of wider heads, two warps share rows
 _NARROW = 128  # head_dim up to which a thread's registers hold two tiles
 
 
 def takes(structure: Structure, dtype: str) -> bool:
     """Whether there are functions for the structure's heads in the model dtype."""
-    return dtype in ("float16", "bfloat16") and structure.head_dim % 8 == 0 and structure.head_dim <= _WIDEST
+    *_, dim, summed = _sizes(structure)
+    return dtype in ("float16", "bfloat16") and dim % 8 == 0 and summed <= _WIDEST
 
 
 def decode(structure: Structure, dtype: str) -> Any:
     """`attention_decode`: one new token of each sequence over its cached pages."""
-    heads, kv_heads, dim, _ = _heads(structure)
+    heads, kv_heads, dim = structure.cache_heads
+    of_queries, _, width, summed = _sizes(structure)
     kind, seen, cap, bias = TYPES[dtype], *_seen(structure)
-    attend = f"mlcbuild::decode_attention<{kind}, {dim}, {heads}, {kv_heads}, {WARPS}, {BLOCKS}, {seen}>"
-    tiles = kv_heads * -(-(heads // kv_heads) // SHARING)
-    shared_floats = WARPS // _sharing(dim) * SHARING * (dim + 2)
+    attend = f"mlcbuild::decode_attention<{kind}, {width}, {of_queries}, {kv_heads}, {WARPS}, {BLOCKS}, {seen}>"
+    tiles = kv_heads * -(-(of_queries // kv_heads) // SHARING)
+    shared_floats = WARPS // _sharing(summed) * SHARING * (summed + 2)
 
     @T.prim_func(s_tir=True, private=True)
     def attention_decode(
@@ -74,8 +76,8 @@ def decode(structure: Structure, dtype: str) -> Any:
         output = T.match_buffer(out, (B, heads, dim), dtype)
         lse = T.match_buffer(lse_, (B, heads), "float32")
         splits = T.meta_var(T.max(1, T.min((BLOCKS + B * tiles - 1) // (B * tiles), nnz_pages // (PAGES * B))))
-        parts = T.sblock_alloc_buffer((B * splits * heads * dim,), "float32")
-        sums = T.sblock_alloc_buffer((B * splits * heads * 2,), "float32")
+        parts = T.sblock_alloc_buffer((B * splits * of_queries * summed,), "float32")
+        sums = T.sblock_alloc_buffer((B * splits * of_queries * 2,), "float32")
         T.evaluate(parts.data)  # named on the host, which is to allocate them
         T.evaluate(sums.data)
         for bx in T.thread_binding(B, thread="blockIdx.x"):
@@ -117,7 +119,8 @@ def decode(structure: Structure, dtype: str) -> Any:
 
 def prefill(structure: Structure, dtype: str) -> Any:
     """`attention_prefill`: new tokens over their sequence's cached pages."""
-    heads, kv_heads, dim, rows, attend, cap, bias = _many("prefill_attention", structure, dtype)
+    heads, kv_heads, dim = structure.cache_heads
+    group, rows, attend, cap, bias = _many("prefill_attention", structure, dtype)
 
     @T.prim_func(s_tir=True, private=True)
     def attention_prefill(
@@ -159,7 +162,7 @@ def prefill(structure: Structure, dtype: str) -> Any:
         q_rope_position = T.match_buffer(positions, (total_len,), "int32", elem_offset=q_rope_position_elem_offset)
         output = T.match_buffer(out, (total_len, heads, dim), dtype)
         lse = T.match_buffer(lse_, (total_len, heads), "float32")
-        for bx in T.thread_binding((total_len * (heads // kv_heads)) // rows + batch_size, thread="blockIdx.x"):
+        for bx in T.thread_binding(total_len * group // rows + batch_size, thread="blockIdx.x"):
             for by in T.thread_binding(kv_heads, thread="blockIdx.y"):
                 for _tx in T.thread_binding(_THREADS, thread="threadIdx.x"):
                     with T.sblock("attend"):
@@ -194,7 +197,8 @@ def prefill(structure: Structure, dtype: str) -> Any:
 
 def ragged(structure: Structure, dtype: str) -> Any:
     """`attention_prefill_ragged`: new tokens of several sequences, each over those of its own."""
-    heads, kv_heads, dim, rows, attend, cap, bias = _many("new_tokens_attention", structure, dtype)
+    heads, kv_heads, dim = structure.cache_heads
+    group, rows, attend, cap, bias = _many("new_tokens_attention", structure, dtype)
 
     @T.prim_func(s_tir=True, private=True)
     def attention_prefill_ragged(
@@ -230,7 +234,7 @@ def ragged(structure: Structure, dtype: str) -> Any:
         T.match_buffer(offsets, (batch_size,), "int32", elem_offset=k_rope_pos_offset_elem_offset)
         output = T.match_buffer(out, (qo_len, heads, dim), dtype)
         lse = T.match_buffer(lse_, (qo_len, heads), "float32")
-        for bx in T.thread_binding((qo_len * (heads // kv_heads)) // rows + batch_size, thread="blockIdx.x"):
+        for bx in T.thread_binding(qo_len * group // rows + batch_size, thread="blockIdx.x"):
             for by in T.thread_binding(kv_heads, thread="blockIdx.y"):
                 for _tx in T.thread_binding(_THREADS, thread="threadIdx.x"):
                     with T.sblock("attend"):
@@ -261,27 +265,31 @@ def ragged(structure: Structure, dtype: str) -> Any:
     return attention_prefill_ragged
 
 
-def _many(function: str, structure: Structure, dtype: str) -> tuple[int, int, int, int, str, float, float]:
-    """heads, key heads, head_dim, rows of a block, the function's name, cap and bias."""
-    heads, kv_heads, dim, _ = _heads(structure)
-    tiles = 2 if dim <= _NARROW else 1
+def _many(function: str, structure: Structure, dtype: str) -> tuple[int, int, str, float, float]:
+    """Query heads of a key head, rows of a block, the function's name, cap and bias."""
+    heads, kv_heads, width, summed = _sizes(structure)
+    tiles = 2 if width <= _NARROW else 1
     seen, cap, bias = _seen(structure)
-    name = f"mlcbuild::{function}<{TYPES[dtype]}, {dim}, {heads}, {kv_heads}, {WARPS}, {tiles}, {seen}>"
-    return heads, kv_heads, dim, WARPS // _sharing(dim) * tiles * SHARING, name, cap, bias
+    name = f"mlcbuild::{function}<{TYPES[dtype]}, {width}, {heads}, {kv_heads}, {WARPS}, {tiles}, {seen}>"
+    return heads // kv_heads, WARPS // _sharing(summed) * tiles * SHARING, name, cap, bias
 
 
-def _sharing(dim: int) -> int:
+def _sharing(summed: int) -> int:
     """Warps that share rows."""
-    return -(-dim // _COLUMNS)
+    return -(-summed // _COLUMNS)
 
 
-def _heads(structure: Structure) -> tuple[int, int, int, str]:
-    s = structure
-    return s.num_attention_heads, s.num_key_value_heads, s.head_dim, str("sinks" in s.roles()).lower()
+def _sizes(structure: Structure) -> tuple[int, int, int, int]:
+    """Heads of queries and of keys, the numbers of a key, and those of a value that are summed (SUMS in C++)."""
+    s, (_, kv_heads, dim) = structure, structure.cache_heads
+    width, summed = (2 * dim, -(-s.kv_lora_rank // 8) * 8) if s.absorbed else (dim, dim)
+    return s.num_attention_heads, kv_heads, width, summed
 
 
 def _seen(structure: Structure) -> tuple[str, float, float]:
-    """Which keys a row sees, as template arguments; the soft cap and the largest exponent of linear biases, or 0."""
-    s, sinks = structure, _heads(structure)[-1]
+    """Which keys a row sees, as template arguments, and what a row of latents has for its value; the soft cap and the
+    largest exponent of linear biases, or 0."""
+    s, sinks = structure, str("sinks" in structure.roles()).lower()
     seen = f"{s.sliding_window_size or 0}, {str(s.chunked).lower()}, {sinks}"
+    seen += f", {s.kv_lora_rank}" if s.absorbed else ""
     return seen, float(s.attn_logit_softcapping or 0), float(s.alibi_bias_max or 0)

@@ -84,6 +84,8 @@ def _check(structure: Structure, threads: int) -> None:
         )
     if s.kind not in (DECODER, HYBRID):
         return
+    if s.absorbed:
+        return
     if s.head_dim % 4 or not 32 <= s.head_dim <= 512:
         raise MlcBuildError(f"head_dim is {s.head_dim}: GPU attention takes multiples of 4 from 32 to 512")
     if s.num_attention_heads % s.num_key_value_heads:

@@ -21,21 +21,25 @@ def fitting(structure: Structure, dtype: str, device: target.Target) -> tuple[ta
     """The target for which TVM's prefill kernels have tiles that `device` has shared memory for, and whether they fit.
 
     TVM fits tiles to the memory for Metal alone; elsewhere they may be larger, or divide by no number of threads. Where
-    none fits (float32, from head_dim 340 on, in 32 KB), one does without its values. Raises MlcBuildError otherwise.
+    none fits (float32, from head_dim 340 on, in 32 KB), one does without its values, as those of latents always do.
+    Raises MlcBuildError otherwise.
     """
-    s, most = structure, int(device.attrs.get(_MEMORY, 32768))
+    kv_heads, heads, dim = structure.num_key_value_heads, structure.num_attention_heads, structure.head_dim
+    if structure.absorbed:
+        kv_heads, dim = 1, 2 * structure.cache_heads[2]
+    most = int(device.attrs.get(_MEMORY, 32768))
     metal = {"kind": "metal", "max_threads_per_block": tvm_kernels.get_max_num_threads_per_block(device)}
     fitted = ((more, target.Target({**metal, _MEMORY: most + more})) for more in range(0, most, 1024))
     for more, each in chain([(0, device)], fitted):
         try:
-            sizes = s.num_key_value_heads, s.num_attention_heads, s.head_dim, dtype
-            _, _, _, _, _, rows, _, keys = tvm_kernels._get_prefill_kernel_config(*sizes, each)
+            config = tvm_kernels._get_prefill_kernel_config(kv_heads, heads, dim, dtype, each)
         except ValueError:
             continue
-        used = tvm_kernels._get_prefill_shared_memory_usage(rows, keys, s.head_dim, dtype)
-        if used - bool(more) * keys * s.head_dim * tvm.DataType(dtype).itemsize <= most:
+        _, _, _, _, _, rows, _, keys = config
+        used = tvm_kernels._get_prefill_shared_memory_usage(rows, keys, dim, dtype)
+        if used - (more > 0 or structure.absorbed) * keys * dim * tvm.DataType(dtype).itemsize <= most:
             return each, used <= most
-    problem = f"head_dim is {s.head_dim}: no tile of attention in {dtype} fits into {most} bytes of shared memory"
+    problem = f"head_dim is {dim}: no tile of attention in {dtype} fits into {most} bytes of shared memory"
     raise MlcBuildError(problem + ("; use a float16 format" if dtype == "float32" else ""))
 
 

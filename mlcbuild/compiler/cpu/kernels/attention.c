@@ -10,7 +10,7 @@
 
 f32 log2f(f32);
 
-#define MAX_HEAD_DIM 512
+#define MAX_HEAD_DIM 576
 #define QUERIES 48  // of one task: QUERIES in attention.py
 #define LOWEST (-5e4f)
 
@@ -30,6 +30,8 @@ typedef struct {
     f32 slope[QUERIES];                                              // of linear biases, in powers of two
     i64 first[QUERIES], end[QUERIES], own[QUERIES];                  // positions that a query sees, and its own
     i64 dim, count;
+    i64 half;    // numbers of a row of keys, or of values, in its first part; the rest are in the other one
+    i64 summed;  // of a value
     f32 cap;     // scores are capped to it, in powers of two; 0: they are not
     i32 biased;  // whether scores have linear biases
     const f32 *table;  // of biases by a key's position less the query's own; or null
@@ -37,7 +39,7 @@ typedef struct {
 } state;
 
 INLINE void begin(state *s, i64 dim, f32 cap) {
-    s->dim = dim;
+    s->dim = s->half = s->summed = dim;
     s->count = 0;
     s->cap = cap * LOG2E;
     s->biased = 0;
@@ -79,13 +81,13 @@ INLINE void set_query(state *s, i64 at, const model *query, f32 scale) {
 }
 
 INLINE void clear(state *s) {
-    i64 blocks = (s->dim + ROWS - 1) / ROWS;
+    i64 blocks = (s->summed + ROWS - 1) / ROWS;
     for (i64 i = 0; i < blocks * s->count * ROWS; i += LANES) store_float32(s->value + i, splat(0.0f));
     for (i64 i = 0; i < s->count * LANES; i += LANES) store_float32(s->total + i, splat(0.0f));
 }
 
-// Keys of `held` <= ROWS positions as columns.
-INLINE void load_keys(state *s, const model *const *key, i64 held) {
+// Keys of `held` <= ROWS positions as columns; what is behind the first half is in `rest`.
+INLINE void load_keys(state *s, const model *const *key, const model *const *rest, i64 held) {
     for (int v = 0; v < VECTORS; v++)
         for (i64 d = 0; d < s->dim; d += LANES) {
             u32v block[LANES];
@@ -93,7 +95,7 @@ INLINE void load_keys(state *s, const model *const *key, i64 held) {
             for (int p = 0; p < LANES; p++) {
                 f32v values = splat(0.0f);
                 if (v * LANES + p < held) {
-                    const model *at = key[v * LANES + p] + d;
+                    const model *at = d < s->half ? key[v * LANES + p] + d : rest[v * LANES + p] + d - s->half;
                     if (__builtin_expect(left == LANES, 1)) values = load_model(at);
                     else
                         for (i64 i = 0; i < left; i++) values[i] = get_model(at + i);
@@ -105,15 +107,16 @@ INLINE void load_keys(state *s, const model *const *key, i64 held) {
         }
 }
 
-// Dimensions from d on of the values of `held` positions.
-INLINE void load_values(state *s, const model *const *value, i64 held, i64 d) {
+// Dimensions from d on of the values of `held` positions, likewise.
+INLINE void load_values(state *s, const model *const *value, const model *const *rest, i64 held, i64 d) {
     for (i64 p = 0; p < held; p++)
         for (int v = 0; v < VECTORS; v++) {
             i64 at = d + v * LANES;
             f32v values = splat(0.0f);
-            if (at + LANES <= s->dim) values = load_model(value[p] + at);
+            const model *from = at < s->half ? value[p] + at : rest[p] + at - s->half;
+            if (at + LANES <= s->dim) values = load_model(from);
             else
-                for (i64 i = 0; at + i < s->dim; i++) values[i] = get_model(value[p] + at + i);
+                for (i64 i = 0; at + i < s->dim; i++) values[i] = get_model(from + i);
             store_float32(s->values + p * ROWS + v * LANES, values);
         }
 }
@@ -123,10 +126,11 @@ NOINLINE void add_keys(state *s, const model *const *key, const model *const *va
     i64 count = s->count;
     i32v lane;
     for (int i = 0; i < LANES; i++) lane[i] = i;
-    load_keys(s, key, held);
+    const i32 joined = s->half < s->dim;  // a row is the key, whose first numbers are the value
+    load_keys(s, key, joined ? value : key, held);
     for (i64 i = 0; i < count * ROWS; i += LANES) store_float32(s->score + i, splat(0.0f));
     multiply_panels(s->query, s->dim, 0, s->keys, s->dim, s->score, count);
-    i64 blocks = (s->dim + ROWS - 1) / ROWS;
+    i64 blocks = (s->summed + ROWS - 1) / ROWS;
     for (i64 q = 0; q < count; q++) {
         f32 *row = s->score + q * ROWS;
         i32 from = (i32)(s->first[q] - position), to = (i32)(min_i64(s->end[q] - position, held));
@@ -166,7 +170,7 @@ NOINLINE void add_keys(state *s, const model *const *key, const model *const *va
         store_float32(s->total + q * LANES, total);
     }
     for (i64 b = 0; b < blocks; b++) {
-        load_values(s, value, held, b * ROWS);
+        load_values(s, joined ? key : value, value, held, b * ROWS);
         for (i64 q = 0; q < count;) {
             i64 width = panel_width(count - q);
             f32 *c = s->value + (b * count + q) * ROWS;
@@ -182,8 +186,9 @@ NOINLINE void add_keys(state *s, const model *const *key, const model *const *va
 INLINE void write_query(const state *s, i64 q, model *out, f32 *lse) {
     f32 total = sum(load_float32(s->total + q * LANES));
     f32 inverse = total == 0.0f ? 0.0f : 1.0f / total;
-    for (i64 d = 0; d < s->dim; d++)
+    for (i64 d = 0; d < s->summed; d++)
         put_model(out + d, s->value[((d / ROWS) * s->count + q) * ROWS + d % ROWS] * inverse);
+    for (i64 d = s->summed; d < s->dim; d++) put_model(out + d, 0.0f);
     *lse = total == 0.0f ? LOWEST : s->largest[q] + log2f(total);
 }
 
@@ -209,12 +214,14 @@ INLINE i64 highest_end(const state *s) {
 
 // What all tasks of a call have in common. A layer whose scale is negative slides: its rows see `window` positions, the
 // last one their own; or, where it is below 0, those of their chunk of -window positions. The scale itself is positive.
-// `window` 0: no layer does. `sinks`: set_sink.
+// `window` 0: no layer does. `sinks`: set_sink. `joined`: 0, or how many numbers of a row of latents are its value: a row
+// of 2 * dim numbers is a head's query, and all heads' key, of which keys and values [.., 1, dim] have a half each. There
+// are kv_heads tasks to a block of rows then, of some heads each, and a logarithm of the sum for each half of a head.
 typedef struct {
     const model *q;
     model *out;
     f32 *lse;
-    i64 heads, kv_heads, dim, window;
+    i64 heads, kv_heads, dim, joined, window;
     i32 sinks;
     f32 cap, alibi, scale;
 } call;
@@ -237,24 +244,25 @@ INLINE i64 offset_of(const source *from, i64 position) {
 INLINE void attend(state *s, const call *c, const source *from, i64 row, i64 end, i64 at, i64 start, i64 length,
                    i64 kv_head) {
     i64 shared = c->heads / c->kv_heads;
-    i64 window = c->scale < 0.0f ? c->window : 0;
+    i64 window = c->scale < 0.0f ? c->window : 0, width = c->joined ? 2 * c->dim : c->dim;
     for (i64 g = 0; g < shared; g += QUERIES) {
         i64 some = min_i64(QUERIES, shared - g), first_head = kv_head * shared + g;
-        begin(s, c->dim, c->cap);
+        begin(s, width, c->cap);
+        if (c->joined) s->half = c->dim, s->summed = c->joined;
         for (i64 r = row; r < end; r++) {
             i64 own = at + r - row, first = window > 0 ? own - window + 1 : window < 0 ? own - (start + own) % -window : 0;
             if (first < 0) first = 0;
             for (i64 i = 0; i < some; i++) add_query(s, first, min_i64(length, own + 1));
         }
         for (i64 i = 0; i < s->count; i++)
-            set_query(s, i, c->q + ((row + i / some) * c->heads + first_head + i % some) * c->dim,
+            set_query(s, i, c->q + ((row + i / some) * c->heads + first_head + i % some) * width,
                       c->scale < 0.0f ? -c->scale : c->scale);
         for (i64 i = 0; c->alibi != 0.0f && i < s->count; i++)
             set_bias(s, i, at + i / some, first_head + i % some, c->heads, c->alibi);
         clear(s);
         for (i64 i = 0; c->sinks && i < s->count; i++)
             if (at + i / some < length)
-                set_sink(s, i, c->q + ((row + i / some) * c->heads + first_head + i % some) * c->dim);
+                set_sink(s, i, c->q + ((row + i / some) * c->heads + first_head + i % some) * width);
         i64 seen = highest_end(s);
         for (i64 i = lowest_first(s); i < seen; i += ROWS) {
             const model *key[ROWS], *value[ROWS];
@@ -268,7 +276,8 @@ INLINE void attend(state *s, const call *c, const source *from, i64 row, i64 end
         }
         for (i64 i = 0; i < s->count; i++) {
             i64 to = (row + i / some) * c->heads + first_head + i % some;
-            write_query(s, i, c->out + to * c->dim, c->lse + to);
+            write_query(s, i, c->out + to * width, c->lse + (c->joined ? 2 * to : to));
+            if (c->joined) c->lse[2 * to + 1] = c->lse[2 * to];
         }
     }
 }
@@ -277,15 +286,16 @@ INLINE void attend(state *s, const call *c, const source *from, i64 row, i64 end
 // hold them; keys and values [rows, kv_heads, dim] are the same call's new tokens.
 EXPORT void mlcbuild_attention_ragged(const model *q, const i32 *q_indptr, const model *k, const model *v,
                                       const i32 *kv_indptr, const i32 *q_position, model *out, f32 *lse, i64 rows, i64 heads, i64 kv_heads,
-                                      i64 dim, i64 block, i64 task, i64 window, i32 sinks, f32 cap, f32 alibi, f32 scale) {
-    const call c = {q, out, lse, heads, kv_heads, dim, window, sinks, cap, alibi, scale};
+                                      i64 dim, i64 joined, i64 block, i64 task, i64 window, i32 sinks, f32 cap, f32 alibi,
+                                      f32 scale) {
+    const call c = {q, out, lse, heads, kv_heads, dim, joined, window, sinks, cap, alibi, scale};
     i64 row = task / kv_heads * block, last = min_i64(row + block, rows), kv_head = task % kv_heads, b = 0;
     state s;
     while (row < last) {
         while (row >= q_indptr[b + 1]) b++;
         i64 kv_len = kv_indptr[b + 1] - kv_indptr[b], end = min_i64(last, q_indptr[b + 1]);
-        i64 first = kv_indptr[b] * kv_heads * dim + kv_head * dim;
-        const source from = {k + first, v + first, 0, kv_heads * dim, 0, dim};
+        i64 stride = joined ? dim : kv_heads * dim, first = kv_indptr[b] * stride + (joined ? 0 : kv_head * dim);
+        const source from = {k + first, v + first, 0, stride, 0, dim};
         i64 at = kv_len - (q_indptr[b + 1] - row);
         attend(&s, &c, &from, row, end, at, q_position[row] - at, kv_len, kv_head);
         row = end;
@@ -297,11 +307,11 @@ EXPORT void mlcbuild_attention_ragged(const model *q, const i32 *q_indptr, const
 EXPORT void mlcbuild_attention_paged(const model *q, const i32 *q_indptr, const model *pages, const i32 *page_indptr,
                                      const i32 *page_values, const i32 *last_page_len, const i32 *k_start,
                                      const i32 *q_position, model *out, f32 *lse, i64 rows, i64 heads, i64 kv_heads,
-                                     i64 dim, i64 page, i64 block, i64 task, i64 window, i32 sinks, f32 cap, f32 alibi,
-                                     f32 scale) {
-    const call c = {q, out, lse, heads, kv_heads, dim, window, sinks, cap, alibi, scale};
+                                     i64 dim, i64 joined, i64 page, i64 block, i64 task, i64 window, i32 sinks,
+                                     f32 cap, f32 alibi, f32 scale) {
+    const call c = {q, out, lse, heads, kv_heads, dim, joined, window, sinks, cap, alibi, scale};
     i64 row = task / kv_heads * block, last = min_i64(row + block, rows), kv_head = task % kv_heads, b = 0;
-    i64 half = kv_heads * page * dim;
+    i64 half = (joined ? 1 : kv_heads) * page * dim;
     state s;
     while (row < last) {
         if (q_indptr)
@@ -310,7 +320,7 @@ EXPORT void mlcbuild_attention_paged(const model *q, const i32 *q_indptr, const 
             b = row;
         i64 end = q_indptr ? min_i64(last, q_indptr[b + 1]) : row + 1;
         i64 held = page_indptr[b + 1] - page_indptr[b], length = held ? (held - 1) * page + last_page_len[b] : 0;
-        const model *first = pages + kv_head * page * dim;
+        const model *first = pages + (joined ? 0 : kv_head * page * dim);
         const source from = {first, first + half, page_values + page_indptr[b], 2 * half, page, dim};
         attend(&s, &c, &from, row, end, (i64)q_position[row] - k_start[b], k_start[b], length, kv_head);
         row = end;

@@ -8,6 +8,9 @@
 //
 // Of heads wider than 256, PARTS warps share the rows of a tile, each with the sums of 256 columns of values. All of them
 // make the scores, from 128 numbers of a key at once. Queries have no registers then, and are read again in each step.
+//
+// SUMMED: 0, or how many numbers of a row of latents are its value. A row is the key, and its first half lies where keys
+// do, its second one where values do; queries and results are rows [n, DIM], too, and a row's logarithm is there twice.
 #pragma once
 #include "device.cuh"
 
@@ -38,11 +41,15 @@ __device__ __forceinline__ float slope(float bias, int head) {
   return exp2f(-bias * at);
 }
 
+// Columns of values that are summed, in whole loads: those behind the value are results that nobody reads.
+template <int DIM, int SUMMED>
+constexpr int SUMS = SUMMED > 0 ? (SUMMED + 7) / 8 * 8 : DIM;
+
 // Where results go: the mean of values and the logarithm to base 2 of the sum of exponentials.
-template <class T, int DIM, bool SINKS>
+template <class T, int DIM, bool SINKS, int SUMMED = 0>
 struct Results {
   T* output;       // [n, DIM]
-  float* lse;      // [n]
+  float* lse;      // [n]; [n, 2] of latents
   const T* query;  // [n, DIM]
 
   // Of row `row`. `own`: its own key is among those seen, and so is a sink's share, whose logit is the query's last number.
@@ -54,26 +61,28 @@ struct Results {
       const float both = larger + log2f(exp2f(log - larger) + exp2f(sink - larger));
       by *= exp2f(log - both), log = both;
     }
-    if (writes) lse[row] = log;
+    if (writes && SUMMED == 0) lse[row] = log;
+    if (writes && SUMMED > 0) lse[2 * row] = lse[2 * row + 1] = log;
     return by;
   }
 };
 
 constexpr int MOST_COLUMNS = 256;
-template <int DIM>
-constexpr int PARTS = (DIM + MOST_COLUMNS - 1) / MOST_COLUMNS;
+template <int COUNT>
+constexpr int PARTS = (COUNT + MOST_COLUMNS - 1) / MOST_COLUMNS;
 
 // A warp's rows, TILES of eight. Of each tile a lane has the scores of rows 2 * (lane % 4) and the next.
-template <class T, int DIM, int TILES>
+template <class T, int DIM, int TILES, int SUMMED = 0>
 struct Rows {
-  static constexpr int COLUMNS = DIM < MOST_COLUMNS ? DIM : MOST_COLUMNS;  // of values
-  static constexpr bool FULL = DIM % COLUMNS + COLUMNS % 64 == 0;          // each lane has numbers in each load of values
-  static constexpr int QUERY_LOADS = (DIM + 31) / 32;                      // four lanes go along a key
-  static constexpr int NUMBERS = PARTS<DIM> == 1 ? DIM : 128;              // of a key, at once
+  static constexpr int COUNT = SUMS<DIM, SUMMED>;                              // of a value's columns
+  static constexpr int COLUMNS = COUNT < MOST_COLUMNS ? COUNT : MOST_COLUMNS;  // of these, a warp's
+  static constexpr bool FULL = COUNT % COLUMNS + COLUMNS % 64 == 0;  // each lane has numbers in each load of values
+  static constexpr bool KEPT = DIM <= MOST_COLUMNS;                  // registers are enough for queries,
+  static constexpr int QUERY_LOADS = (DIM + 31) / 32;                // four lanes go along a key
+  static constexpr int NUMBERS = KEPT ? DIM : 128;                   // of a key, at once
   static constexpr int KEY_LOADS = (NUMBERS + 31) / 32;
   static constexpr int VALUE_LOADS = (COLUMNS + 63) / 64;                  // eight lanes go along a value
-  static constexpr bool EARLY = DIM <= 128;                                // registers are enough for the next keys,
-  static constexpr bool KEPT = PARTS<DIM> == 1;                            // for queries
+  static constexpr bool EARLY = DIM <= 128;                                // for the next keys
   static_assert(DIM % 8 == 0 && sizeof(T) == 2, "loads of 16 bytes");
 
   int lane, part;  // of PARTS
@@ -87,8 +96,12 @@ struct Rows {
   int position[TILES][2];                 // its own, as a key's number
   float slopes[TILES][2];
 
-  __device__ __forceinline__ int column() const { return PARTS<DIM> > 1 ? part * COLUMNS : 0; }
+  __device__ __forceinline__ int column() const { return PARTS<COUNT> > 1 ? part * COLUMNS : 0; }
   __device__ __forceinline__ int row(int tile, int i) const { return tile * SHARING + lane % 4 * 2 + i; }
+  // To the number `at` of a row, from where it would be if the row lay in one piece.
+  static __device__ __forceinline__ long long past(int at, long long jump) {
+    return SUMMED > 0 && at >= DIM / 2 ? jump : 0;
+  }
   static __device__ __forceinline__ uint4 load(const T* from, bool there) {
     return there ? __ldg(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
   }
@@ -116,35 +129,36 @@ struct Rows {
 
   // Of a step that has `left` tokens; what is behind them is zeros: what lies in a page there may be no number. Of
   // keys, those NUMBERS that begin at of * NUMBERS.
-  __device__ __forceinline__ void load_keys(const T* from, int stride, int left, int of = 0) {
-    if (left >= KEYS) load_keys<true>(from, stride, left, of);
-    else load_keys<false>(from, stride, left, of);
+  __device__ __forceinline__ void load_keys(const T* from, int stride, int left, long long jump, int of = 0) {
+    if (left >= KEYS) load_keys<true>(from, stride, left, jump, of);
+    else load_keys<false>(from, stride, left, jump, of);
   }
-  __device__ __forceinline__ void load_values(const T* from, int stride, int left) {
-    if (left >= KEYS) load_values<true>(from, stride, left);
-    else load_values<false>(from, stride, left);
+  __device__ __forceinline__ void load_values(const T* from, int stride, int left, long long jump) {
+    if (left >= KEYS) load_values<true>(from, stride, left, jump);
+    else load_values<false>(from, stride, left, jump);
   }
   template <bool ALL>
-  __device__ __forceinline__ void load_keys(const T* from, int stride, int left, int of) {
+  __device__ __forceinline__ void load_keys(const T* from, int stride, int left, long long jump, int of) {
     from = one_address(from + lane / 4 * stride + lane % 4 * 8 + of * NUMBERS);
 #pragma unroll
     for (int i = 0; i < KEY_LOADS; i++)
 #pragma unroll
       for (int j = 0; j < 2; j++) {
-        const bool there = DIM % NUMBERS + NUMBERS % 32 == 0 || of * NUMBERS + i * 32 + lane % 4 * 8 < DIM;
-        keys[j][i] = load(from + 8 * j * stride + i * 32, there && (ALL || lane / 4 + 8 * j < left));
+        const int at = of * NUMBERS + i * 32 + lane % 4 * 8;
+        const bool there = DIM % NUMBERS + NUMBERS % 32 == 0 || at < DIM;
+        keys[j][i] = load(from + 8 * j * stride + i * 32 + past(at, jump), there && (ALL || lane / 4 + 8 * j < left));
       }
   }
   template <bool ALL>
-  __device__ __forceinline__ void load_values(const T* from, int stride, int left) {
+  __device__ __forceinline__ void load_values(const T* from, int stride, int left, long long jump) {
     from = one_address(from + lane % 4 * 2 * stride + lane / 4 * 8 + column());
 #pragma unroll
     for (int i = 0; i < VALUE_LOADS; i++)
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        const int token = j % 2 + j / 2 * 8;
-        const bool there = FULL || column() + i * 64 + lane / 4 * 8 < DIM;
-        values[j][i] = load(from + token * stride + i * 64, there && (ALL || lane % 4 * 2 + token < left));
+        const int token = j % 2 + j / 2 * 8, at = column() + i * 64 + lane / 4 * 8;
+        const bool there = FULL || at < COUNT;
+        values[j][i] = load(from + token * stride + i * 64 + past(at, jump), there && (ALL || lane % 4 * 2 + token < left));
       }
   }
 
@@ -230,13 +244,15 @@ struct Rows {
   template <class Source>
   __device__ __forceinline__ void run(const Source& source, const Scoring& scoring, int at, int to, int by, int inner,
                                       int outer) {
+    const T* of_values = SUMMED > 0 ? source.keys : source.values;
+    const long long jump = source.values - source.keys - DIM / 2;
     long long now = at < to ? source.place(at) : 0, next = 0;
-    if (at < to) load_keys(source.keys + now, Source::STRIDE, source.left(at));
+    if (at < to) load_keys(source.keys + now, Source::STRIDE, source.left(at), jump);
 #pragma unroll 1
     for (; at < to; at += by, now = next) {
       const bool more = at + by < to;
       if (more) next = source.place(at + by);
-      if (EARLY) load_values(source.values + now, Source::STRIDE, source.left(at));
+      if (EARLY) load_values(of_values + now, Source::STRIDE, source.left(at), jump);
       float products[TILES][2][4] = {};  // two chains of sums, for tensor cores not to wait
       float scores[TILES][4];
       uint32_t shares[TILES][2];
@@ -244,15 +260,15 @@ struct Rows {
       multiply(products, 0);
 #pragma unroll
       for (int of = 1; of * NUMBERS < DIM; of++) {
-        load_keys(source.keys + now, Source::STRIDE, source.left(at), of);
+        load_keys(source.keys + now, Source::STRIDE, source.left(at), jump, of);
         multiply(products, of);
       }
       score(scores, products, scoring, start, inner <= start && start + KEYS <= outer);
-      if (EARLY && more) load_keys(source.keys + next, Source::STRIDE, source.left(at + by));
-      if (!EARLY) load_values(source.values + now, Source::STRIDE, source.left(at));
+      if (EARLY && more) load_keys(source.keys + next, Source::STRIDE, source.left(at + by), jump);
+      if (!EARLY) load_values(of_values + now, Source::STRIDE, source.left(at), jump);
       go_on(shares, scores);
       add_values(shares);
-      if (!EARLY && more) load_keys(source.keys + next, Source::STRIDE, source.left(at + by));
+      if (!EARLY && more) load_keys(source.keys + next, Source::STRIDE, source.left(at + by), jump);
     }
 #pragma unroll
     for (auto& of_tile : total)
@@ -269,26 +285,26 @@ struct Rows {
 };
 
 // Keys and values of a sequence, 16 tokens to a step: in pages [n, 2, KV_HEADS, KEYS, DIM] of the cache, where `numbers`
-// are those of its own.
-template <class T, int DIM, int KV_HEADS>
+// are those of its own; of latents, [n, 2, 1, KEYS, DIM / 2].
+template <class T, int DIM, int KV_HEADS, int SUMMED = 0>
 struct Pages {
-  static constexpr int STRIDE = DIM;  // from token to token
+  static constexpr int STRIDE = SUMMED > 0 ? DIM / 2 : DIM;  // from token to token
   const T *keys, *values;
   const int* numbers;
   int length;
 
   __device__ __forceinline__ Pages(const T* pages, const int* numbers, int kv_head, int length)
-      : keys(pages + kv_head * (KEYS * DIM)), values(keys + KV_HEADS * KEYS * DIM), numbers(numbers), length(length) {}
+      : keys(pages + kv_head * (KEYS * STRIDE)), values(keys + KV_HEADS * KEYS * STRIDE), numbers(numbers), length(length) {}
   __device__ __forceinline__ long long place(int step) const {
-    return static_cast<long long>(numbers[step]) * (2 * KV_HEADS * KEYS * DIM);
+    return static_cast<long long>(numbers[step]) * (2 * KV_HEADS * KEYS * STRIDE);
   }
   __device__ __forceinline__ int left(int step) const { return length - step * KEYS; }
 };
 
 // Those of its new tokens [n, KV_HEADS, DIM], from the first token on, of one key head.
-template <class T, int DIM, int KV_HEADS>
+template <class T, int DIM, int KV_HEADS, int SUMMED = 0>
 struct NewTokens {
-  static constexpr int STRIDE = KV_HEADS * DIM;
+  static constexpr int STRIDE = SUMMED > 0 ? DIM / 2 : KV_HEADS * DIM;
   const T *keys, *values;
   int length;
 

@@ -14,12 +14,12 @@ constexpr int COUNTED = 528;
 static __device__ unsigned parts_ended[COUNTED];
 
 // All parts of `heads` query heads into one, from head `head` of a sequence on, by a block.
-template <class T, int DIM, int HEADS, int WARPS, bool SINKS>
-__device__ __forceinline__ void join_parts(const Results<T, DIM, SINKS>& results, const float* parts, const float* sums,
+template <class T, int DIM, int HEADS, int WARPS, bool SINKS, int SUMMED>
+__device__ __forceinline__ void join_parts(const Results<T, DIM, SINKS, SUMMED>& results, const float* parts, const float* sums,
                                            int splits, int sequence, int head, int heads, bool own) {
-  constexpr int LOADED = DIM < 128 ? 8 : 16;  // parts whose loads are on their way, in registers that attention had
-  for (int at = threadIdx.x; at < heads * (DIM / 4); at += 32 * WARPS) {
-    const int dim = at % (DIM / 4) * 4, first = head + at / (DIM / 4);
+  constexpr int COUNT = SUMS<DIM, SUMMED>, LOADED = DIM < 128 ? 8 : 16;  // parts whose loads are on their way, in registers that attention had
+  for (int at = threadIdx.x; at < heads * (COUNT / 4); at += 32 * WARPS) {
+    const int dim = at % (COUNT / 4) * 4, first = head + at / (COUNT / 4);
     const long long row = static_cast<long long>(sequence) * HEADS + first, place = row + sequence * (splits - 1LL) * HEADS;
     float most = NO_SCORE, sum = 0, value[4] = {};
     for (int part = 0; part < splits; part += LOADED) {
@@ -29,7 +29,7 @@ __device__ __forceinline__ void join_parts(const Results<T, DIM, SINKS>& results
       for (int i = 0; i < LOADED; i++) {
         const long long from = place + min(part + i, splits - 1) * HEADS;
         figures[i] = __ldcg(reinterpret_cast<const float2*>(sums) + from);
-        values[i] = __ldcg(reinterpret_cast<const float4*>(parts + from * DIM + dim));
+        values[i] = __ldcg(reinterpret_cast<const float4*>(parts + from * COUNT + dim));
       }
       float largest = most;
 #pragma unroll
@@ -53,24 +53,25 @@ __device__ __forceinline__ void join_parts(const Results<T, DIM, SINKS>& results
 }
 
 // Part `part` of the keys of sequence `sequence` with the query heads `tile` (of KV_HEADS * tiles of eight).
-// `shared`: TURNS * SHARING * (DIM + 2) floats: a warp's sums of values, largest score and sum of exponentials.
-// parts [n, splits, HEADS, DIM], sums [n, splits, HEADS, 2]: the same of a part, written where there are several. That is
+// `shared`: TURNS * SHARING * (COUNT + 2) floats: a warp's sums of values, largest score and sum of exponentials.
+// parts [n, splits, HEADS, COUNT], sums [n, splits, HEADS, 2]: the same of a part, written where there are several. That is
 // so only where n * KV_HEADS * tiles is less than BLOCKS.
-template <class T, int DIM, int HEADS, int KV_HEADS, int WARPS, int BLOCKS, int WINDOW, bool CHUNKED, bool SINKS>
+template <class T, int DIM, int HEADS, int KV_HEADS, int WARPS, int BLOCKS, int WINDOW, bool CHUNKED, bool SINKS,
+          int SUMMED = 0>
 __device__ __forceinline__ void decode_attention(float* shared, T* output, float* lse, float* parts, float* sums,
                                                  const T* query, const T* pages, const int* starts, const int* numbers,
                                                  const int* lengths, const int* offsets, const int* positions, float scale,
                                                  float cap, float bias, int splits, int sequence, int tile, int part) {
   static_assert(BLOCKS <= COUNTED, "a count for each tile");
-  constexpr int GROUP = HEADS / KV_HEADS, TILES = (GROUP + SHARING - 1) / SHARING, WARP_FLOATS = SHARING * (DIM + 2);
-  constexpr int TURNS = WARPS / PARTS<DIM>;
-  const int lane = threadIdx.x % 32, turn = threadIdx.x / 32 / PARTS<DIM>, kv_head = tile / TILES;
+  constexpr int GROUP = HEADS / KV_HEADS, TILES = (GROUP + SHARING - 1) / SHARING, COUNT = SUMS<DIM, SUMMED>;
+  constexpr int WARP_FLOATS = SHARING * (COUNT + 2), TURNS = WARPS / PARTS<COUNT>;
+  const int lane = threadIdx.x % 32, turn = threadIdx.x / 32 / PARTS<COUNT>, kv_head = tile / TILES;
   const int head = kv_head * GROUP + tile % TILES * SHARING, heads = min(SHARING, (kv_head + 1) * GROUP - head);
   const int length = cached_tokens(starts, lengths, sequence), position = positions[sequence] - offsets[sequence];
   const int first = first_key<WINDOW, CHUNKED>(scale, position, positions[sequence]);
   const long long row = static_cast<long long>(sequence) * HEADS + head;
-  Rows<T, DIM, 1> rows;
-  rows.lane = lane, rows.part = threadIdx.x / 32 % PARTS<DIM>;
+  Rows<T, DIM, 1, SUMMED> rows;
+  rows.lane = lane, rows.part = threadIdx.x / 32 % PARTS<COUNT>;
   rows.begin([&](int r) { return r < heads ? query + (row + r) * DIM : nullptr; });
 #pragma unroll
   for (int i = 0; i < 2; i++) {
@@ -78,38 +79,38 @@ __device__ __forceinline__ void decode_attention(float* shared, T* output, float
     rows.slopes[0][i] = slope<HEADS>(bias, head + rows.row(0, i));
   }
   const int from = first / KEYS, all = max((length + KEYS - 1) / KEYS - from, 0), each = (all + splits - 1) / splits;
-  const Pages<T, DIM, KV_HEADS> source(pages, numbers + starts[sequence], kv_head, length);
+  const Pages<T, DIM, KV_HEADS, SUMMED> source(pages, numbers + starts[sequence], kv_head, length);
   rows.run(source, {scale, cap, bias}, from + part * each + turn, from + min(all, (part + 1) * each), TURNS, first, length);
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    float* to = shared + turn * WARP_FLOATS + rows.row(0, i) * (DIM + 2);
-    if (lane < 4 && rows.part == 0) to[DIM] = rows.most[0][i], to[DIM + 1] = rows.total[0][i];
+    float* to = shared + turn * WARP_FLOATS + rows.row(0, i) * (COUNT + 2);
+    if (lane < 4 && rows.part == 0) to[COUNT] = rows.most[0][i], to[COUNT + 1] = rows.total[0][i];
 #pragma unroll
     for (int j = 0; j < rows.VALUE_LOADS; j++)
 #pragma unroll
       for (int k = 0; k < 8; k++) {
         const int dim = rows.column() + j * 64 + lane / 4 * 8 + k;
-        if (rows.FULL || dim < DIM) to[dim] = rows.sum(0, i, j, k);
+        if (rows.FULL || dim < COUNT) to[dim] = rows.sum(0, i, j, k);
       }
   }
   __syncthreads();
-  const Results<T, DIM, SINKS> results = {output, lse, query};
-  for (int at = threadIdx.x; at < heads * DIM; at += 32 * WARPS) {
-    const int own = at / DIM, dim = at % DIM;
-    const float* one = shared + own * (DIM + 2);
+  const Results<T, DIM, SINKS, SUMMED> results = {output, lse, query};
+  for (int at = threadIdx.x; at < heads * COUNT; at += 32 * WARPS) {
+    const int own = at / COUNT, dim = at % COUNT;
+    const float* one = shared + own * (COUNT + 2);
     float most = NO_SCORE, value = 0, sum = 0;
 #pragma unroll
-    for (int w = 0; w < TURNS; w++) most = max(most, one[w * WARP_FLOATS + DIM]);
+    for (int w = 0; w < TURNS; w++) most = max(most, one[w * WARP_FLOATS + COUNT]);
 #pragma unroll
     for (int w = 0; w < TURNS; w++) {
-      const float by = exp2f(one[w * WARP_FLOATS + DIM] - most);
-      value += by * one[w * WARP_FLOATS + dim], sum += by * one[w * WARP_FLOATS + DIM + 1];
+      const float by = exp2f(one[w * WARP_FLOATS + COUNT] - most);
+      value += by * one[w * WARP_FLOATS + dim], sum += by * one[w * WARP_FLOATS + COUNT + 1];
     }
     if (splits == 1) {
       output[(row + own) * DIM + dim] = T(value * results.finish(row + own, most, sum, position < length, dim == 0));
     } else {
       const long long place = (static_cast<long long>(sequence) * splits + part) * HEADS + head + own;
-      parts[place * DIM + dim] = value;
+      parts[place * COUNT + dim] = value;
       if (dim == 0) sums[2 * place] = most, sums[2 * place + 1] = sum;
     }
   }

@@ -25,14 +25,14 @@ __device__ __forceinline__ RowsOfSequence rows_of(const int* starts, int n, int 
 // Rows from `first` on of a sequence's `tokens` new ones, which begin at `start` of query [n, HEADS, DIM] and positions
 // [n], over `length` keys, of which the first is at position `offset`. `causal`: the last key is that of the last token.
 // PAGED: keys are in the cache, and positions say which of them a window has; else they are those of the new tokens.
-template <class T, int DIM, int HEADS, int KV_HEADS, int TILES, int WINDOW, bool CHUNKED, bool SINKS, bool PAGED,
-          class Source>
+template <class T, int DIM, int HEADS, int KV_HEADS, int TILES, int WINDOW, bool CHUNKED, bool SINKS, int SUMMED,
+          bool PAGED, class Source>
 __device__ __forceinline__ void attend(T* output, float* lse, const T* query, const int* positions, const Source& source,
                                        const Scoring& scoring, bool causal, int offset, int start, int tokens, int length,
                                        int kv_head, int first) {
-  constexpr int GROUP = HEADS / KV_HEADS, COUNT = SHARING * TILES;
-  const int lane = threadIdx.x % 32, part = threadIdx.x / 32 % PARTS<DIM>;
-  const int begin = first + threadIdx.x / 32 / PARTS<DIM> * COUNT, left = min(COUNT, tokens * GROUP - begin);
+  constexpr int GROUP = HEADS / KV_HEADS, COUNT = SHARING * TILES, SHARED = PARTS<SUMS<DIM, SUMMED>>;
+  const int lane = threadIdx.x % 32, part = threadIdx.x / 32 % SHARED;
+  const int begin = first + threadIdx.x / 32 / SHARED * COUNT, left = min(COUNT, tokens * GROUP - begin);
   if (left <= 0) return;
   const auto place = [&](int r) {
     return static_cast<long long>(start + (begin + r) / GROUP) * HEADS + kv_head * GROUP + (begin + r) % GROUP;
@@ -47,7 +47,7 @@ __device__ __forceinline__ void attend(T* output, float* lse, const T* query, co
   const auto end_of = [&](int r) {
     return causal ? min(length, length - tokens + (begin + r) / GROUP + 1) : length;
   };
-  Rows<T, DIM, TILES> rows;
+  Rows<T, DIM, TILES, SUMMED> rows;
   rows.lane = lane, rows.part = part;
   rows.begin([&](int r) { return r < left ? query + place(r) * DIM : nullptr; });
 #pragma unroll
@@ -71,7 +71,7 @@ __device__ __forceinline__ void attend(T* output, float* lse, const T* query, co
   }
   const int to = (end_of(left - 1) + KEYS - 1) / KEYS;
   rows.run(source, scoring, least / KEYS, to, 1, largest, end_of(0));
-  const Results<T, DIM, SINKS> results = {output, lse, query};
+  const Results<T, DIM, SINKS, SUMMED> results = {output, lse, query};
 #pragma unroll
   for (int t = 0; t < TILES; t++)
 #pragma unroll
@@ -87,38 +87,40 @@ __device__ __forceinline__ void attend(T* output, float* lse, const T* query, co
 #pragma unroll
         for (int k = 0; k < 4; k++)
           words[k] = Pairs<T>::of(rows.sum(t, i, j, 2 * k) * by, rows.sum(t, i, j, 2 * k + 1) * by);
-        if (rows.FULL || dim < DIM)
+        if (rows.FULL || dim < rows.COUNT)
           *reinterpret_cast<uint4*>(output + place(r) * DIM + dim) = make_uint4(words[0], words[1], words[2], words[3]);
       }
     }
 }
 
-template <class T, int DIM, int HEADS, int KV_HEADS, int WARPS, int TILES, int WINDOW, bool CHUNKED, bool SINKS>
+template <class T, int DIM, int HEADS, int KV_HEADS, int WARPS, int TILES, int WINDOW, bool CHUNKED, bool SINKS,
+          int SUMMED = 0>
 __device__ __forceinline__ void prefill_attention(T* output, float* lse, const T* query, const int* starts, const T* pages,
                                                   const int* page_starts, const int* numbers, const int* lengths,
                                                   const int* offsets, const int* positions, int causal, float scale,
                                                   float cap, float bias, int n, int tile, int kv_head) {
-  const RowsOfSequence rows = rows_of<WARPS / PARTS<DIM> * TILES * SHARING, HEADS / KV_HEADS>(starts, n, tile);
+  const RowsOfSequence rows = rows_of<WARPS / PARTS<SUMS<DIM, SUMMED>> * TILES * SHARING, HEADS / KV_HEADS>(starts, n, tile);
   if (rows.sequence >= n) return;
   const int start = starts[rows.sequence], length = cached_tokens(page_starts, lengths, rows.sequence);
-  const Pages<T, DIM, KV_HEADS> source(pages, numbers + page_starts[rows.sequence], kv_head, length);
-  attend<T, DIM, HEADS, KV_HEADS, TILES, WINDOW, CHUNKED, SINKS, true>(
+  const Pages<T, DIM, KV_HEADS, SUMMED> source(pages, numbers + page_starts[rows.sequence], kv_head, length);
+  attend<T, DIM, HEADS, KV_HEADS, TILES, WINDOW, CHUNKED, SINKS, SUMMED, true>(
       output, lse, query, positions, source, {scale, cap, bias}, causal > 0, offsets[rows.sequence], start,
       starts[rows.sequence + 1] - start, length, kv_head, rows.first);
 }
 
-template <class T, int DIM, int HEADS, int KV_HEADS, int WARPS, int TILES, int WINDOW, bool CHUNKED, bool SINKS>
+template <class T, int DIM, int HEADS, int KV_HEADS, int WARPS, int TILES, int WINDOW, bool CHUNKED, bool SINKS,
+          int SUMMED = 0>
 __device__ __forceinline__ void new_tokens_attention(T* output, float* lse, const T* query, const int* starts,
                                                      const T* keys, const T* values, const int* key_starts,
                                                      const int* positions, int causal, float scale, float cap, float bias,
                                                      int n, int tile, int kv_head) {
-  const RowsOfSequence rows = rows_of<WARPS / PARTS<DIM> * TILES * SHARING, HEADS / KV_HEADS>(starts, n, tile);
+  const RowsOfSequence rows = rows_of<WARPS / PARTS<SUMS<DIM, SUMMED>> * TILES * SHARING, HEADS / KV_HEADS>(starts, n, tile);
   if (rows.sequence >= n) return;
   const int start = starts[rows.sequence], key_start = key_starts[rows.sequence];
   const int length = key_starts[rows.sequence + 1] - key_start;
-  const long long place = (static_cast<long long>(key_start) * KV_HEADS + kv_head) * DIM;
-  const NewTokens<T, DIM, KV_HEADS> source = {keys + place, values + place, length};
-  attend<T, DIM, HEADS, KV_HEADS, TILES, WINDOW, CHUNKED, SINKS, false>(
+  const long long place = (static_cast<long long>(key_start) * KV_HEADS + kv_head) * (SUMMED > 0 ? DIM / 2 : DIM);
+  const NewTokens<T, DIM, KV_HEADS, SUMMED> source = {keys + place, values + place, length};
+  attend<T, DIM, HEADS, KV_HEADS, TILES, WINDOW, CHUNKED, SINKS, SUMMED, false>(
       output, lse, query, positions, source, {scale, cap, bias}, causal > 0, 0, start, starts[rows.sequence + 1] - start,
       length, kv_head, rows.first);
 }

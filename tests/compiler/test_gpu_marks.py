@@ -1,4 +1,4 @@
-"""What products of few rows on devices other than CUDA's are measured by: loads, instructions, barriers."""
+"""What decoding on devices other than CUDA's is measured by: loads, instructions, barriers."""
 
 from __future__ import annotations
 

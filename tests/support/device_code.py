@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,9 @@ from typing import Any
 _HOST = {"kind": "llvm", "mtriple": "x86_64-linux-gnu"}
 
 
-_SCRIPT = SimpleNamespace(int32=int, int64=int, Cast=lambda dtype, value: int(value), min=min, max=max)
+_SCRIPT = SimpleNamespace(
+    int32=int, int64=int, Cast=lambda dtype, value: int(value), min=min, max=max, Div=operator.floordiv
+)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def marks(function: Any, matrix: str) -> Marks:
         found.instructions += _count(each.value)
     for each in nodes(loop.body, tirx.Bind):
         found.instructions += _count(each.value)
-    found.barriers, found.looped = _barriers(function.body), _barriers(loop.body)
+    found.barriers, found.looped = barriers(function.body), barriers(loop.body)
     return found
 
 
@@ -53,7 +53,8 @@ def _reads(node: Any, matrix: str) -> bool:
     return any(load.source.name == matrix for load in nodes(node, ir.TensorLoad))
 
 
-def _barriers(body: Any) -> int:
+def barriers(body: Any) -> int:
+    """How many there are in the text of a kernel."""
     calls = [call for call in nodes(body, ir.Call) if getattr(call.op, "name", "") == "tirx.tvm_storage_sync"]
     return len(calls)
 

@@ -21,22 +21,22 @@ def widened(functions: IRModule) -> IRModule:
 
 def kernel(function: tirx.PrimFunc) -> tirx.PrimFunc:
     """One of them."""
-    buffers: dict[Any, list[Any]] = {}
+    memory: dict[Any, Any] = {}  # by buffer: the parameter that it is
     for declared in nodes(function.body, tirx.DeclBuffer):
-        buffers.setdefault(declared.data, []).append(declared.buffer)
-    stored = {store.buffer for store in nodes(function.body, tirx.BufferStore)}
-    loads: dict[Any, list[Any]] = {}
+        data = declared.data.args[0] if isinstance(declared.data, ir.Call) else declared.data
+        memory[declared.buffer] = memory.get(data, data)  # one buffer may be another name for what a second one is
+    stored = {memory.get(store.buffer) for store in nodes(function.body, tirx.BufferStore)}
+    loads: dict[Any, dict[Any, list[Any]]] = {}  # by parameter and buffer
     for load in nodes(function.body, ir.TensorLoad):
-        loads.setdefault(load.source, []).append(load)
+        loads.setdefault(memory.get(load.source), {}).setdefault(load.source, []).append(load)
     changed = {}
     for param in function.params:
-        (buffer, *others) = buffers.get(param, [None])
-        if buffer is None or others or buffer in stored:
-            continue
-        lanes = _lanes(loads.get(buffer, []))
-        if lanes > 1:
-            changed[param] = _of_vectors(param, buffer, lanes)
-    return _rewritten(function, changed) if changed else function
+        if param in loads and param not in stored and len(loads[param]) == 1:
+            ((buffer, read),) = loads[param].items()
+            lanes = _lanes(read)
+            if lanes > 1:
+                changed[param] = _of_vectors(param, buffer, lanes)
+    return _rewritten(function, changed, memory) if changed else function
 
 
 def _lanes(loads: list[Any]) -> int:
@@ -54,14 +54,14 @@ def _multiple(index: Any, lanes: int) -> bool:
     return bool(index.stride == 1 and found.coeff % lanes == 0 and found.base % lanes == 0)
 
 
-def _of_vectors(param: Any, buffer: Any, lanes: int) -> Any:
-    """Such a buffer in the place of `buffer`, with a parameter of its own."""
+def _of_vectors(param: Any, buffer: Any, lanes: int) -> tuple[Any, Any, Any, int]:
+    """Such a buffer, a parameter for it, the buffer in whose place it is, and the numbers of its vectors."""
     dtype = f"{buffer.ty.dtype}x{lanes}"
     data = tirx.Var(param.name, ir.PointerType(ir.PrimType(dtype), "global"))
     return tirx.decl_buffer((buffer.ty.shape[0] // lanes,), dtype, buffer.name, data=data), data, buffer, lanes
 
 
-def _rewritten(function: tirx.PrimFunc, changed: dict[Any, Any]) -> tirx.PrimFunc:
+def _rewritten(function: tirx.PrimFunc, changed: dict[Any, Any], memory: dict[Any, Any]) -> tirx.PrimFunc:
     by_buffer = {old: (new, data, lanes) for new, data, old, lanes in changed.values()}
 
     def load(node: Any) -> Any:
@@ -75,10 +75,10 @@ def _rewritten(function: tirx.PrimFunc, changed: dict[Any, Any]) -> tirx.PrimFun
         return tirx.BufferLoad(new, [index])
 
     def declare(node: Any) -> Any:
-        if node.buffer not in by_buffer:
-            return node
-        new, data, _ = by_buffer[node.buffer]
-        return tirx.DeclBuffer(new, data=data)
+        if node.buffer in by_buffer:
+            new, data, _ = by_buffer[node.buffer]
+            return tirx.DeclBuffer(new, data=data)
+        return tirx.Evaluate(0) if memory[node.buffer] in changed else node  # a name that nothing is read by
 
     body = tvm_ffi.structural_map(function.body, [(ir.TensorLoad, load), (tirx.DeclBuffer, declare)])
     params = [changed[param][1] if param in changed else param for param in function.params]

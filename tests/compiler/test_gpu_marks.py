@@ -8,10 +8,11 @@ import pytest
 
 from mlcbuild.compiler.gpu import products, vector_rows, wide_buffers
 from mlcbuild.quantization.schemes import parts
+from tests.compiler.test_gpu_attention import Attention, Shape
 from tests.support import device_code
 from tests.support.gpus import DEVICES, Gpu
 from tests.support.llama import QUANTIZATIONS
-from tests.support.tir_marks import Marks, marks
+from tests.support.tir_marks import Marks, barriers, marks
 
 pytestmark = pytest.mark.slow
 
@@ -80,3 +81,15 @@ def test_loads_as_each_language_writes_them() -> None:
     assert "uint4 words = vload4(0, q_weight_ptr + " in texts["opencl"]
     assert "var<storage, read> q_weight_ptr : array<vec4<u32>>;" in texts["wgsl"]
     assert "let words : vec4<u32> = q_weight_ptr[" in texts["wgsl"]
+
+
+@pytest.mark.parametrize("gpu", OTHERS[::2], ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize(("heads", "keys"), [(32, 128), (64, 64)])  # query heads; keys of a step
+def test_decoding_over_cached_pages(gpu: Gpu, heads: int, keys: int) -> None:
+    """Six barriers to a step of keys, whose loads are vectors: of keys eight or four on their way, of values four."""
+    first, joining = device_code.device_functions(Attention(gpu, Shape(128, heads, 8)).decode, gpu.TARGET)
+    if gpu.kind in ("webgpu", "vulkan"):
+        first = wide_buffers.kernel(first)
+    found = marks(first, "flat")
+    assert (found.looped, found.of("flat")) == (6, {8: keys // 16 + 4})
+    assert not barriers(joining.body)

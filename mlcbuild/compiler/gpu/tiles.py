@@ -17,13 +17,18 @@ _PAGE = 16  # tokens
 _MEMORY = "max_shared_memory_per_block"
 
 
+def shared_memory(device: target.Target) -> int:
+    """Bytes of a block."""
+    return int(device.attrs.get(_MEMORY, 32768))
+
+
 def fitting(structure: Structure, dtype: str, device: target.Target) -> tuple[target.Target, bool]:
     """The target for which TVM's prefill kernels have tiles that `device` has shared memory for, and whether they fit.
 
     TVM fits tiles to the memory for Metal alone; elsewhere they may be larger, or divide by no number of threads. Where
     none fits (float32, from head_dim 340 on, in 32 KB), one does without its values. Raises MlcBuildError otherwise.
     """
-    s, most = structure, int(device.attrs.get(_MEMORY, 32768))
+    s, most = structure, shared_memory(device)
     metal = {"kind": "metal", "max_threads_per_block": tvm_kernels.get_max_num_threads_per_block(device)}
     fitted = ((more, target.Target({**metal, _MEMORY: most + more})) for more in range(0, most, 1024))
     for more, each in chain([(0, device)], fitted):

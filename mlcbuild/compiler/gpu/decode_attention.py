@@ -62,6 +62,13 @@ def decode(structure: Structure, dtype: str, slope: Callable[[Any], Any], most_s
         key = tirx.min(key, tirx.min(left, step) - 1)
         return (origin + places[key // _PAGE] + key % _PAGE * columns) * 4
 
+    def weight(weights: Any, first: Any, key: Any) -> Any:
+        """What a step's key has of the softmax; nothing where there is no such key."""
+        return tirx.if_then_else(key < step, weights[first + tirx.min(key, step - 1)], float32(0))
+
+    def vector(buffer: Any, at: Any) -> Any:
+        return tirx.BufferLoad(buffer, [tirx.Ramp(at, 1, 4)])
+
     def score(total: Any, head: Any, distance: Any) -> Any:
         if cap is not None:  # tanh(x) = 1 - 2 / (exp(2 x) + 1), bounded above
             power = tirx.exp2(tirx.min(total * float32(2 / cap), float32(100)))
@@ -166,15 +173,13 @@ def decode(structure: Structure, dtype: str, slope: Callable[[Any], Any], most_s
                         for i in range((own * padded + _THREADS - 1) // _THREADS):
                             at: T.let[T.int32] = i * _THREADS + tx
                             if at < own * padded:
-                                query[at] = T.if_then_else(
-                                    at % padded < dim,
-                                    T.cast(
-                                        Q[bx, T.min(head + at // padded, heads - 1), T.min(at % padded, dim - 1)],
-                                        "float32",
-                                    )
-                                    * (T.abs(sm_scale) * T.float32(math.log2(math.e))),
-                                    T.float32(0),
+                                number = T.meta_var(
+                                    Q[bx, T.min(head + at // padded, heads - 1), T.min(at % padded, dim - 1)]
                                 )
+                                scaled = T.meta_var(
+                                    T.cast(number, "float32") * (T.abs(sm_scale) * T.float32(math.log2(math.e)))
+                                )
+                                query[at] = T.if_then_else(at % padded < dim, scaled, T.float32(0))
                         for g in T.unroll(own):
                             most[g] = T.float32(_NONE)
                             total[g] = T.float32(0)
@@ -192,22 +197,14 @@ def decode(structure: Structure, dtype: str, slope: Callable[[Any], Any], most_s
                             for i in range(across // pair):
                                 for u in T.unroll(pair):
                                     for j in T.unroll(each):
-                                        keys[u * each + j] = T.Cast(
-                                            "float32x4",
-                                            flat[
-                                                T.ramp(
-                                                    place(origin, places, end - base, slot + j * (_THREADS // _LANES))
-                                                    + T.min(lane + (i * pair + u) * _LANES, columns - 1) * 4,
-                                                    1,
-                                                    4,
-                                                )
-                                            ],
-                                        )
+                                        keys[u * each + j] = vector(
+                                            flat,
+                                            place(origin, places, end - base, slot + j * (_THREADS // _LANES))
+                                            + T.min(lane + (i * pair + u) * _LANES, columns - 1) * 4,
+                                        ).astype("float32x4")
                                 for u in T.unroll(pair):
                                     for g in T.unroll(own):
-                                        factor[0] = query[
-                                            T.ramp(g * padded + (lane + (i * pair + u) * _LANES) * 4, 1, 4)
-                                        ]
+                                        factor[0] = vector(query, g * padded + (lane + (i * pair + u) * _LANES) * 4)
                                         for j in T.unroll(each):
                                             for d in T.unroll(4):
                                                 part[g * each + j] = part[g * each + j] + T.Shuffle(
@@ -215,20 +212,17 @@ def decode(structure: Structure, dtype: str, slope: Callable[[Any], Any], most_s
                                                 ) * T.Shuffle([factor[0]], [d])
                             for g in T.unroll(own):
                                 for j in T.unroll(each):
-                                    exchange[(g * _LANES + lane) * step + slot + j * (_THREADS // _LANES)] = part[
-                                        g * each + j
-                                    ]
+                                    at = T.meta_var((g * _LANES + lane) * step + slot + j * (_THREADS // _LANES))
+                                    exchange[at] = part[g * each + j]
                             T.tvm_storage_sync("shared")
+                            seen = T.meta_var(T.And(base + tx < end, base + tx >= first))
                             if tx < step:
                                 for g in T.unroll(own):
                                     one[0] = T.float32(0)
                                     for i in T.unroll(_LANES):
                                         one[0] = one[0] + exchange[(g * _LANES + i) * step + tx]
-                                    scores[g * step + tx] = T.if_then_else(
-                                        T.And(base + tx < end, base + tx >= first),
-                                        score(one[0], head + g, back - (base + tx)),
-                                        T.float32(_NONE),
-                                    )
+                                    value = T.meta_var(score(one[0], head + g, back - (base + tx)))
+                                    scores[g * step + tx] = T.if_then_else(seen, value, T.float32(_NONE))
                             T.tvm_storage_sync("shared")
                             one[0] = T.float32(_NONE)
                             for i in T.unroll(length_of_segment):
@@ -244,44 +238,25 @@ def decode(structure: Structure, dtype: str, slope: Callable[[Any], Any], most_s
                                 total[g] = total[g] * one[1]
                                 sums[g] = sums[g] * T.Broadcast(one[1], 4)
                                 if tx < step:
-                                    one[2] = T.if_then_else(
-                                        T.And(base + tx < end, base + tx >= first),
-                                        T.exp2(scores[g * step + tx] - one[0]),
-                                        T.float32(0),
-                                    )
+                                    value = T.meta_var(T.exp2(scores[g * step + tx] - one[0]))
+                                    one[2] = T.if_then_else(seen, value, T.float32(0))
                                     total[g] = total[g] + one[2]
                                     weights[g * step + tx] = one[2]
                             T.tvm_storage_sync("shared")
                             if turn < turns:
                                 for i in range(rounds):
                                     for u in T.unroll(_VALUES):
-                                        values[u] = T.Cast(
-                                            "float32x4",
-                                            flat[
-                                                T.ramp(
-                                                    place(origin, places, end - base, (i * _VALUES + u) * turns + turn)
-                                                    + (kv_heads * _PAGE * columns + column) * 4,
-                                                    1,
-                                                    4,
-                                                )
-                                            ],
-                                        )
+                                        values[u] = vector(
+                                            flat,
+                                            place(origin, places, end - base, (i * _VALUES + u) * turns + turn)
+                                            + (kv_heads * _PAGE * columns + column) * 4,
+                                        ).astype("float32x4")
                                     for u in T.unroll(_VALUES):
                                         for g in T.unroll(own):
-                                            sums[g] = (
-                                                sums[g]
-                                                + T.Broadcast(
-                                                    T.if_then_else(
-                                                        (i * _VALUES + u) * turns + turn < step,
-                                                        weights[
-                                                            g * step + T.min((i * _VALUES + u) * turns + turn, step - 1)
-                                                        ],
-                                                        T.float32(0),
-                                                    ),
-                                                    4,
-                                                )
-                                                * values[u]
+                                            share = T.meta_var(
+                                                weight(weights, g * step, (i * _VALUES + u) * turns + turn)
                                             )
+                                            sums[g] = sums[g] + T.Broadcast(share, 4) * values[u]
                         T.tvm_storage_sync("shared")
                         if turn < turns:
                             for g in T.unroll(own):
@@ -344,11 +319,8 @@ def decode(structure: Structure, dtype: str, slope: Callable[[Any], Any], most_s
                                 have[1] = have[1] + have[2] * parts[row + dim + 1]
                                 joined[0] = joined[0] + T.Broadcast(have[2], 4) * parts[T.ramp(row + tx * 4, 1, 4)]
                             have[2] = logarithm(have[0], have[1])
-                            have[3] = with_sink(
-                                have[2],
-                                Q[bx, by, dim - 1],
-                                q_rope_position[bx] - k_rope_pos_offset[bx] < length,
-                            )
+                            back = T.meta_var(q_rope_position[bx] - k_rope_pos_offset[bx])
+                            have[3] = with_sink(have[2], Q[bx, by, dim - 1], back < length)
                             have[4] = T.exp2(have[2] - have[3]) / T.max(have[1], T.float32(1e-30))
                             for d in T.unroll(4):
                                 output[bx, by, tx * 4 + d] = T.cast(T.Shuffle([joined[0]], [d]) * have[4], dtype)

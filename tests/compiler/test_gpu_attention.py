@@ -148,8 +148,23 @@ class Attention:
             scalars = {**scalars, "batch_size": scalars["B"], "total_len": scalars["B"]}
         rows = (arrays["q"] if "q" in arrays else arrays["Q"]).shape
         empty: dict[str, Array] = {"output": np.zeros(rows, self.shape.dtype), "lse": np.zeros(rows[:2], np.float32)}
-        empty |= {"parts": np.zeros(1, np.float32), "sums": np.zeros(1, np.float32)}  # of CUDA's: there is one part
-        found = self.gpu.launch(function, 0, {**given, **empty}, {**SCALARS, **offsets, **scalars})
+        empty |= {"parts": np.zeros(1, np.float32), "sums": np.zeros(1, np.float32)}  # there is one part
+        scalars = {**SCALARS, **offsets, **scalars}
+        found = self.gpu.launch(function, 0, {**given, **empty}, scalars)
+        return found["output"], found["lse"]
+
+    def run_in_parts(self, arrays: dict[str, Array], scalars: dict[str, Any], count: int) -> tuple[Array, Array]:
+        """Decoding by two kernels, the second of which joins `count` parts."""
+        scalars = {**SCALARS, **{f"{name}_elem_offset": 0 for name in OFFSETS}, **scalars}
+        batch, heads, dim = arrays["Q"].shape
+        empty: dict[str, Array] = {
+            "output": np.zeros((batch, heads, dim), self.shape.dtype),
+            "lse": np.zeros((batch, heads), np.float32),
+            "parts": np.full(batch * count * heads * (dim + 4) + 4, np.nan, np.float32),
+        }
+        given = {**arrays, **empty}
+        given["parts"] = self.gpu.launch(self.decode, 0, given, scalars)["parts"]
+        found = self.gpu.launch(self.decode, 1, given, scalars)
         return found["output"], found["lse"]
 
 
@@ -249,6 +264,49 @@ def test_one_token_over_cached_pages(attended: Attention) -> None:
         sizes = {"B": 2, "nnz_pages": 4, "max_num_pages": 6, "sm_scale": scale}
         got = attended.run(attended.decode, arrays, sizes)
         check_cached(shape, arrays, [*enumerate(map(int, positions))], scale, got)
+
+
+PARTS = (
+    Shape(64, 6, 2, window=100),
+    Shape(128, 9, 1, cap=0.5, sinks=True),
+    Shape(80, 2, 1, "float32", bias=8.0),
+    Shape(256, 2, 2),
+)
+
+
+@pytest.mark.parametrize("shape", PARTS, ids=str)
+def test_one_token_over_keys_in_parts(gpu: Gpu, shape: Shape) -> None:
+    """Two sequences with 600 and 40 keys: three parts, of which the second one fills one only."""
+    if gpu.kind == "cuda":
+        pytest.skip("joins parts in the block that ends last: tests/emulation")
+    lengths, pages = (600, 40), (38, 3)
+    numbers = np.random.default_rng(2).permutation(66)[: sum(pages)].astype(np.int32)
+    arrays = {
+        "Q": shape.numbers(5, 2, shape.heads, shape.dim),
+        "pages": shape.numbers(3, 66, 2, shape.kv_heads, PAGE, shape.dim),
+        "page_table_indptr": np.array([0, pages[0], sum(pages)], np.int32),
+        "page_table_values": numbers,
+        "length_info": np.array(
+            [length - (count - 1) * PAGE for length, count in zip(lengths, pages, strict=True)], np.int32
+        ),
+        "k_rope_pos_offset": np.array([30, 0], np.int32),
+        "q_rope_position": np.array([629, 39], np.int32),
+    }
+    attended = Attention(gpu, shape)
+    for scale in shape.scales:
+        # The number of pages is only what decides how many parts there are.
+        sizes = {"B": 2, "nnz_pages": 3 * 32, "max_num_pages": 66, "sm_scale": scale}
+        arrays["page_table_values"] = np.resize(numbers, 3 * 32)
+        output, lse = attended.run_in_parts(arrays, sizes, 3)
+        for b in range(2):
+            first = max(0, lengths[b] - (shape.window or 0)) if scale < 0 else 0
+            slots = [(numbers[b * pages[0] + p // PAGE], p % PAGE) for p in range(first, lengths[b])]
+            k, v = (np.stack([arrays["pages"][page, side, :, slot] for page, slot in slots]) for side in (0, 1))
+            for head in range(shape.heads):
+                kv = head * shape.kv_heads // shape.heads
+                expected, total = shape.row(arrays["Q"][b, head], k[:, kv], v[:, kv], abs(scale), head)
+                assert np.abs(output[b, head] - expected).max() < shape.bound
+                assert shape.bias is not None or abs(lse[b, head] - total) < 1e-3
 
 
 @pytest.mark.parametrize(

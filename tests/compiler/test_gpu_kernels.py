@@ -58,14 +58,16 @@ def test_a_product_with_open_rows(gpu: Gpu, rng: np.random.Generator) -> None:
 def check_products(
     gpu: Gpu, rng: np.random.Generator, name: str, n: int, k: int, known: Any, lengths: tuple[int, ...], dtype: str
 ) -> None:
-    """`known`: the matrix's rows, or the name that stands for them. The third length is that of CUDA's own function."""
+    """`known`: the matrix's rows, or the name that stands for them. `lengths`: of CUDA's functions; see `few`."""
     described, arrays, values = matrix(rng, name, n, k)
     opened = tuple((part, (known, *shape[1:]) if known != n else shape, of) for part, shape, of in described)
     wide = gpu.kind == "metal"
     function = gpu.scheduled(
         products.linear(opened, QUANTIZATIONS[name].weights, known, k, dtype, "float32", wide=wide)
     )
-    for which, length in enumerate(lengths if len(gpu.kernels(function)) > 3 else (*lengths[:2], lengths[-1])):
+    few = lengths[:3] if gpu.kind == "cuda" else (1, 3, 7)
+    count = len(gpu.kernels(function))
+    for which, length in enumerate((*few, lengths[-1]) if count > 3 else (*lengths[:2], lengths[-1])):
         x = rounded(floats(rng, length, k), dtype)
         given = {"x": x.astype(dtype), **arrays, "product": np.zeros((length, n), np.float32)}
         got = gpu.launch(function, which, given, {"n": length, "rows": n})["product"]

@@ -12,6 +12,7 @@ from tvm import relax, target, tirx
 
 from mlcbuild.compiler import assemble
 from mlcbuild.compiler.gpu import lower, tiles
+from mlcbuild.compiler.gpu.build import wide_wgsl
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.architecture import resolve
 from mlcbuild.models.structure import Structure
@@ -144,6 +145,7 @@ def test_every_kernel_of_a_model_is_valid_wgsl(stories: Structure, quantization:
     import tvm
     from tvm import relax, target, transform
 
+    wide_wgsl()
     module = lower.lower(stories, llama.QUANTIZATIONS[quantization], quantization, wgsl.TARGET)
     both = target.Target(wgsl.TARGET, host={"kind": "llvm", "mtriple": "x86_64-linux-gnu"})
     with both, transform.PassContext(config={"tirx.disable_cse_tir": True}):

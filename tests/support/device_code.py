@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,9 @@ from typing import Any
 _HOST = {"kind": "llvm", "mtriple": "x86_64-linux-gnu"}
 
 
-_SCRIPT = SimpleNamespace(int32=int, int64=int, Cast=lambda dtype, value: int(value), min=min, max=max)
+_SCRIPT = SimpleNamespace(
+    int32=int, int64=int, Cast=lambda dtype, value: int(value), min=min, max=max, Div=operator.floordiv
+)
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,11 @@ def device_functions(function: Any, device: Mapping[str, Any]) -> list[Any]:
     import tvm
 
     found: list[Any] = []
+    none = tvm.get_global_func("target.build.opencl")  # a module without a kernel in it
 
     def take(module: Any, target: Any) -> Any:
         found.extend(module.functions.values())
-        return tvm.get_global_func("target.build.opencl")(tvm.IRModule({}), tvm.target.Target("opencl"))
+        return none(tvm.IRModule({}), tvm.target.Target("opencl"))
 
     with _generator(str(device["kind"]), take):
         _compiled(function, device)
@@ -43,13 +47,15 @@ def source(function: Any, device: Mapping[str, Any]) -> tuple[str, dict[str, Blo
     """The kernels' source, and by their names, in their order, what a block of each is."""
     import tvm
 
+    from mlcbuild.compiler.gpu import wide_buffers
+
     kind, blocks = str(device["kind"]), dict[str, Block]()
     generate = tvm.get_global_func(f"target.build.{kind}")
 
     def take(module: Any, target: Any) -> Any:
         for each in module.functions.values():
             blocks[str(each.attrs["global_symbol"])] = _block(each, int(device["max_shared_memory_per_block"]))
-        return generate(module, target)
+        return generate(wide_buffers.widened(module) if kind == "webgpu" else module, target)
 
     with _generator(kind, take):
         made = _compiled(function, device)

@@ -18,7 +18,7 @@ from tvm.relax.frontend.nn.llm import kv_cache as tvm_kv_cache
 from tvm.script import tirx as T
 
 from mlcbuild.compiler.abi.kv_cache import Kernels
-from mlcbuild.compiler.gpu import cuda_attention, latent_attention, tiles
+from mlcbuild.compiler.gpu import cuda_attention, decode_attention, latent_attention, tiles, vector_rows
 from mlcbuild.compiler.gpu.rewriting import arguments, expect, index_of, is_length, mapped, nodes, variable
 from mlcbuild.compiler.gpu.rope import split_rotary
 from mlcbuild.models.rope import Rotary
@@ -57,6 +57,9 @@ def kernels(structure: Structure, dtype: str, device: target.Target) -> tuple[An
     prefill = tvm_kv_cache._attention_prefill(kv_heads, heads, dim, dtype, False, _NO_SCALING, fitting)
     if not whole:
         ragged, prefill = map(tiles.without_values, (ragged, prefill))
+    if device.kind.name in vector_rows.KINDS:
+        decode = decode_attention.decode(s, dtype, functools.partial(_power_slope, s), tiles.shared_memory(device))
+        return _changed(ragged, s), _changed(prefill, s), decode
     decode = tvm_kv_cache._attention_decode(kv_heads, heads, dim, dtype, False, _NO_SCALING, device)
     return _changed(ragged, s), _changed(prefill, s), _changed(decode, s)
 
@@ -283,6 +286,11 @@ def _biased(function: Any, structure: Structure, largest: float) -> Any:
     body = mapped(function.body, *((tirx.IfThenElse, decode) if decoding else (tirx.BufferStore, prefill)))
     expect(changes, 1, "a score is stored in S_smem or S_local")
     return function.with_body(body)
+
+
+def _power_slope(structure: Structure, head: Any) -> Any:
+    """A head's slope of scores that are powers of two."""
+    return _slope(head, structure.num_attention_heads, structure.alibi_bias_max or 0.0) * _float(math.log2(math.e))
 
 
 def _slope(head: Any, heads: int, largest: float) -> Any:

@@ -52,6 +52,8 @@ def build(
     if kind == "rocm":
         _answer("tvm_callback_rocm_bitcode_path", lambda *_: [], [])  # no libraries for the device
         _answer("tvm_callback_rocm_link", lambda code, *_: _link_rocm(bytes(code), scratch), compiled)
+    if kind == "webgpu":
+        wide_wgsl()
     module = canonical.from_text(lowered.read_text(encoding="utf-8"))
     if prefix:
         module = static.with_prefix(module, prefix)
@@ -81,6 +83,23 @@ def _link_rocm(object_code: bytes, scratch: Path) -> bytes:
     source.write_bytes(object_code)
     run_zig(["ld.lld", "-shared", "--no-undefined", "-o", str(output), str(source)], scratch / "zig")
     return output.read_bytes()
+
+
+def wide_wgsl() -> None:
+    """From now on, TVM's generator of WGSL is given kernels with buffers of vectors."""
+    from mlcbuild.compiler.gpu import wide_buffers
+
+    generate = _tvm_wgsl()
+    _answer("target.build.webgpu", lambda functions, target: generate(wide_buffers.widened(functions), target), [])
+
+
+@functools.cache
+def _tvm_wgsl() -> Callable[..., Any]:
+    """TVM's own, before another takes its place."""
+    from tvm import get_global_func
+
+    found: Callable[..., Any] = get_global_func("target.build.webgpu")
+    return found
 
 
 def _answer(name: str, function: Callable[..., Any], answers: list[Any]) -> None:

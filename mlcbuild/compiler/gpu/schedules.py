@@ -12,7 +12,7 @@ from typing import Any
 from tvm import IRModule, s_tir, tirx
 from tvm.s_tir import dlight
 
-from mlcbuild.compiler.gpu import cuda_fused, cuda_many, cuda_prefetch, cuda_rows, metal, recurrent
+from mlcbuild.compiler.gpu import cuda_fused, cuda_many, cuda_prefetch, cuda_rows, metal, recurrent, vector_rows
 from mlcbuild.compiler.gpu.device import Device
 from mlcbuild.compiler.gpu.few_rows import few_rows
 from mlcbuild.compiler.gpu.inlining import blocks_of, scheduled
@@ -20,7 +20,7 @@ from mlcbuild.compiler.gpu.products import PRODUCT, STEP
 from mlcbuild.models import routers
 
 _EACH = (routers.BLOCK, recurrent.NARROW)  # blocks that dlight's reductions do not take: a thread for each value
-# Up to so many rows of x: a kernel whose blocks of threads take so many of them, or none but CUDA's function.
+# Up to so many rows of x: a kernel whose blocks of threads take so many of them, or none but a function of ours.
 FEW = tuple(zip(cuda_rows.COUNTS, (1, 4, None), strict=True))
 
 
@@ -63,22 +63,32 @@ def _product(function: tirx.PrimFunc) -> Any:
 def _linear(function: tirx.PrimFunc, device: Device, above: int) -> tirx.PrimFunc:
     product = _product(function)
     rows_of_x = product.iter_vars[0].dom.extent
-    step = int(function.attrs.get(STEP, 8))
     own = cuda_many.many_rows(function, product) if device.kind == "cuda" else []
     many = own[-1][1] if own else _many_rows(function, device)
     kernels = [(most, kernel) for most, kernel in own if most is not None]
-    for limit, count in reversed([few for few in FEW if few[0] > above]):
-        small = cuda_rows.few_rows(function, product, limit) if device.kind == "cuda" else None
-        if small is None and count is not None:
-            small = few_rows(function, device, count, step)
-        if small is not None:
-            kernels.append((limit, small))
+    kernels += [few for few in reversed(_few_rows(function, product, device)) if few[0] > above]
     body = many.body
     for most, kernel in kernels:
         body = tirx.IfThenElse(tirx.op.tvm_thread_invariant(rows_of_x <= most), kernel.body, body)
     body = s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", body))
     result = many.with_body(body)
     return result.with_attr("tirx.is_scheduled", True).with_attr("tirx.HoistIfThenElseExprWithBlock", 1)
+
+
+def _few_rows(function: tirx.PrimFunc, product: Any, device: Device) -> list[tuple[int, tirx.PrimFunc]]:
+    """Up to how many rows of x, and the kernel."""
+    if device.kind in vector_rows.KINDS:
+        found = [(most, vector_rows.few_rows(function, product, most)) for most in vector_rows.COUNTS]
+        if all(kernel is not None for _, kernel in found):
+            return found
+    kernels, step = [], int(function.attrs.get(STEP, 8))
+    for limit, count in FEW:
+        small = cuda_rows.few_rows(function, product, limit) if device.kind == "cuda" else None
+        if small is None and count is not None:
+            small = few_rows(function, device, count, step)
+        if small is not None:
+            kernels.append((limit, small))
+    return kernels
 
 
 def _many_rows(function: tirx.PrimFunc, device: Device) -> tirx.PrimFunc:

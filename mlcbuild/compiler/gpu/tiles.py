@@ -17,6 +17,11 @@ _PAGE = 16  # tokens
 _MEMORY = "max_shared_memory_per_block"
 
 
+def shared_memory(device: target.Target) -> int:
+    """Bytes of a block."""
+    return int(device.attrs.get(_MEMORY, 32768))
+
+
 def fitting(structure: Structure, dtype: str, device: target.Target) -> tuple[target.Target, bool]:
     """The target for which TVM's prefill kernels have tiles that `device` has shared memory for, and whether they fit.
 
@@ -27,7 +32,7 @@ def fitting(structure: Structure, dtype: str, device: target.Target) -> tuple[ta
     kv_heads, heads, dim = structure.num_key_value_heads, structure.num_attention_heads, structure.head_dim
     if structure.absorbed:
         kv_heads, dim = 1, 2 * structure.cache_heads[2]
-    most = int(device.attrs.get(_MEMORY, 32768))
+    most = shared_memory(device)
     metal = {"kind": "metal", "max_threads_per_block": tvm_kernels.get_max_num_threads_per_block(device)}
     fitted = ((more, target.Target({**metal, _MEMORY: most + more})) for more in range(0, most, 1024))
     for more, each in chain([(0, device)], fitted):

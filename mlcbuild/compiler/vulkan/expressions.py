@@ -113,10 +113,15 @@ class Expressions:
         return found
 
     def element(self, node: Any) -> Value:
-        """One lane of a vector."""
+        """One lane of a vector; or a vector of numbers."""
         vectors, indices = list(node.vectors), list(node.indices)
+        of = type_of(node.ty.dtype)
+        if of.lanes == len(vectors) > 1:
+            numbers = [self.expression(vectors[constant_of(index, "a lane")]) for index in indices]
+            if all(each.type == of.scalar for each in numbers):
+                return self.module.pure(Op.CompositeConstruct, of, *(each.id for each in numbers))
         if len(vectors) != 1 or len(indices) != 1:
-            raise MlcBuildError("a Shuffle of more than one lane")
+            raise MlcBuildError("a Shuffle of parts of vectors")
         value = self.expression(vectors[0])
         return self.module.pure(Op.CompositeExtract, value.type.scalar, value.id, constant_of(indices[0], "a lane"))
 

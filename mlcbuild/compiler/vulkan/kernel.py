@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mlcbuild.compiler.gpu import wide_buffers
 from mlcbuild.compiler.vulkan import arithmetic
 from mlcbuild.compiler.vulkan.expressions import Expressions, constant_of, type_of
 from mlcbuild.compiler.vulkan.opcodes import Op
@@ -46,7 +47,7 @@ def translate(function: Any, shared_memory: int) -> Kernel:
     """
     name = str(function.attrs["global_symbol"])
     try:
-        return _Translation(shared_memory).kernel(function, name)
+        return _Translation(shared_memory).kernel(wide_buffers.kernel(function), name)
     except MlcBuildError as error:
         raise MlcBuildError(f"kernel {name}: no SPIR-V can be made of {error}") from error
 

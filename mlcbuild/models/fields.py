@@ -9,12 +9,13 @@ import ast
 import functools
 import json
 import operator
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.config import is_above, is_number
+from mlcbuild.models.rule_functions import FUNCTIONS, MOST_LAYERS
 from mlcbuild.models.structure import BY_LAYER
 
 Values = Mapping[str, Any]
@@ -41,45 +42,6 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.NotIn: lambda item, of: item not in of,
 }
 
-
-def _same(value: Any) -> Any:
-    """The one value of a list that has it for every layer; any other value as it is."""
-    return value[0] if isinstance(value, list | tuple) and value and all(v == value[0] for v in value) else value
-
-
-def _others(count: int, without: Collection[int]) -> tuple[int, ...]:
-    """The layers below `count` that are not among `without`."""
-    return tuple(layer for layer in range(min(count, MOST_LAYERS + 1)) if layer not in without)
-
-
-def _at(value: Any, layer: int, other: Any) -> Any:
-    """What a list has for a layer, `other` where that is nothing; any other value as it is."""
-    if not isinstance(value, list | tuple):
-        return value
-    return other if layer >= len(value) or value[layer] is None else value[layer]
-
-
-def _place(item: Any, of: Collection[Any]) -> int:
-    """Where an item is among those of a list, each once and in order, counted from 1; 0 where it is not."""
-    return sorted({*of}).index(item) + 1 if item in of else 0
-
-
-def _first(value: Any) -> Any:
-    """The first of a list; any other value as it is."""
-    return value[0] if isinstance(value, list | tuple) and value else value
-
-
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "others": _others,
-    "int": int,
-    "min": min,
-    "max": max,
-    "len": len,
-    "same": _same,
-    "at": _at,
-    "place": _place,
-    "first": _first,
-}
 
 SIZES = (
     "hidden_size",
@@ -132,7 +94,7 @@ COUNTS = (
     "position_scale_length",
 )
 # What no model comes near. Layers and experts are gone through one by one, and every one has tensors of its own.
-MOST_LAYERS, MOST_EXPERTS = 4096, 500_000  # experts of all layers together
+MOST_EXPERTS = 500_000  # of all layers together
 LARGEST_HEAD, LARGEST_SIZE = 1 << 16, (1 << 31) - 1  # of and in heads; of all other sizes
 _MOST = {
     **dict.fromkeys((*SIZES, *COUNTS, "conv_kernel"), LARGEST_SIZE),
@@ -369,7 +331,7 @@ def evaluate(expression: object, names: Mapping[str, Any]) -> Any:
     except (SyntaxError, KeyError, ZeroDivisionError, OverflowError, TypeError, ValueError, IndexError) as error:
         raise MlcBuildError(
             f"cannot evaluate `{expression}` ({error}); it may use numbers, `+ - * / // % **`, comparisons, "
-            f"`and or not`, `a if b else c`, {', '.join(_FUNCTIONS)}, each_layer, "
+            f"`and or not`, `a if b else c`, {', '.join(FUNCTIONS)}, each_layer, "
             f"and the names {', '.join(sorted(names))}"
         ) from None
 
@@ -418,6 +380,6 @@ def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
         case ast.Call(func=ast.Name(id="each_layer"), args=[item], keywords=[]):
             layers = min(names["num_hidden_layers"], MOST_LAYERS + 1)  # more are refused once all is read
             return tuple(_value(item, {**names, "layer": layer}) for layer in range(layers))
-        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _FUNCTIONS:
-            return _FUNCTIONS[name](*(_value(arg, names) for arg in args))
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in FUNCTIONS:
+            return FUNCTIONS[name](*(_value(arg, names) for arg in args))
     raise SyntaxError(f"`{ast.unparse(node)}` is not allowed")

@@ -15,6 +15,11 @@ Else the KV cache is given whole keys and values. So every head has its own, and
 shorter ones end with zeros, or with a sink. Heads of a layer that has fewer stand apart, with the same keys and values
 in between. What is turned comes first in queries and keys, where the cache's rotary kernel turns it. Scores are the
 same in any order.
+
+A structure's fields: kv_lora_rank, q_lora_rank: widths of latents, 0: there are none. whole_keys: the KV cache has
+whole keys and values where it could have latents. long_latents: latents are multiplied with the root of hidden_size
+over their width once they are normed. latent_eps: of their norms. raw_query_latent: queries are made of the normed
+latent and, behind it, of the latent as it is.
 """
 
 from __future__ import annotations

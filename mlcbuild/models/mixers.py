@@ -10,6 +10,26 @@ rglru     a gated linear recurrence (De et al., arXiv 2402.19427)
 mlstm     a matrix memory with exponential gates (Beck et al., arXiv 2405.04517): keys of `size` numbers
 lightning a linear attention that fades by the same share at every token (Qin et al., arXiv 2401.04658)
 
+A structure's fields for them, and for what hybrids have around them:
+
+    state_heads       of state_head_dim channels, of which state_groups share their inputs
+    mixer_scale       hybrid: what a mixer is given is multiplied with, mixer_scales each part of its inputs (mamba2:
+                      gates, channels, B, C, steps), mixer_out_scale what it returns; attention_in_scale,
+                      attention_out_scale, gate_scale (gates of an MLP with matrices apart), mlp_out_scale likewise
+    convolutions      hybrid: tokens that each of two convolutions of queries and keys sees, which layers with attention
+                      have a state for, then (mlcbuild.models.hybrid.convolved)
+    decay_limit       kda: the least logarithm of a decay; None: there is none
+    residual_normed   hybrid: what attention and MLP are given is added to, and not x; kept_scale: of what is added to
+    attention_into_mixer  mamba2: attention of layers of type `both` is given x beside the embeddings, an MLP what it
+                      returns, and the mixer is given x + into_mixer(that): nothing of it is added to x (Zamba, arXiv
+                      2405.16712, 2411.15242). adapter_rank: of the differences of matrices that layers share
+    gate_softcapping  mlstm, c: gates of writing and keeping become c * tanh(gate / c). state_size is of a key there
+    beta_scale        delta: of the gates of writing; state_gate: the activation of the gate of what heads return;
+                      state_norm_first: of mamba2, whether the norm precedes the gate
+    state_size        mamba, mamba2: values that a channel keeps. conv_kernel: tokens that a convolution sees;
+                      time_step_rank: width of a low-rank product; time_step_limits: between which steps are kept;
+                      state_norm_eps: of norms over steps, B and C, None: none. mamba2 has num_key_value_heads groups
+
 What they compute is in mlcbuild.models.hybrid and mlcbuild.models.recurrent.state_space; here are their sizes.
 """
 

@@ -77,12 +77,10 @@ class Structure:
     joins             for each layer that begins a stack, the one whose input is added to its own, -1 for all others.
                       Such inputs are normed, without a weight, but layer 0's, to which a vector is added where a
                       parameter is `loop_start` (mlcbuild.models.entry_points)
-    streams           hidden states of a token, laurel_rank of a product beside attention (mlcbuild.models.streams).
-                      activation_sparsity: the part of an MLP's gates that is cut off. hyper: these are
-                      hyper-connections (mlcbuild.models.hyper), with hyper_magnitude and hyper_eps. mixture_rank: of
-                      hybrids with streams, width of the product that mixes them (mlcbuild.models.hybrid.residuals).
-                      ngram_table: which table of hashed n-grams a layer has, counted from 1, 0 for none; ngrams: what
-                      all have in common (mlcbuild.models.ngrams)
+    streams           hidden states of a token: mlcbuild.models.streams (with laurel_rank, and activation_sparsity, the
+                      part of an MLP's gates that is cut off), hyper (hyper_magnitude, hyper_eps), or of hybrids
+                      hybrid.residuals (mixture_rank: width of the product that mixes them)
+    ngrams            of tables of hashed n-grams, ngram_table: which a layer has, from 1 on, 0: none (models.ngrams)
     qk_norm           of queries and keys before they are turned: none; head: each head by the one weight; per_head: by
                       its own; all: all heads as one vector; unit: each head without a weight, in layers with rotary
                       positions only. Its kind is `norm`'s, with a bias where parameters play these roles.
@@ -101,12 +99,8 @@ class Structure:
     router_scale      what a router's logits are multiplied with, value_scale what values are
     by_layer          fields that layers differ in (BY_LAYER), each with its value in every layer. The structure's own
                       value is the largest
-    kv_lora_rank      width of the vector that a token's keys and values are made of (mlcbuild.models.latent, with
-                      q_lora_rank); 0: they are made of hidden states. whole_keys: whether the KV cache has whole keys
-                      and values nevertheless, and not latents (mlcbuild.models.absorbed)
-    long_latents      whether latents are multiplied with the root of hidden_size over their width once they are
-                      normed. latent_eps: of their norms. raw_query_latent: queries are made of the normed latent and,
-                      behind it, of the latent as it is
+    kv_lora_rank      width of the vector that a token's keys and values are made of; 0: they are made of hidden states.
+                      mlcbuild.models.latent has the fields of latent attention
     final_logit_softcapping  c: logits become c * tanh(logits / c)
     max_position_embeddings  rows of a learned `position_embedding`. position_offset: the row of a text's first token
     sinusoidal        whether positions are sines and cosines, added to embeddings: of position + position_offset.
@@ -114,24 +108,7 @@ class Structure:
     embedding         of a model of texts: MLC's embedding_metadata, as its library tells it
     rescale_every     recurrent: layers after which hidden states are halved; 0: never. group_norm_eps: of the norm over
                       each head's output. time_mix_extra_dim, time_decay_extra_dim: widths of low-rank products
-    mixer             hybrid: what layers of type `state` and `both` have (mlcbuild.models.mixers), with state_heads of
-                      state_head_dim channels, of which state_groups share their inputs
-    mixer_scale       hybrid: what a mixer is given is multiplied with, mixer_scales each part of its inputs (mamba2:
-                      gates, channels, B, C, steps), mixer_out_scale what it returns; attention_in_scale,
-                      attention_out_scale, gate_scale (gates of an MLP with matrices apart), mlp_out_scale likewise
-    convolutions      hybrid: tokens that each of two convolutions of queries and keys sees, which layers with attention
-                      have a state for, then (mlcbuild.models.hybrid.convolved)
-    decay_limit       kda: the least logarithm of a decay; None: there is none
-    residual_normed   hybrid: what attention and MLP are given is added to, and not x; kept_scale: of what is added to
-    attention_into_mixer  mamba2: attention of layers of type `both` is given x beside the embeddings, an MLP what it
-                      returns, and the mixer is given x + into_mixer(that): nothing of it is added to x (Zamba, arXiv
-                      2405.16712, 2411.15242). adapter_rank: of the differences of matrices that layers share
-    gate_softcapping  mlstm, c: gates of writing and keeping become c * tanh(gate / c). state_size is of a key there
-    beta_scale        delta: of the gates of writing; state_gate: the activation of the gate of what heads return;
-                      state_norm_first: of mamba2, whether the norm precedes the gate
-    state_size        mamba, mamba2: values that a channel keeps. conv_kernel: tokens that a convolution sees;
-                      time_step_rank: width of a low-rank product; time_step_limits: between which steps are kept;
-                      state_norm_eps: of norms over steps, B and C, None: none. mamba2 has num_key_value_heads groups
+    mixer             hybrid: what layers of type `state` and `both` have; mlcbuild.models.mixers describes its fields
     type_vocab_size   encoder: rows of `token_type_embedding`. embedding_size: width of its tables, where it is another
     optional_prefix   what tensor names begin with, or leave out; source_layers: the checkpoint's number of each layer
     wrapped           whether the checkpoint has another model beside this one (mlcbuild.models.wrappers)
@@ -141,9 +118,8 @@ class Structure:
                       expert_groups, expert_groups_per_tok, expert_group_best, expert_groups_zeroed, router_jitter:
                       mlcbuild.models.routers
     zero_experts      more experts that a router may choose, which return what they are given, or with
-                      zero_experts_return false nothing. shortcut: layers have
-                      experts beside their MLP, whose sum is added after the next layer only, which has none
-                      (LongCat-Flash, arXiv 2509.01322, 2.1 and 2.2)
+                      zero_experts_return false nothing. shortcut: layers have experts beside their MLP, whose sum is
+                      added after the next layer only, which has none (LongCat-Flash, arXiv 2509.01322, 2.1 and 2.2)
     key_experts       experts of one row beside an MLP, of which a token has key_experts_per_tok (models.product_keys)
     router_width      of what a router with an MLP makes of hidden states and the layer before's router; 0: none has
     moe_latent_size   width of what routed experts are given, where it is not hidden_size; 0: it is
@@ -394,13 +370,7 @@ class Structure:
     def layer_kinds(self) -> tuple[int, ...]:
         """For each layer the number of its kind, counted in the order in which kinds first occur: 0, 1, 1, 0 ..."""
         some = {rule.layers for rule in self.rules if rule.layers is not None}
-        if (
-            not some
-            and not self.by_layer
-            and self.layer_types is None
-            and self.rope_layers is None
-            and not self.keys_from
-        ):
+        if not (some or self.by_layer or self.layer_types or self.rope_layers or self.keys_from):
             return (0,) * self.num_hidden_layers
         having, seen = [frozenset(layers) for layers in some], dict[Any, int]()
         return tuple(seen.setdefault(self._layer_kind(i, having), len(seen)) for i in range(self.num_hidden_layers))

@@ -20,7 +20,6 @@ from mlcbuild.models.rules import ParameterRule, choice, library_rule, rule_from
 ATTENDING = ("full", "sliding", "both")  # types of layers with keys and values in the cache
 KEEPING = ("state", "both")  # and of those with a state of one size
 
-
 # Fields that an architecture's file may give a value for each layer; the largest is what the KV cache is made for.
 BY_LAYER = (
     "num_attention_heads",
@@ -96,12 +95,12 @@ class Structure:
                       head_dim wide, have more: the rest is zeros (mlcbuild.models.heads). 0: head_dim
     value_norm        whether heads of values are normed, without a weight
     keys_as_values    whether layers without `v_proj` take their keys, before these are normed, as values
-    router_scale      what a router's logits are multiplied with, value_scale what values are
+    router_scale      what a router's logits are multiplied with
     by_layer          fields that layers differ in (BY_LAYER), each with its value in every layer. The structure's own
                       value is the largest
     kv_lora_rank      width of the vector that a token's keys and values are made of; 0: they are made of hidden states.
                       mlcbuild.models.latent has the fields of latent attention
-    final_logit_softcapping  c: logits become c * tanh(logits / c)
+    final_logit_softcapping  c: logits become c * tanh(logits / c). value_scale: what values are multiplied with
     max_position_embeddings  rows of a learned `position_embedding`. position_offset: the row of a text's first token
     sinusoidal        whether positions are sines and cosines, added to embeddings: of position + position_offset.
                       sinusoidal_open: frequencies end one step above 1 / 10000
@@ -359,12 +358,8 @@ class Structure:
 
     def computed(self, layer: int) -> tuple[Any, ...]:
         """What layers that compute differently differ in, beside the parameters that they have."""
-        return (
-            self.layer_type(layer),
-            self.turns(layer),
-            self.borrows(layer),
-            *(values[layer] for _, values in self.by_layer),
-        )
+        differing = (values[layer] for _, values in self.by_layer)
+        return (self.layer_type(layer), self.turns(layer), self.borrows(layer), *differing)
 
     @property
     def layer_kinds(self) -> tuple[int, ...]:
@@ -392,8 +387,7 @@ class Structure:
 
 def from_json(data: Mapping[str, Any]) -> Structure:
     """The inverse of `Structure.to_json`."""
-    fields = dict(data)
-    fields["rules"] = tuple(map(rule_from_json, fields["rules"]))
+    fields = {**data, "rules": tuple(map(rule_from_json, data["rules"]))}
     fields["by_layer"] = tuple((name, tuple(values)) for name, values in fields.get("by_layer", ()))
     return Structure(**tuples(fields))
 

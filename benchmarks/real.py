@@ -5,7 +5,8 @@ does MiniLM, a model of texts, as a checkpoint (`--model minilm`). Every quantiz
 that can be kept, and judged on the text that ships with mlcbuild and on another one (`--text`), by the figures of
 quality.json.
 
-llama.cpp's figures on the same tokens need its own tools, which no wheel brings: they are not taken here.
+With `--llama-python`, llama.cpp (PyPI `llama-cpp-python`) is judged on the same tokens of the first text: it makes its
+formats of the same file, and its own float32 is the reference.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ QUANTIZATIONS = (
     *("q4f16_1", "q4f16_1-mse", "q4f16_1-calibrated", "q4f16_1-gptq", "q4f16_mixed", "q8f16_1"),
     *("q3f16_1", "q3f16_1-gptq"),
 )
+_STOCK = Path(__file__).parents[1] / "mlcbuild" / "verify" / "evaluation.txt"
+_WINDOW = 2048  # tokens of a text at most, the context of the package
 _DODO = '"""The tasks of this workspace."""\n\nfrom mlcbuild.tasks import *  # noqa: F403\n'
 
 
@@ -32,6 +35,7 @@ def main() -> int:
     parser.add_argument("quantizations", nargs="*", help=f"(default: {' '.join(QUANTIZATIONS)})")
     parser.add_argument("--model", choices=("gemma", "minilm", "stories"), default="gemma")
     parser.add_argument("--text", type=Path, help="another evaluation text, documents between <|endoftext|>")
+    parser.add_argument("--llama-python", help="an interpreter that has llama-cpp-python (gemma)")
     parser.add_argument("--workspace", type=Path, help="a folder to use and keep (default: a temporary one)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -50,6 +54,8 @@ def main() -> int:
         command = [sys.executable, "-m", "doit", "--continue", f"cache={root / 'cache'}", f"log_json={log}"]
         status = subprocess.run(command, cwd=root, stdout=sys.stderr, check=False).returncode
         sys.stdout.write(table(root / "dist", names, list(texts)))
+        if options.llama_python and options.model == "gemma":
+            sys.stdout.write(of_llama(options.llama_python, root, root / "dist" / f"{names[0]}-stock"))
         sys.stdout.write(times(log))
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
         sys.stdout.write(f"\nThe largest step took {peak:.1f} GB of memory.\n")
@@ -62,7 +68,7 @@ def gemma(root: Path) -> str:
 
     path = package.assemble(root / "gemma" / package.MODEL_NAME)
     (root / "recipes" / "models" / "gemma-3-270m.yaml").write_text(
-        f"source: {{path: ../../gemma/{path.name}}}\ntemplate: LM\noverrides: {{context_window_size: 2048}}\n"
+        f"source: {{path: ../../gemma/{path.name}}}\ntemplate: LM\noverrides: {{context_window_size: {_WINDOW}}}\n"
     )
     return "gemma-3-270m"
 
@@ -91,12 +97,26 @@ def table(dist: Path, quantizations: list[str], texts: list[str]) -> str:
     return "".join(rows)
 
 
+def of_llama(python: str, root: Path, package: Path) -> str:
+    """Rows of llama.cpp's formats, on the stock text as the package's tokenizer has it."""
+    from mlcbuild.runtime.package import find_weights
+    from mlcbuild.runtime.tokenizer import load_tokenizer
+    from mlcbuild.verify import evaluate
+
+    documents = evaluate.documents(evaluate.read_text(_STOCK), load_tokenizer(find_weights(package)))
+    tokens, (model,) = root / "tokens.json", (root / "gemma").glob("*.gguf")
+    tokens.write_text(json.dumps(list(evaluate.windows(documents, _WINDOW))))
+    command = [python, str(Path(__file__).with_name("llama_quality.py")), *map(str, (model, tokens, root))]
+    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    return "".join(f"| {name} | {each['bytes'] / 1e6:.1f} |{_figures(each)}\n" for name, each in found.items())
+
+
 def _figures(quality: Mapping[str, Any]) -> str:
     if "cosine" in quality:
         return f" {quality['cosine']:g} (lowest {quality['lowest_cosine']:g}) | | |"
     return (
-        f" {quality['kl']:g} | {quality['top1_agreement']:.0%} | "
-        f"{quality['perplexity']:g} ({quality['reference_perplexity']:g}) |"
+        f" {quality['kl']:.3g} | {quality['top1_agreement']:.0%} | "
+        f"{quality['perplexity']:.3g} ({quality['reference_perplexity']:.3g}) |"
     )
 
 

@@ -147,7 +147,10 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(NUMBERS, ("a number", is_number)),
     **dict.fromkeys(_POSITIVE, ("a number above 0", partial(is_above, 0))),
     "conv_kernel": ("a whole number of at least 2", lambda value: type(value) is int and value > 1),
-    "ngrams": ("ten whole numbers", lambda value: value == () or _are_counts(value, 10)),
+    "ngrams": (
+        "ten whole numbers: n-grams of 2 to 16 tokens, at most 64 hashes of each length, and none above 2,147,483,647",
+        lambda value: value == () or _are_ngrams(value),
+    ),
     "convolutions": ("two whole numbers of at least 1", lambda value: _are_counts(value, 2)),
     "mixer_scales": ("five numbers", lambda value: _are_numbers(value, 5)),
     "time_step_limits": ("two numbers, the least and the largest step", lambda value: _is_range(value)),
@@ -173,6 +176,11 @@ CHOICES = {
 
 def _are_counts(value: Any, count: int) -> bool:
     return _are_numbers(value, count) and all(type(each) is int and each > 0 for each in value)
+
+
+def _are_ngrams(value: Any) -> bool:
+    """Within what primes are looked for, and rows have numbers of 32 bits (mlcbuild.models.ngrams)."""
+    return _are_counts(value, 10) and 2 <= value[0] <= 16 and value[1] <= 64 and max(value) < 2**31
 
 
 def _is_range(value: Any) -> bool:

@@ -65,7 +65,21 @@ def _splitmix(value: int) -> int:
 def _primes(first: int, count: int) -> tuple[int, ...]:
     found: list[int] = []
     while len(found) < count:
-        if first > 1 and all(first % divisor for divisor in range(2, math.isqrt(first) + 1)):
+        if _is_prime(first):
             found.append(first)
         first += 1
     return tuple(found)
+
+
+def _is_prime(number: int) -> bool:
+    """Miller's test, certain up to 3.2e9 (Pomerance et al., Math. Comp. 35, 1980)."""
+    if number < 11 or number % 2 == 0:
+        return number in (2, 3, 5, 7)
+    halvings = ((number - 1) & (1 - number)).bit_length() - 1
+    for base in (2, 3, 5, 7):
+        power = pow(base, number - 1 >> halvings, number)
+        if power not in (1, number - 1) and all(
+            (power := power * power % number) != number - 1 for _ in range(halvings - 1)
+        ):
+            return False
+    return True

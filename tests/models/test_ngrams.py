@@ -7,7 +7,12 @@ from functools import partial
 import numpy as np
 import pytest
 
+from mlcbuild.errors import MlcBuildError
+from mlcbuild.models.architecture import resolve
 from mlcbuild.models.ngrams import NGrams
+from tests.architectures import hybrid_cases
+from tests.architectures.agreement import config_of
+from tests.support import llama
 
 BASE = 20_000_000
 SIZES = {"heads": 3, "multiple": 128, "seed": 1234, "end": 7, "width": 96, "kernel": 4, "shards": 2}
@@ -47,3 +52,20 @@ def _hash(factors: tuple[int, ...], tokens: list[int]) -> int:
         assert token * factor < 1 << 63
         found ^= token * factor
     return found
+
+
+def test_lengths_are_the_next_primes() -> None:
+    g = NGrams(2, base=2, vocab_size=96, **{**SIZES, "heads": 400})
+    assert g.lengths(1) == tuple(n for n in range(2, 2742) if all(n % d for d in range(2, n)))
+    largest = NGrams(2, base=2**31 - 100, vocab_size=96, **{**SIZES, "heads": 4}).lengths(1)
+    assert largest[:2] == (2**31 - 99, 2**31 - 85)
+
+
+def test_numbers_that_no_model_comes_near() -> None:
+    case = hybrid_cases.CASES["qwen4_exp_text-ngrams"]
+    config = {**config_of(case), "heads_per_ngram": 1_000_000_000}
+    with pytest.raises(MlcBuildError) as error:
+        resolve(llama.architecture("qwen4_exp_text"), config, {})
+    assert "n-grams of 2 to 16 tokens, at most 64 hashes of each length, and none above 2,147,483,647" in str(
+        error.value
+    )

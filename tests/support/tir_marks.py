@@ -86,6 +86,8 @@ def _count(node: Any, fused: bool = False) -> int:
     if kind == "Shuffle":
         return sum(_count(each) for each in node.vectors)
     if kind == "Call":
-        name = str(getattr(node.op, "name", "")).rpartition(".")[2]
-        return 0 if name == "reinterpret" else sum(_count(each) for each in node.args) + width
+        name, parts = str(getattr(node.op, "name", "")).rpartition(".")[2], sum(_count(each) for each in node.args)
+        if name == "call_pure_extern" and str(node.args[0].value).startswith("("):
+            return parts  # OpenCL's form of what is a Shuffle elsewhere
+        return 0 if name == "reinterpret" else parts + width
     return 0

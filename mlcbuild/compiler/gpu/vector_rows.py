@@ -13,10 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tvm import s_tir, tirx
+from tvm import s_tir, target, tirx
 
 from mlcbuild.compiler.gpu.cuda_rows import FORMAT, Epilogue, launched
 from mlcbuild.compiler.gpu.inlining import inline_consumers
+from mlcbuild.compiler.gpu.rewriting import mapped
 
 KINDS = ("metal", "opencl", "vulkan", "webgpu")  # of devices
 COUNTS = (1, 4, 8)  # rows of x that there are kernels for: up to so many
@@ -72,7 +73,11 @@ class _Product:
 def few_rows(function: tirx.PrimFunc, product: Any, most: int) -> tirx.PrimFunc | None:
     """`function`, a product with what follows, for up to `most` rows of x; None where the format has no such kernel."""
     found = _read(function, product)
-    return function.with_body(_Kernel(found, most).body()) if found else None
+    if found is None:
+        return None
+    body, device = _Kernel(found, most).body(), target.Target.current(allow_none=True)
+    opencl = device is not None and device.kind.name == "opencl"
+    return function.with_body(mapped(body, tirx.Shuffle, _literal) if opencl else body)
 
 
 def _read(function: tirx.PrimFunc, product: Any) -> _Product | None:
@@ -273,6 +278,14 @@ class _Kernel:
         inside = tirx.all(at < outputs, row < self.product.n, column < self.product.rows)
         store = tirx.IfThenElse(inside, self.product.epilogue.at(row, column, terms[0]), None)
         self.add(tirx.For(number, 0, -(-outputs // _THREADS), tirx.ForKind.SERIAL, store))
+
+
+def _literal(node: Any) -> Any:
+    """A vector of numbers as OpenCL C wants it, `(float4)(...)`: TVM writes C++, which its compilers refuse."""
+    if len(node.vectors) == 1:
+        return node
+    lanes = str(node.ty.dtype).replace("float16", "half").replace("float32", "float").replace("uint32", "uint")
+    return tirx.call_pure_extern(node.ty.dtype, f"({lanes.replace('x', '')})", *node.vectors)
 
 
 def _vector(buffer: Any, row: Any, column: Any) -> Any:

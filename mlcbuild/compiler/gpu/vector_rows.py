@@ -125,7 +125,7 @@ class _Kernel:
         height = self.groups * _FOUR  # rows of the matrix, of a block
         self.outputs = height * min(most, _TOGETHER)
         self.stride = self.outputs + 1  # another bank of memory for each lane
-        self.shared = tirx.decl_buffer((lanes * self.stride,), "float32", "partial", scope="shared")
+        self.shared = tirx.decl_buffer((lanes * self.stride,), "float32", "shared_sums", scope="shared")
         self.buffers = [self.sums, self.shared]
 
     def body(self) -> Any:

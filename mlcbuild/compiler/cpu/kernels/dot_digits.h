@@ -198,8 +198,8 @@ INLINE void dot_tile(const i8 *x, i64 from, i64 all, const u32 *codes, const sca
             }
         for (; at < words; at += LANES, x += all * REGISTER_BYTES) {
             i32v index = in_last(lane_numbers() + (u32)at, groups);
+            fetch_bytes(next, rows * 4 * LANES / shares);
             UNROLL for (int r = 0; r < rows; r++) {
-                fetch(next + r * 4 * LANES, 0);
                 word[r][0] = load_first(codes + r * row_words + at, words - at);
                 scale[r] = permute(group[r], index);
             }

@@ -77,8 +77,7 @@ def _count(node: Any, fused: bool = False) -> int:
         return 0
     if hasattr(node, "a") and hasattr(node, "b"):
         multiplied = kind in ("Add", "Sub")
-        parts = [_count(each, multiplied) for each in (node.a, node.b)]
-        return sum(parts) + (0 if kind == "Mul" and fused else width)
+        return _count(node.a, multiplied) + _count(node.b, multiplied) + (0 if kind == "Mul" and fused else width)
     if kind == "Cast":
         return _count(node.value) + width
     if kind == "Broadcast":
@@ -86,7 +85,8 @@ def _count(node: Any, fused: bool = False) -> int:
     if kind == "Shuffle":
         return sum(_count(each) for each in node.vectors)
     if kind == "Call":
-        name, parts = str(getattr(node.op, "name", "")).rpartition(".")[2], sum(_count(each) for each in node.args)
+        name = str(getattr(node.op, "name", "")).rpartition(".")[2]
+        parts = sum(_count(each) for each in node.args)
         if name == "call_pure_extern" and str(node.args[0].value).startswith("("):
             return parts  # OpenCL's form of what is a Shuffle elsewhere
         return 0 if name == "reinterpret" else parts + width

@@ -117,7 +117,9 @@ def nearest(word: object, names: Iterable[object]) -> str | None:
         return None
     every = sorted({name for name in names if isinstance(name, str)})
     least, ranked = _FAR, list[tuple[int, str]]()
-    for name in every:
+    for name in sorted(
+        every, key=lambda name: (abs(len(name) - len(word)), name[:1] != word[0])
+    ):
         ranked.append((_edits(word.lower(), name.lower(), least), name))
         least = min(least, ranked[-1][0])
     near = [name for edits, name in ranked if edits == least <= max(1, max(len(word), len(name)) // 3)]
@@ -144,7 +146,7 @@ def _edits(a: str, b: str, most: int = _FAR) -> int:
     Where it is more than `most`, or more than any suggestion may be away, the length of the longer one.
     """
     longest = max(len(a), len(b))
-    far = min(longest // 3, most) + 1
+    far = min(max(1, longest // 3), most)
     if abs(len(a) - len(b)) > far:
         return longest
     before: list[int] = []

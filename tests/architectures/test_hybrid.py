@@ -33,6 +33,7 @@ def convolved(tmp_path_factory: pytest.TempPathFactory) -> Agreement:
 
 
 @pytest.mark.parametrize("library", ["built", "convolved"])
+@pytest.mark.slow
 def test_sequences_do_not_mix_and_are_forked_and_taken_back(
     library: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -198,6 +198,7 @@ def test_forget_names_what_others_share(built: Workspace) -> None:
     assert built.ran() == ALL
 
 
+@pytest.mark.slow
 def test_a_damaged_package_is_installed_again(built: Workspace) -> None:
     digests = built.digests()
     package = built.dist / "tiny-q4f16_1-cpu"
@@ -245,6 +246,7 @@ def test_a_gate_that_failed_is_opened_without_measuring_again(workspace: Workspa
     assert workspace.ran() == {"verify": 2}
 
 
+@pytest.mark.slow
 def test_a_comment_in_a_step_rebuilds_nothing_and_code_rebuilds_what_used_it(workspace: Workspace) -> None:
     for path in (REPOSITORY / "tests/engine/toysteps").glob("*.py"):
         workspace.write(f"mysteps/{path.name}", path.read_text().replace("tests.engine.toysteps", "mysteps"))
@@ -295,6 +297,7 @@ def test_two_workspaces_give_the_same_bytes(workspace: Workspace, tmp_path_facto
     assert str(workspace.root) not in (workspace.dist / "tiny-q4f16_1-cpu" / "manifest.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_shared_cache(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> None:
     workspace.doit(MLCBUILD_CACHE=str(workspace.root / "shared"))
     other = make_workspace(tmp_path_factory.mktemp("elsewhere"))
@@ -314,6 +317,7 @@ def test_the_log_for_machines(workspace: Workspace, arguments: list[str]) -> Non
     assert events[-1]["built"] == 11
 
 
+@pytest.mark.slow
 def test_unavailable_recipes_are_reported_and_fail_only_when_asked_for(workspace: Workspace) -> None:
     lacking = """
 from mlcbuild.compiler import targets

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.engine.workspace import Workspace
 
 ALL = {"convert": 1, "quantize": 2, "lower": 3, "library": 3, "package": 2, "measure": 2, "verify": 2}
@@ -33,6 +35,7 @@ def test_list(workspace: Workspace) -> None:
     assert {"build:tiny-q4f16_1-cpu", "download:tiny", "convert:tiny", "quantize:tiny-q4f32_1"} < set(listed)
 
 
+@pytest.mark.slow
 def test_list_says_the_same_with_states(built: Workspace) -> None:
     """For names alone nothing is planned; for states, which doit may ask for behind a name, everything is."""
     built.doit("forget", "quantize:tiny-q4f16_1")

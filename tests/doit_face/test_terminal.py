@@ -31,6 +31,7 @@ def check_end(after: Screen) -> None:
     assert after.cursor and after.column == 0 and after.lines[-1] == ""
 
 
+@pytest.mark.slow
 def test_a_build_on_a_terminal_has_one_display_that_counts_right_and_goes(workspace: Workspace) -> None:
     """FAULTS G: two steps that began in the same instant had a display each."""
     status, written, after = build(workspace)
@@ -55,6 +56,7 @@ def test_what_was_found_before_the_first_step_ran_is_counted(built: Workspace) -
 
 
 @pytest.mark.parametrize("words", [("-a", "--no-continue"), ("-a", "--continue")])
+@pytest.mark.slow
 def test_a_build_that_fails_leaves_no_bars(workspace: Workspace, words: tuple[str, ...]) -> None:
     workspace.trick("quantize.fail")
     workspace.trick("lower.sleep", "1")  # some steps run still when another fails

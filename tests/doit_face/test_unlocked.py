@@ -129,6 +129,7 @@ def test_a_build_of_others_asks_no_hub(remote: Workspace, hub: Hub) -> None:
 
 
 @pytest.mark.parametrize("arguments", [("build", "recipe=far"), ("build:far",), ("download:far",), ("build",)])
+@pytest.mark.slow
 def test_a_build_looks_up_what_it_is_about_once(remote: Workspace, hub: Hub, arguments: tuple[str, ...]) -> None:
     status = 1 if arguments == ("build",) else 3  # one of many recipes, or what was asked for by its name
     assert "locked=1 forbids to add it: `mlcbuild lock far` does" in remote.doit(*arguments, "locked=1", status=status)

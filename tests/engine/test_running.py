@@ -153,6 +153,7 @@ def test_one_bad_recipe_stops_no_other(workspace: Workspace) -> None:
     assert "build:bad: not built" not in output  # nothing else was tried
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_planned_stops_no_other(workspace: Workspace) -> None:
     workspace.write("recipes/models/bad.yaml", "source: {path: bad}\ntemplate: chatml\n")
     workspace.write("recipes/models/bad/config.json", "not JSON")
@@ -173,6 +174,7 @@ def test_a_bug_keeps_doits_own_status(workspace: Workspace) -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
 def test_a_signal_stops_everything_that_runs_and_keeps_what_is_done(workspace: Workspace, how: signal.Signals) -> None:
     workspace.trick("library.sleep", "30")
     with workspace.start("cores=8", "memory=40G") as process:

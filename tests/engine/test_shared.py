@@ -88,6 +88,7 @@ def test_local_checkpoints_are_not_uploaded(filled: Workspace, folder: Path) -> 
     assert kinds == {*ALL} - HERE
 
 
+@pytest.mark.slow
 def test_what_is_here_is_not_asked_for(filled: Workspace, folder: Path) -> None:
     """Nor does a build without a shared cache, or with everything here, import what talks to one."""
     filled.write("dodo.py", (filled.root / "dodo.py").read_text() + "import atexit, sys\n" + REPORT_IMPORTS)
@@ -105,6 +106,7 @@ def test_what_is_here_is_not_asked_for(filled: Workspace, folder: Path) -> None:
     "damage",
     ["other bytes", pytest.param("truncated", marks=pytest.mark.slow), pytest.param("missing", marks=pytest.mark.slow)],
 )
+@pytest.mark.slow
 def test_a_damaged_blob_is_never_taken_and_is_mended(
     filled: Workspace, other: Workspace, folder: Path, damage: str
 ) -> None:

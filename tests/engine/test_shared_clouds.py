@@ -41,6 +41,7 @@ def bucket() -> str:
     return f"gs://{BUCKET}/{time.monotonic_ns()}"
 
 
+@pytest.mark.slow
 def test_through_gs(workspace: Workspace, other: Workspace, server: Server, bucket: str) -> None:
     output = workspace.doit(f"remote={bucket}", "remote_write=1", **server.environment)
     assert "shared cache" not in output and "bucket" not in output, output

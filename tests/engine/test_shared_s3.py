@@ -51,6 +51,7 @@ def test_through_s3_from_processes(workspace: Workspace, other: Workspace, serve
     assert other.ran() == {}
 
 
+@pytest.mark.slow
 def test_through_s3(workspace: Workspace, other: Workspace, server: Server, bucket: str) -> None:
     output = workspace.doit(f"remote={bucket}", "remote_write=1", **server.environment)
     assert "shared cache" not in output

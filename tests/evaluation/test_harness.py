@@ -118,6 +118,7 @@ def test_a_task_asked_in_conversations(
     assert begun == harness.apply_chat_template(turns) + "It"
 
 
+@pytest.mark.slow
 def test_what_the_harness_prints_is_not_in_the_json(
     tiny_package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -171,6 +171,7 @@ def _said(folder: Path) -> None:
         (folder / "tokenizer.json").write_text(json.dumps(counted))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WHOLE)
 def test_the_same_model_again(name: str, converted: Path) -> None:
     folder = converted / name

@@ -91,6 +91,7 @@ def test_a_dry_run_writes_nothing(workspace: Workspace, hub: Hub, capsys: pytest
     assert read_lock(workspace.root) == {} and len([*(workspace.root / "recipes/models").glob("*.yaml")]) == 1
 
 
+@pytest.mark.slow
 def test_a_repository_is_locked_and_its_weights_are_not_fetched(
     workspace: Workspace, hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,6 +118,7 @@ def test_a_repository_is_locked_and_its_weights_are_not_fetched(
     assert "tokenizer     not looked at: hf:Owner/Tale" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_difference_and_an_adapter(workspace: Workspace, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["new", str(STORIES), "--name", "sum", "--delta-of", hub.repo]) == 0
     assert f"locked     hf:{hub.repo} at {COMMIT[:12]}, " in capsys.readouterr().out

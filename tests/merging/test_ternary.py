@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers.integrations.bitnet import pack_weights
 
 from mlcbuild.checkpoints.computed import Computed
 from mlcbuild.checkpoints.table import read_table
@@ -20,6 +19,13 @@ from mlcbuild.merging.prequantized import scheme
 NAME = "model.layers.0.mlp.up_proj.weight"
 RANDOM = torch.Generator().manual_seed(3)
 SIGNS = torch.randint(-1, 2, (24, 10), generator=RANDOM)
+
+
+def packed_by_transformers() -> torch.Tensor:
+    from transformers.integrations.bitnet import pack_weights  # seconds, of every run that collects this file
+
+    packed: torch.Tensor = pack_weights(SIGNS.clone())
+    return packed
 
 
 def config(**changes: Any) -> dict[str, Any]:
@@ -41,7 +47,7 @@ def made(folder: Path, tensors: dict[str, torch.Tensor], **changes: Any) -> np.n
 @pytest.mark.parametrize(("layers", "power"), [("autobitlinear", 1), ("bitlinear", -1)])
 def test_packed_matrices_are_what_transformers_multiplies_with(layers: str, power: int, tmp_path: Path) -> None:
     scale = torch.tensor([1.21875]).bfloat16()
-    stored = {NAME: pack_weights(SIGNS.clone()), f"{NAME}_scale": scale, "model.norm.weight": torch.ones(10)}
+    stored = {NAME: packed_by_transformers(), f"{NAME}_scale": scale, "model.norm.weight": torch.ones(10)}
     values = made(tmp_path, stored, linear_class=layers)
     np.testing.assert_array_equal(values, (SIGNS.float() * scale.float() ** power).numpy())
 
@@ -57,7 +63,7 @@ def test_what_matrices_are_rounded_from(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
-    packed = pack_weights(SIGNS.clone())
+    packed = packed_by_transformers()
     where = f"model.safetensors: tensor {NAME}"
     with pytest.raises(CheckpointError) as error:
         made(tmp_path, {NAME: packed})

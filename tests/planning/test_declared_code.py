@@ -100,6 +100,7 @@ def test_files_that_modules_read_count_where_they_are_read() -> None:
     assert any(name.endswith("/chat.html") for name in modules("package", PAGES["wasm"]))
 
 
+@pytest.mark.slow
 def test_files_beside_a_module_are_named_in_a_way_that_is_seen() -> None:
     """`Path(__file__).parent / "name"`; what else asks where it lies takes no file from there."""
     reached = {name for run in runs() for name in modules(*run) if "/" not in name}

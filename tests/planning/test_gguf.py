@@ -110,6 +110,7 @@ def test_another_version_of_mlcbuild_made_the_config() -> None:
     )
 
 
+@pytest.mark.slow
 def test_new_and_inspect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     workspace = make_workspace(tmp_path)
     monkeypatch.chdir(workspace.root)

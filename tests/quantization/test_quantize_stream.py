@@ -362,6 +362,7 @@ def test_ranges_do_not_depend_on_threads_or_pieces(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize("shape", [(48000, 4096), pytest.param((12, 4000, 4096), marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_memory_stays_near_a_fixed_buffer(tmp_path: Path, shape: tuple[int, ...]) -> None:
     """Matrices of 384 MB (zeros, so that the file takes no disk) are packed within 200 MB of resident memory."""
     script = (

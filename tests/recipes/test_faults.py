@@ -124,6 +124,7 @@ def test_aliases_are_still_values(workspace: Workspace) -> None:
     assert workspace.problems() == []
 
 
+@pytest.mark.slow
 def test_fault_D_texts_have_bounds(workspace: Workspace) -> None:
     """A file that is no recipe made 192 MB of errors, or quoted megabytes of itself."""
     workspace.write("r.yaml", f"model: {'x' * 100_000}: y\n{'k' * 100_000}: 1\n")

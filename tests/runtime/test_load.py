@@ -41,6 +41,7 @@ print("tvm" in sys.modules, "libtvm_compiler" in maps, "libtvm_runtime" in maps)
     assert out == "False False True\n"
 
 
+@pytest.mark.slow
 def test_beside_an_imported_tvm(tiny_package: Path) -> None:
     code = f"""
 import tvm

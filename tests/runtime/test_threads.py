@@ -66,6 +66,7 @@ def test_a_nonsensical_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         threads.choose()
 
 
+@pytest.mark.slow
 def test_the_pool_has_that_many_and_nobody_is_bound() -> None:
     """Left alone, TVM moves even the caller to core 0, outside its affinity mask."""
     code = """
@@ -79,5 +80,6 @@ print(count, all(os.sched_getaffinity(task) == {cpu} for task in [0, *new]), "TV
     assert run(code) == "3 True False"
 
 
+@pytest.mark.slow
 def test_a_pool_can_shrink_but_not_grow() -> None:
     assert run("print(threads.configure(3), threads.configure(2), threads.configure(6))") == "3 2 3"

@@ -36,6 +36,7 @@ def divergence(case: Case, folder: Path) -> float:
     return layers.compare(case.structure, (case.blocks("q0f32"), case.checkpoint), package, WINDOWS).figures.kl
 
 
+@pytest.mark.slow
 def test_the_model_errs_less_and_its_library_is_the_formats_own(case: Case, tmp_path: Path) -> None:
     found = done(case, tmp_path)
     known = parameters(case.structure)

@@ -14,6 +14,7 @@ from mlcbuild.workspace.doctor import Diagnosis, remedy, render
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_each_target_builds_or_says_what_it_needs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

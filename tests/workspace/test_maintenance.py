@@ -69,6 +69,7 @@ def test_a_package_of_another_workspace_is_held_too(built: Workspace) -> None:
     assert built.ran() == {}
 
 
+@pytest.mark.slow
 def test_pins_hold_what_dist_does_not(built: Workspace) -> None:
     assert mlcbuild(built, "pin", "*f16*") == f"pinned {ONE}\n"
     built.doit("clean")
@@ -84,6 +85,7 @@ def test_pins_hold_what_dist_does_not(built: Workspace) -> None:
     assert expected in mlcbuild(built, "pin", ONE, status=1)
 
 
+@pytest.mark.slow
 def test_a_running_build_is_left_alone(workspace: Workspace) -> None:
     workspace.trick("quantize.sleep", "0.5")
     with workspace.start() as process:

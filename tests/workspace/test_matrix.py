@@ -8,6 +8,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
+
 from mlcbuild.workspace.matrix import Matrix, to_github
 from tests.engine.workspace import REPOSITORY, Workspace
 
@@ -21,6 +23,7 @@ def emitted(workspace: Workspace) -> Mapping[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_each_unique_step_is_a_job_and_all_jobs_are_the_build(workspace: Workspace) -> None:
     workspace.write("recipes/twin.yaml", "model: tiny\nquantization: q4f16_1\ntarget: cpu\n")
     stages = emitted(workspace)

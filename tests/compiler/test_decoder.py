@@ -72,6 +72,7 @@ def rounded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return request.param, Built(tmp_path_factory.mktemp(request.param), request.param, changes, target=llama.CPU)
 
 
+@pytest.mark.slow
 def test_a_quantized_library_computes_what_its_weights_stand_for(rounded: tuple[str, Built]) -> None:
     """float16 formats hand embeddings and keys over in float16: that much rounding is the format's own."""
     name, built = rounded

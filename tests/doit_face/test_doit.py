@@ -60,6 +60,7 @@ F16, F32 = "build:tiny-q4f16_1-cpu", "build:tiny-q4f32_1-cpu"
         (["convert:tiny"], {"convert:tiny"}),
     ],
 )
+@pytest.mark.slow
 def test_selection(shared: Workspace, arguments: list[str], last: set[str]) -> None:
     *lines, _ = shared.doit(*arguments).splitlines()
     looked_at = {line.removeprefix("-- ") for line in lines}
@@ -123,6 +124,7 @@ def test_bad_recipes_build_nothing(workspace: Workspace) -> None:
         ["-n", "2", "-P", "process", "quantize", "-a"],
     ],
 )
+@pytest.mark.slow
 def test_always_runs_what_the_cache_has(shared: Workspace, arguments: list[str]) -> None:
     shared.doit(*arguments)
     assert shared.ran() == {"convert": 1, "quantize": 2}

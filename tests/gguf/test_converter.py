@@ -207,6 +207,7 @@ def test_the_same_model_again(name: str, converted: Path) -> None:
     assert compared >= 20
 
 
+@pytest.mark.slow
 def test_every_architecture_of_the_table_is_tried(converted: Path) -> None:
     paths = [converted / name / "model.gguf" for name in WHOLE]
     assert {checkpoint.read({path.name: path}).architecture for path in paths if path.exists()} == known().keys()

@@ -39,21 +39,28 @@ def size(structure: Structure, quantization: Quantization) -> int:
     return 8 * sum(prod(each.shape) * _BYTES[each.dtype] for each in made)
 
 
+@pytest.fixture(scope="module")
+def every(structure: Structure) -> list[tuple[dict[str, str], float]]:
+    """All choices there are, and the bits a parameter that each takes."""
+    kinds, numbers = budget.kinds(parameters(structure), BUDGET), count(structure)
+    choices = [dict(zip(kinds, names, strict=True)) for names in itertools.product(NAMES, repeat=len(kinds))]
+    return [(choice, size(structure, budget.resolved(BUDGET, choice)) / numbers) for choice in choices]
+
+
 @pytest.mark.parametrize("seed", range(20))
-def test_the_choice_is_the_best_of_all(structure: Structure, seed: int) -> None:
+def test_the_choice_is_the_best_of_all(
+    structure: Structure, every: list[tuple[dict[str, str], float]], seed: int
+) -> None:
     random = np.random.default_rng(seed)
     taken = budget.bits(parameters(structure), BUDGET)
     kinds = budget.kinds(parameters(structure), BUDGET)
     assert kinds == ["embedding", "qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"]
     lost = {kind: {name: float(random.random()) for name in NAMES} for kind in kinds}
     most, numbers = float(random.uniform(4.6, 16)), count(structure)
-    every = []
-    for names in itertools.product(NAMES, repeat=len(kinds)):
-        choice = dict(zip(kinds, names, strict=True))
-        bits = size(structure, budget.resolved(BUDGET, choice)) / numbers
-        if bits <= most:
-            every.append((sum(lost[kind][name] for kind, name in choice.items()), bits, choice))
-    loss, bits, choice = min(every, key=lambda each: each[:2])
+    fit = [
+        (sum(lost[kind][name] for kind, name in choice.items()), bits, choice) for choice, bits in every if bits <= most
+    ]
+    loss, bits, choice = min(fit, key=lambda each: each[:2])
     found = budget.choose(most, taken, lost, numbers)
     assert found[:2] == (choice, bits) and found[2] == pytest.approx(loss)
 

@@ -43,6 +43,7 @@ def transformers_figures(case: Case, quantization: str) -> evaluate.Figures:
     return evaluate.compare(logits(ours), logits(case.model), WINDOWS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["q0f32", "q4f32_1", "q4f16_1"])
 def test_the_figures_are_those_of_the_whole_model(case: Case, quantization: str) -> None:
     ours, theirs = compared(case, quantization).figures, transformers_figures(case, quantization)

@@ -112,6 +112,7 @@ CHANGES: dict[str, Callable[[Workspace], object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_any_change_is_noticed(settled: Workspace, change: str) -> None:
     CHANGES[change](settled)

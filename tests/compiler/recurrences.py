@@ -53,6 +53,24 @@ def scan(
     return out, state
 
 
+LENGTHS = (1, 2, 11, 12, 13, 31, 32, 33, 64, 65, 130)  # around what a kernel takes at once
+EXTREMES = np.array([0, 1e-38, 1e-20, 1e-3, 0.9, 1 - 2**-24, 1], np.float32)  # decays
+
+
+def delta_inputs(
+    sequences: int, tokens: int, heads: int, groups: int, keys: int, dim: int, each: bool
+) -> tuple[Array, ...]:
+    """x, decays, beta and states, as `delta` takes them."""
+    random, n = np.random.default_rng(0), sequences * tokens
+    x, state = (
+        random.normal(size=(n, 2 * groups * keys + heads * dim)),
+        random.normal(size=(sequences, heads, keys, dim)),
+    )
+    decay = np.exp(-np.abs(random.normal(size=(n, heads, keys if each else 1))))
+    beta = 1 / (1 + np.exp(random.normal(size=(n, heads))))
+    return tuple(each.astype(np.float32) for each in (x, decay, beta, state))
+
+
 def delta(x: Array, decay: Array, beta: Array, before: Array, groups: int) -> tuple[Array, Array]:
     """out [n, heads * dim] and the states [b, heads, keys, dim] after it; decay: [n, heads, keys or 1]."""
     sequences, heads, keys, dim = before.shape

@@ -49,20 +49,41 @@ def test_wkv4_of_huge_keys_and_an_empty_state(kernels: Kernels) -> None:
     np.testing.assert_allclose(out[1], (value[0] + np.e * value[1]) / (1 + np.e), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("heads", "groups", "keys", "dim", "each"), [(4, 2, 24, 67, False), (3, 3, 21, 20, True)])
-def test_delta(kernels: Kernels, heads: int, groups: int, keys: int, dim: int, each: bool) -> None:
+@pytest.mark.parametrize(("heads", "groups", "keys", "dim", "each"), [(4, 2, 24, 131, False), (3, 3, 21, 20, True)])
+@pytest.mark.parametrize("tokens", recurrences.LENGTHS)
+def test_delta(kernels: Kernels, heads: int, groups: int, keys: int, dim: int, each: bool, tokens: int) -> None:
     """Two heads of values for one of keys; a decay for each key; columns that fill no vector, more than one task."""
-    rows, width = SEQUENCES * TOKENS, 2 * groups * keys + heads * dim
-    x, state = normal(0, rows, width), normal(1, SEQUENCES, heads, keys, dim)
-    decay = np.exp(-np.abs(normal(2, rows, heads, keys if each else 1)))
-    beta = 1 / (1 + np.exp(normal(3, rows, heads)))
-    out, after = np.full((rows, heads * dim), np.nan, np.float32), np.full_like(state, np.nan)
-    for task in range(SEQUENCES * heads * -(-dim // 64)):
-        kernels("mlcbuild_delta", x, decay, beta, state, out, after, TOKENS, heads, dim, groups, keys,
-                decay.shape[2], task)  # fmt: skip
-    expected, held = recurrences.delta(x, decay, beta, state, groups)
+    given = recurrences.delta_inputs(SEQUENCES, tokens, heads, groups, keys, dim, each)
+    out, after = delta(kernels, given, groups)
+    expected, held = recurrences.delta(*given, groups)
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(after, held, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_delta_of_any_decay_and_of_a_text_in_parts(kernels: Kernels, each: bool) -> None:
+    """Decays of nothing, of next to nothing and of all, next to each other; writing that turns what is there round."""
+    heads, keys, dim, tokens = 2, 128, 128, 130
+    x, decay, beta, state = recurrences.delta_inputs(1, tokens, heads, heads, keys, dim, each)
+    decay = np.random.default_rng(4).choice(recurrences.EXTREMES, decay.shape)
+    parts, held = [], state
+    for part in (slice(0, 1), slice(1, 38), slice(38, tokens)):
+        out, held = delta(kernels, (x[part], decay[part], 2 * beta[part], held), heads)
+        parts.append(out)
+    expected, after = recurrences.delta(x, decay, 2 * beta, state, heads)
+    np.testing.assert_allclose(np.concatenate(parts), expected, rtol=1e-4, atol=2e-5)
+    np.testing.assert_allclose(held, after, rtol=1e-4, atol=2e-5)
+
+
+def delta(kernels: Kernels, given: tuple[Array, ...], groups: int) -> tuple[Array, Array]:
+    """What the kernel makes of x, decays, beta and states."""
+    x, decay, _, state = given
+    sequences, heads, keys, dim = state.shape
+    out, after = np.full((len(x), heads * dim), np.nan, np.float32), np.full_like(state, np.nan)
+    sizes = (len(x) // sequences, heads, dim, groups, keys, decay.shape[2])
+    for task in range(sequences * heads * -(-dim // 128)):
+        kernels("mlcbuild_delta", *given, out, after, *sizes, task)
+    return out, after
 
 
 @pytest.mark.parametrize(("heads", "keys", "dim", "tokens"), recurrences.MLSTM)

@@ -35,6 +35,18 @@ def wkv(r: Array, k: Array, v: Array, decay: Array, bonus: Array, before: Array)
     return out, state
 
 
+def scan_inputs(
+    sequences: int, tokens: int, heads: int, dim: int, groups: int, size: int, each: bool
+) -> tuple[Array, ...]:
+    """x, steps, their biases, rates, b, c, skips and states, as `scan` takes them, but for its limits."""
+    random, n = np.random.default_rng(0), sequences * tokens
+    x, step, bias = random.normal(size=(n, heads * dim)), 9 * random.normal(size=(n, heads)), random.normal(size=heads)
+    rate = -np.exp(random.uniform(-20, 5, size=(*([size] if each else []), heads)))
+    b, c = (random.normal(size=(n, groups, size)) for _ in range(2))
+    skip, before = random.normal(size=heads), random.normal(size=(sequences, size, heads * dim))
+    return tuple(each.astype(np.float32) for each in (x, step, bias, rate, b, c, skip, before))
+
+
 def scan(
     x: Array, step: Array, bias: Array, rate: Array, b: Array, c: Array, skip: Array, before: Array,
     limits: tuple[float, float],

@@ -145,23 +145,23 @@ def test_convolve(kernels: Kernels, tokens: int, taps: int, biased: bool, activa
         np.testing.assert_array_equal(after[s], seen[tokens:].astype(np.float32))
 
 
-@pytest.mark.parametrize("each", [True, False])
-def test_scan(kernels: Kernels, each: bool) -> None:
-    """Mamba's channels have rates for each value of their states, Mamba-2's heads one; groups share what goes in."""
-    heads, dim, groups, size = (69, 1, 3, 17) if each else (6, 23, 3, 16)
-    rows, width, limits = SEQUENCES * TOKENS, heads * dim, (0.001, 3.0)
-    x, step, bias, skip = normal(0, rows, width), 9 * normal(1, rows, heads), normal(2, heads), normal(3, heads)
-    rate = -np.exp(normal(4, *([size] if each else []), heads))
-    b, c = (normal(seed, rows, groups, size) for seed in (5, 6))
-    before = normal(7, SEQUENCES, size, width)
+@pytest.mark.parametrize(
+    ("heads", "dim", "size", "each", "tokens"),
+    [(69, 1, 17, True, 7), *((6, 23, 17, False, tokens) for tokens in recurrences.LENGTHS), (3, 131, 128, False, 40)],
+)
+def test_scan(kernels: Kernels, heads: int, dim: int, size: int, each: bool, tokens: int) -> None:
+    """Mamba's channels have rates for each value of their states, Mamba-2's heads one; groups share what goes in. Some
+    states stay, some are gone at once; heads whose columns are not in tiles all at once."""
+    limits = (0.001, 3.0)
+    given = recurrences.scan_inputs(SEQUENCES, tokens, heads, dim, 3, size, each)
+    x, before = given[0], given[-1]
     out, after = np.full_like(x, np.nan), np.full_like(before, np.nan)
     block = 64 if each else dim
-    for task in range(SEQUENCES * -(-width // block)):
-        given = (x, step, bias, rate, b, c, skip, before, out, after)
-        kernels("mlcbuild_scan", *given, TOKENS, heads, dim, groups, size, int(each), block, task, *limits)
-    expected, state = recurrences.scan(x, step, bias, rate, b, c, skip, before, limits)
-    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=2e-5)
-    np.testing.assert_allclose(after, state, rtol=1e-5, atol=1e-5)
+    for task in range(SEQUENCES * -(-x.shape[1] // block)):
+        kernels("mlcbuild_scan", *given, out, after, tokens, heads, dim, 3, size, int(each), block, task, *limits)
+    expected, state = recurrences.scan(*given, limits)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(after, state, rtol=1e-5, atol=2e-5)
 
 
 def test_small_steps_keep_their_digits(kernels: Kernels) -> None:

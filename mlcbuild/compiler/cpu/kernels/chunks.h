@@ -7,6 +7,13 @@
 
 #define CHUNK 12  // tokens: twice as many fill panels of every WIDTH, too, and more would cost more than they spare
 
+// 0 instead of what counts for nothing beside numbers near 1: what is too small for a normal number is slow on some
+// processors, and decays get there within a chunk.
+INLINE f32v settled(f32v v) {
+    u32v size = *(u32v *)&v & 0x7fffffffu;
+    return select_v((i32v)size < 0x0d800000, splat(0.0f), v);  // 2^-100
+}
+
 // A product of `rows` rows of a with b [depth][ROWS], a panel at a time; `keep` as for multiply_panel.
 #define DEFINE_PRODUCT(NAME, BY_STEP, BY_ROW)                                                                        \
     DEFINE_PANEL(NAME##_wide, WIDTH, BY_STEP, BY_ROW)                                                                \

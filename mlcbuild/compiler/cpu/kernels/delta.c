@@ -44,13 +44,6 @@ INLINE void unit(const f32 *from, f32 *to, i64 keys, f32 scale) {
     for (i64 r = 0; r < keys; r += LANES) store_float32(to + r, take(from + r, keys - r) * factor);
 }
 
-// 0 instead of what counts for nothing beside numbers near 1: what is too small for a normal number is slow on some
-// processors, and decays get there within a chunk.
-INLINE f32v settled(f32v v) {
-    u32v size = *(u32v *)&v & 0x7fffffffu;
-    return select_v((i32v)size < 0x0d800000, splat(0.0f), v);  // 2^-100
-}
-
 // Token i, and `some` before it from j on, whose keys fade.
 INLINE void meet(chunk *c, i64 i, i64 j, const f32 *q, const f32 *decay, f32 beta, const int some) {
     f32v known[4] = {}, seen[4] = {};

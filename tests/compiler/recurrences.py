@@ -35,6 +35,18 @@ def wkv(r: Array, k: Array, v: Array, decay: Array, bonus: Array, before: Array)
     return out, state
 
 
+def scan_inputs(
+    sequences: int, tokens: int, heads: int, dim: int, groups: int, size: int, each: bool
+) -> tuple[Array, ...]:
+    """x, steps, their biases, rates, b, c, skips and states, as `scan` takes them, but for its limits."""
+    random, n = np.random.default_rng(0), sequences * tokens
+    x, step, bias = random.normal(size=(n, heads * dim)), 9 * random.normal(size=(n, heads)), random.normal(size=heads)
+    rate = -np.exp(random.uniform(-20, 5, size=(*([size] if each else []), heads)))
+    b, c = (random.normal(size=(n, groups, size)) for _ in range(2))
+    skip, before = random.normal(size=heads), random.normal(size=(sequences, size, heads * dim))
+    return tuple(each.astype(np.float32) for each in (x, step, bias, rate, b, c, skip, before))
+
+
 def scan(
     x: Array, step: Array, bias: Array, rate: Array, b: Array, c: Array, skip: Array, before: Array,
     limits: tuple[float, float],
@@ -51,6 +63,24 @@ def scan(
         )
         out[t] = (state[s] * mine_c).sum(0) + np.repeat(skip, dim) * x[t]
     return out, state
+
+
+LENGTHS = (1, 2, 11, 12, 13, 31, 32, 33, 64, 65, 130)  # around what a kernel takes at once
+EXTREMES = np.array([0, 1e-38, 1e-20, 1e-3, 0.9, 1 - 2**-24, 1], np.float32)  # decays
+
+
+def delta_inputs(
+    sequences: int, tokens: int, heads: int, groups: int, keys: int, dim: int, each: bool
+) -> tuple[Array, ...]:
+    """x, decays, beta and states, as `delta` takes them."""
+    random, n = np.random.default_rng(0), sequences * tokens
+    x, state = (
+        random.normal(size=(n, 2 * groups * keys + heads * dim)),
+        random.normal(size=(sequences, heads, keys, dim)),
+    )
+    decay = np.exp(-np.abs(random.normal(size=(n, heads, keys if each else 1))))
+    beta = 1 / (1 + np.exp(random.normal(size=(n, heads))))
+    return tuple(each.astype(np.float32) for each in (x, decay, beta, state))
 
 
 def delta(x: Array, decay: Array, beta: Array, before: Array, groups: int) -> tuple[Array, Array]:

@@ -49,20 +49,41 @@ def test_wkv4_of_huge_keys_and_an_empty_state(kernels: Kernels) -> None:
     np.testing.assert_allclose(out[1], (value[0] + np.e * value[1]) / (1 + np.e), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("heads", "groups", "keys", "dim", "each"), [(4, 2, 24, 67, False), (3, 3, 21, 20, True)])
-def test_delta(kernels: Kernels, heads: int, groups: int, keys: int, dim: int, each: bool) -> None:
+@pytest.mark.parametrize(("heads", "groups", "keys", "dim", "each"), [(4, 2, 24, 131, False), (3, 3, 21, 20, True)])
+@pytest.mark.parametrize("tokens", recurrences.LENGTHS)
+def test_delta(kernels: Kernels, heads: int, groups: int, keys: int, dim: int, each: bool, tokens: int) -> None:
     """Two heads of values for one of keys; a decay for each key; columns that fill no vector, more than one task."""
-    rows, width = SEQUENCES * TOKENS, 2 * groups * keys + heads * dim
-    x, state = normal(0, rows, width), normal(1, SEQUENCES, heads, keys, dim)
-    decay = np.exp(-np.abs(normal(2, rows, heads, keys if each else 1)))
-    beta = 1 / (1 + np.exp(normal(3, rows, heads)))
-    out, after = np.full((rows, heads * dim), np.nan, np.float32), np.full_like(state, np.nan)
-    for task in range(SEQUENCES * heads * -(-dim // 64)):
-        kernels("mlcbuild_delta", x, decay, beta, state, out, after, TOKENS, heads, dim, groups, keys,
-                decay.shape[2], task)  # fmt: skip
-    expected, held = recurrences.delta(x, decay, beta, state, groups)
+    given = recurrences.delta_inputs(SEQUENCES, tokens, heads, groups, keys, dim, each)
+    out, after = delta(kernels, given, groups)
+    expected, held = recurrences.delta(*given, groups)
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(after, held, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_delta_of_any_decay_and_of_a_text_in_parts(kernels: Kernels, each: bool) -> None:
+    """Decays of nothing, of next to nothing and of all, next to each other; writing that turns what is there round."""
+    heads, keys, dim, tokens = 2, 128, 128, 130
+    x, decay, beta, state = recurrences.delta_inputs(1, tokens, heads, heads, keys, dim, each)
+    decay = np.random.default_rng(4).choice(recurrences.EXTREMES, decay.shape)
+    parts, held = [], state
+    for part in (slice(0, 1), slice(1, 38), slice(38, tokens)):
+        out, held = delta(kernels, (x[part], decay[part], 2 * beta[part], held), heads)
+        parts.append(out)
+    expected, after = recurrences.delta(x, decay, 2 * beta, state, heads)
+    np.testing.assert_allclose(np.concatenate(parts), expected, rtol=1e-4, atol=2e-5)
+    np.testing.assert_allclose(held, after, rtol=1e-4, atol=2e-5)
+
+
+def delta(kernels: Kernels, given: tuple[Array, ...], groups: int) -> tuple[Array, Array]:
+    """What the kernel makes of x, decays, beta and states."""
+    x, decay, _, state = given
+    sequences, heads, keys, dim = state.shape
+    out, after = np.full((len(x), heads * dim), np.nan, np.float32), np.full_like(state, np.nan)
+    sizes = (len(x) // sequences, heads, dim, groups, keys, decay.shape[2])
+    for task in range(sequences * heads * -(-dim // 128)):
+        kernels("mlcbuild_delta", *given, out, after, *sizes, task)
+    return out, after
 
 
 @pytest.mark.parametrize(("heads", "keys", "dim", "tokens"), recurrences.MLSTM)
@@ -124,23 +145,23 @@ def test_convolve(kernels: Kernels, tokens: int, taps: int, biased: bool, activa
         np.testing.assert_array_equal(after[s], seen[tokens:].astype(np.float32))
 
 
-@pytest.mark.parametrize("each", [True, False])
-def test_scan(kernels: Kernels, each: bool) -> None:
-    """Mamba's channels have rates for each value of their states, Mamba-2's heads one; groups share what goes in."""
-    heads, dim, groups, size = (69, 1, 3, 17) if each else (6, 23, 3, 16)
-    rows, width, limits = SEQUENCES * TOKENS, heads * dim, (0.001, 3.0)
-    x, step, bias, skip = normal(0, rows, width), 9 * normal(1, rows, heads), normal(2, heads), normal(3, heads)
-    rate = -np.exp(normal(4, *([size] if each else []), heads))
-    b, c = (normal(seed, rows, groups, size) for seed in (5, 6))
-    before = normal(7, SEQUENCES, size, width)
+@pytest.mark.parametrize(
+    ("heads", "dim", "size", "each", "tokens"),
+    [(69, 1, 17, True, 7), *((6, 23, 17, False, tokens) for tokens in recurrences.LENGTHS), (3, 131, 128, False, 40)],
+)
+def test_scan(kernels: Kernels, heads: int, dim: int, size: int, each: bool, tokens: int) -> None:
+    """Mamba's channels have rates for each value of their states, Mamba-2's heads one; groups share what goes in. Some
+    states stay, some are gone at once; heads whose columns are not in tiles all at once."""
+    limits = (0.001, 3.0)
+    given = recurrences.scan_inputs(SEQUENCES, tokens, heads, dim, 3, size, each)
+    x, before = given[0], given[-1]
     out, after = np.full_like(x, np.nan), np.full_like(before, np.nan)
     block = 64 if each else dim
-    for task in range(SEQUENCES * -(-width // block)):
-        given = (x, step, bias, rate, b, c, skip, before, out, after)
-        kernels("mlcbuild_scan", *given, TOKENS, heads, dim, groups, size, int(each), block, task, *limits)
-    expected, state = recurrences.scan(x, step, bias, rate, b, c, skip, before, limits)
-    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=2e-5)
-    np.testing.assert_allclose(after, state, rtol=1e-5, atol=1e-5)
+    for task in range(SEQUENCES * -(-x.shape[1] // block)):
+        kernels("mlcbuild_scan", *given, out, after, tokens, heads, dim, 3, size, int(each), block, task, *limits)
+    expected, state = recurrences.scan(*given, limits)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(after, state, rtol=1e-5, atol=2e-5)
 
 
 def test_small_steps_keep_their_digits(kernels: Kernels) -> None:

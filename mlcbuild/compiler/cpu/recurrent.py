@@ -16,6 +16,7 @@ from mlcbuild.models.operations import Expr
 from mlcbuild.models.recurrent.operations import MLSTM_EPS, Recurrence, Scanned
 
 _CHANNELS = 64  # of one task, where a task may have any: a few vectors; CHANNELS in the C sources
+_DELTA_CHANNELS = 128  # likewise in delta.c: what is done once for all columns of a head costs a few of them
 
 
 def recurrence(builder: relax.BlockBuilder, dtype: str) -> Recurrence:
@@ -173,7 +174,7 @@ def _delta(s: Scanned) -> Any:
     def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
         sizes = (symbols["n"] // symbols["b"], s.heads, s.dim, s.groups, s.size, each)
         calls.for_each(
-            symbols["b"] * s.heads * ((s.dim + _CHANNELS - 1) // _CHANNELS),
+            symbols["b"] * s.heads * ((s.dim + _DELTA_CHANNELS - 1) // _DELTA_CHANNELS),
             lambda task: calls.call("mlcbuild_delta", *inputs, *outputs, *sizes, task),
         )
 

@@ -1,12 +1,11 @@
-"""The gated delta rule on GPUs (mlcbuild.models.recurrent.operations: `delta`).
+"""The gated delta rule on GPUs (mlcbuild.models.recurrent.operations: `delta`), a chunk of tokens at once.
 
 The columns of a head's state do not depend on each other (mlcbuild.compiler.gpu.memories has how they are shared out).
-With s the state after it has faded, and q and k of length 1, one pass over s gives all that the parts of a block have
-to tell each other:
-
-    change = beta (v - s^T k)      out = s^T q + (k . q) change      s becomes s + k change^T
-
-So there is one barrier for each token: parts write what they have into the half of a table that is not being read.
+The formulas are those of the CPU's kernel (cpu/kernels/delta.c). The products of a chunk's keys and queries are
+shared out among all threads. Then each part of a block asks its rows of the state for all tokens, of which none waits
+for another, and behind a barrier every thread has its column's changes, one after the other, and writes all of them to
+its rows. So there are four barriers for a chunk, five where rows fade by themselves. Queries and keys stay as they
+are: what brings them to length 1 is multiplied with what they give.
 """
 
 from __future__ import annotations
@@ -23,6 +22,21 @@ from mlcbuild.models.recurrent.operations import Scanned
 _TINY = 1e-6  # added to squared lengths, as transformers does
 
 
+@T.macro
+def _ask(own, state, pair, token, start, rows):
+    """What a thread's rows have for a token's key and for its query, in two sums each: none waits for itself."""
+    for k in range(4):
+        own[k] = T.float32(0)
+    for r in range(rows // 2):
+        own[0] = own[0] + state[r] * pair[token, 1, start + r]
+        own[1] = own[1] + state[r] * pair[token, 0, start + r]
+        own[2] = own[2] + state[rows // 2 + r] * pair[token, 1, start + rows // 2 + r]
+        own[3] = own[3] + state[rows // 2 + r] * pair[token, 0, start + rows // 2 + r]
+    if rows % 2 == 1:
+        own[0] = own[0] + state[rows - 1] * pair[token, 1, start + rows - 1]
+        own[1] = own[1] + state[rows - 1] * pair[token, 0, start + rows - 1]
+
+
 @functools.cache
 def delta(s: Scanned) -> Any:
     """x [n, 2 * groups * size + heads * dim], decay [n, heads * each], beta [n, heads], the states before
@@ -30,11 +44,10 @@ def delta(s: Scanned) -> Any:
     """
     size, dim, heads, groups, each = s.size, s.dim, s.heads, s.groups, s.each
     shares = sharing(size)
-    parts, rows, padded = shares.parts, shares.rows, shares.padded
-    ahead, threads = shares.ahead, shares.threads
-    blocks = -(-dim // COLUMNS)
+    parts, rows, ahead, threads = shares.parts, shares.rows, shares.ahead, shares.threads
+    blocks, pairs = -(-dim // COLUMNS), ahead * ahead
     width, shared, scale = 2 * groups * size + heads * dim, heads // groups, 1 / math.sqrt(size)
-    fading = padded if each else 1  # decays that a token has in a head
+    fading = threads if each else 1  # decays that a token has in a head
 
     @T.prim_func(s_tir=True, private=True)
     def delta(
@@ -56,82 +69,146 @@ def delta(s: Scanned) -> Any:
                     with T.sblock("delta"):
                         T.reads()
                         T.writes()
-                        # Of each token the head's query and key, and how each of its rows fades.
-                        pair = T.sblock_alloc_buffer((ahead, 2, padded), "float32", scope="shared")
+                        # Of each token the head's query, in whose place its changes come, and key; how rows fade.
+                        pair = T.sblock_alloc_buffer((ahead, 2, threads), "float32", scope="shared")
                         fade = T.sblock_alloc_buffer((ahead, fading), "float32", scope="shared")
-                        # Of each part: q . q, k . k and q . k of a token; s^T k and s^T q of a column, twice.
-                        lengths = T.sblock_alloc_buffer((ahead, 3, parts), "float32", scope="shared")
-                        sums = T.sblock_alloc_buffer((2, parts, 2, COLUMNS), "float32", scope="shared")
+                        left = T.sblock_alloc_buffer((fading,), "float32", scope="shared")  # of a row, behind the chunk
+                        value = T.sblock_alloc_buffer((ahead, COLUMNS), "float32", scope="shared")
+                        # Of each part: the products of a token's key and query with a key before, and q . q.
+                        dots = T.sblock_alloc_buffer((2, ahead, ahead, parts), "float32", scope="shared")
+                        squares = T.sblock_alloc_buffer((ahead, parts), "float32", scope="shared")
+                        # What a change takes of one before, and what is read of it. By what a token's value, what the
+                        # state has for its key and for its query, and its change are multiplied.
+                        met = T.sblock_alloc_buffer((2, ahead, ahead), "float32", scope="shared")
+                        counts = T.sblock_alloc_buffer((4, ahead), "float32", scope="shared")
+                        sums = T.sblock_alloc_buffer((ahead, 2, parts, COLUMNS), "float32", scope="shared")
                         state = T.sblock_alloc_buffer((rows,), "float32", scope="local")
                         own = T.sblock_alloc_buffer((6,), "float32", scope="local")  # sums, as they come
                         column: T.let[T.int32] = bx * COLUMNS + tx % COLUMNS
                         part: T.let[T.int32] = tx // COLUMNS
                         head: T.let[T.int32] = by % heads
                         keys: T.let[T.int32] = head // shared  # the group whose queries and keys it has
-                        first: T.let[T.int32] = by // heads * (n // batch)  # token of the sequence
                         load_state(state, before, by // heads, head, part, column, dim, size, rows)
                         for chunk in range((n // batch + ahead - 1) // ahead):
+                            first: T.let[T.int32] = by // heads * (n // batch) + chunk * ahead
+                            held: T.let[T.int32] = T.min(ahead, n // batch - chunk * ahead)
                             T.tvm_storage_sync("shared")
-                            load_pairs(
-                                pair, x, first, chunk, n // batch, keys, groups, tx, size, padded, ahead, threads
-                            )
+                            load_pairs(pair, x, first, 0, held, keys, groups, tx, size, threads, ahead, threads)
                             for turn in range((ahead * fading + threads - 1) // threads):
                                 at: T.let[T.int32] = turn * threads + tx
                                 if at < ahead * fading:
-                                    fade[at // fading, at % fading] = T.float32(0)
-                                    if chunk * ahead + at // fading < n // batch and at % fading < size:
+                                    fade[at // fading, at % fading] = T.float32(1)
+                                    if at // fading < held and at % fading < size:
                                         fade[at // fading, at % fading] = decay[
-                                            first + chunk * ahead + at // fading,
-                                            head * size + at % fading if each else head,
+                                            first + at // fading, head * size + at % fading if each else head
                                         ]
+                            for turn in range((ahead + parts - 1) // parts):
+                                if turn * parts + part < held and column < dim:
+                                    value[turn * parts + part, tx % COLUMNS] = x[
+                                        first + turn * parts + part, 2 * groups * size + head * dim + column
+                                    ]
                             T.tvm_storage_sync("shared")
-                            for turn in range((ahead * 3 * parts + threads - 1) // threads):
+                            for turn in range((pairs * parts + threads - 1) // threads):
                                 at: T.let[T.int32] = turn * threads + tx
-                                one: T.let[T.int32] = at // parts % 3 % 2  # 0, 1, 0
-                                other: T.let[T.int32] = (at // parts % 3 + 1) // 2  # 0, 1, 1
-                                if at < ahead * 3 * parts:
-                                    own[0] = T.float32(0)
-                                    for i in range(rows):
-                                        own[0] = own[0] + (
-                                            pair[at // (3 * parts), one, at % parts * rows + i]
-                                            * pair[at // (3 * parts), other, at % parts * rows + i]
-                                        )
-                                    lengths[at // (3 * parts), at // parts % 3, at % parts] = own[0]
+                                i: T.let[T.int32] = at // parts // ahead
+                                j: T.let[T.int32] = at // parts % ahead
+                                if at < pairs * parts and j <= i and i < held:
+                                    for k in range(3):
+                                        own[k] = T.float32(0)
+                                    for r in range(rows):
+                                        # Threads begin at different rows, which lie in different banks.
+                                        row: T.let[T.int32] = at % parts * rows + (r + tx) % rows
+                                        own[3] = pair[j, 1, row]
+                                        if each:
+                                            for t in range(i - j):
+                                                own[3] = own[3] * fade[j + 1 + t, row]
+                                        own[0] = own[0] + own[3] * pair[i, 1, row]
+                                        own[1] = own[1] + own[3] * pair[i, 0, row]
+                                        own[2] = own[2] + pair[i, 0, row] * pair[i, 0, row]
+                                    dots[0, i, j, at % parts] = own[0]
+                                    dots[1, i, j, at % parts] = own[1]
+                                    if i == j:
+                                        squares[i, at % parts] = own[2]
                             T.tvm_storage_sync("shared")
-                            for t in range(T.min(ahead, n // batch - chunk * ahead)):
+                            for turn in range((pairs + threads - 1) // threads):
+                                at: T.let[T.int32] = turn * threads + tx
+                                i: T.let[T.int32] = at // ahead
+                                j: T.let[T.int32] = at % ahead
+                                if at < pairs and j <= i and i < held:
+                                    for k in range(5):
+                                        own[k] = T.float32(0)
+                                    for k in range(parts):
+                                        own[0] = own[0] + dots[0, i, j, k]
+                                        own[1] = own[1] + dots[1, i, j, k]
+                                        own[2] = own[2] + dots[0, i, i, k]
+                                        own[3] = own[3] + dots[0, j, j, k]
+                                        own[4] = own[4] + squares[i, k]
+                                    own[2] = T.float32(1) / T.sqrt(own[2] + T.float32(_TINY))
+                                    own[3] = T.float32(1) / T.sqrt(own[3] + T.float32(_TINY))
+                                    own[4] = T.float32(scale) / T.sqrt(own[4] + T.float32(_TINY))
+                                    own[5] = T.float32(1)
+                                    if not each:
+                                        for t in range(i - j):
+                                            own[5] = own[5] * fade[j + 1 + t, 0]
+                                    own[3] = own[3] * own[5]
+                                    met[0, i, j] = beta[first + i, head] * own[2] * own[3] * own[0]
+                                    met[1, i, j] = own[4] * own[3] * own[1]
+                                    if i == j:
+                                        own[0] = T.float32(1)
+                                        own[1] = T.float32(1)
+                                        if not each:
+                                            for t in range(i + 1):
+                                                own[0] = own[0] * fade[t, 0]
+                                            for t in range(held - 1 - i):
+                                                own[1] = own[1] * fade[i + 1 + t, 0]
+                                        counts[0, i] = beta[first + i, head]
+                                        counts[1, i] = beta[first + i, head] * own[2] * own[0]
+                                        counts[2, i] = own[4] * own[0]
+                                        counts[3, i] = own[2] * own[1]
+                            if each:
+                                # Keys and queries fade as the state does until them, keys in `fade` as from them on.
+                                own[0] = T.float32(1)
+                                for i in range(held):
+                                    own[1] = fade[i, tx]
+                                    own[0] = own[0] * own[1]
+                                    for j in range(i):
+                                        fade[j, tx] = fade[j, tx] * own[1]
+                                    fade[i, tx] = pair[i, 1, tx]
+                                    pair[i, 1, tx] = pair[i, 1, tx] * own[0]
+                                    pair[i, 0, tx] = pair[i, 0, tx] * own[0]
+                                left[tx] = own[0]
+                                T.tvm_storage_sync("shared")
+                            for t in range(held):
+                                _ask(own, state, pair, t, part * rows, rows)
+                                sums[t, 0, part, tx % COLUMNS] = own[0] + own[2]
+                                sums[t, 1, part, tx % COLUMNS] = own[1] + own[3]
+                            T.tvm_storage_sync("shared")
+                            for i in range(held):
                                 own[0] = T.float32(0)
                                 own[1] = T.float32(0)
-                                for i in range(rows):
-                                    state[i] = state[i] * fade[t, part * rows + i if each else 0]
-                                    own[0] = own[0] + state[i] * pair[t, 1, part * rows + i]
-                                    own[1] = own[1] + state[i] * pair[t, 0, part * rows + i]
-                                sums[t % 2, part, 0, tx % COLUMNS] = own[0]
-                                sums[t % 2, part, 1, tx % COLUMNS] = own[1]
-                                for i in range(5):
-                                    own[i] = T.float32(0)
-                                for i in range(parts):
-                                    own[0] = own[0] + lengths[t, 0, i]
-                                    own[1] = own[1] + lengths[t, 1, i]
-                                    own[2] = own[2] + lengths[t, 2, i]
-                                own[0] = T.float32(scale) / T.sqrt(own[0] + T.float32(_TINY))
-                                own[1] = T.float32(1) / T.sqrt(own[1] + T.float32(_TINY))
-                                T.tvm_storage_sync("shared")
-                                for i in range(parts):
-                                    own[3] = own[3] + sums[t % 2, i, 0, tx % COLUMNS]
-                                    own[4] = own[4] + sums[t % 2, i, 1, tx % COLUMNS]
-                                own[5] = T.float32(0)
-                                if column < dim:
-                                    own[5] = beta[first + chunk * ahead + t, head] * (
-                                        x[first + chunk * ahead + t, 2 * groups * size + head * dim + column]
-                                        - own[1] * own[3]
+                                for k in range(parts):
+                                    own[0] = own[0] + sums[i, 0, k, tx % COLUMNS]
+                                    own[1] = own[1] + sums[i, 1, k, tx % COLUMNS]
+                                own[0] = counts[0, i] * value[i, tx % COLUMNS] - counts[1, i] * own[0]
+                                own[1] = counts[2, i] * own[1]
+                                for j in range(i):
+                                    own[0] = own[0] - met[0, i, j] * pair[j, 0, tx]
+                                    own[1] = own[1] + met[1, i, j] * pair[j, 0, tx]
+                                pair[i, 0, tx] = own[0]
+                                if part == 0 and column < dim:
+                                    out[first + i, head * dim + column] = own[1] + met[1, i, i] * own[0]
+                            own[0] = T.float32(1)
+                            if not each:
+                                for t in range(held):
+                                    own[0] = own[0] * fade[t, 0]
+                            for r in range(rows):
+                                state[r] = state[r] * (left[part * rows + r] if each else own[0])
+                            for t in range(held):
+                                own[0] = pair[t, 0, tx] * counts[3, t]
+                                for r in range(rows):
+                                    state[r] = state[r] + own[0] * (
+                                        fade[t, part * rows + r] if each else pair[t, 1, part * rows + r]
                                     )
-                                    if part == 0:
-                                        out[first + chunk * ahead + t, head * dim + column] = own[0] * (
-                                            own[4] + own[2] * own[1] * own[5]
-                                        )
-                                own[5] = own[5] * own[1]
-                                for i in range(rows):
-                                    state[i] = state[i] + pair[t, 1, part * rows + i] * own[5]
                         store_state(state, after, by // heads, head, part, column, dim, size, rows)
 
     return delta

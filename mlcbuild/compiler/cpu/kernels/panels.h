@@ -20,8 +20,9 @@
 
 INLINE i64 panel_width(i64 left) { return left >= WIDTH ? WIDTH : left >= 4 ? 4 : left >= 2 ? 2 : 1; }
 
-// a[m] at step k is a[k * by_step + m * by_row].
-INLINE void multiply_panel(const f32 *a, i64 by_step, i64 by_row, const f32 *b, i64 depth, f32 *c, const int width) {
+// a[m] at step k is a[k * by_step + m * by_row]. Of c, keep[m] times what is there remains; all of it where that is null.
+INLINE void multiply_panel(const f32 *a, i64 by_step, i64 by_row, const f32 *b, i64 depth, const f32 *keep, f32 *c,
+                           const int width) {
     f32v acc[WIDTH][VECTORS] = {};  // from zero, not from c: long sums in stretches lose less
     for (i64 k = 0; k < depth; k++) {
         f32v row[VECTORS];
@@ -34,12 +35,12 @@ INLINE void multiply_panel(const f32 *a, i64 by_step, i64 by_row, const f32 *b, 
     for (int m = 0; m < width; m++)
         for (int v = 0; v < VECTORS; v++) {
             f32 *at = c + m * ROWS + v * LANES;
-            store_float32(at, load_float32(at) + acc[m][v]);
+            store_float32(at, (keep ? load_float32(at) * splat(keep[m]) : load_float32(at)) + acc[m][v]);
         }
 }
 
 #define DEFINE_WIDTH(NAME, WIDTH, BY_STEP, BY_ROW) \
-    NOINLINE void NAME(const f32 *a, const f32 *b, i64 depth, f32 *c) { multiply_panel(a, BY_STEP, BY_ROW, b, depth, c, WIDTH); }
+    NOINLINE void NAME(const f32 *a, const f32 *b, i64 depth, f32 *c) { multiply_panel(a, BY_STEP, BY_ROW, b, depth, 0, c, WIDTH); }
 
 DEFINE_WIDTH(panel_wide, WIDTH, WIDTH, 1)
 DEFINE_WIDTH(panel_4, 4, 4, 1)

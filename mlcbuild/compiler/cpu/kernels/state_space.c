@@ -2,11 +2,12 @@
 // and Gu, arXiv 2405.21060). A vector holds neighbouring channels of one token; states are carried from token to token.
 // All is float32, activations and parameters.
 
-#include "lanes.h"
+#include "chunks.h"
 
 #define MAX_STATE 256  // values that a channel keeps
 #define MAX_TAPS 32    // tokens that a convolution sees
 #define CHANNELS 64    // of a convolution's task
+#define COLUMNS 128    // of a head whose states are in tiles at once
 
 // log(1 + exp(x)) = max(x, 0) + log(1 + u) with u = exp(-|x|); log(1 + u) = 2 artanh(s), s = u / (2 + u) <= 1/3: after
 // s^15 the series has less than 2^-25 of its sum left.
@@ -56,8 +57,8 @@ EXPORT void mlcbuild_convolve(const f32 *x, const f32 *w, const f32 *bias, const
     }
 }
 
-// What a task of a scan works on. `each`: every channel has its own step, rate and skip, with `heads` channels; else a
-// head has one of each for its `dim` channels.
+// What a task of a scan works on. Every channel has its own step, rate and skip, with `heads` channels; or a head has one
+// of each for all of its channels.
 typedef struct {
     const f32 *x, *step, *step_bias, *rate, *b, *c, *skip, *state_in;
     f32 *y, *state_out;
@@ -65,34 +66,113 @@ typedef struct {
     f32 least, most;
 } scan;
 
-// The channels `at` to `at + count` of one head `head` in the group `group`. A channel's state s is a vector of `size`:
-//   step = clamp(softplus(step + step_bias)), s <- exp(step rate) s + step x b, y = s . c + skip x
-INLINE void scan_lanes(const scan *p, i64 at, i64 head, i64 group, i64 count, const int each) {
-    f32v state[MAX_STATE], rate[MAX_STATE];
+// From a step before its bias on: clamp(softplus(step + bias)).
+INLINE f32v step_of(const scan *p, f32v step, f32v bias) {
+    step = softplus_v(step + bias);
+    step = select_v(step < splat(p->least), splat(p->least), step);
+    return select_v(step > splat(p->most), splat(p->most), step);
+}
+
+// The channels `at` to `at + count`, of the group `group`, where each has its own. A channel's state s is a vector of `size`:
+//   s <- exp(step rate) s + step x b, y = s . c + skip x
+INLINE void scan_lanes(const scan *p, i64 at, i64 group, i64 count) {
+    f32v state[MAX_STATE], rate[MAX_STATE], bias = take(p->step_bias + at, count), skip = take(p->skip + at, count);
     for (i64 n = 0; n < p->size; n++) {
         state[n] = take(p->state_in + n * p->width + at, count);
-        if (each) rate[n] = take(p->rate + n * p->width + at, count) * splat(LOG2E);
+        rate[n] = take(p->rate + n * p->width + at, count) * splat(LOG2E);
     }
-    if (!each) rate[0] = splat(p->rate[head] * LOG2E);
-    f32v bias = each ? take(p->step_bias + at, count) : splat(p->step_bias[head]);
-    f32v skip = each ? take(p->skip + at, count) : splat(p->skip[head]);
     for (i64 t = 0; t < p->tokens; t++) {
-        const f32 *step_at = p->step + t * p->heads, *b = p->b + (t * p->groups + group) * p->size;
-        const f32 *c = p->c + (t * p->groups + group) * p->size;
-        f32v step = softplus_v((each ? take(step_at + at, count) : splat(step_at[head])) + bias);
-        step = select_v(step < splat(p->least), splat(p->least), step);
-        step = select_v(step > splat(p->most), splat(p->most), step);
-        f32v x = take(p->x + t * p->width + at, count), added = step * x, kept = exp2_v(step * rate[0]);
+        const f32 *b = p->b + (t * p->groups + group) * p->size, *c = p->c + (t * p->groups + group) * p->size;
+        f32v step = step_of(p, take(p->step + t * p->heads + at, count), bias);
+        f32v x = take(p->x + t * p->width + at, count), added = step * x;
         f32v even = skip * x, odd = splat(0.0f);  // two sums, so that one need not wait for the other
         for (i64 n = 0; n < p->size; n++) {
-            if (each && n) kept = exp2_v(step * rate[n]);
-            state[n] = kept * state[n] + added * splat(b[n]);
+            state[n] = exp2_v(step * rate[n]) * state[n] + added * splat(b[n]);
             if (n & 1) odd += state[n] * splat(c[n]);
             else even += state[n] * splat(c[n]);
         }
         give(p->y + t * p->width + at, even + odd, count);
     }
     for (i64 n = 0; n < p->size; n++) give(p->state_out + n * p->width + at, state[n], count);
+}
+
+// The tokens of a head whose channels have one step a and one rate, in chunks: with d_i = exp(a_i rate), for the tokens 1 to n of a
+// chunk, and S [size, dim] what was before them (the dual form of Dao and Gu),
+//   y_i = d_1 ... d_i S^T c_i + sum_{j<=i} (c_i . b_j) d_j+1 ... d_i a_j x_j + skip x_i
+//   S becomes d_1 ... d_n S + sum_j d_j+1 ... d_n a_j b_j x_j^T
+// What the tokens have in common for all channels:
+typedef struct {
+    f32 until[CHUNK], left[MAX_STATE];  // d_1 ... d_i; d_1 ... d_n
+    f32 added[CHUNK + LANES];           // d_j+1 ... d_n a_j
+    f32 seen[CHUNK][CHUNK];             // what x_j adds to y_i
+} chunk;
+
+// The products of c_i with `some` b_j from j on.
+INLINE void meet(const scan *p, const f32 *c, const f32 *b, f32 *seen, const int some) {
+    f32v part[4] = {};
+    for (i64 n = 0; n < p->size; n += LANES) {
+        f32v one = take(c + n, p->size - n);
+        for (int j = 0; j < some; j++) part[j] += one * take(b + j * p->groups * p->size + n, p->size - n);
+    }
+    for (int j = 0; j < some; j++) seen[j] = sum(part[j]);
+}
+
+INLINE void prepare(chunk *k, const scan *p, i64 first, i64 count, i64 head, i64 group) {
+    const i64 stride = p->groups * p->size;
+    f32 decay[CHUNK + LANES], until = 1.0f;
+    for (i64 i = 0; i < count; i++) k->added[i] = p->step[(first + i) * p->heads + head];
+    for (i64 i = 0; i < CHUNK; i += LANES) {
+        f32v step = step_of(p, take(k->added + i, count - i), splat(p->step_bias[head]));
+        store_float32(k->added + i, step);
+        store_float32(decay + i, exp2_v(step * splat(p->rate[head] * LOG2E)));
+    }
+    for (i64 i = 0; i < count; i++) {
+        const f32 *c = p->c + (first + i) * stride + group * p->size, *b = p->b + first * stride + group * p->size;
+        i64 j = 0;
+        for (; j + 4 <= i + 1; j += 4) meet(p, c, b + j * stride, k->seen[i] + j, 4);
+        for (; j <= i; j++) meet(p, c, b + j * stride, k->seen[i] + j, 1);
+        until = settled(splat(until * decay[i]))[0];
+        k->until[i] = until;
+        for (j = 0; j < i; j += LANES) {  // steps of tokens from i on stay as they are
+            f32v faded = settled(load_float32(k->added + j) * splat(decay[i]));
+            give(k->added + j, faded, i - j);
+        }
+        for (j = 0; j <= i; j++) k->seen[i][j] *= k->added[j];
+        for (j = i + 1; j < CHUNK; j++) k->seen[i][j] = 0.0f;
+        k->seen[i][i] += p->skip[head];
+    }
+    for (i64 n = 0; n < MAX_STATE; n += LANES) store_float32(k->left + n, splat(until));
+}
+
+// Channels `at` to `end` of a head.
+NOINLINE void scan_chunks(const scan *p, i64 at, i64 end, i64 head, i64 group) {
+    f32 state[MAX_STATE * COLUMNS], x[CHUNK * ROWS], y[CHUNK * ROWS];
+    const i64 stride = p->groups * p->size;
+    chunk k;
+    load_tiles(state, p->state_in, p->size, p->width, at, end);
+    for (i64 first = 0; first < p->tokens; first += CHUNK) {
+        i64 count = min_i64(CHUNK, p->tokens - first), place = first * stride + group * p->size;
+        prepare(&k, p, first, count, head, group);
+        for (i64 column = at; column < end; column += ROWS) {
+            f32 *tile = state + (column - at) * p->size;
+            for (i64 i = 0; i < count; i++)
+                for (i64 l = 0; l < ROWS; l += LANES) {
+                    const f32 *from = p->x + (first + i) * p->width + column + l;
+                    store_float32(x + i * ROWS + l, take(from, end - column - l));
+                    store_float32(y + i * ROWS + l, splat(0.0f));
+                }
+            ask(p->c + place, stride, tile, p->size, 0, y, count);
+            ask(k.seen[0], CHUNK, x, count, k.until, y, count);
+            for (i64 i = 0; i < count; i++)
+                for (i64 l = 0; l < ROWS; l += LANES) {
+                    f32 *to = p->y + (first + i) * p->width + column + l, *own = x + i * ROWS + l;
+                    give(to, load_float32(y + i * ROWS + l), end - column - l);
+                    store_float32(own, load_float32(own) * splat(k.added[i]));
+                }
+            write(p->b + place, stride, x, count, k.left, tile, p->size);
+        }
+    }
+    store_tiles(state, p->state_out, p->size, p->width, at, end);
 }
 
 // x, y: [sequences * tokens, heads * dim]; step: [sequences * tokens, heads]; step_bias, skip: [heads]; rate, below 0:
@@ -107,12 +187,13 @@ EXPORT void mlcbuild_scan(const f32 *x, const f32 *step, const f32 *step_bias, c
     const scan p = {x + rows * width, step + rows * heads, step_bias, rate, b + rows * groups * size,
                     c + rows * groups * size, skip, state_in + sequence * size * width, y + rows * width,
                     state_out + sequence * size * width, tokens, heads, width, groups, size, least, most};
-    for (i64 count; at < end; at += count) {
-        count = min_i64(end - at, LANES);
+    for (i64 count, shared = heads / groups; at < end; at += count) {
         if (each) {
-            i64 shared = heads / groups;
-            count = min_i64(count, shared - at % shared);
-            scan_lanes(&p, at, at, at / shared, count, 1);
-        } else scan_lanes(&p, at, head, head / (heads / groups), count, 0);
+            count = min_i64(min_i64(end - at, LANES), shared - at % shared);
+            scan_lanes(&p, at, at / shared, count);
+        } else {
+            count = min_i64(end - at, COLUMNS);
+            scan_chunks(&p, at, at + count, head, head / shared);
+        }
     }
 }

@@ -9,6 +9,11 @@ import numpy as np
 
 from tests.support.llama import Array
 
+LENGTHS = (1, 2, 11, 12, 13, 31, 32, 33, 64, 65, 130)  # around what a kernel takes at once
+Delta = tuple[Array, Array, Array, Array]  # x, decays, beta and states
+Scan = tuple[Array, Array, Array, Array, Array, Array, Array, Array]  # x, steps, biases, rates, b, c, skips, states
+EXTREMES = np.array([0, 1e-38, 1e-20, 1e-3, 0.9, 1 - 2**-24, 1], np.float32)  # decays
+
 
 def wkv4(key: Array, value: Array, decay: Array, bonus: Array, a: Array, b: Array, m: Array) -> tuple[Array, ...]:
     """The sums as they are, without an exponent kept apart: out [n, W], the sums of weighted values and of weights."""
@@ -35,16 +40,16 @@ def wkv(r: Array, k: Array, v: Array, decay: Array, bonus: Array, before: Array)
     return out, state
 
 
-def scan_inputs(
-    sequences: int, tokens: int, heads: int, dim: int, groups: int, size: int, each: bool
-) -> tuple[Array, ...]:
-    """x, steps, their biases, rates, b, c, skips and states, as `scan` takes them, but for its limits."""
+def scan_inputs(sequences: int, tokens: int, heads: int, dim: int, groups: int, size: int, each: bool) -> Scan:
+    """As `scan` takes them, but for its limits."""
     random, n = np.random.default_rng(0), sequences * tokens
     x, step, bias = random.normal(size=(n, heads * dim)), 9 * random.normal(size=(n, heads)), random.normal(size=heads)
     rate = -np.exp(random.uniform(-20, 5, size=(*([size] if each else []), heads)))
     b, c = (random.normal(size=(n, groups, size)) for _ in range(2))
     skip, before = random.normal(size=heads), random.normal(size=(sequences, size, heads * dim))
-    return tuple(each.astype(np.float32) for each in (x, step, bias, rate, b, c, skip, before))
+    f = np.float32
+    inputs = x.astype(f), step.astype(f), bias.astype(f), rate.astype(f)
+    return *inputs, b.astype(f), c.astype(f), skip.astype(f), before.astype(f)
 
 
 def scan(
@@ -65,14 +70,8 @@ def scan(
     return out, state
 
 
-LENGTHS = (1, 2, 11, 12, 13, 31, 32, 33, 64, 65, 130)  # around what a kernel takes at once
-EXTREMES = np.array([0, 1e-38, 1e-20, 1e-3, 0.9, 1 - 2**-24, 1], np.float32)  # decays
-
-
-def delta_inputs(
-    sequences: int, tokens: int, heads: int, groups: int, keys: int, dim: int, each: bool
-) -> tuple[Array, ...]:
-    """x, decays, beta and states, as `delta` takes them."""
+def delta_inputs(sequences: int, tokens: int, heads: int, groups: int, keys: int, dim: int, each: bool) -> Delta:
+    """As `delta` takes them."""
     random, n = np.random.default_rng(0), sequences * tokens
     x, state = (
         random.normal(size=(n, 2 * groups * keys + heads * dim)),
@@ -80,7 +79,8 @@ def delta_inputs(
     )
     decay = np.exp(-np.abs(random.normal(size=(n, heads, keys if each else 1))))
     beta = 1 / (1 + np.exp(random.normal(size=(n, heads))))
-    return tuple(each.astype(np.float32) for each in (x, decay, beta, state))
+    f = np.float32
+    return x.astype(f), decay.astype(f), beta.astype(f), state.astype(f)
 
 
 def delta(x: Array, decay: Array, beta: Array, before: Array, groups: int) -> tuple[Array, Array]:

@@ -48,7 +48,7 @@ def test_delta_of_any_decay(gpu: Gpu, each: bool) -> None:
     check_delta(gpu, (x, decay, 2 * beta, state), 2)
 
 
-def check_delta(gpu: Gpu, given: tuple[Array, ...], groups: int) -> None:
+def check_delta(gpu: Gpu, given: recurrences.Delta, groups: int) -> None:
     x, decay, beta, state = given
     sequences, heads, keys, dim = state.shape
     results = {"out": np.full((len(x), heads * dim), np.nan, np.float32), "after": np.full_like(state, np.nan)}

@@ -75,7 +75,7 @@ def test_delta_of_any_decay_and_of_a_text_in_parts(kernels: Kernels, each: bool)
     np.testing.assert_allclose(held, after, rtol=1e-4, atol=2e-5)
 
 
-def delta(kernels: Kernels, given: tuple[Array, ...], groups: int) -> tuple[Array, Array]:
+def delta(kernels: Kernels, given: recurrences.Delta, groups: int) -> tuple[Array, Array]:
     """What the kernel makes of x, decays, beta and states."""
     x, decay, _, state = given
     sequences, heads, keys, dim = state.shape

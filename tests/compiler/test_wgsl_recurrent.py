@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlcbuild.compiler.gpu import encoder, recurrent
+from mlcbuild.compiler.gpu import encoder, recurrent, state_space
 from mlcbuild.models.recurrent.operations import Scanned
 from tests.compiler import recurrences
 from tests.support.llama import Array
@@ -58,22 +58,27 @@ def test_wkv(gpu: Any, dim: int, varies: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "scanned",
-    [Scanned(69, 1, 3, 17, (0.001, 3.0), each=True), Scanned(6, 23, 3, 16, (0.0, float("inf")), each=False)],
-    ids=["mamba", "mamba2"],
+    ("scanned", "tokens"),
+    [
+        (Scanned(69, 1, 3, 17, (0.001, 3.0), each=True), 7),
+        (Scanned(6, 23, 3, 16, (0.0, float("inf")), each=False), 7),
+        (Scanned(2, 40, 1, 33, (0.001, 3.0), each=False), 20),
+        (Scanned(2, 64, 1, 128, (0.0, float("inf")), each=False), 1),
+        (Scanned(2, 64, 2, 256, (0.0, float("inf")), each=False), 9),
+    ],
+    ids=["mamba", "mamba2", "chunks", "one", "wide"],
 )
-def test_scan(gpu: Any, scanned: Scanned) -> None:
-    """Steps far below and above zero too."""
-    heads, groups, size = scanned.heads, scanned.groups, scanned.size
-    width = heads * scanned.dim
-    given = {"x": normal(0, ROWS, width), "step": 9 * normal(1, ROWS, heads), "bias": normal(2, heads)}
-    given |= {"rate": -np.exp(normal(4, *([size] if scanned.each else []), heads))}
-    given |= {name: normal(seed, ROWS, groups, size) for name, seed in (("b", 5), ("c", 6))}
-    given |= {"skip": normal(3, heads), "before": normal(7, SEQUENCES, size, width)}
-    expected, after = recurrences.scan(**given, limits=scanned.limits)
-    given |= {"out": np.zeros_like(given["x"]), "after": np.zeros_like(given["before"])}
-    got = gpu.launch(recurrent._scan(scanned), 0, given, SIZES)
-    np.testing.assert_allclose(got["out"], expected, rtol=2e-5, atol=5e-5)
+def test_scan(gpu: Any, scanned: Scanned, tokens: int) -> None:
+    """Steps far below and above zero; states that stay, and such as are gone at once."""
+    sizes = (scanned.heads, scanned.dim, scanned.groups, scanned.size, scanned.each)
+    given = recurrences.scan_inputs(SEQUENCES, tokens, *sizes)
+    expected, after = recurrences.scan(*given, scanned.limits)
+    arrays = dict(zip(("x", "step", "bias", "rate", "b", "c", "skip", "before"), given, strict=True))
+    arrays |= {"out": np.full_like(given[0], np.nan), "after": np.full_like(given[-1], np.nan)}
+    rows = SEQUENCES * tokens
+    got = gpu.launch(state_space.scan(scanned), 0, arrays, {"n": rows, "batch": SEQUENCES})
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(got["out"], expected, rtol=2e-5, atol=2e-6 * scale)
     np.testing.assert_allclose(got["after"], after, rtol=2e-5, atol=5e-5)
 
 

@@ -8,7 +8,6 @@ the same for every token (convolutions, narrow products) is shared out by value.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from mlcbuild.compiler.gpu.lru import gates as _lru_gates
 from mlcbuild.compiler.gpu.lru import lru as _lru
 from mlcbuild.compiler.gpu.mlstm import mlstm as _mlstm
 from mlcbuild.compiler.gpu.rows import float32, widened
+from mlcbuild.compiler.gpu.state_space import scan as _scan
 from mlcbuild.models.operations import Expr
 from mlcbuild.models.recurrent.operations import Recurrence, Scanned
 
@@ -184,80 +184,6 @@ def _wkv(heads: int, dim: int, varies: bool) -> Any:
                                 after[by, c * dim + j] = state[j]
 
     return wkv
-
-
-@functools.cache
-def _scan(s: Scanned) -> Any:
-    width, per_group = s.heads * s.dim, s.heads // s.groups
-    blocks = -(-width // _THREADS)
-    size, dim, groups, heads, each = s.size, s.dim, s.groups, s.heads, s.each
-    within, softplus = functools.partial(_within, limits=s.limits), _softplus
-
-    @T.prim_func(s_tir=True, private=True)
-    def scan(
-        var_x: T.handle, var_step: T.handle, var_bias: T.handle, var_rate: T.handle, var_b: T.handle, var_c: T.handle,
-        var_skip: T.handle, var_before: T.handle, var_out: T.handle, var_after: T.handle,
-    ):  # fmt: skip
-        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True, "op_pattern": 8})
-        n = T.int32()
-        batch = T.int32()
-        x = T.match_buffer(var_x, (n, width), "float32")
-        step = T.match_buffer(var_step, (n, heads), "float32")
-        bias = T.match_buffer(var_bias, (heads,), "float32")
-        rate = T.match_buffer(var_rate, (size, heads) if each else (heads,), "float32")
-        b = T.match_buffer(var_b, (n, groups * size), "float32")
-        c = T.match_buffer(var_c, (n, groups * size), "float32")
-        skip = T.match_buffer(var_skip, (heads,), "float32")
-        before = T.match_buffer(var_before, (batch, size * width), "float32")
-        out = T.match_buffer(var_out, (n, width), "float32")
-        after = T.match_buffer(var_after, (batch, size * width), "float32")
-        for by in T.thread_binding(batch, thread="blockIdx.y"):
-            for bx in T.thread_binding(blocks, thread="blockIdx.x"):
-                for tx in T.thread_binding(_THREADS, thread="threadIdx.x"):
-                    with T.sblock("scan"):
-                        T.reads()
-                        T.writes()
-                        state = T.sblock_alloc_buffer((size,), "float32", scope="local")
-                        own = T.sblock_alloc_buffer((4,), "float32", scope="local")  # step, what is kept, added, sum
-                        channel: T.let[T.int32] = bx * _THREADS + tx
-                        head: T.let[T.int32] = channel // dim
-                        first: T.let[T.int32] = head // per_group * size  # of the group's values
-                        if channel < width:
-                            for i in range(size):
-                                state[i] = before[by, i * width + channel]
-                            for t in range(n // batch):
-                                own[0] = within(softplus(step[by * (n // batch) + t, head] + bias[head]))
-                                own[2] = own[0] * x[by * (n // batch) + t, channel]
-                                own[3] = skip[head] * x[by * (n // batch) + t, channel]
-                                if not each:
-                                    own[1] = T.exp(own[0] * rate[head])
-                                for i in range(size):
-                                    if each:
-                                        own[1] = T.exp(own[0] * rate[i, head])
-                                    state[i] = own[1] * state[i] + own[2] * b[by * (n // batch) + t, first + i]
-                                    own[3] = own[3] + state[i] * c[by * (n // batch) + t, first + i]
-                                out[by * (n // batch) + t, channel] = own[3]
-                            for i in range(size):
-                                after[by, i * width + channel] = state[i]
-
-    return scan
-
-
-def _softplus(x: Any) -> Any:
-    """log(1 + exp(x)) as the CPU's kernel has it (cpu/kernels/state_space.c): small steps keep their precision."""
-    u = tirx.exp(-tirx.abs(x))
-    s = u / (float32(2) + u)
-    series = float32(0)
-    for power in range(15, 0, -2):
-        series = series * s * s + float32(1 / power)
-    return tirx.max(x, float32(0)) + float32(2) * s * series
-
-
-def _within(value: Any, limits: tuple[float, float]) -> Any:
-    """A bound that is no number, or that bounds nothing, is not written: WGSL has no infinity."""
-    least, most = limits
-    value = tirx.max(value, float32(least)) if least > 0 else value
-    return tirx.min(value, float32(most)) if math.isfinite(most) else value
 
 
 def _project(x: te.Tensor, w: te.Tensor) -> te.Tensor:

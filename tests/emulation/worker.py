@@ -120,6 +120,7 @@ def _vectors(asked: Mapping[str, Any], folder: Path) -> dict[str, float]:
 
 def _logits(asked: Mapping[str, Any], folder: Path) -> tuple[dict[str, float], float, int]:
     import dataclasses
+    import functools
 
     import numpy as np
 
@@ -133,7 +134,9 @@ def _logits(asked: Mapping[str, Any], folder: Path) -> tuple[dict[str, float], f
     config = _wide({**case.config, **asked.get("changes", {})})
     case = dataclasses.replace(case, config=config, overrides={**case.overrides, "max_batch_size": 3})
     case = dataclasses.replace(case, centres=asked.get("centres", case.centres))
-    agreement = Agreement(case, asked["quantization"], folder, build=build_library)
+    agreement = Agreement(
+        case, asked["quantization"], folder, build=functools.partial(build_library, name=asked.get("target", "cuda"))
+    )
     if asked.get("functions", False):
         engine_calls.run(agreement.network.library, QUANTIZATIONS[asked["quantization"]].model_dtype)
     expected = agreement.expected(IDS)

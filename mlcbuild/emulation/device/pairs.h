@@ -29,6 +29,8 @@ namespace mlcbuild {
 
 static inline uint32_t masked(uint32_t word, uint32_t mask, uint32_t ones) { return (word & mask) | ones; }
 
+static inline void kernel_before() { emulation::wait_for_kernel(); }
+
 struct Operands {
   uint32_t a[4], b[2];
 };

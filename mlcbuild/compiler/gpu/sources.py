@@ -12,10 +12,12 @@ _FILES = {  # the file that has a function
     "few_rows": "few_rows.cuh",
     "fused_rows": "fused_rows.cuh",
     "prefetch_next": "prefetch.cuh",
+    "prefetch_second": "prefetch.cuh",
     "many_rows": "many_rows.cuh",
     "rows_of_expert": "many_rows.cuh",
     "hand_over": "many_rows.cuh",
     "decode_attention": "decode_attention.cuh",
+    "keep_new": "decode_attention.cuh",
     "prefill_attention": "prefill_attention.cuh",
     "new_tokens_attention": "prefill_attention.cuh",
 }

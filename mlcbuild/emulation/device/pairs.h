@@ -109,6 +109,7 @@ static inline void multiply_tiles(float (*sums)[A][4], const uint32_t (&a)[A][2]
 static inline void fetch_line(const void* place) { static_cast<void>(*static_cast<const volatile char*>(place)); }
 template <class T>
 static inline T load_late(const T* place) { return *emulation_aligned<const T>(place); }
+static inline uint4 load_plain(const uint4* place) { return *emulation_aligned<const uint4>(place); }
 
 template <class T>
 static inline const T* one_address(const T* place) { return place; }

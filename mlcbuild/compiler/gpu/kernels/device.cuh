@@ -132,6 +132,12 @@ __device__ __forceinline__ void kernel_before() {
 #endif
 }
 
+// A load of what this kernel may have written, from memory that the compiler may not know to be the device's.
+__device__ __forceinline__ uint4 load_plain(const uint4* place) {
+  __builtin_assume(__isGlobal(place));
+  return *place;
+}
+
 // A line of memory is fetched into the cache of the device, and nobody waits for it.
 __device__ __forceinline__ void fetch_line(const void* place) { asm volatile("prefetch.global.L2 [%0];" ::"l"(place)); }
 

@@ -40,10 +40,11 @@ ASSUMED = {
     "seconds that one takes of a block that is left alone": 400e-9,
     "seconds between kernels of a graph": 1.2e-6,
     "seconds of a kernel launched alone": 2.5e-6,
+    "seconds less of a kernel that begins before the one before has ended": 0.7e-6,
     "registers of a multiprocessor": 65536,
     "warps that issue at once": 4,
 }
-REACHED, LATENCY, LEFT, IN_GRAPH, ALONE, REGISTERS, ISSUING = ASSUMED.values()
+REACHED, LATENCY, LEFT, IN_GRAPH, ALONE, EARLIER, REGISTERS, ISSUING = ASSUMED.values()
 FORM, BITS, GROUP = "4, 32, false of float16", 4, 32  # q4f16_1
 ROWS, CONTEXTS, PROMPTS = (1, 8, 64), (512, 4096, 32768), (512, 4096, 32768)
 CHUNK = 2048  # tokens of a prompt that are prefilled in one call
@@ -78,7 +79,9 @@ class Launch:
     code: Code | None = None
     in_graph: bool = True
     tail: float = 0  # seconds of what a block does when all others have ended
-    early: float = 0  # bytes that the kernel before has asked for
+    early: float = 0  # bytes that kernels before have asked for,
+    asking: float = 1  # and how many of them, each at its end
+    first: bool = False  # of a graph, or behind one: never launched early
 
 
 def fit(code: Code, device: Mapping[str, Any]) -> int:
@@ -91,9 +94,10 @@ def fit(code: Code, device: Mapping[str, Any]) -> int:
 
 def seconds(launch: Launch, device: Mapping[str, Any]) -> tuple[float, str]:
     """Of one launch, and what binds it."""
-    cost = IN_GRAPH if launch.in_graph else ALONE
+    begins_early = not launch.first and begun_early(device["arch"])
+    cost = (IN_GRAPH if launch.in_graph else ALONE) - (EARLIER if begins_early else 0)
     rate = device["bandwidth"] * 1e9 * REACHED
-    early = min(launch.early, rate * min(cost, LATENCY))  # no more are on their way when that kernel ends
+    early = min(launch.early, launch.asking * rate * min(cost, LATENCY))  # no more are on their way when one ends
     times = {"memory": (launch.bytes - early) / rate}
     code = launch.code
     if code is not None:
@@ -116,6 +120,13 @@ def seconds(launch: Launch, device: Mapping[str, Any]) -> tuple[float, str]:
     if times[bound] < cost:
         bound = "launch"
     return cost + max(times.values()) + launch.tail, bound
+
+
+def begun_early(architecture: str) -> bool:
+    """Whether kernels are launched before the ones before them have ended: in a library of the target cuda-sm_90."""
+    from mlcbuild.compiler.gpu.device import device_of
+
+    return device_of({"kind": "cuda", "arch": architecture}).early
 
 
 class Machine:
@@ -144,7 +155,8 @@ class Machine:
             names: dict[Any, str] = {}
             for one in instances.values():
                 names.setdefault(one, f"k{len(names)}")
-            found = sass.kernels(text({name: one for one, name in names.items()}), architecture, folder)
+            text_of = text({name: one for one, name in names.items()}, begun_early(architecture))
+            found = sass.kernels(text_of, architecture, folder)
             for key, one in instances.items():
                 kept[key] = one, _code(found[names[one]], one, key[1])
         if tiled:
@@ -244,7 +256,7 @@ def _attention(shape: Shape, architecture: str, folder: Path) -> tuple[Code, Cod
     for kernel in (cuda_attention.decode, cuda_attention.ragged):
         code, blocks = device_code.source(kernel(structure, "float16"), target)
         name = next(iter(blocks))
-        found = sass.kernels(sources.complete(code), architecture, folder)[name]
+        found = sass.kernels(sources.complete(code, begun_early(architecture)), architecture, folder)[name]
         made.append(Code(found, 32 * cuda_attention.WARPS, 0, 1))
     return made[0], made[1]
 
@@ -267,8 +279,9 @@ def of_a_token(machine: Machine, shape: Shape, n: int, context: int) -> Iterator
     yield dataclasses.replace(machine.product("qkv", at["qkv"], n, layers, heads, fused), **alone)
     if shape.norms_of_heads:
         yield Launch("norms of heads", layers, 2 * heads)
-    yield Launch("rotary", layers, 2 * heads, in_graph=False)
-    yield Launch("append", layers, heads, in_graph=False)
+    yield Launch("rotary", layers, 2 * heads, in_graph=False, first=True)
+    if n > 1:
+        yield Launch("append", layers, heads, in_graph=False)
     tiles = shape.kv_heads * math.ceil(shape.heads / shape.kv_heads / kernels.SHARING)
     splits = max(1, min(math.ceil(kernels.BLOCKS / (n * tiles)), context // kernels.PAGE // kernels.PAGES))
     steps = math.ceil(context / kernels.PAGE / splits / kernels.WARPS)
@@ -276,9 +289,13 @@ def of_a_token(machine: Machine, shape: Shape, n: int, context: int) -> Iterator
     cached = n * context * 2 * shape.kv_heads * shape.head_dim * 2
     joined = n * splits * shape.heads * (shape.head_dim + 2) * 8.0 if splits > 1 else 0.0  # written, and read again
     tail = (2 + math.ceil(splits / 16)) * LEFT if splits > 1 else 0.0  # what it wrote, the count, the others'
+    tail += LEFT if n == 1 else 0  # the new key and value, which it puts into the cache first
     blocks = n * tiles * splits
     yield Launch("attention", layers, cached + heads + joined, blocks, code, in_graph=False, tail=tail)
-    yield machine.product("o", at["o"], n, layers, 2 * width)
+    o = machine.product("o", at["o"], n, layers, 2 * width)
+    # Beside the product before, rotary embedding asks, and of attention the blocks that do not join parts.
+    asking = 3 - (1 / splits if splits > 1 else 0)
+    yield dataclasses.replace(o, first=True, early=asking * o.early, asking=asking)
     yield from machine.mlp(shape, n, layers, decoding=True)
     head = machine.product("head", (shape.vocabulary, shape.hidden), n, 1, n * shape.vocabulary * 4)
     yield dataclasses.replace(head, **alone)

@@ -55,7 +55,7 @@ class Machine:
         """`sizes` are device/device.cpp's. Raises MlcBuildError where the kernel has a fault or a race."""
         given = [ctypes.create_string_buffer(each, len(each)) for each in arguments]
         places = (ctypes.c_void_p * len(given))(*map(ctypes.addressof, given))
-        fine = self._library.emulation_launch(ctypes.c_void_p(handle), (ctypes.c_uint * 7)(*sizes), places)
+        fine = self._library.emulation_launch(ctypes.c_void_p(handle), (ctypes.c_uint * 8)(*sizes), places)
         report = read(self._library)
         self._library.emulation_forget()
         if report.notes or not fine:
@@ -91,10 +91,12 @@ class Kernel:
         arrays: Mapping[str, Array],
         numbers: Mapping[str, float],
         shared_bytes: int = 0,
+        early: bool = False,
     ) -> dict[str, Array]:
         """What becomes of `arrays`, by their names in the script, with `grid` blocks of `block` threads (x, y, z).
 
-        `shared_bytes`: the dynamic shared memory of a block, which CUDA has.
+        `shared_bytes`: the dynamic shared memory of a block, which CUDA has; `early`: the kernel may begin before the
+        one before it has ended, for which its threads are to wait.
 
         Raises MlcBuildError, naming the kernel, where it has a race, touches what it may not, or its threads are stuck.
         """
@@ -105,7 +107,7 @@ class Kernel:
             given = [np.array(numbers[name], _NUMBERS[kind]).tobytes() for name, kind in parameters if kind]
             if self.signature.packed:
                 given = [b"".join(each.ljust(_SLOT, b"\0") for each in given)]
-            self.machine.launch(self.handle, [*grid, *block, shared_bytes], self._in_order(pointers, given))
+            self.machine.launch(self.handle, [*grid, *block, shared_bytes, early], self._in_order(pointers, given))
         return made
 
     def _in_order(self, pointers: Sequence[bytes], numbers: Sequence[bytes]) -> list[bytes]:

@@ -114,8 +114,9 @@ def test_what_is_asked_for_ahead() -> None:
 @pytest.mark.parametrize(
     ("sizes", "dtype", "wanted"),
     [
-        ((256_000, 12_288), "float16", 2 << 20),  # more bytes, and more numbers, than int32 has
+        ((256_000, 12_288), "float16", 6 << 20),  # more bytes, and more numbers, than int32 has
         ((1024, 512), "uint32", 2 << 20),
+        ((4096, 512), "uint32", 6 << 20),
         ((128, 64), "float16", 1 << 14),
     ],
 )

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from mlcbuild.compiler.gpu import cuda_many, cuda_rows
+from benchmarks import shape_1b
+from mlcbuild.compiler.gpu import cuda, cuda_many, cuda_rows, sources
+from mlcbuild.compiler.gpu.lower import lower
+from mlcbuild.errors import MlcBuildError
 from mlcbuild.recipes.load import load
-from tests.support import sass
+from tests.support import device_code, sass
 from tests.support.cuda_products import source, source_of_experts, source_of_many
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +26,7 @@ SHAPES = {
     "8960": [(1536, 8960)],  # the columns of Qwen2 1.5B's widest
 }
 MARKED = (4096, 8960, 11008, 14336)
-LOAD, WEIGHTS_OF_A_LOAD = "LDG.E.EF.128", 32
+LOAD, SCALE, WEIGHTS_OF_A_LOAD = "LDG.E.EF.128", "LDG.E.U16.CONSTANT", 32
 MULTIPROCESSORS = 132  # of an H100; smaller devices have more blocks to each
 WARPS, REGISTERS = 48, 65536  # of a multiprocessor of sm_89; those of sm_80 and sm_90 have 64 warps
 IN_FLIGHT = 16 * 1024
@@ -88,6 +91,32 @@ def test_products_of_few_rows(architecture: str, tmp_path: Path) -> None:
         fit = min(WARPS // warps, REGISTERS // (one.threads * math.ceil(kernel.registers / 8) * 8))
         in_flight = min(blocks / MULTIPROCESSORS, fit) * warps * ahead * loads * 32 * 16
         assert in_flight >= min(IN_FLIGHT, rows * columns / 2 / MULTIPROCESSORS), where
+
+
+TOUCHING = ("LD.", "LDG", "ST.", "STG", "ATOM", "RED", "SUATOM", "UBLKCP", "CCTL")  # memory of the device
+
+
+@pytest.mark.slow
+def test_kernels_that_begin_early_touch_nothing_but_weights_before_those_before_have_ended(tmp_path: Path) -> None:
+    """Every kernel of a library is launched so and waits once, before it touches memory; a product of few rows then has
+    its first words and scales on their way. What kernels write is not read by way of the cache of constants."""
+    target = load(ROOT).targets["cuda-sm_90"]
+    lowered = lower(shape_1b.structure(), shape_1b.quantization("q4f16_1"), "q4f16_1", target.device)
+    launched = {gv.name_hint for gv, f in lowered.functions_items() if "tirx.kernel_launch_params" in (f.attrs or {})}
+    code = sources.complete(device_code.library_source(lowered, target.device), early=True)
+    with pytest.raises(MlcBuildError, match="architectures: sm_80, sm_89 cannot begin a kernel before"):
+        cuda.compile_source(code, cuda.toolkit(), ("sm_80", "sm_89", "sm_90"), tmp_path)
+    found, early = sass.kernels(code, "sm_90", tmp_path), 0
+    for name, kernel in found.items():
+        assert name.rpartition("_kernel")[0] in launched, name
+        counted = kernel.counted()
+        assert counted["ACQBULK"] == counted["PREEXIT"] == 1, name
+        place = kernel.instructions.index("ACQBULK")
+        before = {each for each in kernel.instructions[:place] if each.startswith(TOUCHING)}
+        assert before in ({LOAD, SCALE}, set()), (name, before)
+        assert {each for each in kernel.instructions if "CONSTANT" in each} <= {SCALE}, name
+        early += bool(before)
+    assert len(found) > 60 and early > 15
 
 
 # Cycles that a quarter of a multiprocessor's tensor cores takes for mma.m16n8k16, 2,048 products: 256 products a cycle

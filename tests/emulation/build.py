@@ -1,4 +1,4 @@
-"""A library of the stock CUDA target whose kernels are compiled for the emulated device."""
+"""A library of a stock CUDA target whose kernels are compiled for the emulated device."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from mlcbuild.recipes.types import Quantization
 ROOT = Path(__file__).parents[2]
 
 
-def build_library(structure: Structure, quantization: Quantization, folder: Path) -> Path:
-    """Lower, generate code and link, in this process; the library's file."""
-    target = load(ROOT).targets["cuda"]
+def build_library(structure: Structure, quantization: Quantization, folder: Path, name: str = "cuda") -> Path:
+    """Lower, generate code and link, in this process, for the target `name`; the library's file."""
+    target = load(ROOT).targets[name]
     folder.mkdir(parents=True, exist_ok=True)
     lowered = lower(replace(structure, vocab_size=1), quantization, quantization.name, target.device)
     assemble.save(lowered, folder / "module.json")

@@ -85,6 +85,14 @@ def test_experts(name: str, quantization: str, worker: Worker) -> None:
     check(answer, "float16" if "f16" in quantization else "float32")
 
 
+def test_kernels_that_begin_early(worker: Worker) -> None:
+    """They wait for those before, and what kernels write is closed to them until then. There are six to a layer."""
+    asked = {"architecture": "llama", "quantization": "q4f16_1", "target": "cuda-sm_90", "functions": True}
+    answer = worker.ask(asked)
+    check(answer, "float16")
+    assert sum(count // 3 for count in answer["step"].values()) == 6  # of each of three layers
+
+
 def test_rounded_activations(worker: Worker) -> None:
     """A number that is rounded the other way is a step of 1 / 127."""
     check(worker.ask({"architecture": TERNARY, "quantization": "q4f32_1"}), "float16")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mlcbuild.compiler.gpu import sources
 from mlcbuild.emulation.kernels import Array, Machine
 from mlcbuild.errors import MlcBuildError
 
@@ -53,6 +54,19 @@ def launched(machine: Machine, code: str, language: str = "cuda", threads: int =
     kernel = machine.load(code, language)["test"]
     numbers = {"n": 3, "wide": 2**40}
     return kernel.run((2, 1, 1), (threads, 1, 1), {"x": np.full(64, np.nan, np.float32)}, numbers)["x"]
+
+
+def test_what_is_touched_before_the_kernel_before_has_ended(machine: Machine) -> None:
+    def early(code: str) -> None:
+        source = sources.complete(CUDA.format(code), early=True).replace(f"{{\n{sources._WAIT}", "{\n")
+        machine.load(source, "cuda")["test"].run((2, 1, 1), (32, 1, 1), {"x": np.zeros(64, np.float32)}, {}, early=True)
+
+    early(f"{sources._WAIT} x_ptr[i] = i;")
+    for code in (f"x_ptr[i] = i; {sources._WAIT}", f"__syncthreads(); if (i == 40) x_ptr[i] = 1; {sources._WAIT}"):
+        with pytest.raises(MlcBuildError, match="test: touches what kernels write before it waits for the one before"):
+            early(code)
+    with pytest.raises(MlcBuildError, match="test: threads that do not wait for the kernel before"):
+        early(f"if (i < 40) {{{{ {sources._WAIT} }}}} x_ptr[i] = i;")
 
 
 def problem(machine: Machine, code: str, language: str = "cuda", threads: int = 32) -> str:

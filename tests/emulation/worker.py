@@ -71,17 +71,19 @@ def judged(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Errors over the deviation of the reference's logits, by what was called.
 
     `rounding`: where one is large in 16 bits, the error of the reference itself in float16. `noise`: times what other
-    models may be off by, the product says.
+    models may be off by, the product says. `step`: how often each kernel is launched when one text is decoded.
     """
     from mlcbuild.emulation import cuda
 
     before = cuda.report()
     cuda.forget()
     cuda.check()
-    errors, rounding, noise = (_vectors(asked, folder), 0.0, 1) if "encoder" in asked else _logits(asked, folder)
+    kind = "encoder" in asked
+    errors, rounding, noise, step = (_vectors(asked, folder), 0.0, 1, {}) if kind else _logits(asked, folder)
     report = cuda.report()
     ran = {name for name, count in report.launches.items() if count > before.launches.get(name, 0)}
-    return {"errors": errors, "rounding": rounding, "noise": noise, "notes": report.notes, "kernels": len(ran)}
+    answer = {"errors": errors, "rounding": rounding, "noise": noise, "notes": report.notes, "kernels": len(ran)}
+    return {**answer, "step": step}
 
 
 def _vectors(asked: Mapping[str, Any], folder: Path) -> dict[str, float]:
@@ -118,11 +120,13 @@ def _vectors(asked: Mapping[str, Any], folder: Path) -> dict[str, float]:
     return errors
 
 
-def _logits(asked: Mapping[str, Any], folder: Path) -> tuple[dict[str, float], float, int]:
+def _logits(asked: Mapping[str, Any], folder: Path) -> tuple[dict[str, float], float, int, dict[str, int]]:
     import dataclasses
+    import functools
 
     import numpy as np
 
+    from mlcbuild.emulation import cuda
     from mlcbuild.verify import engine_calls, execution
     from tests.architectures.agreement import IDS, Agreement, Case, error
     from tests.architectures.test_agreement import CASES
@@ -133,7 +137,9 @@ def _logits(asked: Mapping[str, Any], folder: Path) -> tuple[dict[str, float], f
     config = _wide({**case.config, **asked.get("changes", {})})
     case = dataclasses.replace(case, config=config, overrides={**case.overrides, "max_batch_size": 3})
     case = dataclasses.replace(case, centres=asked.get("centres", case.centres))
-    agreement = Agreement(case, asked["quantization"], folder, build=build_library)
+    agreement = Agreement(
+        case, asked["quantization"], folder, build=functools.partial(build_library, name=asked.get("target", "cuda"))
+    )
     if asked.get("functions", False):
         engine_calls.run(agreement.network.library, QUANTIZATIONS[asked["quantization"]].model_dtype)
     expected = agreement.expected(IDS)
@@ -144,7 +150,10 @@ def _logits(asked: Mapping[str, Any], folder: Path) -> tuple[dict[str, float], f
     first = session.add()
     chunks = [session.prefill(first, IDS[start:end]) for start, end in ((0, 5), (5, 17), (17, 32))]
     errors["prefill onto a history"] = error(np.stack(chunks), expected[[4, 16, 31]])
-    steps = [session.decode(first, token) for token in IDS[32:]]
+    steps = [session.decode(first, token) for token in IDS[32:-1]]
+    before = cuda.report().launches
+    steps.append(session.decode(first, IDS[-1]))
+    launches = {name: count - before.get(name, 0) for name, count in cuda.report().launches.items()}
     errors["decode"] = error(np.stack(steps), expected[32:])
     session.remove(first)
     three = [session.add() for _ in range(3)]
@@ -156,7 +165,7 @@ def _logits(asked: Mapping[str, Any], folder: Path) -> tuple[dict[str, float], f
     # References that are written in these tests compute in float32 only.
     large = case.reference is None and "f16" in asked["quantization"] and max(errors.values()) > LARGE
     rounding = error(agreement.rounded(IDS), expected) if large else 0.0
-    return errors, rounding, execution.noise(agreement.structure)
+    return errors, rounding, execution.noise(agreement.structure), launches
 
 
 def _wide(config: Mapping[str, Any]) -> dict[str, Any]:

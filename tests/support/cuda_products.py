@@ -9,8 +9,8 @@ from dataclasses import replace
 from mlcbuild.compiler.gpu import cuda_many, cuda_rows, sources
 
 
-def source(instances: dict[str, cuda_rows.Instance]) -> str:
-    """Kernels as TVM writes them around the function; a gate is SiLU."""
+def source(instances: dict[str, cuda_rows.Instance], early: bool = False) -> str:
+    """Kernels as TVM writes them around the function; a gate is SiLU. `early` is sources.complete's."""
     pieces = ["#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n"]
     for name, one in instances.items():
         number = next(of for of in ("nv_bfloat16", "float", "half") if f"<{of}," in one.name)
@@ -31,10 +31,10 @@ def source(instances: dict[str, cuda_rows.Instance]) -> str:
             f"      y[m * (rows / {each}) + column] = ({number})({gate if each == 2 else 'results[i]'});\n"
             "  }\n}\n"
         )
-    return sources.complete("".join(pieces))
+    return sources.complete("".join(pieces), early)
 
 
-def source_of_many(instances: dict[str, cuda_many.Instance]) -> str:
+def source_of_many(instances: dict[str, cuda_many.Instance], early: bool = False) -> str:
     """The same for products of many rows of float16."""
     pieces = ["#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n"]
     for name, one in instances.items():
@@ -56,7 +56,7 @@ def source_of_many(instances: dict[str, cuda_many.Instance]) -> str:
                 f"    if (row < n && column < rows) y[row * rows + column] = (half)({total});\n  }}\n"
             )
         pieces.append("}\n")
-    return sources.complete("".join(pieces))
+    return sources.complete("".join(pieces), early)
 
 
 def source_of_experts(shapes: Mapping[str, tuple[str, int, int, bool]]) -> str:

@@ -63,6 +63,24 @@ def source(function: Any, device: Mapping[str, Any]) -> tuple[str, dict[str, Blo
     return code, dict(sorted(blocks.items(), key=lambda item: _number(item[0])))
 
 
+def library_source(lowered: Any, device: Mapping[str, Any]) -> str:
+    """The source of all kernels of a lowered module."""
+    import tvm
+
+    from mlcbuild.compiler.link import export
+
+    name, made = str(device["kind"]), list[Any]()
+    generate = tvm.get_global_func(f"target.build.{name}")
+
+    def take(module: Any, target: Any) -> Any:
+        made.append(generate(module, target))
+        return made[0]
+
+    with _generator(name, take):
+        export.generate(lowered, device, _HOST)
+    return str(made[0].inspect_source())
+
+
 def grids(function: Any, scalars: Mapping[str, int]) -> list[tuple[int, ...]]:
     """How many blocks along x, y, z each kernel of a scheduled function is launched with."""
     found, inside = list[dict[str, int]](), True

@@ -25,6 +25,7 @@ class Kernels:
     decode: Any
     merge: Any
     split_rotary: Any
+    append: Any
     copy_single_page: Any
     compact: Any
 
@@ -76,7 +77,7 @@ def emit_create(
             relax.prim_value(int(s.rope_theta)),
             relax.const(table),
             relax.op.zeros((), dtype),
-            kernel(tvm_kv_cache._kv_cache_transpose_append(kv_heads, dim, dtype), "kv_cache_transpose_append"),
+            kernel(own.append, "kv_cache_transpose_append"),
             relax.prim_value(0),  # no latent attention
             backend(own.ragged, "attention_prefill_ragged"),
             backend(own.prefill, "attention_prefill"),

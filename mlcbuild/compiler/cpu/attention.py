@@ -90,6 +90,7 @@ def cache_kernels(structure: Structure, dtype: str, page_size: tirx.Var, rotary:
         decode=decode(shape),
         merge=merge(dtype),
         split_rotary=rows.split_rotary(rows.Heads(heads, kv_heads, dim, dtype), rotary),
+        append=tvm_kv_cache._kv_cache_transpose_append(kv_heads, dim, dtype),
         copy_single_page=tvm_kv_cache._copy_single_page_cpu(kv_heads, page_size, dim, dtype),
         compact=tvm_kv_cache._compact_kv_copy_cpu(kv_heads, dim, dtype),
     )

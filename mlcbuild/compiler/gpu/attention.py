@@ -33,22 +33,31 @@ def cache_kernels(structure: Structure, dtype: str, page_size: tirx.Var, rotary:
     s, device = structure, target.Target.current()
     heads, kv_heads, dim = s.cache_heads
     ragged, prefill, decode = kernels(s, dtype, device)
+    turn, append = split_rotary(heads, kv_heads, dim, rotary, dtype), None
+    if _own(s, dtype, device):
+        turn, append = cuda_attention.keeping(turn), cuda_attention.append(s, dtype)
     return Kernels(
         ragged=ragged,
         prefill=prefill,
         decode=decode,
         merge=merge(heads, dim, dtype, threads),
-        split_rotary=split_rotary(heads, kv_heads, dim, rotary, dtype),
+        split_rotary=turn,
+        append=append or tvm_kv_cache._kv_cache_transpose_append(kv_heads, dim, dtype),
         copy_single_page=tvm_kv_cache._copy_single_page(kv_heads, page_size, dim, dtype, device),
         compact=tvm_kv_cache._compact_kv_copy(kv_heads, dim, dtype, device),
     )
+
+
+def _own(structure: Structure, dtype: str, device: target.Target) -> bool:
+    """Whether attention is C++ of our own."""
+    return device.kind.name == "cuda" and cuda_attention.takes(structure, dtype)
 
 
 def kernels(structure: Structure, dtype: str, device: target.Target) -> tuple[Any, ...]:
     """Attention among new tokens, of new tokens over cached pages, and of one new token per sequence over these."""
     s = structure
     heads, kv_heads, dim = s.num_attention_heads, s.num_key_value_heads, s.head_dim
-    if device.kind.name == "cuda" and cuda_attention.takes(s, dtype):
+    if _own(s, dtype, device):
         return cuda_attention.ragged(s, dtype), cuda_attention.prefill(s, dtype), cuda_attention.decode(s, dtype)
     if s.absorbed:
         return latent_attention.kernels(s, dtype, device, _changed)

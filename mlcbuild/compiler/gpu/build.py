@@ -9,6 +9,7 @@ from typing import Any
 
 from mlcbuild.compiler import generators
 from mlcbuild.compiler.gpu import cuda, sources
+from mlcbuild.compiler.gpu.device import device_of
 from mlcbuild.compiler.link import export, static
 from mlcbuild.compiler.link.linkers import zig_link
 from mlcbuild.compiler.web import emscripten
@@ -47,8 +48,8 @@ def build(
     generators.require(device, host)
     compiled: list[bytes] = []
     if compile_cuda is not None:
-        make = compile_cuda
-        _answer("tvm_callback_cuda_compile", lambda code, *_: make(sources.complete(code)), compiled)
+        make, early = compile_cuda, device_of(device).early
+        _answer("tvm_callback_cuda_compile", lambda code, *_: make(sources.complete(code, early)), compiled)
     if kind == "rocm":
         _answer("tvm_callback_rocm_bitcode_path", lambda *_: [], [])  # no libraries for the device
         _answer("tvm_callback_rocm_link", lambda code, *_: _link_rocm(bytes(code), scratch), compiled)

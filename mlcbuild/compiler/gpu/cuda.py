@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlcbuild.compiler.gpu import device, sources
 from mlcbuild.errors import MlcBuildError, Unavailable
 from mlcbuild.zig import run_zig
 
@@ -96,8 +97,8 @@ def load_runtime(tools: Toolkit, scratch: Path) -> None:
 def compile_source(code: str, tools: Toolkit, architectures: Sequence[str], scratch: Path) -> bytes:
     """A fat binary of CUDA source with machine code for each of `architectures`.
 
-    Raises MlcBuildError with nvcc's message, where what nvcc wrote is no fat binary, and for bfloat16 on devices whose
-    tensor cores have none.
+    Raises MlcBuildError with nvcc's message, where what nvcc wrote is no fat binary, for bfloat16 on devices whose
+    tensor cores have none, and for kernels that begin early on devices that cannot begin them so.
     """
     source, output = scratch / "kernels.cu", scratch / "kernels.fatbin"
     source.write_text(code)
@@ -107,6 +108,12 @@ def compile_source(code: str, tools: Toolkit, architectures: Sequence[str], scra
         raise MlcBuildError(
             f"architectures: {', '.join(old)} cannot multiply bfloat16, which came with sm_{_BFLOAT16}: "
             "take a float16 quantization, or leave them out of the target"
+        )
+    late = [f"sm_{n}" for n in numbers if int("".join(filter(str.isdigit, n))) < device.EARLIEST]
+    if late and sources.EARLY in code:
+        raise MlcBuildError(
+            f"architectures: {', '.join(late)} cannot begin a kernel before the one before it has ended, as those of "
+            f"device.arch sm_{device.EARLIEST} and later do: let device.arch be the oldest of the architectures"
         )
     flags = ["-fatbin", "-O3", "--use_fast_math", "--threads=0", "-std=c++17", "-diag-suppress=177,1046"]
     flags += [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]

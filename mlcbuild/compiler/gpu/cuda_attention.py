@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from tvm import IRModule, s_tir, tirx
 from tvm.script import tirx as T
 
-from mlcbuild.compiler.gpu.cuda_rows import TYPES
+from mlcbuild.compiler.gpu.cuda_rows import COUNTS, TYPES
+from mlcbuild.compiler.gpu.rewriting import arguments, mapped
 from mlcbuild.models.structure import Structure
 
 PAGE = 16  # tokens
 WARPS = 4  # of a block
 _THREADS = 32 * WARPS
+_SPREAD = 64  # of a block of rotary embedding, for one row to have blocks on most of a device
 SHARING = 8  # rows of a tile
 BLOCKS = 4 * 132  # that the largest device (H100) shall have
 PAGES = 2 * WARPS  # of a part, on the average of all sequences: for loads to be on their way before they are used
@@ -107,6 +110,7 @@ def decode(structure: Structure, dtype: str) -> Any:
                                     sm_scale,
                                     T.float32(cap),
                                     T.float32(bias),
+                                    B,
                                     splits,
                                     bx,
                                     by,
@@ -115,6 +119,68 @@ def decode(structure: Structure, dtype: str) -> Any:
                             )
 
     return attention_decode
+
+
+def keeping(rotary: Any) -> Any:
+    """`split_rotary`, after which `attention_decode` knows where the new keys and values are.
+
+    Of few rows, it asks for a part of the next product's matrix too (kernels/prefetch.cuh).
+    """
+    given = arguments(rotary)
+    places = [given[name].data for name in ("k", "v")]
+    ask = tirx.Evaluate(tirx.call_extern("void", "mlcbuild::prefetch_second"))
+    keep = tirx.Evaluate(tirx.call_extern("void", "mlcbuild::keep_new", *places))
+
+    def kept(block: Any) -> Any:
+        if block.name_hint != "rope":
+            return block
+        first = tirx.all(*(axis.var == 0 for axis in block.iter_vars))
+        more = tirx.IfThenElse(given["q"].shape[0] <= COUNTS[-1], ask, None)
+        body = tirx.SeqStmt([block.body, tirx.IfThenElse(first, keep, None), more])
+        return s_tir.SBlock(block.iter_vars, block.reads, block.writes, block.name_hint, body)
+
+    module = IRModule({"main": rotary.with_body(mapped(rotary.body, s_tir.SBlock, kept))})
+    sch = s_tir.Schedule(tirx.transform.ForceNarrowIndexToInt32()(module))
+    parts = sch.split(sch.fuse(*sch.get_loops(sch.get_sblock("rope"))), [None, _SPREAD])
+    for loop, axis in zip(parts, ("blockIdx.x", "threadIdx.x"), strict=True):
+        sch.bind(loop, axis)
+    return sch.mod["main"].with_attr("tirx.is_scheduled", True)
+
+
+def append(structure: Structure, dtype: str) -> Any:
+    """`kv_cache_transpose_append`: new tokens to their places in the pages.
+
+    A single one is left to `attention_decode`: the runtime of the KV cache has that follow wherever each text has one
+    new token (TVM's paged_kv_cache.cc: `is_decode_request_`, and no fewer pages than 32 texts would share).
+    """
+    _, kv_heads, dim = structure.cache_heads
+    size = kv_heads * dim
+
+    @T.prim_func(s_tir=True, private=True)
+    def kv_cache_transpose_append(pages_: T.handle, k_: T.handle, v_: T.handle, places_: T.handle):
+        T.func_attr({"tirx.is_scheduled": True})
+        n = T.int32()
+        num_pages = T.int32()
+        pages_elem_offset = T.int64()
+        places_elem_offset = T.int32()
+        pages = T.match_buffer(pages_, (num_pages, 2, kv_heads, PAGE, dim), dtype, elem_offset=pages_elem_offset)
+        k = T.match_buffer(k_, (n, kv_heads, dim), dtype)
+        v = T.match_buffer(v_, (n, kv_heads, dim), dtype)
+        places = T.match_buffer(places_, (n,), "int32", elem_offset=places_elem_offset)
+        if n > 1:
+            for bx in T.thread_binding(n, thread="blockIdx.x"):
+                for tx in T.thread_binding(_THREADS, thread="threadIdx.x"):
+                    with T.sblock("append"):
+                        T.reads()
+                        T.writes()
+                        place: T.let[T.int32] = places[bx]
+                        for i in T.serial((size + _THREADS - 1) // _THREADS):
+                            at: T.let[T.int32] = i * _THREADS + tx
+                            if at < size and place >= 0:
+                                pages[place // PAGE, 0, at // dim, place % PAGE, at % dim] = k[bx, at // dim, at % dim]
+                                pages[place // PAGE, 1, at // dim, place % PAGE, at % dim] = v[bx, at // dim, at % dim]
+
+    return kv_cache_transpose_append
 
 
 def prefill(structure: Structure, dtype: str) -> Any:

@@ -16,7 +16,8 @@ from tvm import DataType, IRModule, ir, relax, tirx
 from mlcbuild.compiler.gpu.calls import added, bindings_of, called, given_to, rebound
 from mlcbuild.compiler.gpu.rows import int64
 
-KILOBYTES = 2048  # about what the memory of an A100 or H100 has on its way at once
+KILOBYTES = 2048  # of a part: about what the memory of an A100 or H100 has on its way at once
+PARTS = 3  # one that the product before asks for, and two that the KV cache's kernels do, where they are between
 _MATRIX = {"mlcbuild::few_rows": 4, "mlcbuild::fused_rows": 5}  # the argument of a call, after the function's name
 
 
@@ -91,7 +92,7 @@ def _fetching(function: tirx.PrimFunc, count: int, dtype: str, dimensions: int) 
     """`function` with another matrix after its `count` inputs, which kernels of few rows ask for."""
     sizes = [tirx.Var(f"next_{i}", "int32") for i in range(dimensions)]
     matrix = tirx.decl_buffer(sizes, dtype, "next")
-    arguments = matrix.data, bytes_of(sizes, dtype)
+    arguments = matrix.data, bytes_of(sizes, dtype), KILOBYTES * 1024
     fetch = tirx.Evaluate(tirx.call_extern("void", "mlcbuild::prefetch_next", *arguments))
 
     def with_fetch(node: Any) -> Any:
@@ -107,4 +108,4 @@ def _fetching(function: tirx.PrimFunc, count: int, dtype: str, dimensions: int) 
 def bytes_of(sizes: Sequence[Any], dtype: str) -> Any:
     """Those of a matrix that are asked for, int32. All of one may be more than int32 has: 256,000 rows of 12,288."""
     every = math.prod((size.astype("int64") for size in sizes), start=int64(DataType(dtype).itemsize))
-    return tirx.min(every, int64(KILOBYTES * 1024)).astype("int32")
+    return tirx.min(every, int64(PARTS * KILOBYTES * 1024)).astype("int32")

@@ -20,6 +20,7 @@ from mlcbuild.compiler.gpu.products import PRODUCT, STEP
 from mlcbuild.models import routers
 
 _EACH = (routers.BLOCK, recurrent.NARROW)  # blocks that dlight's reductions do not take: a thread for each value
+_EARLY = "tirx.use_programtic_dependent_launch"  # spelled as TVM does
 # Up to so many rows of x: a kernel whose blocks of threads take so many of them, or none but a function of ours.
 FEW = tuple(zip(cuda_rows.COUNTS, (1, 4, None), strict=True))
 
@@ -43,7 +44,11 @@ def schedule(module: IRModule, device: Device, above: int = 0) -> IRModule:
             module[gv] = dlight.ApplyDefaultSchedule(dlight.gpu.Fallback())(IRModule({"main": function}))["main"]
     rules = dlight.gpu.Reduction(), dlight.gpu.GeneralReduction(), dlight.gpu.Fallback()
     module = dlight.ApplyDefaultSchedule(*rules)(module)
-    return cuda_prefetch.prefetch(module) if device.kind == "cuda" else module
+    module = cuda_prefetch.prefetch(module) if device.kind == "cuda" else module
+    for gv, function in module.functions_items() if device.early else []:
+        if isinstance(function, tirx.PrimFunc):
+            module[gv] = function.with_attr("tirx.kernel_launch_params", [_EARLY])
+    return module
 
 
 def _narrow(module: IRModule) -> IRModule:

@@ -24,6 +24,7 @@ char problem[300] = "no problem";
 namespace {
 
 constexpr size_t PAGE = 1 << 14, POISONED = 1 << 28;  // bytes; larger allocations are not filled
+constexpr char EARLY[] = "touches what kernels write before it waits for the one before";
 constexpr char HEADER[] = "mlcbuild kernels";  // 16 bytes, then the length of the shared object in 8
 
 struct Allocation {
@@ -33,7 +34,7 @@ struct Allocation {
   char* pages;  // of `room` bytes; the allocation ends where they end, but for its alignment
   size_t room;
   char *before, *first;  // the pages that the running kernel has opened: as they were, and as the first order left them
-  bool* opened;          // by page
+  bool *opened, *written;  // by page: by the running kernel; by any
 };
 
 struct Note {
@@ -46,7 +47,7 @@ Allocation* allocations;
 const Module* modules;
 Function* functions;
 Note* notes;
-bool checking;
+bool checking, hiding;
 const char* running;  // the kernel, for the handler of signals
 sigjmp_buf out_of_kernel;
 char fault[200];
@@ -58,6 +59,21 @@ void note(const char* kernel, const char* text) {
   added->next = notes, added->kernel = kernel;
   snprintf(added->text, sizeof(added->text), "%s", text);
   notes = added;
+}
+
+// Close what kernels write, or open it again.
+void hide(bool on) {
+  hiding = on;
+  for (Allocation* one = allocations; one; one = one->next)
+    for (size_t page = 0; one->opened && page < one->room / PAGE; page++)
+      if (one->written[page])
+        mprotect(one->pages + page * PAGE, PAGE, on ? PROT_NONE : one->opened[page] ? PROT_READ | PROT_WRITE : PROT_READ);
+}
+
+bool hides(const char* at) {
+  for (Allocation* one = allocations; one && hiding; one = one->next)
+    if (one->opened && at >= one->pages && at < one->pages + one->room) return one->written[(at - one->pages) / PAGE];
+  return false;
 }
 
 char* map(size_t bytes, int protection) {
@@ -74,6 +90,8 @@ bool open_page(char* at) {
     if (!one->opened || one->opened[page]) return false;
     one->opened[page] = true;
     if (running) {
+      one->written[page] = true;
+      if (hiding) note(running, EARLY);
       memcpy(one->before + page * PAGE, one->pages + page * PAGE, PAGE);
       memcpy(one->first + page * PAGE, one->pages + page * PAGE, PAGE);
     }
@@ -86,6 +104,7 @@ bool open_page(char* at) {
 // A kernel that touches what it may not is a failed launch: its threads are left where they are.
 void on_fault(int number, siginfo_t* info, void*) {
   char* at = static_cast<char*>(info->si_addr);
+  if (running && number == SIGSEGV && hides(at)) return note(running, EARLY), hide(false);
   if (checking && number == SIGSEGV && open_page(at)) return;
   if (!running) {
     signal(number, SIG_DFL);
@@ -134,6 +153,7 @@ void close_all() {
     if (!one->opened) {
       one->opened = static_cast<bool*>(malloc(pages));
       memset(one->opened, 1, pages);
+      one->written = static_cast<bool*>(calloc(1, pages));
       one->before = map(one->room, PROT_READ | PROT_WRITE), one->first = map(one->room, PROT_READ | PROT_WRITE);
     }
     for (size_t page = 0, end; page < pages; page = end) {
@@ -167,18 +187,20 @@ struct Running {
   Function& function;
   Index grid, block;
   size_t shared_bytes;
+  bool early;
   void** arguments;
 };
 
 bool run_in_order(Running& work, int order) {
   char text[200] = "";
-  const Launch launch = {work.grid, work.block, work.shared_bytes, order, text, sizeof(text)};
+  const Launch launch = {work.grid, work.block, work.shared_bytes, order, work.early, checking ? hide : nullptr, text, sizeof(text)};
   const Kernel& kernel = *work.function.kernel;
   running = kernel.name;
   bool fine = false;
   if (sigsetjmp(out_of_kernel, 1) == 0) fine = work.function.module->run(kernel.thunk, work.arguments, launch);
   else snprintf(text, sizeof(text), "%s", fault);
   running = nullptr;
+  if (hiding) hide(false);
   if (!fine) {
     snprintf(problem, sizeof(problem), "%s: %s", kernel.name, text);
     note(kernel.name, text);
@@ -188,10 +210,10 @@ bool run_in_order(Running& work, int order) {
 
 }  // namespace
 
-bool run(Function& function, Index grid, Index block, size_t shared_bytes, void** arguments) {
+bool run(Function& function, Index grid, Index block, size_t shared_bytes, bool early, void** arguments) {
   watch();
   function.launches++;
-  Running work = {function, grid, block, shared_bytes, arguments};
+  Running work = {function, grid, block, shared_bytes, early, arguments};
   if (!checking) return run_in_order(work, FORWARD);
   close_all();
   bool fine = true;
@@ -260,7 +282,7 @@ bool release(void* place) {
     if (one->begin != place) continue;
     *link = one->next;
     munmap(one->pages - PAGE, one->room + 2 * PAGE);
-    if (one->opened) munmap(one->before, one->room), munmap(one->first, one->room), free(one->opened);
+    if (one->opened) munmap(one->before, one->room), munmap(one->first, one->room), free(one->opened), free(one->written);
     free(one);
     return true;
   }
@@ -276,10 +298,10 @@ EXPORTED void* emulation_load(const void* image) { return emulation::load(image)
 EXPORTED void* emulation_find(const void* module, const char* kernel) {
   return emulation::find(static_cast<const emulation::Module*>(module), kernel);
 }
-// `sizes`: blocks along x, y, z, threads of a block along these, and bytes of dynamic shared memory.
+// `sizes`: blocks along x, y, z, threads of a block along these, bytes of dynamic shared memory, and whether it is early.
 EXPORTED int emulation_launch(void* function, const unsigned* sizes, void** arguments) {
   const emulation::Index grid = {sizes[0], sizes[1], sizes[2]}, block = {sizes[3], sizes[4], sizes[5]};
-  return emulation::run(*static_cast<emulation::Function*>(function), grid, block, sizes[6], arguments);
+  return emulation::run(*static_cast<emulation::Function*>(function), grid, block, sizes[6], sizes[7], arguments);
 }
 EXPORTED const char* emulation_problem() { return emulation::problem; }
 

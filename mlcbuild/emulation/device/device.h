@@ -5,7 +5,9 @@
 //
 // With `emulation_check(1)` every kernel runs in several orders of its threads, from the same memory each time, and all
 // of the device's memory is compared: a difference is a race, and is noted. What a kernel writes to is found by closing
-// all memory for writing before it runs: a page that it opens is kept as it was, and put back for the next order.
+// all memory for writing before it runs: a page that it opens is kept as it was, and put back for the next order. Of a
+// kernel that may begin before the one before has ended (`early`), all pages that kernels ever wrote to are closed until the
+// threads of its first block have waited: who touches one is noted.
 #pragma once
 #include "threads.h"
 
@@ -30,7 +32,7 @@ Module* load(const void* image);  // nullptr, with `problem` filled, where it is
 Function* find(const Module* module, const char* kernel);  // nullptr where there is none
 
 // Run a kernel. False, with `problem` filled and a note taken, where threads are stuck or touch what they may not.
-bool run(Function& function, Index grid, Index block, size_t shared_bytes, void** arguments);
+bool run(Function& function, Index grid, Index block, size_t shared_bytes, bool early, void** arguments);
 
 }  // namespace emulation
 

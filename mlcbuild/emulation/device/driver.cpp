@@ -25,6 +25,7 @@ struct Work {
   Function* function;
   emulation::Index grid, block;
   size_t shared_bytes;
+  bool early;
   void* arguments[MOST_ARGUMENTS];
   void* to;
   const void* from;
@@ -38,7 +39,7 @@ struct Graph {
 Graph* capturing;
 
 bool run_now(Work& work) {
-  if (work.function) return emulation::run(*work.function, work.grid, work.block, work.shared_bytes, work.arguments);
+  if (work.function) return emulation::run(*work.function, work.grid, work.block, work.shared_bytes, work.early, work.arguments);
   memmove(work.to, work.from, work.bytes);
   return true;
 }
@@ -105,6 +106,9 @@ EXPORTED CUresult cuLaunchKernelEx(const CUlaunchConfig* launch, CUfunction give
   work->grid = {launch->gridDimX, launch->gridDimY, launch->gridDimZ};
   work->block = {launch->blockDimX, launch->blockDimY, launch->blockDimZ};
   work->shared_bytes = launch->sharedMemBytes;
+  for (unsigned i = 0; i < launch->numAttrs; i++)
+    if (launch->attrs[i].id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
+      work->early = launch->attrs[i].value.programmaticStreamSerializationAllowed;
   for (size_t i = 0; i < kernel.count; i++) {  // kept: the caller's go before a graph is launched
     work->arguments[i] = malloc(kernel.sizes[i]);
     memcpy(work->arguments[i], values[i], kernel.sizes[i]);

@@ -29,6 +29,8 @@ namespace mlcbuild {
 
 static inline uint32_t masked(uint32_t word, uint32_t mask, uint32_t ones) { return (word & mask) | ones; }
 
+static inline void kernel_before() { emulation::wait_for_kernel(); }
+
 struct Operands {
   uint32_t a[4], b[2];
 };
@@ -107,6 +109,7 @@ static inline void multiply_tiles(float (*sums)[A][4], const uint32_t (&a)[A][2]
 static inline void fetch_line(const void* place) { static_cast<void>(*static_cast<const volatile char*>(place)); }
 template <class T>
 static inline T load_late(const T* place) { return *emulation_aligned<const T>(place); }
+static inline uint4 load_plain(const uint4* place) { return *emulation_aligned<const uint4>(place); }
 
 template <class T>
 static inline const T* one_address(const T* place) { return place; }

@@ -48,6 +48,8 @@ char* stacks;
 void* scheduler;  // its stack pointer
 Thunk running;
 void** running_arguments;
+long waited;  // threads, for the kernel before
+bool hidden;  // is what kernels write
 
 // Saves the callee's registers on this stack, keeps the stack pointer in *save, and goes on at `to`.
 extern "C" void emulation_switch(void** save, void* to);
@@ -136,6 +138,7 @@ bool run_block(const Launch& launch, int count) {
   for (;;) {
     resume_ready(count, launch.order);
     if (exchange_all(count)) continue;
+    if (hidden && waited) launch.hide(hidden = false);
     int ended = 0;
     for (int i = 0; i < count; i++) ended += fibers[i].state == ENDED;
     if (ended == count) return true;
@@ -158,17 +161,24 @@ bool run(Thunk thunk, void** arguments, const Launch& launch) {
   if (blocks < 1) return tell(launch, "an empty grid");
   running = thunk, running_arguments = arguments;
   block_size = launch.block, grid_size = launch.grid;
-  slots[DYNAMIC].bytes = launch.shared_bytes;
+  slots[DYNAMIC].bytes = launch.shared_bytes, waited = 0;
+  if (launch.early && launch.hide) launch.hide(hidden = true);
   for (long place = 0; place < blocks; place++) {
     const long n = launch.order == BACKWARD ? blocks - 1 - place : place;
     const long x = launch.grid.x, y = launch.grid.y;
     block_index = {unsigned(n % x), unsigned(n / x % y), unsigned(n / x / y)};
     if (!run_block(launch, count)) return false;
   }
+  if (launch.early && waited != blocks * count) return tell(launch, "threads that do not wait for the kernel before");
   return true;
 }
 
 void wait_for_block() { wait(AT_BARRIER); }
+
+void wait_for_kernel() {
+  waited++;
+  if (hidden) wait(AT_BARRIER);
+}
 
 void wait_for_warp() { exchange(0, thread % WARP); }
 

@@ -21,6 +21,8 @@ struct Launch {
   Index grid, block;
   size_t shared_bytes;  // dynamic shared memory
   int order;
+  bool early;          // every thread waits for the kernel before
+  void (*hide)(bool);  // what kernels write, from the first block's start until all of its threads wait; nullptr: nothing
   char* problem;  // filled with what went wrong; empty before
   size_t problem_size;
 };
@@ -46,6 +48,7 @@ extern int thread;  // of the block, counted x first
 
 void wait_for_block();  // __syncthreads
 void wait_for_warp();   // __syncwarp
+void wait_for_kernel();  // griddepcontrol.wait
 
 // What thread `lane` of this warp gives in the same call; 0xffffffff where it does not take part.
 uint32_t exchange(uint32_t value, int lane);

@@ -103,7 +103,7 @@ struct Rows {
     return SUMMED > 0 && at >= DIM / 2 ? jump : 0;
   }
   static __device__ __forceinline__ uint4 load(const T* from, bool there) {
-    return there ? __ldg(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
+    return there ? load_plain(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
   }
 
   __device__ __forceinline__ uint4 load_query(const T* from, int i) const {

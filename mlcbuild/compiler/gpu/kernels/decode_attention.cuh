@@ -5,8 +5,15 @@
 // pages by turns. Where there is more than one part, the block that ends last joins them.
 #pragma once
 #include "attention.cuh"
+#include "prefetch.cuh"
 
 namespace mlcbuild {
+
+// Where the key and the value of the only new token are, [KV_HEADS, STRIDE]: what turns queries and keys leaves it for the
+// attention behind it, which puts them into the cache. (Of more tokens, a kernel between the two does.)
+static __device__ const void *new_key, *new_value;
+
+__device__ __forceinline__ void keep_new(const void* key, const void* value) { new_key = key, new_value = value; }
 
 // How many parts have ended, of each sequence's tiles where there are several: 0 before and after every launch. Kernels of
 // one library follow each other on a device, in one stream.
@@ -52,16 +59,18 @@ __device__ __forceinline__ void join_parts(const Results<T, DIM, SINKS, SUMMED>&
   }
 }
 
-// Part `part` of the keys of sequence `sequence` with the query heads `tile` (of KV_HEADS * tiles of eight).
+// Part `part` of the keys of sequence `sequence` with the query heads `tile` (of KV_HEADS * tiles of eight). Where there is
+// one sequence, its new token is not in the cache yet: who has the last part puts it there (several tiles do, the same).
 // `shared`: TURNS * SHARING * (COUNT + 2) floats: a warp's sums of values, largest score and sum of exponentials.
 // parts [n, splits, HEADS, COUNT], sums [n, splits, HEADS, 2]: the same of a part, written where there are several. That is
 // so only where n * KV_HEADS * tiles is less than BLOCKS.
 template <class T, int DIM, int HEADS, int KV_HEADS, int WARPS, int BLOCKS, int WINDOW, bool CHUNKED, bool SINKS,
           int SUMMED = 0>
 __device__ __forceinline__ void decode_attention(float* shared, T* output, float* lse, float* parts, float* sums,
-                                                 const T* query, const T* pages, const int* starts, const int* numbers,
+                                                 const T* query, T* pages, const int* starts, const int* numbers,
                                                  const int* lengths, const int* offsets, const int* positions, float scale,
-                                                 float cap, float bias, int splits, int sequence, int tile, int part) {
+                                                 float cap, float bias, int sequences, int splits, int sequence, int tile,
+                                                 int part) {
   static_assert(BLOCKS <= COUNTED, "a count for each tile");
   constexpr int GROUP = HEADS / KV_HEADS, TILES = (GROUP + SHARING - 1) / SHARING, COUNT = SUMS<DIM, SUMMED>;
   constexpr int WARP_FLOATS = SHARING * (COUNT + 2), TURNS = WARPS / PARTS<COUNT>;
@@ -80,6 +89,15 @@ __device__ __forceinline__ void decode_attention(float* shared, T* output, float
   }
   const int from = first / KEYS, all = max((length + KEYS - 1) / KEYS - from, 0), each = (all + splits - 1) / splits;
   const Pages<T, DIM, KV_HEADS, SUMMED> source(pages, numbers + starts[sequence], kv_head, length);
+  if (sequences == 1 && position < length && part == (all - 1) / each) {  // its own key is the last of this part
+    typedef Pages<T, DIM, KV_HEADS, SUMMED> From;
+    const long long place = source.place((length - 1) / KEYS) + (length - 1) % KEYS * From::STRIDE;
+    T *keys = pages + (source.keys - pages) + place, *values = pages + (source.values - pages) + place;
+    const T *key = static_cast<const T*>(new_key) + kv_head * From::STRIDE,
+            *value = static_cast<const T*>(new_value) + kv_head * From::STRIDE;
+    for (int i = threadIdx.x; i < From::STRIDE; i += 32 * WARPS) keys[i] = key[i], values[i] = value[i];
+    __syncthreads();
+  }
   rows.run(source, {scale, cap, bias}, from + part * each + turn, from + min(all, (part + 1) * each), TURNS, first, length);
 #pragma unroll
   for (int i = 0; i < 2; i++) {
@@ -114,7 +132,7 @@ __device__ __forceinline__ void decode_attention(float* shared, T* output, float
       if (dim == 0) sums[2 * place] = most, sums[2 * place + 1] = sum;
     }
   }
-  if (splits == 1) return;
+  if (splits == 1) return prefetch_third();
   // What all of this block have written is there before it is counted, and what all of the others have, once that is known:
   // a fence between barriers is of what the whole block does before and behind them (PTX ISA, causality order).
   __syncthreads();
@@ -124,7 +142,7 @@ __device__ __forceinline__ void decode_attention(float* shared, T* output, float
     __threadfence();
   }
   __syncthreads();
-  if (shared[0] == 0) return;
+  if (shared[0] == 0) return prefetch_third();
   join_parts<T, DIM, HEADS, WARPS>(results, parts, sums, splits, sequence, head, heads, position < length);
 }
 

@@ -122,6 +122,22 @@ __device__ __forceinline__ uint2 load_late(const uint2* place) {
   return two;
 }
 
+// The next kernel may begin, as far as this function; what the kernels before have written is there behind it (PTX ISA,
+// griddepcontrol: all of them have ended). A kernel of a library that begins early calls it before it touches what a kernel
+// writes: nothing but weights is read before.
+__device__ __forceinline__ void kernel_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// A load of what this kernel may have written, from memory that the compiler may not know to be the device's.
+__device__ __forceinline__ uint4 load_plain(const uint4* place) {
+  __builtin_assume(__isGlobal(place));
+  return *place;
+}
+
 // A line of memory is fetched into the cache of the device, and nobody waits for it.
 __device__ __forceinline__ void fetch_line(const void* place) { asm volatile("prefetch.global.L2 [%0];" ::"l"(place)); }
 
@@ -175,6 +191,20 @@ struct Pairs<__nv_bfloat16> {
     return as<uint32_t>(__hmul2(as<Pair>(a), as<Pair>(b)));
   }
 };
+
+#ifdef BEGINS_EARLY
+constexpr bool EARLY = true;
+#else
+constexpr bool EARLY = false;
+#endif
+
+// What a kernel before has written. Of a kernel that began early, __ldg is no promise that it can keep: such a load is not
+// bound to its place in the program, nor is its cache told of other kernels' writes (PTX ISA, ld.global.nc).
+template <class T>
+__device__ __forceinline__ T load_given(const T* place) {
+  if constexpr (EARLY) return *place;
+  return __ldg(place);
+}
 
 // Two 16-bit floats that are the same one.
 __device__ __forceinline__ uint32_t twice(uint16_t bits) { return bits * 0x10001u; }

@@ -122,20 +122,20 @@ struct FewRows {
 #pragma unroll
         for (int i = 0; i < COUNT; i += 4) {
           const uint4* place = reinterpret_cast<const uint4*>(from) + i / 4;
-          const uint4 four = LATE ? load_late(place) : __ldg(place);
+          const uint4 four = LATE ? load_late(place) : load_given(place);
           to[i] = four.x, to[i + 1] = four.y, to[i + 2] = four.z, to[i + 3] = four.w;
         }
       } else {
 #pragma unroll
         for (int i = 0; i < COUNT; i += 2) {
           const uint2* place = reinterpret_cast<const uint2*>(from) + i / 2;
-          const uint2 two = LATE ? load_late(place) : __ldg(place);
+          const uint2 two = LATE ? load_late(place) : load_given(place);
           to[i] = two.x, to[i + 1] = two.y;
         }
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < COUNT; i++) to[i] = i < left ? __ldg(reinterpret_cast<const uint32_t*>(from) + i) : 0;
+      for (int i = 0; i < COUNT; i++) to[i] = i < left ? load_given(reinterpret_cast<const uint32_t*>(from) + i) : 0;
     }
   }
 
@@ -249,6 +249,7 @@ struct FewRows {
 #pragma unroll
     for (int a = 0; a < AHEAD; a++)
       if (EACH * WARPS == STEPS || a < steps) load(loaded[a], a);
+    if constexpr (EARLY) kernel_before();
     before();
 #pragma unroll 1
     for (int step = 0; step < steps; step += AHEAD) {

@@ -63,7 +63,7 @@ struct ManyRows {
 #pragma unroll
       for (int i = 0; i < COPIES; i++) {
         const int at = i * THREADS + thread;
-        const long long of_x = __ldg(list + max(place(at), 0)) / CHOICES;  // an expert that nobody chose ends at 0
+        const long long of_x = load_given(list + max(place(at), 0)) / CHOICES;  // an expert that nobody chose ends at 0
         listed[i] = x + of_x * K + unit(0, at / (WIDTH * OF_ROW)) * COLUMNS + at % OF_ROW * (COPY / 2);
       }
     }

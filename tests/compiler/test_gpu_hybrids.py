@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlcbuild.compiler.gpu import delta, lru, mlstm, sources
+from mlcbuild.compiler.gpu import delta, lru, mlstm, sources, state_space
 from mlcbuild.models.recurrent.operations import Scanned
 from tests.compiler import recurrences
 from tests.compiler.test_gpu_lowering import CUDA
@@ -79,8 +79,9 @@ def test_mlstm(gpu: Gpu, heads: int, keys: int, dim: int, tokens: int) -> None:
         (delta.delta, Scanned(32, 128, 16, 128, (0.0, 0.0), False)),
         (delta.delta, Scanned(32, 128, 16, 128, (0.0, 0.0), True)),
         (mlstm.mlstm, Scanned(8, 512, 8, 256, (0.0, 0.0), False)),  # xLSTM 7B's
+        (state_space.scan, Scanned(64, 64, 1, 128, (0.0, float("inf")), False)),
     ],
-    ids=["delta", "kda", "mlstm"],
+    ids=["delta", "kda", "mlstm", "mamba2"],
 )
 def test_states_of_matrices_stay_in_registers(kernel_of: Any, scanned: Scanned, tmp_path: Path) -> None:
     code, blocks = device_code.source(kernel_of(scanned), CUDA)

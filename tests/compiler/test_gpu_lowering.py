@@ -66,7 +66,7 @@ def test_tiles_of_attention_fit_into_shared_memory(stories: Structure) -> None:
         tiles.fitting(replace(stories, head_dim=508), "float32", opencl)
 
 
-@pytest.mark.parametrize(("mixer", "threads"), [("rglru", 256), ("delta", 160), ("kda", 160)])
+@pytest.mark.parametrize(("mixer", "threads"), [("rglru", 256), ("delta", 160), ("kda", 160), ("lightning", 160)])
 def test_blocks_that_a_device_does_not_take_are_named(stories: Structure, mixer: str, threads: int) -> None:
     small = {**METAL, "max_threads_per_block": 128}
     with pytest.raises(MlcBuildError) as error:

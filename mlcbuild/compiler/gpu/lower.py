@@ -74,7 +74,7 @@ def _check(structure: Structure, threads: int) -> None:
     if kept > _MAX_STATE:
         raise MlcBuildError(f"a channel's state has {kept} values: the GPU kernels keep up to {_MAX_STATE}")
     mixer, wanted = s.mixer or s.kind, 0
-    if mixer in ("delta", "kda", MLSTM):
+    if mixer in ("delta", "kda", "mamba2", "lightning", MLSTM):
         wanted = sharing(s.state_size).threads
     elif mixer == "rglru":
         wanted = lru.THREADS

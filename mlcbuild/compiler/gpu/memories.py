@@ -1,4 +1,4 @@
-"""What kernels of heads with a matrix for a memory share: delta nets (delta.py) and xLSTM's (mlstm.py).
+"""What kernels of heads with a matrix for a memory share: delta.py, state_space.py and mlstm.py.
 
 A block has some columns of a head's matrix. A column's rows are shared out among the parts of a block, and stay in a
 thread's registers from the first token to the last. Keys and queries of some tokens at a time are in shared memory.

@@ -34,8 +34,8 @@ INLINE f32v settled(f32v v) {
         multiply_panel(a, BY_STEP, BY_ROW, b, depth, keep, c, WIDTH);                                                \
     }
 
-DEFINE_PRODUCT(ask, 1, stride)      // a [rows][stride]: what the state b is asked for
-DEFINE_PRODUCT(write, stride, 1)    // a [depth][stride]: what is written to the state c
+DEFINE_PRODUCT(ask, 1, stride)    // a [rows][stride]: what the state b is asked for
+DEFINE_PRODUCT(write, stride, 1)  // a [depth][stride]: what is written to the state c
 
 // Columns `at` to `end` of a state [keys][width] as tiles [keys][ROWS], and back. What is beyond is 0.
 INLINE void load_tiles(f32 *tiles, const f32 *state, i64 keys, i64 width, i64 at, i64 end) {

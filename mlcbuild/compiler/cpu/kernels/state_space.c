@@ -96,8 +96,8 @@ INLINE void scan_lanes(const scan *p, i64 at, i64 group, i64 count) {
     for (i64 n = 0; n < p->size; n++) give(p->state_out + n * p->width + at, state[n], count);
 }
 
-// The tokens of a head whose channels have one step a and one rate, in chunks: with d_i = exp(a_i rate), for the tokens 1 to n of a
-// chunk, and S [size, dim] what was before them (the dual form of Dao and Gu),
+// The tokens of a head whose channels have one step a and one rate, in chunks (the dual form of Dao and Gu). With
+// d_i = exp(a_i rate), for the tokens 1 to n of a chunk, and S [size, dim] what was before them:
 //   y_i = d_1 ... d_i S^T c_i + sum_{j<=i} (c_i . b_j) d_j+1 ... d_i a_j x_j + skip x_i
 //   S becomes d_1 ... d_n S + sum_j d_j+1 ... d_n a_j b_j x_j^T
 // What the tokens have in common for all channels:

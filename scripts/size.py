@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 PYTHON, ARCHITECTURES = "mlcbuild", "recipes/architectures"
-MOST = {PYTHON: 49_000, ARCHITECTURES: 5_100}  # lines of Python, lines of YAML
+MOST = {PYTHON: 50_500, ARCHITECTURES: 5_100}  # lines of Python, lines of YAML
 MOST_IN_A_FILE, FEW_IN_A_FILE = 400, 35
 _SUFFIXES = {PYTHON: ".py", ARCHITECTURES: ".yaml"}
 

@@ -53,14 +53,14 @@ def test_without_git_there_is_no_change_to_show(tmp_path: Path) -> None:
 
 
 def test_each_bound_fails_with_a_sentence(repository: Path) -> None:
-    for number in range(122):
+    for number in range(126):
         write(repository, f"mlcbuild/steps/step{number}.py", 400)
     write(repository, "mlcbuild/planning/planner.py", 401)
     write(repository, "recipes/architectures/llama.yaml", 5101)
     done = size(repository)
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        "mlcbuild/ has 49,332 lines, 332 over its budget of 49,000",
+        "mlcbuild/ has 50,932 lines, 432 over its budget of 50,500",
         "recipes/architectures/ has 5,101 lines, 1 over its budget of 5,100",
         "mlcbuild/planning/planner.py has 401 lines, over 400: split it by its ideas",
     ]

@@ -84,6 +84,11 @@ def _check(structure: Structure, threads: int) -> None:
         )
     if s.kind not in (DECODER, HYBRID):
         return
+    if s.indexer:
+        raise MlcBuildError(
+            f"context_window_size is {s.context_window_size}, in which its indexer chooses {s.indexer[0]} keys: the "
+            "GPU kernels do not. Build with a context_window_size of as many at most"
+        )
     if s.absorbed:
         return
     if s.head_dim % 4 or not 32 <= s.head_dim <= 512:

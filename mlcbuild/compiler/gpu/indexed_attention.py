@@ -3,8 +3,8 @@
 A call of scale 0 chooses, by a kernel of its own: a block of threads has a row and goes through all keys of the set. A
 thread keeps the scores of its own keys, as whole numbers in the same order, and the block finds the least that is
 chosen bit by bit, and of equal ones the last position. So no thread reads what another one of its kernel has written,
-but counts in shared memory. Merging two sets' lists is the same with their entries. A row's first logarithm tells such
-rows. Scores are at the beginning of a row's results, four digits to each.
+but counts in shared memory. Merging two sets' lists is the same with their entries. The number behind the list is 1 in
+such rows. Scores are at the beginning of a row's results, four digits to each.
 
 Attention has a block of threads for a row and some heads: every key that is chosen, or all, by one thread, and then the
 columns of values. These are simple kernels: each block reads its keys for itself.
@@ -27,8 +27,8 @@ _THREADS = 128
 _AT_ONCE = 128  # rows for which keys are chosen, each with a score for every key
 _GROUP = 4  # heads of a block that share a key
 _PAGE = 16
-_NONE, _CHOICE, _LOG2E = -5e4, 1e38, 1.4426950408889634
-_LEAST = -(1 << 31)  # of what is ordered: no score's
+_NONE, _LOG2E = -5e4, 1.4426950408889634
+_LEAST = 1 - (1 << 31)  # of what is ordered: no score's
 _POSITION_BITS = 8 * DIGITS
 _SCORE_DIGITS = 4
 
@@ -64,6 +64,11 @@ class Sizes:
     def no_sinks(self) -> int:
         """What takes every row's own key out of a set."""
         return 0 if self.sinks else -(1 << 30)
+
+    @property
+    def mark(self) -> int:
+        """The number behind the model's heads that is 1 in rows of a call that chooses, and 0 in others."""
+        return DIGITS * self.it.keys
 
     @property
     def rounds(self) -> int:
@@ -199,7 +204,7 @@ def _select(keys, count, score, position, counts, tx, mine, total, least):
     """
     least[0] = _LEAST
     for bit in range(32):
-        least[2] = T.bitwise_xor(least[0], T.shift_left(1, 31 - bit))
+        least[2] = T.if_then_else(bit == 0, 0, least[0] + T.shift_left(1, T.min(31 - bit, 30)))
         mine[0] = 0
         for i in range(count):
             if score(i) >= least[2]:
@@ -249,7 +254,7 @@ def _write(z, out, row, count, score, position, counts, tx, mine, total, least):
 
 
 @T.macro
-def _choose(z, source, q, out, lse, scores, base, row, tx, own, start, length):
+def _choose(z, source, q, out, scores, base, row, tx, own, start, length):
     """The list of a row at position `own`, of a set of `length` keys that begins at position `start`."""
     with T.sblock("choose"):
         T.reads()
@@ -261,7 +266,7 @@ def _choose(z, source, q, out, lse, scores, base, row, tx, own, start, length):
         total = T.sblock_alloc_buffer((2,), "int32", scope="local")
         least = T.sblock_alloc_buffer((4,), "int32", scope="local")
         if tx == 0:
-            lse[row, 0] = T.float32(_CHOICE)
+            out[row, z.behind(z.mark), z.mark % z.dim] = T.cast(T.float32(1), z.dtype)
         if own < z.it.keys:
             if tx == 0:
                 for digit in T.unroll(DIGITS):
@@ -368,6 +373,8 @@ def _attend(z, source, q, out, lse, row, first_head, tx, own, start, length, sca
                             one[0] = z.number(source, first_head, place[0], c * _THREADS + tx, True)
                             for g in T.unroll(z.group):
                                 sums[g * z.columns + c] = sums[g * z.columns + c] + weights[g * _THREADS + i] * one[0]
+        if tx == 0 and first_head == 0:
+            out[row, z.behind(z.mark), z.mark % z.dim] = T.cast(T.float32(0), z.dtype)
         for g in T.unroll(z.group):
             one[0] = T.if_then_else(whole[g] > T.float32(0), T.float32(1) / whole[g], T.float32(0))
             one[1] = T.if_then_else(whole[g] > T.float32(0), most[g] + T.log2(whole[g]), T.float32(_NONE))
@@ -443,9 +450,7 @@ def _launch(z, n, batch, longest, indptr, keys, q, out, lse, positions, scale):
                         if row < n:
                             _find(span, keys, indptr, batch, row)
                             source = T.meta_var(keys.source(span[1]))
-                            _choose(
-                                z, source, q, out, lse, scores, bx * stride, row, tx, positions[row], span[2], span[3]
-                            )
+                            _choose(z, source, q, out, scores, bx * stride, row, tx, positions[row], span[2], span[3])
     if T.tvm_thread_invariant(scale != T.float32(0)):
         for bx in T.thread_binding(n, thread="blockIdx.x"):
             for by in T.thread_binding(z.heads // z.group, thread="blockIdx.y"):
@@ -613,7 +618,7 @@ def merge(s: Structure, dtype: str) -> Any:
                     total = T.sblock_alloc_buffer((2,), "int32", scope="local")
                     least = T.sblock_alloc_buffer((4,), "int32", scope="local")
                     share = T.sblock_alloc_buffer((3,), "float32", scope="local")
-                    if s[bx, 0] == T.float32(_CHOICE):
+                    if T.cast(v[bx, z.behind(z.mark), z.mark % z.dim], "float32") == T.float32(1):
                         _read(z, v, bx, tx, 0, score, place, ends)
                         _read(z, v_other, bx, tx, z.rounds, score, place, ends)
                         scores = T.meta_var(_of(score))

@@ -306,14 +306,14 @@ def _check_indexer(values: Mapping[str, Any]) -> list[str]:
 
 def _capped(data: Mapping[str, Any], values: dict[str, Any], overrides: Mapping[str, int]) -> list[str]:
     """Cuts the context to what the file says at most (`context_at_most`); what is wrong with that, or an override."""
-    if "context_at_most" not in data:
+    if "context_at_most" not in data or values.get("indexer"):  # which chooses in longer ones
         return []
     key, most = data["context_at_most"], evaluate(data["context_at_most"], values)
     if type(most) is not int or most < 1:
         return [f"config.json: {key.strip('_')} is {most!r}, expected a whole number of at least 1"]
     values["context_window_size"] = min(values["context_window_size"], most)
     wanted = overrides.get("context_window_size", 1)
-    if wanted <= most or values.get("indexer"):
+    if wanted <= most:
         return []
     return [
         f"overrides: context_window_size is {wanted}, but the model chooses {most} keys for each token "

@@ -147,15 +147,21 @@ def test_a_context_beyond_the_learned_positions() -> None:
 def test_a_context_in_which_an_indexer_would_choose() -> None:
     """DeepSeek V3.2 is built for texts of which its indexer chooses every key, or with it for longer ones."""
     config = {**CONFIG, "model_type": "deepseek_v32", "n_routed_experts": 16, "index_topk": 64, "q_lora_rank": 32}
-    short = resolve("deepseek_v32", config)
-    assert short.context_window_size == 64 and not short.indexer and "index_query" not in short.roles()
-    long = resolve("deepseek_v32", config, context_window_size=65)
+    short = resolve("deepseek_v32", config, context_window_size=64)
+    assert not short.indexer and "index_query" not in short.roles()
+    long = resolve("deepseek_v32", config)
     assert long.indexer == (64, 64, 128, 0, 0, 0, 1e-6) and "index_query" in long.roles()
+    assert long.context_window_size == config["max_position_embeddings"]
     with pytest.raises(
         MlcBuildError, match="index_head_dim is 32, expected one of at least the 64 numbers that are tu"
     ):
-        resolve("deepseek_v32", {**config, "index_head_dim": 32}, context_window_size=65)
-    config["q_lora_rank"] = 0
+        resolve("deepseek_v32", {**config, "index_head_dim": 32})
+    with pytest.raises(
+        MlcBuildError, match=r"indexer is .0, 64, 128, .*, of which the keys, heads and their width are"
+    ):
+        resolve("deepseek_v32", {**config, "index_topk": 0})
+    config["q_lora_rank"] = 0  # what it chooses by
+    assert resolve("deepseek_v32", config).context_window_size == 64
     longest = config["max_position_embeddings"]
     assert resolve("deepseek_v32", {**config, "index_topk": 1 << 20}).context_window_size == longest
     with pytest.raises(MlcBuildError) as error:

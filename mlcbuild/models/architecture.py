@@ -296,6 +296,8 @@ def _check_indexer(values: Mapping[str, Any]) -> list[str]:
     if not values["indexer"]:
         return []
     width, start, rotary = values["indexer"][2], values["indexer"][4], values.get("rotary_dim") or 0
+    if values["context_window_size"] >= 1 << 24:
+        return ["its indexer chooses keys in texts of fewer than 16,777,216 tokens: build with a shorter context"]
     if rotary + start <= width <= 2 * values["head_dim"] and rotary % 2 == 0:
         return []
     return [

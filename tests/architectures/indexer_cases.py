@@ -27,6 +27,12 @@ CHOOSING = {"index_topk": 5, "index_n_heads": 12, "index_head_dim": 24}
 CASES: dict[str, Case] = {
     "deepseek_v32-choosing": _case("deepseek_v32", **LATENT, **V3, **CHOOSING, n_group=4, topk_group=2),
     "glm_moe_dsa-choosing": _case("glm_moe_dsa", **LATENT, **V3, **CHOOSING, indexer_types=["full", "shared", "full"]),
+    "glm_moe_dsa-long": replace(
+        _case(
+            "glm_moe_dsa", **LATENT, **V3, **{**CHOOSING, "index_topk": 1030}, indexer_types=["full", "shared", "full"]
+        ),
+        overrides={"context_window_size": 1100},
+    ),
     "axk2-choosing": _case("axk2", **LATENT, **V3, **CHOOSING, gated_norm_rank=5, rope_parameters=YARN),
     "dots3_note_text-choosing": _case("dots3_note_text", **LATENT, **V3, **CHOOSING, **SWA, n_group=4, topk_group=2),
     "hy_v4-choosing": _case("hy_v4", **LATENT, **HY, **CHOOSING, indexer_types=["full", "shared", "shared"]),

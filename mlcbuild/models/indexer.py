@@ -18,7 +18,7 @@ are. The heads of such a cache are, for a token (Structure.cache_heads):
 
     queries   the model's, and more heads that hold index queries and weights, or the list: three numbers to a position
               p, the digits of p + 1 to the base of 256, which all dtypes have; 0 ends it. A list that begins with the
-              end means all keys
+              end means all keys. Behind the list, five numbers to a position are for kernels, which keep scores there
     keys      of latents, the last `width` numbers of a row are the index key; else it is in the key, and then the
               value, of one head more
 """

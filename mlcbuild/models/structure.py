@@ -345,7 +345,7 @@ class Structure:
         if self.absorbed:
             half = -(-(self.kv_lora_rank + (self.rotary_dim or 0) + index) // 2)
             queries, keys, width = 2 * queries, 1, max(-(-half // 16) * 16, 32)
-        return queries + -(-max(heads * (index + 1), 5 * chosen) // width), keys, width
+        return queries + -(-max(heads * (index + 1), 8 * chosen) // width), keys, width
 
     def turns(self, number: int) -> bool:
         """Whether a layer has rotary positions."""

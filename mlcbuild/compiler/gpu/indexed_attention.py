@@ -4,7 +4,7 @@ A call of scale 0 chooses, by a kernel of its own: a block of threads has a row 
 thread keeps the scores of its own keys, as whole numbers in the same order, and the block finds the least that is
 chosen bit by bit, and of equal ones the last position. So no thread reads what another one of its kernel has written,
 but counts in shared memory. Merging two sets' lists is the same with their entries. The number behind the list is 1 in
-such rows. Scores are at the beginning of a row's results, four digits to each.
+such rows, and behind that are the scores, four digits to each.
 
 Attention has a block of threads for a row and some heads: every key that is chosen, or all, by one thread, and then the
 columns of values. These are simple kernels: each block reads its keys for itself.
@@ -143,8 +143,8 @@ def _position(z: Sizes, of: Any, row: Any, at: Any) -> Any:
 def _score(z: Sizes, of: Any, row: Any, at: Any) -> Any:
     found = tirx.const(0, "int32")
     for digit in range(_SCORE_DIGITS):
-        place = _SCORE_DIGITS * at + digit
-        found = found | (_whole(of[row, place // z.dim, place % z.dim]) << (8 * digit))
+        place = z.mark + 1 + _SCORE_DIGITS * at + digit
+        found = found | (_whole(of[row, z.behind(place), place % z.dim]) << (8 * digit))
     return found
 
 
@@ -244,8 +244,8 @@ def _write(z, out, row, count, score, position, counts, tx, mine, total, least):
                 at = T.meta_var(DIGITS * total[1] + digit)
                 out[row, z.behind(at), at % z.dim] = T.cast(T.cast(_digit(position(i) + 1, digit), "float32"), z.dtype)
             for digit in T.unroll(_SCORE_DIGITS):
-                at = T.meta_var(_SCORE_DIGITS * total[1] + digit)
-                out[row, at // z.dim, at % z.dim] = T.cast(T.cast(_digit(score(i), digit), "float32"), z.dtype)
+                at = T.meta_var(z.mark + 1 + _SCORE_DIGITS * total[1] + digit)
+                out[row, z.behind(at), at % z.dim] = T.cast(T.cast(_digit(score(i), digit), "float32"), z.dtype)
             total[1] = total[1] + 1
     if tx == 0 and total[0] < z.it.keys:
         for digit in T.unroll(DIGITS):

@@ -86,7 +86,7 @@ def _check(structure: Structure, threads: int) -> None:
     if s.kind not in (DECODER, HYBRID):
         return
     keys, _, width, *_ = s.indexer or (0, 0, 0)
-    if keys > MOST_KEYS or width > 512 or 4 * keys > s.num_attention_heads * s.head_dim:
+    if keys > MOST_KEYS or width > 512:
         raise MlcBuildError(f"its indexer chooses {keys} keys by heads of {width}: more than the GPU kernels do")
     if s.absorbed:
         return

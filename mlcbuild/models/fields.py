@@ -151,10 +151,7 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "ten whole numbers: n-grams of 2 to 16 tokens, at most 64 hashes of each length, and none above 2,147,483,647",
         lambda value: value == () or _are_ngrams(value),
     ),
-    "indexer": (
-        "six whole numbers, of which the keys, heads and their width are at least 1, and an epsilon",
-        lambda value: value == () or _is_indexer(value),
-    ),
+    "indexer": ("six whole numbers, three above 0, and an epsilon", lambda value: value == () or _is_indexer(value)),
     "convolutions": ("two whole numbers of at least 1", lambda value: _are_counts(value, 2)),
     "mixer_scales": ("five numbers", lambda value: _are_numbers(value, 5)),
     "time_step_limits": ("two numbers, the least and the largest step", lambda value: _is_range(value)),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tvm import target
 
-from mlcbuild.compiler.gpu import indexed_attention
+from mlcbuild.compiler.gpu import indexed_attention, indexed_choice
 from mlcbuild.compiler.script import quick
 from mlcbuild.models.architecture import resolve
 from mlcbuild.models.indexer import DIGITS, indexer_of
@@ -24,8 +24,7 @@ SCALARS = {"causal": 0, "rotary_mode": 0, "rope_scale": 1, "rope_theta": 1}
 OFFSETS = ("q_indptr", "kv_indptr", "positions", "offsets", "pages", "indptr", "numbers", "last")
 # Of rows of latents, and of whole keys and values with sinks: Hunyuan 4's.
 CASES = {"latents": ("deepseek_v32", "float16"), "whole": ("hy_v4", "float32")}
-# Two sequences: 150 cached tokens and 5 new ones, and 20 new ones of which the last see more than are chosen ... none
-# does in the third: 2 cached and 3 new ones.
+# Of three sequences. Rows of the first see more keys than are chosen, some of the second, and none of the third.
 HELD, NEW = (150, 30, 2), (5, 20, 3)
 
 
@@ -40,7 +39,7 @@ class Attention:
         self.heads, (self.queries, self.stored, self.dim) = s.num_attention_heads, s.cache_heads
         self.sinks = "sinks" in s.roles()
         with quick(), target.Target(dict(gpu.TARGET)):
-            made = (getattr(indexed_attention, each) for each in ("ragged", "prefill", "decode", "merge"))
+            made = indexed_attention.ragged, indexed_attention.prefill, indexed_attention.decode, indexed_choice.merge
             self.ragged, self.prefill, self.decode, self.merging = (each(s, dtype) for each in made)
         random = np.random.default_rng(0)
         self.keys = [self._numbers(random, held + new) for held, new in zip(HELD, NEW, strict=True)]
@@ -154,7 +153,9 @@ def test_one_token_of_each_sequence(attention: Attention) -> None:
 
     def run(which: int, q: Array) -> Array:
         scale = attention.scale * which
-        found: Array = attention.launch(attention.decode, which, {**arrays, "q": q}, {**sizes, "sm_scale": scale})[0]
+        found: Array = attention.launch(
+            attention.decode, which, {**arrays, "q": q}, {**sizes, "batch": 3, "sm_scale": scale}
+        )[0]
         return found
 
     attention.check(rows, q, run(0, q), lambda given: run(1, given))

@@ -298,6 +298,8 @@ def _check_indexer(values: Mapping[str, Any]) -> list[str]:
     width, start, rotary = values["indexer"][2], values["indexer"][4], values.get("rotary_dim") or 0
     if values["context_window_size"] >= 1 << 24:
         return ["its indexer chooses keys in texts of fewer than 16,777,216 tokens: build with a shorter context"]
+    if values["indexer"][5] and values.get("_index_types", ("full",))[0] != "full":
+        return ["config.json: layer 0 is to attend to what the indexer of an earlier layer chose, and there is none"]
     if rotary + start <= width <= 2 * values["head_dim"] and rotary % 2 == 0:
         return []
     return [

@@ -173,6 +173,30 @@ def test_a_context_in_which_an_indexer_would_choose() -> None:
         resolve("deepseek_v32", {**config, "index_topk": 0})
 
 
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("glm_moe_dsa", {}),
+        ("glm_moe_dsa", {"index_topk_freq": 4}),
+        ("glm_moe_dsa", {"index_topk_freq": 3, "index_skip_topk_offset": 4}),
+        ("glm_moe_dsa", {"index_topk_pattern": "FSSFFSFSS"}),
+        ("hy_v4", {"rope_interleave": False}),
+    ],
+)
+def test_which_layers_have_an_indexer(name: str, given: dict[str, Any]) -> None:
+    """As transformers reads it; the others have the choice of the last one."""
+    from transformers import AutoConfig
+
+    config = {**CONFIG, "n_routed_experts": 16, "q_lora_rank": 32, "num_hidden_layers": 9, **given}
+    types = AutoConfig.for_model(name, num_hidden_layers=9, **given).indexer_types
+    found = resolve(name, {**config, "model_type": name}, context_window_size=4096)
+    (rule,) = (rule for rule in found.rules if rule.role == "index_query")
+    full = tuple(layer for layer, kind in enumerate(types) if kind == "full")
+    assert (rule.layers or tuple(range(9))) == full and found.indexer[5] == (len(full) < 9)
+    with pytest.raises(MlcBuildError, match="layer 0 is to attend to what the indexer of an earlier layer chose"):
+        resolve(name, {**config, "model_type": name, "indexer_types": ["shared"] * 9}, context_window_size=4096)
+
+
 def test_the_llama_inside_llama_3_2_vision_shares_the_library_of_one_alone() -> None:
     """Layers 1 and 4 look at images: what is left of five are the checkpoint's 0, 2 and 3."""
     plain = {**CONFIG, "num_key_value_heads": 2, "rope_theta": 500000.0, "tie_word_embeddings": False}

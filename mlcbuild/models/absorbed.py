@@ -25,7 +25,7 @@ def applied(structure: Structure) -> Structure:
     s = structure
     if not s.absorbed:
         return s
-    _, _, half = s.cache_heads
+    _, _, half = replace(s, indexer=()).cache_heads
     one_by_one = s.position_scale or s.clip_qkv or s.qk_norm != "none" or s.query_gate or s.differential
     apart = s.by_layer or s.keys_from or s.rope_local_theta or s.alibi_bias_max or s.roles() & {"sinks", "query_scale"}
     if one_by_one or apart or 2 * half > _WIDEST or half >= s.num_key_value_heads * s.head_dim:

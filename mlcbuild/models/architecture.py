@@ -220,7 +220,7 @@ def _check_shape(values: Mapping[str, Any]) -> list[str]:
     problems = []
     if heads % kv_heads:
         problems.append(f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-    problems += _check_layers(values)
+    problems += _check_layers(values) + _check_indexer(values)
     state_heads, state_groups = values.get("state_heads"), values.get("state_groups") or 1
     if state_heads is not None and state_heads % state_groups:
         problems.append(f"config.json: state_heads {state_heads} is not a multiple of state_groups {state_groups}")
@@ -291,9 +291,26 @@ def _check_layers(values: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def _check_indexer(values: Mapping[str, Any]) -> list[str]:
+    """Of an index key is turned what is of other keys, and it fits into a head of the cache, key and value."""
+    if not values["indexer"]:
+        return []
+    width, start, rotary = values["indexer"][2], values["indexer"][4], values.get("rotary_dim") or 0
+    if values["context_window_size"] >= 1 << 24:
+        return ["its indexer chooses keys in texts of fewer than 16,777,216 tokens: build with a shorter context"]
+    if values["indexer"][5] and values.get("_index_types", ("full",))[0] != "full":
+        return ["config.json: layer 0 is to attend to what the indexer of an earlier layer chose, and there is none"]
+    if rotary + start <= width <= 2 * values["head_dim"] and rotary % 2 == 0:
+        return []
+    return [
+        f"config.json: index_head_dim is {width}, expected one of at least the {rotary} numbers that are turned, and "
+        f"at most {2 * values['head_dim']}"
+    ]
+
+
 def _capped(data: Mapping[str, Any], values: dict[str, Any], overrides: Mapping[str, int]) -> list[str]:
     """Cuts the context to what the file says at most (`context_at_most`); what is wrong with that, or an override."""
-    if "context_at_most" not in data:
+    if "context_at_most" not in data or values.get("indexer"):  # which chooses in longer ones
         return []
     key, most = data["context_at_most"], evaluate(data["context_at_most"], values)
     if type(most) is not int or most < 1:
@@ -322,7 +339,8 @@ def _limits(kind: str, context: int, overrides: Mapping[str, int]) -> dict[str, 
 def _windows(values: Mapping[str, Any]) -> dict[str, Any]:
     """`sliding_window_size` and `layer_types`, None where they change nothing: models that differ in no more share.
 
-    A window that the text never leaves is none, and layers of one type need no list.
+    A window that the text never leaves is none, and layers of one type need no list. An indexer that chooses all keys
+    is none, either.
     """
     window, types = values.get("sliding_window_size"), values.get("layer_types")
     types = types if types is None else tuple(types)
@@ -336,7 +354,10 @@ def _windows(values: Mapping[str, Any]) -> dict[str, Any]:
     turned = None if turned is None or all(turned) else tuple(map(bool, turned))
     sources = values.get("keys_from")
     sources = None if sources is None or list(sources) == list(range(len(sources))) else tuple(sources)
-    return {"sliding_window_size": window, "layer_types": types, "rope_layers": turned, "keys_from": sources}
+    chosen = values.get("indexer") or ()
+    chosen = () if chosen and values["context_window_size"] <= chosen[0] else chosen
+    found = {"sliding_window_size": window, "layer_types": types, "rope_layers": turned, "keys_from": sources}
+    return {**found, "indexer": chosen}
 
 
 def _check_limits(kind: str, values: Mapping[str, Any]) -> list[str]:

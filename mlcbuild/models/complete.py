@@ -17,6 +17,7 @@ from mlcbuild.models.structure import ATTENDING, KEEPING, Structure
 _ONE_BY_ONE = {"q_proj", "k_proj", "v_proj"}
 _LATENT = {"kv_a_proj", "kv_a_norm", "kv_b_proj"}
 _NARROW_QUERY = {"q_a_proj", "q_a_norm", "q_b_proj"}
+_INDEX = {"index_query", "index_key", "index_norm", "index_norm_bias", "index_weights"}
 _STREAMS = {f"streams_{name}" for name in ("router", "predict", "correct", "norm", "scale")}
 _STREAMS |= {"laurel_in_proj", "laurel_out_proj", "laurel_norm"}
 _BESIDE = {"router_norm", "experts_norm", "experts_post_norm", "dense_post_norm"}
@@ -140,6 +141,7 @@ def _attention(s: Structure, roles: set[str]) -> tuple[set[str], set[str]]:
     elif s.kv_lora_rank:
         needed = {"o_proj", *_LATENT, *(_NARROW_QUERY if s.q_lora_rank else {"q_proj"})}
         needed |= {"k_turned_norm"} & roles
+        needed |= _INDEX if s.indexer and roles & _INDEX else set()
     else:
         needed = {"o_proj", *(_ONE_BY_ONE if roles & _ONE_BY_ONE else {"qkv_proj"})}
         needed -= {"v_proj"} if s.keys_as_values and "v_proj" not in roles else set()

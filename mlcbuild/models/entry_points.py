@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from tvm import relax, te, tirx
 
-from mlcbuild.models import hyper, per_layer, streams
+from mlcbuild.models import hyper, indexer, per_layer, streams
 from mlcbuild.models.decoder import Decoder, kv_cache, numbered, one_per_kind
 from mlcbuild.models.layer import layer, layer_inputs, query_positions
 from mlcbuild.models.operations import Expr
@@ -62,13 +62,17 @@ def _emit_layers(d: Decoder, layers: Sequence[relax.GlobalVar]) -> relax.GlobalV
         )
         made = dict[int, tuple[Expr, Expr]]()  # of a layer that others borrow from: keys and values, their norm
         begun = dict[int, Expr]()
+        chosen: list[Expr] = []  # by the last layer with an indexer
         for i, function in enumerate(layers):
             hidden = hidden if s.joins is None else _joined(d, i, s.joins, hidden, begun, weights)
             source, own = i if s.keys_from is None else s.keys_from[i], weights.layer(i)
-            more = [*inputs[i], *(made[source] if s.borrows(i) else ())]
+            gives = indexer.shared(s) and indexer.has(d, i)
+            more = [*inputs[i], *(made[source] if s.borrows(i) else ()), *(() if gives else chosen)]
             hidden = d.builder.emit(
                 relax.Call(function, [hidden, cache, relax.prim_value(places[source]), *more, *own])
             )
+            if gives:
+                hidden, *chosen = (d.builder.emit(relax.TupleGetItem(hidden, at)) for at in (0, 1))
             if s.keys_from is not None and not s.borrows(i):
                 hidden, parts = (d.builder.emit(relax.TupleGetItem(hidden, at)) for at in (0, 1))
                 made[i] = parts, per_layer.norm_of(d, i, own)

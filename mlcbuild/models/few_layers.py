@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from mlcbuild.models.kinds import ENCODER
+from mlcbuild.models.kinds import ENCODER, TEXT_WINDOW
 from mlcbuild.models.structure import Structure
 
-TEXT_WINDOW, TEXT_CHUNK = 1024, 256  # tokens of a sequence and of one call, where a text is evaluated
+TEXT_CHUNK = 256  # tokens of one call, where a text is evaluated
 
 
 def one_layer(s: Structure) -> Structure:

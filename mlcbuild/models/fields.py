@@ -151,6 +151,7 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "ten whole numbers: n-grams of 2 to 16 tokens, at most 64 hashes of each length, and none above 2,147,483,647",
         lambda value: value == () or _are_ngrams(value),
     ),
+    "indexer": ("six whole numbers, three above 0, and an epsilon", lambda value: value == () or _is_indexer(value)),
     "convolutions": ("two whole numbers of at least 1", lambda value: _are_counts(value, 2)),
     "mixer_scales": ("five numbers", lambda value: _are_numbers(value, 5)),
     "time_step_limits": ("two numbers, the least and the largest step", lambda value: _is_range(value)),
@@ -181,6 +182,10 @@ def _are_counts(value: Any, count: int) -> bool:
 def _are_ngrams(value: Any) -> bool:
     """Within what primes are looked for, and rows have numbers of 32 bits (mlcbuild.models.ngrams)."""
     return _are_counts(value, 10) and 2 <= value[0] <= 16 and value[1] <= 64 and max(value) < 2**31
+
+
+def _is_indexer(value: Any) -> bool:
+    return len(value) == 7 and _are_counts(value[:3], 3) and all(type(each) is int and each >= 0 for each in value[3:6])
 
 
 def _is_range(value: Any) -> bool:

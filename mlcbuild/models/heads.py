@@ -68,7 +68,7 @@ def _with_steps(d: Decoder, whole: Expr, flat: Expr, own: Structure, weight: Giv
 def values_of(d: Decoder, out: Expr, own: Structure) -> Expr:
     """What attention returns [n, heads, D], as the layer's own: [n, heads * width of a value]."""
     s, (_, width) = d.structure, widths(own)
-    if (own.num_attention_heads, width) == (s.num_attention_heads, s.head_dim):
+    if (own.num_attention_heads, width) == (s.num_attention_heads, s.head_dim) and not s.indexer:
         return d.builder.emit(relax.op.reshape(out, [out.ty.shape[0], own.num_attention_heads * width]))
     return d.builder.emit_te(partial(_own, s, own), out, primfunc_name_hint="own_heads")
 

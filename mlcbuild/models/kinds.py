@@ -15,6 +15,7 @@ from mlcbuild.models.structure import Structure
 DECODER, HYBRID, ENCODER = "decoder", "hybrid", "encoder"
 STATE_SPACES, MLSTM = ("mamba", "mamba2"), "mlstm"
 RECURRENT = ("rwkv4", "rwkv5", "rwkv6", *STATE_SPACES, MLSTM)
+TEXT_WINDOW = 1024  # tokens of a sequence, where a text is evaluated
 KINDS = (DECODER, HYBRID, *RECURRENT, ENCODER)
 
 Shapes = dict[str, tuple[int, ...]]  # by role; matrices are [N out, K in]
@@ -25,6 +26,8 @@ def by_layer(structure: Structure) -> bool:
     s = structure
     if s.kind == ENCODER:
         return "relative_bias" not in s.roles()  # which all layers share
+    if s.indexer and s.indexer[5] and s.indexer[0] < TEXT_WINDOW:  # layers share what an indexer chooses in texts
+        return False
     whole = s.keys_from is not None or s.joins is not None or s.per_layer_size or s.shortcut or s.key_experts
     return s.kind == DECODER and not whole
 

@@ -40,18 +40,19 @@ from mlcbuild.models.weights import Given
 
 def heads_of(
     d: Decoder, x: Expr, own: Structure, weight: Given, positions: Callable[[], Expr], turns: bool
-) -> tuple[Expr, Expr | None]:
+) -> tuple[Expr, Expr | None, Expr | None]:
     """x [n, H] -> queries, keys and values as the KV cache has its heads [n, heads + 2 * key heads, width], in the
-    model dtype; and where there are gates [n, the layer's heads * value_head_dim] in the compute dtype.
+    model dtype; where there are gates [n, the layer's heads * value_head_dim] in the compute dtype; and the normed
+    latent of queries, where there is one.
 
     `positions`: the tokens' in their sequence, where a layer `turns`; of latents alone.
     """
-    s = d.structure
+    s, narrow = d.structure, None
     if "q_a_proj" in weight:
         raw = d.project(x, weight, "q_a")
         narrow = _normed(d, raw, weight, "q_a_norm")
-        narrow = d.builder.emit(relax.op.concat([narrow, raw], axis=1)) if own.raw_query_latent else narrow
-        q = d.project(narrow, weight, "q_b", d.dtype)
+        both = d.builder.emit(relax.op.concat([narrow, raw], axis=1)) if own.raw_query_latent else narrow
+        q = d.project(both, weight, "q_b", d.dtype)
     else:
         q = d.project(x, weight, "q", d.dtype)
     parts = d.builder.emit(relax.op.split(d.project(x, weight, "kv_a"), [own.kv_lora_rank], axis=1))
@@ -61,16 +62,15 @@ def heads_of(
         turned = d.operations.rms_norm(turned, weight("k_turned_norm").plain, own.latent_eps)
     turned = d.cast(turned, d.dtype)
     if s.absorbed:
-        return _latents(d, q, d.cast(latent, d.dtype), turned, weight, positions if turns else None), None
+        return _latents(d, q, d.cast(latent, d.dtype), turned, weight, positions if turns else None), None, narrow
     kv = d.project(latent, weight, "kv_b", d.dtype)
     sinks = [d.cast(weight("sinks").plain, "float32")] if "sinks" in weight else []
     whole = partial(_whole, s, own)
     qkv = d.builder.emit_te(whole, q, turned, kv, *sinks, primfunc_name_hint="latent_heads")
     if not own.query_gate:
-        return qkv, None
-    return qkv, d.cast(
-        d.builder.emit_te(partial(_gates, own), q, primfunc_name_hint="latent_gates"), d.operations.compute
-    )
+        return qkv, None, narrow
+    gates = d.builder.emit_te(partial(_gates, own), q, primfunc_name_hint="latent_gates")
+    return qkv, d.cast(gates, d.operations.compute), narrow
 
 
 def _normed(d: Decoder, latent: Expr, weight: Given, role: str) -> Expr:

@@ -6,7 +6,7 @@ from functools import partial
 
 from tvm import ir, relax, te, tirx
 
-from mlcbuild.models import attention_experts, heads, hyper, latent, per_layer, product_keys, streams
+from mlcbuild.models import attention_experts, heads, hyper, indexer, latent, per_layer, product_keys, streams
 from mlcbuild.models.decoder import Decoder, kv_cache
 from mlcbuild.models.experts import beside, experts, gated
 from mlcbuild.models.operations import Expr
@@ -17,25 +17,25 @@ from mlcbuild.models.weights import Given
 
 def layer_inputs(decoder: Decoder, number: int = 0) -> list[relax.Var]:
     """What a layer is given: x [n, H] in the compute dtype, the KV cache, the layer's number in it, what
-    mlcbuild.models.per_layer adds, and its parameters in order.
+    mlcbuild.models.per_layer and indexer add, and its parameters in order.
     """
     d, n = decoder, tirx.Var("seq_len", "int64")
     awaiting = d.structure.shortcut and not any(p.role == "router" and p.of(number) for p in d.declared)
     x = d.tensor("x", [n, streams.width(d.structure) * (1 + awaiting)], d.operations.compute)
-    more = per_layer.variables(d, number, n)
+    more = [*per_layer.variables(d, number, n), *indexer.variables(d, number, n)]
     return [x, kv_cache(), relax.Var("layer_id", ir.PrimType("int64")), *more, *d.layer_parameters(number)]
 
 
 def layer(decoder: Decoder, x: Expr, cache: Expr, layer_id: Expr, *given: Expr, number: int = 0) -> Expr:
     """One layer's computation on what `layer_inputs` describes: [n, H]. `number` is a layer of the same kind.
 
-    With what its own keys and values are made of, where layers may borrow these; with `shortcut` [n, 2 H] goes to a
-    layer without experts, the second half of which it adds.
+    With what its own keys and values are made of, or the keys that its indexer chose, where layers may borrow these;
+    with `shortcut` [n, 2 H] goes to a layer without experts, the second half of which it adds.
     """
     d, s = decoder, decoder.structure
     count = len(given) - sum(p.layer == number for p in d.declared)
     more, weight = given[:count], d.given(number, given[count:])
-    parts, late = None, None
+    parts, late, chosen = None, None, None
     if s.shortcut and "router" not in weight:
         both = d.builder.emit(relax.op.split(x, 2, axis=1))
         x, late = (d.builder.emit(relax.TupleGetItem(both, i)) for i in range(2))
@@ -56,23 +56,28 @@ def layer(decoder: Decoder, x: Expr, cache: Expr, layer_id: Expr, *given: Expr, 
         return relax.op.add(normed, d.builder.emit(relax.op.multiply(rate, d.builder.emit(way))))
 
     def attend(normed: Expr) -> Expr:
-        nonlocal parts, weight
+        nonlocal parts, weight, chosen
         if s.keys_from is not None:
             parts = heads.parts_of(d, normed, weight, s.at(number))
             if s.borrows(number):
                 pair, weight = per_layer.borrowed(d, number, (more[-2], more[-1]), weight)
                 parts = [*parts, *pair]
-        return attention(d, normed, cache, layer_id, weight, x.ty.shape[0], number, parts)
+        given = more[-1] if indexer.variables(d, number, x.ty.shape[0]) else None
+        out, chosen = attention(d, normed, cache, layer_id, weight, x.ty.shape[0], number, parts, given)
+        return out
 
     def with_keys(out: Expr) -> Expr:
-        """The layer's result, with what its own keys and values are made of where others may borrow these."""
+        """The layer's result, with what others may borrow: what its own keys and values are made of, or its choice."""
+        if indexer.shared(s) and chosen is not None:
+            return relax.Tuple([d.builder.emit(out), chosen])
         if parts is None or s.borrows(number):
             return out
         return relax.Tuple([d.builder.emit(out), d.builder.emit(relax.op.concat(parts[1:], axis=1))])
 
     if s.hyper:
         x = hyper.around(d, x, weight, "attention", lambda one: attend(d.norm(one, weight, "attention_norm")))
-        return hyper.around(d, x, weight, "mlp", lambda one: mlp(d, d.norm(one, weight, "mlp_norm"), one, weight))
+        made = hyper.around(d, x, weight, "mlp", lambda one: mlp(d, d.norm(one, weight, "mlp_norm"), one, weight))
+        return with_keys(made)
     if s.streams > 1:
         sparsity = s.at(number).activation_sparsity
         return with_keys(streams.layer(d, x, weight, more[0], attend, lambda y: _dense(d, y, weight, sparsity)))
@@ -113,8 +118,10 @@ def attention(
     n: Expr,
     number: int,
     parts: list[Expr] | None = None,
-) -> Expr:
+    chosen: Expr | None = None,
+) -> tuple[Expr, Expr | None]:
     """x [n, H] -> [n, H], through the KV cache's layer `layer_id`; `number` is a layer of the same kind as this one.
+    And the keys that its indexer chose (mlcbuild.models.indexer); `chosen` are those of another layer.
 
     The KV cache appends the keys and values, turns queries and keys by their positions where that is the same for all
     layers, and attends. A layer that sees a window of positions only gives the cache a negative scale: the cache tells
@@ -123,11 +130,13 @@ def attention(
     """
     s, own = d.structure, d.structure.at(number)
     key, value = heads.widths(own)
-    choice, gate = attention_experts.choose(d, x, weight) if "attention_router" in weight else None, None
+    choice = attention_experts.choose(d, x, weight) if "attention_router" in weight else None
+    gate, narrow = None, None
+    positions = partial(query_positions, d, cache, n)
     if choice is not None:
         qkv = attention_experts.heads_of(d, x, choice, weight)
     elif s.kv_lora_rank:
-        qkv, gate = latent.heads_of(d, x, own, weight, partial(query_positions, d, cache, n), s.turns(number))
+        qkv, gate, narrow = latent.heads_of(d, x, own, weight, positions, s.turns(number))
     elif "qkv_proj" in weight:
         qkv = d.project(x, weight, "qkv", d.dtype)
     else:
@@ -142,16 +151,13 @@ def attention(
     if not s.qk_norm_last:
         qkv = _normed_heads(d, qkv, own, weight, s.turns(number))
     if s.position_scale is not None and not (s.position_scale_unturned and s.turns(number)):
-        qkv = d.builder.emit_te(
-            partial(_scaled_queries, own), qkv, query_positions(d, cache, n), primfunc_name_hint="scaled"
-        )
+        qkv = d.builder.emit_te(partial(_scaled_queries, own), qkv, positions(), primfunc_name_hint="scaled")
     kind = s.layer_type(number)
     if not s.kv_lora_rank:
         qkv = heads.in_cache(d, qkv, own, weight)
     if s.turns(number) and not (s.absorbed or in_cache(s)):
-        positions, table = query_positions(d, cache, n), inverse_frequencies(own, kind)
         both = s.num_attention_heads, s.num_key_value_heads
-        qkv = d.operations.rope(qkv, positions, table, both, rotary(own, kind))
+        qkv = d.operations.rope(qkv, positions(), inverse_frequencies(own, kind), both, rotary(own, kind))
     if s.qk_norm_last:
         qkv = _normed_heads(d, qkv, own, weight, s.turns(number))
     if "query_scale" in weight:
@@ -159,13 +165,20 @@ def attention(
     scale = key**-0.5 * latent_factor(s) if s.attention_scale is None else s.attention_scale
     cached, _, width = s.cache_heads
     slides = kind == "sliding" and s.sliding_window_size is not None
-    out = d.builder.emit(
-        relax.call_dps_packed(
+    scale = -scale if slides else scale
+
+    def through(qkv: Expr, scale: float) -> Expr:
+        call = relax.call_dps_packed(
             "vm.builtin.attention_kv_cache_attention_with_fused_qkv",
-            [cache, layer_id, relax.prim_value(-scale if slides else scale), qkv],
+            [cache, layer_id, relax.prim_value(scale), qkv],
             out_ty=relax.TensorType([n, cached, width], d.dtype),
         )
-    )
+        return d.builder.emit(call)
+
+    if s.indexer:
+        out, chosen = indexer.attended(d, qkv, x, narrow, own, weight, positions, chosen, through, scale)
+    else:
+        out = through(qkv, scale)
     values = latent.values_of(d, out, weight) if s.absorbed else heads.values_of(d, out, own)
     out = heads.gated(d, d.scaled(values, s.value_scale), x, own, weight)
     out = heads.difference(d, out, own, weight) if own.differential else out
@@ -173,7 +186,8 @@ def attention(
         gate = d.builder.emit(relax.op.sigmoid(gate))
         out = d.builder.emit(relax.op.multiply(gate, d.cast(out, d.operations.compute)))
     out = d.norm(d.cast(out, d.operations.compute), weight, "o_norm") if "o_norm" in weight or s.inner_norms else out
-    return d.project(out, weight, "o") if choice is None else attention_experts.returned(d, out, choice, weight)
+    out = d.project(out, weight, "o") if choice is None else attention_experts.returned(d, out, choice, weight)
+    return out, chosen
 
 
 def _gated_queries(d: Decoder, qkv: Expr) -> tuple[Expr, Expr]:

@@ -130,6 +130,10 @@ _SHAPES: dict[str, Callable[[Structure], tuple[int, ...]]] = {
     "kv_a_proj": lambda s: (s.kv_lora_rank + (s.rotary_dim or 0), s.hidden_size),
     "kv_a_norm": lambda s: (s.kv_lora_rank,),
     "k_turned_norm": lambda s: (s.rotary_dim or 0,),
+    "index_query": lambda s: (s.indexer[1] * s.indexer[2], s.q_lora_rank),
+    "index_key": lambda s: (s.indexer[2], s.hidden_size),
+    "index_norm": lambda s: (s.indexer[2],),
+    "index_weights": lambda s: (s.indexer[1], s.hidden_size),
     "kv_b_proj": lambda s: (
         s.num_attention_heads * (s.qk_head_dim - (s.rotary_dim or 0) + s.value_head_dim),
         s.kv_lora_rank,

@@ -66,7 +66,7 @@ def in_cache(structure: Structure) -> bool:
     differ = any(name in ("rope_theta", "rotary_dim") for name, _ in structure.by_layer)
     one_table = structure.rope_local_theta is None and structure.rope_layers is None and not differ
     last = not structure.qk_norm_last and "query_scale" not in structure.roles()
-    return structure.rope != "none" and one_table and last and not structure.absorbed
+    return structure.rope != "none" and one_table and last and not (structure.absorbed or structure.indexer)
 
 
 def inverse_frequencies(structure: Structure, layer_type: str = "full") -> Frequencies:

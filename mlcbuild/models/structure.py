@@ -85,21 +85,18 @@ class Structure:
                       positions only. Its kind is `norm`'s, with a bias where parameters play these roles.
                       qk_norm_last: after they are turned
     alibi_bias_max    b: a score is lowered by the distance of query and key, times 2 ** (-b * h / heads) in head h
-                      (where heads are no power of two: compiler/cpu/kernels/attention.c)
-    differential      whether attention is the difference of two (Ye et al., arXiv 2410.05258): that of the second half
-                      of heads, times `difference`, is taken from that of the first (mlcbuild.models.heads)
+    differential      whether attention is the difference of two (mlcbuild.models.heads; arXiv 2410.05258)
     query_gate        whether the matrix of queries gives for each head a gate besides, of what the head returns: of a
                       head of latent attention as wide as its value
     clip_qkv          c: queries, keys and values become min(max(x, -c), c)
     qk_head_dim, value_head_dim  numbers of a head's query and key, and of its value, where heads of the KV cache,
                       head_dim wide, have more: the rest is zeros (mlcbuild.models.heads). 0: head_dim
-    value_norm        whether heads of values are normed, without a weight
+    value_norm        whether heads of values are normed, without a weight. router_scale: of a router's logits
     keys_as_values    whether layers without `v_proj` take their keys, before these are normed, as values
-    router_scale      what a router's logits are multiplied with
     by_layer          fields that layers differ in (BY_LAYER), each with its value in every layer. The structure's own
                       value is the largest
     kv_lora_rank      width of the vector that a token's keys and values are made of; 0: they are made of hidden states.
-                      mlcbuild.models.latent has the fields of latent attention
+                      mlcbuild.models.latent has the fields of latent attention; indexer: mlcbuild.models.indexer
     final_logit_softcapping  c: logits become c * tanh(logits / c). value_scale: what values are multiplied with
     max_position_embeddings  rows of a learned `position_embedding`. position_offset: the row of a text's first token
     sinusoidal        whether positions are sines and cosines, added to embeddings: of position + position_offset.
@@ -237,6 +234,7 @@ class Structure:
     kv_lora_rank: int = choice(0)
     q_lora_rank: int = choice(0)
     whole_keys: bool = choice(False)
+    indexer: tuple[Any, ...] = choice(())
     long_latents: bool = choice(False)
     latent_eps: float = choice(1e-6)
     raw_query_latent: bool = choice(False)
@@ -341,11 +339,13 @@ class Structure:
 
     @property
     def cache_heads(self) -> tuple[int, int, int]:
-        """Heads of queries and of keys in the KV cache, and their width: of latents, halves of rows."""
-        if not self.absorbed:
-            return self.num_attention_heads, self.num_key_value_heads, self.head_dim
-        half = -(-(self.kv_lora_rank + (self.rotary_dim or 0)) // 2)
-        return 2 * self.num_attention_heads, 1, max(-(-half // 16) * 16, 32)
+        """Heads of queries and of keys in the KV cache, and their width: halves of rows, and an indexer's, too."""
+        chosen, heads, index, *_ = self.indexer or (0, 0, 0)
+        queries, keys, width = self.num_attention_heads, self.num_key_value_heads + (chosen > 0), self.head_dim
+        if self.absorbed:
+            half = -(-(self.kv_lora_rank + (self.rotary_dim or 0) + index) // 2)
+            queries, keys, width = 2 * queries, 1, max(-(-half // 16) * 16, 32)
+        return queries + -(-max(heads * (index + 1), 8 * chosen) // width), keys, width
 
     def turns(self, number: int) -> bool:
         """Whether a layer has rotary positions."""

@@ -16,7 +16,7 @@ from mlcbuild.gguf.checkpoint import local_parts
 from mlcbuild.models import architecture as architectures
 from mlcbuild.models import parameters
 from mlcbuild.models.few_layers import one_layer, two_layers
-from mlcbuild.models.kinds import by_layer
+from mlcbuild.models.kinds import TEXT_WINDOW, by_layer
 from mlcbuild.models.structure import Structure
 from mlcbuild.models.tied import tied_embedding, unties
 from mlcbuild.models.tied import untied as untied_config
@@ -102,7 +102,14 @@ def _chosen_by_hand(architecture: Architecture, config: Mapping[str, Any]) -> It
 
 
 def _all_keys(architecture: Architecture, structure: Structure) -> Iterator[str]:
-    if "context_at_most" in architecture.data:
+    if structure.indexer:
+        yield (
+            f"the model chooses {structure.indexer[0]} keys for each token. Texts that it is measured with have "
+            f"{TEXT_WINDOW} tokens, and figures say nothing about the choice where these are fewer. For texts of up to "
+            f"{structure.indexer[0]} tokens, `overrides: {{context_window_size: {structure.indexer[0]}}}` makes a "
+            "smaller and faster library, which leaves the choice out"
+        )
+    elif "context_at_most" in architecture.data:
         yield (
             f"the model chooses keys for each token. Within {structure.context_window_size} tokens "
             "it chooses all of them, so the library attends to all and leaves the choice out: it is not for "

@@ -22,7 +22,20 @@ SWA = {  # of layers with a window: half as many heads, wider ones, other latent
     "shared_experts_intermediate_size": 48,
 }  # fmt: skip
 HY = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "hc_mult": 3, "hc_magnitude": 1.5}
+# Few of the text's keys are chosen. With many heads, no score is zero, of which torch.topk would take any.
+CHOOSING = {"index_topk": 5, "index_n_heads": 12, "index_head_dim": 24}
 CASES: dict[str, Case] = {
+    "deepseek_v32-choosing": _case("deepseek_v32", **LATENT, **V3, **CHOOSING, n_group=4, topk_group=2),
+    "glm_moe_dsa-choosing": _case("glm_moe_dsa", **LATENT, **V3, **CHOOSING, indexer_types=["full", "shared", "full"]),
+    "glm_moe_dsa-long": replace(
+        _case(
+            "glm_moe_dsa", **LATENT, **V3, **{**CHOOSING, "index_topk": 1030}, indexer_types=["full", "shared", "full"]
+        ),
+        overrides={"context_window_size": 1100},
+    ),
+    "axk2-choosing": _case("axk2", **LATENT, **V3, **CHOOSING, gated_norm_rank=5, rope_parameters=YARN),
+    "dots3_note_text-choosing": _case("dots3_note_text", **LATENT, **V3, **CHOOSING, **SWA, n_group=4, topk_group=2),
+    "hy_v4-choosing": _case("hy_v4", **LATENT, **HY, **CHOOSING, indexer_types=["full", "shared", "shared"]),
     "axk2": _case("axk2", **LATENT, **V3, **INDEXER, gated_norm_rank=5, attention_bias=True, rope_parameters=YARN),
     "axk2-groups": replace(
         _case("axk2", **LATENT, **V3, **INDEXER, n_group=4, topk_group=2, moe_layer_freq=2), quantizations=("q0f32",)
@@ -36,7 +49,12 @@ CASES: dict[str, Case] = {
 HY_TEXT = {**CASES["hy_v4"].config, "model_type": "hy_v4_vl_text"}
 HY_TEXT["rope_parameters"] = {**ONE_THETA, "mrope_section": [2, 1, 1]}
 CASES |= {
-    "hy_v4_vl": _wrapped(
-        "hy_v4_vl", "hy_v4_vl_vision", Case("hy_v4_vl", HY_TEXT), {"out_hidden_size": 64}, tie_word_embeddings=False
+    name: _wrapped(
+        "hy_v4_vl",
+        "hy_v4_vl_vision",
+        Case("hy_v4_vl", {**HY_TEXT, **more}),
+        {"out_hidden_size": 64},
+        tie_word_embeddings=False,
     )
+    for name, more in (("hy_v4_vl", {}), ("hy_v4_vl-choosing", {**CHOOSING, "indexer_types": ["full"] * 3}))
 }

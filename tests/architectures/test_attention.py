@@ -12,7 +12,7 @@ from mlcbuild.models.few_layers import one_layer
 from mlcbuild.models.parameters import parameters
 from mlcbuild.models.structure import from_library_json
 from mlcbuild.runtime.session import Session
-from tests.architectures import attention_cases, cases, family_cases
+from tests.architectures import attention_cases, cases, family_cases, indexer_cases
 from tests.architectures.agreement import IDS, Agreement, Array, error, network, save, structure_of
 from tests.architectures.attention_cases import WITHOUT
 from tests.support import llama
@@ -57,11 +57,17 @@ def test_a_batch_of_sequences_with_a_window(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("quantization", "bound"), [("q0f32", 1e-4), ("q4f16_1", 1e-2)])
-def test_latents_of_texts_with_one_beginning(quantization: str, bound: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "quantization", "bound"),
+    [
+        *(("minicpm3", "q0f32", 1e-4), ("minicpm3", "q4f16_1", 1e-2)),
+        *(("deepseek_v32-choosing", "q0f32", 2e-5), ("hy_v4-choosing", "q0f32", 2e-5)),
+    ],
+)
+def test_latents_of_texts_with_one_beginning(name: str, quantization: str, bound: float, tmp_path: Path) -> None:
     """A text goes on from the middle of another's, whose latents it reads; tokens are taken back, and both decode."""
-    agreement = Agreement(family_cases.CASES["minicpm3"], quantization, tmp_path)
-    assert agreement.structure.absorbed
+    agreement = Agreement((family_cases.CASES | indexer_cases.CASES)[name], quantization, tmp_path)
+    assert agreement.structure.absorbed == (name != "hy_v4-choosing")
     session, other = agreement.session(2), [*IDS[:19], *IDS[30:]]
     long, short = agreement.expected(IDS), agreement.expected(other)
     a = session.add()

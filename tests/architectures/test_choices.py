@@ -52,6 +52,13 @@ WITHOUT: dict[str, tuple[str, dict[str, Any]]] = {
     "gates of norms": ("axk2", {"roles": ("attention_norm_in_proj", "attention_norm_out_proj")}),
     "the length of latents": ("dots3_note_text", {"long_latents": False}),
     "norms of turned keys": ("dots3_note_text", {"roles": ("k_turned_norm",)}),
+    "the choice of keys": (
+        "deepseek_v32-choosing",
+        {"indexer": (), "roles": ("index_query", "index_key", "index_norm", "index_norm_bias", "index_weights")},
+    ),
+    "the choice of another layer": ("glm_moe_dsa-choosing", {"indexer": (5, 12, 24, 1, 0, 0, 1e-6)}),
+    "what is turned of index keys": ("hy_v4-choosing", {"indexer": (5, 12, 24, 0, 0, 1, 1e-5)}),
+    "neighbours in index keys": ("dots3_note_text-choosing", {"indexer": (5, 12, 24, 0, 0, 0, 1e-6)}),
     "the largest weight of what is added": ("hy_v4", {"hyper_magnitude": 2.0}),
     "limits of all MLPs": ("minimax_m3_vl_text", {"swiglu_dense": False}),
     "learned positions": ("gpt2", {"roles": ("position_embedding",)}),

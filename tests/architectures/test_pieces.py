@@ -27,8 +27,12 @@ from tests.verify.conftest import build_blocks
 
 CASES = {**OWN, **FAMILIES, **INDEXERS}
 # Learned positions; a head's bias; norms without weights; norms of all heads; scales; windows, caps and norms after;
-# latent attention; a matrix before the head; hyper-connections.
-NAMES = ("gpt2", "phi", "olmo", "cohere-norms", "minicpm-tied", "gemma2", "minicpm3", "modernbert-decoder", "hy_v4")
+# latent attention; a matrix before the head; hyper-connections; chosen keys, of
+# latents, of whole ones, and by another layer, where texts are too short for that.
+NAMES = (
+    *("gpt2", "phi", "olmo", "cohere-norms", "minicpm-tied", "gemma2", "minicpm3", "modernbert-decoder", "hy_v4"),
+    *("deepseek_v32-choosing", "axk2-choosing", "glm_moe_dsa-long"),
+)
 WINDOWS = [IDS, IDS[::-1][:17]]
 
 

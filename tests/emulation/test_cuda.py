@@ -18,7 +18,7 @@ CHOOSES = 0.05  # an error that no rounding of sums explains: another expert, or
 # One of each choice that a decoder has; each takes 15 seconds. ATTENTION and RECURRENT have others.
 ARCHITECTURES = (
     *("llama", "llama-yarn", "gemma3_text", "gpt2", "gptj", "phi", "cohere-norms", "chatglm"),
-    *("deepseek_v3", "laguna"),
+    *("deepseek_v3", "laguna", "glm_moe_dsa-choosing"),
 )
 # Which are compared in another format than q4f16_1, and why.
 UNLIKE = {
@@ -31,9 +31,9 @@ UNLIKE = {
         (
             *("laguna", "gemma4_text-experts", "qwen3_moe", "dots1", "deepseek_v2", "afmoe", "qwen3_5_moe_text"),
             *("glm4_moe_lite", "longcat_flash", "deepseek_v32", "kimi_linear", "bailing_hybrid"),
-            *("hy_v4", "hy_v4_vl"),
+            *("hy_v4", "hy_v4_vl", *(name for name in CASES if name.endswith("-choosing"))),
         ),
-        ("q4f32_1", "in 16 bits, its router takes another expert at one token"),
+        ("q4f32_1", "in 16 bits, its router takes another expert at one token, or its indexer another key"),
     ),
 }
 TERNARY, TWELVE = "bitnet-ternary", "bloom-12-heads"  # which have tests of their own

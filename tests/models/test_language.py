@@ -145,8 +145,20 @@ def test_a_context_beyond_the_learned_positions() -> None:
 
 
 def test_a_context_in_which_an_indexer_would_choose() -> None:
-    """DeepSeek V3.2 is built for texts of which its indexer chooses every key, and for no longer ones."""
-    config = {**CONFIG, "model_type": "deepseek_v32", "n_routed_experts": 16, "index_topk": 64}
+    """DeepSeek V3.2 is built for texts of which its indexer chooses every key, or with it for longer ones."""
+    config = {**CONFIG, "model_type": "deepseek_v32", "n_routed_experts": 16, "index_topk": 64, "q_lora_rank": 32}
+    short = resolve("deepseek_v32", config, context_window_size=64)
+    assert not short.indexer and "index_query" not in short.roles()
+    long = resolve("deepseek_v32", config)
+    assert long.indexer == (64, 64, 128, 0, 0, 0, 1e-6) and "index_query" in long.roles()
+    assert long.context_window_size == config["max_position_embeddings"]
+    with pytest.raises(
+        MlcBuildError, match="index_head_dim is 32, expected one of at least the 64 numbers that are tu"
+    ):
+        resolve("deepseek_v32", {**config, "index_head_dim": 32})
+    with pytest.raises(MlcBuildError, match=r"indexer is .0, 64, 128, .*, expected six whole numbers, three above 0"):
+        resolve("deepseek_v32", {**config, "index_topk": 0})
+    config["q_lora_rank"] = 0  # what it chooses by
     assert resolve("deepseek_v32", config).context_window_size == 64
     longest = config["max_position_embeddings"]
     assert resolve("deepseek_v32", {**config, "index_topk": 1 << 20}).context_window_size == longest
@@ -159,6 +171,30 @@ def test_a_context_in_which_an_indexer_would_choose() -> None:
     )
     with pytest.raises(MlcBuildError, match="index_topk is 0, expected a whole number of at least 1"):
         resolve("deepseek_v32", {**config, "index_topk": 0})
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("glm_moe_dsa", {}),
+        ("glm_moe_dsa", {"index_topk_freq": 4}),
+        ("glm_moe_dsa", {"index_topk_freq": 3, "index_skip_topk_offset": 4}),
+        ("glm_moe_dsa", {"index_topk_pattern": "FSSFFSFSS"}),
+        ("hy_v4", {"rope_interleave": False}),
+    ],
+)
+def test_which_layers_have_an_indexer(name: str, given: dict[str, Any]) -> None:
+    """As transformers reads it; the others have the choice of the last one."""
+    from transformers import AutoConfig
+
+    config = {**CONFIG, "n_routed_experts": 16, "q_lora_rank": 32, "num_hidden_layers": 9, **given}
+    types = AutoConfig.for_model(name, num_hidden_layers=9, **given).indexer_types
+    found = resolve(name, {**config, "model_type": name}, context_window_size=4096)
+    (rule,) = (rule for rule in found.rules if rule.role == "index_query")
+    full = tuple(layer for layer, kind in enumerate(types) if kind == "full")
+    assert (rule.layers or tuple(range(9))) == full and found.indexer[5] == (len(full) < 9)
+    with pytest.raises(MlcBuildError, match="layer 0 is to attend to what the indexer of an earlier layer chose"):
+        resolve(name, {**config, "model_type": name, "indexer_types": ["shared"] * 9}, context_window_size=4096)
 
 
 def test_the_llama_inside_llama_3_2_vision_shares_the_library_of_one_alone() -> None:

@@ -174,13 +174,21 @@ def test_rope_that_depends_on_the_length_of_a_text_is_said(
         assert "as one of 256 tokens" in notes["r256"][0] and "{context_window_size: 64}" in notes["r256"][0]
 
 
-def test_a_model_with_an_indexer_is_built_without_it_and_that_is_said(workspace: Workspace) -> None:
-    config = {**CONFIG, "model_type": "deepseek_v32", "n_routed_experts": 16, "index_topk": 64}
+@pytest.mark.parametrize(
+    ("window", "said"),
+    [
+        (64, "the model chooses keys for each token. Within 64 tokens it chooses all"),
+        (128, "the model chooses 64 keys for each token. Texts that it is measured with have 1024 tokens"),
+    ],
+)
+def test_what_a_model_with_an_indexer_is_built_without_is_said(workspace: Workspace, window: int, said: str) -> None:
+    config = {**CONFIG, "model_type": "deepseek_v32", "n_routed_experts": 16, "index_topk": 64, "q_lora_rank": 32}
     workspace.write("recipes/models/other/config.json", json.dumps(config))
-    workspace.write("recipes/models/other.yaml", "source: {path: other}\ntemplate: chatml\n")
+    model = f"source: {{path: other}}\ntemplate: chatml\noverrides: {{context_window_size: {window}}}\n"
+    workspace.write("recipes/models/other.yaml", model)
     workspace.write("recipes/other.yaml", "model: other\nquantization: q4f16_1\ntarget: cpu\n")
     (note,) = planned(workspace, "other").steps["verify:other"].fields["notes"]
-    assert note.startswith("the model chooses keys for each token. Within 64 tokens it chooses all")
+    assert note.startswith(said)
 
 
 def test_an_architecture_that_was_chosen_by_hand_is_said(workspace: Workspace) -> None:

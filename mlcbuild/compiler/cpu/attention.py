@@ -9,7 +9,7 @@ of their scale (mlcbuild.models.layer), and the window is measured in the positi
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm import tirx
@@ -18,12 +18,13 @@ from tvm.script import tirx as T
 
 from mlcbuild.compiler.abi.kv_cache import Kernels
 from mlcbuild.compiler.cpu import calls, rows
+from mlcbuild.models.indexer import indexer_of
 from mlcbuild.models.rope import Rotary
 from mlcbuild.models.structure import Structure
 
 PAGE_SIZE = 16
 QUERIES = 48  # query rows times the heads that share a key, in one task; likewise in attention.c
-_PAGED, _RAGGED, _MERGE = "mlcbuild_attention_paged", "mlcbuild_attention_ragged", "mlcbuild_attention_merge"
+_MERGE = "mlcbuild_attention_merge"
 _SHARING = 16  # heads that share a key, at most, in one task where all do
 _SERIAL_MERGES = 64  # of one head each
 _ROPE = {"rotary_mode": "int32", "rope_scale": "float32", "rope_theta": "float32", "sm_scale": "float32"}
@@ -35,7 +36,8 @@ class Shape:
     does, below 0 where it is of chunks; `cap` is the soft cap of scores, `alibi` the largest exponent of linear
     biases, 0 where there is none. With `sinks`, the last number of a query is its sink. `dtype` is that of queries,
     keys and values. `joined`: how many numbers of a row are its value, where heads are halves of rows of latents
-    (mlcbuild.models.absorbed), else 0."""
+    (mlcbuild.models.absorbed), else 0. `index`: of an indexer (mlcbuild.models.indexer), numbers that the kernels of
+    kernels/choice.c take; the cache has `more` heads of queries and `stored` ones of keys then."""
 
     heads: int
     kv_heads: int
@@ -46,6 +48,9 @@ class Shape:
     alibi: float = 0.0
     sinks: bool = False
     joined: int = 0
+    index: tuple[int, ...] = ()
+    more: int = 0
+    stored: int = 0
 
     def array(self, rows: str, heads: int) -> tuple[calls.Shape, str]:
         return (rows, heads, self.dim), self.dtype
@@ -53,7 +58,14 @@ class Shape:
     @property
     def outputs(self) -> list[tuple[calls.Shape, str]]:
         """The rows and log2 of their sums of 2^score."""
-        return [self.array("n", self.heads), (("n", self.heads), "float32")]
+        return [self.queries, (("n", self.heads + self.more), "float32")]
+
+    @property
+    def queries(self) -> tuple[calls.Shape, str]:
+        return self.array("n", self.heads + self.more)
+
+    def kernel(self, name: str) -> str:
+        return f"mlcbuild_{'choice' if self.index else 'attention'}_{name}"
 
     @property
     def tasks(self) -> int:
@@ -64,8 +76,8 @@ class Shape:
         return next(n for n in range(-(-heads // _SHARING), heads + 1) if heads % n == 0)
 
     @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        return self.heads // 2 if self.joined else self.heads, self.tasks, self.dim, self.joined
+    def sizes(self) -> tuple[int, ...]:
+        return self.heads // 2 if self.joined else self.heads, self.tasks, self.dim, self.joined, *self.index
 
     @property
     def rows_of_a_task(self) -> int:
@@ -83,12 +95,18 @@ def cache_kernels(structure: Structure, dtype: str, page_size: tirx.Var, rotary:
     heads, kv_heads, dim = s.cache_heads
     window = (s.sliding_window_size or 0) * (-1 if s.chunked else 1)
     limits = window, s.attn_logit_softcapping or 0.0, s.alibi_bias_max or 0.0, "sinks" in s.roles()
-    shape = Shape(heads, kv_heads, dim, dtype, *limits, joined=s.kv_lora_rank if s.absorbed else 0)
+    joined, it = s.kv_lora_rank if s.absorbed else 0, indexer_of(s) if s.indexer else None
+    shape = Shape(heads, kv_heads, dim, dtype, *limits, joined=joined, stored=kv_heads)
+    if it is not None:
+        more, own = heads - it.queries, (it.queries, it.key_heads)
+        used = joined + (s.rotary_dim or 0) if joined else dim
+        index = it.keys, it.heads, it.width, it.queries * dim, more * dim, it.at, it.key_head, used, kv_heads
+        shape = replace(shape, heads=own[0], kv_heads=own[1], more=more, index=index)
     return Kernels(
         ragged=ragged(shape),
         prefill=prefill(shape),
         decode=decode(shape),
-        merge=merge(dtype),
+        merge=merge(dtype) if it is None else merge_choices(shape),
         split_rotary=rows.split_rotary(rows.Heads(heads, kv_heads, dim, dtype), rotary),
         append=tvm_kv_cache._kv_cache_transpose_append(kv_heads, dim, dtype),
         copy_single_page=tvm_kv_cache._copy_single_page_cpu(kv_heads, page_size, dim, dtype),
@@ -101,14 +119,16 @@ def ragged(shape: Shape) -> Any:
     """Attention of new tokens among themselves."""
     block = shape.rows_of_a_task
     indptr = (("b + 1",), "int32")
-    keys = shape.array("kv", shape.kv_heads)
-    inputs = [shape.array("n", shape.heads), indptr, keys, keys, indptr, (("n",), "int32"), (("b",), "int32")]
+    keys = shape.array("kv", shape.stored)
+    inputs = [shape.queries, indptr, keys, keys, indptr, (("n",), "int32"), (("b",), "int32")]
 
     def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
         n, limits = symbols["n"], shape.limits(symbols)
         calls.for_each(
             (n + block - 1) // block * shape.tasks,
-            lambda task: calls.call(_RAGGED, *inputs[:6], *outputs, n, *shape.sizes, block, task, *limits),
+            lambda task: calls.call(
+                shape.kernel("ragged"), *inputs[:6], *outputs, n, *shape.sizes, block, task, *limits
+            ),
         )
 
     return calls.function("attention_prefill_ragged", inputs, shape.outputs, body, {"causal": "int32", **_ROPE})
@@ -139,9 +159,9 @@ def decode(shape: Shape) -> Any:
 
 def _paged(shape: Shape, sequences: str) -> list[tuple[calls.Shape, str]]:
     """q, pages, page_indptr, page_values, last_page_len, k_rope_pos_offset, q_rope_position."""
-    pages = (("pages", 2, shape.kv_heads, PAGE_SIZE, shape.dim), shape.dtype)
+    pages = (("pages", 2, shape.stored, PAGE_SIZE, shape.dim), shape.dtype)
     vectors = [((size,), "int32") for size in (f"{sequences} + 1", "held", sequences, sequences, "n")]
-    return [shape.array("n", shape.heads), pages, *vectors]
+    return [shape.queries, pages, *vectors]
 
 
 def _over_pages(shape: Shape, block: int, symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
@@ -149,8 +169,20 @@ def _over_pages(shape: Shape, block: int, symbols: dict[str, Any], inputs: Any, 
     sizes = (*shape.sizes, PAGE_SIZE, block)
     calls.for_each(
         (n + block - 1) // block * shape.tasks,
-        lambda task: calls.call(_PAGED, *inputs, *outputs, n, *sizes, task, *limits),
+        lambda task: calls.call(shape.kernel("paged"), *inputs, *outputs, n, *sizes, task, *limits),
     )
+
+
+@functools.cache
+def merge_choices(shape: Shape) -> Any:
+    """As `merge`, or two lists of chosen keys into one."""
+    rows = shape.outputs
+    rest = shape.heads + shape.more, shape.dim, shape.index[0], shape.heads * shape.dim, shape.heads
+
+    def body(symbols: dict[str, Any], inputs: Any, outputs: Any) -> None:
+        calls.for_each(symbols["n"], lambda row: calls.call(shape.kernel("merge"), *outputs, *rest, row))
+
+    return calls.function("attention_merge", [], [*rows, *rows], body)
 
 
 @functools.cache

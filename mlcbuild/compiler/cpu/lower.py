@@ -14,6 +14,7 @@ from mlcbuild.compiler.cpu.operations import factories
 from mlcbuild.compiler.cpu.sources import Source
 from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.few_layers import one_layer
+from mlcbuild.models.indexer import MOST_KEYS
 from mlcbuild.models.kinds import HYBRID, MLSTM, RECURRENT, STATE_SPACES
 from mlcbuild.models.structure import Structure
 from mlcbuild.models.weights import Declared
@@ -51,7 +52,8 @@ def _files(structure: Structure) -> tuple[str, ...]:
     if structure.kind == HYBRID:
         return "attention", "rows", "state_space", *_OF_MIXERS.get(structure.mixer, ())
     own = {MLSTM: MLSTM, **dict.fromkeys(STATE_SPACES, "state_space")}.get(structure.kind, "recurrent")
-    return (own, "rows") if structure.kind in RECURRENT else ("attention", "rows")
+    attending = "choice" if structure.indexer else "attention"  # which has attention.c in it
+    return (own, "rows") if structure.kind in RECURRENT else (attending, "rows")
 
 
 def _kernels(
@@ -70,6 +72,12 @@ def _check(structure: Structure) -> None:
     if plain and (structure.head_dim > _MAX_HEAD_DIM or structure.head_dim % 2):
         raise MlcBuildError(
             f"head_dim is {structure.head_dim}: the CPU kernels take even numbers up to {_MAX_HEAD_DIM}"
+        )
+    keys, _, width, *_ = structure.indexer or (0, 0, 0)
+    if keys > MOST_KEYS or width > _MAX_HEAD_DIM:
+        raise MlcBuildError(
+            f"its indexer chooses {keys} keys by heads of {width}: the kernels choose up to {MOST_KEYS}, by heads of "
+            f"up to {_MAX_HEAD_DIM}"
         )
     if structure.state_size > _MAX_STATE:
         raise MlcBuildError(f"state_size is {structure.state_size}: the CPU kernels keep up to {_MAX_STATE} values")

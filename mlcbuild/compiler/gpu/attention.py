@@ -18,12 +18,21 @@ from tvm.relax.frontend.nn.llm import kv_cache as tvm_kv_cache
 from tvm.script import tirx as T
 
 from mlcbuild.compiler.abi.kv_cache import Kernels
-from mlcbuild.compiler.gpu import cuda_attention, decode_attention, latent_attention, tiles, vector_rows
+from mlcbuild.compiler.gpu import (
+    cuda_attention,
+    decode_attention,
+    indexed_attention,
+    indexed_choice,
+    latent_attention,
+    tiles,
+    vector_rows,
+)
 from mlcbuild.compiler.gpu.rewriting import arguments, expect, index_of, is_length, mapped, nodes, variable
 from mlcbuild.compiler.gpu.rope import split_rotary
 from mlcbuild.models.rope import Rotary
 from mlcbuild.models.structure import Structure
 
+_INDEXED = indexed_attention.ragged, indexed_attention.prefill, indexed_attention.decode
 _VECTOR = 4  # neighbouring values that one thread merges
 _NO_SCALING: Mapping[str, Any] = {}  # the kernels' own rotary embedding is not used
 
@@ -32,15 +41,18 @@ def cache_kernels(structure: Structure, dtype: str, page_size: tirx.Var, rotary:
     """What the KV cache of a GPU library calls, for the current target, with up to `threads` threads to a block."""
     s, device = structure, target.Target.current()
     heads, kv_heads, dim = s.cache_heads
-    ragged, prefill, decode = kernels(s, dtype, device)
     turn, append = split_rotary(heads, kv_heads, dim, rotary, dtype), None
-    if _own(s, dtype, device):
-        turn, append = cuda_attention.keeping(turn), cuda_attention.append(s, dtype)
+    if s.indexer:
+        ragged, prefill, decode = (of(s, dtype) for of in _INDEXED)
+    else:
+        ragged, prefill, decode = kernels(s, dtype, device)
+        if _own(s, dtype, device):
+            turn, append = cuda_attention.keeping(turn), cuda_attention.append(s, dtype)
     return Kernels(
         ragged=ragged,
         prefill=prefill,
         decode=decode,
-        merge=merge(heads, dim, dtype, threads),
+        merge=indexed_choice.merge(s, dtype) if s.indexer else merge(heads, dim, dtype, threads),
         split_rotary=turn,
         append=append or tvm_kv_cache._kv_cache_transpose_append(kv_heads, dim, dtype),
         copy_single_page=tvm_kv_cache._copy_single_page(kv_heads, page_size, dim, dtype, device),

@@ -32,7 +32,7 @@ def kernels(structure: Structure, dtype: str, device: target.Target, changed: Ca
     ragged = tvm_kv_cache._attention_prefill_ragged(1, heads, width, width, dtype, {}, fitting)
     prefill = tvm_kv_cache._attention_prefill(1, heads, width, dtype, False, {}, fitting)
     ragged, prefill = (_in_halves(changed(each, structure), structure) for each in (ragged, prefill))
-    return ragged, prefill, _one_by_one(prefill)
+    return ragged, prefill, one_by_one(prefill)
 
 
 def _in_halves(function: Any, structure: Structure) -> Any:
@@ -101,7 +101,7 @@ def _in_halves(function: Any, structure: Structure) -> Any:
     return tirx.PrimFunc(params, body, function.ret_type, function.attrs)
 
 
-def _one_by_one(prefill: Any) -> Any:
+def one_by_one(prefill: Any) -> Any:
     """The kernel over cached pages with one new token to each sequence, with the arguments of decoding."""
     given = arguments(prefill)
     body = mapped(prefill.body, ir.TensorLoad, lambda load: load.indices[0] if load.source.name == "q_indptr" else load)

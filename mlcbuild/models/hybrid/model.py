@@ -90,7 +90,7 @@ def _into_mixer(at: Layer, x: Expr, cache: Expr, layer_id: Expr, number: int, *e
     d, weight, given = at.decoder, at.weight, x
     if embeddings:
         both = d.norm(d.builder.emit(relax.op.concat([x, *embeddings], axis=1)), weight, "attention_norm")
-        attended = attention(d, both, cache, layer_id, weight, x.ty.shape[0], number)
+        attended, _ = attention(d, both, cache, layer_id, weight, x.ty.shape[0], number)
         made = mlp(d, d.norm(attended, weight, "mlp_norm"), attended, weight)
         given = at.add(x, d.project(made, weight, "into_mixer"))
     return at.add(x, _MIXED[d.structure.mixer](at, d.norm(given, weight, "mixer_norm")))
@@ -124,7 +124,7 @@ def _layer(at: Layer, x: Expr, cache: Expr, layer_id: Expr, number: int, *tokens
     if kind in ATTENDING:
         seen = d.scaled(inner, s.attention_in_scale)
         parts = convolved.heads_of(at, seen, len(_mixers(s))) if s.convolutions else None
-        attended = attention(d, seen, cache, layer_id, weight, x.ty.shape[0], number, parts)
+        attended, _ = attention(d, seen, cache, layer_id, weight, x.ty.shape[0], number, parts)
         mixed.append(d.scaled(attended, s.attention_out_scale))
     if mixed:
         x = added(x, inner, *mixed, part="attention", share=share)

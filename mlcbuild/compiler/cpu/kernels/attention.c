@@ -217,6 +217,7 @@ INLINE i64 highest_end(const state *s) {
 // `window` 0: no layer does. `sinks`: set_sink. `joined`: 0, or how many numbers of a row of latents are its value: a row
 // of 2 * dim numbers is a head's query, and all heads' key, of which keys and values [.., 1, dim] have a half each. There
 // are kv_heads tasks to a block of rows then, of some heads each, and a logarithm of the sum for each half of a head.
+// Rows of queries and results are `row` numbers apart, those of logarithms `logs`; `width` numbers of keys are multiplied.
 typedef struct {
     const model *q;
     model *out;
@@ -224,45 +225,50 @@ typedef struct {
     i64 heads, kv_heads, dim, joined, window;
     i32 sinks;
     f32 cap, alibi, scale;
+    i64 row, logs, width;
 } call;
 
-// Keys and values of one sequence: rows of one array, or slots of pages.
+// Keys and values of one sequence: rows of one array, or slots of pages; those at places in `list`, where there is one.
 typedef struct {
     const model *key, *value;  // of position 0, or of page 0
     const i32 *pages;          // null: rows
     i64 stride;                // from a row to the next, or from a page to the next
     i64 page, dim;
+    const i32 *list;
 } source;
 
 INLINE i64 offset_of(const source *from, i64 position) {
+    if (from->list) position = from->list[position];
     if (!from->pages) return position * from->stride;
     return (i64)from->pages[position / from->page] * from->stride + position % from->page * from->dim;
 }
 
 // Rows [row, end) over positions below `length`; row r is at position `at` + r - row, counted as the keys are, and sees
-// no later ones. The first key is at position `start` of the sequence.
+// no later ones. The first key is at position `start` of the sequence. With a list, `owns`: the row's own key is of it
+// or could be.
 INLINE void attend(state *s, const call *c, const source *from, i64 row, i64 end, i64 at, i64 start, i64 length,
-                   i64 kv_head) {
-    i64 shared = c->heads / c->kv_heads;
-    i64 window = c->scale < 0.0f ? c->window : 0, width = c->joined ? 2 * c->dim : c->dim;
+                   i64 kv_head, i32 owns) {
+    i64 shared = c->heads / c->kv_heads, head = c->joined ? 2 * c->dim : c->dim;
+    i64 window = c->scale < 0.0f ? c->window : 0;
+    const i32 in_key = c->joined && c->width <= c->dim;  // a row of latents, of which the rest is none of attention's
     for (i64 g = 0; g < shared; g += QUERIES) {
         i64 some = min_i64(QUERIES, shared - g), first_head = kv_head * shared + g;
-        begin(s, width, c->cap);
-        if (c->joined) s->half = c->dim, s->summed = c->joined;
+        begin(s, c->width, c->cap);
+        if (c->joined) s->half = min_i64(c->dim, c->width), s->summed = c->joined;
         for (i64 r = row; r < end; r++) {
             i64 own = at + r - row, first = window > 0 ? own - window + 1 : window < 0 ? own - (start + own) % -window : 0;
             if (first < 0) first = 0;
             for (i64 i = 0; i < some; i++) add_query(s, first, min_i64(length, own + 1));
         }
         for (i64 i = 0; i < s->count; i++)
-            set_query(s, i, c->q + ((row + i / some) * c->heads + first_head + i % some) * width,
+            set_query(s, i, c->q + (row + i / some) * c->row + (first_head + i % some) * head,
                       c->scale < 0.0f ? -c->scale : c->scale);
         for (i64 i = 0; c->alibi != 0.0f && i < s->count; i++)
             set_bias(s, i, at + i / some, first_head + i % some, c->heads, c->alibi);
         clear(s);
         for (i64 i = 0; c->sinks && i < s->count; i++)
-            if (at + i / some < length)
-                set_sink(s, i, c->q + ((row + i / some) * c->heads + first_head + i % some) * width);
+            if (from->list ? owns : at + i / some < length)
+                set_sink(s, i, c->q + (row + i / some) * c->row + (first_head + i % some) * head);
         i64 seen = highest_end(s);
         for (i64 i = lowest_first(s); i < seen; i += ROWS) {
             const model *key[ROWS], *value[ROWS];
@@ -270,14 +276,15 @@ INLINE void attend(state *s, const call *c, const source *from, i64 row, i64 end
             for (i64 p = 0; p < held; p++) {
                 i64 offset = offset_of(from, i + p);
                 key[p] = from->key + offset;
-                value[p] = from->value + offset;
+                value[p] = (in_key ? from->key : from->value) + offset;
             }
             add_keys(s, key, value, i, held);
         }
         for (i64 i = 0; i < s->count; i++) {
-            i64 to = (row + i / some) * c->heads + first_head + i % some;
-            write_query(s, i, c->out + to * width, c->lse + (c->joined ? 2 * to : to));
-            if (c->joined) c->lse[2 * to + 1] = c->lse[2 * to];
+            i64 to = first_head + i % some;
+            f32 *lse = c->lse + (row + i / some) * c->logs + (c->joined ? 2 * to : to);
+            write_query(s, i, c->out + (row + i / some) * c->row + to * head, lse);
+            if (c->joined) lse[1] = lse[0];
         }
     }
 }
@@ -288,16 +295,17 @@ EXPORT void mlcbuild_attention_ragged(const model *q, const i32 *q_indptr, const
                                       const i32 *kv_indptr, const i32 *q_position, model *out, f32 *lse, i64 rows, i64 heads, i64 kv_heads,
                                       i64 dim, i64 joined, i64 block, i64 task, i64 window, i32 sinks, f32 cap, f32 alibi,
                                       f32 scale) {
-    const call c = {q, out, lse, heads, kv_heads, dim, joined, window, sinks, cap, alibi, scale};
+    i64 width = joined ? 2 * dim : dim, logs = joined ? 2 * heads : heads;
+    const call c = {q, out, lse, heads, kv_heads, dim, joined, window, sinks, cap, alibi, scale, heads * width, logs, width};
     i64 row = task / kv_heads * block, last = min_i64(row + block, rows), kv_head = task % kv_heads, b = 0;
     state s;
     while (row < last) {
         while (row >= q_indptr[b + 1]) b++;
         i64 kv_len = kv_indptr[b + 1] - kv_indptr[b], end = min_i64(last, q_indptr[b + 1]);
         i64 stride = joined ? dim : kv_heads * dim, first = kv_indptr[b] * stride + (joined ? 0 : kv_head * dim);
-        const source from = {k + first, v + first, 0, stride, 0, dim};
+        const source from = {k + first, v + first, 0, stride, 0, dim, 0};
         i64 at = kv_len - (q_indptr[b + 1] - row);
-        attend(&s, &c, &from, row, end, at, q_position[row] - at, kv_len, kv_head);
+        attend(&s, &c, &from, row, end, at, q_position[row] - at, kv_len, kv_head, 0);
         row = end;
     }
 }
@@ -309,7 +317,8 @@ EXPORT void mlcbuild_attention_paged(const model *q, const i32 *q_indptr, const 
                                      const i32 *q_position, model *out, f32 *lse, i64 rows, i64 heads, i64 kv_heads,
                                      i64 dim, i64 joined, i64 page, i64 block, i64 task, i64 window, i32 sinks,
                                      f32 cap, f32 alibi, f32 scale) {
-    const call c = {q, out, lse, heads, kv_heads, dim, joined, window, sinks, cap, alibi, scale};
+    i64 width = joined ? 2 * dim : dim, logs = joined ? 2 * heads : heads;
+    const call c = {q, out, lse, heads, kv_heads, dim, joined, window, sinks, cap, alibi, scale, heads * width, logs, width};
     i64 row = task / kv_heads * block, last = min_i64(row + block, rows), kv_head = task % kv_heads, b = 0;
     i64 half = (joined ? 1 : kv_heads) * page * dim;
     state s;
@@ -321,8 +330,8 @@ EXPORT void mlcbuild_attention_paged(const model *q, const i32 *q_indptr, const 
         i64 end = q_indptr ? min_i64(last, q_indptr[b + 1]) : row + 1;
         i64 held = page_indptr[b + 1] - page_indptr[b], length = held ? (held - 1) * page + last_page_len[b] : 0;
         const model *first = pages + (joined ? 0 : kv_head * page * dim);
-        const source from = {first, first + half, page_values + page_indptr[b], 2 * half, page, dim};
-        attend(&s, &c, &from, row, end, (i64)q_position[row] - k_start[b], k_start[b], length, kv_head);
+        const source from = {first, first + half, page_values + page_indptr[b], 2 * half, page, dim, 0};
+        attend(&s, &c, &from, row, end, (i64)q_position[row] - k_start[b], k_start[b], length, kv_head, 0);
         row = end;
     }
 }

@@ -43,6 +43,7 @@ class Attention:
             self.ragged, self.prefill, self.decode, self.merging = (each(s, dtype) for each in made)
         random = np.random.default_rng(0)
         self.keys = [self._numbers(random, held + new) for held, new in zip(HELD, NEW, strict=True)]
+        self.keys[0][100:153] = self.keys[0][100]  # of equal scores in both sets, the first are chosen
         self.rows = [(b, HELD[b] + i) for b in range(len(HELD)) for i in range(NEW[b])]
         self.q = random.standard_normal((len(self.rows), self.queries, self.dim)).astype(dtype)
 

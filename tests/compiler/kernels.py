@@ -22,7 +22,8 @@ from tests.support.llama import CPU
 
 Array = npt.NDArray[Any]
 FOLDER = Path(targets.__file__).parent / "cpu" / "kernels"
-FILES = ("attention", "delta", "experts", "mlstm", "recurrent", "rows", "state_space")  # and those of the formats
+# And those of the formats; choice.c has attention.c in it.
+FILES = ("choice", "delta", "experts", "mlstm", "recurrent", "rows", "state_space")
 LEVELS = {
     "native": targets.zig_cpu(targets.resolve(CPU)),
     "x86-64-v4": "x86_64_v4",

@@ -1,17 +1,20 @@
-"""Attention to the keys that an indexer chooses, on every GPU there is: cached and new keys, and both merged."""
+"""Attention to the keys that an indexer chooses, on the CPU and every GPU: cached keys, new ones, and both merged."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from tvm import target
 
+from mlcbuild.compiler.cpu.attention import shape_of
 from mlcbuild.compiler.gpu import indexed_attention, indexed_choice
 from mlcbuild.compiler.script import quick
 from mlcbuild.models.architecture import resolve
 from mlcbuild.models.indexer import DIGITS, indexer_of
+from tests.compiler.kernels import LEVELS, Kernels
 from tests.models.test_odd_configs import DEEPSEEK
 from tests.support.gpus import Gpu
 from tests.support.llama import Array, architecture
@@ -31,18 +34,25 @@ HELD, NEW = (150, 30, 2), (5, 20, 3)
 class Attention:
     """A structure's kernels on a device, and random keys of three sequences."""
 
-    def __init__(self, gpu: Gpu, name: str, dtype: str) -> None:
+    def __init__(self, device: Gpu | Path, name: str, dtype: str) -> None:
+        """On the CPU, `device` is a folder for its kernels."""
         config = {**DEEPSEEK, **INDEX, "rope_interleave": name != "hy_v4"}
         s = resolve(architecture(name), config, {"context_window_size": 256, "prefill_chunk_size": 64})
-        self.gpu, self.it, self.dtype = gpu, indexer_of(s), dtype
+        self.it, self.dtype = indexer_of(s), dtype
         self.joined, self.rank, self.turned = s.absorbed, s.kv_lora_rank, s.rotary_dim or 0
         self.heads, (self.queries, self.stored, self.dim) = s.num_attention_heads, s.cache_heads
         self.sinks = "sinks" in s.roles()
-        with quick(), target.Target(dict(gpu.TARGET)):
+        if isinstance(device, Gpu):
+            self.gpu = device
             made = indexed_attention.ragged, indexed_attention.prefill, indexed_attention.decode, indexed_choice.merge
-            self.ragged, self.prefill, self.decode, self.merging = (each(s, dtype) for each in made)
+            with quick(), target.Target(dict(device.TARGET)):
+                self.ragged, self.prefill, self.decode, self.merging = (each(s, dtype) for each in made)
+        else:
+            self.shape = shape_of(s, dtype)
+            self.c = Kernels(LEVELS["native"], device, dtype)
         random = np.random.default_rng(0)
         self.keys = [self._numbers(random, held + new) for held, new in zip(HELD, NEW, strict=True)]
+        self.keys[0][100:153] = self.keys[0][100]  # of equal scores in both sets, the first are chosen
         self.rows = [(b, HELD[b] + i) for b in range(len(HELD)) for i in range(NEW[b])]
         self.q = random.standard_normal((len(self.rows), self.queries, self.dim)).astype(dtype)
 
@@ -51,7 +61,38 @@ class Attention:
         made: Array = random.standard_normal((count, 2, self.stored, self.dim)).astype(self.dtype)
         return made
 
-    def launch(self, function: Any, which: int, arrays: dict[str, Array], scalars: dict[str, Any]) -> Any:
+    def call(self, which: int, kind: str, arrays: dict[str, Array]) -> tuple[Array, Array]:
+        """Results and logarithms of a kernel, `kind` by the function's name; `which` is 0 where it chooses."""
+        if hasattr(self, "c"):
+            return self._on_cpu(which, kind, arrays)
+        sizes = {"batch": 3, "sm_scale": self.scale * which, "kv": len(arrays.get("k", ()))}
+        sizes |= dict.fromkeys(("held", "most"), len(arrays.get("numbers", ())))
+        found: tuple[Array, Array] = self._launch(getattr(self, kind), which, arrays, sizes)
+        return found
+
+    def _on_cpu(self, which: int, kind: str, given: dict[str, Array]) -> tuple[Array, Array]:
+        n, shape, new = len(given["q"]), self.shape, kind == "ragged"
+        names = ("k", "v", "kv_indptr") if new else ("pages", "indptr", "numbers", "last", "offsets")
+        arrays = [given["q"], given.get("q_indptr") if kind != "decode" else None, *(given[name] for name in names)]
+        out, lse = np.full(given["q"].shape, np.nan, self.dtype), np.zeros((n, self.queries), np.float32)
+        block = 1 if kind == "decode" else shape.rows_of_a_task
+        sizes = (n, *shape.sizes, *(() if new else (PAGE,)), block)
+        for task in range(-(-n // block) * shape.tasks):
+            limits = task, 0, np.int32(self.sinks), 0.0, 0.0, self.scale * which
+            name = f"mlcbuild_choice_{'ragged' if new else 'paged'}"
+            self.c(name, *arrays, given["positions"], out, lse, *sizes, *limits)
+        return out, lse
+
+    def merge(self, one: tuple[Array, Array], other: tuple[Array, Array]) -> Array:
+        if not hasattr(self, "c"):
+            arrays = {"v": one[0], "s": one[1], "v_other": other[0], "s_other": other[1]}
+            return self.gpu.launch(self.merging, 0, arrays, {"n": len(one[0])})["v"]
+        rest = self.queries, self.dim, KEYS, self.shape.heads * self.dim, self.shape.heads
+        for row in range(len(one[0])):
+            self.c("mlcbuild_choice_merge", *one, *other, *rest, row)
+        return one[0]
+
+    def _launch(self, function: Any, which: int, arrays: dict[str, Array], scalars: dict[str, Any]) -> Any:
         n = len(arrays["q"])
         empty = {"out": np.full((n, self.queries, self.dim), np.nan, self.dtype)}
         empty["lse"] = np.zeros((n, self.queries), np.float32)
@@ -62,20 +103,15 @@ class Attention:
 
     def over(self, which: int, q: Array) -> Any:
         """New tokens among themselves and over cached ones, merged, by kernel `which`: 0 chooses."""
-        scale = self.scale * which
         ends = np.cumsum([0, *NEW]).astype(np.int32)
         positions = np.array([position for _, position in self.rows], np.int32)
         new = np.concatenate([keys[held:] for keys, held in zip(self.keys, HELD, strict=True)])
         rows = {"q": q, "q_indptr": ends, "positions": positions, "offsets": np.zeros(3, np.int32)}
         both = {"k": np.ascontiguousarray(new[:, 0]), "v": np.ascontiguousarray(new[:, 1]), "kv_indptr": ends}
-        sizes = {"batch": 3, "sm_scale": scale}
-        one = self.launch(self.ragged, which, {**rows, **both}, {**sizes, "kv": len(new)})
-        cached, held = self.pages(HELD)
-        other = self.launch(self.prefill, which, {**rows, **cached}, {**sizes, **held})
-        arrays = {"v": one[0], "s": one[1], "v_other": other[0], "s_other": other[1]}
-        return self.gpu.launch(self.merging, 0, arrays, {"n": len(q)})["v"]
+        one = self.call(which, "ragged", {**rows, **both})
+        return self.merge(one, self.call(which, "prefill", {**rows, **self.pages(HELD)}))
 
-    def pages(self, lengths: tuple[int, ...]) -> tuple[dict[str, Array], dict[str, int]]:
+    def pages(self, lengths: tuple[int, ...]) -> dict[str, Array]:
         """The first tokens of each sequence in pages, in no order."""
         counts = [-(-length // PAGE) for length in lengths]
         numbers = np.random.default_rng(1).permutation(sum(counts)).astype(np.int32)
@@ -85,8 +121,7 @@ class Attention:
                 pages[numbers[start + place // PAGE], :, :, place % PAGE] = self.keys[b][place]
         last = np.array([(length - 1) % PAGE + 1 for length in lengths], np.int32)
         arrays = {"pages": pages, "indptr": np.cumsum([0, *counts]).astype(np.int32), "numbers": numbers, "last": last}
-        offsets = {"offsets": np.zeros(len(lengths), np.int32)}
-        return {**arrays, **offsets}, {"held": len(numbers), "most": len(numbers)}
+        return {**arrays, "offsets": np.zeros(len(lengths), np.int32)}
 
     @property
     def scale(self) -> float:
@@ -141,6 +176,13 @@ def attention(gpu: Gpu, request: pytest.FixtureRequest) -> Attention:
     return Attention(gpu, *CASES[request.param])
 
 
+@pytest.mark.parametrize(("name", "dtype"), CASES.values())
+def test_the_cpu(name: str, dtype: str, tmp_path: Path) -> None:
+    attention = Attention(tmp_path, name, dtype)
+    test_new_tokens(attention)
+    test_one_token_of_each_sequence(attention)
+
+
 def test_new_tokens(attention: Attention) -> None:
     attention.check(attention.rows, attention.q, attention.over(0, attention.q), lambda q: attention.over(1, q))
 
@@ -148,14 +190,10 @@ def test_new_tokens(attention: Attention) -> None:
 def test_one_token_of_each_sequence(attention: Attention) -> None:
     lengths = tuple(held + new for held, new in zip(HELD, NEW, strict=True))
     rows, q = [(b, length - 1) for b, length in enumerate(lengths)], attention.q[:3]
-    arrays, sizes = attention.pages(lengths)
+    arrays = attention.pages(lengths)
     arrays["positions"] = np.array([length - 1 for length in lengths], np.int32)
 
     def run(which: int, q: Array) -> Array:
-        scale = attention.scale * which
-        found: Array = attention.launch(
-            attention.decode, which, {**arrays, "q": q}, {**sizes, "batch": 3, "sm_scale": scale}
-        )[0]
-        return found
+        return attention.call(which, "decode", {**arrays, "q": q})[0]
 
     attention.check(rows, q, run(0, q), lambda given: run(1, given))

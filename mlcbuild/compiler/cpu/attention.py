@@ -91,7 +91,22 @@ class Shape:
 
 def cache_kernels(structure: Structure, dtype: str, page_size: tirx.Var, rotary: Rotary) -> Kernels:
     """What the KV cache of a CPU library calls; attention is made for the runtime's page size of 16."""
-    s = structure
+    heads, kv_heads, dim = structure.cache_heads
+    shape = shape_of(structure, dtype)
+    return Kernels(
+        ragged=ragged(shape),
+        prefill=prefill(shape),
+        decode=decode(shape),
+        merge=merge_choices(shape) if shape.index else merge(dtype),
+        split_rotary=rows.split_rotary(rows.Heads(heads, kv_heads, dim, dtype), rotary),
+        append=tvm_kv_cache._kv_cache_transpose_append(kv_heads, dim, dtype),
+        copy_single_page=tvm_kv_cache._copy_single_page_cpu(kv_heads, page_size, dim, dtype),
+        compact=tvm_kv_cache._compact_kv_copy_cpu(kv_heads, dim, dtype),
+    )
+
+
+def shape_of(s: Structure, dtype: str) -> Shape:
+    """What the kernels of a structure are made for."""
     heads, kv_heads, dim = s.cache_heads
     window = (s.sliding_window_size or 0) * (-1 if s.chunked else 1)
     limits = window, s.attn_logit_softcapping or 0.0, s.alibi_bias_max or 0.0, "sinks" in s.roles()
@@ -102,16 +117,7 @@ def cache_kernels(structure: Structure, dtype: str, page_size: tirx.Var, rotary:
         used = joined + (s.rotary_dim or 0) if joined else dim
         index = it.keys, it.heads, it.width, it.queries * dim, more * dim, it.at, it.key_head, used, kv_heads
         shape = replace(shape, heads=own[0], kv_heads=own[1], more=more, index=index)
-    return Kernels(
-        ragged=ragged(shape),
-        prefill=prefill(shape),
-        decode=decode(shape),
-        merge=merge(dtype) if it is None else merge_choices(shape),
-        split_rotary=rows.split_rotary(rows.Heads(heads, kv_heads, dim, dtype), rotary),
-        append=tvm_kv_cache._kv_cache_transpose_append(kv_heads, dim, dtype),
-        copy_single_page=tvm_kv_cache._copy_single_page_cpu(kv_heads, page_size, dim, dtype),
-        compact=tvm_kv_cache._compact_kv_copy_cpu(kv_heads, dim, dtype),
-    )
+    return shape
 
 
 @functools.cache

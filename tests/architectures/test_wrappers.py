@@ -140,6 +140,7 @@ def test_a_wrapper_of_the_hub_has_the_text_models_tensors(name: str, prefix: str
     assert made[:2] == made[2:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", wrappers.known())
 def test_embeddings_are_tied_where_transformers_ties_them(name: str) -> None:
     from transformers import AutoConfig

@@ -75,6 +75,7 @@ def test_a_librarys_task_builds_no_weights_and_no_reference(workspace: Workspace
     assert workspace.ran() == {"lower": 1, "library": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -309,6 +310,7 @@ def test_a_shared_cache(workspace: Workspace, tmp_path_factory: pytest.TempPathF
     assert not other.cache.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["log_json=log.jsonl"], ["build", "--log-json", "log.jsonl"]])
 def test_the_log_for_machines(workspace: Workspace, arguments: list[str]) -> None:
     workspace.doit(*arguments, "recipe=tiny-q4f16_1-cpu")

@@ -28,6 +28,7 @@ def run(workspace: Workspace, module: str, *words: str) -> tuple[int, str]:
     return done.returncode, "\n".join(sorted(lines))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

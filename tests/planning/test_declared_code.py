@@ -66,6 +66,7 @@ def reachable(module: str) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "entry"), [run for run in runs() if run[0] != "download"])
 def test_a_step_s_code_is_every_module_that_it_can_reach(kind: str, entry: str) -> None:
     wanted = reachable(f"mlcbuild.steps.{kind}") | (reachable(entry.partition(":")[0]) if entry else set())

@@ -92,7 +92,7 @@ def test_hidden_states_that_are_not_finite(case: Case, tmp_path: Path) -> None:
     copy.write_bytes(data)
     broken = Case(case.model, case.structure, case.document, dict.fromkeys(case.blobs, copy), case.folder)
     with pytest.raises(MlcBuildError, match="the reference's hidden states are NaN or Inf after layer 1"):
-        compared(broken, "q4f32_1")
+        compared(broken, "q4f32_1", folder=case.package("q4f32_1"))
 
 
 def test_weights_of_another_model(case: Case, tmp_path: Path) -> None:

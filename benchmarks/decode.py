@@ -57,7 +57,7 @@ float read_all(const char *p, i64 n) {
     v a = {}, b = {}, c = {}, d = {};
     for (i64 i = 0; i + 256 <= n; i += 256) {
         a += *(v *)(p + i); b += *(v *)(p + i + 64); c += *(v *)(p + i + 128); d += *(v *)(p + i + 192);
-        __builtin_prefetch(p + i + 4096);
+        for (int l = 0; l < 256; l += 64) __builtin_prefetch(p + i + 4096 + l);
     }
     a += b + c + d;
     return a[0];

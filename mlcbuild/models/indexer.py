@@ -31,6 +31,7 @@ from typing import Any
 
 from tvm import relax, te, tirx
 
+from mlcbuild.errors import MlcBuildError
 from mlcbuild.models.decoder import Decoder
 from mlcbuild.models.operations import Expr
 from mlcbuild.models.rope import inverse_frequencies, rotary
@@ -38,7 +39,7 @@ from mlcbuild.models.structure import Structure
 from mlcbuild.models.weights import Given
 
 DIGITS = 3  # of a position in a list
-MOST_KEYS = 4096  # that kernels choose
+MOST_KEYS, WIDEST = 4096, 512  # that kernels choose, and numbers of an index head: likewise in cpu/kernels/choice.c
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,29 @@ def indexer_of(s: Structure) -> Indexer:
     return Indexer(keys, heads, width, *turned, queries, key_heads, key_head, at)
 
 
+def check(s: Structure) -> None:
+    """Raises MlcBuildError for an indexer that no kernel takes."""
+    keys, _, width, *_ = s.indexer or (0, 0, 0)
+    if keys > MOST_KEYS or width > WIDEST:
+        raise MlcBuildError(
+            f"its indexer chooses {keys} keys by heads of {width}: kernels choose up to {MOST_KEYS}, by heads of up to "
+            f"{WIDEST}; with a context_window_size of at most {keys} it is not needed"
+        )
+
+
 def shared(s: Structure) -> bool:
     """Whether layers give their choice to others: in shorter texts, all keys are chosen."""
     return bool(s.indexer) and bool(s.indexer[5]) and s.context_window_size > s.indexer[0]
 
 
+def borrows(d: Decoder, number: int) -> bool:
+    """Whether a layer attends to what another one's indexer chose."""
+    return shared(d.structure) and not has(d, number)
+
+
 def variables(d: Decoder, number: int, n: Expr) -> list[relax.Var]:
-    """What a layer without an indexer is given besides, the choice of another [n, 3 * keys], where that is shared."""
-    borrows = shared(d.structure) and not has(d, number)
-    return [d.tensor("chosen", [n, DIGITS * d.structure.indexer[0]])] if borrows else []
+    """What a layer that borrows is given besides: the choice of another [n, 3 * keys]."""
+    return [d.tensor("chosen", [n, DIGITS * d.structure.indexer[0]])] if borrows(d, number) else []
 
 
 def has(d: Decoder, number: int) -> bool:

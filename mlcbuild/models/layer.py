@@ -62,7 +62,7 @@ def layer(decoder: Decoder, x: Expr, cache: Expr, layer_id: Expr, *given: Expr, 
             if s.borrows(number):
                 pair, weight = per_layer.borrowed(d, number, (more[-2], more[-1]), weight)
                 parts = [*parts, *pair]
-        given = more[-1] if indexer.variables(d, number, x.ty.shape[0]) else None
+        given = more[-1] if indexer.borrows(d, number) else None
         out, chosen = attention(d, normed, cache, layer_id, weight, x.ty.shape[0], number, parts, given)
         return out
 

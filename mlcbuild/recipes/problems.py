@@ -117,6 +117,7 @@ def nearest(word: object, names: Iterable[object]) -> str | None:
         return None
     every = sorted({name for name in names if isinstance(name, str)})
     least, ranked = _FAR, list[tuple[int, str]]()
+    # Likely ones first: once the least is small, the others are soon given up.
     for name in sorted(every, key=lambda name: (abs(len(name) - len(word)), name[:1] != word[0])):
         ranked.append((_edits(word.lower(), name.lower(), least), name))
         least = min(least, ranked[-1][0])

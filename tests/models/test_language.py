@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mlcbuild.errors import MlcBuildError
-from mlcbuild.models import architecture
+from mlcbuild.models import architecture, indexer
 from mlcbuild.models.fields import evaluate
 from mlcbuild.models.parameters import Parameter, ignored, parameters
 from mlcbuild.models.structure import Structure, from_json, from_library_json
@@ -171,6 +171,20 @@ def test_a_context_in_which_an_indexer_would_choose() -> None:
     )
     with pytest.raises(MlcBuildError, match="index_topk is 0, expected a whole number of at least 1"):
         resolve("deepseek_v32", {**config, "index_topk": 0})
+
+
+def test_an_indexer_that_kernels_do_not_take() -> None:
+    config = {**CONFIG, "model_type": "deepseek_v32", "n_routed_experts": 16, "index_topk": 64, "q_lora_rank": 32}
+    structure = resolve("deepseek_v32", config)
+    most = replace(structure, indexer=(4096, 64, 512, 0, 0, 0, 1e-6))
+    indexer.check(most)
+    for keys, width in ((4097, 128), (64, 514)):
+        with pytest.raises(MlcBuildError) as error:
+            indexer.check(replace(most, indexer=(keys, 64, width, 0, 0, 0, 1e-6)))
+        assert str(error.value) == (
+            f"its indexer chooses {keys} keys by heads of {width}: kernels choose up to 4096, by heads of up to 512; "
+            f"with a context_window_size of at most {keys} it is not needed"
+        )
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from mlcbuild.compiler.cpu import attention, encoder, formats, recurrent, source
 from mlcbuild.compiler.cpu.operations import factories
 from mlcbuild.compiler.cpu.sources import Source
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.models import indexer
 from mlcbuild.models.few_layers import one_layer
-from mlcbuild.models.indexer import MOST_KEYS
 from mlcbuild.models.kinds import HYBRID, MLSTM, RECURRENT, STATE_SPACES
 from mlcbuild.models.structure import Structure
 from mlcbuild.models.weights import Declared
@@ -73,12 +73,7 @@ def _check(structure: Structure) -> None:
         raise MlcBuildError(
             f"head_dim is {structure.head_dim}: the CPU kernels take even numbers up to {_MAX_HEAD_DIM}"
         )
-    keys, _, width, *_ = structure.indexer or (0, 0, 0)
-    if keys > MOST_KEYS or width > _MAX_HEAD_DIM:
-        raise MlcBuildError(
-            f"its indexer chooses {keys} keys by heads of {width}: the kernels choose up to {MOST_KEYS}, by heads of "
-            f"up to {_MAX_HEAD_DIM}"
-        )
+    indexer.check(structure)
     if structure.state_size > _MAX_STATE:
         raise MlcBuildError(f"state_size is {structure.state_size}: the CPU kernels keep up to {_MAX_STATE} values")
     if structure.conv_kernel > _MAX_TAPS:

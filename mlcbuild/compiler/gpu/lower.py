@@ -16,8 +16,8 @@ from mlcbuild.compiler.gpu.memories import sharing
 from mlcbuild.compiler.gpu.operations import factories
 from mlcbuild.compiler.pipeline import Passes
 from mlcbuild.errors import MlcBuildError
+from mlcbuild.models import indexer
 from mlcbuild.models.few_layers import one_layer
-from mlcbuild.models.indexer import MOST_KEYS
 from mlcbuild.models.kinds import DECODER, HYBRID, MLSTM, RECURRENT
 from mlcbuild.models.structure import Structure
 from mlcbuild.recipes.types import Quantization
@@ -85,9 +85,7 @@ def _check(structure: Structure, threads: int) -> None:
         )
     if s.kind not in (DECODER, HYBRID):
         return
-    keys, _, width, *_ = s.indexer or (0, 0, 0)
-    if keys > MOST_KEYS or width > 512:
-        raise MlcBuildError(f"its indexer chooses {keys} keys by heads of {width}: more than the GPU kernels do")
+    indexer.check(s)
     if s.absorbed:
         return
     if s.head_dim % 4 or not 32 <= s.head_dim <= 512:

@@ -40,6 +40,7 @@ typedef _Float16 f16v __attribute__((vector_size(2 * LANES), aligned(2)));
 
 // Asks in advance for memory that is read once, or that is read again soon. What is read once no cache need keep; but
 // Intel's processors (Sapphire Rapids) then read a third slower than into all caches, where AMD's read as fast as memory goes.
+// Only a target that names an AMD processor has that: levels, as those of stock targets (x86-64-v4), name none.
 INLINE void fetch(const void *p, const int again) {
 #if defined(__znver2__) || defined(__znver3__) || defined(__znver4__) || defined(__znver5__)
     if (!again) {
